@@ -1,0 +1,47 @@
+# make demo    set up, then trace, replay and report on the bundled model
+# make test    set up, then run the tests
+# make check   set up, then format, lint, types, tests and docs: what a change must pass
+# make format  rewrite the code in the project's format
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+# One thread per process: pytest runs several, and more threads than cores make everything slower.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.installed
+	OMP_NUM_THREADS= $(BIN)/kvscope demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python tools/docs.py --check
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV)
+
+# torch goes first and alone: with its version given, pip takes a wheel that is at hand and looks for no other.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvscope needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,151 @@
+"""kvscope: record a model's attention, replay KV-cache eviction policies over it, see what each one loses.
+
+``kvscope.trace(...)`` records, ``kvscope.open(...)`` opens a trace, ``kvscope.replay(...)`` replays policies,
+``kvscope.report(...)`` writes the page, ``kvscope.diff(...)`` compares. Importing this package loads nothing heavy:
+each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import inspect
+
+    from kvscope.budget import Budget as Budget
+    from kvscope.errors import KvscopeError as KvscopeError
+    from kvscope.errors import ModelError as ModelError
+    from kvscope.errors import ReplayError as ReplayError
+    from kvscope.errors import ResultError as ResultError
+    from kvscope.errors import TraceError as TraceError
+    from kvscope.errors import UsageError as UsageError
+    from kvscope.metrics.base import Metric as Metric
+    from kvscope.metrics.base import Rows as Rows
+    from kvscope.metrics.base import metric as metric
+    from kvscope.model.generate import trace as trace
+    from kvscope.policies.base import Policy as Policy
+    from kvscope.policies.base import Protection as Protection
+    from kvscope.policies.base import Step as Step
+    from kvscope.policies.base import parameter as parameter
+    from kvscope.policies.base import policy as policy
+    from kvscope.replay.run import replay as replay
+    from kvscope.report.page import report as report
+    from kvscope.results.diff import Diff as Diff
+    from kvscope.results.diff import diff as diff
+    from kvscope.results.store import Replay as Replay
+    from kvscope.results.store import open_replay as open_replay
+    from kvscope.trace.importer import import_maps as import_maps
+    from kvscope.trace.reader import Trace as Trace
+    from kvscope.trace.reader import open_trace as open
+
+__version__ = "0.1.0"
+
+# Public name -> where it is defined.
+_PUBLIC = {
+    "Budget": "kvscope.budget:Budget",
+    "Diff": "kvscope.results.diff:Diff",
+    "KvscopeError": "kvscope.errors:KvscopeError",
+    "Metric": "kvscope.metrics.base:Metric",
+    "ModelError": "kvscope.errors:ModelError",
+    "Policy": "kvscope.policies.base:Policy",
+    "Protection": "kvscope.policies.base:Protection",
+    "Replay": "kvscope.results.store:Replay",
+    "ReplayError": "kvscope.errors:ReplayError",
+    "ResultError": "kvscope.errors:ResultError",
+    "Rows": "kvscope.metrics.base:Rows",
+    "Step": "kvscope.policies.base:Step",
+    "Trace": "kvscope.trace.reader:Trace",
+    "TraceError": "kvscope.errors:TraceError",
+    "UsageError": "kvscope.errors:UsageError",
+    "diff": "kvscope.results.diff:diff",
+    "import_maps": "kvscope.trace.importer:import_maps",
+    "metric": "kvscope.metrics.base:metric",
+    "open": "kvscope.trace.reader:open_trace",
+    "open_replay": "kvscope.results.store:open_replay",
+    "parameter": "kvscope.policies.base:parameter",
+    "policy": "kvscope.policies.base:policy",
+}
+
+# Public functions that have the name of a room: the room itself is called.
+_ROOMS = {
+    "replay": "kvscope.replay.run:replay",
+    "report": "kvscope.report.page:report",
+    "trace": "kvscope.model.generate:trace",
+}
+
+__all__ = [
+    "Budget",
+    "Diff",
+    "KvscopeError",
+    "Metric",
+    "ModelError",
+    "Policy",
+    "Protection",
+    "Replay",
+    "ReplayError",
+    "ResultError",
+    "Rows",
+    "Step",
+    "Trace",
+    "TraceError",
+    "UsageError",
+    "__version__",
+    "diff",
+    "import_maps",
+    "metric",
+    "open",
+    "open_replay",
+    "parameter",
+    "policy",
+    "replay",
+    "report",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = _load(_PUBLIC[name])
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class _Room(ModuleType):
+    """A subpackage that is also the function it is named after: ``kvscope.trace(...)`` and ``kvscope.trace.reader``."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function()(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return importlib.import_module("inspect").signature(self._function())  # type: ignore[no-any-return]
+
+    def _function(self) -> Any:
+        return _load(_ROOMS[self.__name__.rpartition(".")[2]])
+
+
+class _Package(ModuleType):
+    """Makes a room callable when the import system hangs it into the package."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _ROOMS and isinstance(value, ModuleType):
+            value.__class__ = _Room
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

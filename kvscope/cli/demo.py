@@ -1,0 +1,53 @@
+"""``kvscope demo``: trace, replay and report on the bundled model, offline."""
+
+from __future__ import annotations
+
+import typer
+
+from kvscope.cli.options import Json, Quiet, command_line
+
+BUDGETS = "10%,20%,40%"
+NEW_TOKENS = 128
+
+
+def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
+    """Trace the bundled model, replay every policy at three budgets, write the report: under a minute, offline."""
+    from kvscope.cli import console, places
+    from kvscope.cli.summary import show
+    from kvscope.cli.trace import announce, moved
+    from kvscope.model.generate import trace as record
+    from kvscope.model.names import DEMO_PROMPT
+    from kvscope.policies import POLICIES
+    from kvscope.replay.run import replay as run
+    from kvscope.report.page import report as write
+
+    path = places.place(places.TRACES, None, "demo", force=False)
+    with console.bar("tracing the bundled model", None, "tokens", quiet=quiet) as update:
+        trace = record(
+            "demo",
+            [DEMO_PROMPT],
+            output=path,
+            max_new_tokens=NEW_TOKENS,
+            progress=moved(update),
+            announce=lambda plan: announce(plan, quiet),
+        )
+    tokens = sum(sequence.length for sequence in trace.sequences)
+    with console.bar(f"replaying {len(POLICIES.names())} policies", tokens, "tokens", quiet=quiet) as update:
+        made = run(
+            trace,
+            POLICIES.names(),
+            BUDGETS,
+            output=places.place(places.REPORTS, None, path.name, force=False),
+            progress=lambda share: update(share * tokens),
+            command=command_line(ctx),
+        )
+    page = places.place(places.REPORTS, None, made.path.name, force=False, suffix=".html")
+    with console.working("drawing", quiet=quiet):
+        write([made], {trace.identity: trace}, page)
+    if json:
+        console.show_json(
+            {"trace": str(trace.path), "replay": str(made.path), "report": str(page), "summary": made.summary}
+        )
+        return
+    show(made.summary, made.info, title=str(made.path))
+    console.show_text(f"\nreport: {page}")

@@ -1,0 +1,43 @@
+"""``kvscope import``: attention maps captured elsewhere become a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvscope.cli.options import Force, Json, Quiet
+
+
+def import_maps(
+    maps: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MAPS",
+            help=".npz or .safetensors with attention [L, H, T, T] or [S, L, H, T, T].",
+            show_default=False,
+        ),
+    ],
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt, or a file that holds it.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under traces/, or a path."),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn attention maps into a trace; every row is checked first.
+
+    Optional arrays: value_l1, value_l2, key_l2 [L, G, T]; keys, values, queries [L, G or H, T, D]; tokens.
+    """
+    from kvscope.cli import console, places
+    from kvscope.cli.info import show
+    from kvscope.trace.importer import import_maps as convert
+
+    path = places.place(places.TRACES, output, maps.stem, force=force)
+    with console.working(f"importing {maps}", quiet=quiet):
+        made = convert(maps, prompt, path, force=force)
+    show(made, as_json=json)
+    console.note("next: kvscope replay --policy a2sf --budget 20%", quiet=quiet)

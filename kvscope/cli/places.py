@@ -1,0 +1,113 @@
+"""Where things are and where they go: ``traces/NAME`` and ``reports/NAME``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvscope.cli.console import note
+from kvscope.errors import KvscopeError, ResultError, TraceError, UsageError
+from kvscope.registry import nearest
+
+TRACES = Path("traces")
+REPORTS = Path("reports")
+
+
+def find_trace(given: str | None, *, quiet: bool = False) -> Path:
+    """Return the folder of a trace: a path, a name under ``traces/``, or the newest whole one, which is said.
+
+    Raises
+    ------
+    TraceError
+        If there is none.
+    """
+    if given is not None:
+        return _find(given, TRACES, "trace", TraceError)
+    from kvscope.trace.reader import newest_trace
+
+    path = newest_trace(TRACES)
+    note(f"trace: {path} (the newest; name another to use that)", quiet=quiet)
+    return path
+
+
+def find_replay(given: str | None, *, quiet: bool = False) -> Path:
+    """Return a replay: a folder, a ``summary.json``, a name under ``reports/``, or the newest, which is said.
+
+    Raises
+    ------
+    ResultError
+        If there is none.
+    """
+    if given is not None:
+        return _find(given, REPORTS, "replay", ResultError)
+    from kvscope.results.store import newest_replay
+
+    path = newest_replay(REPORTS)
+    note(f"replay: {path} (the newest; name another to use that)", quiet=quiet)
+    return path
+
+
+def place(folder: Path, given: str | None, name: str, *, force: bool, suffix: str = "") -> Path:
+    """Return where to write: what the user gave, or the first free of ``name``, ``name-2``, ``name-3``, ...
+
+    Parameters
+    ----------
+    folder : Path
+        ``traces`` or ``reports``; a bare name that the user gives lands there.
+    given : str or None
+        Name or path from ``-o``.
+    name : str
+        What to call it otherwise.
+    force : bool
+        Whether what is there may be replaced.
+    suffix : str
+        ``.html`` for a page.
+
+    Raises
+    ------
+    KvscopeError
+        If what the user gave exists and `force` is off.
+    """
+    if given is None:
+        stem, number = readable(name), 1
+        path = folder / f"{stem}{suffix}"
+        while _taken(path):
+            number += 1
+            path = folder / f"{stem}-{number}{suffix}"
+        return path
+    if not given.strip():
+        raise UsageError("-o names nothing", "Give a name or a path: -o NAME")
+    bare = Path(given).name == given and given not in (".", "..")
+    path = folder / given if bare else Path(given)
+    if suffix and path.suffix != suffix:
+        path = path.with_name(path.name + suffix)
+    if path.exists() and not force:
+        raise KvscopeError(f"{path} exists already", "Give another name with -o, or replace it with --force.")
+    return path
+
+
+def readable(name: str) -> str:
+    """Return `name` as a file name: letters, digits, dots, plus signs and dashes, at most 80 of them."""
+    return re.sub(r"[^\w.+]+", "-", name).strip("-.")[:80] or "unnamed"
+
+
+def joined(names: Sequence[str], most: int = 3) -> str:
+    """Return names as one: all of up to `most`, otherwise the first and how many more."""
+    return "+".join(names) if len(names) <= most else f"{names[0]}+{len(names) - 1}-more"
+
+
+def _taken(path: Path) -> bool:
+    return path.exists() or path.is_symlink() or path.with_name(path.name + ".incomplete").exists()
+
+
+def _find(given: str, folder: Path, kind: str, error: type[KvscopeError]) -> Path:
+    """Return `given` as it is if it exists, otherwise what has that name in the folder."""
+    path = Path(given)
+    if path.exists():
+        return path
+    if Path(given).name == given and (folder / given).exists():
+        return folder / given
+    known = [item.name for item in folder.iterdir() if item.is_dir()] if folder.is_dir() else []
+    hint = nearest(given, known) if known else f"There is none under {folder}/ yet."
+    raise error(f"no {kind} {given}: neither a path nor a name under {folder}/", hint)

@@ -1,0 +1,81 @@
+"""``kvscope policies``: every policy, its parameters, and what it needs from a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from kvscope.cli.options import Json
+
+
+def policies(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Everything about one policy.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the policies, or say everything about one."""
+    from kvscope.cli import console
+    from kvscope.policies.spec import describe
+
+    rows = describe(name)
+    if json:
+        console.show_json(rows if name is None else rows[0])
+    elif name is None:
+        console.show_table(
+            columns(rows),
+            notes=["kvscope policies NAME says more. --PARAMETER VALUE sets it, as in --alpha 0.7."],
+        )
+    else:
+        _show_one(rows[0])
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the columns of the list of policies."""
+    from kvscope.cli.console import Column
+
+    return [
+        Column("policy", [row["name"] for row in rows]),
+        Column("parameters", ["\n".join(_setting(item) for item in row["parameters"]) or "-" for row in rows]),
+        Column("keeps", [row["summary"] for row in rows], wrap=True),
+        Column("needs", [", ".join(row["needs"]) or "-" for row in rows], keep=30),
+        Column("scope", [row["scope"].replace("_", " ") for row in rows], keep=20),
+        Column("from", [row["paper"] for row in rows], keep=10),
+    ]
+
+
+def _show_one(row: Mapping[str, Any]) -> None:
+    from kvscope.cli import console
+
+    console.show_text(row["name"], style="bold")
+    console.show_text(row["doc"] + "\n")
+    console.show_pairs(
+        [
+            ("needs", ", ".join(row["needs"]) or "nothing from the trace but its length"),
+            ("decides per", row["scope"].replace("_", " ")),
+            (
+                "evicts",
+                {"step": "at every step", "prefill": "once, after the prompt"}.get(row["phase"], "never"),
+            ),
+            ("from", row["paper"]),
+        ]
+    )
+    if not row["parameters"]:
+        console.show_text("\nIt has no parameters.")
+        return
+    console.show_text("")
+    items = row["parameters"]
+    console.show_table(
+        [
+            console.Column("parameter", ["--" + item["name"].replace("_", "-") for item in items]),
+            console.Column("type", [item["type"] for item in items], keep=50),
+            console.Column("default", [str(item["default"]) for item in items]),
+            console.Column("what it does", [item["help"] for item in items], wrap=True),
+        ]
+    )
+
+
+def _setting(item: Mapping[str, Any]) -> str:
+    return f"{item['name'].replace('_', '-')}={item['default']}"

@@ -1,0 +1,73 @@
+"""``kvscope report``: one self-contained HTML page from one or more replays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvscope.cli.options import Force, Json, Quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvscope.results.store import Replay
+    from kvscope.trace.reader import Trace
+
+
+def report(
+    replays: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[REPLAY]...",
+            help="Names under reports/, or paths. Default: the newest.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under reports/, or a path."),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write an interactive HTML page that needs no network, and print its path."""
+    from kvscope.cli import console, places
+    from kvscope.report.page import report as write
+    from kvscope.results.store import open_replay
+
+    found = [open_replay(places.find_replay(name, quiet=quiet)) for name in (replays or [None])]
+    name = places.joined([replay.path.name for replay in found])
+    given = output or (f"{places.readable(name)}.html" if force else None)
+    path = places.place(places.REPORTS, given, name, force=force, suffix=".html")
+    with console.working("drawing", quiet=quiet):
+        made = write(found, traces_of(found), path, force=force, title=title)
+    if json:
+        console.show_json({"report": str(made), "replays": [str(replay.path) for replay in found]})
+    else:
+        console.show_text(str(made))
+
+
+def traces_of(replays: Sequence[Replay]) -> dict[str, Trace]:
+    """Return the traces that replays were made from, by identity, as far as they are still where they were."""
+    from kvscope.cli.console import warn
+    from kvscope.errors import TraceError
+    from kvscope.trace.reader import open_trace
+
+    traces: dict[str, Trace] = {}
+    for replay in replays:
+        source = replay.info["trace"]
+        if source["identity"] in traces:
+            continue
+        try:
+            trace = open_trace(source["path"])
+        except TraceError as error:
+            warn(f"the report lacks token text: {error.what}")
+            continue
+        if trace.identity == source["identity"]:
+            traces[trace.identity] = trace
+        else:
+            warn(f"the report lacks token text: {trace.path} is no longer the trace of {replay.path}")
+    return traces

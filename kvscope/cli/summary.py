@@ -1,0 +1,111 @@
+"""The summary table of a replay: plain columns first, then the drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvscope.cli.console import ALWAYS, Column, show_json, show_table
+
+# Metric, header, and how long the column stays on a narrow terminal (`Column.keep`).
+_METRICS = (
+    ("retained_mass", "retained\nmass", ALWAYS),
+    ("retained_mass_no_sinks", "without\nsinks", 90),
+    ("ideal_mass", "ideal\nmass", 80),
+    ("ideal_cosine", "ideal\ncosine", ALWAYS),
+    ("full_cosine", "full\ncosine", 50),
+    ("mask_cosine", "mask\ncosine", 40),
+    ("ideal_recall", "ideal\nrecall", 95),
+)
+
+
+def show(summary: Mapping[str, Any], info: Mapping[str, Any], *, title: str, as_json: bool = False) -> None:
+    """Print the summary of a replay: a row for each policy and budget."""
+    if as_json:
+        show_json(summary)
+        return
+    runs: Sequence[Mapping[str, Any]] = summary["runs"]
+    declared: Mapping[str, Mapping[str, Any]] = info.get("metrics", {})
+    show_table(columns(runs, declared), title=title, notes=notes(runs, info))
+
+
+def columns(runs: Sequence[Mapping[str, Any]], declared: Mapping[str, Mapping[str, Any]]) -> list[Column]:
+    """Return the columns of the summary table.
+
+    Parameters
+    ----------
+    runs : sequence of mapping
+        ``runs`` of ``summary.json``.
+    declared : mapping
+        Properties of the metrics, from ``run.json``: a run that evicted nothing shows its declared value, dimmed.
+    """
+    untouched = {row for row, run in enumerate(runs) if _count(run) == 0}
+    table = [
+        Column("policy", [_label(run) for run in runs], wrap=True),
+        Column("budget", [str(run["budget"] or "-") for run in runs], numeric=True),
+        Column("keys", [_keys(run["budget_keys"]) for run in runs], keep=60, numeric=True),
+        Column("read", [_number(run, "read_keys", 1) for run in runs], keep=70, numeric=True),
+        Column("held", [_number(run, "held_keys", 1) for run in runs], keep=65, numeric=True),
+    ]
+    for name, header, keep in _METRICS:
+        cells = [
+            _declared(declared.get(name, {})) if row in untouched else _number(run, name, 3)
+            for row, run in enumerate(runs)
+        ]
+        table.append(Column(header, cells, keep=keep, numeric=True, dim=untouched))
+    table.append(Column("loop", [run["loop"] for run in runs], keep=10))
+    table.append(Column("prefill", [run["prefill"] for run in runs], keep=11))
+    table.append(Column("count", [f"{_count(run):,}" for run in runs], keep=30, numeric=True))
+    return table
+
+
+def notes(runs: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> list[str]:
+    """Return the lines under the table."""
+    kind = sorted({f"{run['loop']} loop, {run['prefill']} prefill" for run in runs})
+    trace = info.get("trace", {})
+    lines = [f"{'; '.join(kind)}; trace {trace.get('name', '?')}, model {trace.get('model') or 'unknown'}."]
+    lines.append("Means over the steps, heads and layers in which something had been evicted; 1 is best.")
+    if any(_count(run) == 0 for run in runs):
+        lines.append("Dimmed: nothing was evicted, so these are the values of an untouched cache, not measurements.")
+    if any(run["metrics"].get("retained_mass", {}).get("low") is not None for run in runs):
+        lines.append("Second line of a cell: 95 % interval over sequences.")
+    return lines
+
+
+def _label(run: Mapping[str, Any]) -> str:
+    params = dict(run.get("params", {}))
+    label = run.get("label")
+    if label is None:
+        label = (
+            f"{run['policy']}({', '.join(f'{key}={value}' for key, value in params.items())})"
+            if params
+            else run["policy"]
+        )
+    return str(label).replace("(", "\n(", 1) if len(str(label)) > 24 else str(label)
+
+
+def _count(run: Mapping[str, Any]) -> int:
+    return int(run["metrics"].get("retained_mass", {}).get("count") or 0)
+
+
+def _keys(keys: int | Sequence[int]) -> str:
+    if isinstance(keys, int):
+        return str(keys)
+    low, high = min(keys), max(keys)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _number(run: Mapping[str, Any], name: str, digits: int) -> str:
+    value = run["metrics"].get(name, {})
+    mean = value.get("mean")
+    if mean is None:
+        return "-"
+    text = f"{mean:.{digits}f}"
+    if value.get("low") is None or value.get("high") is None:
+        return text
+    return f"{text}\n{value['low']:.{digits}f}..{value['high']:.{digits}f}"
+
+
+def _declared(metric: Mapping[str, Any]) -> str:
+    value = metric.get("when_nothing_evicted")
+    return "-" if value is None else f"{value:.3f}"

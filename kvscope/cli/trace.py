@@ -1,0 +1,135 @@
+"""``kvscope trace``: generate with a real model and record its attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvscope.cli.options import Device, Force, Json, Quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvscope.cli.console import Update
+    from kvscope.model.generate import Plan, Progress
+
+
+def trace(
+    prompts: Annotated[
+        list[Path],
+        typer.Argument(metavar="PROMPT...", help="Text files, or JSONL with a prompt per line.", show_default=False),
+    ],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="demo, an alias (llama2-7b), a Hub id, or a local folder.")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under traces/, or a path."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.", min=0)] = 128,
+    continuation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Force this text after the prompt instead of generating."),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(metavar="LIST", help="Record these layers only: 0,3,8-11.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Sample instead of taking the likeliest token.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="With --do-sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="With --do-sample.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="With --do-sample; 0 is all tokens.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
+    device: Device = "cpu",
+    device_map: Annotated[
+        str | None, typer.Option(help="As in transformers: auto, balanced, ...; needs accelerate.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model bring Python code of its own.")
+    ] = False,
+    query_block: Annotated[int, typer.Option(help="Queries whose rows are built at a time.", min=1)] = 128,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Generate with a real model and record every attention row.
+
+    The trace goes to traces/NAME; its size is said, and checked against the disk, before the first token.
+    """
+    from kvscope.cli import console
+    from kvscope.cli.info import show
+    from kvscope.cli.places import TRACES, place
+    from kvscope.model.generate import trace as record
+
+    path = place(TRACES, output, _name(prompts, model), force=force)
+    recorded = _layers(layers)
+    with console.bar(f"tracing {model}", None, "tokens", quiet=quiet) as update:
+        made = record(
+            model,
+            prompts,
+            output=path,
+            continuation=continuation,
+            layers=recorded,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            chat=chat,
+            trust_remote_code=trust_remote_code,
+            query_block=query_block,
+            force=force,
+            progress=moved(update),
+            announce=lambda plan: announce(plan, quiet),
+        )
+    show(made, as_json=json)
+    console.note("next: kvscope replay --policy a2sf --budget 20%", quiet=quiet)
+
+
+def announce(plan: Plan, quiet: bool) -> None:
+    """Say how large a trace will be, before it starts."""
+    from kvscope.cli.console import note, size
+
+    note(f"{plan.path}: about {size(plan.bytes)} to write, {size(plan.free)} free on the disk", quiet=quiet)
+
+
+def moved(update: Update) -> Callable[[Progress], None]:
+    """Return a callback that moves a bar by the tokens done, and shows the bytes written."""
+    from kvscope.cli.console import size
+
+    return lambda now: update(now.done, size(now.bytes), now.total)
+
+
+def _name(prompts: Sequence[Path], model: str) -> str:
+    """Return a name that says what was traced: ``prompt-demo``, ``a+3-more-Llama-2-7b-hf``."""
+    from kvscope.cli.places import joined
+
+    stems = joined([path.stem for path in prompts], most=1)
+    return f"{stems}-{model.rstrip('/').rpartition('/')[2]}"
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """Return the layers of ``0,3,8-11``, in order and without repeats."""
+    from kvscope.errors import UsageError
+
+    if text is None:
+        return None
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise UsageError(
+                f"--layers {text!r}: {part.strip()!r} is no layer",
+                "Write numbers and ranges: --layers 0,3,8-11",
+            )
+        chosen.update(range(int(first), int(last if dash else first) + 1))
+    return sorted(chosen)

@@ -1,0 +1,55 @@
+"""Every error that a user's input can cause.
+
+    KvscopeError            exit status 1: what is wrong, and what to do about it
+    ├── UsageError          exit status 2: an unknown name, a bad parameter, a bad budget
+    ├── TraceError          a trace is missing, damaged, incomplete, of another version, or lacks a signal
+    ├── ModelError          a model cannot be found, loaded or observed
+    ├── ReplayError         a replay that would not be a result
+    └── ResultError         a results file is missing, damaged, or not comparable
+
+Anything else that escapes is a defect of kvscope and shows its traceback.
+"""
+
+
+class KvscopeError(Exception):
+    """An error with one line that says what is wrong and one line that says what to do.
+
+    Parameters
+    ----------
+    what : str
+        What is wrong, with the value and the path.
+    todo : str
+        What the user can do.
+    """
+
+    exit_status = 1
+
+    def __init__(self, what: str, todo: str = "") -> None:
+        super().__init__(what if not todo else f"{what}\n{todo}")
+        self.what = what
+        self.todo = todo
+
+    def __reduce__(self) -> tuple[type["KvscopeError"], tuple[str, str]]:
+        return type(self), (self.what, self.todo)
+
+
+class UsageError(KvscopeError):
+    """An unknown name, a bad parameter, a bad budget: exit status 2."""
+
+    exit_status = 2
+
+
+class TraceError(KvscopeError):
+    """A trace that is missing, damaged, incomplete, of another version, or lacks a signal."""
+
+
+class ModelError(KvscopeError):
+    """A model that cannot be found, loaded or observed."""
+
+
+class ReplayError(KvscopeError):
+    """A replay that would not be a result."""
+
+
+class ResultError(KvscopeError):
+    """A results file that is missing, damaged, or not comparable."""

@@ -1,0 +1,40 @@
+"""How much the live row looks like the row that should have been: cosine similarities (A2SF, section 4.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvscope.metrics.base import Rows, metric
+
+
+@metric("ideal_cosine", direction="higher", range=(0.0, 1.0), when_nothing_evicted=None)
+def ideal_cosine(rows: Rows) -> Tensor:
+    """Cosine of the live row and the ideal row (arXiv:2407.20485, section 4.3), step by step.
+
+    The ideal row is the full row on the current key and the ``B`` heaviest others, divided by its sum. A row without
+    mass has cosine 0.
+    """
+    return cosine(rows.live, rows.ideal)
+
+
+@metric(
+    "ideal_cosine_flattened", direction="higher", range=(0.0, 1.0), when_nothing_evicted=None, pooled=True
+)
+def ideal_cosine_flattened(rows: Rows) -> Tensor:
+    """The same with all steps of a head as one long vector; the paper leaves open which of the two it reports."""
+    live, ideal = rows.live, rows.ideal.expand_as(rows.live)
+    return torch.stack([(live * ideal).sum(-1), live.square().sum(-1), ideal.square().sum(-1)], dim=-1)
+
+
+@metric("full_cosine", direction="higher", range=(0.0, 1.0), when_nothing_evicted=1.0)
+def full_cosine(rows: Rows) -> Tensor:
+    """Cosine of the live row and the full row."""
+    return cosine(rows.live, rows.full)
+
+
+def cosine(one: Tensor, other: Tensor) -> Tensor:
+    """Return the cosine of two rows over the last axis; 0 where one of them is zero."""
+    norms = one.square().sum(-1).sqrt() * other.square().sum(-1).sqrt()
+    value = (one * other).sum(-1) / torch.where(norms > 0, norms, 1)
+    return value.clamp(0.0, 1.0)  # rounding alone can pass 1

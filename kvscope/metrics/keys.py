@@ -1,0 +1,20 @@
+"""How many keys a step reads and holds."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvscope.metrics.base import Rows, metric
+
+
+@metric("read_keys", direction="none", range=(1.0, None), when_nothing_evicted=None)
+def read_keys(rows: Rows) -> Tensor:
+    """Number of keys the query attends to, ``|V_t|``."""
+    return rows.seen.sum(-1).to(rows.full.dtype)
+
+
+@metric("held_keys", direction="none", range=(0.0, None), when_nothing_evicted=None)
+def held_keys(rows: Rows) -> Tensor:
+    """Number of keys in the cache after the step, ``|R_t|``."""
+    heads = rows.full.shape[1]
+    return rows.held.sum(-1).to(rows.full.dtype).repeat_interleave(heads // rows.held.shape[2], dim=2)

@@ -1,0 +1,38 @@
+"""StreamingLLM: attention sinks and a sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvscope.policies.base import Policy, Protection, Step, at_least, parameter, policy
+
+
+@policy("streaming-llm")
+@dataclass(frozen=True)
+class StreamingLLM(Policy):
+    """Keep the first few keys, where surplus attention gathers, and the newest ones.
+
+    Score of key ``j``: its position ``j``; the first `sinks` keys are protected. arXiv:2309.17453, section 3.2;
+    code mit-han-lab/streaming-llm, ``kv_cache.py``. The published code also renumbers positions inside the cache;
+    an open-loop replay keeps the weights that were recorded at the original positions.
+
+    Example: budget 3, one sink; after step 5 the keys 0, 4 and 5 are held.
+    """
+
+    needs = frozenset()
+    scope = "layer"
+    paper = "arXiv:2309.17453 section 3.2"
+
+    sinks: int = parameter(4, "keys at the start that always stay")
+
+    def __post_init__(self) -> None:
+        at_least("sinks", self.sinks, 0)
+
+    def protect(self, budget: int) -> Protection:
+        return Protection(sinks=self.sinks)
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        score[..., -1] = step.t
+        return score

@@ -1,0 +1,99 @@
+"""Named things that a user can add to: policies, metrics, panels."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from kvscope.errors import UsageError
+
+T = TypeVar("T")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return a line that suggests the names nearest to `name`, or lists them all."""
+    known = sorted(names)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return f"Known: {', '.join(known)}."
+
+
+class Registry(Generic[T]):
+    """Classes or functions by name, from the package and from installed entry points.
+
+    Parameters
+    ----------
+    kind : str
+        What it holds, for messages: ``policy``.
+    group : str
+        Entry-point group that other packages use: ``kvscope.policies``.
+    """
+
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._members: dict[str, T] = {}
+        self._discovered = False
+
+    def register(self, name: str, member: T) -> T:
+        """Return `member`, now known as `name`.
+
+        Raises
+        ------
+        UsageError
+            If another member has that name.
+        """
+        present = self._members.get(name)
+        if present is not None and not _same_source(present, member):
+            raise UsageError(
+                f"{self.kind} {name!r} is registered twice: {_where(present)} and {_where(member)}",
+                "Give one of them another name.",
+            )
+        self._members[name] = member
+        return member
+
+    def get(self, name: str) -> T:
+        """Return the member called `name`.
+
+        Raises
+        ------
+        UsageError
+            If there is none; the message suggests the nearest names.
+        """
+        self._discover()
+        try:
+            return self._members[name]
+        except KeyError:
+            raise UsageError(f"no {self.kind} is called {name!r}", nearest(name, self._members)) from None
+
+    def names(self) -> list[str]:
+        """Return every name, in the order of registration."""
+        self._discover()
+        return list(self._members)
+
+    def items(self) -> list[tuple[str, T]]:
+        """Return every name and member, in the order of registration."""
+        self._discover()
+        return list(self._members.items())
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        self._discovered = True
+        for point in entry_points(group=self.group):
+            load: Callable[[], Any] = point.load
+            load()  # importing the module runs its decorator
+
+
+def _same_source(one: object, other: object) -> bool:
+    """Return whether both are the same definition, imported once more (a file given twice)."""
+    return _where(one) == _where(other)
+
+
+def _where(member: object) -> str:
+    code = getattr(member, "__code__", None)
+    file = getattr(code, "co_filename", None) or getattr(member, "__module__", "?")
+    return f"{file}:{getattr(member, '__qualname__', member)}"

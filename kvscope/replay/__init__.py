@@ -1,0 +1,1 @@
+"""Replays: the step every policy goes through, its scoring, and what is kept of it."""

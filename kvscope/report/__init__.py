@@ -1,0 +1,1 @@
+"""The report: plain data from opened replays and traces, drawn into one offline HTML page."""

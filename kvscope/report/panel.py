@@ -1,0 +1,79 @@
+"""What a panel is: a function from the input to plain data, and a script beside it that draws that data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvscope.errors import UsageError
+from kvscope.registry import Registry
+from kvscope.report.source import OFFERS, ReportInput
+
+Build = Callable[[ReportInput], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One part of the page.
+
+    Attributes
+    ----------
+    name : str
+        Identifies the panel in the page: its anchor and its drawing.
+    title : str
+        Heading.
+    order : int
+        Panels are shown from the smallest to the largest.
+    needs : frozenset of str
+        What the input must offer: ``summary``, ``fidelity``, ``residency``, ``trace``.
+    help : str
+        Two sentences: how to read this.
+    build : callable
+        From `ReportInput` to JSON-able data. A list of strings under ``notes`` is shown under the heading.
+    script : Path
+        JavaScript that draws the data: the file beside the function's module with the suffix ``.js``.
+    """
+
+    name: str
+    title: str
+    order: int
+    needs: frozenset[str]
+    help: str
+    build: Build
+    script: Path
+
+
+PANELS: Registry[Panel] = Registry("panel", "kvscope.panels")
+
+
+def panel(
+    name: str, *, title: str, order: int, needs: Iterable[str] = ("summary",), help: str
+) -> Callable[[Build], Build]:
+    """Return a decorator that registers a function from `ReportInput` to plain data as a panel.
+
+    Raises
+    ------
+    UsageError
+        If it needs what no report offers, or if no script of the same name lies beside the module.
+    """
+
+    def register(function: Build) -> Build:
+        wanted = frozenset(needs)
+        if not wanted <= OFFERS:
+            raise UsageError(
+                f"panel {name!r} needs {', '.join(sorted(wanted - OFFERS))}, which no report offers",
+                f"Choose from: {', '.join(sorted(OFFERS))}.",
+            )
+        script = Path(inspect.getfile(function)).with_suffix(".js")
+        if not script.is_file():
+            raise UsageError(
+                f"panel {name!r} has no drawing: {script} does not exist",
+                f"Write one that calls kvscope.drawing({name!r}, (box, data, page) => ...).",
+            )
+        PANELS.register(name, Panel(name, title, order, wanted, help, function, script))
+        return function
+
+    return register

@@ -1,0 +1,103 @@
+"""The frame of the page: one HTML document with its style, scripts and data inside, and no way to the network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+# What ends a script element early, or changes how the rest of it is read, whatever surrounds it.
+INERT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+DOCUMENT = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<meta name="generator" content="{generator}">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<noscript>This page draws itself with the scripts it carries; allow scripts to see it.</noscript>
+<div id="page"></div>
+<script type="application/json" id="data">{data}</script>
+<script>{plotly}</script>
+<script>{code}</script>
+</body>
+</html>
+"""
+
+
+def document(page: dict[str, Any], scripts: Sequence[str]) -> str:
+    """Return the HTML document of a page.
+
+    Parameters
+    ----------
+    page : dict
+        ``title``, ``generator`` and ``panels``, as plain data.
+    scripts : sequence of str
+        JavaScript of the drawings.
+    """
+    # plotly is the only heavy import of the room, and only drawing needs it
+    from plotly.offline import get_plotlyjs
+
+    plotly = element_text(get_plotlyjs())
+    code = element_text("\n".join(["'use strict';", asset("core.js"), *scripts, "kvscope.show();"]))
+    return DOCUMENT.format(
+        policy=security_policy([plotly, code]),
+        generator=html.escape(page["generator"]),
+        title=html.escape(page["title"]),
+        style=asset("page.css"),
+        data=inert_json(page),
+        plotly=plotly,
+        code=code,
+    )
+
+
+def inert_json(value: Any) -> str:
+    """Return JSON in ASCII, with sorted keys, that no HTML parser can take for anything but text."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for character, escaped in INERT.items():
+        text = text.replace(character, escaped)
+    return text
+
+
+def security_policy(scripts: Sequence[str]) -> str:
+    """Return a content security policy under which nothing is fetched and only these scripts run."""
+    hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
+        "connect-src 'none'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def element_text(script: str) -> str:
+    """Return a script as it may stand inside its element: one kind of line end, nothing that ends the element.
+
+    Raises
+    ------
+    ValueError
+        If the script holds ``</script`` or ``<!--``.
+    """
+    text = script.replace("\r\n", "\n").replace("\r", "\n")
+    lowered = text.lower()
+    for mark in ("</script", "<!--"):
+        if mark in lowered:
+            raise ValueError(f"a script of the page holds {mark!r} at character {lowered.index(mark)}")
+    return text
+
+
+def asset(name: str) -> str:
+    """Return the text of a file of the page's own style and script."""
+    return files("kvscope.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")

@@ -1,0 +1,1 @@
+"""Traces on disk: one schema, one writer, one reader."""

@@ -1,0 +1,278 @@
+"""Reading a trace: blocks of attention rows, norms, similarities, tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kvscope.errors import TraceError
+from kvscope.trace.schema import TraceHeader, layer_file, read_header
+from kvscope.trace.writer import checksum
+
+Floats = NDArray[np.float32]
+HOW = {
+    "value_norms": "Record it again with kvscope trace, or import it with value_l1, value_l2 or values.",
+    "key_norms": "Record it again with kvscope trace, or import it with key_l2 or keys.",
+    "similarity": "Record it again with kvscope trace, or import it with keys.",
+    "queries": "Record it again with kvscope trace, or import it with queries.",
+}
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence of a trace: its number, ``P``, ``T``, and whether its continuation was given."""
+
+    index: int
+    prompt: int
+    length: int
+    forced: bool = False
+
+
+class Trace:
+    """A whole trace on disk. Open one with `open_trace`.
+
+    Attributes
+    ----------
+    path : Path
+        Its folder.
+    header : TraceHeader
+        What was recorded, and how.
+    data : dict
+        All of ``trace.json``.
+    sequences : list of Sequence
+        Lengths.
+    """
+
+    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+        self.path, self.data = path, data
+        self.header = TraceHeader.from_json(data, path)
+        self.sequences = [
+            Sequence(index, entry["prompt"], entry["length"], bool(entry.get("forced")))
+            for index, entry in enumerate(data["sequences"])
+        ]
+        self._index: dict[int, list[tuple[int, int, int, int]]] = {}
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.resolve().name
+
+    @property
+    def layers(self) -> list[int]:
+        """Recorded layers, by their number in the model."""
+        return self.header.layers
+
+    @property
+    def heads(self) -> int:
+        """``H``, query heads of a layer."""
+        return self.header.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """``G``, key/value heads of a layer."""
+        return self.header.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """``D``, size of a head."""
+        return self.header.head_dim
+
+    @property
+    def stored(self) -> frozenset[str]:
+        """Signals that the trace holds."""
+        return frozenset(self.header.stored)
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 over the checksums of the files: two traces with the same content have the same."""
+        return hashlib.sha256(json.dumps(self.data["checksums"], sort_keys=True).encode()).hexdigest()
+
+    def attention(self, sequence: int, layer: int, start: int = 0, stop: int | None = None) -> Floats:
+        """Return rows of full-cache attention, float32 ``[H, stop - start, stop]``, zero above the diagonal.
+
+        Parameters
+        ----------
+        sequence, layer : int
+            Number of the sequence; layer of the model.
+        start, stop : int
+            Positions of the queries; to the end of the sequence by default.
+        """
+        stop = self.sequences[sequence].length if stop is None else stop
+        rows = np.zeros((self.heads, stop - start, stop), np.float32)
+        for table in self._row_groups(layer, sequence, start, stop):
+            position = table["position"].to_numpy()
+            inside = (position >= start) & (position < stop)
+            if not inside.all():
+                table = table.filter(pa.array(inside))
+            _scatter(rows, table["head"].to_numpy(), table["position"].to_numpy() - start, table["weights"])
+        return rows
+
+    def row_sums(self, sequence: int, layer: int) -> Floats:
+        """Return the sum of every row before it was rounded to 16 bit, float32 ``[H, T]``."""
+        table = self._read(layer_file("attention", layer), sequence, ["head", "position", "row_sum"])
+        return self._grid(table, "head", "row_sum", self.heads, sequence)
+
+    def value_norms(self, sequence: int, layer: int, order: Literal["l1", "l2"] = "l1") -> Floats:
+        """Return the norm of every value, float32 ``[G, T]``."""
+        return self._norms("value_norms", f"value_{order}", sequence, layer)
+
+    def key_norms(self, sequence: int, layer: int) -> Floats:
+        """Return the L2 norm of every key, float32 ``[G, T]``."""
+        return self._norms("key_norms", "key_l2", sequence, layer)
+
+    def similarity(self, sequence: int, layer: int) -> Floats:
+        """Return the cosine of every two keys as cached, float32 ``[G, T, T]``, symmetric, 1 on the diagonal."""
+        self._require("similarity")
+        table = self._read(layer_file("keys", layer), sequence, ["kv_head", "position", "similarity"])
+        length = self.sequences[sequence].length
+        below = np.zeros((self.kv_heads, length, length), np.float32)
+        _scatter(below, table["kv_head"].to_numpy(), table["position"].to_numpy(), table["similarity"])
+        return below + below.transpose(0, 2, 1) + np.eye(length, dtype=np.float32)
+
+    def mean_queries(self, sequence: int, layer: int) -> Floats:
+        """Return the query averaged over the query heads, float32 ``[T, D]``."""
+        self._require("queries")
+        table = self._read(layer_file("queries", layer), sequence, ["position", "mean_query"])
+        order = np.argsort(table["position"].to_numpy())
+        flat = table["mean_query"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return np.asarray(flat.reshape(len(order), -1)[order], np.float32)
+
+    def vectors(self, sequence: int, layer: int, which: Literal["queries", "keys", "values"]) -> Floats:
+        """Return the imported vectors, float32 ``[heads, T, D]``."""
+        self._require(f"vectors:{which}")
+        table = self._read(layer_file("states", layer), sequence, ["position", which])
+        flat = table[which].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        heads = self.heads if which == "queries" else self.kv_heads
+        return np.ascontiguousarray(flat.reshape(table.num_rows, heads, -1).transpose(1, 0, 2))
+
+    def tokens(self, sequence: int | None = None) -> pd.DataFrame:
+        """Return the tokens of one sequence or of all: the columns of ``tokens.parquet``."""
+        frame = self._table(self.path / "tokens.parquet").to_pandas()
+        return frame if sequence is None else frame[frame["sequence"] == sequence].reset_index(drop=True)
+
+    def _norms(self, signal: str, column: str, sequence: int, layer: int) -> Floats:
+        self._require(signal)
+        table = self._read(layer_file("keys", layer), sequence, ["kv_head", "position", column])
+        return self._grid(table, "kv_head", column, self.kv_heads, sequence)
+
+    def _grid(self, table: pa.Table, head: str, column: str, heads: int, sequence: int) -> Floats:
+        grid = np.full((heads, self.sequences[sequence].length), np.nan, np.float32)
+        grid[table[head].to_numpy(), table["position"].to_numpy()] = table[column].to_numpy()
+        return grid
+
+    def _require(self, signal: str) -> None:
+        if signal not in self.stored:
+            raise TraceError(
+                f"trace {self.path} does not hold {signal}", HOW.get(signal, "Import it with that array.")
+            )
+
+    def _read(self, name: str, sequence: int, columns: list[str]) -> pa.Table:
+        return self._table(self.path / name, columns=columns, filters=[("sequence", "=", sequence)])
+
+    def _table(self, file: Path, **options: Any) -> pa.Table:
+        try:
+            return pq.read_table(file, partitioning=None, **options)
+        except (OSError, pa.ArrowException) as error:
+            raise _damaged(self.path, file.relative_to(self.path), "it cannot be read") from error
+
+    def _row_groups(self, layer: int, sequence: int, start: int, stop: int) -> list[pa.Table]:
+        name = layer_file("attention", layer)
+        try:
+            with pq.ParquetFile(self.path / name) as file:
+                if layer not in self._index:
+                    self._index[layer] = _ranges(file.metadata)
+                wanted = [
+                    number
+                    for number, (of, first, last, _) in enumerate(self._index[layer])
+                    if of == sequence and first < stop and last >= start
+                ]
+                return [file.read_row_group(number, columns=["head", "position", "weights"]) for number in wanted]
+        except (OSError, pa.ArrowException) as error:
+            raise _damaged(self.path, Path(name), "it cannot be read") from error
+
+
+def open_trace(path: Path | str, *, verify: bool = False) -> Trace:
+    """Return a whole trace.
+
+    Parameters
+    ----------
+    path : Path or str
+        Its folder.
+    verify : bool
+        Whether to compare the checksum of every file too; sizes are compared always.
+
+    Raises
+    ------
+    TraceError
+        Nothing there, not a trace, older, newer, incomplete, or damaged: each says which.
+    """
+    path = Path(path)
+    data = read_header(path)
+    for name, size in data["sizes"].items():
+        file = path / name
+        if not file.is_file():
+            raise _damaged(path, Path(name), "it is missing")
+        if file.stat().st_size != size:
+            raise _damaged(path, Path(name), f"it has {file.stat().st_size} bytes instead of {size}")
+        if verify and checksum(file) != data["checksums"][name]:
+            raise _damaged(path, Path(name), "its checksum is another")
+    return Trace(path, data)
+
+
+def newest_trace(folder: Path = Path("traces")) -> Path:
+    """Return the newest whole trace under `folder`.
+
+    Raises
+    ------
+    TraceError
+        If there is none.
+    """
+    found: list[tuple[str, float, Path]] = []
+    for candidate in folder.iterdir() if folder.is_dir() else []:
+        try:
+            data = read_header(candidate)
+        except TraceError:
+            continue  # unfinished, foreign or of another version: not what "newest whole trace" means
+        found.append((data["created"], candidate.stat().st_mtime, candidate))
+    if not found:
+        raise TraceError(f"no whole trace under {folder}/", "Record one: kvscope trace --model demo prompt.txt")
+    return max(found)[2]
+
+
+def _ranges(metadata: pq.FileMetaData) -> list[tuple[int, int, int, int]]:
+    """Return sequence, first and last position, and rows of every row group."""
+    names = [metadata.schema.column(index).name for index in range(metadata.num_columns)]
+    ranges = []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        sequence = group.column(names.index("sequence")).statistics
+        position = group.column(names.index("position")).statistics
+        ranges.append((sequence.min, position.min, position.max, group.num_rows))
+    return ranges
+
+
+def _scatter(target: Floats, head: NDArray[Any], query: NDArray[Any], rows: pa.ChunkedArray) -> None:
+    """Put list rows into ``target[head, query, :len]``, without a loop over rows."""
+    lists = rows.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):
+        lists = lists.chunk(0)
+    lengths = np.diff(lists.offsets.to_numpy())
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    starts = (head.astype(np.int64) * target.shape[1] + query) * target.shape[2]
+    before = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    where = np.repeat(starts - before, lengths) + np.arange(len(values))
+    target.reshape(-1)[where] = values
+
+
+def _damaged(path: Path, file: Path, why: str) -> TraceError:
+    return TraceError(f"trace {path} is damaged: {file}: {why}", "Record it again, or restore the file from a copy.")

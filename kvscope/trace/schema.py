@@ -1,0 +1,241 @@
+"""The files of a trace: columns, types, units, and what changed from version to version.
+
+A trace is a folder: ``trace.json`` says what it is, Parquet files hold the data, one file per layer. A change of this
+module is a change of the format: raise `SCHEMA_VERSION` and add a line to `HISTORY`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from kvscope.errors import TraceError
+
+KIND = "kvscope-trace"
+HEADER = "trace.json"
+SCHEMA_VERSION = 1
+HISTORY = {1: "first version: store maps (attention rows, norms, similarities, mean queries)"}
+
+
+def _column(name: str, kind: pa.DataType, about: str) -> pa.Field:
+    return pa.field(name, kind, nullable=False, metadata={"about": about})
+
+
+def _list(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("item", kind, nullable=False))
+
+
+TOKENS = pa.schema(
+    [
+        _column("sequence", pa.int32(), "number of the sequence, from 0"),
+        _column("position", pa.int32(), "position in the sequence, from 0"),
+        _column("token_id", pa.int64(), "id in the model's vocabulary; -1 where unknown (imported maps)"),
+        _column("text", pa.string(), "what the token adds to the text"),
+        _column("is_prompt", pa.bool_(), "whether the token belongs to the prompt"),
+        _column("logprob", pa.float32(), "log-probability of the token under the full cache, nats; NaN for the first"),
+        _column("entropy", pa.float32(), "entropy of the distribution that the token was drawn from, nats; NaN for the first"),
+    ]
+)
+ATTENTION = pa.schema(
+    [
+        _column("sequence", pa.int32(), "number of the sequence"),
+        _column("layer", pa.int32(), "layer of the model, from 0"),
+        _column("head", pa.int32(), "query head"),
+        _column("position", pa.int32(), "position of the query"),
+        _column("row_sum", pa.float32(), "sum of the weights before rounding; below 1 where a learned sink takes a share"),
+        _column("weights", _list(pa.float16()), "attention after softmax on keys 0..position"),
+    ]
+)
+KEYS = pa.schema(
+    [
+        _column("sequence", pa.int32(), "number of the sequence"),
+        _column("layer", pa.int32(), "layer of the model"),
+        _column("kv_head", pa.int32(), "key/value head"),
+        _column("position", pa.int32(), "position of the key"),
+        _column("value_l1", pa.float32(), "L1 norm of the value; NaN where not stored"),
+        _column("value_l2", pa.float32(), "L2 norm of the value; NaN where not stored"),
+        _column("key_l2", pa.float32(), "L2 norm of the key; NaN where not stored"),
+        _column("similarity", _list(pa.float16()), "cosine with each earlier key, as cached; empty where not stored"),
+    ]
+)
+QUERIES = pa.schema(
+    [
+        _column("sequence", pa.int32(), "number of the sequence"),
+        _column("layer", pa.int32(), "layer of the model"),
+        _column("position", pa.int32(), "position of the query"),
+        _column("mean_query", _list(pa.float32()), "query after rotary embedding, mean over the query heads, D numbers"),
+    ]
+)
+STATES = pa.schema(
+    [
+        _column("sequence", pa.int32(), "number of the sequence"),
+        _column("layer", pa.int32(), "layer of the model"),
+        _column("position", pa.int32(), "position of the token"),
+        _column("queries", _list(pa.float32()), "queries of all heads, H x D numbers; empty where not stored"),
+        _column("keys", _list(pa.float32()), "keys of all key/value heads, G x D numbers; empty where not stored"),
+        _column("values", _list(pa.float32()), "values of all key/value heads, G x D numbers; empty where not stored"),
+    ]
+)
+FILES = {
+    "tokens.parquet": ("one token of one sequence", TOKENS),
+    "attention/layer=NNN.parquet": ("one query of one head", ATTENTION),
+    "keys/layer=NNN.parquet": ("one key of one key/value head", KEYS),
+    "queries/layer=NNN.parquet": ("one query of one layer", QUERIES),
+    "states/layer=NNN.parquet": ("one token of one layer (imported vectors)", STATES),
+}
+
+
+def layer_file(kind: str, layer: int) -> str:
+    """Return the path of a layer's file inside the trace: ``attention/layer=003.parquet``."""
+    return f"{kind}/layer={layer:03d}.parquet"
+
+
+@dataclass(frozen=True)
+class TraceHeader:
+    """What ``trace.json`` says of a trace, apart from what is known only at its end.
+
+    Attributes
+    ----------
+    source : str
+        ``model`` or ``import``.
+    protocol : str
+        ``generated``, ``forced`` (the continuation was given) or ``import``.
+    model : dict
+        ``id``, ``revision``, ``config``, ``dtype``, ``attention``.
+    layers : list of int
+        Recorded layers; `layer_types` (``full`` or ``sliding``) and `sliding_window` (keys, or None) go with them.
+    n_layers, heads, kv_heads, head_dim : int
+        ``L`` of the model, ``H``, ``G``, ``D``.
+    learned_sinks : bool
+        Whether rows sum to less than one because a learned sink takes part in the softmax.
+    softcap : float or None
+        Cap of the attention logits.
+    stored : list of str
+        Signals: ``maps``, ``value_norms``, ``key_norms``, ``similarity``, ``queries``, ``vectors:keys`` and so on.
+    prompts : list of dict
+        ``file``, ``sha256`` and ``text`` of each prompt.
+    """
+
+    source: str
+    protocol: str
+    model: dict[str, Any]
+    layers: list[int]
+    n_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layer_types: list[str]
+    sliding_window: list[int | None]
+    learned_sinks: bool = False
+    softcap: float | None = None
+    stored: list[str] = field(default_factory=lambda: ["maps"])
+    prompts: list[dict[str, Any]] = field(default_factory=list)
+    device: str = "cpu"
+    seed: int | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    command: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the header as plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], path: Path) -> TraceHeader:
+        """Return the header in the content of ``trace.json``.
+
+        Raises
+        ------
+        TraceError
+            If a field is missing: the file was edited or is damaged.
+        """
+        names = {item.name for item in fields(cls)}
+        try:
+            return cls(**{name: value for name, value in data.items() if name in names})
+        except TypeError as error:
+            raise TraceError(
+                f"{path / HEADER} is damaged: {error}".replace("TraceHeader.__init__() ", ""), "Record the trace again."
+            ) from error
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the content of ``trace.json``, of a whole trace of this version.
+
+    Raises
+    ------
+    TraceError
+        Each with its own message: nothing there, not a trace, older, newer, incomplete, damaged.
+    """
+    file = path / HEADER
+    if not path.exists():
+        unfinished = path.with_name(path.name + ".incomplete")
+        if unfinished.exists():
+            raise TraceError(f"trace {path} is incomplete: recording stopped before its end", _again(unfinished))
+        raise TraceError(f"no trace at {path}", "Record one: kvscope trace --model demo prompt.txt")
+    if not file.is_file():
+        raise TraceError(f"{path} is not a kvscope trace: it has no {HEADER}", "Name a folder under traces/.")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise TraceError(f"trace {path} is damaged: {HEADER} is no JSON ({error})", "Record the trace again.") from error
+    if not isinstance(data, dict) or data.get("kind") != KIND:
+        raise TraceError(f"{path} is not a kvscope trace: {HEADER} is of another kind", "Name a folder under traces/.")
+    version = data.get("schema")
+    if not isinstance(version, int) or version < SCHEMA_VERSION:
+        raise TraceError(f"trace {path} has the older format {version}", "Record it again with this kvscope.")
+    if version > SCHEMA_VERSION:
+        raise TraceError(
+            f"trace {path} has format {version}, newer than this kvscope reads ({SCHEMA_VERSION})", "Update kvscope."
+        )
+    if not data.get("complete"):
+        raise TraceError(f"trace {path} is incomplete: recording stopped before its end", _again(path))
+    return data
+
+
+def _again(path: Path) -> str:
+    return f"Record it again; {path} can be removed."
+
+
+def estimate_bytes(
+    *,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    lengths: Sequence[int],
+    similarity: bool = True,
+    queries: bool = True,
+) -> int:
+    """Return about how many bytes a trace of these sizes takes on disk (store maps)."""
+    total = 0
+    for length in lengths:
+        pairs = length * (length + 1) // 2
+        total += layers * heads * (2 * pairs + 24 * length)
+        total += layers * kv_heads * (28 * length + (2 * pairs if similarity else 0))
+        total += layers * length * (4 * head_dim + 12) if queries else 0
+        total += 32 * length
+    return total + 4096 * (1 + 3 * layers)
+
+
+def describe() -> str:
+    """Return the documentation of every file and column, as Markdown."""
+    lines = [
+        "# The trace format",
+        "",
+        f"Version {SCHEMA_VERSION}. A trace is a folder with `{HEADER}` and these Parquet files.",
+        "",
+    ]
+    for name, (row, schema) in FILES.items():
+        lines += [f"## `{name}`", "", f"One row is {row}.", "", "| column | type | what it is |", "|---|---|---|"]
+        for column in schema:
+            kind = str(column.type).replace("item: ", "").replace(" not null", "")
+            lines.append(f"| `{column.name}` | `{kind}` | {column.metadata[b'about'].decode()} |")
+        lines.append("")
+    lines += ["## History", "", *(f"- {version}: {what}" for version, what in HISTORY.items()), ""]
+    return "\n".join(lines)

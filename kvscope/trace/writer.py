@@ -1,0 +1,345 @@
+"""Writing a trace: blocks come in, row groups go out, and only a finished trace gets its name."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kvscope.errors import TraceError
+from kvscope.trace.schema import ATTENTION, HEADER, KEYS, KIND, QUERIES, SCHEMA_VERSION, STATES, TOKENS, TraceHeader, layer_file
+
+ROW_GROUP_VALUES = 4 * 2**20  # list items of one row group: 8 MiB of float16, so that a reader can take a part
+COMPRESSION = "lz4"
+Array = NDArray[Any]
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that holds `path`, or its nearest parent that exists."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raise TraceError if the disk of `path` has fewer than `needed` bytes free."""
+    free = free_bytes(path)
+    if needed > free:
+        raise TraceError(
+            f"the trace needs about {needed / 1e9:.2f} GB, and the disk of {path} has {free / 1e9:.2f} GB free",
+            "Record fewer layers (--layers) or a shorter prompt, or name a place on another disk (--output).",
+        )
+
+
+class TraceWriter:
+    """Records one trace into ``PATH.incomplete`` and gives it its name at `finish`.
+
+    Parameters
+    ----------
+    path : Path
+        Folder of the trace.
+    header : TraceHeader
+        What is known before the start.
+    force : bool
+        Whether an existing trace may be replaced, once this one is whole.
+
+    Raises
+    ------
+    TraceError
+        If `path` exists, another process is writing it, or the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, header: TraceHeader, *, force: bool = False) -> None:
+        self.path, self.header, self._force = Path(path), header, force
+        self.work = self.path.with_name(self.path.name + ".incomplete")
+        if self.path.exists() and not force:
+            raise TraceError(f"{self.path} exists", "Name another with --output, or replace it with --force.")
+        _clear(self.work)
+        self.bytes_written = 0
+        self._files: dict[str, _File] = {}
+        try:
+            self.work.mkdir(parents=True)
+            self._write_header({"complete": False, "writer": {"pid": os.getpid(), "host": socket.gethostname()}})
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.abandon()
+
+    def attention(self, layer: int, sequence: int, first: int, rows: Array) -> None:
+        """Write rows ``[H, q, >= first + q]``: query ``i`` is position ``first + i`` and has ``first + i + 1`` weights.
+
+        Blocks of one layer come in ascending order of sequence and position.
+
+        Raises
+        ------
+        TraceError
+            If a weight is not a number, negative, or the disk is full.
+        """
+        heads, count, _ = rows.shape
+        length = first + count
+        inside = np.tri(count, length, first, dtype=bool)
+        flat = rows[:, :, :length][:, inside]  # [H, sum of row lengths]
+        if not (np.isfinite(flat).all() and (flat >= 0).all()):
+            raise self._bad_weight(layer, first, rows[:, :, :length], inside)
+        lengths = np.tile(np.arange(first + 1, length + 1), heads)
+        sums = np.where(inside, rows[:, :, :length], 0).sum(-1, dtype=np.float32)
+        columns = {
+            "sequence": np.full(heads * count, sequence, np.int32),
+            "layer": np.full(heads * count, layer, np.int32),
+            "head": np.repeat(np.arange(heads, dtype=np.int32), count),
+            "position": np.tile(np.arange(first, length, dtype=np.int32), heads),
+            "row_sum": sums.ravel(),
+            "weights": (flat.ravel().astype(np.float16), lengths),
+        }
+        self._add(layer_file("attention", layer), ATTENTION, columns)
+
+    def keys(
+        self,
+        layer: int,
+        sequence: int,
+        first: int,
+        *,
+        value_l1: Array | None = None,
+        value_l2: Array | None = None,
+        key_l2: Array | None = None,
+        similarity: Array | None = None,
+    ) -> None:
+        """Write norms ``[G, n]`` of keys from position `first` on, and their cosines ``[G, n, >= first + n]``."""
+        given = next(array for array in (value_l1, value_l2, key_l2, similarity) if array is not None)
+        heads, count = given.shape[:2]
+        length = first + count
+        lengths = np.tile(np.arange(first, length), heads) if similarity is not None else np.zeros(heads * count, int)
+        earlier = np.tri(count, length, first - 1, dtype=bool)
+        cosines = np.zeros(0, np.float16) if similarity is None else similarity[:, :, :length][:, earlier].ravel()
+        columns = {
+            "sequence": np.full(heads * count, sequence, np.int32),
+            "layer": np.full(heads * count, layer, np.int32),
+            "kv_head": np.repeat(np.arange(heads, dtype=np.int32), count),
+            "position": np.tile(np.arange(first, length, dtype=np.int32), heads),
+            "similarity": (cosines.astype(np.float16), lengths),
+        }
+        for name, norm in (("value_l1", value_l1), ("value_l2", value_l2), ("key_l2", key_l2)):
+            columns[name] = np.full(heads * count, np.nan, np.float32) if norm is None else norm.ravel().astype(np.float32)
+        self._add(layer_file("keys", layer), KEYS, columns)
+
+    def queries(self, layer: int, sequence: int, first: int, mean_query: Array) -> None:
+        """Write mean queries ``[n, D]`` from position `first` on."""
+        count, size = mean_query.shape
+        columns = {
+            "sequence": np.full(count, sequence, np.int32),
+            "layer": np.full(count, layer, np.int32),
+            "position": np.arange(first, first + count, dtype=np.int32),
+            "mean_query": (mean_query.astype(np.float32).ravel(), np.full(count, size)),
+        }
+        self._add(layer_file("queries", layer), QUERIES, columns)
+
+    def vectors(self, layer: int, sequence: int, **given: Array) -> None:
+        """Write ``queries``, ``keys``, ``values`` of a whole sequence, each ``[heads, T, D]``."""
+        count = next(iter(given.values())).shape[1]
+        columns: dict[str, Any] = {
+            "sequence": np.full(count, sequence, np.int32),
+            "layer": np.full(count, layer, np.int32),
+            "position": np.arange(count, dtype=np.int32),
+        }
+        for name in ("queries", "keys", "values"):
+            array = given.get(name)
+            flat = np.zeros((count, 0), np.float32) if array is None else array.transpose(1, 0, 2).reshape(count, -1)
+            columns[name] = (flat.astype(np.float32).ravel(), np.full(count, flat.shape[1]))
+        self._add(layer_file("states", layer), STATES, columns)
+
+    def tokens(
+        self,
+        sequence: int,
+        *,
+        token_id: Sequence[int] | Array,
+        text: Sequence[str],
+        is_prompt: Sequence[bool] | Array,
+        logprob: Sequence[float] | Array,
+        entropy: Sequence[float] | Array,
+    ) -> None:
+        """Write the tokens of a sequence, one value for each position; NaN where a number is unknown."""
+        count = len(token_id)
+        columns = {
+            "sequence": np.full(count, sequence, np.int32),
+            "position": np.arange(count, dtype=np.int32),
+            "token_id": np.asarray(token_id, np.int64),
+            "text": pa.array(text, pa.string()),
+            "is_prompt": np.asarray(is_prompt, bool),
+            "logprob": np.asarray(logprob, np.float32),
+            "entropy": np.asarray(entropy, np.float32),
+        }
+        self._add("tokens.parquet", TOKENS, columns)
+
+    def finish(self, sequences: Sequence[dict[str, Any]]) -> Path:
+        """Close the files, note sizes and checksums, and give the trace its name.
+
+        Parameters
+        ----------
+        sequences : sequence of dict
+            ``prompt`` (``P``), ``length`` (``T``) and ``forced`` of each sequence.
+
+        Returns
+        -------
+        Path
+            The folder of the finished trace.
+        """
+        try:
+            for file in self._files.values():
+                file.close()
+            sizes = {name: (self.work / name).stat().st_size for name in sorted(self._files)}
+            self._write_header(
+                {
+                    "complete": True,
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "sequences": list(sequences),
+                    "bytes": sum(sizes.values()),
+                    "sizes": sizes,
+                    "checksums": {name: checksum(self.work / name) for name in sizes},
+                }
+            )
+            if self._force and self.path.exists():
+                shutil.rmtree(self.path)
+            self.work.rename(self.path)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        return self.path
+
+    def _add(self, name: str, schema: pa.Schema, columns: dict[str, Any]) -> None:
+        try:
+            if name not in self._files:
+                (self.work / name).parent.mkdir(exist_ok=True)
+                self._files[name] = _File(self.work / name, schema)
+            self.bytes_written += self._files[name].add(columns)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def _write_header(self, late: dict[str, Any]) -> None:
+        data = {"kind": KIND, "schema": SCHEMA_VERSION, **self.header.to_json(), **late}
+        text = json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n"
+        (self.work / HEADER).write_text(text, encoding="utf-8", errors="surrogatepass")
+
+    def _bad_weight(self, layer: int, first: int, rows: Array, inside: Array) -> TraceError:
+        bad = inside & ~(np.isfinite(rows) & (rows >= 0))
+        head, query, key = (int(axis[0]) for axis in np.nonzero(bad))
+        return TraceError(
+            f"layer {layer}, head {head}, position {first + query}: weight {rows[head, query, key]} on key {key}",
+            "Attention weights are finite and not negative: try --dtype float32.",
+        )
+
+
+class _File:
+    """One Parquet file that collects blocks until a row group is full."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._sink = path.open("wb")
+        self._writer = pq.ParquetWriter(self._sink, schema, compression=COMPRESSION, use_dictionary=["text"])
+        self._pending: list[dict[str, Any]] = []
+        self._values = 0
+        self._told = 0
+
+    def add(self, columns: dict[str, Any]) -> int:
+        """Take a block; returns the bytes that reached the file since the last call."""
+        if self._pending and self._pending[-1]["sequence"][0] != columns["sequence"][0]:
+            self._flush()
+        self._pending.append(columns)
+        self._values += sum(len(column[0]) if isinstance(column, tuple) else len(column) for column in columns.values())
+        if self._values >= ROW_GROUP_VALUES:
+            self._flush()
+        written = self._sink.tell() - self._told
+        self._told += written
+        return written
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+        self._sink.close()
+
+    def abandon(self) -> None:
+        """Let go of the file, without a word about a disk that is full already."""
+        if not self._sink.closed:
+            self._pending = []
+            try:
+                self._writer.close()
+                self._sink.close()
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        arrays = [_join([block[column.name] for block in self._pending], column.type) for column in self.schema]
+        table = pa.Table.from_arrays(arrays, schema=self.schema)
+        self._pending, self._values = [], 0
+        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+
+
+def _join(parts: list[Any], kind: pa.DataType) -> pa.Array:
+    if isinstance(parts[0], tuple):
+        values = np.concatenate([values for values, _ in parts])
+        lengths = np.concatenate([lengths for _, lengths in parts])
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        return pa.ListArray.from_arrays(offsets, pa.array(values, kind.value_type), type=kind)
+    if isinstance(parts[0], pa.Array):
+        return pa.concat_arrays(parts)
+    return pa.array(np.concatenate(parts), kind)
+
+
+def checksum(file: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _clear(work: Path) -> None:
+    """Remove what a killed run left; refuse while its process still writes."""
+    if not work.exists():
+        return
+    try:
+        writer = json.loads((work / HEADER).read_text(encoding="utf-8"))["writer"]
+        alive = writer["host"] == socket.gethostname() and writer["pid"] != os.getpid() and _runs(writer["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        alive = False
+    if alive:
+        raise TraceError(
+            f"process {writer['pid']} is writing {work}", "Wait for it, or name another trace with --output."
+        )
+    shutil.rmtree(work)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _unwritable(path: Path, error: OSError) -> TraceError:
+    if error.errno == errno.ENOSPC:
+        return TraceError(f"the disk of {path} is full", "Free some space, record fewer layers (--layers), or use another disk.")
+    return TraceError(f"cannot write {path}: {error.strerror or error}", "Name a folder that can be written, with --output.")

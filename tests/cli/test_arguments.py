@@ -1,0 +1,53 @@
+"""What the words of a command line mean, before any room is asked."""
+
+import pytest
+
+from kvscope.cli.replay import split
+from kvscope.cli.trace import _layers as layers
+from kvscope.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("words", "trace", "params"),
+    [
+        ([], None, {}),
+        (["traces/a"], "traces/a", {}),
+        (["--alpha", "0.7"], None, {"alpha": "0.7"}),
+        (["--alpha=0.7", "a"], "a", {"alpha": "0.7"}),
+        (["--alpha", "-1", "a"], "a", {"alpha": "-1"}),  # a negative number is a value, the policy judges it
+        (["--compare-every", "5"], None, {"compare_every": "5"}),
+        (["--base=a=b"], None, {"base": "a=b"}),
+    ],
+)
+def test_split(words: list[str], trace: str | None, params: dict[str, str]) -> None:
+    assert split(words) == (trace, params)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["a", "b"], "two traces: a and b"),
+        (["--alpha"], "--alpha has no value"),
+        (["--alpha", "--recent", "3"], "--alpha has no value"),
+        (["--alpha", "1", "--alpha", "2"], "--alpha is given twice"),
+        (["-z"], "no option -z"),
+        (["--"], "no option --"),
+    ],
+)
+def test_split_refuses(words: list[str], what: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        split(words)
+    assert caught.value.what == what
+    assert caught.value.todo
+
+
+def test_layers() -> None:
+    assert layers(None) is None
+    assert layers("0") == [0]
+    assert layers("3, 0,8-10,9") == [0, 3, 8, 9, 10]
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,", "3-1", "1-", "-1", "1.5"])
+def test_layers_refuses(text: str) -> None:
+    with pytest.raises(UsageError, match="is no layer"):
+        layers(text)

@@ -1,0 +1,199 @@
+"""The commands one after another, as a user types them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import LENGTH, PROMPT, Run
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_four_lines(run: Run) -> None:
+    Path("prompt.txt").write_text(
+        "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: "
+        "once or twice she had peeped into the book her sister was reading, but it had no pictures."
+    )
+    done = run("trace", "--model", "demo", "prompt.txt")
+    assert done.status == 0, done.err
+    assert Path("traces/prompt-demo/trace.json").is_file()
+
+    done = run("replay", "--policy", "a2sf", "--alpha", "0.7")
+    assert done.status == 0, done.err
+    assert "traces/prompt-demo" in done.err, "what was taken is said"
+    assert "20%" in done.err
+    run_json = json.loads(Path("reports/prompt-demo-a2sf/run.json").read_text())
+    assert run_json["runs"][0]["params"]["alpha"] == 0.7
+    assert run_json["runs"][0]["budget"] == "20%"
+    assert run_json["runs"][0]["prefill"] == "full"
+    assert run_json["command"] == "kvscope replay --policy a2sf --alpha 0.7"
+
+    done = run("report")
+    assert done.status == 0, done.err
+    assert done.out.strip() == "reports/prompt-demo-a2sf.html"
+    assert "reports/prompt-demo-a2sf" in done.err
+    assert Path("reports/prompt-demo-a2sf.html").stat().st_size > 10_000
+
+    for name in ("OLD", "NEW"):
+        assert run("replay", "--policy", "a2sf", "-o", name).status == 0
+    done = run("diff", "OLD", "NEW")
+    assert done.status == 0, done.err
+
+
+def test_a_second_run_takes_a_second_name(run: Run, small: Path) -> None:
+    for _ in range(2):
+        assert run("replay", "--policy", "a2sf", "-q").status == 0
+    assert {path.name for path in Path("reports").iterdir()} == {"small-a2sf", "small-a2sf-2"}
+
+
+def test_every_policy_and_several_budgets(run: Run, small: Path) -> None:
+    done = run(
+        "replay",
+        "--policy",
+        "all",
+        "--budget",
+        "40%,60%",
+        "--budget",
+        "6",
+        "--prefill",
+        "stream",
+        "--json",
+        "-q",
+    )
+    assert done.status == 0, done.err
+    assert done.err == ""
+    summary = json.loads(done.out)
+    from kvscope.policies import POLICIES
+
+    assert {row["policy"] for row in summary["runs"]} == set(POLICIES.names())
+    assert {row["budget"] for row in summary["runs"] if row["policy"] == "tova"} == {"40%", "60%", "6"}
+    assert {row["prefill"] for row in summary["runs"]} == {"stream"}
+    assert Path("reports/small-all/summary.json").is_file()
+
+
+def test_the_table_of_a_replay(run: Run, small: Path) -> None:
+    done = run("replay", "--policy", "full", "--policy", "tova", "--budget", "40%")
+    assert done.status == 0, done.err
+    assert "tova" in done.out
+    assert "full prefill" in done.out
+    assert "open loop" in done.out
+    assert "nothing was evicted" in done.out
+
+
+def test_diff_finds_a_regression(run: Run, small: Path) -> None:
+    assert run("replay", "--policy", "a2sf", "--budget", "50%", "-o", "old", "-q").status == 0
+    assert run("replay", "--policy", "a2sf", "--budget", "50%", "-o", "new", "-q").status == 0
+    file = Path("reports/new/summary.json")
+    worse = json.loads(file.read_text())
+    worse["runs"][0]["metrics"]["retained_mass"]["mean"] -= 0.05
+    Path("worse.json").write_text(json.dumps(worse))
+
+    assert run("diff", "old", "new").status == 0
+    done = run("diff", "old", "worse.json")
+    assert done.status == 3
+    assert "retained_mass" in done.out
+    assert run("diff", "old", "worse.json", "--tolerance", "0.1").status == 0
+    assert run("diff", "old", "worse.json", "--tolerance", "retained_mass=0.06").status == 0
+    assert run("diff", "old", "worse.json", "--tolerance", "ideal_cosine=0.06").status == 3
+    told = json.loads(run("diff", "old", "worse.json", "--json").out)
+    assert told["regressions"]
+
+
+def test_diff_of_different_traces_is_an_error(run: Run, small: Path, npz: Path) -> None:
+    assert run("replay", "--policy", "a2sf", "--budget", "50%", "-o", "old", "-q").status == 0
+    assert run("replay", "--policy", "a2sf", "--budget", "50%", "--prefill", "stream", "-o", "new", "-q").status == 0
+    done = run("diff", "old", "new")
+    assert done.status == 1
+    done.two_lines()
+
+
+def test_info(run: Run, small: Path) -> None:
+    told = json.loads(run("info", "small", "--json").out)
+    assert told["sequences"] == [{"prompt": PROMPT, "length": LENGTH, "forced": told["sequences"][0]["forced"]}]
+    assert (told["heads"], told["layers"], told["whole"], told["verified"]) == (4, [0, 1], True, False)
+    assert told["bytes"] == sum(file.stat().st_size for file in small.rglob("*") if file.is_file())
+    table = run("info", "small").out
+    assert f"{PROMPT} + {LENGTH - PROMPT}" in table
+    assert "traces/small" in table
+
+
+def test_policies(run: Run) -> None:
+    rows = {row["name"]: row for row in json.loads(run("policies", "--json").out)}
+    assert {"full", "random", "window", "streaming-llm", "h2o", "tova", "a2sf"} <= set(rows)
+    assert [item["name"] for item in rows["a2sf"]["parameters"]][0] == "alpha"
+    table = run("policies").out
+    assert all(name in table for name in rows)
+    one = run("policies", "a2sf").out
+    assert "--alpha" in one
+    assert "2407.20485" in one
+    assert "no parameters" in run("policies", "tova").out
+
+
+def test_the_policy_of_the_readme(run: Run, small: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n# (mine\.py)\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    assert len(code[2].strip().splitlines()) <= 22
+    Path(code[1]).write_text(code[2])
+    command = re.search(r"^kvscope (replay --policy mine\.py.*)$", text, re.MULTILINE)
+    assert command is not None
+    done = run(*command[1].split(), "--budget", "50%", "-o", "mine")
+    assert done.status == 0, done.err
+    runs = json.loads(Path("reports/mine/run.json").read_text())["runs"]
+    assert [row["policy"] for row in runs] == ["fading-max", "h2o"]
+    assert runs[0]["params"]["fade"] == 0.8
+
+
+def test_a_report_whose_trace_is_gone_says_so(run: Run, small: Path) -> None:
+    assert run("replay", "--policy", "a2sf", "-o", "mine", "-q").status == 0
+    small.rename("traces/moved")
+    done = run("report", "mine")
+    assert done.status == 0, done.err
+    assert "warning" in done.err
+
+
+def test_several_replays_in_one_report(run: Run, small: Path) -> None:
+    for policy in ("a2sf", "tova"):
+        assert run("replay", "--policy", policy, "-o", policy, "-q").status == 0
+    done = run("report", "a2sf", "tova", "--json")
+    assert done.status == 0, done.err
+    assert json.loads(done.out) == {
+        "report": "reports/a2sf+tova.html",
+        "replays": ["reports/a2sf", "reports/tova"],
+    }
+
+
+def test_quiet_leaves_stderr_empty(run: Run, small: Path) -> None:
+    for command in (["info"], ["replay", "--policy", "a2sf"], ["report"]):
+        done = run(*command, "--quiet")
+        assert done.status == 0, done.err
+        assert done.err == ""
+
+
+@pytest.mark.parametrize("width", [100, 80])
+def test_tables_fit_the_terminal(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for command in (
+        ["policies"],
+        ["policies", "a2sf"],
+        ["info"],
+        ["replay", "--policy", "all", "--budget", "60%"],
+    ):
+        out = run(*command).out
+        assert max(map(len, out.splitlines())) <= width, command
+
+
+def test_demo(run: Run) -> None:
+    done = run("demo")
+    assert done.status == 0, done.err
+    page = re.search(r"report: (\S+\.html)", done.out)
+    assert page is not None
+    assert Path(page[1]).is_file()
+    summary = json.loads(next(Path("reports").glob("*/summary.json")).read_text())
+    assert {row["budget"] for row in summary["runs"] if row["policy"] == "a2sf"} == {"10%", "20%", "40%"}
+    trace = json.loads(next(Path("traces").glob("*/trace.json")).read_text())
+    (sequence,) = trace["sequences"]
+    assert sequence["prompt"] >= 512
+    assert sequence["length"] - sequence["prompt"] == 128

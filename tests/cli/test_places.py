@@ -1,0 +1,66 @@
+"""Where things are found and where they go: nothing is overwritten, nothing lands in a strange place."""
+
+from pathlib import Path
+
+import pytest
+
+from kvscope.cli.places import TRACES, joined, place, readable
+from kvscope.errors import KvscopeError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_first_free_name_is_taken() -> None:
+    assert place(TRACES, None, "a", force=False) == Path("traces/a")
+    Path("traces/a").mkdir(parents=True)
+    assert place(TRACES, None, "a", force=False) == Path("traces/a-2")
+    Path("traces/a-2.incomplete").mkdir()
+    assert place(TRACES, None, "a", force=False) == Path("traces/a-3")
+    Path("traces/a-3").symlink_to("nowhere")
+    assert place(TRACES, None, "a", force=False) == Path("traces/a-4")
+
+
+def test_a_bare_name_lands_in_the_folder_and_a_path_stays_a_path() -> None:
+    assert place(TRACES, "mine", "a", force=False) == Path("traces/mine")
+    assert place(TRACES, "./mine", "a", force=False) == Path("mine")
+    assert place(TRACES, "there/mine", "a", force=False) == Path("there/mine")
+    assert place(TRACES, "/else/mine", "a", force=False) == Path("/else/mine")
+    assert place(TRACES, "page", "a", force=False, suffix=".html") == Path("traces/page.html")
+    assert place(TRACES, "v1.2", "a", force=False, suffix=".html") == Path("traces/v1.2.html")
+    assert place(TRACES, "page.html", "a", force=False, suffix=".html") == Path("traces/page.html")
+
+
+def test_what_exists_is_refused_unless_forced() -> None:
+    Path("traces/mine").mkdir(parents=True)
+    with pytest.raises(KvscopeError, match=r"traces/mine exists already"):
+        place(TRACES, "mine", "a", force=False)
+    assert place(TRACES, "mine", "a", force=True) == Path("traces/mine")
+
+
+def test_no_name_is_refused() -> None:
+    with pytest.raises(UsageError):
+        place(TRACES, " ", "a", force=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a b/c", "a-b-c"),
+        ("../up", "up"),
+        ("", "unnamed"),
+        ("...", "unnamed"),
+        ("ü_1+2", "ü_1+2"),
+        ("x" * 200, "x" * 80),
+    ],
+)
+def test_readable(name: str, expected: str) -> None:
+    assert readable(name) == expected
+
+
+def test_joined() -> None:
+    assert joined(["a"]) == "a"
+    assert joined(["a", "b", "c"]) == "a+b+c"
+    assert joined(["a", "b", "c", "d"]) == "a+3-more"

@@ -1,0 +1,153 @@
+"""Tables: columns are left out rather than broken, and an untouched cache is never shown as a measurement."""
+
+import io
+import json
+
+import pytest
+
+from kvscope.cli import console
+from kvscope.cli.console import ALWAYS, Column, fit, show_json, show_table, size
+from kvscope.cli.summary import columns, notes
+
+NAMES = (
+    "retained_mass",
+    "retained_mass_no_sinks",
+    "ideal_mass",
+    "ideal_cosine",
+    "full_cosine",
+    "mask_cosine",
+    "ideal_recall",
+    "read_keys",
+    "held_keys",
+)
+
+
+def a_run(policy: str = "a2sf", count: int = 4096, **more: object) -> dict[str, object]:
+    mean = 0.95943 if count else None
+    return {
+        "run": 0,
+        "policy": policy,
+        "label": policy,
+        "params": {},
+        "budget": "20%",
+        "budget_keys": 103,
+        "prefill": "full",
+        "phase": "step",
+        "loop": "open",
+        "metrics": {name: {"mean": mean, "low": None, "high": None, "count": count} for name in NAMES},
+    } | more
+
+
+DECLARED = {name: {"when_nothing_evicted": 1.0} for name in NAMES} | {"mask_cosine": {"when_nothing_evicted": None}}
+
+
+def cells(table: list[Column], header: str) -> list[str]:
+    return next(column.cells for column in table if column.header.replace("\n", " ") == header)
+
+
+def test_every_column_that_is_promised() -> None:
+    headers = [column.header.replace("\n", " ") for column in columns([a_run()], DECLARED)]
+    assert headers == [
+        "policy", "budget", "keys", "read", "held", "retained mass", "without sinks", "ideal mass", "ideal cosine",
+        "full cosine", "mask cosine", "ideal recall", "loop", "prefill", "count",
+    ]  # fmt: skip
+
+
+def test_a_run_that_evicted_nothing_shows_declared_values_dimmed() -> None:
+    runs = [a_run(), a_run("full", count=0, budget=None, budget_keys=[640, 700])]
+    table = columns(runs, DECLARED)
+    assert cells(table, "retained mass") == ["0.959", "1.000"]
+    assert cells(table, "mask cosine") == ["0.959", "-"]
+    assert cells(table, "count") == ["4,096", "0"]
+    assert cells(table, "budget") == ["20%", "-"]
+    assert cells(table, "keys") == ["103", "640-700"]
+    dimmed = {column.header.replace("\n", " ") for column in table if column.dim == {1}}
+    assert {"retained mass", "ideal cosine", "ideal recall"} <= dimmed
+    assert any("nothing was evicted" in line for line in notes(runs, {}))
+    assert not any("nothing was evicted" in line for line in notes(runs[:1], {}))
+
+
+def test_intervals_are_shown_where_there_are_any() -> None:
+    run = a_run()
+    run["metrics"]["retained_mass"] |= {"low": 0.95, "high": 0.97}  # type: ignore[index]
+    assert cells(columns([run], DECLARED), "retained mass") == ["0.959\n0.950..0.970"]
+    assert any("95 % interval" in line for line in notes([run], {}))
+
+
+@pytest.mark.parametrize("width", [100, 80, 60])
+def test_no_line_is_wider_than_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    runs = [
+        a_run("streaming-llm"),
+        a_run("a2sf", label="a2sf(alpha=0.7, recent=16, group=max)"),
+        a_run("full", 0),
+    ]
+    show_table(columns(runs, DECLARED), notes=notes(runs, {}))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= width
+    assert "streaming-llm" in out
+    assert "…" not in out, "a cell was cut: a column should have gone instead"
+    assert "Too narrow for: " in out
+    shown = {text for text in ("retained", "cosine", "recall") if text in out}
+    assert shown == {"retained", "cosine", "recall"}, "never one score alone"
+
+
+def test_a_pipe_gets_every_column(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    show_table(columns([a_run()], DECLARED))
+    out = capsys.readouterr().out
+    assert "Too narrow" not in out
+    assert "prefill" in out
+
+
+def test_fit_drops_the_least_first_and_keeps_the_order() -> None:
+    table = [
+        Column("a", ["1"]),
+        Column("bbbb", ["1"], keep=2),
+        Column("cccc", ["1"], keep=1),
+        Column("d", ["1"]),
+    ]
+    assert [c.header for c in fit(table, 100)[0]] == ["a", "bbbb", "cccc", "d"]
+    shown, left_out = fit(table, 12)
+    assert [c.header for c in shown] == ["a", "bbbb", "d"]
+    assert [c.header for c in left_out] == ["cccc"]
+    assert [c.header for c in fit(table, 1)[0]] == ["a", "d"]
+    assert all(c.keep == ALWAYS for c in fit(table, 1)[0])
+
+
+def test_json_has_null_for_what_json_cannot_say(capsys: pytest.CaptureFixture[str]) -> None:
+    show_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": ("ü", None)})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": ["ü", None]}
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (4.3e9, "4.3 GB"), (5e15, "5000.0 TB")],
+)
+def test_size(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_shows_rate_and_time_left_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(file: io.StringIO, quiet: bool) -> str:
+        monkeypatch.setattr("sys.stderr", file)
+        with console.bar("replaying", 100, "tokens", quiet=quiet) as update:
+            update(40, "1.0 MB")
+            update(100, "2.0 MB")
+        return file.getvalue()
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = drawn(Terminal(), quiet=False)
+    assert "100%" in shown
+    assert "tokens/s" in shown
+    assert "2.0 MB" in shown
+    assert drawn(Terminal(), quiet=True) == ""
+    assert drawn(io.StringIO(), quiet=False) == ""

@@ -1,0 +1,1 @@
+"""Plain-loop twins, written from the definitions, one number at a time."""

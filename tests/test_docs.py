@@ -1,0 +1,47 @@
+"""The documentation tells the truth, and the check that says so can see a lie."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def docs() -> ModuleType:
+    found = importlib.util.spec_from_file_location("docs", ROOT / "tools" / "docs.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_the_documentation_is_true(docs: ModuleType) -> None:
+    assert list(docs.problems()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("```sh\nkvscope retrace x\n```", "no command retrace"),
+        ("```sh\nkvscope replay --alpah 1\n```", "no option --alpah"),
+        ("see `kvscope info --depth`", "no option --depth"),
+    ],
+)
+def test_the_check_sees_wrong_commands(docs: ModuleType, text: str, said: str) -> None:
+    (line,) = docs._commands(text)
+    assert said in line
+
+
+def test_the_check_sees_broken_links(docs: ModuleType) -> None:
+    (line,) = docs._links(ROOT / "README.md", "[a](nowhere.md) [b](LICENSE) [c](https://example.org)")
+    assert "nowhere.md" in line
+
+
+def test_readme_says_what_a_trace_is_in_its_first_paragraph() -> None:
+    first = (ROOT / "README.md").read_text().split("\n\n")[1]
+    assert "attention" in first
+    assert "not the block hashes" in first

@@ -1,0 +1,214 @@
+"""The layout of the package: who may import whom, what loads when, and what is documented.
+
+Each test prevents a silent drift: a room that starts to know another, a heavy library that creeps into start-up, a
+print below the command line, a public function that nobody explained.
+"""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "kvscope"
+
+# Room -> the rooms and files of the package that it may import, besides itself.
+BASE = {"errors"}
+MAY_IMPORT = {
+    "__init__": {"budget", "errors", "metrics", "model", "policies", "replay", "report", "results", "trace"},
+    "__main__": {"cli"},
+    "errors": set(),
+    "budget": BASE,
+    "registry": BASE,
+    "trace": BASE,
+    "results": BASE,
+    "policies": BASE | {"registry"},
+    "metrics": BASE | {"registry"},
+    "model": BASE | {"trace"},
+    "replay": BASE | {"budget", "metrics", "policies", "results", "trace"},
+    "report": BASE | {"registry", "results", "trace"},
+    "cli": BASE | {"budget", "metrics", "model", "policies", "registry", "replay", "report", "results", "trace"},
+}
+
+# Library -> the only rooms that may import it.
+ONLY_IN = {
+    "plotly": {"report"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "transformers": {"model"},
+    "tokenizers": {"model"},
+    "accelerate": {"model"},
+    "torch": {"cli", "metrics", "model", "policies", "replay"},
+}
+
+HEAVY = ("torch", "plotly", "transformers", "pandas", "pyarrow", "numpy")
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(file: Path) -> str:
+    first = file.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(file: Path) -> Iterator[tuple[str, ast.AST]]:
+    """Yield every module that a file imports, wherever in the file, with absolute names."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import"
+            yield node.module or "", node
+            if node.module == "kvscope":
+                yield from ((f"kvscope.{alias.name}", node) for alias in node.names)
+
+
+def at_top(file: Path) -> set[str]:
+    """Return the modules imported when the file is, without those for type checkers."""
+    tree = ast.parse(file.read_text())
+    found: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def test_every_room_is_in_the_table() -> None:
+    assert {room(file) for file in files()} <= set(MAY_IMPORT), "a new room needs a row in MAY_IMPORT"
+
+
+@pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_who_may_import_whom(file: Path) -> None:
+    own = room(file)
+    for module, node in imports(file):
+        where = f"{file.relative_to(PACKAGE)}:{node.lineno} imports {module}"
+        library, _, rest = module.partition(".")
+        if library == "kvscope":
+            other = rest.partition(".")[0]
+            # `from kvscope import __version__` and the package itself are nobody's room
+            allowed = MAY_IMPORT[own] | {own, "", "__version__"}
+            assert other in allowed, where
+        elif library in ONLY_IN:
+            assert own in ONLY_IN[library], where
+
+
+def test_policies_and_metrics_know_only_their_base() -> None:
+    for own in ("policies", "metrics"):
+        for file in (PACKAGE / own).glob("*.py"):
+            if file.name in ("__init__.py", "base.py", "spec.py"):
+                continue
+            inside = {
+                module for module, _ in imports(file) if module.startswith("kvscope.") and module != "kvscope.errors"
+            }
+            siblings = {f"kvscope.{own}.{other.stem}" for other in (PACKAGE / own).glob("*.py")}
+            assert inside <= {f"kvscope.{own}.base"} | siblings, f"{file.name} imports {inside}"
+
+
+def test_report_never_sees_a_policy_class() -> None:
+    for file in (PACKAGE / "report").rglob("*.py"):
+        for module, node in imports(file):
+            assert not module.startswith(("kvscope.policies", "kvscope.metrics")), f"{file}:{node.lineno}"
+
+
+def test_commands_import_the_rooms_inside_their_functions() -> None:
+    light = {"kvscope", "kvscope.cli", "kvscope.errors", "kvscope.registry"}
+    for file in (PACKAGE / "cli").glob("*.py"):
+        for module in at_top(file):
+            if module.startswith("kvscope") and not module.startswith("kvscope.cli."):
+                assert module in light, f"{file.name} imports {module} at its top"
+            assert module.partition(".")[0] not in HEAVY, f"{file.name} imports {module} at its top"
+
+
+def test_nothing_below_the_command_line_prints_or_exits() -> None:
+    for file in files():
+        if room(file) in ("cli", "__main__"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            assert called not in ("print", "input", "exit", "quit", "sys.exit", "os._exit"), f"{file}:{node.lineno}"
+            assert not called.startswith(("sys.stdout.", "sys.stderr.")), f"{file}:{node.lineno}"
+
+
+def test_no_error_is_swallowed() -> None:
+    for file in files():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                where = f"{file.relative_to(PACKAGE)}:{node.lineno}"
+                assert node.type is not None, f"{where}: bare except"
+                assert not all(isinstance(line, ast.Pass) for line in node.body), f"{where}: except and pass"
+
+
+@pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_public_things_are_documented(file: Path) -> None:
+    tree = ast.parse(file.read_text())
+    assert ast.get_docstring(tree), f"{file} says nothing about itself"
+    for node in tree.body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+            continue
+        assert ast.get_docstring(node), f"{file}:{node.lineno}: {node.name}"
+        if isinstance(node, ast.ClassDef):
+            for part in node.body:
+                # a method that redefines a documented one of its base, as `observe` of a policy, need not repeat it
+                if isinstance(part, ast.FunctionDef) and not part.name.startswith("_") and not node.bases:
+                    assert ast.get_docstring(part), f"{file}:{part.lineno}: {node.name}.{part.name}"
+
+
+def test_no_file_outgrows_its_reader() -> None:
+    for file in files():
+        assert len(file.read_text().splitlines()) <= 400, file
+
+
+def loaded_after(code: str) -> set[str]:
+    """Return which of the heavy libraries are loaded after `code`, in a fresh interpreter."""
+    ask = f"import sys\n{code}\nprint([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    return set(ast.literal_eval(done.stderr.strip().splitlines()[-1]))
+
+
+def test_import_loads_nothing_heavy() -> None:
+    assert loaded_after("import kvscope; kvscope.__version__; dir(kvscope)") == set()
+
+
+def test_help_loads_nothing_heavy() -> None:
+    assert loaded_after("from kvscope.cli.app import run; run(['--help'])") == set()
+
+
+def test_version_loads_nothing_heavy() -> None:
+    assert loaded_after("from kvscope.cli.app import run; run(['--version'])") == set()
+
+
+def test_the_probe_sees_what_is_loaded() -> None:
+    assert "numpy" in loaded_after("import numpy")
+
+
+def test_every_public_name_loads() -> None:
+    import kvscope
+
+    for name in kvscope.__all__:
+        assert getattr(kvscope, name) is not None
+    assert set(kvscope._PUBLIC) | set(kvscope._ROOMS) | {"__version__"} == set(kvscope.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = kvscope.nothing
+
+
+@pytest.mark.parametrize("name", ["trace", "replay", "report"])
+def test_a_room_is_also_the_function_it_is_named_after(name: str) -> None:
+    import kvscope
+
+    importlib.import_module(f"kvscope.{name}")
+    called = getattr(kvscope, name)
+    assert callable(called)
+    place, _, function = kvscope._ROOMS[name].partition(":")
+    assert inspect.signature(called) == inspect.signature(getattr(importlib.import_module(place), function))
+    with pytest.raises(TypeError):
+        called(no_such_argument=1)
