@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvscope.policies.base import policy as policy
     from kvscope.replay.run import replay as replay
     from kvscope.report.page import report as report
+    from kvscope.report.panel import panel as panel
     from kvscope.results.diff import Diff as Diff
     from kvscope.results.diff import diff as diff
     from kvscope.results.store import Replay as Replay
@@ -65,6 +66,7 @@ _PUBLIC = {
     "metric": "kvscope.metrics.base:metric",
     "open": "kvscope.trace.reader:open_trace",
     "open_replay": "kvscope.results.store:open_replay",
+    "panel": "kvscope.report.panel:panel",
     "parameter": "kvscope.policies.base:parameter",
     "policy": "kvscope.policies.base:policy",
 }
@@ -98,6 +100,7 @@ __all__ = [
     "metric",
     "open",
     "open_replay",
+    "panel",
     "parameter",
     "policy",
     "replay",

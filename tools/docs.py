@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from kvscope.results import schema as results
 
 from kvscope import __version__
 from kvscope.cli.app import app
 from kvscope.policies import spec
-from kvscope.results import schema as results
 from kvscope.trace import schema as trace
 
 ROOT = Path(__file__).resolve().parent.parent

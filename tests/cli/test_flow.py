@@ -122,7 +122,7 @@ def test_info(run: Run, small: Path) -> None:
 def test_policies(run: Run) -> None:
     rows = {row["name"]: row for row in json.loads(run("policies", "--json").out)}
     assert {"full", "random", "window", "streaming-llm", "h2o", "tova", "a2sf"} <= set(rows)
-    assert [item["name"] for item in rows["a2sf"]["parameters"]][0] == "alpha"
+    assert rows["a2sf"]["parameters"][0]["name"] == "alpha"
     table = run("policies").out
     assert all(name in table for name in rows)
     one = run("policies", "a2sf").out
