@@ -92,9 +92,9 @@ class Source:
         """Return plain book text."""
         return Sample(self.text(length), [1.0] * length)
 
-    def repeats(self, length: int, longest: int = 64) -> Sample:
-        """Return a passage of random tokens that repeats; the repeats count."""
-        period = self.random.randint(4, max(5, min(longest, length // 2)))
+    def repeats(self, length: int, period: int | None = None) -> Sample:
+        """Return a passage of random tokens that repeats; the repeats count. A short period teaches no copying."""
+        period = self.random.randint(length // 4, length // 2) if period is None else period
         once = self.numpy.integers(1, self.vocabulary, period).tolist()
         ids = (once * (length // period + 1))[:length]
         return Sample(ids, [0.0] * period + [1.0] * (length - period))
@@ -109,17 +109,17 @@ class Source:
         return Sample(ids, [1.0] * length)
 
     def facts(self, count: int) -> list[tuple[str, str, str]]:
-        """Return names, verbs and four-digit values, no name twice."""
+        """Return names, verbs and three-digit values, no name twice."""
         return [
-            (name, self.random.choice(HELD), f"{self.random.randint(0, 9999):04d}")
+            (name, self.random.choice(HELD), f"{self.random.randint(0, 999):03d}")
             for name in self.random.sample(NAMES, count)
         ]
 
     def episode(self, length: int, weight: float = 6.0) -> Sample:
         """Return book text with facts planted early and asked for later; the values of the answers count more."""
-        count = max(1, min(8, self.random.randint(1, max(1, length // 48))))
+        count = max(1, min(8, self.random.randint(1, max(1, length // 32))))
         facts = self.facts(count)
-        questions = [self.random.choice(facts) for _ in range(max(1, length // 96))]
+        questions = [self.random.choice(facts) for _ in range(max(1, length // 48))]
         planted = [self.encode(plant(*fact)) for fact in facts]
         asked = [self._asked(fact, weight) for fact in questions]
         filler = max(0, length - sum(map(len, planted)) - sum(len(sample.ids) for sample in asked))

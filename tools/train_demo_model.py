@@ -21,8 +21,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT = 1024
 DISTANCES = [64, 128, 256, 512, 768]
-WARM_UP_LENGTHS = [64, 128, 256]
+WARM_UP_LENGTHS = [64]
+WARM_UP_TOKENS = 2048
+COPIED = 0.3  # loss on repeats, in nats, at which copying is learned
+SHORT_LENGTHS = [64, 128, 256]
 LENGTHS = [128, 256, 512, 256, 1024]
+SHORT = 0.35  # share of the training that stays with short sequences, which hold more questions
 
 
 def build(vocabulary: int) -> LlamaForCausalLM:
@@ -50,12 +54,12 @@ def batch(source: Source, warm: bool, length: int, tokens: int) -> tuple[torch.T
     for _ in range(max(1, tokens // length)):
         pick = source.random.random()
         if warm:
-            samples.append(source.repeats(length) if pick < 0.8 else source.book(length))
-        elif pick < 0.45:
+            samples.append(source.repeats(length, length // 2))
+        elif pick < 0.35:
             samples.append(source.book(length))
-        elif pick < 0.84:
+        elif pick < 0.85:
             samples.append(source.episode(length))
-        elif pick < 0.92:
+        elif pick < 0.93:
             samples.append(source.repeated_text(length))
         else:
             samples.append(source.repeats(length))
@@ -124,21 +128,22 @@ def train(args: argparse.Namespace) -> None:
     model = build(tokenizer.get_vocab_size())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters:,} parameters", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.05)
     started, log = time.monotonic(), []
     recent: list[float] = []
-    step = 0
+    step, warm = 0, True
     while step < args.steps:
         minutes = (time.monotonic() - started) / 60
         done = max(step / args.steps, minutes / args.minutes)
         if done >= 1:
             break
-        warm = done < args.warm_up
-        rate = args.rate * min(1.0, (step + 1) / 60) * (1.0 if done < 0.4 else 0.03 + 0.97 * (1 - done) / 0.6)
+        warm = warm and done < args.warm_up and not (len(recent) >= 20 and sum(recent[-20:]) < 20 * COPIED)
+        rate = args.rate * min(1.0, (step + 1) / 100) * (1.0 if done < 0.4 else 0.03 + 0.97 * (1 - done) / 0.6)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        lengths = WARM_UP_LENGTHS if warm else LENGTHS
-        ids, weights = batch(source, warm, lengths[step % len(lengths)], args.tokens)
+        lengths = WARM_UP_LENGTHS if warm else SHORT_LENGTHS if done < SHORT else LENGTHS
+        tokens = WARM_UP_TOKENS if warm else args.tokens
+        ids, weights = batch(source, warm, lengths[step % len(lengths)], tokens)
         loss = loss_of(model, ids, weights)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -188,7 +193,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop by then, whatever the step")
-    parser.add_argument("--warm-up", type=float, default=0.09, help="share of the training that learns copying alone")
+    parser.add_argument("--warm-up", type=float, default=0.25, help="share of the training that may go into copying alone")
     parser.add_argument("--tokens", type=int, default=4096, help="per step")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--vocabulary", type=int, default=1024)

@@ -19,7 +19,6 @@ from kvscope.cli import demo, diff, import_, info, policies, replay, report, tra
 from kvscope.errors import KvscopeError
 
 INTERRUPTED = 130
-BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 app = typer.Typer(
     name="kvscope",
@@ -82,9 +81,9 @@ def run(arguments: Sequence[str]) -> int:
         return int(error.exit_code)
     except KeyboardInterrupt:
         status = INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
-        return BROKEN_PIPE
+    except BrokenPipeError:  # the reader of a pipe left early; nobody is there to be told, also not at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         explained = _explain(error)
         if explained is None:

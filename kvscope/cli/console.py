@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 PIPE_WIDTH = 200  # a file or a pipe has no edge: no column is left out, no line is broken
+GAP = 2  # columns between two columns of a table: padding, and the separator of the box
 ALWAYS = 100  # of `Column.keep`: never left out
 
 
@@ -26,8 +27,8 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    """Return a console for notes, bars and errors."""
-    return _console(sys.stderr)
+    """Return a console for notes, bars and errors: that of the bar while one moves, so that lines go above it."""
+    return _live[-1] if _live else _console(sys.stderr)
 
 
 def note(text: str, *, quiet: bool = False) -> None:
@@ -78,8 +79,8 @@ class Column:
         Whether to align to the right.
     dim : set of int
         Rows whose cell is shown dimmed.
-    wrap : bool
-        Whether a cell may be broken into lines.
+    wrap : int
+        Width down to which cells may be broken into lines; 0 if they may not.
     """
 
     header: str
@@ -87,19 +88,19 @@ class Column:
     keep: int = ALWAYS
     numeric: bool = False
     dim: set[int] = field(default_factory=set)
-    wrap: bool = False
+    wrap: int = 0
 
     def width(self) -> int:
-        """Return the columns that it takes, the gap included."""
-        lines = [line for text in (self.header, *self.cells) for line in text.split("\n")]
-        return max(len(line) for line in lines) + 2
+        """Return the columns that it takes at least, the gap included."""
+        longest = max(len(line) for text in (self.header, *self.cells) for line in text.split("\n"))
+        return (min(longest, self.wrap) if self.wrap else longest) + GAP
 
 
 def show_table(columns: Sequence[Column], *, title: str = "", notes: Sequence[str] = ()) -> None:
     """Print a table on stdout; columns that do not fit are left out, and named under the table."""
     console = stdout()
     shown, left_out = fit(columns, console.width)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, header_style="bold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, GAP - 1, 0, 0), show_edge=False, header_style="bold")
     for column in shown:
         table.add_column(
             column.header,
@@ -125,7 +126,7 @@ def fit(columns: Sequence[Column], width: int) -> tuple[list[Column], list[Colum
     """Return the columns that fit into `width`, in order, and those that do not."""
     shown = list(columns)
     left_out: list[Column] = []
-    while sum(column.width() for column in shown) > width:
+    while sum(column.width() for column in shown) - GAP > width:
         droppable = [column for column in shown if column.keep < ALWAYS]
         if not droppable:
             break
@@ -151,6 +152,9 @@ def show_pairs(pairs: Sequence[tuple[str, str]], *, title: str = "") -> None:
 def show_text(text: str, *, style: str = "") -> None:
     """Print text on stdout as it is, wrapped to the terminal."""
     stdout().print(Text(text, style=style))
+
+
+_live: list[Console] = []
 
 
 class Update(Protocol):
@@ -188,7 +192,8 @@ def bar(title: str, total: float | None, unit: str, *, quiet: bool = False) -> I
             rate = f"{done / seconds:,.0f} {unit}/s" if seconds else ""
             progress.update(task, completed=done, total=total, detail=detail, rate=rate)
 
-        yield update
+        with _owning(console):
+            yield update
 
 
 @contextmanager
@@ -198,8 +203,17 @@ def working(title: str, *, quiet: bool = False) -> Iterator[None]:
     if quiet or not console.is_terminal:
         yield
         return
-    with console.status(title):
+    with console.status(title), _owning(console):
         yield
+
+
+@contextmanager
+def _owning(console: Console) -> Iterator[None]:
+    _live.append(console)
+    try:
+        yield
+    finally:
+        _live.pop()
 
 
 def _no_update(done: float, detail: str = "", total: float | None = None) -> None:

@@ -15,19 +15,22 @@ def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
     from kvscope.cli import console, places
     from kvscope.cli.summary import show
     from kvscope.cli.trace import announce, moved
-    from kvscope.model.generate import trace as record
-    from kvscope.model.names import DEMO_PROMPT
-    from kvscope.policies import POLICIES
-    from kvscope.replay.run import replay as run
-    from kvscope.report.page import report as write
+
+    with console.working("loading torch and transformers", quiet=quiet):
+        from kvscope.model.generate import trace as record
+        from kvscope.model.names import demo_folder
+        from kvscope.policies import POLICIES
+        from kvscope.replay.run import replay as run
+        from kvscope.report.page import report as write
 
     path = places.place(places.TRACES, None, "demo", force=False)
     with console.bar("tracing the bundled model", None, "tokens", quiet=quiet) as update:
         trace = record(
             "demo",
-            [DEMO_PROMPT],
+            [demo_folder() / "prompt.txt"],
             output=path,
             max_new_tokens=NEW_TOKENS,
+            command=command_line(ctx),
             progress=moved(update),
             announce=lambda plan: announce(plan, quiet),
         )

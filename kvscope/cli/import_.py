@@ -20,6 +20,13 @@ def import_maps(
         ),
     ],
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt, or a file that holds it.")] = None,
+    prompt_length: Annotated[
+        int | None,
+        typer.Option(help="How many of the tokens are the prompt; without it, only streaming replays.", min=1),
+    ] = None,
+    learned_sinks: Annotated[
+        bool, typer.Option("--learned-sinks", help="Rows may sum to less than one: a learned sink takes a share.")
+    ] = False,
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under traces/, or a path."),
@@ -38,6 +45,7 @@ def import_maps(
 
     path = places.place(places.TRACES, output, maps.stem, force=force)
     with console.working(f"importing {maps}", quiet=quiet):
-        made = convert(maps, prompt, path, force=force)
+        made = convert(maps, prompt, path, prompt_length=prompt_length, learned_sinks=learned_sinks, force=force)
     show(made, as_json=json)
-    console.note("next: kvscope replay --policy a2sf --budget 20%", quiet=quiet)
+    stream = any(sequence.prompt >= sequence.length for sequence in made.sequences)
+    console.note(f"next: kvscope replay --policy a2sf{' --prefill stream' if stream else ''}", quiet=quiet)

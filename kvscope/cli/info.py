@@ -57,7 +57,7 @@ def describe(trace: Trace, *, verified: bool = False) -> dict[str, Any]:
         "source": header.source,
         "protocol": header.protocol,
         "created": trace.data["created"],
-        "kvscope": trace.data["kvscope"],
+        "kvscope": header.versions.get("kvscope", "unknown"),
         "device": header.device,
         "seed": header.seed,
         "sampling": header.sampling,

@@ -39,7 +39,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [
         Column("policy", [row["name"] for row in rows]),
         Column("parameters", ["\n".join(_setting(item) for item in row["parameters"]) or "-" for row in rows]),
-        Column("keeps", [row["summary"] for row in rows], wrap=True),
+        Column("keeps", [row["summary"] for row in rows], wrap=32),
         Column("needs", [", ".join(row["needs"]) or "-" for row in rows], keep=30),
         Column("scope", [row["scope"].replace("_", " ") for row in rows], keep=20),
         Column("from", [row["paper"] for row in rows], keep=10),
@@ -50,7 +50,7 @@ def _show_one(row: Mapping[str, Any]) -> None:
     from kvscope.cli import console
 
     console.show_text(row["name"], style="bold")
-    console.show_text(row["doc"] + "\n")
+    console.show_text(_flowing(row["doc"]) + "\n")
     console.show_pairs(
         [
             ("needs", ", ".join(row["needs"]) or "nothing from the trace but its length"),
@@ -72,9 +72,15 @@ def _show_one(row: Mapping[str, Any]) -> None:
             console.Column("parameter", ["--" + item["name"].replace("_", "-") for item in items]),
             console.Column("type", [item["type"] for item in items], keep=50),
             console.Column("default", [str(item["default"]) for item in items]),
-            console.Column("what it does", [item["help"] for item in items], wrap=True),
+            console.Column("what it does", [item["help"] for item in items], wrap=32),
         ]
     )
+
+
+def _flowing(doc: str) -> str:
+    """Return a docstring as text for a terminal: paragraphs that flow, without the marks of code."""
+    paragraphs = doc.replace("``", "").split("\n\n")
+    return "\n\n".join(text if text.startswith((" ", "-")) else " ".join(text.split("\n")) for text in paragraphs)
 
 
 def _setting(item: Mapping[str, Any]) -> str:

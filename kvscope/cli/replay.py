@@ -70,8 +70,10 @@ def replay(
     from kvscope.budget import parse_budgets
     from kvscope.cli import console, places
     from kvscope.cli.summary import show
-    from kvscope.replay.run import replay as run
-    from kvscope.trace.reader import open_trace
+
+    with console.working("loading torch", quiet=quiet):
+        from kvscope.replay.run import replay as run
+        from kvscope.trace.reader import open_trace
 
     given, params = split(ctx.args)
     chosen = _policies(policy or [], params)

@@ -38,7 +38,8 @@ def report(
     from kvscope.report.page import report as write
     from kvscope.results.store import open_replay
 
-    found = [open_replay(places.find_replay(name, quiet=quiet)) for name in (replays or [None])]
+    named: list[str | None] = [*replays] if replays else [None]
+    found = [open_replay(places.find_replay(name, quiet=quiet)) for name in named]
     name = places.joined([replay.path.name for replay in found])
     given = output or (f"{places.readable(name)}.html" if force else None)
     path = places.place(places.REPORTS, given, name, force=force, suffix=".html")

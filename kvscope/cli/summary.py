@@ -41,7 +41,7 @@ def columns(runs: Sequence[Mapping[str, Any]], declared: Mapping[str, Mapping[st
     """
     untouched = {row for row, run in enumerate(runs) if _count(run) == 0}
     table = [
-        Column("policy", [_label(run) for run in runs], wrap=True),
+        Column("policy", [_label(run) for run in runs], wrap=16),
         Column("budget", [str(run["budget"] or "-") for run in runs], numeric=True),
         Column("keys", [_keys(run["budget_keys"]) for run in runs], keep=60, numeric=True),
         Column("read", [_number(run, "read_keys", 1) for run in runs], keep=70, numeric=True),

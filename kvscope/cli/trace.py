@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.options import Device, Force, Json, Quiet
+from kvscope.cli.options import Device, Force, Json, Quiet, command_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def trace(
+    ctx: typer.Context,
     prompts: Annotated[
         list[Path],
         typer.Argument(metavar="PROMPT...", help="Text files, or JSONL with a prompt per line.", show_default=False),
@@ -63,7 +64,9 @@ def trace(
     from kvscope.cli import console
     from kvscope.cli.info import show
     from kvscope.cli.places import TRACES, place
-    from kvscope.model.generate import trace as record
+
+    with console.working("loading transformers", quiet=quiet):
+        from kvscope.model.generate import trace as record
 
     path = place(TRACES, output, _name(prompts, model), force=force)
     recorded = _layers(layers)
@@ -88,11 +91,12 @@ def trace(
             trust_remote_code=trust_remote_code,
             query_block=query_block,
             force=force,
+            command=command_line(ctx),
             progress=moved(update),
             announce=lambda plan: announce(plan, quiet),
         )
     show(made, as_json=json)
-    console.note("next: kvscope replay --policy a2sf --budget 20%", quiet=quiet)
+    console.note("next: kvscope replay --policy a2sf", quiet=quiet)
 
 
 def announce(plan: Plan, quiet: bool) -> None:

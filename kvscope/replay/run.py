@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvscope.budget import Budget, Prefill, parse_budgets
-from kvscope.errors import ReplayError, UsageError
+from kvscope.errors import ReplayError, TraceError, UsageError
 from kvscope.metrics import METRICS, Metric
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
@@ -27,7 +27,7 @@ from kvscope.trace.reader import Trace
 
 BLOCK_STEPS = 64
 BLOCK_BYTES = 256 * 2**20  # of one tensor of rows for all budgets of a policy
-STORED_AS = {"value_l1": "value_norms", "value_l2": "value_norms", "key_l2": "key_norms"}
+NORMS = ("value_l1", "value_l2", "key_l2")
 
 
 @dataclass(frozen=True)
@@ -242,16 +242,14 @@ def _layer_groups(trace: Trace, runs: Sequence[Run]) -> Iterator[tuple[TraceSequ
 
 
 def _require_signals(trace: Trace, policies: Sequence[Policy]) -> None:
-    from kvscope.errors import TraceError
-
     for policy in policies:
         for name in sorted(policy.needs - {"weights"}):
-            if name not in STORED_AS:
+            if name not in NORMS:
                 raise UsageError(
                     f"{policy.label} needs a signal called {name!r}, which no trace holds",
-                    f"Signals: weights, {', '.join(STORED_AS)}.",
+                    f"Signals: weights, {', '.join(NORMS)}.",
                 )
-            if STORED_AS[name] not in trace.stored:
+            if name not in trace.stored:
                 raise TraceError(
                     f"{policy.label} needs {name}, which {trace.path} does not hold",
                     f"Record it again with kvscope trace, or import it with an array {name}.",

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 SPACE = "␣"
+SIGNS = {"\n": "↵", "\t": "⇥"}  # in every common font, which the control pictures of Unicode are not
 HIDING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, format and bidi marks, surrogates, separators
 
 
 def visible(text: str) -> str:
-    """Return `text` with every control character, bidi mark and invisible character shown: ``␊``, ``⟨U+202E⟩``."""
+    """Return `text` with every control character, bidi mark and invisible character shown: ``↵``, ``⟨U+202E⟩``."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(_shown(character) for character in text)
@@ -63,11 +64,6 @@ def packed_bytes(value: dict[str, str]) -> int:
 
 
 def _shown(character: str) -> str:
-    code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
     if unicodedata.category(character) in HIDING:
-        return f"⟨U+{code:04X}⟩"
+        return SIGNS.get(character, f"⟨U+{ord(character):04X}⟩")
     return character

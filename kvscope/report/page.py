@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,7 +133,7 @@ def _write(output: Path, content: bytes) -> Path:
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             unfinished.write_bytes(content)
-            os.replace(unfinished, output)  # noqa: PTH105  replaces on every system
+            unfinished.replace(output)
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,9 @@ from typing import Any
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 
+# What a reader looks at first, and what it cost; other metrics stand between them.
+FIRST = ("retained_mass", "retained_mass_no_sinks", "ideal_mass", "ideal_cosine", "output_error")
+LAST = ("read_keys", "held_keys")
 OFFERS = frozenset({"summary", "fidelity", "residency", "trace"})
 
 
@@ -121,7 +125,7 @@ class ReportInput:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Name of each replay; those of equal name get a number."""
-        plain = [replay.path.name for replay in self.replays]
+        plain = [replay.name for replay in self.replays]
         return tuple(
             name if plain.count(name) == 1 else f"{name} ({plain[:index].count(name) + 1})"
             for index, name in enumerate(plain)
@@ -134,7 +138,7 @@ class ReportInput:
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """Metric name -> its declaration, for every metric of every replay."""
+        """Metric name -> its declaration, for every metric of every replay, in the order of the page."""
         found: dict[str, dict[str, Any]] = {}
         for replay in self.replays:
             for name, declaration in replay.info.get("metrics", {}).items():
@@ -142,7 +146,13 @@ class ReportInput:
         for run in self.runs:
             for name in run.metrics:
                 found.setdefault(name, {})
-        return found
+        middle = [name for name in found if name not in FIRST + LAST]
+        return {name: found[name] for name in (*FIRST, *middle, *LAST) if name in found}
+
+    @cached_property
+    def ranking(self) -> tuple[Run, ...]:
+        """Every run, the smallest budget first, within a budget by the first metric that has a best end."""
+        return tuple(sorted(self.runs, key=self._place))
 
     def trace_of(self, replay: Replay) -> Trace | None:
         """Return the trace a replay was made from, if it is at hand."""
@@ -165,6 +175,15 @@ class ReportInput:
             }
             for name, declaration in self.metrics.items()
         ]
+
+    def _place(self, run: Run) -> tuple[float, float]:
+        keys = math.inf if run.budget_keys is None else run.budget_keys
+        directions = {name: declaration.get("direction", "none") for name, declaration in self.metrics.items()}
+        ranked = next((name for name, direction in directions.items() if direction != "none"), None)
+        value = None if ranked is None else run.mean(ranked)
+        if ranked is None or value is None:
+            return keys, math.inf
+        return keys, -value if directions[ranked] == "higher" else value
 
     def _runs(self) -> Iterator[Run]:
         for index, replay in enumerate(self.replays):

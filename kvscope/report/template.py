@@ -13,6 +13,8 @@ from typing import Any
 # What ends a script element early, or changes how the rest of it is read, whatever surrounds it.
 INERT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
+SCRIPTS = ("core.js", "raster.js")  # what drawings use, in the order in which they need each other
+
 DOCUMENT = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -49,7 +51,7 @@ def document(page: dict[str, Any], scripts: Sequence[str]) -> str:
     from plotly.offline import get_plotlyjs
 
     plotly = element_text(get_plotlyjs())
-    code = element_text("\n".join(["'use strict';", asset("core.js"), *scripts, "kvscope.show();"]))
+    code = element_text("\n".join(["'use strict';", *map(asset, SCRIPTS), *scripts, "kvscope.show();"]))
     return DOCUMENT.format(
         policy=security_policy([plotly, code]),
         generator=html.escape(page["generator"]),

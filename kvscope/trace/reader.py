@@ -21,8 +21,9 @@ from kvscope.trace.writer import checksum
 
 Floats = NDArray[np.float32]
 HOW = {
-    "value_norms": "Record it again with kvscope trace, or import it with value_l1, value_l2 or values.",
-    "key_norms": "Record it again with kvscope trace, or import it with key_l2 or keys.",
+    "value_l1": "Record it again with kvscope trace, or import it with value_l1 or values.",
+    "value_l2": "Record it again with kvscope trace, or import it with value_l2 or values.",
+    "key_l2": "Record it again with kvscope trace, or import it with key_l2 or keys.",
     "similarity": "Record it again with kvscope trace, or import it with keys.",
     "queries": "Record it again with kvscope trace, or import it with queries.",
 }
@@ -124,11 +125,11 @@ class Trace:
 
     def value_norms(self, sequence: int, layer: int, order: Literal["l1", "l2"] = "l1") -> Floats:
         """Return the norm of every value, float32 ``[G, T]``."""
-        return self._norms("value_norms", f"value_{order}", sequence, layer)
+        return self._norms(f"value_{order}", sequence, layer)
 
     def key_norms(self, sequence: int, layer: int) -> Floats:
         """Return the L2 norm of every key, float32 ``[G, T]``."""
-        return self._norms("key_norms", "key_l2", sequence, layer)
+        return self._norms("key_l2", sequence, layer)
 
     def similarity(self, sequence: int, layer: int) -> Floats:
         """Return the cosine of every two keys as cached, float32 ``[G, T, T]``, symmetric, 1 on the diagonal."""
@@ -157,11 +158,11 @@ class Trace:
 
     def tokens(self, sequence: int | None = None) -> pd.DataFrame:
         """Return the tokens of one sequence or of all: the columns of ``tokens.parquet``."""
-        frame = self._table(self.path / "tokens.parquet").to_pandas()
+        frame: pd.DataFrame = self._table(self.path / "tokens.parquet").to_pandas()
         return frame if sequence is None else frame[frame["sequence"] == sequence].reset_index(drop=True)
 
-    def _norms(self, signal: str, column: str, sequence: int, layer: int) -> Floats:
-        self._require(signal)
+    def _norms(self, column: str, sequence: int, layer: int) -> Floats:
+        self._require(column)
         table = self._read(layer_file("keys", layer), sequence, ["kv_head", "position", column])
         return self._grid(table, "kv_head", column, self.kv_heads, sequence)
 

@@ -116,7 +116,7 @@ class TraceHeader:
     softcap : float or None
         Cap of the attention logits.
     stored : list of str
-        Signals: ``maps``, ``value_norms``, ``key_norms``, ``similarity``, ``queries``, ``vectors:keys`` and so on.
+        Signals: ``maps``, ``value_l1``, ``value_l2``, ``key_l2``, ``similarity``, ``queries``, ``vectors:keys`` and so on.
     prompts : list of dict
         ``file``, ``sha256`` and ``text`` of each prompt.
     """

@@ -10,6 +10,7 @@ import shutil
 import socket
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -235,7 +236,8 @@ class TraceWriter:
             raise _unwritable(self.path, error) from error
 
     def _write_header(self, late: dict[str, Any]) -> None:
-        data = {"kind": KIND, "schema": SCHEMA_VERSION, **self.header.to_json(), **late}
+        made = {"kind": KIND, "schema": SCHEMA_VERSION, "kvscope": version("kvscope")}
+        data = {**made, **self.header.to_json(), **late}
         text = json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n"
         (self.work / HEADER).write_text(text, encoding="utf-8", errors="surrogatepass")
 

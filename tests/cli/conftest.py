@@ -69,6 +69,6 @@ def npz(tmp_path: Path) -> Path:
 @pytest.fixture
 def small(run: Run, npz: Path) -> Path:
     """A small whole trace, ``traces/small``."""
-    done = run("import", npz, "--prompt", str(PROMPT), "-o", "small", "--quiet")
+    done = run("import", npz, "--prompt-length", str(PROMPT), "-o", "small", "--quiet")
     assert done.status == 0, done.err
     return Path("traces/small")

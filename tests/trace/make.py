@@ -9,7 +9,7 @@ import numpy as np
 from kvscope.trace.schema import TraceHeader
 from kvscope.trace.writer import TraceWriter
 
-STORED = ["maps", "value_norms", "key_norms", "similarity", "queries"]
+STORED = ["maps", "value_l1", "value_l2", "key_l2", "similarity", "queries"]
 
 
 def header(heads: int = 2, kv_heads: int = 2, stored: list[str] | None = None) -> TraceHeader:

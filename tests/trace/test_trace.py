@@ -64,7 +64,7 @@ def test_signals_come_back(tmp_path: Path) -> None:
 
 def test_a_missing_signal_is_named(tmp_path: Path) -> None:
     record(tmp_path / "t", lengths=[4], stored=["maps"])
-    with pytest.raises(TraceError, match="does not hold value_norms") as caught:
+    with pytest.raises(TraceError, match="does not hold value_l1") as caught:
         open_trace(tmp_path / "t").value_norms(0, 0)
     assert "kvscope trace" in caught.value.todo
 

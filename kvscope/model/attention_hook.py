@@ -1,0 +1,204 @@
+"""Watching a model's attention from beside its own kernel.
+
+transformers sends every attention call through a registry. While `watching` is open, the model's calls go to a
+function that hands them to an observer and then to the kernel that the model had before, so that the output is the
+kernel's own. Its mask function is registered under the same name: without it transformers builds no mask, and
+causality is lost.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvscope.errors import ModelError
+
+PREFIX = "kvscope-watch-"
+KERNELS = ("sdpa", "eager")
+
+
+@dataclass
+class Call:
+    """One call of one layer's attention.
+
+    Attributes
+    ----------
+    layer : int
+        Number of the layer.
+    query : Tensor
+        ``[batch, H, q, D]``, after rotary embedding.
+    key, value : Tensor
+        ``[batch, G, k, D]``, as the cache holds them; a sliding-window layer's cache holds the newest keys only.
+    mask : Tensor or None
+        What the kernel gets: bool (True is visible) or additive, ``[batch, 1 or H, q, >= k]``; None is causal.
+    scaling : float
+        Factor of the logits.
+    softcap : float or None
+        Cap of the logits.
+    sinks : Tensor or None
+        Learned sink logits ``[H]``, part of the softmax but no key.
+    sliding_window : int or None
+        Keys that a query sees at most, itself included.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    sliding_window: int | None = None
+
+    @cached_property
+    def key32(self) -> Tensor:
+        """Keys in float32, made once for all blocks of queries."""
+        return self.key.float()
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the attention of queries `start` to `stop` - 1 of this call, float32 ``[batch, H, stop - start, k]``.
+
+        Rebuilt from queries and keys in float32, in the order of the model's own eager code: scale, cap, mask,
+        softmax with the learned sink, which is then left out.
+        """
+        batch, heads, _, size = self.query.shape
+        groups, keys = self.key.shape[1], self.key.shape[2]
+        query = self.query[:, :, start:stop].float().reshape(batch, groups, -1, size)  # [batch, G, Q * q, D]
+        logits = (query @ self.key32.transpose(2, 3)).mul_(self.scaling).view(batch, heads, stop - start, keys)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        logits = self._masked(logits, start, stop)
+        if self.sinks is None:
+            return torch.softmax(logits, -1)
+        sink = self.sinks.float().view(1, -1, 1, 1).expand(batch, -1, stop - start, 1)
+        return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
+
+    def _masked(self, logits: Tensor, start: int, stop: int) -> Tensor:
+        keys = logits.shape[-1]
+        if self.mask is not None:
+            mask = self.mask[:, :, start:stop, :keys]
+            if mask.dtype == torch.bool:
+                return logits.masked_fill(~mask, -torch.inf)
+            return logits + mask.float()
+        if self.query.shape[2] == 1 and self.sliding_window is None:
+            return logits
+        own = torch.arange(start, stop, device=logits.device)[:, None] + keys - self.query.shape[2]
+        key = torch.arange(keys, device=logits.device)
+        hidden = key > own
+        if self.sliding_window is not None:
+            hidden |= key <= own - self.sliding_window
+        return logits.masked_fill(hidden, -torch.inf)
+
+
+Observer = Callable[[Call], None]
+
+
+@contextmanager
+def watching(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Hand every attention call of the model to `observer`; afterwards, or after an error, nothing is left behind.
+
+    Raises
+    ------
+    ModelError
+        If the model's attention does not go through the registry, or runs a kernel that cannot be watched.
+    """
+    require_registry(model)
+    configs = _configs(model)
+    before = [(config, config._attn_implementation) for config in configs]
+    kernels = {name for _, name in before}
+    unknown = kernels - set(KERNELS)
+    if unknown:
+        raise ModelError(
+            f"the attention kernel {sorted(unknown)[0]!r} cannot be watched",
+            f"Load the model with one of: {', '.join(KERNELS)}.",
+        )
+    try:
+        for kernel in kernels:
+            AttentionInterface.register(PREFIX + kernel, _watch(kernel, observer))
+            AttentionMaskInterface.register(PREFIX + kernel, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
+        for config, kernel in before:
+            config._attn_implementation_internal = PREFIX + kernel
+        yield
+    finally:
+        for config, kernel in before:
+            config._attn_implementation_internal = kernel
+        for kernel in kernels:
+            # The registries have no way to take a name back, so it is taken out of their mapping.
+            AttentionInterface._global_mapping.pop(PREFIX + kernel, None)
+            AttentionMaskInterface._global_mapping.pop(PREFIX + kernel, None)
+
+
+def require_registry(model: nn.Module) -> None:
+    """Raise ModelError if the model's code does not send its attention through transformers' registry.
+
+    Models with an index of sparse attention are refused too: they apply the index only under the names of
+    transformers' own kernels, and would silently become dense.
+    """
+    name = type(model).__name__
+    source = sys.modules[type(model).__module__]
+    if not hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
+        raise ModelError(
+            f"{name} does not use transformers' attention registry, so its attention cannot be watched",
+            "Trace a model that does: Llama, Mistral, Qwen, Gemma, Phi-3, GPT-2, OPT, GPT-NeoX, ...",
+        )
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder, whose cross-attention is not traced", "Trace a decoder-only model.")
+    if getattr(config, "index_topk", None) is not None:
+        raise ModelError(
+            f"{name} reads its cache through a learned index, which a watched kernel would switch off",
+            "Trace a model with dense attention.",
+        )
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _watch(kernel: str, observer: Observer) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def watched(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if kwargs.get("position_bias") is not None:
+            raise ModelError(
+                f"{type(module).__name__} adds a position bias, which is not traced", "Trace a model without it."
+            )
+        sinks = kwargs.get("s_aux")
+        scaling = kwargs.get("scaling")
+        observer(
+            Call(
+                layer=int(module.layer_idx),  # type: ignore[arg-type]
+                query=query,
+                key=key,
+                value=value,
+                mask=attention_mask,
+                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                softcap=kwargs.get("softcap"),
+                sinks=sinks,
+                sliding_window=kwargs.get("sliding_window"),
+            )
+        )
+        if kernel == "eager":
+            own = sys.modules[type(module).__module__].eager_attention_forward  # differs from model to model
+        else:
+            own = ALL_ATTENTION_FUNCTIONS[kernel]
+        output, _ = own(module, query, key, value, attention_mask, **kwargs)
+        return output, None
+
+    return watched

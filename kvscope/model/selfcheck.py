@@ -1,0 +1,83 @@
+"""Before the first token: does what would be recorded agree with what the model does?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvscope.errors import ModelError
+from kvscope.model.attention_hook import Call, watching
+
+PROBE = 24  # tokens
+TOLERANCE = 1e-4  # of a row's sum, in float32
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the attention calls of a model show: sizes, windows by layer, scaling, cap, learned sinks."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    windows: dict[int, int | None]
+    scaling: float
+    softcap: float | None
+    learned_sinks: bool
+
+
+def self_check(model: Any, ids: Tensor) -> Facts:
+    """Return the facts of the model's attention, after a look at a few tokens of the prompt, ``[1, P]``.
+
+    Raises
+    ------
+    ModelError
+        If watching changes the output, no attention is seen, layers differ in their heads, or a recorded row is not
+        causal, not finite, or has another sum than it should.
+    """
+    ids = ids[:, :PROBE]
+    calls: list[Call] = []
+    plain = model(input_ids=ids, use_cache=False).logits
+    with watching(model, calls.append):
+        watched = model(input_ids=ids, use_cache=False).logits
+    name = type(model).__name__
+    if not torch.equal(plain, watched):
+        difference = (plain - watched).abs().max().item()
+        raise ModelError(
+            f"watching {name} changes its logits by {difference:.3g}", "This kvscope cannot trace it; please report the model."
+        )
+    if not calls:
+        raise ModelError(f"no attention of {name} was seen", "Trace a model with softmax attention in its layers.")
+    for call in calls:
+        _check_rows(name, call)
+    shapes = {(call.query.shape[1], call.key.shape[1], call.query.shape[3]) for call in calls}
+    if len(shapes) > 1 or len({call.layer for call in calls}) != len(calls):
+        raise ModelError(
+            f"the layers of {name} differ in their heads (H, G, D): {sorted(shapes)}", "Record layers of one kind: --layers."
+        )
+    (heads, kv_heads, head_dim), first = shapes.pop(), calls[0]
+    return Facts(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        windows={call.layer: call.sliding_window for call in calls},
+        scaling=first.scaling,
+        softcap=first.softcap,
+        learned_sinks=any(call.sinks is not None for call in calls),
+    )
+
+
+def _check_rows(name: str, call: Call) -> None:
+    count = call.query.shape[2]
+    rows = call.rows(0, count)[0]
+    where = f"layer {call.layer} of {name}"
+    if not bool(torch.isfinite(rows).all()):
+        raise ModelError(f"{where} gives attention that is not finite", "Try --dtype float32.")
+    if rows.shape[-1] != count or bool(rows.triu(1).any()):
+        raise ModelError(f"{where} looks at later tokens", "Trace a causal language model.")
+    sums = rows.sum(-1)
+    low, high = sums.min().item(), sums.max().item()
+    if high > 1 + TOLERANCE or (call.sinks is None and low < 1 - TOLERANCE):
+        raise ModelError(f"rows of {where} sum to {low:.4f} to {high:.4f}", "Try --dtype float32.")

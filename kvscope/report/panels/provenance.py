@@ -1,0 +1,149 @@
+"""Provenance: where the numbers come from, and what about them is approximate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvscope.report.panel import panel
+from kvscope.report.source import ReportInput
+from kvscope.results.store import Replay
+from kvscope.trace.reader import Trace
+
+OPEN_LOOP = (
+    "Open loop: decisions are replayed from recorded full-cache attention. Within a layer this is exact; what an "
+    "eviction does to the hidden states of later layers and later tokens is not seen."
+)
+GENERATED = (
+    "The model wrote the continuation itself. Self-generated text repeats itself, which flatters every policy; "
+    "force a given continuation for text as people write it."
+)
+FLOAT16 = "Attention rows are recorded in 16 bit: weights below about 6e-8 count as zero, others carry three digits."
+SINKS = "This model has learned sinks: recorded rows sum to less than one, and the sink keeps its share in every row."
+MASS = (
+    "Attention mass says how ordinary text fares. It does not say whether a fact that nobody looked at for hundreds of "
+    "steps survives."
+)
+
+
+@panel(
+    "provenance",
+    title="Provenance",
+    order=90,
+    needs=("summary",),
+    help="Everything needed to make these numbers again: model, prompt, versions and command. The list of "
+    "approximations says what the numbers leave out; read it before you quote one of them.",
+)
+def provenance(source: ReportInput) -> dict[str, Any]:
+    """Return facts of every replay and trace, and what is approximate about them."""
+    traces = {replay.info["trace"]["identity"]: source.trace_of(replay) for replay in source.replays}
+    absent = [name for name, replay in zip(source.names, source.replays, strict=True) if not source.trace_of(replay)]
+    return {
+        "sources": [
+            *(_replay(name, replay) for name, replay in zip(source.names, source.replays, strict=True)),
+            *(_trace(trace) for trace in traces.values() if trace is not None),
+        ],
+        "approximate": _approximate(source),
+        "notes": [f"The trace of {name} is not at hand: model revision and prompts are not known." for name in absent],
+    }
+
+
+def _replay(name: str, replay: Replay) -> dict[str, Any]:
+    info = replay.info
+    trace = info["trace"]
+    return {
+        "kind": "replay",
+        "name": name,
+        "facts": _known(
+            {
+                "trace": trace.get("name"),
+                "trace identity": trace["identity"],
+                "model": trace.get("model"),
+                "prefill": info.get("prefill"),
+                "loop": info.get("loop"),
+                "runs": len(info["runs"]),
+                "seconds": info.get("seconds"),
+                "versions": _versions(info),
+                "command": info.get("command"),
+            }
+        ),
+        "prompts": [],
+    }
+
+
+def _trace(trace: Trace) -> dict[str, Any]:
+    header = trace.data
+    model = header.get("model") or {}
+    windows = sorted({window for window in header.get("sliding_window") or [] if window is not None})
+    return {
+        "kind": "trace",
+        "name": trace.name,
+        "facts": _known(
+            {
+                "identity": trace.identity,
+                "source": header.get("source"),
+                "protocol": header.get("protocol"),
+                "model": model.get("id"),
+                "revision": model.get("revision"),
+                "dtype": model.get("dtype"),
+                "tokenizer": _short(header.get("tokenizer")),
+                "device": header.get("device"),
+                "seed": header.get("seed"),
+                "sampling": _pairs(header.get("sampling") or {}),
+                "recorded layers": _layers(header),
+                "sliding windows": ", ".join(str(window) for window in windows),
+                "soft cap": header.get("softcap"),
+                "stored": ", ".join(sorted(header.get("stored") or [])),
+                "recorded at": header.get("created"),
+                "command": header.get("command"),
+                "versions": _versions(header),
+            }
+        ),
+        "prompts": [
+            {"file": str(prompt.get("file") or "given text"), "sha256": str(prompt.get("sha256") or "")}
+            for prompt in header.get("prompts") or []
+        ],
+    }
+
+
+def _approximate(source: ReportInput) -> list[str]:
+    found = []
+    if any(run.protocol[1] == "open" for run in source.runs):
+        found.append(OPEN_LOOP)
+    headers = [trace.data for replay in source.replays if (trace := source.trace_of(replay)) is not None]
+    if any(header.get("protocol") == "generated" for header in headers):
+        found.append(GENERATED)
+    if any("maps" in (header.get("stored") or []) for header in headers):
+        found.append(FLOAT16)
+    if any(header.get("learned_sinks") for header in headers):
+        found.append(SINKS)
+    if "retained_mass" in source.metrics:
+        found.append(MASS)
+    return found
+
+
+def _known(facts: dict[str, Any]) -> list[list[str]]:
+    return [[name, str(value)] for name, value in facts.items() if value not in (None, "", [], {})]
+
+
+def _versions(info: dict[str, Any]) -> str:
+    versions = dict(info.get("versions") or {})
+    if "kvscope" not in versions and isinstance(info.get("kvscope"), str):
+        versions["kvscope"] = info["kvscope"]
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(values.items()))
+
+
+def _short(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return _pairs(value)
+    return None if value is None else str(value)
+
+
+def _layers(header: dict[str, Any]) -> str:
+    layers, total = header.get("layers") or [], header.get("n_layers")
+    if total is not None and len(layers) == total:
+        return f"all {total}"
+    return ", ".join(str(layer) for layer in layers) + (f" of {total}" if total is not None else "")

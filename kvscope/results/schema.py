@@ -1,0 +1,115 @@
+"""The files of a replay: columns, types, units, and what changed from version to version."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from kvscope.errors import ResultError
+
+KIND = "kvscope-replay"
+SUMMARY_KIND = "kvscope-summary"
+RUN = "run.json"
+SUMMARY = "summary.json"
+SCHEMA_VERSION = 1
+HISTORY = {1: "first version: open loop"}
+
+
+def _column(name: str, kind: pa.DataType, about: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"about": about})
+
+
+RESIDENCY = pa.schema(
+    [
+        _column("run", pa.int32(), "number of the run: one policy under one budget"),
+        _column("sequence", pa.int32(), "number of the sequence"),
+        _column("layer", pa.int32(), "layer of the model"),
+        _column("kv_head", pa.int32(), "key/value head"),
+        _column("key", pa.int32(), "position of the key"),
+        _column("enter", pa.int32(), "first step at which the key is held"),
+        _column("leave", pa.int32(), "first step at which it is gone: held exactly when enter <= t < leave; null is never", True),
+    ]
+)
+_FIDELITY = [
+    _column("run", pa.int32(), "number of the run"),
+    _column("sequence", pa.int32(), "number of the sequence"),
+    _column("layer", pa.int32(), "layer of the model"),
+    _column("head", pa.int32(), "query head"),
+    _column("step", pa.int32(), "position of the query"),
+]
+
+
+def fidelity_schema(metrics: list[str]) -> pa.Schema:
+    """Return the schema of ``fidelity.parquet``: one nullable float32 column for each metric."""
+    columns = [_column(name, pa.float32(), "metric; null where it has no value at this step", True) for name in metrics]
+    return pa.schema(_FIDELITY + columns)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the content of ``run.json`` of a whole replay of this version.
+
+    Raises
+    ------
+    ResultError
+        Each with its own message: nothing there, not a replay, older, newer, incomplete, damaged.
+    """
+    file = path / RUN
+    if not path.exists():
+        unfinished = path.with_name(path.name + ".incomplete")
+        if unfinished.exists():
+            raise ResultError(f"replay {path} is incomplete: it stopped before its end", _again(unfinished))
+        raise ResultError(f"no replay at {path}", "Make one: kvscope replay --policy a2sf")
+    if not file.is_file():
+        raise ResultError(f"{path} is not a kvscope replay: it has no {RUN}", "Name a folder under reports/.")
+    data = load_json(file, KIND, "replay")
+    if not data.get("complete"):
+        raise ResultError(f"replay {path} is incomplete: it stopped before its end", _again(path))
+    return data
+
+
+def load_json(file: Path, kind: str, what: str) -> dict[str, Any]:
+    """Return a JSON file of a known kind and of this version; raises ResultError with its own message for each fault."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultError(f"cannot read {file}: {error.strerror}", f"Name a {what} that exists.") from error
+    except ValueError as error:
+        raise ResultError(f"{file} is damaged: it is no JSON ({error})", "Replay again.") from error
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        raise ResultError(f"{file} is not a kvscope {what}", f"Name a {what}, as kvscope replay writes it.")
+    version = data.get("schema")
+    if not isinstance(version, int) or version < SCHEMA_VERSION:
+        raise ResultError(f"{file} has the older format {version}", "Replay again with this kvscope.")
+    if version > SCHEMA_VERSION:
+        raise ResultError(
+            f"{file} has format {version}, newer than this kvscope reads ({SCHEMA_VERSION})", "Update kvscope."
+        )
+    return data
+
+
+def _again(path: Path) -> str:
+    return f"Replay again; {path} can be removed."
+
+
+def describe() -> str:
+    """Return the documentation of every file and column, as Markdown."""
+    files = {
+        "residency.parquet": ("one stay of one key", RESIDENCY),
+        "fidelity.parquet": ("one step of one query head", fidelity_schema(["METRIC"])),
+    }
+    lines = [
+        "# The replay format",
+        "",
+        f"Version {SCHEMA_VERSION}. A replay is a folder with `{RUN}` (what was replayed, and how), `{SUMMARY}` (the",
+        "summary, small enough to commit as a baseline) and these Parquet files.",
+        "",
+    ]
+    for name, (row, schema) in files.items():
+        lines += [f"## `{name}`", "", f"One row is {row}.", "", "| column | type | what it is |", "|---|---|---|"]
+        lines += [f"| `{c.name}` | `{c.type}` | {c.metadata[b'about'].decode()} |" for c in schema]
+        lines.append("")
+    lines += ["## History", "", *(f"- {version}: {what}" for version, what in HISTORY.items()), ""]
+    return "\n".join(lines)

@@ -1,0 +1,292 @@
+"""Writing and reading a replay; only a finished one gets its name."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kvscope.errors import ResultError
+from kvscope.results.schema import KIND, RESIDENCY, RUN, SCHEMA_VERSION, SUMMARY, fidelity_schema, load_json, read_header
+from kvscope.results.schema import SUMMARY_KIND
+from kvscope.results.summary import Means
+
+Array = NDArray[Any]
+
+
+class ReplayWriter:
+    """Writes one replay into ``PATH.incomplete`` and gives it its name at `finish`.
+
+    Parameters
+    ----------
+    path : Path
+        Folder of the replay.
+    info : mapping
+        What ``run.json`` says: ``trace``, ``prefill``, ``loop``, ``metrics``, ``runs``, ``versions``, ``command``.
+    force : bool
+        Whether an existing replay may be replaced, once this one is whole.
+
+    Raises
+    ------
+    ResultError
+        If `path` exists, another process is writing it, or the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, info: Mapping[str, Any], *, force: bool = False) -> None:
+        self.path, self.info, self._force = Path(path), dict(info), force
+        self.work = self.path.with_name(self.path.name + ".incomplete")
+        self.metrics = list(self.info["metrics"])
+        self._means = Means(self.metrics)
+        self._writers: dict[str, pq.ParquetWriter] = {}
+        if self.path.exists() and not force:
+            raise ResultError(f"{self.path} exists", "Name another with --output, or replace it with --force.")
+        _clear(self.work)
+        try:
+            self.work.mkdir(parents=True)
+            self._json(RUN, {"complete": False, "writer": {"pid": os.getpid(), "host": socket.gethostname()}})
+            for name, schema in (("residency", RESIDENCY), ("fidelity", fidelity_schema(self.metrics))):
+                self._writers[name] = pq.ParquetWriter(self.work / f"{name}.parquet", schema, compression="zstd")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def __enter__(self) -> ReplayWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._writers.values():
+            try:
+                writer.close()
+            except OSError as full:
+                if full.errno != errno.ENOSPC:
+                    raise
+
+    def residency(
+        self, run: int, sequence: int, layer: int, *, enter: Array, leave: Array, kv_head: Array, key: Array
+    ) -> None:
+        """Write stays of keys, one for each element; ``leave`` of -1 is never."""
+        count = len(key)
+        columns = {
+            "run": np.full(count, run, np.int32),
+            "sequence": np.full(count, sequence, np.int32),
+            "layer": np.full(count, layer, np.int32),
+            "kv_head": kv_head,
+            "key": key,
+            "enter": enter,
+            "leave": pa.array(leave, pa.int32(), mask=np.asarray(leave) < 0),
+        }
+        self._write("residency", RESIDENCY, columns)
+
+    def fidelity(self, run: int, sequence: int, layer: int, steps: Array, values: Mapping[str, Array]) -> None:
+        """Write metrics, each ``[H, S]``, of the steps ``[S]``; NaN is stored as null."""
+        heads, count = next(iter(values.values())).shape
+        columns: dict[str, Any] = {
+            "run": np.full(heads * count, run, np.int32),
+            "sequence": np.full(heads * count, sequence, np.int32),
+            "layer": np.full(heads * count, layer, np.int32),
+            "head": np.repeat(np.arange(heads, dtype=np.int32), count),
+            "step": np.tile(np.asarray(steps, np.int32), heads),
+        }
+        for name in self.metrics:
+            columns[name] = pa.array(values[name].ravel().astype(np.float32), from_pandas=True)
+        self._write("fidelity", fidelity_schema(self.metrics), columns)
+        self._means.add(run, sequence, values)
+
+    def finish(self, **extra: Any) -> Replay:
+        """Close the files, write the summary, note sizes and checksums, and give the replay its name."""
+        try:
+            for writer in self._writers.values():
+                writer.close()
+            self._text(SUMMARY, self._means.summary(self.info))
+            names = ["residency.parquet", "fidelity.parquet", SUMMARY]
+            self._json(
+                RUN,
+                {
+                    "complete": True,
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "sizes": {name: (self.work / name).stat().st_size for name in names},
+                    "checksums": {name: _checksum(self.work / name) for name in names},
+                    **extra,
+                },
+            )
+            if self._force and self.path.exists():
+                shutil.rmtree(self.path)
+            self.work.rename(self.path)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        return open_replay(self.path)
+
+    def _write(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
+        arrays = [pa.array(columns[column.name]).cast(column.type) for column in schema]
+        try:
+            self._writers[name].write_table(pa.Table.from_arrays(arrays, schema=schema))
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def _json(self, name: str, late: Mapping[str, Any]) -> None:
+        self._text(name, {"kind": KIND, "schema": SCHEMA_VERSION, **self.info, **late})
+
+    def _text(self, name: str, data: Mapping[str, Any]) -> None:
+        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        (self.work / name).write_text(text, encoding="utf-8")
+
+
+class Replay:
+    """A whole replay on disk. Open one with `open_replay`.
+
+    Attributes
+    ----------
+    path : Path
+        Its folder.
+    info : dict
+        All of ``run.json``.
+    """
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        self.path, self.info = path, info
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.resolve().name
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        return load_json(self.path / SUMMARY, SUMMARY_KIND, "summary")
+
+    def residency(self, run: int | None = None, sequence: int | None = None, layer: int | None = None) -> pd.DataFrame:
+        """Return stays of keys: the columns of ``residency.parquet``; ``leave`` is a nullable integer."""
+        return self._frame("residency", run, sequence, layer).astype({"leave": "Int32"})
+
+    def fidelity(self, run: int | None = None, sequence: int | None = None, layer: int | None = None) -> pd.DataFrame:
+        """Return metrics of every step and query head: the columns of ``fidelity.parquet``."""
+        return self._frame("fidelity", run, sequence, layer)
+
+    def resident(self, run: int, sequence: int, layer: int) -> NDArray[np.bool_]:
+        """Return ``R_t`` for every step, bool ``[G, T, T]``: ``[g, t, k]`` says whether key ``k`` is held after ``t``."""
+        return self._mask(run, sequence, layer, 0)
+
+    def visible(self, run: int, sequence: int, layer: int) -> NDArray[np.bool_]:
+        """Return ``V_t`` for every step, bool ``[G, T, T]``: what was held after ``t - 1``, and key ``t``."""
+        return self._mask(run, sequence, layer, 1)
+
+    def _mask(self, run: int, sequence: int, layer: int, shift: int) -> NDArray[np.bool_]:
+        frame = self.residency(run, sequence, layer)
+        trace = self.info["trace"]
+        length = trace["sequences"][sequence]["length"]
+        mask = np.zeros((trace["kv_heads"], length, length), bool)
+        leave = frame["leave"].fillna(length).to_numpy(int)
+        stays = zip(frame["kv_head"], frame["key"], frame["enter"] + shift, leave + shift, strict=True)
+        for head, key, start, stop in stays:
+            mask[head, start:stop, key] = True
+        if shift:
+            steps = np.arange(length)
+            mask[:, steps, steps] = True
+        return mask
+
+    def _frame(self, name: str, run: int | None, sequence: int | None, layer: int | None) -> pd.DataFrame:
+        wanted = {"run": run, "sequence": sequence, "layer": layer}
+        filters = [(column, "=", value) for column, value in wanted.items() if value is not None]
+        try:
+            frame: pd.DataFrame = pq.read_table(self.path / f"{name}.parquet", filters=filters or None).to_pandas()
+        except (OSError, pa.ArrowException) as error:
+            raise ResultError(f"replay {self.path} is damaged: {name}.parquet cannot be read", "Replay again.") from error
+        return frame
+
+
+def open_replay(path: Path | str, *, verify: bool = False) -> Replay:
+    """Return a whole replay.
+
+    Parameters
+    ----------
+    path : Path or str
+        Its folder.
+    verify : bool
+        Whether to compare the checksum of every file too; sizes are compared always.
+
+    Raises
+    ------
+    ResultError
+        Nothing there, not a replay, older, newer, incomplete, or damaged: each says which.
+    """
+    path = Path(path)
+    info = read_header(path)
+    for name, size in info["sizes"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise ResultError(f"replay {path} is damaged: {name} is missing or has another size", "Replay again.")
+        if verify and _checksum(file) != info["checksums"][name]:
+            raise ResultError(f"replay {path} is damaged: the checksum of {name} is another", "Replay again.")
+    return Replay(path, info)
+
+
+def newest_replay(folder: Path = Path("reports")) -> Path:
+    """Return the newest whole replay under `folder`.
+
+    Raises
+    ------
+    ResultError
+        If there is none.
+    """
+    found: list[tuple[str, float, Path]] = []
+    for candidate in folder.iterdir() if folder.is_dir() else []:
+        try:
+            info = read_header(candidate)
+        except ResultError:
+            continue  # unfinished, foreign or of another version: not what "newest whole replay" means
+        found.append((info["created"], candidate.stat().st_mtime, candidate))
+    if not found:
+        raise ResultError(f"no whole replay under {folder}/", "Make one: kvscope replay --policy a2sf")
+    return max(found)[2]
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _clear(work: Path) -> None:
+    """Remove what a killed run left; refuse while its process still writes."""
+    if not work.exists():
+        return
+    try:
+        writer = json.loads((work / RUN).read_text(encoding="utf-8"))["writer"]
+        alive = writer["host"] == socket.gethostname() and writer["pid"] != os.getpid() and _runs(writer["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        alive = False
+    if alive:
+        raise ResultError(f"process {writer['pid']} is writing {work}", "Wait for it, or name another with --output.")
+    shutil.rmtree(work)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _unwritable(path: Path, error: OSError) -> ResultError:
+    if error.errno == errno.ENOSPC:
+        return ResultError(f"the disk of {path} is full", "Free some space, or write to another disk with --output.")
+    return ResultError(f"cannot write {path}: {error.strerror or error}", "Name a folder that can be written, with --output.")

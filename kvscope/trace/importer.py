@@ -1,0 +1,260 @@
+"""Attention maps that were captured elsewhere become a trace; every row is checked first."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvscope.errors import TraceError, UsageError
+from kvscope.trace.reader import Trace, open_trace
+from kvscope.trace.schema import TraceHeader, estimate_bytes
+from kvscope.trace.writer import TraceWriter, checksum, require_space
+
+Array = NDArray[Any]
+SUM_TOLERANCE = 1e-2  # half-precision softmax over thousands of keys is off by less
+ABOVE_TOLERANCE = 1e-6  # weight above the diagonal that counts as none
+PER_KEY = ("value_l1", "value_l2", "key_l2")
+VECTORS = ("queries", "keys", "values")
+BLOCK = 256  # rows written at a time
+
+
+def import_maps(
+    source: Path,
+    prompt: str | None,
+    output: Path,
+    *,
+    prompt_length: int | None = None,
+    learned_sinks: bool = False,
+    force: bool = False,
+) -> Trace:
+    """Return a trace made of the arrays of a file.
+
+    Parameters
+    ----------
+    source : Path
+        ``.npz`` or ``.safetensors`` with ``attention`` ``[L, H, T, T]`` or ``[S, L, H, T, T]``, and perhaps ``value_l1``,
+        ``value_l2``, ``key_l2`` ``[L, G, T]``, ``keys``, ``values`` ``[L, G, T, D]``, ``queries`` ``[L, H, T, D]``, ``tokens``
+        ``[T]`` (ids or texts), ``prompt_length``; with a leading ``S`` where attention has one.
+    prompt : str, optional
+        The prompt, as text or as the path of a text file.
+    output : Path
+        Folder of the trace.
+    prompt_length : int, optional
+        ``P``. Without it, and without an array of that name, the whole sequence counts as prompt, and the trace can be
+        replayed with streaming prefill only.
+    learned_sinks : bool
+        Whether rows may sum to less than one because a learned sink takes a share.
+    force : bool
+        Whether to replace an existing trace.
+
+    Raises
+    ------
+    UsageError
+        If the file cannot be read, or an array has another shape than it should.
+    TraceError
+        If a row is not causal, not finite, negative, or has another sum; the message names layer, head and row.
+    """
+    arrays = _batched(read_arrays(Path(source)))
+    attention = arrays["attention"]
+    count, layers, heads, length, _ = attention.shape
+    groups = _check_shapes(arrays)
+    for sequence in range(count):
+        _check_rows(attention[sequence], learned_sinks)
+    _derive(arrays)
+    lengths = _prompt_lengths(arrays, prompt_length, count, length)
+    head_dim = next((arrays[name].shape[-1] for name in VECTORS if name in arrays), 0)
+    header = TraceHeader(
+        source="import",
+        protocol="import",
+        model={"id": f"imported from {Path(source).name}", "revision": None, "sha256": checksum(Path(source))},
+        layers=list(range(layers)),
+        n_layers=layers,
+        heads=heads,
+        kv_heads=groups,
+        head_dim=head_dim,
+        layer_types=["full"] * layers,
+        sliding_window=[None] * layers,
+        learned_sinks=learned_sinks,
+        stored=_stored(arrays),
+        prompts=[_prompt(prompt)],
+        versions={"kvscope": version("kvscope"), "numpy": version("numpy")},
+    )
+    sizes = {"layers": layers, "heads": heads, "kv_heads": groups, "head_dim": head_dim}
+    require_space(output, estimate_bytes(**sizes, lengths=[length] * count, similarity="similarity" in arrays))
+    with TraceWriter(output, header, force=force) as writer:
+        for sequence in range(count):
+            _write(writer, sequence, arrays, lengths[sequence])
+        writer.finish([{"prompt": p, "length": length, "forced": True} for p in lengths])
+    return open_trace(output)
+
+
+def read_arrays(source: Path) -> dict[str, Array]:
+    """Return the arrays of an ``.npz`` or ``.safetensors`` file by name.
+
+    Raises
+    ------
+    UsageError
+        If there is no such file, it is neither, or it has no ``attention``.
+    """
+    if not source.is_file():
+        raise UsageError(f"no file {source}", "Name an .npz or .safetensors file.")
+    try:
+        arrays = _load(source)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the two readers raise
+        raise UsageError(f"{source} cannot be read: {error}".splitlines()[0], "Write it again, as .npz or .safetensors.") from error
+    if "attention" not in arrays:
+        raise UsageError(f"{source} has no array called attention", f"It has: {', '.join(sorted(arrays)) or 'nothing'}.")
+    return arrays
+
+
+def _load(source: Path) -> dict[str, Array]:
+    if source.suffix == ".npz":
+        with np.load(source, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    if source.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(source, framework="numpy") as file:
+            names = list(file.keys())
+            for name in names:
+                if file.get_slice(name).get_dtype() == "BF16":
+                    raise UsageError(f"{source}: {name} is bfloat16, which NumPy lacks", "Save it as float16 or float32.")
+            return {name: file.get_tensor(name) for name in names}
+    raise UsageError(f"{source} is neither .npz nor .safetensors", "Write the arrays with numpy.savez or safetensors.")
+
+
+def _batched(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the arrays with a leading axis of sequences."""
+    attention = arrays["attention"]
+    if attention.ndim == 5:
+        return dict(arrays)
+    if attention.ndim != 4:
+        raise UsageError(
+            f"attention has the shape {list(attention.shape)}", "It must be [L, H, T, T], or [S, L, H, T, T]."
+        )
+    return {name: array[None] for name, array in arrays.items()}
+
+
+def _check_shapes(arrays: Mapping[str, Array]) -> int:
+    """Return ``G``; raise UsageError for an array of another shape than it should have."""
+    count, layers, heads, length, keys = arrays["attention"].shape
+    if length != keys or 0 in arrays["attention"].shape:
+        raise UsageError(f"attention has the shape {list(arrays['attention'].shape)}", "Its last two axes are both T, above 0.")
+    groups = next((arrays[name].shape[2] for name in (*PER_KEY, "keys", "values") if name in arrays), heads)
+    if groups == 0 or heads % groups:
+        raise UsageError(f"{heads} query heads do not share {groups} key/value heads evenly", "H must be a multiple of G.")
+    for name in (*PER_KEY, *VECTORS):
+        if name in arrays:
+            expected = (count, layers, heads if name == "queries" else groups, length)
+            if arrays[name].shape[:4] != expected or arrays[name].ndim != (4 if name in PER_KEY else 5):
+                raise UsageError(
+                    f"{name} has the shape {list(arrays[name].shape)}", f"It must begin with {list(expected)} (S, L, heads, T)."
+                )
+            if not np.isfinite(arrays[name]).all():
+                raise UsageError(f"{name} holds values that are not numbers", "Write it again.")
+    if "tokens" in arrays and arrays["tokens"].shape != (count, length):
+        raise UsageError(f"tokens has the shape {list(arrays['tokens'].shape)}", f"It must be {[count, length]} (S, T).")
+    return int(groups)
+
+
+def _check_rows(attention: Array, learned_sinks: bool) -> None:
+    """Raise TraceError for the first row that is no causal attention, ``[L, H, T, T]``."""
+    above = ~np.tri(attention.shape[-1], dtype=bool)
+    for layer, heads in enumerate(attention):
+        for head, rows in enumerate(heads.astype(np.float32)):
+            sums = rows.sum(-1)
+            faults = {
+                "holds a weight that is not a number": ~np.isfinite(rows).all(-1),
+                "holds a negative weight": (rows < 0).any(-1),
+                "looks at a later key": (np.where(above, np.abs(rows), 0) > ABOVE_TOLERANCE).any(-1),
+                "sums to more than one": sums > 1 + SUM_TOLERANCE,
+                "sums to less than one": (sums < 1 - SUM_TOLERANCE) & (not learned_sinks),
+            }
+            for what, where in faults.items():
+                if where.any():
+                    row = int(where.argmax())
+                    raise TraceError(
+                        f"layer {layer}, head {head}, row {row} {what} (sum {sums[row]:.4f})",
+                        "Attention is after softmax, [query, key], causal; rows with a learned sink need learned_sinks.",
+                    )
+
+
+def _derive(arrays: dict[str, Array]) -> None:
+    """Add norms and cosines that follow from the vectors."""
+    if "values" in arrays:
+        values = arrays["values"].astype(np.float32)
+        arrays.setdefault("value_l1", np.abs(values).sum(-1))
+        arrays.setdefault("value_l2", np.linalg.norm(values, axis=-1))
+    if "keys" in arrays:
+        keys = arrays["keys"].astype(np.float32)
+        norms = np.linalg.norm(keys, axis=-1)
+        arrays.setdefault("key_l2", norms)
+        unit = keys / np.maximum(norms, np.finfo(np.float32).tiny)[..., None]
+        arrays["similarity"] = np.clip(unit @ unit.swapaxes(-1, -2), -1, 1)
+
+
+def _stored(arrays: Mapping[str, Array]) -> list[str]:
+    stored = ["maps"]
+    stored += [name for name in ("value_l1", "value_l2") if name in arrays]
+    stored += ["key_l2"] if "key_l2" in arrays else []
+    stored += ["similarity"] if "similarity" in arrays else []
+    stored += ["queries"] if "queries" in arrays else []
+    return stored + [f"vectors:{name}" for name in VECTORS if name in arrays]
+
+
+def _prompt_lengths(arrays: Mapping[str, Array], given: int | None, count: int, length: int) -> list[int]:
+    if given is not None:
+        lengths = [given] * count
+    elif "prompt_length" in arrays:
+        lengths = np.broadcast_to(arrays["prompt_length"].ravel(), (count,)).astype(int).tolist()
+    else:
+        lengths = [length] * count
+    for value in lengths:
+        if not 1 <= value <= length:
+            raise UsageError(f"prompt_length={value} does not fit {length} tokens", "It is from 1 to the length.")
+    return lengths
+
+
+def _prompt(prompt: str | None) -> dict[str, Any]:
+    if prompt is None:
+        return {"file": None, "text": None, "sha256": None}
+    file = Path(prompt) if len(prompt) < 4096 and "\n" not in prompt else None
+    if file is not None and file.is_file():
+        text = file.read_text(encoding="utf-8")
+        return {"file": str(file), "text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return {"file": None, "text": prompt, "sha256": hashlib.sha256(prompt.encode()).hexdigest()}
+
+
+def _write(writer: TraceWriter, sequence: int, arrays: Mapping[str, Array], prompt: int) -> None:
+    _, layers, _, length, _ = arrays["attention"].shape
+    for layer in range(layers):
+        for first in range(0, length, BLOCK):
+            stop = min(first + BLOCK, length)
+            rows = arrays["attention"][sequence, layer, :, first:stop, :stop].astype(np.float32)
+            writer.attention(layer, sequence, first, rows)
+        signals = {name: arrays[name][sequence, layer] for name in (*PER_KEY, "similarity") if name in arrays}
+        if signals:
+            writer.keys(layer, sequence, 0, **signals)
+        if "queries" in arrays:
+            writer.queries(layer, sequence, 0, arrays["queries"][sequence, layer].astype(np.float32).mean(0))
+        vectors = {name: arrays[name][sequence, layer] for name in VECTORS if name in arrays}
+        if vectors:
+            writer.vectors(layer, sequence, **vectors)
+    given = arrays["tokens"][sequence] if "tokens" in arrays else np.full(length, -1)
+    is_id = np.issubdtype(given.dtype, np.integer)
+    writer.tokens(
+        sequence,
+        token_id=given if is_id else np.full(length, -1),
+        text=[f"[{position}]" if is_id else str(token) for position, token in enumerate(given)],
+        is_prompt=np.arange(length) < prompt,
+        logprob=np.full(length, np.nan),
+        entropy=np.full(length, np.nan),
+    )

@@ -1,0 +1,210 @@
+"""The hook sees what the model does, changes nothing, and leaves nothing behind."""
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvscope.errors import ModelError
+from kvscope.model.attention_hook import Call, watching
+from kvscope.model.loading import UNSUPPORTED
+from kvscope.model.recorder import Recorder
+from kvscope.model.selfcheck import self_check
+from tests.model.tiny import MODELS, WINDOW, build, tokens
+from tests.reference import attention as twin
+
+PROMPT, LENGTH = 9, 14
+HALF = 2**-11  # relative rounding of float16
+
+
+class Collector:
+    """Takes what a writer takes, and keeps it by layer and position."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[int, int], torch.Tensor] = {}
+        self.norms: dict[tuple[int, int], float] = {}
+
+    def attention(self, layer, sequence, first, rows) -> None:
+        for index in range(rows.shape[1]):
+            self.rows[layer, first + index] = torch.tensor(rows[:, index, : first + index + 1])
+
+    def keys(self, layer, sequence, first, **norms) -> None:
+        for index in range(norms["value_l1"].shape[1]):
+            self.norms[layer, first + index] = norms["value_l1"][:, index]
+
+    def queries(self, layer, sequence, first, mean_query) -> None:
+        assert mean_query.ndim == 2
+
+
+def generate(model, ids) -> list[torch.Tensor]:
+    """Return the logits of a prefill and of steps after it."""
+    cache = DynamicCache(config=model.config)
+    logits = [model(input_ids=ids[:, :PROMPT], past_key_values=cache).logits]
+    logits += [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(PROMPT, ids.shape[1])]
+    return logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_rows_are_those_of_eager_attention_and_logits_do_not_move(name: str) -> None:
+    model, ids = build(name), tokens(LENGTH)
+    plain = generate(model, ids)
+    collector = Collector()
+    recorder = Recorder(collector, range(2), query_block=4)
+    recorder.begin(0)
+    with watching(model, recorder):
+        watched = generate(model, ids)
+    recorder.end()
+    assert all(torch.equal(one, other) for one, other in zip(plain, watched, strict=True))
+    eager = build(name, "eager")(input_ids=ids, output_attentions=True, use_cache=False).attentions
+    assert len(collector.rows) == 2 * LENGTH == len(collector.norms)
+    for (layer, t), rows in collector.rows.items():
+        assert torch.allclose(rows, eager[layer][0, :, t, : t + 1], rtol=HALF, atol=1e-6), (layer, t)
+
+
+@torch.inference_mode()
+def test_without_a_prompt_row_the_window_is_where_it_belongs() -> None:
+    """A sliding cache holds the newest keys only: their weights must land on their positions, not at the start."""
+    model, ids = build("mistral"), tokens(LENGTH)
+    collector = Collector()
+    recorder = Recorder(collector, [0], query_block=64)
+    recorder.begin(0)
+    with watching(model, recorder):
+        generate(model, ids)
+    recorder.end()
+    row = collector.rows[0, LENGTH - 1]
+    assert (row[:, : LENGTH - WINDOW] == 0).all()
+    assert (row[:, LENGTH - WINDOW :] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@torch.inference_mode()
+def test_rows_equal_the_plain_loop(name: str) -> None:
+    calls: list[Call] = []
+    with watching(build(name), calls.append):
+        build_ids = tokens(7)
+        calls.clear()
+    model = build(name)
+    with watching(model, calls.append):
+        model(input_ids=build_ids, use_cache=False)
+    for call in calls:
+        rows = call.rows(2, 7)[0]
+        share = call.query.shape[1] // call.key.shape[1]
+        for head in range(call.query.shape[1]):
+            keys = call.key[0, head // share].tolist()
+            sink = None if call.sinks is None else call.sinks[head].item()
+            for t in range(2, 7):
+                expected = twin.row(
+                    call.query[0, head, t].tolist(), keys, t, call.scaling, call.softcap, sink, call.sliding_window
+                )
+                assert rows[head, t - 2, : t + 1].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gpt_oss"])
+@torch.inference_mode()
+def test_left_padding_carries_no_weight(name: str) -> None:
+    model, ids, pad = build(name), tokens(8), 3
+    calls: list[Call] = []
+    with watching(model, calls.append):
+        model(input_ids=ids, use_cache=False)
+        alone = [call.rows(0, 8)[0] for call in calls]
+        calls.clear()
+        padded = torch.cat([torch.zeros(1, pad, dtype=torch.long), ids], 1)
+        mask = torch.cat([torch.zeros(1, pad, dtype=torch.long), torch.ones_like(ids)], 1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        both = model(
+            input_ids=torch.cat([padded, tokens(8 + pad, seed=5)]),
+            attention_mask=torch.cat([mask, torch.ones_like(mask)]),
+            position_ids=torch.cat([positions, torch.arange(8 + pad)[None]]),
+            use_cache=False,
+        )
+    assert torch.isfinite(both.logits[0, pad:]).all()
+    for call, expected in zip(calls, alone, strict=True):
+        rows = call.rows(pad, 8 + pad)[0]
+        assert (rows[..., :pad] == 0).all()
+        assert torch.allclose(rows[..., pad:], expected, atol=1e-5)
+
+
+def registered() -> set[str]:
+    return set(ALL_ATTENTION_FUNCTIONS.keys()) | set(ALL_MASK_ATTENTION_FUNCTIONS.keys())
+
+
+def test_nothing_is_left_behind() -> None:
+    model = build("gemma3")
+    before, kernel = registered(), model.config._attn_implementation
+    with watching(model, lambda call: None):
+        assert registered() != before
+        assert model.config._attn_implementation != kernel
+    assert registered() == before
+    assert model.config._attn_implementation == kernel
+    with pytest.raises(RuntimeError, match="inside"), watching(model, lambda call: None):
+        raise RuntimeError("inside")
+    assert registered() == before
+    assert model.config._attn_implementation == kernel
+
+
+REFUSED = {
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    ),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)),
+    "mpt": lambda: MptForCausalLM(MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=4)),
+    "gptj": lambda: GPTJForCausalLM(GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_outside_the_registry_are_refused_by_name(name: str) -> None:
+    model = REFUSED[name]()
+    with pytest.raises(ModelError, match=f"{type(model).__name__} does not use transformers' attention registry"):
+        self_check(model, tokens(5))
+    assert model.config.model_type in UNSUPPORTED
+
+
+def test_a_kernel_that_returns_no_rows_is_refused() -> None:
+    model = build("llama")
+    model.config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(ModelError, match="flex_attention"), watching(model, lambda call: None):
+        pass
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_facts_of_the_self_check(name: str) -> None:
+    facts = self_check(build(name), tokens(12))
+    assert facts.heads == 4
+    assert facts.kv_heads == (4 if name in ("gpt2", "opt", "gpt_neox") else 2)
+    assert facts.head_dim == 8
+    assert facts.learned_sinks == (name == "gpt_oss")
+    assert (facts.softcap is not None) == (name == "gemma2")
+    windows = {"mistral": [5, 5], "gemma2": [5, None], "gemma3": [5, None], "gpt_oss": [5, None]}
+    assert list(facts.windows.values()) == windows.get(name, [None, None])
+
+
+def test_the_self_check_finds_a_model_that_looks_ahead() -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    looks = Call(0, *(torch.randn(1, 2, 6, 4) for _ in range(3)), mask=torch.ones(1, 1, 6, 6, dtype=torch.bool), scaling=1.0)
+    from kvscope.model.selfcheck import _check_rows
+
+    with pytest.raises(ModelError, match="looks at later tokens"):
+        _check_rows("Model", looks)
+
+
+def test_the_self_check_finds_a_kernel_that_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        monkeypatch.setattr(layer.self_attn, "forward", lambda hidden_states, **_: (torch.zeros_like(hidden_states), None))
+    with pytest.raises(ModelError, match="no attention of LlamaForCausalLM was seen"):
+        self_check(model, tokens(5))
