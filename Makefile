@@ -8,14 +8,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-# One thread per process: pytest runs several, and more threads than cores make everything slower.
-export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .PHONY: demo test check format clean
 
 demo: $(VENV)/.installed
-	OMP_NUM_THREADS= $(BIN)/kvscope demo
+	$(BIN)/kvscope demo
+
+# One thread for each of several test processes: more threads than cores make everything slower.
+test check: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n $(JOBS)

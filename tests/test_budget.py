@@ -31,7 +31,9 @@ def test_a_share_is_rounded_up_exactly(percent: int, prompt: int) -> None:
     assert Budget.parse(f"{percent}%").keys(prompt=prompt, length=prompt, prefill="full") == -(-percent * prompt // 100)
 
 
-@pytest.mark.parametrize("text", ["0.2", "1.0", "0", "-3", "0%", "101%", "abc", "", "%", "nan", "inf%", 0.2, True, None])
+@pytest.mark.parametrize(
+    "text", ["0.2", "1.0", "0", "-3", "0%", "101%", "abc", "", "%", "nan", "inf%", 0.2, True, None]
+)
 def test_what_is_no_budget(text) -> None:
     with pytest.raises(UsageError) as caught:
         Budget.parse(text)

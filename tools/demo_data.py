@@ -11,10 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 BOOKS = ["alice", "moby_dick", "pride_and_prejudice", "sherlock_holmes", "war_and_peace"]
 NAMES = (
-    "Ada Alice Anna Arthur Basil Boris Caleb Carlo Clara Conrad Dora Dorian Edgar Edith Elena Emma Felix Flora Frank Fred "
-    "George Grace Hanna Harold Helen Henry Hugo Ida Igor Irene Ivan Jack Jane John Julia Karl Kate Laura Leo Lily Louis "
-    "Lucy Lydia Marcus Maria Martin Mary Max Mina Nadia Nathan Nora Olga Oscar Paul Peter Philip Quentin Rachel Robert "
-    "Rosa Ruth Samuel Simon Sofia Stella Sybil Thomas Tom Ursula Vera Victor Walter William Yuri Zelda"
+    "Ada Alice Anna Arthur Basil Boris Caleb Carlo Clara Conrad Dora Dorian Edgar Edith Elena Emma Felix "
+    "Flora Frank Fred George Grace Hanna Harold Helen Henry Hugo Ida Igor Irene Ivan Jack Jane John Julia "
+    "Karl Kate Laura Leo Lily Louis Lucy Lydia Marcus Maria Martin Mary Max Mina Nadia Nathan Nora Olga "
+    "Oscar Paul Peter Philip Quentin Rachel Robert Rosa Ruth Samuel Simon Sofia Stella Sybil Thomas Tom "
+    "Ursula Vera Victor Walter William Yuri Zelda "
 ).split()
 HELD = ["has", "holds", "keeps", "owns"]
 

@@ -152,7 +152,12 @@ def train(args: argparse.Namespace) -> None:
         recent.append(loss.item())
         step += 1
         if step % args.report == 0:
-            entry = {"step": step, "minutes": round(minutes, 1), "warm_up": warm, "loss": round(sum(recent) / len(recent), 3)}
+            entry = {
+                "step": step,
+                "minutes": round(minutes, 1),
+                "warm_up": warm,
+                "loss": round(sum(recent) / len(recent), 3),
+            }
             recent = []
             if step % (args.report * 4) == 0:
                 entry |= judge(model, exam, 12)
@@ -193,7 +198,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop by then, whatever the step")
-    parser.add_argument("--warm-up", type=float, default=0.25, help="share of the training that may go into copying alone")
+    parser.add_argument(
+        "--warm-up", type=float, default=0.25, help="share of the training that may go into copying alone"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="per step")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--vocabulary", type=int, default=1024)

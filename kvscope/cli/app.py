@@ -62,6 +62,8 @@ def options(
 
 def main() -> None:
     """Run the command line of this process and exit."""
+    # A replay is many small steps: threads that spin while they wait make it several times slower on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
     sys.exit(run(sys.argv[1:]))
 
 

@@ -12,6 +12,7 @@ from kvscope.registry import nearest
 
 TRACES = Path("traces")
 REPORTS = Path("reports")
+INCOMPLETE = ".incomplete"  # what the name of something half written ends in
 
 
 def find_trace(given: str | None, *, quiet: bool = False) -> Path:
@@ -98,16 +99,14 @@ def joined(names: Sequence[str], most: int = 3) -> str:
 
 
 def _taken(path: Path) -> bool:
-    return path.exists() or path.is_symlink() or path.with_name(path.name + ".incomplete").exists()
+    return path.exists() or path.is_symlink() or path.with_name(path.name + INCOMPLETE).exists()
 
 
 def _find(given: str, folder: Path, kind: str, error: type[KvscopeError]) -> Path:
-    """Return `given` as it is if it exists, otherwise what has that name in the folder."""
-    path = Path(given)
-    if path.exists():
-        return path
-    if Path(given).name == given and (folder / given).exists():
-        return folder / given
+    """Return `given` as it is if it exists, otherwise what has that name in the folder, finished or not."""
+    for path in (Path(given), folder / given):
+        if path.exists() or path.with_name(path.name + INCOMPLETE).exists():
+            return path
     known = [item.name for item in folder.iterdir() if item.is_dir()] if folder.is_dir() else []
     hint = nearest(given, known) if known else f"There is none under {folder}/ yet."
     raise error(f"no {kind} {given}: neither a path nor a name under {folder}/", hint)

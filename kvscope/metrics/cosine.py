@@ -18,9 +18,7 @@ def ideal_cosine(rows: Rows) -> Tensor:
     return cosine(rows.live, rows.ideal)
 
 
-@metric(
-    "ideal_cosine_flattened", direction="higher", range=(0.0, 1.0), when_nothing_evicted=None, pooled=True
-)
+@metric("ideal_cosine_flattened", direction="higher", range=(0.0, 1.0), when_nothing_evicted=None, pooled=True)
 def ideal_cosine_flattened(rows: Rows) -> Tensor:
     """The same with all steps of a head as one long vector; the paper leaves open which of the two it reports."""
     live, ideal = rows.live, rows.ideal.expand_as(rows.live)

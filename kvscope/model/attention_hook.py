@@ -154,7 +154,9 @@ def require_registry(model: nn.Module) -> None:
         )
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder, whose cross-attention is not traced", "Trace a decoder-only model.")
+        raise ModelError(
+            f"{name} is an encoder-decoder, whose cross-attention is not traced", "Trace a decoder-only model."
+        )
     if getattr(config, "index_topk", None) is not None:
         raise ModelError(
             f"{name} reads its cache through a learned index, which a watched kernel would switch off",

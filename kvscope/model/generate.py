@@ -26,6 +26,7 @@ from transformers.generation.logits_process import (
 from kvscope.errors import ModelError, UsageError
 from kvscope.model.attention_hook import require_registry, watching
 from kvscope.model.loading import Loaded, load, out_of_memory
+from kvscope.model.prompts import Prompt, encode, read_prompts, token_texts
 from kvscope.model.recorder import Recorder
 from kvscope.model.selfcheck import Facts, self_check
 from kvscope.trace.reader import Trace, open_trace
@@ -33,6 +34,7 @@ from kvscope.trace.schema import TraceHeader, estimate_bytes
 from kvscope.trace.writer import TraceWriter, free_bytes, require_space
 
 LOGIT_BLOCK = 256  # positions whose logits are normalised at a time
+Chooser = Callable[[Tensor, Tensor], int]  # from ids [1, t] and logits [1, vocabulary] to the next token
 Score = tuple[NDArray[Any], NDArray[Any]]  # log-probability and entropy of some tokens
 
 
@@ -67,14 +69,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise UsageError(f"temperature={self.temperature} is not above 0", "For the likeliest token leave --do-sample out.")
+            raise UsageError(f"temperature={self.temperature} is not above 0", "For greedy decoding omit --do-sample.")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p={self.top_p} is out of range", "top_p is above 0 and at most 1.")
         if self.top_k < 0:
             raise UsageError(f"top_k={self.top_k} is negative", "top_k is 0 (all tokens) or above.")
 
-    def chooser(self, seed: int) -> Callable[[Tensor, Tensor], int]:
-        """Return a function from ids ``[1, t]`` and logits ``[1, vocabulary]`` to the next token."""
+    def chooser(self, seed: int) -> Chooser:
+        """Return what picks the next token; sampling is seeded."""
         if not self.do_sample:
             return lambda ids, logits: int(logits.argmax(-1))
         warpers: Any = LogitsProcessorList()
@@ -91,16 +93,6 @@ class Sampling:
             return int(torch.multinomial(share, 1, generator=generator))
 
         return choose
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt: its text, where it is from, its token ids, and the ids of a forced continuation."""
-
-    file: str
-    text: str
-    ids: list[int]
-    forced: list[int] | None = None
 
 
 def trace(
@@ -176,7 +168,7 @@ def trace(
         model, revision=revision, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
     )
     require_registry(loaded.model)
-    made = [_encode(loaded, *text, chat=chat, max_new_tokens=max_new_tokens) for text in texts]
+    made = [encode(loaded, *text, chat=chat, max_new_tokens=max_new_tokens) for text in texts]
     chosen = _layers(loaded, layers)
     path = Path("traces") / f"{Path(texts[0][0]).stem}-{Path(model).name}" if output is None else Path(output)
     with torch.inference_mode(), _memory(model):
@@ -214,7 +206,7 @@ class _Run:
         self.total, self.done, self.progress = total, 0, progress
         self.stops = _stop_ids(loaded)
 
-    def sequence(self, number: int, prompt: Prompt, new: int, choose: Callable[[Tensor, Tensor], int]) -> dict[str, Any]:
+    def sequence(self, number: int, prompt: Prompt, new: int, choose: Chooser) -> dict[str, Any]:
         """Record one sequence; returns its entry for the header."""
         self.recorder.begin(number)
         with watching(self.loaded.model, self.recorder):
@@ -242,9 +234,7 @@ class _Run:
         self._tell(len(ids))
         return ids, _scores(logits[:-1], tokens[0, 1:])
 
-    def _generated(
-        self, prompt: list[int], new: int, choose: Callable[[Tensor, Tensor], int]
-    ) -> tuple[list[int], list[Score]]:
+    def _generated(self, prompt: list[int], new: int, choose: Chooser) -> tuple[list[int], list[Score]]:
         """Decode token by token; the last token goes through the model too, so that every token has its rows."""
         cache = DynamicCache(config=self.loaded.model.config)
         tokens = torch.tensor([prompt], device=self.loaded.device)
@@ -283,96 +273,6 @@ def _scores(logits: Tensor, ids: Tensor) -> list[Score]:
     return parts
 
 
-def read_prompts(prompts: Sequence[Path | str], continuation: Path | None) -> list[tuple[str, str, str | None]]:
-    """Return file, prompt and continuation (or None) of every sequence.
-
-    Raises
-    ------
-    UsageError
-        If a file cannot be read, is empty, or a line of a JSONL file is no prompt.
-    """
-    forced = None if continuation is None else _read(Path(continuation))
-    texts: list[tuple[str, str, str | None]] = []
-    for file in map(Path, prompts):
-        content = _read(file)
-        if file.suffix != ".jsonl":
-            texts.append((str(file), content, forced))
-            continue
-        for number, line in enumerate(content.splitlines(), 1):
-            if line.strip():
-                texts.append((str(file), *_jsonl(file, number, line, forced)))
-    if not texts:
-        raise UsageError("no prompt is named", "Name a text file: kvscope trace --model demo prompt.txt")
-    for name, text, _ in texts:
-        if not text.strip():
-            raise UsageError(f"prompt {name} is empty", "Write something into it.")
-    return texts
-
-
-def _jsonl(file: Path, number: int, line: str, forced: str | None) -> tuple[str, str | None]:
-    try:
-        entry = json.loads(line)
-        text, own = entry["prompt"], entry.get("continuation", forced)
-        if not isinstance(text, str) or not isinstance(own, str | None):
-            raise TypeError
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UsageError(
-            f"{file}, line {number}: no prompt", 'Each line is an object with a text: {"prompt": "..."}'
-        ) from None
-    return text, own
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}", "Name a text file that exists.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text", "Name a text file.") from error
-
-
-def _encode(
-    loaded: Loaded, file: str, text: str, forced: str | None, *, chat: bool, max_new_tokens: int
-) -> Prompt:
-    tokenizer = loaded.tokenizer
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise UsageError(f"model {loaded.name} has no chat template", "Leave --chat out, or trace a chat model.")
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(text)["input_ids"]
-    if not ids:
-        raise UsageError(f"prompt {file} is empty", "Write something into it.")
-    after = None if forced is None else tokenizer(forced, add_special_tokens=False)["input_ids"]
-    new = max_new_tokens if after is None else len(after)
-    if loaded.context is not None and len(ids) + new > loaded.context:
-        raise UsageError(
-            f"prompt {file} has {len(ids)} tokens, with {new} new ones more than the context of {loaded.context}",
-            "Shorten the prompt, or lower --max-new-tokens.",
-        )
-    return Prompt(file, text, list(ids), None if after is None else list(after))
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return what each token adds to the text, so that the parts joined are the text.
-
-    A token that ends inside a character adds nothing; the one that completes it adds the character.
-    """
-    texts, start, shown = [], 0, ""
-    for stop in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)
-        if whole.endswith("\ufffd") and stop < len(ids) and stop - start < 8:
-            texts.append("")
-            continue
-        texts.append(whole[len(shown) :])
-        # The last token stays as context: some tokenizers drop the space of a first word.
-        start, shown = stop - 1, tokenizer.decode(ids[stop - 1 : stop], clean_up_tokenization_spaces=False)
-    return texts
-
-
 def _layers(loaded: Loaded, wanted: Sequence[int] | None) -> list[int]:
     count = loaded.text_config.num_hidden_layers
     for layer in wanted or []:
@@ -400,7 +300,8 @@ def _header(
     missing = [layer for layer in layers if layer not in facts.windows]
     if missing:
         raise ModelError(
-            f"layers {missing} of {loaded.name} have no attention", f"Record the others: --layers {','.join(map(str, facts.windows))}"
+            f"layers {missing} of {loaded.name} have no attention",
+            f"Record the others: --layers {','.join(map(str, facts.windows))}",
         )
     windows = [facts.windows[layer] for layer in layers]
     config = loaded.model.config

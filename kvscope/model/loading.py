@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -101,7 +106,8 @@ def load(
 @contextmanager
 def explained(name: str, source: str) -> Iterator[None]:
     """Turn what transformers and the Hub raise into a `ModelError` with what to do."""
-    logging.disable_progress_bar()  # the command has its own
+    transformers_log: Any = logging
+    transformers_log.disable_progress_bar()  # the command has its own
     try:
         yield
     except ModelError:
@@ -139,6 +145,9 @@ def out_of_memory(name: str) -> ModelError:
     )
 
 
+_UNREACHABLE = ("offline", "couldn't connect", "connection error", "name resolution", "max retries")
+
+
 def _explain_text(source: str, error: Exception) -> ModelError:
     text = str(error)
     low = text.lower()
@@ -146,16 +155,22 @@ def _explain_text(source: str, error: Exception) -> ModelError:
         return ModelError(
             f"model {source} has no safetensors weights", "Convert it: pickled weights can run code and are not loaded."
         )
-    if any(part in low for part in ("offline", "couldn't connect", "connection error", "name resolution", "max retries")):
+    if any(
+        part in low for part in ("offline", "couldn't connect", "connection error", "name resolution", "max retries")
+    ):
         return _no_network(source)
     if "out of memory" in low or "can't allocate memory" in low:
         return out_of_memory(source)
     if "gated repo" in low:
-        return ModelError(f"model {source} is gated", f"Accept its terms at huggingface.co/{source}, then: hf auth login")
+        return ModelError(
+            f"model {source} is gated", f"Accept its terms at huggingface.co/{source}, then: hf auth login"
+        )
     if "is not a local folder and is not a valid model identifier" in low:
         return ModelError(f"no model {source} on the Hub, or it is private", "Check the name, or run: hf auth login")
     where = "folder" if Path(source).is_dir() else "model"
-    return ModelError(f"{where} {source} cannot be loaded: {_first_line(error)}", "Check that it holds a causal language model.")
+    return ModelError(
+        f"{where} {source} cannot be loaded: {_first_line(error)}", "Check that it holds a causal language model."
+    )
 
 
 def _no_network(source: str) -> ModelError:

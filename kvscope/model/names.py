@@ -69,4 +69,6 @@ def resolve(name: str) -> str:
         return name
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
         return name
-    raise UsageError(f"no model is called {name!r}, and there is no such folder", nearest(name.lower(), [DEMO, *ALIASES]))
+    raise UsageError(
+        f"no model is called {name!r}, and there is no such folder", nearest(name.lower(), [DEMO, *ALIASES])
+    )

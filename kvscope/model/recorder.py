@@ -73,7 +73,9 @@ class Recorder:
             rows = _placed(call.rows(start, stop)[0], offset)[..., : first + stop]
             self.writer.attention(call.layer, self._sequence, first + start, rows.cpu().numpy())
             key, value = (part[0, :, -count:][:, start:stop].float() for part in (call.key, call.value))
-            self._write(call.layer, first + start, self._signals(state, key, value, call.query[0, :, start:stop], first + start))
+            self._write(
+                call.layer, first + start, self._signals(state, key, value, call.query[0, :, start:stop], first + start)
+            )
 
     def _hold(self, call: Call, state: _Layer, first: int, offset: int) -> None:
         if not state.waiting:

@@ -46,7 +46,8 @@ def self_check(model: Any, ids: Tensor) -> Facts:
     if not torch.equal(plain, watched):
         difference = (plain - watched).abs().max().item()
         raise ModelError(
-            f"watching {name} changes its logits by {difference:.3g}", "This kvscope cannot trace it; please report the model."
+            f"watching {name} changes its logits by {difference:.3g}",
+            "This kvscope cannot trace it; please report the model.",
         )
     if not calls:
         raise ModelError(f"no attention of {name} was seen", "Trace a model with softmax attention in its layers.")
@@ -55,7 +56,8 @@ def self_check(model: Any, ids: Tensor) -> Facts:
     shapes = {(call.query.shape[1], call.key.shape[1], call.query.shape[3]) for call in calls}
     if len(shapes) > 1 or len({call.layer for call in calls}) != len(calls):
         raise ModelError(
-            f"the layers of {name} differ in their heads (H, G, D): {sorted(shapes)}", "Record layers of one kind: --layers."
+            f"the layers of {name} differ in their heads (H, G, D): {sorted(shapes)}",
+            "Record layers of one kind: --layers.",
         )
     (heads, kv_heads, head_dim), first = shapes.pop(), calls[0]
     return Facts(

@@ -61,7 +61,7 @@ class Step:
     draw: Callable[[int], Tensor]
 
     def weights(self, group: Group = "mean") -> Tensor:
-        """Return the live row per key/value head, ``[R, L, G, n]``; the query heads of a group become one by `group`."""
+        """Return the live row per key/value head, ``[R, L, G, n]``; `group` makes its query heads one."""
         assert self.live is not None, "the policy reads weights without naming them in `needs`"
         runs, layers, _, n = self.live.shape
         grouped = self.live.view(runs, layers, self.kv_heads, -1, n)
@@ -157,5 +157,3 @@ def at_least(name: str, value: float, low: float, high: float | None = None) -> 
     if not value >= low or (high is not None and not value <= high):
         bound = f"at least {low}" if high is None else f"from {low} to {high}"
         raise UsageError(f"{name}={value} is out of range", f"{name} must be {bound}.")
-
-

@@ -106,10 +106,14 @@ def load_class(file: Path, name: str) -> type[Policy]:
             module_spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[module_name]
-            raise UsageError(f"{file} fails: {type(error).__name__}: {error}", "Mend the file, then try again.") from error
+            raise UsageError(
+                f"{file} fails: {type(error).__name__}: {error}", "Mend the file, then try again."
+            ) from error
     cls = getattr(module, name, None)
     if cls is None:
-        known = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Policy) and v is not Policy]
+        known = [
+            n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Policy) and v is not Policy
+        ]
         raise UsageError(f"{file} has no class {name}", nearest(name, known) if known else "It defines no policy.")
     if not (isinstance(cls, type) and issubclass(cls, Policy)):
         raise UsageError(f"{name} in {file} is not a policy", "Derive it from kvscope.Policy.")
@@ -132,7 +136,9 @@ def _split(spec: str) -> tuple[type[Policy], dict[str, str]]:
     for part in filter(None, (piece.strip() for piece in rest.split(","))):
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
-            raise UsageError(f"{part!r} in {spec!r} is not a setting", "Write name=value, as in a2sf:alpha=0.7,recent=16")
+            raise UsageError(
+                f"{part!r} in {spec!r} is not a setting", "Write name=value, as in a2sf:alpha=0.7,recent=16"
+            )
         settings[key.strip().replace("-", "_")] = value.strip()
     return cls, settings
 
@@ -177,7 +183,9 @@ def _convert(policy: str, name: str, text: str, kind: Any) -> Any:
             return kind(text)
         except ValueError:
             raise wrong from None
-    raise UsageError(f"{policy}: parameter {name} of type {_type_name(kind)} cannot be set from text", "Set it in Python.")
+    raise UsageError(
+        f"{policy}: parameter {name} of type {_type_name(kind)} cannot be set from text", "Set it in Python."
+    )
 
 
 def _default(field: Field[Any]) -> Any:

@@ -33,9 +33,7 @@ class Scorer:
         self._pooled: dict[str, Tensor] = {}
 
     @staticmethod
-    def score_block(
-        scorers: Sequence[Scorer], full: Tensor, start: int, missing: Tensor | None = None
-    ) -> None:
+    def score_block(scorers: Sequence[Scorer], full: Tensor, start: int, missing: Tensor | None = None) -> None:
         """Score a block of steps that every scan has made; the ranking of the keys is shared.
 
         Parameters

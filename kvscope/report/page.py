@@ -75,7 +75,7 @@ def ordered_panels() -> list[Panel]:
 def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Panel] | None = None) -> dict[str, Any]:
     """Return everything the page shows as plain JSON-able data, every string of it safe to look at."""
     page = {
-        "title": title or f"Which keys can go? {', '.join(source.names)}",
+        "title": title or f"KV-cache eviction: {', '.join(source.names)}",
         "generator": f"kvscope {__version__}",
         "facts": _facts(source),
         "labels": list(dict.fromkeys(run.label for run in source.runs)),

@@ -30,7 +30,12 @@ RESIDENCY = pa.schema(
         _column("kv_head", pa.int32(), "key/value head"),
         _column("key", pa.int32(), "position of the key"),
         _column("enter", pa.int32(), "first step at which the key is held"),
-        _column("leave", pa.int32(), "first step at which it is gone: held exactly when enter <= t < leave; null is never", True),
+        _column(
+            "leave",
+            pa.int32(),
+            "first step at which it is gone: held exactly when enter <= t < leave; null is never",
+            True,
+        ),
     ]
 )
 _FIDELITY = [
@@ -71,7 +76,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def load_json(file: Path, kind: str, what: str) -> dict[str, Any]:
-    """Return a JSON file of a known kind and of this version; raises ResultError with its own message for each fault."""
+    """Return a JSON file of a known kind and of this version; each fault has its own ResultError."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

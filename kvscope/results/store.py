@@ -22,8 +22,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kvscope.errors import ResultError
-from kvscope.results.schema import KIND, RESIDENCY, RUN, SCHEMA_VERSION, SUMMARY, fidelity_schema, load_json, read_header
-from kvscope.results.schema import SUMMARY_KIND
+from kvscope.results.schema import (
+    KIND,
+    RESIDENCY,
+    RUN,
+    SCHEMA_VERSION,
+    SUMMARY,
+    SUMMARY_KIND,
+    fidelity_schema,
+    load_json,
+    read_header,
+)
 from kvscope.results.summary import Means
 
 Array = NDArray[Any]
@@ -180,7 +189,7 @@ class Replay:
         return self._frame("fidelity", run, sequence, layer)
 
     def resident(self, run: int, sequence: int, layer: int) -> NDArray[np.bool_]:
-        """Return ``R_t`` for every step, bool ``[G, T, T]``: ``[g, t, k]`` says whether key ``k`` is held after ``t``."""
+        """Return ``R_t`` for every step, bool ``[G, T, T]``: whether key ``k`` is held after step ``t``."""
         return self._mask(run, sequence, layer, 0)
 
     def visible(self, run: int, sequence: int, layer: int) -> NDArray[np.bool_]:
@@ -207,7 +216,9 @@ class Replay:
         try:
             frame: pd.DataFrame = pq.read_table(self.path / f"{name}.parquet", filters=filters or None).to_pandas()
         except (OSError, pa.ArrowException) as error:
-            raise ResultError(f"replay {self.path} is damaged: {name}.parquet cannot be read", "Replay again.") from error
+            raise ResultError(
+                f"replay {self.path} is damaged: {name}.parquet cannot be read", "Replay again."
+            ) from error
         return frame
 
 
@@ -289,4 +300,6 @@ def _runs(pid: int) -> bool:
 def _unwritable(path: Path, error: OSError) -> ResultError:
     if error.errno == errno.ENOSPC:
         return ResultError(f"the disk of {path} is full", "Free some space, or write to another disk with --output.")
-    return ResultError(f"cannot write {path}: {error.strerror or error}", "Name a folder that can be written, with --output.")
+    return ResultError(
+        f"cannot write {path}: {error.strerror or error}", "Name a folder that can be written, with --output."
+    )

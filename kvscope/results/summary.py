@@ -48,7 +48,9 @@ class Means:
         return {
             "kind": SUMMARY_KIND,
             "schema": SCHEMA_VERSION,
-            "trace": {key: info["trace"][key] for key in ("name", "identity", "model", "sequences") if key in info["trace"]},
+            "trace": {
+                key: info["trace"][key] for key in ("name", "identity", "model", "sequences") if key in info["trace"]
+            },
             "metrics": info["metrics"],
             "runs": [self._run(run) for run in info["runs"]],
         }

@@ -38,9 +38,10 @@ def import_maps(
     Parameters
     ----------
     source : Path
-        ``.npz`` or ``.safetensors`` with ``attention`` ``[L, H, T, T]`` or ``[S, L, H, T, T]``, and perhaps ``value_l1``,
-        ``value_l2``, ``key_l2`` ``[L, G, T]``, ``keys``, ``values`` ``[L, G, T, D]``, ``queries`` ``[L, H, T, D]``, ``tokens``
-        ``[T]`` (ids or texts), ``prompt_length``; with a leading ``S`` where attention has one.
+        ``.npz`` or ``.safetensors`` with ``attention`` ``[L, H, T, T]`` or ``[S, L, H, T, T]``, and perhaps
+        ``value_l1``, ``value_l2``, ``key_l2`` ``[L, G, T]``, ``keys``, ``values`` ``[L, G, T, D]``, ``queries``
+        ``[L, H, T, D]``, ``tokens`` ``[T]`` (ids or texts), ``prompt_length``; with a leading ``S`` where attention
+        has one.
     prompt : str, optional
         The prompt, as text or as the path of a text file.
     output : Path
@@ -109,9 +110,13 @@ def read_arrays(source: Path) -> dict[str, Array]:
     except UsageError:
         raise
     except Exception as error:  # whatever a damaged file makes the two readers raise
-        raise UsageError(f"{source} cannot be read: {error}".splitlines()[0], "Write it again, as .npz or .safetensors.") from error
+        raise UsageError(
+            f"{source} cannot be read: {error}".splitlines()[0], "Write it again, as .npz or .safetensors."
+        ) from error
     if "attention" not in arrays:
-        raise UsageError(f"{source} has no array called attention", f"It has: {', '.join(sorted(arrays)) or 'nothing'}.")
+        raise UsageError(
+            f"{source} has no array called attention", f"It has: {', '.join(sorted(arrays)) or 'nothing'}."
+        )
     return arrays
 
 
@@ -126,7 +131,9 @@ def _load(source: Path) -> dict[str, Array]:
             names = list(file.keys())
             for name in names:
                 if file.get_slice(name).get_dtype() == "BF16":
-                    raise UsageError(f"{source}: {name} is bfloat16, which NumPy lacks", "Save it as float16 or float32.")
+                    raise UsageError(
+                        f"{source}: {name} is bfloat16, which NumPy lacks", "Save it as float16 or float32."
+                    )
             return {name: file.get_tensor(name) for name in names}
     raise UsageError(f"{source} is neither .npz nor .safetensors", "Write the arrays with numpy.savez or safetensors.")
 
@@ -147,21 +154,28 @@ def _check_shapes(arrays: Mapping[str, Array]) -> int:
     """Return ``G``; raise UsageError for an array of another shape than it should have."""
     count, layers, heads, length, keys = arrays["attention"].shape
     if length != keys or 0 in arrays["attention"].shape:
-        raise UsageError(f"attention has the shape {list(arrays['attention'].shape)}", "Its last two axes are both T, above 0.")
+        raise UsageError(
+            f"attention has the shape {list(arrays['attention'].shape)}", "Its last two axes are both T, above 0."
+        )
     groups = next((arrays[name].shape[2] for name in (*PER_KEY, "keys", "values") if name in arrays), heads)
     if groups == 0 or heads % groups:
-        raise UsageError(f"{heads} query heads do not share {groups} key/value heads evenly", "H must be a multiple of G.")
+        raise UsageError(
+            f"{heads} query heads do not share {groups} key/value heads evenly", "H must be a multiple of G."
+        )
     for name in (*PER_KEY, *VECTORS):
         if name in arrays:
             expected = (count, layers, heads if name == "queries" else groups, length)
             if arrays[name].shape[:4] != expected or arrays[name].ndim != (4 if name in PER_KEY else 5):
                 raise UsageError(
-                    f"{name} has the shape {list(arrays[name].shape)}", f"It must begin with {list(expected)} (S, L, heads, T)."
+                    f"{name} has the shape {list(arrays[name].shape)}",
+                    f"It must begin with {list(expected)} (S, L, heads, T).",
                 )
             if not np.isfinite(arrays[name]).all():
                 raise UsageError(f"{name} holds values that are not numbers", "Write it again.")
     if "tokens" in arrays and arrays["tokens"].shape != (count, length):
-        raise UsageError(f"tokens has the shape {list(arrays['tokens'].shape)}", f"It must be {[count, length]} (S, T).")
+        raise UsageError(
+            f"tokens has the shape {list(arrays['tokens'].shape)}", f"It must be {[count, length]} (S, T)."
+        )
     return int(groups)
 
 
@@ -183,7 +197,7 @@ def _check_rows(attention: Array, learned_sinks: bool) -> None:
                     row = int(where.argmax())
                     raise TraceError(
                         f"layer {layer}, head {head}, row {row} {what} (sum {sums[row]:.4f})",
-                        "Attention is after softmax, [query, key], causal; rows with a learned sink need learned_sinks.",
+                        "Attention is after softmax, [query, key], and causal; learned sinks must be declared.",
                     )
 
 

@@ -173,9 +173,7 @@ class Trace:
 
     def _require(self, signal: str) -> None:
         if signal not in self.stored:
-            raise TraceError(
-                f"trace {self.path} does not hold {signal}", HOW.get(signal, "Import it with that array.")
-            )
+            raise TraceError(f"trace {self.path} does not hold {signal}", HOW.get(signal, "Import it with that array."))
 
     def _read(self, name: str, sequence: int, columns: list[str]) -> pa.Table:
         return self._table(self.path / name, columns=columns, filters=[("sequence", "=", sequence)])

@@ -38,7 +38,11 @@ TOKENS = pa.schema(
         _column("text", pa.string(), "what the token adds to the text"),
         _column("is_prompt", pa.bool_(), "whether the token belongs to the prompt"),
         _column("logprob", pa.float32(), "log-probability of the token under the full cache, nats; NaN for the first"),
-        _column("entropy", pa.float32(), "entropy of the distribution that the token was drawn from, nats; NaN for the first"),
+        _column(
+            "entropy",
+            pa.float32(),
+            "entropy of the distribution that the token was drawn from, nats; NaN for the first",
+        ),
     ]
 )
 ATTENTION = pa.schema(
@@ -47,7 +51,9 @@ ATTENTION = pa.schema(
         _column("layer", pa.int32(), "layer of the model, from 0"),
         _column("head", pa.int32(), "query head"),
         _column("position", pa.int32(), "position of the query"),
-        _column("row_sum", pa.float32(), "sum of the weights before rounding; below 1 where a learned sink takes a share"),
+        _column(
+            "row_sum", pa.float32(), "sum of the weights before rounding; below 1 where a learned sink takes a share"
+        ),
         _column("weights", _list(pa.float16()), "attention after softmax on keys 0..position"),
     ]
 )
@@ -68,7 +74,9 @@ QUERIES = pa.schema(
         _column("sequence", pa.int32(), "number of the sequence"),
         _column("layer", pa.int32(), "layer of the model"),
         _column("position", pa.int32(), "position of the query"),
-        _column("mean_query", _list(pa.float32()), "query after rotary embedding, mean over the query heads, D numbers"),
+        _column(
+            "mean_query", _list(pa.float32()), "query after rotary embedding, mean over the query heads, D numbers"
+        ),
     ]
 )
 STATES = pa.schema(
@@ -116,7 +124,7 @@ class TraceHeader:
     softcap : float or None
         Cap of the attention logits.
     stored : list of str
-        Signals: ``maps``, ``value_l1``, ``value_l2``, ``key_l2``, ``similarity``, ``queries``, ``vectors:keys`` and so on.
+        Signals: ``maps``, ``value_l1``, ``value_l2``, ``key_l2``, ``similarity``, ``queries``, ``vectors:keys``, ...
     prompts : list of dict
         ``file``, ``sha256`` and ``text`` of each prompt.
     """
@@ -183,7 +191,9 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
-        raise TraceError(f"trace {path} is damaged: {HEADER} is no JSON ({error})", "Record the trace again.") from error
+        raise TraceError(
+            f"trace {path} is damaged: {HEADER} is no JSON ({error})", "Record the trace again."
+        ) from error
     if not isinstance(data, dict) or data.get("kind") != KIND:
         raise TraceError(f"{path} is not a kvscope trace: {HEADER} is of another kind", "Name a folder under traces/.")
     version = data.get("schema")

@@ -21,7 +21,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kvscope.errors import TraceError
-from kvscope.trace.schema import ATTENTION, HEADER, KEYS, KIND, QUERIES, SCHEMA_VERSION, STATES, TOKENS, TraceHeader, layer_file
+from kvscope.trace.schema import (
+    ATTENTION,
+    HEADER,
+    KEYS,
+    KIND,
+    QUERIES,
+    SCHEMA_VERSION,
+    STATES,
+    TOKENS,
+    TraceHeader,
+    layer_file,
+)
 
 ROW_GROUP_VALUES = 4 * 2**20  # list items of one row group: 8 MiB of float16, so that a reader can take a part
 COMPRESSION = "lz4"
@@ -141,7 +152,9 @@ class TraceWriter:
             "similarity": (cosines.astype(np.float16), lengths),
         }
         for name, norm in (("value_l1", value_l1), ("value_l2", value_l2), ("key_l2", key_l2)):
-            columns[name] = np.full(heads * count, np.nan, np.float32) if norm is None else norm.ravel().astype(np.float32)
+            columns[name] = (
+                np.full(heads * count, np.nan, np.float32) if norm is None else norm.ravel().astype(np.float32)
+            )
         self._add(layer_file("keys", layer), KEYS, columns)
 
     def queries(self, layer: int, sequence: int, first: int, mean_query: Array) -> None:
@@ -343,5 +356,9 @@ def _runs(pid: int) -> bool:
 
 def _unwritable(path: Path, error: OSError) -> TraceError:
     if error.errno == errno.ENOSPC:
-        return TraceError(f"the disk of {path} is full", "Free some space, record fewer layers (--layers), or use another disk.")
-    return TraceError(f"cannot write {path}: {error.strerror or error}", "Name a folder that can be written, with --output.")
+        return TraceError(
+            f"the disk of {path} is full", "Free some space, record fewer layers (--layers), or use another disk."
+        )
+    return TraceError(
+        f"cannot write {path}: {error.strerror or error}", "Name a folder that can be written, with --output."
+    )

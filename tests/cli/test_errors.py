@@ -209,6 +209,16 @@ def test_versions_and_kinds_of_trace(run: Run, small: Path) -> None:
     assert any("incomplete" in line for line in said)
 
 
+def test_what_was_left_half_written_is_called_incomplete(run: Run, small: Path) -> None:
+    edit_header(small, complete=False)
+    small.rename("traces/small.incomplete")
+    for name in ("small", "small.incomplete", "traces/small"):
+        done = run("info", name)
+        assert done.status == 1
+        assert "incomplete" in done.two_lines()[0]
+    assert "no whole trace" in run("info").two_lines()[0]
+
+
 def test_the_newest_trace_is_a_whole_one(run: Run, small: Path, npz: Path) -> None:
     assert run("import", npz, "--prompt-length", "6", "-o", "later", "-q").status == 0
     edit_header(Path("traces/later"), complete=False)

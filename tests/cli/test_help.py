@@ -1,9 +1,9 @@
 """Every command explains itself, and the README tells of the commands that are there."""
 
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -31,14 +31,15 @@ def test_every_command_explains_itself(name: str, run: Run) -> None:
 
 
 def test_help_answers_in_half_a_second() -> None:
-    best = min(_seconds("--help") for _ in range(5))
-    assert best < 0.5
+    """Counted in processor time, which a busy machine stretches less than the clock on the wall."""
+    assert min(_seconds("--help") for _ in range(3)) < 0.5
 
 
 def _seconds(*arguments: str) -> float:
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "kvscope", *arguments], check=True, capture_output=True)
-    return time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_version(run: Run) -> None:

@@ -20,7 +20,7 @@ from kvscope.errors import ModelError
 from kvscope.model.attention_hook import Call, watching
 from kvscope.model.loading import UNSUPPORTED
 from kvscope.model.recorder import Recorder
-from kvscope.model.selfcheck import self_check
+from kvscope.model.selfcheck import _check_rows, self_check
 from tests.model.tiny import MODELS, WINDOW, build, tokens
 from tests.reference import attention as twin
 
@@ -92,12 +92,9 @@ def test_without_a_prompt_row_the_window_is_where_it_belongs() -> None:
 @torch.inference_mode()
 def test_rows_equal_the_plain_loop(name: str) -> None:
     calls: list[Call] = []
-    with watching(build(name), calls.append):
-        build_ids = tokens(7)
-        calls.clear()
     model = build(name)
     with watching(model, calls.append):
-        model(input_ids=build_ids, use_cache=False)
+        model(input_ids=tokens(7), use_cache=False)
     for call in calls:
         rows = call.rows(2, 7)[0]
         share = call.query.shape[1] // call.key.shape[1]
@@ -192,12 +189,8 @@ def test_facts_of_the_self_check(name: str) -> None:
 
 
 def test_the_self_check_finds_a_model_that_looks_ahead() -> None:
-    model = build("llama")
-    for layer in model.model.layers:
-        layer.self_attn.is_causal = False
-    looks = Call(0, *(torch.randn(1, 2, 6, 4) for _ in range(3)), mask=torch.ones(1, 1, 6, 6, dtype=torch.bool), scaling=1.0)
-    from kvscope.model.selfcheck import _check_rows
-
+    everything = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    looks = Call(0, *(torch.randn(1, 2, 6, 4) for _ in range(3)), mask=everything, scaling=1.0)
     with pytest.raises(ModelError, match="looks at later tokens"):
         _check_rows("Model", looks)
 
@@ -205,6 +198,6 @@ def test_the_self_check_finds_a_model_that_looks_ahead() -> None:
 def test_the_self_check_finds_a_kernel_that_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     for layer in model.model.layers:
-        monkeypatch.setattr(layer.self_attn, "forward", lambda hidden_states, **_: (torch.zeros_like(hidden_states), None))
+        monkeypatch.setattr(layer.self_attn, "forward", lambda hidden_states, **_: (hidden_states, None))
     with pytest.raises(ModelError, match="no attention of LlamaForCausalLM was seen"):
         self_check(model, tokens(5))

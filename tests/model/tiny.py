@@ -73,9 +73,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_SIZES)),
     "gpt_oss": lambda: GptOssForCausalLM(
-        GptOssConfig(
-            **_GROUPED, **_MIXED, num_local_experts=2, num_experts_per_tok=1, rope_parameters=_YARN_AT_CONTEXT
-        )
+        GptOssConfig(**_GROUPED, **_MIXED, num_local_experts=2, num_experts_per_tok=1, rope_parameters=_YARN_AT_CONTEXT)
     ),
 }
 
@@ -85,7 +83,7 @@ def build(name: str, kernel: str | None = None) -> Any:
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     for parameter_name, parameter in model.named_parameters():
-        if "q_proj" in parameter_name or "k_proj" in parameter_name or "qkv" in parameter_name or "c_attn" in parameter_name:
+        if any(part in parameter_name for part in ("q_proj", "k_proj", "query_key_value", "qkv_proj", "c_attn")):
             parameter.data *= 10
         if parameter_name.endswith("sinks"):
             parameter.data.normal_()

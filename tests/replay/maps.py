@@ -49,7 +49,7 @@ def run(
 
 
 def signals(policy: Policy, layers: int, kv_heads: int, length: int, seed: int) -> dict[str, Tensor]:
-    """Return random norms for whatever the policy needs; a key's value depends on the position alone, not on `length`."""
+    """Return random norms for whatever the policy needs; a key's depends on its position, not on `length`."""
     result = {}
     for index, name in enumerate(sorted(policy.needs - {"weights"})):
         generator = torch.Generator().manual_seed(seed + index)

@@ -76,7 +76,5 @@ def record(
 def _signals(writer: TraceWriter, layer: int, sequence: int, kv_heads: int, length: int) -> None:
     plain = np.arange(kv_heads)[:, None] + np.arange(length, dtype=np.float32)
     cosines = np.broadcast_to(np.arange(length)[:, None] / 10 + np.arange(length) / 100, (kv_heads, length, length))
-    writer.keys(
-        layer, sequence, 0, value_l1=plain + 10, value_l2=plain + 20, key_l2=plain + 30, similarity=cosines % 1
-    )
+    writer.keys(layer, sequence, 0, value_l1=plain + 10, value_l2=plain + 20, key_l2=plain + 30, similarity=cosines % 1)
     writer.queries(layer, sequence, 0, np.arange(length * 3, dtype=np.float32).reshape(length, 3))

@@ -67,7 +67,7 @@ const kvscope = (() => {
     const range = (metric && metric.range) || [];
     if (range[0] === 0 && range[1] === 1) return value.toFixed(4);
     if (metric && /_keys$/.test(metric.name)) return value.toFixed(1).replace(/\.0$/, "");
-    return String(Number(value.toPrecision(5)));
+    return Math.abs(value) < 100 ? value.toFixed(4) : String(Number(value.toPrecision(6)));
   }
 
   function integers(packed) {
@@ -90,13 +90,14 @@ const kvscope = (() => {
     return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   }
 
-  function lineStyle(index) {
+  /* Colour and marker by policy; the dash changes with the replay, and when the colours begin again. */
+  function lineStyle(index, replay = 0) {
     const palette = PALETTE[isDark() ? "dark" : "light"];
     const at = index < 0 ? 0 : index;
     return {
       color: palette[at % palette.length],
       symbol: MARKERS[at % MARKERS.length],
-      dash: DASHES[Math.floor(at / palette.length) % DASHES.length],
+      dash: DASHES[(Math.floor(at / palette.length) + replay) % DASHES.length],
     };
   }
 

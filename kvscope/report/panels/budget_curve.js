@@ -8,7 +8,7 @@ kvscope.drawing("budget-curve", (box, data, page) => {
   const behind = element("div");
 
   function lineTrace(line) {
-    const style = lineStyle(page.labels.indexOf(line.label));
+    const style = lineStyle(page.labels.indexOf(line.label), line.replay);
     const values = line.values[metric.name];
     const bars = values.some((value) => value[1] !== null);
     return {

@@ -20,8 +20,8 @@ REFERENCES = {"retained_mass": "ideal_mass"}
     order=20,
     needs=("summary",),
     help="Each line is one policy, from the smallest budget to the largest; further left is a smaller cache. A line "
-    "that stays high while it moves left loses little; the distance to the dashed ideal is what a better choice of "
-    "keys could gain.",
+    "that stays high while it moves left loses little; the distance to the dashed ideal, where there is one, is "
+    "what a better choice of keys could gain.",
 )
 def budget_curve(source: ReportInput) -> dict[str, Any]:
     """Return one line per policy and protocol, with a point per budget."""
@@ -63,6 +63,7 @@ def _line(source: ReportInput, runs: Sequence[Run], metrics: Sequence[dict[str, 
     return {
         "name": name,
         "label": first.label,
+        "replay": source.names.index(first.source),
         "loop": first.protocol[1],
         "prefill": first.protocol[2],
         "budgets": [run.budget for run in runs],

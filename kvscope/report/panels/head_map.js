@@ -18,19 +18,22 @@ kvscope.drawing("head-map", (box, data) => {
     const own = values.flat().filter((value) => value !== null);
     const scale = shared || !own.length ? data.scale[metric.name] : [Math.min(...own), Math.max(...own)];
     empty.hidden = own.length > 0;
+    const dark = (value) => (value - scale[0]) / (scale[1] - scale[0] || 1) < 0.52; // the lower half of Cividis
     const tooMany = map.heads > 16 || map.layers.length > 24;
     area.style.height = `${Math.min(760, 130 + Math.max(24, Math.min(44, 620 / map.layers.length)) * map.layers.length)}px`;
     plot(area, [{
       type: "heatmap", z: values, x: heads, y: map.layers.map(String), colorscale: "Cividis", zmin: scale[0], zmax: scale[1] > scale[0] ? scale[1] : scale[0] + 1e-6,
       xgap: 2, ygap: 2, colorbar: { title: { text: plain(metric.title), side: "right" }, thickness: 14 },
-      text: values.map((row) => row.map((value) => (value === null ? "" : number(value, metric)))),
-      texttemplate: tooMany ? undefined : "%{text}",
       customdata: values.map((row, layer) => row.map((value, head) =>
         `layer ${map.layers[layer]}, head ${head} (key/value head ${Math.floor(head / map.group)}): ${number(value, metric)}`)),
       hovertemplate: "%{customdata}<extra></extra>",
     }], {
       xaxis: { title: { text: "query head" }, dtick: map.heads > 16 ? 4 : 1, showgrid: false, zeroline: false },
       yaxis: { title: { text: "layer" }, type: "category", autorange: "reversed", showgrid: false },
+      annotations: tooMany ? [] : values.flatMap((row, layer) => row.map((value, head) => ({
+        x: head, y: String(map.layers[layer]), text: value === null ? "" : number(value, metric), showarrow: false, captureevents: false,
+        font: { size: 12, color: value !== null && dark(value) ? "#ffffff" : "#111111" },
+      }))),
     });
     behind.replaceChildren(kvscope.tableBehind("The numbers behind this map", ["Layer", ...heads.map((head) => `head ${head}`)],
       map.layers.map((layer, row) => [layer, ...values[row].map((value) => number(value, metric))])));

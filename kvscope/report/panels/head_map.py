@@ -65,10 +65,12 @@ def _maps(source: ReportInput, runs: Sequence[Run], names: Sequence[str]) -> lis
     present = [name for name in names if name in replay.info.get("metrics", {})]
     cells = {run.number: {name: np.full((len(layers), heads), np.nan) for name in present} for run in runs}
     for row, layer in enumerate(layers):
-        for (number, head), values in _means(replay.fidelity(layer=layer), present).iterrows():  # type: ignore[misc]
-            if number in cells:
-                for name in present:
-                    cells[number][name][row, head] = values[name]
+        means = _means(replay.fidelity(layer=layer), present)
+        places = list(zip(means.index.get_level_values("run"), means.index.get_level_values("head"), strict=True))
+        for name in present:
+            for (number, head), value in zip(places, means[name], strict=True):
+                if number in cells:
+                    cells[number][name][row, head] = value
     return [
         {
             "id": run.id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 
 from kvscope.report.encoding import packed, packed_bytes, visible_token
 from kvscope.report.panel import panel
-from kvscope.report.source import ReportInput, Run
+from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
 
 NEVER = -1  # the `leave` of a key that is held to the end
@@ -29,35 +30,54 @@ def residency_raster(source: ReportInput) -> dict[str, Any]:
     """Return stays of keys per sequence, run and layer as packed integers, as many as the page may carry.
 
     Layers are added for all runs at a time, spread over the depth of the model, sequence by sequence, so that what
-    fits can be compared.
+    fits can be compared. Where not even one layer fits, it has the runs that do.
     """
-    left = source.limits.raster_bytes
-    texts: dict[str, dict[str, Any]] = {}
-    rasters: list[dict[str, Any]] = []
-    sizes = [replay.info["trace"] for replay in source.replays]
-    total = sum(len(size["sequences"]) * len(size["layers"]) for size in sizes)
-    shown, full = 0, False
-    for index, replay, sequence, layer in _order(source.replays):
-        made = _layer(source, index, replay, sequence, layer)
-        name = f"{index}.{sequence}"
-        text = texts.get(name) or _sequence(source, replay, sequence)
-        cost = sum(each.pop("bytes") for each in made)
-        if name not in texts:
-            cost += sum(len(token) for token in text["tokens"] or ())
-        if cost > left:
-            full = True
-            break
-        left -= cost
-        shown += 1
-        texts[name] = text
-        rasters += made
+    texts, rasters, notes = _fill(source)
+    for name, replay in zip(source.names, source.replays, strict=True):
+        if source.trace_of(replay) is None:
+            notes.append(f"Token text is missing: the trace of {name} is not at hand.")
     return {
         "sequences": texts,
         "runs": [{"id": run.id, "name": source.name_of(run), "prefill": run.protocol[2]} for run in source.runs],
         "first": next((run.id for run in source.ranking if run.budget is not None), None),
         "rasters": rasters,
-        "notes": _notes(source, texts, shown, total, full),
+        "notes": notes,
     }
+
+
+def _fill(source: ReportInput) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """Return texts by sequence, rasters, and what is to be said of those that do not fit."""
+    left = source.limits.raster_bytes
+    texts: dict[str, dict[str, Any]] = {}
+    rasters: list[dict[str, Any]] = []
+    layers = list(_order(source.replays))
+    for shown, (index, replay, sequence, layer) in enumerate(layers):
+        name = f"{index}.{sequence}"
+        text = texts.get(name) or _sequence(source, replay, sequence)
+        left -= 0 if name in texts else sum(len(token.encode()) for token in text["tokens"] or ())
+        made = _layer(source, index, replay, sequence, layer)
+        fitting = _fitting(made, left)
+        left -= sum(each.pop("bytes") for each in made[:fitting])
+        if fitting == len(made) or (not rasters and fitting):
+            texts[name] = text
+            rasters += made[:fitting]
+        if fitting < len(made):
+            what = f"{shown} of {len(layers)} layers are shown"
+            if shown == 0:
+                what = f"{fitting} of {len(made)} runs are shown, in 1 of {len(layers)} layers"
+            return texts, rasters, [f"{what}: {_limit(source)}"]
+    return texts, rasters, []
+
+
+def _fitting(made: Sequence[dict[str, Any]], left: int) -> int:
+    """Return how many rasters, from the first on, fit into `left` bytes."""
+    return sum(total <= left for total in accumulate(each["bytes"] for each in made))
+
+
+def _limit(source: ReportInput) -> str:
+    limit = source.limits.raster_bytes
+    size = f"{limit / 1e6:g} MB" if limit >= 100_000 else f"{limit} bytes"
+    return f"rasters of all layers, sequences and replays are limited to {size}. residency.parquet has all of them."
 
 
 def _order(replays: Sequence[Replay]) -> Iterator[tuple[int, Replay, int, int]]:
@@ -85,7 +105,7 @@ def spread(layers: Sequence[int]) -> list[int]:
 
 
 def _layer(source: ReportInput, index: int, replay: Replay, sequence: int, layer: int) -> list[dict[str, Any]]:
-    """Return the rasters of every run in one layer, read at once."""
+    """Return the rasters of every run in one layer, read at once, in the order of `ReportInput.ranking`."""
     trace = replay.info["trace"]
     length, heads = int(trace["sequences"][sequence]["length"]), int(trace["kv_heads"])
     frame = replay.residency(sequence=sequence, layer=layer)
@@ -97,13 +117,9 @@ def _layer(source: ReportInput, index: int, replay: Replay, sequence: int, layer
             "layer": layer,
             **stays(by_run[run.number], heads, length),
         }
-        for run in _of(source, replay)
-        if run.number in by_run
+        for run in source.ranking
+        if run.replay is replay and run.number in by_run
     ]
-
-
-def _of(source: ReportInput, replay: Replay) -> list[Run]:
-    return [run for run in source.runs if run.replay is replay]
 
 
 def stays(frame: pd.DataFrame, heads: int, length: int) -> dict[str, Any]:
@@ -151,18 +167,3 @@ def _sequence(source: ReportInput, replay: Replay, sequence: int) -> dict[str, A
         frame = trace.tokens(sequence).sort_values("position")
         tokens = ["" if text is None else visible_token(str(text)) for text in frame["text"]]
     return {"prompt": int(info["prompt"]), "length": int(info["length"]), "tokens": tokens}
-
-
-def _notes(source: ReportInput, texts: dict[str, dict[str, Any]], shown: int, total: int, full: bool) -> list[str]:
-    notes = []
-    if full:
-        limit = source.limits.raster_bytes
-        size = f"{limit / 1e6:g} MB" if limit >= 100_000 else f"{limit} bytes"
-        notes.append(
-            f"{shown} of {total} layers are shown, counted over all sequences and replays: rasters are limited to "
-            f"{size}. residency.parquet has all of them."
-        )
-    for index, replay in enumerate(source.replays):
-        if source.trace_of(replay) is None:
-            notes.append(f"Token text is missing: the trace of {source.names[index]} is not at hand.")
-    return notes

@@ -6,8 +6,14 @@ kvscope.drawing("summary", (box, data) => {
   let budget = ALL;
   let scope = ALL;
 
+  /* "20% 103 keys", or "103 keys" where the budget was given in keys. */
+  function budgetText({ budget, budget_keys: keys }) {
+    const text = `${number(keys, { name: "budget_keys" })} keys`;
+    return text === `${budget} keys` ? [text] : [budget, element("small", {}, ` ${text}`)];
+  }
+
   const cards = data.headlines.map((line) => element("article", { class: "card" },
-    element("h3", {}, line.budget, element("small", {}, ` ${number(line.budget_keys, { name: "budget_keys" })} keys`)),
+    element("h3", {}, budgetText(line)),
     element("p", { class: "small" }, `best of ${line.of}, ${line.protocol}`, data.several ? `, ${line.replay}` : ""),
     element("dl", {}, line.best.map((best) => [
       element("dt", {}, `${best.metric} `),
@@ -34,9 +40,7 @@ kvscope.drawing("summary", (box, data) => {
   }
   function budgetCell(row) {
     if (row.budget === null) return element("td", { class: "budget" }, "none");
-    const keys = number(row.budget_keys, { name: "budget_keys" });
-    return element("td", { class: "budget" }, row.budget === keys ? `${keys} keys` : row.budget,
-      row.budget === keys ? null : element("small", {}, ` ${keys} keys`));
+    return element("td", { class: "budget" }, budgetText(row));
   }
   function protocolCell(row) {
     return element("td", { class: "chips" }, chips(protocol(row, varying)));

@@ -1,0 +1,117 @@
+"""Prompts: from files to token ids, and from ids back to what each token adds to the text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvscope.errors import UsageError
+from kvscope.model.loading import Loaded
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its text, where it is from, its token ids, and the ids of a forced continuation."""
+
+    file: str
+    text: str
+    ids: list[int]
+    forced: list[int] | None = None
+
+
+def read_prompts(prompts: Sequence[Path | str], continuation: Path | None) -> list[tuple[str, str, str | None]]:
+    """Return file, prompt and continuation (or None) of every sequence.
+
+    Raises
+    ------
+    UsageError
+        If a file cannot be read, is empty, or a line of a JSONL file is no prompt.
+    """
+    forced = None if continuation is None else _read(Path(continuation))
+    texts: list[tuple[str, str, str | None]] = []
+    for file in map(Path, prompts):
+        content = _read(file)
+        if file.suffix != ".jsonl":
+            texts.append((str(file), content, forced))
+            continue
+        for number, line in enumerate(content.splitlines(), 1):
+            if line.strip():
+                texts.append((str(file), *_jsonl(file, number, line, forced)))
+    if not texts:
+        raise UsageError("no prompt is named", "Name a text file: kvscope trace --model demo prompt.txt")
+    for name, text, _ in texts:
+        if not text.strip():
+            raise UsageError(f"prompt {name} is empty", "Write something into it.")
+    return texts
+
+
+def _jsonl(file: Path, number: int, line: str, forced: str | None) -> tuple[str, str | None]:
+    try:
+        entry = json.loads(line)
+        text, own = entry["prompt"], entry.get("continuation", forced)
+        if not isinstance(text, str) or not isinstance(own, str | None):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UsageError(
+            f"{file}, line {number}: no prompt", 'Each line is an object with a text: {"prompt": "..."}'
+        ) from None
+    return text, own
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}", "Name a text file that exists.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 text", "Name a text file.") from error
+
+
+def encode(loaded: Loaded, file: str, text: str, forced: str | None, *, chat: bool, max_new_tokens: int) -> Prompt:
+    """Return the token ids of a prompt and of its forced continuation.
+
+    Raises
+    ------
+    UsageError
+        If nothing is left of the prompt, it does not fit the context, or the model has no chat template.
+    """
+    tokenizer = loaded.tokenizer
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError(f"model {loaded.name} has no chat template", "Leave --chat out, or trace a chat model.")
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(text)["input_ids"]
+    if not ids:
+        raise UsageError(f"prompt {file} is empty", "Write something into it.")
+    after = None if forced is None else tokenizer(forced, add_special_tokens=False)["input_ids"]
+    new = max_new_tokens if after is None else len(after)
+    if loaded.context is not None and len(ids) + new > loaded.context:
+        raise UsageError(
+            f"prompt {file} has {len(ids)} tokens, with {new} new ones more than the context of {loaded.context}",
+            "Shorten the prompt, or lower --max-new-tokens.",
+        )
+    return Prompt(file, text, list(ids), None if after is None else list(after))
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return what each token adds to the text, so that the parts joined are the text.
+
+    A token that ends inside a character adds nothing; the one that completes it adds the character.
+    """
+    texts, start, shown = [], 0, ""
+    for stop in range(1, len(ids) + 1):
+        whole = tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)
+        if whole.endswith("\ufffd") and stop < len(ids) and stop - start < 8:
+            texts.append("")
+            continue
+        texts.append(whole[len(shown) :])
+        # The last token stays as context: some tokenizers drop the space of a first word.
+        start, shown = stop - 1, tokenizer.decode(ids[stop - 1 : stop], clean_up_tokenization_spaces=False)
+    return texts

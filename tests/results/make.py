@@ -1,0 +1,79 @@
+"""Small replays for tests, made without a replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvscope.results.store import Replay, ReplayWriter
+
+METRICS = {
+    "retained_mass": {"direction": "higher", "range": [0, 1], "when_nothing_evicted": 1.0, "summary": ""},
+    "output_error": {"direction": "lower", "range": [0, None], "when_nothing_evicted": 0.0, "summary": ""},
+    "held_keys": {"direction": "none", "range": [0, None], "when_nothing_evicted": None, "summary": ""},
+}
+
+
+def info(lengths: list[int], identity: str = "abc", policies: tuple[str, ...] = ("h2o", "tova")) -> dict[str, Any]:
+    return {
+        "trace": {
+            "name": "t",
+            "path": "traces/t",
+            "identity": identity,
+            "model": "test/tiny",
+            "sequences": [{"prompt": 2, "length": length} for length in lengths],
+            "layers": [0, 1],
+            "heads": 4,
+            "kv_heads": 2,
+        },
+        "prefill": "stream",
+        "loop": "open",
+        "metrics": METRICS,
+        "runs": [
+            {
+                "run": number,
+                "policy": name,
+                "label": name,
+                "params": {},
+                "budget": "50%",
+                "budget_keys": [max(1, length // 2) for length in lengths],
+                "prefill": "stream",
+                "phase": "step",
+                "loop": "open",
+                "scope": "kv_head",
+            }
+            for number, name in enumerate(policies)
+        ],
+        "versions": {},
+        "command": None,
+    }
+
+
+def values(seed: int, length: int, empty: bool = False) -> dict[str, np.ndarray]:
+    """Return ``[H, S]`` values, the first two steps without any."""
+    random = np.random.default_rng(seed)
+    result = {}
+    for name in METRICS:
+        result[name] = random.random((4, length)).astype(np.float32)
+        result[name][:, : length if empty else 2] = np.nan
+    return result
+
+
+def make(path: Path, lengths: list[int], *, shift: float = 0.0, force: bool = False, **of_info: Any) -> Replay:
+    """Return a replay of two runs with random values; `shift` is added to every value."""
+    about = info(lengths, **of_info)
+    with ReplayWriter(path, about, force=force) as writer:
+        for run in range(len(about["runs"])):
+            for sequence, length in enumerate(lengths):
+                for layer in (0, 1):
+                    key = np.tile(np.arange(length), 2)
+                    head = np.repeat([0, 1], length)
+                    leave = np.where(key % 3 == run % 3, key + 1, -1)
+                    writer.residency(run, sequence, layer, enter=key, leave=leave, kv_head=head, key=key)
+                    of_layer = values(100 * run + 10 * sequence + layer, length)
+                    writer.fidelity(
+                        run, sequence, layer, np.arange(length), {n: v + np.float32(shift) for n, v in of_layer.items()}
+                    )
+        return writer.finish(seconds=0.5)

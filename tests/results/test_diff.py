@@ -1,0 +1,101 @@
+"""The gate: what fell must fail the build, whatever else rose."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from kvscope.errors import ResultError, UsageError
+from kvscope.results.diff import diff, load_summary, parse_tolerance
+from tests.results.make import make
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict:
+    return load_summary(make(tmp_path / "base", [8]).path)
+
+
+def changed(base: dict, metric: str, by: float | None) -> dict:
+    new = copy.deepcopy(base)
+    entry = new["runs"][0]["metrics"][metric]
+    entry["mean"] = None if by is None else entry["mean"] + by
+    return new
+
+
+@pytest.mark.parametrize(
+    ("metric", "by", "verdict", "fails"),
+    [
+        ("retained_mass", -0.02, "worse", True),
+        ("retained_mass", -0.005, "same", False),
+        ("retained_mass", 0.02, "better", False),
+        ("output_error", 0.02, "worse", True),
+        ("output_error", -0.02, "better", False),
+        ("held_keys", 0.02, "changed", True),
+        ("held_keys", -0.02, "changed", True),
+        ("retained_mass", None, "missing", True),
+    ],
+)
+def test_verdicts(base: dict, metric: str, by: float | None, verdict: str, fails: bool) -> None:
+    found = diff(base, changed(base, metric, by), 0.01)
+    (row,) = [row for row in found.rows if row.metric == metric and row.run.startswith("h2o")]
+    assert row.verdict == verdict
+    assert found.regressed == fails
+    assert {r.verdict for r in found.rows if r is not row} == {"same"}
+
+
+def test_equal_is_equal(base: dict) -> None:
+    assert not diff(base, base, 0.0).regressed
+
+
+def test_a_run_that_vanished_fails_and_a_new_one_does_not(base: dict) -> None:
+    fewer = copy.deepcopy(base)
+    del fewer["runs"][1]
+    assert {row.verdict for row in diff(base, fewer).regressions} == {"missing"}
+    grown = diff(fewer, base)
+    assert {row.verdict for row in grown.rows} == {"same", "new"}
+    assert not grown.regressed
+
+
+def test_one_tolerance_for_each_metric(base: dict) -> None:
+    new = changed(base, "retained_mass", -0.02)
+    assert not diff(base, new, {"": 0.0, "retained_mass": 0.05}).regressed
+    assert diff(base, new, {"": 0.05, "retained_mass": 0.0}).regressed
+    with pytest.raises(UsageError, match="tolerance for 'retained_mas'"):
+        diff(base, new, {"retained_mas": 0.1})
+
+
+def test_other_traces_cannot_be_compared(base: dict, tmp_path: Path) -> None:
+    other = load_summary(make(tmp_path / "other", [8], identity="xyz").path)
+    with pytest.raises(ResultError, match="identity abc and xyz"):
+        diff(base, other)
+
+
+def test_a_committed_summary_is_a_baseline(base: dict, tmp_path: Path) -> None:
+    file = tmp_path / "baseline.json"
+    file.write_bytes((tmp_path / "base" / "summary.json").read_bytes())
+    assert not diff(load_summary(file), base).regressed
+    file.write_text(json.dumps({"kind": "kvscope-summary", "schema": 1}))
+    with pytest.raises(ResultError, match="damaged"):
+        load_summary(file)
+    file.write_text("{")
+    with pytest.raises(ResultError, match="no JSON"):
+        load_summary(file)
+    with pytest.raises(ResultError, match="no replay at"):
+        load_summary(tmp_path / "none.json")
+
+
+def test_tolerances_are_parsed() -> None:
+    assert parse_tolerance(["0.01", "retained_mass=0.001,held_keys=1"]) == {
+        "": 0.01,
+        "retained_mass": 0.001,
+        "held_keys": 1.0,
+    }
+    for bad in ("x", "retained_mass=", "-1", "nan", "inf", ""):
+        with pytest.raises(UsageError, match="tolerance"):
+            parse_tolerance([bad])
+
+
+def test_to_dict_is_json(base: dict) -> None:
+    found = diff(base, base).to_dict()
+    assert json.loads(json.dumps(found, allow_nan=False))["regressed"] is False
