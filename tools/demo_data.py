@@ -95,7 +95,7 @@ class Source:
 
     def repeats(self, length: int, period: int | None = None) -> Sample:
         """Return a passage of random tokens that repeats; the repeats count. A short period teaches no copying."""
-        period = self.random.randint(length // 4, length // 2) if period is None else period
+        period = self.random.randint(length // 8, length // 2) if period is None else period
         once = self.numpy.integers(1, self.vocabulary, period).tolist()
         ids = (once * (length // period + 1))[:length]
         return Sample(ids, [0.0] * period + [1.0] * (length - period))

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT = 1024
 DISTANCES = [64, 128, 256, 512, 768]
-WARM_UP_LENGTHS = [64]
+WARM_UP_LENGTHS = [64, 128]
 WARM_UP_TOKENS = 2048
 COPIED = 0.3  # loss on repeats, in nats, at which copying is learned
 SHORT_LENGTHS = [64, 128, 256]
@@ -40,12 +40,48 @@ def build(vocabulary: int) -> LlamaForCausalLM:
         num_key_value_heads=4,
         head_dim=40,
         max_position_embeddings=CONTEXT,
+        attention_bias=True,
         tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.05)
+    return model
+
+
+@torch.no_grad()
+def head_start(
+    model: LlamaForCausalLM, back: float = 9.0, write: float = 0.2, match: float = 3.0, say: float = 0.4
+) -> None:
+    """Let training start with a rough ability to copy, which a short training does not reliably find by itself.
+
+    The first key/value head of layer 0 looks at the previous token and adds a projection of it to the stream. Two
+    key/value heads of layer 1 look for the token that followed an earlier occurrence of the present one, and add
+    that token to the prediction. All of these are ordinary weights, which training then changes like any other.
+    """
+    config = model.config
+    dim, sharing = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    basis = torch.linalg.qr(torch.randn(config.hidden_size, 4 * dim)).Q.T.split(dim)  # 4 x [D, hidden]
+    first, second = model.model.layers[0].self_attn, model.model.layers[1].self_attn
+    # Rotary embedding turns biases by their position: a query bias turned one step back fits the key before it.
+    angles = model.model.rotary_emb.inv_freq[:8]
+    first.k_proj.bias[:8] = back
+    for head in range(sharing):
+        first.q_proj.bias[head * dim : head * dim + 8] = back * angles.cos()
+        first.q_proj.bias[head * dim + dim // 2 : head * dim + dim // 2 + 8] = -back * angles.sin()
+    first.v_proj.weight[:dim] = basis[0]
+    first.o_proj.weight[:, :dim] = write * basis[1].T
+    # Slow rotations only, so that a match counts at any distance.
+    slow = (torch.arange(dim) % (dim // 2) >= 8)[:, None]
+    for head in range(2 * sharing):
+        second.q_proj.weight[head * dim : (head + 1) * dim] = match * basis[0] * slow
+        second.o_proj.weight[:, head * dim : (head + 1) * dim] = say / sharing * basis[2 + head // sharing].T
+    for group in range(2):
+        second.k_proj.weight[group * dim : (group + 1) * dim] = match * basis[1] * slow
+        second.v_proj.weight[group * dim : (group + 1) * dim] = basis[2 + group]
 
 
 def batch(source: Source, warm: bool, length: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +90,7 @@ def batch(source: Source, warm: bool, length: int, tokens: int) -> tuple[torch.T
     for _ in range(max(1, tokens // length)):
         pick = source.random.random()
         if warm:
-            samples.append(source.repeats(length, length // 2))
+            samples.append(source.repeats(length))
         elif pick < 0.35:
             samples.append(source.book(length))
         elif pick < 0.85:
@@ -126,6 +162,7 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(books, args.vocabulary)
     source, exam = Source(tokenizer, books, args.seed), Source(tokenizer, held_out, args.seed + 1)
     model = build(tokenizer.get_vocab_size())
+    head_start(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters:,} parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.05)
@@ -182,7 +219,7 @@ def train(args: argparse.Namespace) -> None:
 def save(model: LlamaForCausalLM, tokenizer: Any, output: Path) -> None:
     """Write weights in 16 bit, configuration and tokenizer."""
     output.mkdir(parents=True, exist_ok=True)
-    half = build(model.config.vocab_size)
+    half = LlamaForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
     half.to(torch.float16).save_pretrained(output)
     wrapped = PreTrainedTokenizerFast(

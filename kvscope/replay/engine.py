@@ -102,7 +102,7 @@ class Scan:
         self.missing_mass = missing_mass
         self.first_eviction = shape.prompt - 1 if prefill == "full" else 0
         self._heads = 1 if policy.scope == "layer" else shape.kv_heads
-        protections = torch.tensor([_protection(policy, budget) for budget in self.budgets], device=device)
+        protections = torch.tensor([protection(policy, budget) for budget in self.budgets], device=device)
         self._sinks, self._recent = protections[:, 0, None, None, None], protections[:, 1, None, None, None]
         self._budget = torch.tensor(self.budgets, device=device)[:, None, None]
         size = (len(self.budgets), len(shape.layers), self._heads, shape.length)
@@ -259,7 +259,8 @@ def _shift(value: Tensor, by: int) -> Tensor:
     return (value >> by) & ((1 << (64 - by)) - 1)
 
 
-def _protection(policy: Policy, budget: int) -> tuple[int, int]:
+def protection(policy: Policy, budget: int) -> tuple[int, int]:
+    """Return how many first and last keys stay; raises UsageError if they alone exceed the budget."""
     kept = policy.protect(budget)
     if kept.sinks + kept.recent > budget:
         raise UsageError(

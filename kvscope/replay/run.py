@@ -19,7 +19,7 @@ from kvscope.errors import ReplayError, TraceError, UsageError
 from kvscope.metrics import METRICS, Metric
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.engine import NEVER, Scan, Shape
+from kvscope.replay.engine import NEVER, Scan, Shape, protection
 from kvscope.replay.score import Scorer
 from kvscope.results.store import Replay, ReplayWriter
 from kvscope.trace.reader import Sequence as TraceSequence
@@ -105,6 +105,7 @@ def replay(
     runs = _runs(chosen, parse_budgets(budgets))
     wanted = [METRICS.get(name) for name in (metrics or METRICS.names())]
     _require_signals(trace, chosen)
+    _require_room(trace, runs, prefill)
     _require_steps(trace, prefill)
     on = _device(device)
     started = time.monotonic()
@@ -254,6 +255,12 @@ def _require_signals(trace: Trace, policies: Sequence[Policy]) -> None:
                     f"{policy.label} needs {name}, which {trace.path} does not hold",
                     f"Record it again with kvscope trace, or import it with an array {name}.",
                 )
+
+
+def _require_room(trace: Trace, runs: Sequence[Run], prefill: Prefill) -> None:
+    for run in runs:
+        for sequence in trace.sequences:
+            protection(run.policy, run.keys(sequence, prefill))
 
 
 def _require_steps(trace: Trace, prefill: Prefill) -> None:

@@ -187,9 +187,20 @@ def _require_same_origin(base: Mapping[str, Any], new: Mapping[str, Any]) -> Non
                 f"the two are of different traces: {what} {_short(old)} and {_short(other)}",
                 "Compare replays of the same trace.",
             )
+    for what in ("prefill", "loop"):
+        old_set, new_set = ({run[what] for run in side["runs"]} for side in (base, new))
+        if old_set != new_set:
+            raise ResultError(
+                f"the two are of different protocols: {what} {_names(old_set)} and {_names(new_set)}",
+                "Replay both with the same --prefill, in the same loop.",
+            )
     for name in base["metrics"].keys() & new["metrics"].keys():
         if base["metrics"][name]["direction"] != new["metrics"][name]["direction"]:
             raise ResultError(f"metric {name} is defined differently on the two sides", "Replay both with one kvscope.")
+
+
+def _names(values: set[str]) -> str:
+    return "+".join(sorted(values)) or "nothing"
 
 
 def _short(value: object) -> str:

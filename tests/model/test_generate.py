@@ -108,7 +108,7 @@ def test_several_sequences_equal_one_by_one(folder: Path, tmp_path: Path) -> Non
     both = trace(str(folder), [tmp_path / "all.jsonl"], output=tmp_path / "both", max_new_tokens=5)
     assert [(s.prompt, s.length, s.forced) for s in both.sequences] == [(4, 9, False), (6, 8, True)]
     (tmp_path / "one.jsonl").write_text(json.dumps(lines[1]))
-    alone = trace(str(folder), [tmp_path / "one.jsonl"], output=tmp_path / "one")
+    alone = trace(str(folder), [tmp_path / "one.jsonl"], output=tmp_path / "one", max_new_tokens=5)
     assert np.array_equal(both.attention(1, 1), alone.attention(0, 1))
 
 
@@ -118,7 +118,7 @@ def test_some_layers(folder: Path, prompt: Path, tmp_path: Path) -> None:
     assert made.layers == [1]
     assert np.array_equal(made.attention(0, 1), whole.attention(0, 1))
     with pytest.raises(UsageError, match="no layer 2"):
-        trace(str(folder), [prompt], output=tmp_path / "x", layers=[2])
+        trace(str(folder), [prompt], output=tmp_path / "x", layers=[2], max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_some_layers(folder: Path, prompt: Path, tmp_path: Path) -> None:
 def test_mistakes(folder: Path, tmp_path: Path, content: str, options: dict, message: str) -> None:
     (tmp_path / "p.txt").write_text(content)
     with pytest.raises(UsageError, match=message) as caught:
-        trace(str(folder), [tmp_path / "p.txt"], output=tmp_path / "t", **options)
+        trace(str(folder), [tmp_path / "p.txt"], output=tmp_path / "t", **{"max_new_tokens": 4, **options})
     assert caught.value.todo
     assert not (tmp_path / "t").exists()
 
@@ -171,7 +171,7 @@ def test_an_error_while_recording_leaves_no_trace(folder: Path, prompt: Path, tm
 
     monkeypatch.setattr(generate_module._Run, "_generated", stop)
     with pytest.raises(ModelError, match="out of memory") as caught:
-        trace(str(folder), [prompt], output=tmp_path / "t")
+        trace(str(folder), [prompt], output=tmp_path / "t", max_new_tokens=4)
     assert "--dtype bfloat16" in caught.value.todo
     with pytest.raises(TraceError, match="incomplete"):
         open_trace(tmp_path / "t")

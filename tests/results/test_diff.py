@@ -71,6 +71,15 @@ def test_other_traces_cannot_be_compared(base: dict, tmp_path: Path) -> None:
         diff(base, other)
 
 
+@pytest.mark.parametrize(("what", "other"), [("prefill", "full"), ("loop", "closed")])
+def test_other_protocols_cannot_be_compared(base: dict, what: str, other: str) -> None:
+    new = copy.deepcopy(base)
+    for run in new["runs"]:
+        run[what] = other
+    with pytest.raises(ResultError, match=f"different protocols: {what}"):
+        diff(base, new)
+
+
 def test_a_committed_summary_is_a_baseline(base: dict, tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
     file.write_bytes((tmp_path / "base" / "summary.json").read_bytes())
