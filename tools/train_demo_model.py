@@ -1,7 +1,8 @@
 """Train the bundled model: ``python tools/train_demo_model.py TEXTS --output DIR``.
 
 A Llama of under two million parameters learns book text, and to recall facts that were planted hundreds of tokens
-before. It first learns to copy, on repeated random tokens; without that it does not find recall in a short training.
+before. It starts with a rough ability to copy and first learns to copy well, on repeated random tokens; without that
+it does not find recall in a short training.
 """
 
 from __future__ import annotations

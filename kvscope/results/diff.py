@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from kvscope.results.store import open_replay
 Verdict = Literal["same", "better", "worse", "changed", "missing", "new"]
 REGRESSIONS = ("worse", "changed", "missing")
 DEFAULT_TOLERANCE = 0.001
+ALIGNED = ("policy", "params", "budget", "prefill", "loop")  # what makes two runs the same run
+DECLARED = ("direction", "range", "when_nothing_evicted")
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ def load_summary(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     summary = load_json(path, SUMMARY_KIND, "summary") if path.is_file() else open_replay(path).summary
-    if not isinstance(summary.get("runs"), list) or "identity" not in summary.get("trace", {}):
-        raise ResultError(f"{path} is damaged: it has no runs or no trace", f"Replay again, and keep its {SUMMARY}.")
+    fault = _fault(summary)
+    if fault:
+        raise ResultError(f"{path} is damaged: {fault}", f"Replay again, and keep its {SUMMARY}.")
     return {"source": str(path), **summary}
 
 
@@ -106,7 +111,7 @@ def diff(
     for name in allowed:
         if name and name not in declared:
             raise UsageError(f"tolerance for {name!r}, which no run has", nearest(name, declared))
-    before, after = _by_key(base), _by_key(new)
+    before, after = _by_key(base, "base"), _by_key(new, "new")
     rows: list[Row] = []
     for key in [*before, *(key for key in after if key not in before)]:
         rows += _rows(before.get(key), after.get(key), declared, allowed)
@@ -158,7 +163,7 @@ def _row(
     direction: str,
     tolerance: float,
 ) -> Row:
-    old, new = (None if side is None else side["metrics"].get(name, {}).get("mean") for side in (before, after))
+    old, new = _mean(before, name), _mean(after, name)
     change = None if old is None or new is None else new - old
     verdict: Verdict
     if after is None or (new is None and old is not None):
@@ -174,13 +179,52 @@ def _row(
     return Row(label, name, old, new, change, tolerance, verdict)
 
 
-def _by_key(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    names = ("policy", "params", "budget", "prefill", "loop")
-    return {json.dumps([run.get(name) for name in names], sort_keys=True): run for run in summary["runs"]}
+def _mean(run: Mapping[str, Any] | None, name: str) -> float | None:
+    """Return the mean of a metric; None where there is no run, no metric, or no finite number."""
+    mean = None if run is None else run["metrics"].get(name, {}).get("mean")
+    return None if mean is None or not math.isfinite(mean) else float(mean)
+
+
+def _by_key(summary: Mapping[str, Any], side: str) -> dict[str, Mapping[str, Any]]:
+    found: dict[str, Mapping[str, Any]] = {}
+    for run in summary["runs"]:
+        key = json.dumps([run[name] for name in ALIGNED], sort_keys=True)
+        if key in found:
+            raise ResultError(
+                f"{summary.get('source', side)} has two runs of {run['label']} at {run['budget'] or 'full cache'}",
+                "Replay each policy and budget once: of two, it is not known which to compare.",
+            )
+        found[key] = run
+    return found
+
+
+def _fault(summary: Mapping[str, Any]) -> str:
+    """Return what a summary lacks; nothing if it can be compared."""
+    trace, metrics, runs = (summary.get(name) for name in ("trace", "metrics", "runs"))
+    if not isinstance(trace, dict) or "identity" not in trace:
+        return "it does not say of which trace it is"
+    if not isinstance(metrics, dict) or not all(isinstance(m, dict) and "direction" in m for m in metrics.values()):
+        return "it does not say which way its metrics are better"
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        return "it has no runs"
+    for number, run in enumerate(runs):
+        lacking = [name for name in (*ALIGNED, "label", "metrics") if name not in run]
+        if lacking:
+            return f"run {number} has no {lacking[0]}"
+        of_run = run["metrics"]
+        for name in of_run if isinstance(of_run, dict) else ["metrics"]:
+            value = of_run[name] if isinstance(of_run, dict) else None
+            if name not in metrics or not isinstance(value, dict) or not _is_mean(value.get("mean")):
+                return f"run {number} has no readable {name}"
+    return ""
+
+
+def _is_mean(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _require_same_origin(base: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    for what in ("identity", "model"):
+    for what in ("model", "identity"):
         old, other = base["trace"].get(what), new["trace"].get(what)
         if old != other:
             raise ResultError(
@@ -194,9 +238,14 @@ def _require_same_origin(base: Mapping[str, Any], new: Mapping[str, Any]) -> Non
                 f"the two are of different protocols: {what} {_names(old_set)} and {_names(new_set)}",
                 "Replay both with the same --prefill, in the same loop.",
             )
-    for name in base["metrics"].keys() & new["metrics"].keys():
-        if base["metrics"][name]["direction"] != new["metrics"][name]["direction"]:
-            raise ResultError(f"metric {name} is defined differently on the two sides", "Replay both with one kvscope.")
+    for name in sorted(base["metrics"].keys() & new["metrics"].keys()):
+        for what in DECLARED:
+            old, other = (side["metrics"][name].get(what) for side in (base, new))
+            if old != other:
+                raise ResultError(
+                    f"metric {name} is defined differently on the two sides: {what} {old} and {other}",
+                    "Replay both with one kvscope.",
+                )
 
 
 def _names(values: set[str]) -> str:
@@ -205,4 +254,4 @@ def _names(values: set[str]) -> str:
 
 def _short(value: object) -> str:
     text = str(value)
-    return text if len(text) <= 24 else text[:12] + "..."
+    return text[:12] + "..." if re.fullmatch("[0-9a-f]{64}", text) else text

@@ -14,6 +14,9 @@ KIND = "kvscope-replay"
 SUMMARY_KIND = "kvscope-summary"
 RUN = "run.json"
 SUMMARY = "summary.json"
+RECORDED = ("residency.parquet", "fidelity.parquet", SUMMARY)  # with size and checksum in run.json
+FILES = frozenset({RUN, *RECORDED})
+_HEADER = ("trace", "metrics", "runs", "created", "sizes", "checksums")
 SCHEMA_VERSION = 1
 HISTORY = {1: "first version: open loop"}
 
@@ -72,13 +75,16 @@ def read_header(path: Path) -> dict[str, Any]:
     data = load_json(file, KIND, "replay")
     if not data.get("complete"):
         raise ResultError(f"replay {path} is incomplete: it stopped before its end", _again(path))
+    lacking = [name for name in _HEADER if name not in data]
+    if lacking:
+        raise ResultError(f"replay {path} is damaged: {RUN} has no {lacking[0]}", "Replay again.")
     return data
 
 
 def load_json(file: Path, kind: str, what: str) -> dict[str, Any]:
     """Return a JSON file of a known kind and of this version; each fault has its own ResultError."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as error:
         raise ResultError(f"cannot read {file}: {error.strerror}", f"Name a {what} that exists.") from error
     except ValueError as error:
@@ -93,6 +99,10 @@ def load_json(file: Path, kind: str, what: str) -> dict[str, Any]:
             f"{file} has format {version}, newer than this kvscope reads ({SCHEMA_VERSION})", "Update kvscope."
         )
     return data
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON number")
 
 
 def _again(path: Path) -> str:

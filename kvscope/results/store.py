@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -21,9 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kvscope.errors import ResultError
+from kvscope.errors import ResultError, UsageError
+from kvscope.results.folder import checksum, clear_unfinished, require_free, require_own, unwritable
 from kvscope.results.schema import (
     KIND,
+    RECORDED,
     RESIDENCY,
     RUN,
     SCHEMA_VERSION,
@@ -53,7 +54,8 @@ class ReplayWriter:
     Raises
     ------
     ResultError
-        If `path` exists, another process is writing it, or the folder cannot be written.
+        If `path` exists, another process is writing it, or the folder cannot be written; with `force` too, if it
+        holds anything that no replay has.
     """
 
     def __init__(self, path: Path, info: Mapping[str, Any], *, force: bool = False) -> None:
@@ -62,16 +64,15 @@ class ReplayWriter:
         self.metrics = list(self.info["metrics"])
         self._means = Means(self.metrics)
         self._writers: dict[str, pq.ParquetWriter] = {}
-        if self.path.exists() and not force:
-            raise ResultError(f"{self.path} exists", "Name another with --output, or replace it with --force.")
-        _clear(self.work)
+        require_free(self.path, force=force)
+        clear_unfinished(self.work)
         try:
             self.work.mkdir(parents=True)
             self._json(RUN, {"complete": False, "writer": {"pid": os.getpid(), "host": socket.gethostname()}})
             for name, schema in (("residency", RESIDENCY), ("fidelity", fidelity_schema(self.metrics))):
                 self._writers[name] = pq.ParquetWriter(self.work / f"{name}.parquet", schema, compression="zstd")
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
 
     def __enter__(self) -> ReplayWriter:
         return self
@@ -103,8 +104,21 @@ class ReplayWriter:
         self._write("residency", RESIDENCY, columns)
 
     def fidelity(self, run: int, sequence: int, layer: int, steps: Array, values: Mapping[str, Array]) -> None:
-        """Write metrics, each ``[H, S]``, of the steps ``[S]``; NaN is stored as null."""
-        heads, count = next(iter(values.values())).shape
+        """Write metrics, each ``[H, S]``, of the steps ``[S]``; NaN is stored as null.
+
+        Raises
+        ------
+        ResultError
+            If a value is infinite, or the disk is full.
+        """
+        stored = {name: values[name].astype(np.float32) for name in self.metrics}
+        for name, array in stored.items():
+            if np.isinf(array).any():
+                raise ResultError(
+                    f"metric {name} is infinite: run {run}, sequence {sequence}, layer {layer}",
+                    "Look for rows or values of zeros in the trace, or leave the metric out.",
+                )
+        heads, count = stored[self.metrics[0]].shape
         columns: dict[str, Any] = {
             "run": np.full(heads * count, run, np.int32),
             "sequence": np.full(heads * count, sequence, np.int32),
@@ -113,32 +127,32 @@ class ReplayWriter:
             "step": np.tile(np.asarray(steps, np.int32), heads),
         }
         for name in self.metrics:
-            columns[name] = pa.array(values[name].ravel().astype(np.float32), from_pandas=True)
+            columns[name] = pa.array(stored[name].ravel(), from_pandas=True)
         self._write("fidelity", fidelity_schema(self.metrics), columns)
-        self._means.add(run, sequence, values)
+        self._means.add(run, sequence, layer, stored)
 
     def finish(self, **extra: Any) -> Replay:
         """Close the files, write the summary, note sizes and checksums, and give the replay its name."""
         try:
             for writer in self._writers.values():
                 writer.close()
-            self._text(SUMMARY, self._means.summary(self.info))
-            names = ["residency.parquet", "fidelity.parquet", SUMMARY]
+            self._text(SUMMARY, self._means.summary(self.info), ordered=True)
             self._json(
                 RUN,
                 {
                     "complete": True,
                     "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "sizes": {name: (self.work / name).stat().st_size for name in names},
-                    "checksums": {name: _checksum(self.work / name) for name in names},
+                    "sizes": {name: (self.work / name).stat().st_size for name in RECORDED},
+                    "checksums": {name: checksum(self.work / name) for name in RECORDED},
                     **extra,
                 },
             )
             if self._force and self.path.exists():
+                require_own(self.path)
                 shutil.rmtree(self.path)
             self.work.rename(self.path)
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         return open_replay(self.path)
 
     def _write(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
@@ -146,13 +160,13 @@ class ReplayWriter:
         try:
             self._writers[name].write_table(pa.Table.from_arrays(arrays, schema=schema))
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
 
     def _json(self, name: str, late: Mapping[str, Any]) -> None:
         self._text(name, {"kind": KIND, "schema": SCHEMA_VERSION, **self.info, **late})
 
-    def _text(self, name: str, data: Mapping[str, Any]) -> None:
-        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    def _text(self, name: str, data: Mapping[str, Any], ordered: bool = False) -> None:
+        text = json.dumps(data, indent=1, allow_nan=False, sort_keys=ordered) + "\n"
         (self.work / name).write_text(text, encoding="utf-8")
 
 
@@ -189,7 +203,13 @@ class Replay:
         return self._frame("fidelity", run, sequence, layer)
 
     def resident(self, run: int, sequence: int, layer: int) -> NDArray[np.bool_]:
-        """Return ``R_t`` for every step, bool ``[G, T, T]``: whether key ``k`` is held after step ``t``."""
+        """Return ``R_t`` for every step, bool ``[G, T, T]``: whether key ``k`` is held after step ``t``.
+
+        Raises
+        ------
+        UsageError
+            If the replay has no such run, sequence or layer.
+        """
         return self._mask(run, sequence, layer, 0)
 
     def visible(self, run: int, sequence: int, layer: int) -> NDArray[np.bool_]:
@@ -197,6 +217,7 @@ class Replay:
         return self._mask(run, sequence, layer, 1)
 
     def _mask(self, run: int, sequence: int, layer: int, shift: int) -> NDArray[np.bool_]:
+        self._require(run, sequence, layer)
         frame = self.residency(run, sequence, layer)
         trace = self.info["trace"]
         length = trace["sequences"][sequence]["length"]
@@ -209,6 +230,17 @@ class Replay:
             steps = np.arange(length)
             mask[:, steps, steps] = True
         return mask
+
+    def _require(self, run: int, sequence: int, layer: int) -> None:
+        trace = self.info["trace"]
+        there = {
+            "run": (run, [item["run"] for item in self.info["runs"]]),
+            "sequence": (sequence, list(range(len(trace["sequences"])))),
+            "layer": (layer, trace["layers"]),
+        }
+        for what, (number, known) in there.items():
+            if number not in known:
+                raise UsageError(f"replay {self.path} has no {what} {number}", f"It has: {', '.join(map(str, known))}.")
 
     def _frame(self, name: str, run: int | None, sequence: int | None, layer: int | None) -> pd.DataFrame:
         wanted = {"run": run, "sequence": sequence, "layer": layer}
@@ -243,7 +275,7 @@ def open_replay(path: Path | str, *, verify: bool = False) -> Replay:
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             raise ResultError(f"replay {path} is damaged: {name} is missing or has another size", "Replay again.")
-        if verify and _checksum(file) != info["checksums"][name]:
+        if verify and checksum(file) != info["checksums"][name]:
             raise ResultError(f"replay {path} is damaged: the checksum of {name} is another", "Replay again.")
     return Replay(path, info)
 
@@ -259,47 +291,10 @@ def newest_replay(folder: Path = Path("reports")) -> Path:
     found: list[tuple[str, float, Path]] = []
     for candidate in folder.iterdir() if folder.is_dir() else []:
         try:
-            info = read_header(candidate)
+            info = open_replay(candidate).info
         except ResultError:
-            continue  # unfinished, foreign or of another version: not what "newest whole replay" means
+            continue  # unfinished, foreign, damaged or of another version: not what "newest whole replay" means
         found.append((info["created"], candidate.stat().st_mtime, candidate))
     if not found:
         raise ResultError(f"no whole replay under {folder}/", "Make one: kvscope replay --policy a2sf")
     return max(found)[2]
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _clear(work: Path) -> None:
-    """Remove what a killed run left; refuse while its process still writes."""
-    if not work.exists():
-        return
-    try:
-        writer = json.loads((work / RUN).read_text(encoding="utf-8"))["writer"]
-        alive = writer["host"] == socket.gethostname() and writer["pid"] != os.getpid() and _runs(writer["pid"])
-    except (OSError, ValueError, KeyError, TypeError):
-        alive = False
-    if alive:
-        raise ResultError(f"process {writer['pid']} is writing {work}", "Wait for it, or name another with --output.")
-    shutil.rmtree(work)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _unwritable(path: Path, error: OSError) -> ResultError:
-    if error.errno == errno.ENOSPC:
-        return ResultError(f"the disk of {path} is full", "Free some space, or write to another disk with --output.")
-    return ResultError(
-        f"cannot write {path}: {error.strerror or error}", "Name a folder that can be written, with --output."
-    )

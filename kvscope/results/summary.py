@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvscope.results.schema import SCHEMA_VERSION, SUMMARY_KIND
+
+Array = NDArray[Any]
 
 BOOTSTRAP = 2000  # resamples
 FEWEST = 5  # sequences for an interval
@@ -27,21 +28,17 @@ class Means:
 
     def __init__(self, metrics: list[str]) -> None:
         self.metrics = metrics
-        # run -> metric -> sequence -> means of the layers
-        self._layers: dict[int, dict[str, dict[int, list[float]]]] = defaultdict(
-            lambda: defaultdict(lambda: defaultdict(list))
-        )
-        self._counts: dict[tuple[int, str], int] = defaultdict(int)
+        # (run, metric) -> (sequence, layer) -> sums and counts of the heads, each [H]
+        self._heads: dict[tuple[int, str], dict[tuple[int, int], tuple[Array, Array]]] = defaultdict(dict)
 
-    def add(self, run: int, sequence: int, values: Mapping[str, NDArray[Any]]) -> None:
-        """Take the values of one layer, each ``[H, S]``; NaN is no value."""
+    def add(self, run: int, sequence: int, layer: int, values: Mapping[str, Array]) -> None:
+        """Take values ``[H, S]`` of some or all steps of one layer; NaN is no value."""
         for name in self.metrics:
             there = ~np.isnan(values[name])
-            self._counts[run, name] += int(there.sum())
-            heads = there.any(1)
-            if heads.any():
-                sums = np.where(there, values[name], 0).sum(1, dtype=np.float64)[heads] / there.sum(1)[heads]
-                self._layers[run][name][sequence].append(float(sums.mean()))
+            sums, counts = np.where(there, values[name], 0).sum(1, dtype=np.float64), there.sum(1)  # [H] each
+            of_run = self._heads[run, name]
+            before = of_run.get((sequence, layer))
+            of_run[sequence, layer] = (sums, counts) if before is None else (before[0] + sums, before[1] + counts)
 
     def summary(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """Return the content of ``summary.json`` for the runs of ``run.json``."""
@@ -65,15 +62,15 @@ class Means:
         }
 
     def _metric(self, run: int, name: str) -> dict[str, Any]:
-        sequences = self._layers[run][name]
-        means = np.array([np.mean(sequences[number]) for number in sorted(sequences)])
+        layers: dict[int, list[float]] = defaultdict(list)  # sequence -> means of its layers
+        count = 0
+        for (sequence, _), (sums, counts) in sorted(self._heads[run, name].items(), key=lambda item: item[0]):
+            count += int(counts.sum())
+            if counts.any():
+                layers[sequence].append(float((sums[counts > 0] / counts[counts > 0]).mean()))
+        means = np.array([np.mean(of_sequence) for of_sequence in layers.values()])
         low, high = interval(means)
-        return {
-            "mean": None if means.size == 0 else float(means.mean()),
-            "low": low,
-            "high": high,
-            "count": self._counts[run, name],
-        }
+        return {"mean": None if means.size == 0 else float(means.mean()), "low": low, "high": high, "count": count}
 
 
 def interval(means: NDArray[np.float64], seed: int = 0) -> tuple[float | None, float | None]:
@@ -82,4 +79,4 @@ def interval(means: NDArray[np.float64], seed: int = 0) -> tuple[float | None, f
         return None, None
     draws = np.random.default_rng(seed).integers(0, len(means), (BOOTSTRAP, len(means)))
     low, high = np.quantile(means[draws].mean(1), [0.025, 0.975])
-    return (None, None) if math.isnan(low) else (float(low), float(high))
+    return float(low), float(high)
