@@ -203,7 +203,7 @@ def _fault(summary: Mapping[str, Any]) -> str:
     trace, metrics, runs = (summary.get(name) for name in ("trace", "metrics", "runs"))
     if not isinstance(trace, dict) or "identity" not in trace:
         return "it does not say of which trace it is"
-    if not isinstance(metrics, dict) or not all(isinstance(m, dict) and "direction" in m for m in metrics.values()):
+    if not isinstance(metrics, dict) or not all(map(_is_declaration, metrics.values())):
         return "it does not say which way its metrics are better"
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         return "it has no runs"
@@ -211,12 +211,16 @@ def _fault(summary: Mapping[str, Any]) -> str:
         lacking = [name for name in (*ALIGNED, "label", "metrics") if name not in run]
         if lacking:
             return f"run {number} has no {lacking[0]}"
-        of_run = run["metrics"]
-        for name in of_run if isinstance(of_run, dict) else ["metrics"]:
-            value = of_run[name] if isinstance(of_run, dict) else None
+        if not isinstance(run["metrics"], dict):
+            return f"run {number} has no metrics"
+        for name, value in run["metrics"].items():
             if name not in metrics or not isinstance(value, dict) or not _is_mean(value.get("mean")):
                 return f"run {number} has no readable {name}"
     return ""
+
+
+def _is_declaration(value: object) -> bool:
+    return isinstance(value, dict) and value.get("direction") in ("higher", "lower", "none")
 
 
 def _is_mean(value: object) -> bool:

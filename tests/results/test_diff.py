@@ -2,13 +2,14 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kvscope.errors import ResultError, UsageError
 from kvscope.results.diff import diff, load_summary, parse_tolerance
-from tests.results.make import make
+from tests.results.make import METRICS, make
 
 
 @pytest.fixture
@@ -78,6 +79,68 @@ def test_other_protocols_cannot_be_compared(base: dict, what: str, other: str) -
         run[what] = other
     with pytest.raises(ResultError, match=f"different protocols: {what}"):
         diff(base, new)
+
+
+def test_other_definitions_cannot_be_compared(base: dict) -> None:
+    new = copy.deepcopy(base)
+    new["metrics"]["retained_mass"]["range"] = [0, 100]
+    with pytest.raises(ResultError, match=r"retained_mass is defined differently.*range \[0, 1\] and \[0, 100\]"):
+        diff(base, new)
+    new["metrics"]["retained_mass"] = {**base["metrics"]["retained_mass"], "summary": "in other words"}
+    assert not diff(base, new).regressed
+
+
+def test_long_names_are_told_apart(base: dict) -> None:
+    """Both values are in the message: names that begin alike must not be cut to the same text."""
+    new = copy.deepcopy(base)
+    base["trace"]["model"], new["trace"]["model"] = "meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-70B"
+    with pytest.raises(ResultError, match="meta-llama/Meta-Llama-3-8B and meta-llama/Meta-Llama-3-70B"):
+        diff(base, new)
+
+
+@pytest.mark.parametrize("metric", list(METRICS))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), None])
+def test_no_number_is_never_better(base: dict, metric: str, value: float | None) -> None:
+    new = copy.deepcopy(base)
+    new["runs"][0]["metrics"][metric]["mean"] = value
+    assert [row.verdict for row in diff(base, new, 1.0).regressions] == ["missing"]
+
+
+def test_a_second_run_of_the_same_name_hides_nothing(base: dict) -> None:
+    new = copy.deepcopy(base)
+    new["runs"].append(copy.deepcopy(base["runs"][0]))
+    new["runs"][0]["metrics"]["retained_mass"]["mean"] -= 0.5
+    with pytest.raises(ResultError, match="two runs of h2o at 50%"):
+        diff(base, new)
+
+
+def without(base: dict, key: str) -> dict:
+    return {name: value for name, value in base.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda s: {**s, "trace": None}, "of which trace"),
+        (lambda s: {**s, "trace": {}}, "of which trace"),
+        (lambda s: without(s, "metrics"), "which way"),
+        (lambda s: {**s, "metrics": {"retained_mass": {"direction": "up"}}}, "which way"),
+        (lambda s: {**s, "runs": ["h2o"]}, "has no runs"),
+        (lambda s: {**s, "runs": [without(s["runs"][0], "prefill")]}, "run 0 has no prefill"),
+        (lambda s: {**s, "runs": [{**s["runs"][0], "metrics": 1}]}, "run 0 has no metrics"),
+        (lambda s: {**s, "runs": [{**s["runs"][0], "metrics": {"held_keys": {"mean": "9"}}}]}, "readable held_keys"),
+        (
+            lambda s: {**s, "runs": [{**s["runs"][0], "metrics": {"held_keys": {"mean": float("nan")}}}]},
+            "no JSON number",
+        ),
+        (lambda s: {**s, "runs": [{**s["runs"][0], "metrics": {"undeclared": {"mean": 1.0}}}]}, "readable undeclared"),
+    ],
+)
+def test_a_summary_edited_by_hand_says_what_it_lacks(base: dict, tmp_path: Path, change: Callable, fault: str) -> None:
+    file = tmp_path / "baseline.json"
+    file.write_text(json.dumps(change(without(base, "source"))))
+    with pytest.raises(ResultError, match=f"baseline.json is damaged.*{fault}"):
+        load_summary(file)
 
 
 def test_a_committed_summary_is_a_baseline(base: dict, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvscope.results.summary import interval
-from tests.results.make import METRICS, make, values
+from kvscope.results.store import ReplayWriter
+from kvscope.results.summary import Means, interval
+from tests.results.make import METRICS, info, make, values
 
 
 def nested_mean(run: int, lengths: list[int], name: str) -> tuple[float, int]:
@@ -50,10 +51,28 @@ def test_five_sequences_have_an_interval(tmp_path: Path) -> None:
     assert high == pytest.approx(1.96 / 20, abs=0.015)
 
 
-def test_a_run_without_values_has_no_mean(tmp_path: Path) -> None:
-    from kvscope.results.store import ReplayWriter
-    from tests.results.make import info
+def test_blocks_of_steps_and_the_order_of_layers_change_nothing(tmp_path: Path) -> None:
+    """A head's mean is over its steps, not over the means of the blocks in which they came."""
+    whole = Means(list(METRICS))
+    for layer in (0, 1):
+        whole.add(0, 0, layer, values(layer, 9))
+    pieces = Means(list(METRICS))
+    for layer, start, stop in [(1, 0, 4), (0, 0, 9), (1, 4, 5), (1, 5, 9)]:
+        pieces.add(0, 0, layer, {name: array[:, start:stop] for name, array in values(layer, 9).items()})
+    one, other = (means.summary(info([9], policies=("h2o",)))["runs"][0]["metrics"] for means in (whole, pieces))
+    for name in METRICS:
+        assert one[name]["count"] == other[name]["count"] == 2 * 4 * 7
+        assert one[name]["mean"] == pytest.approx(other[name]["mean"], abs=1e-12)
 
+
+def test_the_summary_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    first, second = (make(tmp_path / name, [6] * 5).path / "summary.json" for name in ("a", "b"))
+    text = first.read_text()
+    assert text == second.read_text()
+    assert text == json.dumps(json.loads(text), indent=1, sort_keys=True) + "\n"
+
+
+def test_a_run_without_values_has_no_mean(tmp_path: Path) -> None:
     with ReplayWriter(tmp_path / "r", info([6], policies=("full",))) as writer:
         writer.fidelity(0, 0, 0, np.arange(6), values(0, 6, empty=True))
         summary = writer.finish().summary
