@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from kvscope.model.attention_hook import watching
 from kvscope.model.loading import Loaded, load
@@ -96,12 +95,15 @@ def peak(model: str, prompt: int, traced: bool) -> float:
 
 
 def decode(loaded: Loaded, prompt: int, new: int) -> None:
-    """Decode greedily: a prefill, then token by token."""
-    cache = DynamicCache(config=loaded.model.config)
-    ids = torch.randint(1, loaded.model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
-    for _ in range(new + 1):
-        logits = loaded.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
-        ids = logits[:, -1:].argmax(-1)
+    """Generate greedily, as transformers does."""
+    loaded.model.generate(
+        prompt_ids(loaded, prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+    )
+
+
+def prompt_ids(loaded: Loaded, prompt: int) -> torch.Tensor:
+    """Return random tokens ``[1, P]``, the same every time."""
+    return torch.randint(1, loaded.model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
 
 
 def record(loaded: Loaded, prompt: int, new: int) -> None:

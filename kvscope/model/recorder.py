@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -14,21 +13,23 @@ from torch import Tensor
 from kvscope.model.attention_hook import Call
 from kvscope.trace.writer import TraceWriter
 
-HELD_STEPS = 32  # decoding steps of a layer that are written as one block
+HELD_STEPS = 32  # decoding steps of a layer that are rebuilt and written as one block
 
 
 @dataclass
 class _Layer:
-    """What one layer has of the current sequence: how far it is, and the steps that wait to be written."""
+    """What one layer has of the current sequence: how far it is, and the decoding steps that wait for each other."""
 
     seen: int = 0
     directions: Tensor | None = None  # unit keys [G, seen, D], in a buffer that grows by doubling
-    first: int = 0
-    waiting: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    queries: list[Tensor] = field(default_factory=list)  # of the steps that wait, [1, H, 1, D] each
+    newest: Call | None = None  # the call of the last of them; its keys are those of all
 
 
 class Recorder:
     """Writes what it observes, for one sequence at a time.
+
+    Decoding steps are rebuilt together: a cache that only grows holds, at the last of them, the keys of all.
 
     Parameters
     ----------
@@ -54,61 +55,48 @@ class Recorder:
     def end(self) -> None:
         """Write what still waits."""
         for layer in sorted(self._layers):
-            self._flush(layer)
+            self._flush(self._layers[layer])
 
     def __call__(self, call: Call) -> None:
         """Record one attention call of batch size one."""
         if call.layer not in self._wanted:
             return
         state = self._layers[call.layer]
+        if call.query.shape[2] == 1 and call.mask is None and call.sliding_window is None:
+            state.queries.append(call.query)
+            state.newest = call
+            if len(state.queries) >= min(HELD_STEPS, self.query_block):
+                self._flush(state)
+            return
+        self._flush(state)
+        self._write(call, state)
+
+    def _flush(self, state: _Layer) -> None:
+        if state.newest is not None:
+            together = replace(state.newest, query=torch.cat(state.queries, 2))
+            state.queries, state.newest = [], None
+            self._write(together, state)
+
+    def _write(self, call: Call, state: _Layer) -> None:
         first, count = state.seen, call.query.shape[2]
         state.seen += count
         offset = state.seen - call.key.shape[2]  # a sliding-window cache has dropped this many keys
-        if count == 1:
-            self._hold(call, state, first, offset)
-            return
-        self._flush(call.layer)
         for start in range(0, count, self.query_block):
             stop = min(start + self.query_block, count)
             rows = _placed(call.rows(start, stop)[0], offset)[..., : first + stop]
-            self.writer.attention(call.layer, self._sequence, first + start, rows.cpu().numpy())
-            key, value = (part[0, :, -count:][:, start:stop].float() for part in (call.key, call.value))
-            self._write(
-                call.layer, first + start, self._signals(state, key, value, call.query[0, :, start:stop], first + start)
+            sums = rows.sum(-1)
+            half = rows.half()
+            self.writer.attention(
+                call.layer, self._sequence, first + start, half.cpu().numpy(), row_sum=sums.cpu().numpy()
             )
+            key, value = (part[0, :, -count:][:, start:stop].float() for part in (call.key, call.value))
+            block = self._signals(state, key, value, first + start)
+            self.writer.keys(call.layer, self._sequence, first + start, **block)
+            mean_query = call.query[0, :, start:stop].float().mean(0)
+            self.writer.queries(call.layer, self._sequence, first + start, mean_query.cpu().numpy())
 
-    def _hold(self, call: Call, state: _Layer, first: int, offset: int) -> None:
-        if not state.waiting:
-            state.first = first
-        row = _placed(call.rows(0, 1)[0], offset)
-        key, value = call.key[0, :, -1:].float(), call.value[0, :, -1:].float()
-        block = self._signals(state, key, value, call.query[0], first)
-        state.waiting.append({"rows": row.cpu().numpy(), **block})
-        if len(state.waiting) >= HELD_STEPS:
-            self._flush(call.layer)
-
-    def _flush(self, layer: int) -> None:
-        state = self._layers[layer]
-        if not state.waiting:
-            return
-        last = state.first + len(state.waiting)
-        joined: dict[str, NDArray[Any]] = {}
-        for name in state.waiting[0]:
-            parts = [step[name] for step in state.waiting]
-            if name in ("rows", "similarity"):
-                parts = [np.pad(part, ((0, 0), (0, 0), (0, last - part.shape[2]))) for part in parts]
-            joined[name] = np.concatenate(parts, axis=0 if name == "mean_query" else 1)
-        state.waiting = []
-        self.writer.attention(layer, self._sequence, state.first, joined.pop("rows"))
-        self._write(layer, state.first, joined)
-
-    def _write(self, layer: int, first: int, block: dict[str, NDArray[Any]]) -> None:
-        mean_query = block.pop("mean_query")
-        self.writer.keys(layer, self._sequence, first, **block)
-        self.writer.queries(layer, self._sequence, first, mean_query)
-
-    def _signals(self, state: _Layer, key: Tensor, value: Tensor, query: Tensor, first: int) -> dict[str, NDArray[Any]]:
-        """Return norms ``[G, n]``, cosines with the keys so far ``[G, n, first + n]``, mean queries ``[n, D]``."""
+    def _signals(self, state: _Layer, key: Tensor, value: Tensor, first: int) -> dict[str, NDArray[Any]]:
+        """Return norms ``[G, n]`` of new keys and values, and cosines with all keys so far ``[G, n, first + n]``."""
         norm = key.norm(dim=-1)
         unit = key / norm.clamp(min=torch.finfo(norm.dtype).tiny)[..., None]
         last = first + key.shape[1]
@@ -119,8 +107,7 @@ class Recorder:
             "value_l1": value.abs().sum(-1).cpu().numpy(),
             "value_l2": value.norm(dim=-1).cpu().numpy(),
             "key_l2": norm.cpu().numpy(),
-            "similarity": cosines.clamp_(-1, 1).cpu().numpy(),
-            "mean_query": query.float().mean(0).cpu().numpy(),
+            "similarity": cosines.clamp_(-1, 1).half().cpu().numpy(),
         }
 
 

@@ -98,10 +98,11 @@ class TraceWriter:
         for file in self._files.values():
             file.abandon()
 
-    def attention(self, layer: int, sequence: int, first: int, rows: Array) -> None:
+    def attention(self, layer: int, sequence: int, first: int, rows: Array, *, row_sum: Array | None = None) -> None:
         """Write rows ``[H, q, >= first + q]``: query ``i`` is position ``first + i`` and has ``first + i + 1`` weights.
 
-        Blocks of one layer come in ascending order of sequence and position.
+        Blocks of one layer come in ascending order of sequence and position. `row_sum` ``[H, q]`` is given where the
+        rows have been rounded to 16 bit already.
 
         Raises
         ------
@@ -115,14 +116,15 @@ class TraceWriter:
         if not (np.isfinite(flat).all() and (flat >= 0).all()):
             raise self._bad_weight(layer, first, rows[:, :, :length], inside)
         lengths = np.tile(np.arange(first + 1, length + 1), heads)
-        sums = np.where(inside, rows[:, :, :length], 0).sum(-1, dtype=np.float32)
+        if row_sum is None:
+            row_sum = np.where(inside, rows[:, :, :length], 0).sum(-1, dtype=np.float32)
         columns = {
             "sequence": np.full(heads * count, sequence, np.int32),
             "layer": np.full(heads * count, layer, np.int32),
             "head": np.repeat(np.arange(heads, dtype=np.int32), count),
             "position": np.tile(np.arange(first, length, dtype=np.int32), heads),
-            "row_sum": sums.ravel(),
-            "weights": (flat.ravel().astype(np.float16), lengths),
+            "row_sum": row_sum.astype(np.float32).ravel(),
+            "weights": (flat.ravel().astype(np.float16, copy=False), lengths),
         }
         self._add(layer_file("attention", layer), ATTENTION, columns)
 
@@ -149,7 +151,7 @@ class TraceWriter:
             "layer": np.full(heads * count, layer, np.int32),
             "kv_head": np.repeat(np.arange(heads, dtype=np.int32), count),
             "position": np.tile(np.arange(first, length, dtype=np.int32), heads),
-            "similarity": (cosines.astype(np.float16), lengths),
+            "similarity": (cosines.astype(np.float16, copy=False), lengths),
         }
         for name, norm in (("value_l1", value_l1), ("value_l2", value_l2), ("key_l2", key_l2)):
             columns[name] = (

@@ -35,9 +35,9 @@ class Collector:
         self.rows: dict[tuple[int, int], torch.Tensor] = {}
         self.norms: dict[tuple[int, int], float] = {}
 
-    def attention(self, layer, sequence, first, rows) -> None:
+    def attention(self, layer, sequence, first, rows, *, row_sum) -> None:
         for index in range(rows.shape[1]):
-            self.rows[layer, first + index] = torch.tensor(rows[:, index, : first + index + 1])
+            self.rows[layer, first + index] = torch.tensor(rows[:, index, : first + index + 1]).float()
 
     def keys(self, layer, sequence, first, **norms) -> None:
         for index in range(norms["value_l1"].shape[1]):
