@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ SUMMARY_KIND = "kvscope-summary"
 RUN = "run.json"
 SUMMARY = "summary.json"
 RECORDED = ("residency.parquet", "fidelity.parquet", SUMMARY)  # with size and checksum in run.json
-FILES = frozenset({RUN, *RECORDED})
+MEMBERS = "|".join(map(re.escape, (RUN, *RECORDED)))  # what such a folder holds, and nothing else
 _HEADER = ("trace", "metrics", "runs", "created", "sizes", "checksums")
 SCHEMA_VERSION = 1
 HISTORY = {1: "first version: open loop"}

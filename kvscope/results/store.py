@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import shutil
-import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cached_property
@@ -21,9 +18,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kvscope.errors import ResultError, UsageError
-from kvscope.results.folder import checksum, clear_unfinished, require_free, require_own, unwritable
+from kvscope.folder import OutputFolder, checksum
 from kvscope.results.schema import (
     KIND,
+    MEMBERS,
     RECORDED,
     RESIDENCY,
     RUN,
@@ -59,20 +57,18 @@ class ReplayWriter:
     """
 
     def __init__(self, path: Path, info: Mapping[str, Any], *, force: bool = False) -> None:
-        self.path, self.info, self._force = Path(path), dict(info), force
-        self.work = self.path.with_name(self.path.name + ".incomplete")
+        self.path, self.info = Path(path), dict(info)
+        self._folder = OutputFolder(self.path, "replay", RUN, MEMBERS, ResultError, force)
+        self.work = self._folder.work
         self.metrics = list(self.info["metrics"])
         self._means = Means(self.metrics)
         self._writers: dict[str, pq.ParquetWriter] = {}
-        require_free(self.path, force=force)
-        clear_unfinished(self.work)
         try:
-            self.work.mkdir(parents=True)
-            self._json(RUN, {"complete": False, "writer": {"pid": os.getpid(), "host": socket.gethostname()}})
+            self._json(RUN, {"complete": False, "writer": self._folder.begin()})
             for name, schema in (("residency", RESIDENCY), ("fidelity", fidelity_schema(self.metrics))):
                 self._writers[name] = pq.ParquetWriter(self.work / f"{name}.parquet", schema, compression="zstd")
         except OSError as error:
-            raise unwritable(self.path, error) from error
+            raise self._folder.unwritable(error) from error
 
     def __enter__(self) -> ReplayWriter:
         return self
@@ -147,12 +143,9 @@ class ReplayWriter:
                     **extra,
                 },
             )
-            if self._force and self.path.exists():
-                require_own(self.path)
-                shutil.rmtree(self.path)
-            self.work.rename(self.path)
+            self._folder.finish()
         except OSError as error:
-            raise unwritable(self.path, error) from error
+            raise self._folder.unwritable(error) from error
         return open_replay(self.path)
 
     def _write(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
@@ -160,7 +153,7 @@ class ReplayWriter:
         try:
             self._writers[name].write_table(pa.Table.from_arrays(arrays, schema=schema))
         except OSError as error:
-            raise unwritable(self.path, error) from error
+            raise self._folder.unwritable(error) from error
 
     def _json(self, name: str, late: Mapping[str, Any]) -> None:
         self._text(name, {"kind": KIND, "schema": SCHEMA_VERSION, **self.info, **late})

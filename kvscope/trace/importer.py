@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvscope.errors import TraceError, UsageError
+from kvscope.folder import checksum
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.schema import TraceHeader, estimate_bytes
-from kvscope.trace.writer import TraceWriter, checksum, require_space
+from kvscope.trace.writer import TraceWriter, require_space
 
 Array = NDArray[Any]
 SUM_TOLERANCE = 1e-2  # half-precision softmax over thousands of keys is off by less

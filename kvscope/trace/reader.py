@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kvscope.errors import TraceError
+from kvscope.folder import checksum
 from kvscope.trace.schema import TraceHeader, layer_file, read_header
-from kvscope.trace.writer import checksum
 
 Floats = NDArray[np.float32]
 HOW = {

@@ -18,6 +18,7 @@ from kvscope.errors import TraceError
 
 KIND = "kvscope-trace"
 HEADER = "trace.json"
+MEMBERS = r"trace\.json|tokens\.parquet|(attention|keys|queries|states)/layer=\d+\.parquet"  # and nothing else
 SCHEMA_VERSION = 1
 HISTORY = {1: "first version: store maps (attention rows, norms, similarities, mean queries)"}
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import os
 import shutil
-import socket
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,11 +18,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kvscope.errors import TraceError
+from kvscope.folder import OutputFolder, checksum
 from kvscope.trace.schema import (
     ATTENTION,
     HEADER,
     KEYS,
     KIND,
+    MEMBERS,
     QUERIES,
     SCHEMA_VERSION,
     STATES,
@@ -76,18 +75,15 @@ class TraceWriter:
     """
 
     def __init__(self, path: Path, header: TraceHeader, *, force: bool = False) -> None:
-        self.path, self.header, self._force = Path(path), header, force
-        self.work = self.path.with_name(self.path.name + ".incomplete")
-        if self.path.exists() and not force:
-            raise TraceError(f"{self.path} exists", "Name another with --output, or replace it with --force.")
-        _clear(self.work)
+        self.path, self.header = Path(path), header
+        self._folder = OutputFolder(self.path, "trace", HEADER, MEMBERS, TraceError, force)
+        self.work = self._folder.work
         self.bytes_written = 0
         self._files: dict[str, _File] = {}
         try:
-            self.work.mkdir(parents=True)
-            self._write_header({"complete": False, "writer": {"pid": os.getpid(), "host": socket.gethostname()}})
+            self._write_header({"complete": False, "writer": self._folder.begin()})
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise self._folder.unwritable(error) from error
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -234,11 +230,9 @@ class TraceWriter:
                     "checksums": {name: checksum(self.work / name) for name in sizes},
                 }
             )
-            if self._force and self.path.exists():
-                shutil.rmtree(self.path)
-            self.work.rename(self.path)
+            self._folder.finish()
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise self._folder.unwritable(error) from error
         return self.path
 
     def _add(self, name: str, schema: pa.Schema, columns: dict[str, Any]) -> None:
@@ -248,7 +242,7 @@ class TraceWriter:
                 self._files[name] = _File(self.work / name, schema)
             self.bytes_written += self._files[name].add(columns)
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise self._folder.unwritable(error) from error
 
     def _write_header(self, late: dict[str, Any]) -> None:
         made = {"kind": KIND, "schema": SCHEMA_VERSION, "kvscope": version("kvscope")}
@@ -322,45 +316,3 @@ def _join(parts: list[Any], kind: pa.DataType) -> pa.Array:
     if isinstance(parts[0], pa.Array):
         return pa.concat_arrays(parts)
     return pa.array(np.concatenate(parts), kind)
-
-
-def checksum(file: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _clear(work: Path) -> None:
-    """Remove what a killed run left; refuse while its process still writes."""
-    if not work.exists():
-        return
-    try:
-        writer = json.loads((work / HEADER).read_text(encoding="utf-8"))["writer"]
-        alive = writer["host"] == socket.gethostname() and writer["pid"] != os.getpid() and _runs(writer["pid"])
-    except (OSError, ValueError, KeyError, TypeError):
-        alive = False
-    if alive:
-        raise TraceError(
-            f"process {writer['pid']} is writing {work}", "Wait for it, or name another trace with --output."
-        )
-    shutil.rmtree(work)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _unwritable(path: Path, error: OSError) -> TraceError:
-    if error.errno == errno.ENOSPC:
-        return TraceError(
-            f"the disk of {path} is full", "Free some space, record fewer layers (--layers), or use another disk."
-        )
-    return TraceError(
-        f"cannot write {path}: {error.strerror or error}", "Name a folder that can be written, with --output."
-    )

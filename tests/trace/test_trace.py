@@ -140,6 +140,16 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     assert open_trace(tmp_path / "t").identity != before
 
 
+@pytest.mark.parametrize("name", ["t", "t.incomplete"])
+def test_force_never_removes_what_is_no_trace(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name / "attention"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("years")
+    with pytest.raises(TraceError, match=r"holds attention/thesis\.txt, which no trace has"):
+        TraceWriter(tmp_path / "t", header(), force=True)
+    assert (folder / "thesis.txt").read_text() == "years"
+
+
 def test_a_killed_recording_never_passes_for_a_trace(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from tests.trace.make import header, rows_of\n"
