@@ -53,6 +53,9 @@ def trace(
         bool, typer.Option("--trust-remote-code", help="Let the model bring Python code of its own.")
     ] = False,
     query_block: Annotated[int, typer.Option(help="Queries whose rows are built at a time.", min=1)] = 128,
+    store: Annotated[
+        str, typer.Option(help="maps, or maps+vectors: also every query, key and value, exactly.")
+    ] = "maps",
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -90,6 +93,7 @@ def trace(
             chat=chat,
             trust_remote_code=trust_remote_code,
             query_block=query_block,
+            store=store,
             force=force,
             command=command_line(ctx),
             progress=moved(update),

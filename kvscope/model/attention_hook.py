@@ -1,9 +1,9 @@
-"""Watching a model's attention from beside its own kernel.
+"""Watching a model's attention from beside its own kernel, or standing in for it.
 
 transformers sends every attention call through a registry. While `watching` is open, the model's calls go to a
 function that hands them to an observer and then to the kernel that the model had before, so that the output is the
-kernel's own. Its mask function is registered under the same name: without it transformers builds no mask, and
-causality is lost.
+kernel's own; while `answering` is open, the function's own output takes the kernel's place. The kernel's mask function
+is registered under the same name: without it transformers builds no mask, and causality is lost.
 """
 
 from __future__ import annotations
@@ -62,26 +62,31 @@ class Call:
     sliding_window: int | None = None
 
     @cached_property
+    def exact(self) -> torch.dtype:
+        """Precision of rebuilt rows: float32, or that of the model if it is higher."""
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+    @cached_property
     def key32(self) -> Tensor:
-        """Keys in float32, made once for all blocks of queries."""
-        return self.key.float()
+        """Keys in that precision, made once for all blocks of queries."""
+        return self.key.to(self.exact)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return the attention of queries `start` to `stop` - 1 of this call, float32 ``[batch, H, stop - start, k]``.
+        """Return the attention of queries `start` to `stop` - 1 of this call, ``[batch, H, stop - start, k]``.
 
-        Rebuilt from queries and keys in float32, in the order of the model's own eager code: scale, cap, mask,
-        softmax with the learned sink, which is then left out.
+        Rebuilt from queries and keys in float32 or better, in the order of the model's own eager code: scale, cap,
+        mask, softmax with the learned sink, which is then left out.
         """
         batch, heads, _, size = self.query.shape
         groups, keys = self.key.shape[1], self.key.shape[2]
-        query = self.query[:, :, start:stop].float().reshape(batch, groups, -1, size)  # [batch, G, Q * q, D]
+        query = self.query[:, :, start:stop].to(self.exact).reshape(batch, groups, -1, size)  # [batch, G, Q * q, D]
         logits = (query @ self.key32.transpose(2, 3)).mul_(self.scaling).view(batch, heads, stop - start, keys)
         if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         logits = self._masked(logits, start, stop)
         if self.sinks is None:
             return torch.softmax(logits, -1)
-        sink = self.sinks.float().view(1, -1, 1, 1).expand(batch, -1, stop - start, 1)
+        sink = self.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(batch, -1, stop - start, 1)
         return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
 
     def _masked(self, logits: Tensor, start: int, stop: int) -> Tensor:
@@ -89,8 +94,8 @@ class Call:
         if self.mask is not None:
             mask = self.mask[:, :, start:stop, :keys]
             if mask.dtype == torch.bool:
-                return logits.masked_fill(~mask, -torch.inf)
-            return logits + mask.float()
+                return logits.masked_fill_(~mask, -torch.inf)
+            return logits.add_(mask)
         if self.query.shape[2] == 1 and self.sliding_window is None:
             return logits
         own = torch.arange(start, stop, device=logits.device)[:, None] + keys - self.query.shape[2]
@@ -98,20 +103,42 @@ class Call:
         hidden = key > own
         if self.sliding_window is not None:
             hidden |= key <= own - self.sliding_window
-        return logits.masked_fill(hidden, -torch.inf)
+        return logits.masked_fill_(hidden, -torch.inf)
 
 
 Observer = Callable[[Call], None]
+Kernel = Callable[[], Tensor]
+Answer = Callable[[Call, Kernel], Tensor]
 
 
 @contextmanager
 def watching(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """Hand every attention call of the model to `observer`; afterwards, or after an error, nothing is left behind.
+    """Hand every attention call of the model to `observer`; the output is the kernel's own.
 
     Raises
     ------
     ModelError
         If the model's attention does not go through the registry, or runs a kernel that cannot be watched.
+    """
+
+    def answer(call: Call, kernel: Kernel) -> Tensor:
+        observer(call)
+        return kernel()
+
+    with answering(model, answer):
+        yield
+
+
+@contextmanager
+def answering(model: nn.Module, answer: Answer) -> Iterator[None]:
+    """Let ``answer(call, kernel)`` give the output ``[batch, q, H, D]`` of every attention call of the model.
+
+    ``kernel()`` gives the output that the model would have had. Afterwards, or after an error, nothing is left behind.
+
+    Raises
+    ------
+    ModelError
+        As `watching`.
     """
     require_registry(model)
     configs = _configs(model)
@@ -125,7 +152,7 @@ def watching(model: nn.Module, observer: Observer) -> Iterator[None]:
         )
     try:
         for kernel in kernels:
-            AttentionInterface.register(PREFIX + kernel, _watch(kernel, observer))
+            AttentionInterface.register(PREFIX + kernel, _interface(kernel, answer))
             AttentionMaskInterface.register(PREFIX + kernel, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
         for config, kernel in before:
             config._attn_implementation_internal = PREFIX + kernel
@@ -173,8 +200,8 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _watch(kernel: str, observer: Observer) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    def watched(
+def _interface(kernel: str, answer: Answer) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def answered(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         if kwargs.get("position_bias") is not None:
@@ -183,24 +210,26 @@ def _watch(kernel: str, observer: Observer) -> Callable[..., tuple[Tensor, Tenso
             )
         sinks = kwargs.get("s_aux")
         scaling = kwargs.get("scaling")
-        observer(
-            Call(
-                layer=int(module.layer_idx),  # type: ignore[arg-type]
-                query=query,
-                key=key,
-                value=value,
-                mask=attention_mask,
-                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-                softcap=kwargs.get("softcap"),
-                sinks=sinks,
-                sliding_window=kwargs.get("sliding_window"),
-            )
+        call = Call(
+            layer=int(module.layer_idx),  # type: ignore[arg-type]
+            query=query,
+            key=key,
+            value=value,
+            mask=attention_mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=kwargs.get("softcap"),
+            sinks=sinks,
+            sliding_window=kwargs.get("sliding_window"),
         )
-        if kernel == "eager":
-            own = sys.modules[type(module).__module__].eager_attention_forward  # differs from model to model
-        else:
-            own = ALL_ATTENTION_FUNCTIONS[kernel]
-        output, _ = own(module, query, key, value, attention_mask, **kwargs)
-        return output, None
 
-    return watched
+        def own() -> Tensor:
+            if kernel == "eager":
+                function = sys.modules[type(module).__module__].eager_attention_forward  # differs between models
+            else:
+                function = ALL_ATTENTION_FUNCTIONS[kernel]
+            output, _ = function(module, query, key, value, attention_mask, **kwargs)
+            return output  # type: ignore[no-any-return]
+
+        return answer(call, own), None
+
+    return answered

@@ -30,7 +30,7 @@ from kvscope.model.prompts import Prompt, encode, read_prompts, token_texts
 from kvscope.model.recorder import Recorder
 from kvscope.model.selfcheck import Facts, self_check
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.schema import TraceHeader, estimate_bytes
+from kvscope.trace.schema import MAPS, MAPS_AND_VECTORS, STORES, VECTORS, TraceHeader, estimate_bytes
 from kvscope.trace.writer import TraceWriter, free_bytes, require_space
 
 LOGIT_BLOCK = 256  # positions whose logits are normalised at a time
@@ -115,6 +115,7 @@ def trace(
     chat: bool = False,
     trust_remote_code: bool = False,
     query_block: int = 128,
+    store: str = MAPS,
     force: bool = False,
     command: str | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -144,6 +145,8 @@ def trace(
         Whether to wrap each prompt in the model's chat template.
     query_block : int
         Queries whose rows exist at a time.
+    store : str
+        ``maps``, or ``maps+vectors``: also the queries, keys and values of every token, exactly (`Trace.states`).
     force : bool
         Whether to replace an existing trace.
     progress, announce : callable, optional
@@ -162,6 +165,9 @@ def trace(
         raise UsageError(f"max_new_tokens={max_new_tokens} is negative", "Use 0 or more.")
     if query_block < 1:
         raise UsageError(f"query_block={query_block} is below 1", "Use 1 or more.")
+    if store not in STORES:
+        raise UsageError(f"store {store!r} is unknown", f"Use one of: {', '.join(STORES)}.")
+    vectors = VECTORS if store == MAPS_AND_VECTORS else ()
     sampling = Sampling(do_sample, temperature, top_p, top_k)
     texts = read_prompts(prompts, continuation)
     loaded = load(
@@ -173,16 +179,22 @@ def trace(
     path = Path("traces") / f"{Path(texts[0][0]).stem}-{Path(model).name}" if output is None else Path(output)
     with torch.inference_mode(), _memory(model):
         facts = self_check(loaded.model, torch.tensor([made[0].ids], device=loaded.device))
-        header = _header(loaded, facts, chosen, made, sampling, seed, command)
+        header = _header(loaded, facts, chosen, made, sampling, seed, command, vectors)
         lengths = [len(p.ids) + (max_new_tokens if p.forced is None else len(p.forced)) for p in made]
         needed = estimate_bytes(
-            layers=len(chosen), heads=facts.heads, kv_heads=facts.kv_heads, head_dim=facts.head_dim, lengths=lengths
+            layers=len(chosen),
+            heads=facts.heads,
+            kv_heads=facts.kv_heads,
+            head_dim=facts.head_dim,
+            lengths=lengths,
+            vectors=vectors,
         )
         if announce is not None:
             announce(Plan(path, needed, free_bytes(path), len(made), sum(lengths)))
         require_space(path, needed)
         with TraceWriter(path, header, force=force) as writer:
-            run = _Run(loaded, writer, Recorder(writer, chosen, query_block), sum(lengths), progress)
+            recorder = Recorder(writer, chosen, query_block, vectors=bool(vectors))
+            run = _Run(loaded, writer, recorder, sum(lengths), progress)
             sequences = []
             for number, prompt in enumerate(made):
                 choose = sampling.chooser(seed + number)
@@ -296,6 +308,7 @@ def _header(
     sampling: Sampling,
     seed: int,
     command: str | None,
+    vectors: Sequence[str],
 ) -> TraceHeader:
     missing = [layer for layer in layers if layer not in facts.windows]
     if missing:
@@ -325,7 +338,15 @@ def _header(
         sliding_window=windows,
         learned_sinks=facts.learned_sinks,
         softcap=facts.softcap,
-        stored=["maps", "value_l1", "value_l2", "key_l2", "similarity", "queries"],
+        stored=[
+            "maps",
+            "value_l1",
+            "value_l2",
+            "key_l2",
+            "similarity",
+            "queries",
+            *(f"vectors:{name}" for name in vectors),
+        ],
         prompts=[
             {"file": prompt.file, "sha256": hashlib.sha256(prompt.text.encode()).hexdigest(), "tokens": len(prompt.ids)}
             for prompt in prompts

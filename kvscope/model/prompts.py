@@ -85,12 +85,12 @@ def encode(loaded: Loaded, file: str, text: str, forced: str | None, *, chat: bo
         rendered = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
-        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
     else:
-        ids = tokenizer(text)["input_ids"]
+        ids = tokenizer(text, verbose=False)["input_ids"]  # its warning about the length comes before our error
     if not ids:
         raise UsageError(f"prompt {file} is empty", "Write something into it.")
-    after = None if forced is None else tokenizer(forced, add_special_tokens=False)["input_ids"]
+    after = None if forced is None else tokenizer(forced, add_special_tokens=False, verbose=False)["input_ids"]
     new = max_new_tokens if after is None else len(after)
     if loaded.context is not None and len(ids) + new > loaded.context:
         raise UsageError(

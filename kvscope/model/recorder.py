@@ -1,4 +1,4 @@
-"""From attention calls to the blocks of a trace: rows, norms, similarities, mean queries."""
+"""From attention calls to the blocks of a trace: rows, norms, similarities, mean queries, vectors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvscope.model.attention_hook import Call
+from kvscope.trace.schema import VECTORS
 from kvscope.trace.writer import TraceWriter
 
 HELD_STEPS = 32  # decoding steps of a layer that are rebuilt and written as one block
@@ -39,10 +40,14 @@ class Recorder:
         Layers to record.
     query_block : int
         Queries whose rows exist at a time; the memory for rows is ``H x query_block x T``.
+    vectors : bool
+        Whether queries, keys and values themselves are written too.
     """
 
-    def __init__(self, writer: TraceWriter, layers: Collection[int], query_block: int = 128) -> None:
-        self.writer, self.query_block = writer, query_block
+    def __init__(
+        self, writer: TraceWriter, layers: Collection[int], query_block: int = 128, *, vectors: bool = False
+    ) -> None:
+        self.writer, self.query_block, self.vectors = writer, query_block, vectors
         self._wanted = frozenset(layers)
         self._layers: dict[int, _Layer] = {}
         self._sequence = 0
@@ -80,20 +85,29 @@ class Recorder:
     def _write(self, call: Call, state: _Layer) -> None:
         first, count = state.seen, call.query.shape[2]
         state.seen += count
-        offset = state.seen - call.key.shape[2]  # a sliding-window cache has dropped this many keys
         for start in range(0, count, self.query_block):
             stop = min(start + self.query_block, count)
-            rows = _placed(call.rows(start, stop)[0], offset)[..., : first + stop]
-            sums = rows.sum(-1)
-            half = rows.half()
-            self.writer.attention(
-                call.layer, self._sequence, first + start, half.cpu().numpy(), row_sum=sums.cpu().numpy()
-            )
-            key, value = (part[0, :, -count:][:, start:stop].float() for part in (call.key, call.value))
-            block = self._signals(state, key, value, first + start)
-            self.writer.keys(call.layer, self._sequence, first + start, **block)
-            mean_query = call.query[0, :, start:stop].float().mean(0)
-            self.writer.queries(call.layer, self._sequence, first + start, mean_query.cpu().numpy())
+            self._write_rows(call, first, start, stop)
+            self._write_vectors(call, state, first, start, stop)
+
+    def _write_rows(self, call: Call, first: int, start: int, stop: int) -> None:
+        """Write the rows of queries `start` to `stop` - 1 of a call whose first query is position `first`."""
+        offset = first + call.query.shape[2] - call.key.shape[2]  # keys that a sliding-window cache has dropped
+        rows = _placed(call.rows(start, stop)[0], offset)[..., : first + stop]
+        sums, half = rows.sum(-1), rows.half()
+        del rows  # twice as large as what is written
+        self.writer.attention(call.layer, self._sequence, first + start, half.cpu().numpy(), row_sum=sums.cpu().numpy())
+
+    def _write_vectors(self, call: Call, state: _Layer, first: int, start: int, stop: int) -> None:
+        """Write what follows from the vectors of the same queries, and these if they are wanted."""
+        count = call.query.shape[2]
+        key, value = (part[0, :, -count:][:, start:stop].float() for part in (call.key, call.value))
+        query = call.query[0, :, start:stop].float()
+        self.writer.keys(call.layer, self._sequence, first + start, **self._signals(state, key, value, first + start))
+        self.writer.queries(call.layer, self._sequence, first + start, query.mean(0).cpu().numpy())
+        if self.vectors:
+            given = {name: part.cpu().numpy() for name, part in zip(VECTORS, (query, key, value), strict=True)}
+            self.writer.vectors(call.layer, self._sequence, first + start, **given)
 
     def _signals(self, state: _Layer, key: Tensor, value: Tensor, first: int) -> dict[str, NDArray[Any]]:
         """Return norms ``[G, n]`` of new keys and values, and cosines with all keys so far ``[G, n, first + n]``."""

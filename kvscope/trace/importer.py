@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from kvscope.errors import TraceError, UsageError
 from kvscope.folder import checksum
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.schema import TraceHeader, estimate_bytes
+from kvscope.trace.schema import VECTORS, TraceHeader, estimate_bytes
 from kvscope.trace.writer import TraceWriter, require_space
 
 Array = NDArray[Any]
 SUM_TOLERANCE = 1e-2  # half-precision softmax over thousands of keys is off by less
 ABOVE_TOLERANCE = 1e-6  # weight above the diagonal that counts as none
 PER_KEY = ("value_l1", "value_l2", "key_l2")
-VECTORS = ("queries", "keys", "values")
 BLOCK = 256  # rows written at a time
 
 
@@ -88,7 +87,15 @@ def import_maps(
         versions={"kvscope": version("kvscope"), "numpy": version("numpy")},
     )
     sizes = {"layers": layers, "heads": heads, "kv_heads": groups, "head_dim": head_dim}
-    require_space(output, estimate_bytes(**sizes, lengths=[length] * count, similarity="similarity" in arrays))
+    vectors = [name for name in VECTORS if name in arrays]
+    needed = estimate_bytes(
+        **sizes,
+        lengths=[length] * count,
+        similarity="similarity" in arrays,
+        queries="queries" in arrays,
+        vectors=vectors,
+    )
+    require_space(output, needed)
     with TraceWriter(output, header, force=force) as writer:
         for sequence in range(count):
             _write(writer, sequence, arrays, lengths[sequence])
@@ -262,7 +269,7 @@ def _write(writer: TraceWriter, sequence: int, arrays: Mapping[str, Array], prom
             writer.queries(layer, sequence, 0, arrays["queries"][sequence, layer].astype(np.float32).mean(0))
         vectors = {name: arrays[name][sequence, layer] for name in VECTORS if name in arrays}
         if vectors:
-            writer.vectors(layer, sequence, **vectors)
+            writer.vectors(layer, sequence, 0, **vectors)
     given = arrays["tokens"][sequence] if "tokens" in arrays else np.full(length, -1)
     is_id = np.issubdtype(given.dtype, np.integer)
     writer.tokens(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvscope.errors import TraceError
 from kvscope.folder import checksum
-from kvscope.trace.schema import TraceHeader, layer_file, read_header
+from kvscope.trace.schema import MAPS_AND_VECTORS, VECTORS, TraceHeader, layer_file, read_header
 
 Floats = NDArray[np.float32]
 HOW = {
@@ -26,6 +27,10 @@ HOW = {
     "key_l2": "Record it again with kvscope trace, or import it with key_l2 or keys.",
     "similarity": "Record it again with kvscope trace, or import it with keys.",
     "queries": "Record it again with kvscope trace, or import it with queries.",
+    **{
+        f"vectors:{name}": f"Record it again with --store {MAPS_AND_VECTORS}, or import it with {name}."
+        for name in VECTORS
+    },
 }
 
 
@@ -37,6 +42,14 @@ class Sequence:
     prompt: int
     length: int
     forced: bool = False
+
+
+class States(NamedTuple):
+    """Vectors of one layer as attention got them: queries ``[H, T, D]``, keys and values ``[G, T, D]``, float32."""
+
+    queries: Floats
+    keys: Floats
+    values: Floats
 
 
 class Trace:
@@ -148,13 +161,24 @@ class Trace:
         flat = table["mean_query"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return np.asarray(flat.reshape(len(order), -1)[order], np.float32)
 
+    def states(self, sequence: int, layer: int) -> States:
+        """Return queries, keys and values of every token, recorded with ``--store maps+vectors`` or imported."""
+        return States(*self._vectors(sequence, layer, VECTORS))
+
     def vectors(self, sequence: int, layer: int, which: Literal["queries", "keys", "values"]) -> Floats:
-        """Return the imported vectors, float32 ``[heads, T, D]``."""
-        self._require(f"vectors:{which}")
-        table = self._read(layer_file("states", layer), sequence, ["position", which])
-        flat = table[which].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        heads = self.heads if which == "queries" else self.kv_heads
-        return np.ascontiguousarray(flat.reshape(table.num_rows, heads, -1).transpose(1, 0, 2))
+        """Return one of them, float32 ``[heads, T, D]``: an import may hold some without the others."""
+        return self._vectors(sequence, layer, [which])[0]
+
+    def _vectors(self, sequence: int, layer: int, names: Iterable[str]) -> list[Floats]:
+        for name in names:
+            self._require(f"vectors:{name}")
+        table = self._read(layer_file("states", layer), sequence, list(names))
+        found = []
+        for name in names:
+            flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            heads = self.heads if name == "queries" else self.kv_heads
+            found.append(np.ascontiguousarray(flat.reshape(table.num_rows, heads, -1).transpose(1, 0, 2)))
+        return found
 
     def tokens(self, sequence: int | None = None) -> pd.DataFrame:
         """Return the tokens of one sequence or of all: the columns of ``tokens.parquet``."""

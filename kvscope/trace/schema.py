@@ -7,7 +7,7 @@ module is a change of the format: raise `SCHEMA_VERSION` and add a line to `HIST
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,32 @@ STATES = pa.schema(
         _column("sequence", pa.int32(), "number of the sequence"),
         _column("layer", pa.int32(), "layer of the model"),
         _column("position", pa.int32(), "position of the token"),
-        _column("queries", _list(pa.float32()), "queries of all heads, H x D numbers; empty where not stored"),
-        _column("keys", _list(pa.float32()), "keys of all key/value heads, G x D numbers; empty where not stored"),
-        _column("values", _list(pa.float32()), "values of all key/value heads, G x D numbers; empty where not stored"),
+        _column(
+            "queries",
+            _list(pa.float32()),
+            "queries of all heads, after rotary embedding, H x D numbers; empty where not stored",
+        ),
+        _column(
+            "keys",
+            _list(pa.float32()),
+            "keys of all key/value heads, as cached, G x D numbers; empty where not stored",
+        ),
+        _column(
+            "values",
+            _list(pa.float32()),
+            "values of all key/value heads, as cached, G x D numbers; empty where not stored",
+        ),
     ]
 )
+MAPS, MAPS_AND_VECTORS = "maps", "maps+vectors"
+STORES = (MAPS, MAPS_AND_VECTORS)  # what a recording may keep
+VECTORS = ("queries", "keys", "values")
 FILES = {
     "tokens.parquet": ("one token of one sequence", TOKENS),
     "attention/layer=NNN.parquet": ("one query of one head", ATTENTION),
     "keys/layer=NNN.parquet": ("one key of one key/value head", KEYS),
     "queries/layer=NNN.parquet": ("one query of one layer", QUERIES),
-    "states/layer=NNN.parquet": ("one token of one layer (imported vectors)", STATES),
+    "states/layer=NNN.parquet": ("one token of one layer (store maps+vectors, or imported vectors)", STATES),
 }
 
 
@@ -222,14 +237,17 @@ def estimate_bytes(
     lengths: Sequence[int],
     similarity: bool = True,
     queries: bool = True,
+    vectors: Collection[str] = (),
 ) -> int:
-    """Return about how many bytes a trace of these sizes takes on disk (store maps)."""
+    """Return about how many bytes a trace of these sizes takes on disk; `vectors` names those of `VECTORS` it holds."""
+    of_token = sum(4 * head_dim * (heads if name == "queries" else kv_heads) for name in vectors)
     total = 0
     for length in lengths:
         pairs = length * (length + 1) // 2
         total += layers * heads * (2 * pairs + 24 * length)
         total += layers * kv_heads * (28 * length + (2 * pairs if similarity else 0))
         total += layers * length * (4 * head_dim + 12) if queries else 0
+        total += layers * length * (of_token + 12) if vectors else 0
         total += 32 * length
     return total + 4096 * (1 + 3 * layers)
 

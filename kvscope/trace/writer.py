@@ -29,12 +29,19 @@ from kvscope.trace.schema import (
     SCHEMA_VERSION,
     STATES,
     TOKENS,
+    VECTORS,
     TraceHeader,
     layer_file,
 )
 
-ROW_GROUP_VALUES = 4 * 2**20  # list items of one row group: 8 MiB of float16, so that a reader can take a part
+# A row group holds about this many list items. An open Parquet file keeps about 18 bytes for each item of its largest
+# row group, and a recording has two files or more open for each layer; smaller groups are no slower to write. A least
+# number of rows keeps the footers of long sequences small.
+ROW_GROUP_VALUES = 2**17
+ROW_GROUP_ROWS = 32
 COMPRESSION = "lz4"
+# The bytes of a vector's numbers lie together by significance: what 16-bit models leave zero takes no space.
+SPLIT = [f"{name}.list.element" for name in VECTORS]
 Array = NDArray[Any]
 
 
@@ -78,7 +85,6 @@ class TraceWriter:
         self.path, self.header = Path(path), header
         self._folder = OutputFolder(self.path, "trace", HEADER, MEMBERS, TraceError, force)
         self.work = self._folder.work
-        self.bytes_written = 0
         self._files: dict[str, _File] = {}
         try:
             self._write_header({"complete": False, "writer": self._folder.begin()})
@@ -94,6 +100,11 @@ class TraceWriter:
         for file in self._files.values():
             file.abandon()
 
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all files so far, with what waits in memory to become a row group."""
+        return sum(file.size for file in self._files.values())
+
     def attention(self, layer: int, sequence: int, first: int, rows: Array, *, row_sum: Array | None = None) -> None:
         """Write rows ``[H, q, >= first + q]``: query ``i`` is position ``first + i`` and has ``first + i + 1`` weights.
 
@@ -107,20 +118,19 @@ class TraceWriter:
         """
         heads, count, _ = rows.shape
         length = first + count
-        inside = np.tri(count, length, first, dtype=bool)
-        flat = rows[:, :, :length][:, inside]  # [H, sum of row lengths]
-        if not (np.isfinite(flat).all() and (flat >= 0).all()):
-            raise self._bad_weight(layer, first, rows[:, :, :length], inside)
+        flat = _lower(rows, first + 1)
+        if not _are_weights(flat):
+            raise self._bad_weight(layer, first, rows)
         lengths = np.tile(np.arange(first + 1, length + 1), heads)
         if row_sum is None:
-            row_sum = np.where(inside, rows[:, :, :length], 0).sum(-1, dtype=np.float32)
+            row_sum = np.where(np.tri(count, length, first, dtype=bool), rows[:, :, :length], 0).sum(-1, np.float32)
         columns = {
             "sequence": np.full(heads * count, sequence, np.int32),
             "layer": np.full(heads * count, layer, np.int32),
             "head": np.repeat(np.arange(heads, dtype=np.int32), count),
             "position": np.tile(np.arange(first, length, dtype=np.int32), heads),
             "row_sum": row_sum.astype(np.float32).ravel(),
-            "weights": (flat.ravel().astype(np.float16, copy=False), lengths),
+            "weights": (flat.astype(np.float16, copy=False), lengths),
         }
         self._add(layer_file("attention", layer), ATTENTION, columns)
 
@@ -140,8 +150,7 @@ class TraceWriter:
         heads, count = given.shape[:2]
         length = first + count
         lengths = np.tile(np.arange(first, length), heads) if similarity is not None else np.zeros(heads * count, int)
-        earlier = np.tri(count, length, first - 1, dtype=bool)
-        cosines = np.zeros(0, np.float16) if similarity is None else similarity[:, :, :length][:, earlier].ravel()
+        cosines = np.zeros(0, np.float16) if similarity is None else _lower(similarity, first)
         columns = {
             "sequence": np.full(heads * count, sequence, np.int32),
             "layer": np.full(heads * count, layer, np.int32),
@@ -166,15 +175,15 @@ class TraceWriter:
         }
         self._add(layer_file("queries", layer), QUERIES, columns)
 
-    def vectors(self, layer: int, sequence: int, **given: Array) -> None:
-        """Write ``queries``, ``keys``, ``values`` of a whole sequence, each ``[heads, T, D]``."""
+    def vectors(self, layer: int, sequence: int, first: int, **given: Array) -> None:
+        """Write ``queries``, ``keys``, ``values`` from position `first` on, each ``[heads, n, D]``, or some of them."""
         count = next(iter(given.values())).shape[1]
         columns: dict[str, Any] = {
             "sequence": np.full(count, sequence, np.int32),
             "layer": np.full(count, layer, np.int32),
-            "position": np.arange(count, dtype=np.int32),
+            "position": np.arange(first, first + count, dtype=np.int32),
         }
-        for name in ("queries", "keys", "values"):
+        for name in VECTORS:
             array = given.get(name)
             flat = np.zeros((count, 0), np.float32) if array is None else array.transpose(1, 0, 2).reshape(count, -1)
             columns[name] = (flat.astype(np.float32).ravel(), np.full(count, flat.shape[1]))
@@ -240,7 +249,7 @@ class TraceWriter:
             if name not in self._files:
                 (self.work / name).parent.mkdir(exist_ok=True)
                 self._files[name] = _File(self.work / name, schema)
-            self.bytes_written += self._files[name].add(columns)
+            self._files[name].add(columns)
         except OSError as error:
             raise self._folder.unwritable(error) from error
 
@@ -250,8 +259,9 @@ class TraceWriter:
         text = json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n"
         (self.work / HEADER).write_text(text, encoding="utf-8", errors="surrogatepass")
 
-    def _bad_weight(self, layer: int, first: int, rows: Array, inside: Array) -> TraceError:
-        bad = inside & ~(np.isfinite(rows) & (rows >= 0))
+    def _bad_weight(self, layer: int, first: int, rows: Array) -> TraceError:
+        count, length = rows.shape[1:]
+        bad = np.tri(count, length, first, dtype=bool) & ~(np.isfinite(rows) & (rows >= 0))
         head, query, key = (int(axis[0]) for axis in np.nonzero(bad))
         return TraceError(
             f"layer {layer}, head {head}, position {first + query}: weight {rows[head, query, key]} on key {key}",
@@ -265,22 +275,32 @@ class _File:
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.schema = schema
         self._sink = path.open("wb")
-        self._writer = pq.ParquetWriter(self._sink, schema, compression=COMPRESSION, use_dictionary=["text"])
+        self._writer = pq.ParquetWriter(
+            self._sink,
+            schema,
+            compression=COMPRESSION,
+            use_dictionary=["text"],
+            write_statistics=[column.name for column in schema if not pa.types.is_list(column.type)],
+            use_byte_stream_split=SPLIT if schema is STATES else False,
+        )
         self._pending: list[dict[str, Any]] = []
-        self._values = 0
-        self._told = 0
+        self._values = self._waiting = self._reached = 0
 
-    def add(self, columns: dict[str, Any]) -> int:
-        """Take a block; returns the bytes that reached the file since the last call."""
+    @property
+    def size(self) -> int:
+        """Bytes that reached the file, and bytes that wait."""
+        return self._reached + self._waiting
+
+    def add(self, columns: dict[str, Any]) -> None:
+        """Take a block."""
         if self._pending and self._pending[-1]["sequence"][0] != columns["sequence"][0]:
             self._flush()
         self._pending.append(columns)
-        self._values += sum(len(column[0]) if isinstance(column, tuple) else len(column) for column in columns.values())
+        parts = [column[0] if isinstance(column, tuple) else column for column in columns.values()]
+        self._values += sum(len(part) for part in parts)
+        self._waiting += sum(part.nbytes for part in parts)
         if self._values >= ROW_GROUP_VALUES:
             self._flush()
-        written = self._sink.tell() - self._told
-        self._told += written
-        return written
 
     def close(self) -> None:
         self._flush()
@@ -303,16 +323,40 @@ class _File:
             return
         arrays = [_join([block[column.name] for block in self._pending], column.type) for column in self.schema]
         table = pa.Table.from_arrays(arrays, schema=self.schema)
-        self._pending, self._values = [], 0
-        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        rows = max(ROW_GROUP_ROWS, table.num_rows * ROW_GROUP_VALUES // self._values)
+        self._pending, self._values, self._waiting = [], 0, 0
+        self._writer.write_table(table, row_group_size=rows)
+        self._reached = self._sink.tell()
+
+
+def _lower(rows: Array, shortest: int) -> Array:
+    """Return the first `shortest` numbers of each head's first row, one more of the next, and so on, head by head."""
+    heads, count, _ = rows.shape
+    lengths = range(shortest, shortest + count)
+    flat = np.empty((heads, sum(lengths)), rows.dtype)
+    stop = 0
+    for row, length in enumerate(lengths):
+        start, stop = stop, stop + length
+        flat[:, start:stop] = rows[:, row, :length]
+    return flat.ravel()
+
+
+def _are_weights(flat: Array) -> bool:
+    if flat.dtype == np.float16 and flat.size and flat.view(np.uint16).max() < np.float16(np.inf).view(np.uint16):
+        return True  # in 16 bits, what is negative, infinite or no number comes after every finite number
+    return bool((np.isfinite(flat) & (flat >= 0)).all())
 
 
 def _join(parts: list[Any], kind: pa.DataType) -> pa.Array:
     if isinstance(parts[0], tuple):
-        values = np.concatenate([values for values, _ in parts])
-        lengths = np.concatenate([lengths for _, lengths in parts])
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        values = _concatenated([values for values, _ in parts])
+        offsets = np.zeros(sum(len(lengths) for _, lengths in parts) + 1, np.int32)
+        np.cumsum(np.concatenate([lengths for _, lengths in parts]), out=offsets[1:])
         return pa.ListArray.from_arrays(offsets, pa.array(values, kind.value_type), type=kind)
     if isinstance(parts[0], pa.Array):
         return pa.concat_arrays(parts)
-    return pa.array(np.concatenate(parts), kind)
+    return pa.array(_concatenated(parts), kind)
+
+
+def _concatenated(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

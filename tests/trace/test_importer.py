@@ -46,9 +46,19 @@ def test_rows_and_signals_come_back(tmp_path: Path) -> None:
     assert trace.similarity(0, 0)[1, 4, 2] == pytest.approx(cosine, abs=1e-3)
     assert np.allclose(trace.mean_queries(0, 0), queries[0].mean(0))
     assert np.array_equal(trace.vectors(0, 1, "values"), values[1])
+    for got, given in zip(trace.states(0, 1), (queries, keys, values), strict=True):
+        assert np.array_equal(got, given[1])
     assert trace.tokens(0)["text"].tolist()[3] == "</script>"
     assert trace.header.source == "import"
     assert trace.header.prompts[0]["text"] == "the prompt"
+
+
+def test_some_vectors_without_the_others(tmp_path: Path) -> None:
+    keys = np.random.default_rng(0).normal(size=(2, 2, LENGTH, 3)).astype(np.float16)
+    trace = import_maps(saved(tmp_path, attention=maps(), keys=keys), None, tmp_path / "t")
+    assert np.array_equal(trace.vectors(0, 0, "keys"), keys[0])
+    with pytest.raises(TraceError, match="does not hold vectors:queries"):
+        trace.states(0, 0)
 
 
 def test_several_sequences_and_safetensors(tmp_path: Path) -> None:

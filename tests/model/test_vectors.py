@@ -1,0 +1,139 @@
+"""Store maps+vectors: queries, keys and values are those that attention got, and the recorded rows follow from them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvscope.errors import TraceError, UsageError
+from kvscope.model.attention_hook import Call, watching
+from kvscope.model.generate import trace
+from kvscope.model.recorder import HELD_STEPS, Recorder
+from kvscope.trace.reader import Trace, open_trace
+from kvscope.trace.writer import TraceWriter
+from tests.model.tiny import MODELS, build, saved, tokens
+from tests.trace.make import header
+
+PROMPT, NEW = 11, HELD_STEPS + 8  # steps that are held together, and some that are left at the end
+LENGTH = PROMPT + NEW
+OWN_TOKENIZER = {"qwen2"}  # transformers reads the tiny tokenizer as another class for it
+VECTORS = {"vectors:queries", "vectors:keys", "vectors:values"}
+
+
+@pytest.fixture
+def prompt(tmp_path: Path) -> Path:
+    file = tmp_path / "prompt.txt"
+    file.write_text(" ".join(f"w{1 + index * 7 % 60}" for index in range(PROMPT)))
+    return file
+
+
+def rows_from(made: Trace, layer: int) -> np.ndarray:
+    """Return attention computed from the recorded vectors, float64 ``[H, T, T]``."""
+    queries, keys, _ = (part.astype(np.float64) for part in made.states(0, layer))
+    keys = np.repeat(keys, made.heads // made.kv_heads, 0)
+    logits = queries @ keys.transpose(0, 2, 1) * made.header.model["attention"]["scaling"]
+    if made.header.softcap is not None:
+        logits = np.tanh(logits / made.header.softcap) * made.header.softcap
+    length = queries.shape[1]
+    visible = np.tri(length, dtype=bool)
+    window = made.header.sliding_window[made.layers.index(layer)]
+    if window is not None:
+        visible &= ~np.tri(length, k=-window, dtype=bool)
+    weights = np.where(visible, np.exp(logits - logits.max(-1, keepdims=True, where=visible, initial=-np.inf)), 0)
+    # A learned sink takes its share before the row is recorded; the recorded sum says how much is left.
+    return weights / weights.sum(-1, keepdims=True) * made.row_sums(0, layer)[..., None]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in OWN_TOKENIZER])
+def test_recorded_rows_follow_from_recorded_vectors(name: str, prompt: Path, tmp_path: Path) -> None:
+    folder = saved(tmp_path / name, name)
+    made = trace(str(folder), [prompt], output=tmp_path / "t", max_new_tokens=NEW, query_block=4, store="maps+vectors")
+    assert made.stored >= VECTORS
+    length = made.sequences[0].length
+    ids = torch.tensor([made.tokens(0)["token_id"].tolist()])
+    calls: list[Call] = []
+    model = build(name)
+    with torch.inference_mode(), watching(model, calls.append):
+        model(input_ids=ids, use_cache=False)
+    for layer, call in enumerate(calls):
+        states = made.states(0, layer)
+        assert states.queries.shape == (made.heads, length, made.head_dim)
+        assert states.keys.shape == states.values.shape == (made.kv_heads, length, made.head_dim)
+        assert {part.dtype for part in states} == {np.dtype(np.float32)}
+        for got, expected in zip(states, (call.query, call.key, call.value), strict=True):
+            assert np.allclose(got, expected[0], rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        # As good as 16-bit storage of rows, and 32-bit logits of this size, allow.
+        assert np.allclose(made.attention(0, layer), rows_from(made, layer), rtol=2**-10, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("query_block", [1, 4, 128])
+@torch.inference_mode()
+def test_vectors_are_exactly_those_of_the_calls(name: str, query_block: int, tmp_path: Path) -> None:
+    model, ids = build(name), tokens(LENGTH)
+    seen: list[tuple[int, Any, Any, Any]] = []
+    facts = header(heads=4, kv_heads=2, stored=sorted(VECTORS))
+    with TraceWriter(tmp_path / "t", facts) as writer:
+        recorder = Recorder(writer, [0, 1], query_block, vectors=True)
+
+        def observe(call: Call) -> None:
+            count = call.query.shape[2]
+            parts = (call.query, call.key[:, :, -count:], call.value[:, :, -count:])
+            seen.append((call.layer, *(part[0].clone() for part in parts)))
+            recorder(call)
+
+        recorder.begin(0)
+        with watching(model, observe):
+            cache = DynamicCache(config=model.config)
+            model(input_ids=ids[:, :PROMPT], past_key_values=cache)
+            for t in range(PROMPT, LENGTH):
+                model(input_ids=ids[:, t : t + 1], past_key_values=cache)
+        recorder.end()
+        writer.finish([{"prompt": PROMPT, "length": LENGTH}])
+    made = open_trace(tmp_path / "t")
+    for layer in (0, 1):
+        for which, got in enumerate(made.states(0, layer), start=1):
+            expected = torch.cat([call[which] for call in seen if call[0] == layer], 1)
+            assert np.array_equal(got, expected.numpy())
+
+
+def test_half_precision_is_kept_exactly(prompt: Path, tmp_path: Path) -> None:
+    folder = str(saved(tmp_path / "llama"))
+    made = trace(folder, [prompt], output=tmp_path / "t", max_new_tokens=4, dtype="bfloat16", store="maps+vectors")
+    for part in made.states(0, 1):
+        exact = torch.from_numpy(part)
+        assert torch.equal(exact.bfloat16().float(), exact)
+
+
+def test_several_sequences(tmp_path: Path) -> None:
+    folder = str(saved(tmp_path / "llama"))
+    for name, text in (("a", "w1 w2 w3 w4 w5"), ("b", "w9 w8 w7")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    options = {"max_new_tokens": 3, "store": "maps+vectors", "layers": [1]}
+    both = trace(folder, [tmp_path / "a.txt", tmp_path / "b.txt"], output=tmp_path / "both", **options)
+    alone = trace(folder, [tmp_path / "b.txt"], output=tmp_path / "alone", **options)
+    for got, expected in zip(both.states(1, 1), alone.states(0, 1), strict=True):
+        assert np.array_equal(got, expected)
+
+
+def test_without_vectors(prompt: Path, tmp_path: Path) -> None:
+    folder, plans = str(saved(tmp_path / "llama")), []
+    made = trace(folder, [prompt], output=tmp_path / "t", max_new_tokens=2, announce=plans.append)
+    assert not made.stored & VECTORS
+    assert not (made.path / "states").exists()
+    with pytest.raises(TraceError, match="does not hold vectors:queries") as caught:
+        made.states(0, 0)
+    assert "--store maps+vectors" in caught.value.todo
+    options = {"max_new_tokens": 2, "store": "maps+vectors"}
+    trace(folder, [prompt], output=tmp_path / "v", announce=plans.append, **options)
+    numbers = 2 * (4 + 2 * 2) * 8 * (PROMPT + 2)  # layers, heads, head size, tokens
+    assert plans[1].bytes - plans[0].bytes == pytest.approx(4 * numbers, rel=0.1)
+
+
+def test_an_unknown_store(prompt: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="store 'qkv' is unknown") as caught:
+        trace("no/model", [prompt], output=tmp_path / "t", store="qkv")
+    assert "maps, maps+vectors" in caught.value.todo
