@@ -30,6 +30,11 @@ class Registry(Generic[T]):
         What it holds, for messages: ``policy``.
     group : str
         Entry-point group that other packages use: ``kvscope.policies``.
+
+    Attributes
+    ----------
+    broken : dict of str to str
+        Installed entry points that failed to load, by name, and why: left out, and named where they are missed.
     """
 
     def __init__(self, kind: str, group: str) -> None:
@@ -37,6 +42,7 @@ class Registry(Generic[T]):
         self.group = group
         self._members: dict[str, T] = {}
         self._discovered = False
+        self.broken: dict[str, str] = {}
 
     def register(self, name: str, member: T) -> T:
         """Return `member`, now known as `name`.
@@ -67,6 +73,11 @@ class Registry(Generic[T]):
         try:
             return self._members[name]
         except KeyError:
+            if name in self.broken:
+                raise UsageError(
+                    f"{self.kind} {name!r} is installed and broken: {self.broken[name]}",
+                    "Mend or remove the package that brings it.",
+                ) from None
             raise UsageError(f"no {self.kind} is called {name!r}", nearest(name, self._members)) from None
 
     def names(self) -> list[str]:
@@ -85,7 +96,11 @@ class Registry(Generic[T]):
         self._discovered = True
         for point in entry_points(group=self.group):
             load: Callable[[], Any] = point.load
-            load()  # importing the module runs its decorator
+            try:
+                load()  # importing the module runs its decorator
+            except Exception as error:  # whatever somebody else's module raises must not stop all commands
+                where = f" (package {point.dist.name})" if point.dist is not None else ""
+                self.broken[point.name] = f"{type(error).__name__}: {error}{where}"
 
 
 def _same_source(one: object, other: object) -> bool:

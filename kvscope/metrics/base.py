@@ -22,7 +22,8 @@ class Rows:
     Attributes
     ----------
     full : Tensor
-        ``p``: full-cache attention, ``[L, H, b, n]`` for ``b`` steps and ``n`` keys, zero above the diagonal.
+        ``p``: full-cache attention, ``[L, H, b, n]`` for ``b`` steps and ``n`` keys, zero above the diagonal; in the
+        closed loop each run has its own, ``[R, L, H, b, n]``, and so `rank` and `missing`.
     visible : Tensor
         ``V``: bool ``[R, L, G, b, n]``.
     held : Tensor
@@ -78,7 +79,7 @@ class Rows:
         return self._share(self.full * self.ideal_mask)
 
     def _per_query_head(self, mask: Tensor) -> Tensor:
-        return mask.repeat_interleave(self.full.shape[1] // mask.shape[2], dim=2)
+        return mask.repeat_interleave(self.full.shape[-3] // mask.shape[2], dim=2)
 
     def _share(self, kept: Tensor) -> Tensor:
         total = kept.sum(-1, keepdim=True)

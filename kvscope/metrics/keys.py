@@ -16,5 +16,5 @@ def read_keys(rows: Rows) -> Tensor:
 @metric("held_keys", direction="none", range=(0.0, None), when_nothing_evicted=None)
 def held_keys(rows: Rows) -> Tensor:
     """Number of keys in the cache after the step, ``|R_t|``."""
-    heads = rows.full.shape[1]
+    heads = rows.full.shape[-3]
     return rows.held.sum(-1).to(rows.full.dtype).repeat_interleave(heads // rows.held.shape[2], dim=2)

@@ -8,16 +8,22 @@ positions. The same scan serves recorded rows (open loop) and rows that are comp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvscope.budget import Prefill
-from kvscope.errors import ReplayError, UsageError
+from kvscope.errors import ReplayError
+from kvscope.policies.allocation import ALLOCATORS, Request
 from kvscope.policies.base import Policy, Step
+from kvscope.replay.draw import draw, draw_row
+from kvscope.replay.plan import Plan, protection
+from kvscope.replay.residency import NEVER, ReadLog, Stays, from_leave
 
-NEVER = 2**31 - 1  # the `leave` of a key that is held to the end
+VECTORS = ("keys", "values", "queries")  # signals [L, heads, T, D]; all others are [L, ., T] or [L, T, D]
+PER_QUERY = ("queries", "mean_query")  # of which the current query alone is shown
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Shape:
         Number of the sequence.
     windows : tuple of int or None
         For each layer, the number of newest keys the model itself can see (sliding-window layers), or None.
+    n_layers : int
+        Layers of the model, of which these may be some; 0 where these are all.
     """
 
     layers: tuple[int, ...]
@@ -45,6 +53,7 @@ class Shape:
     length: int
     sequence: int = 0
     windows: tuple[int | None, ...] = ()
+    n_layers: int = 0
 
     def reach(self) -> list[int]:
         """Return how many keys each layer can see at most, ``L`` numbers."""
@@ -57,8 +66,9 @@ class Scan:
 
     Parameters
     ----------
-    policy : Policy
-        What scores the keys.
+    policy : Policy or Plan
+        What scores the keys; a plan says when it evicts and how its budget is shared out, a bare policy goes as
+        published.
     budgets : sequence of int
         ``B`` of each run, in keys per key/value head.
     shape : Shape
@@ -67,26 +77,32 @@ class Scan:
         Whether the prompt's rows see everything and the choice is made once at its end, or eviction starts when the
         cache first exceeds the budget.
     signals : mapping of str to Tensor
-        ``value_l1`` and so on, ``[L, G, T]``, for what the policy needs beside the weights.
+        What the policy needs beside the weights: norms ``[L, G, T]``, ``keys`` and ``values`` ``[L, G, T, D]``,
+        ``queries`` ``[L, H, T, D]``, ``mean_query`` ``[L, T, D]``; with a leading axis ``R`` where runs differ.
     missing_mass : Tensor or None
         ``[L, H, T]``: what a learned sink takes from each row; the live row is divided by kept mass plus this.
+    dtype : torch.dtype
+        Of scores.
 
     Attributes
     ----------
     leave : Tensor
         int32 ``[R, L, S, T]``: first step at which the key is gone, `NEVER` if it stays. A key enters at its position.
     evictions : Tensor
-        int64 ``[R, L, S]``: keys that the policy evicted (what a sliding-window layer forgets is not counted).
+        int64 ``[R, L, S]``: keys that the policy evicted (what a sliding-window layer forgets is not counted); for a
+        sparse reader, keys that it left unread, summed over steps.
+    budget : Tensor
+        int64 ``[R, L, S]``: keys that each deciding head may hold.
 
     Raises
     ------
     UsageError
-        If protected keys alone exceed a budget.
+        If protected keys alone exceed a budget, or the plan does not go with the prefill.
     """
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | Plan,
         budgets: Sequence[int],
         shape: Shape,
         prefill: Prefill = "full",
@@ -96,24 +112,38 @@ class Scan:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.policy, self.shape, self.prefill = policy, shape, prefill
-        self.budgets = list(budgets)
-        self.signals = dict(signals or {})
+        self.plan = policy if isinstance(policy, Plan) else Plan.published(policy)
+        self.policy, self.traits = self.plan.policy, self.plan.policy.traits
+        self.plan.require(prefill)
+        self.shape, self.prefill, self.budgets = shape, prefill, list(budgets)
+        self.signals = {name: _with_runs(name, value) for name, value in (signals or {}).items()}
         self.missing_mass = missing_mass
         self.first_eviction = shape.prompt - 1 if prefill == "full" else 0
-        self._heads = 1 if policy.scope == "layer" else shape.kv_heads
-        protections = torch.tensor([protection(policy, budget) for budget in self.budgets], device=device)
-        self._sinks, self._recent = protections[:, 0, None, None, None], protections[:, 1, None, None, None]
-        self._budget = torch.tensor(self.budgets, device=device)[:, None, None]
+        self._heads = 1 if self.traits.scope == "layer" else shape.kv_heads
+        kept = torch.tensor([protection(self.policy, budget, shape.prompt) for budget in self.budgets], device=device)
+        self._sinks, self._recent = kept[:, 0, None, None, None], kept[:, 1, None, None, None]
         size = (len(self.budgets), len(shape.layers), self._heads, shape.length)
         self.leave = torch.full(size, NEVER, dtype=torch.int32, device=device)
         self._alive = torch.zeros(size, dtype=torch.bool, device=device)
         self._score = torch.zeros(size, dtype=dtype, device=device)
         self.evictions = torch.zeros(size[:-1], dtype=torch.int64, device=device)
         self._nan = torch.zeros((), dtype=torch.bool, device=device)
-        self._memory: dict[str, Tensor] = {}
+        self._memory: dict[str, Any] = {}
         self._reach = torch.tensor(shape.reach(), device=device)
         self._layers = torch.tensor(shape.layers, dtype=torch.int64, device=device)
+        self._reads = ReadLog(size, device) if self.traits.reads else None
+        self._pressed = torch.zeros((), dtype=torch.int64, device=device)  # most keys that met an eviction
+        self._allocator = ALLOCATORS.get(self.plan.allocate)()
+        self._request = Request(
+            budget=torch.tensor(self.budgets, device=device),
+            fixed=kept.sum(1),
+            layers=self._layers,
+            n_layers=shape.n_layers or len(shape.layers),
+            heads=self._heads,
+            prompt=shape.prompt if prefill == "full" else shape.length,
+        )
+        start = self._allocator if self._allocator.when == "start" else ALLOCATORS.get("uniform")()
+        self.budget = start.share(self._request)
 
     def step(self, t: int, row: Tensor) -> None:
         """Let query `t` see, be scored and evict.
@@ -125,54 +155,99 @@ class Scan:
         row : Tensor
             Full-cache attention of the query, ``[L, H, t + 1]``; a leading ``R`` axis if it differs between runs.
         """
+        step = self.see(t)
+        self.attend(step, row)
+
+    def see(self, t: int) -> Step:
+        """Return what query `t` sees: the first half of a step, before its row is known."""
         n = t + 1
         self._alive[..., t] = True
         self._forget(t)
-        visible = self._alive[..., :n]
         step = Step(
             t=t,
+            prompt=self.shape.prompt,
+            length=self.shape.length,
             kv_heads=self.shape.kv_heads,
-            visible=visible,
-            signals={name: values[..., :n] for name, values in self.signals.items()},
-            live=self._live(t, row, visible) if "weights" in self.policy.needs else None,
+            layers=self._layers,
+            budget=self.budget,
+            budgets=self.budgets,
+            compresses=self.plan.compresses(t, self.shape.prompt, self.prefill),
+            visible=self._alive[..., :n],
+            signals={name: _until(name, values, t) for name, values in self.signals.items()},
+            live=None,
             memory=self._memory,
             draw=lambda seed: draw(seed, self.shape.sequence, self._layers, self._heads, t),
+            draw_row=lambda seed: draw_row(seed, self.shape.sequence, self._layers, self.shape.heads, t),
         )
-        self._score[..., :n] = self.policy.observe(step, self._score[..., :n])
-        if self.policy.bounded and t >= self.first_eviction:
-            self._evict(t)
+        if self._reads is not None:
+            if t > self.first_eviction:
+                step = replace(step, visible=self.policy.read(step) & step.visible)
+            self._reads.add(t, step.visible.expand(self._alive[..., :n].shape))
+            self.evictions += (self._alive[..., :n] & ~step.visible).sum(-1)
+        return step
+
+    def attend(self, step: Step, row: Tensor) -> None:
+        """Score and evict, now that the row is known: the second half of a step."""
+        n = step.t + 1
+        row = row if row.ndim == 4 else row[None]
+        if "weights" in self.plan.needs:
+            step.live = self._live(step, row)
+        if "full_weights" in self.plan.needs:
+            step.signals["full_weights"] = row
+        score = self.policy.observe(step, self._score[..., :n])
+        self._score[..., :n] = self._round(score, step.t)
+        if self._allocator.when == "prompt" and self.prefill == "full" and step.t < self.shape.prompt:
+            self._allocate(step)
+        if step.compresses and not self.traits.reads:
+            self._evict(step.t)
 
     def visible(self, start: int, stop: int) -> Tensor:
         """Return ``V_t`` for steps `start` to `stop` - 1, bool ``[R, L, G, stop - start, stop]``.
 
-        Only steps that have been made can be asked for.
+        Only steps that have been made can be asked for, and of a sparse reader only those not `release`d.
         """
+        if self._reads is not None:
+            return self._per_head(self._reads.masks(start, stop))
         return self._mask(start, stop, shift=0)
 
     def held(self, start: int, stop: int) -> Tensor:
         """Return ``R_t`` for steps `start` to `stop` - 1, bool ``[R, L, G, stop - start, stop]``."""
         return self._mask(start, stop, shift=1)
 
+    def release(self, stop: int) -> None:
+        """Forget what is needed only to tell what steps before `stop` saw."""
+        if self._reads is not None:
+            self._reads.forget_before(stop)
+
+    def stays(self, run: int, layer: int) -> Stays:
+        """Return which keys stood when, for one run and one layer of the group; what was read, for a sparse reader."""
+        if self._reads is not None:
+            stays = self._reads.stays(run, layer)
+            return stays if self._heads == self.shape.kv_heads else _for_heads(stays, self.shape.kv_heads)
+        return from_leave(self.leave[run, layer].expand(self.shape.kv_heads, -1))
+
     def check(self) -> None:
         """Raise ReplayError if what was done is not a result: nothing evicted, too much held, or a score of NaN."""
+        label = self.policy.label
         if bool(self._nan):
             raise ReplayError(
-                f"{self.policy.label} gave scores that are not numbers",
+                f"{label} gave scores that are not numbers",
                 "Check the policy, and the trace: kvscope info TRACE --verify",
             )
-        if not self.policy.bounded:
+        if not self.traits.bounded or self.traits.phase == "none":
             return
+        pressed = torch.minimum(self._reach, self._pressed)
         for run, budget in enumerate(self.budgets):
             evicted = self.evictions[run] > 0  # [L, S]
-            needed = (self._reach > budget)[:, None]
-            if bool((needed & ~evicted).any()):
+            needed = pressed[:, None] > self.budget[run]
+            if not self.traits.reads and bool((needed & ~evicted).any()):  # a reader may well read all it has
                 raise ReplayError(
-                    f"{self.policy.label} at {budget} keys evicted nothing from {self.shape.length} tokens",
+                    f"{label} at {budget} keys evicted nothing from {self.shape.length} tokens",
                     "A replay that changes nothing is no result: check the policy.",
                 )
             if budget >= self.shape.length and bool(evicted.any()):
                 raise ReplayError(
-                    f"{self.policy.label} at {budget} keys evicted although {self.shape.length} tokens fit",
+                    f"{label} at {budget} keys evicted although {self.shape.length} tokens fit",
                     "A budget of the whole sequence must equal the full cache: check the policy.",
                 )
 
@@ -180,17 +255,37 @@ class Scan:
         steps = torch.arange(start, stop, device=self.leave.device)[:, None]
         keys = torch.arange(stop, device=self.leave.device)[None, :]
         leave = self.leave[..., None, :stop]
-        mask = (keys <= steps) & (leave >= steps + shift)
-        if self._heads != self.shape.kv_heads:
-            mask = mask.expand(-1, -1, self.shape.kv_heads, -1, -1)
-        return mask
+        return self._per_head((keys <= steps) & (leave >= steps + shift))
 
-    def _live(self, t: int, row: Tensor, visible: Tensor) -> Tensor:
-        missing = None if self.missing_mass is None else self.missing_mass[..., t : t + 1]
-        runs, layers, heads, n = visible.shape
-        shown = visible[:, :, :, None, :]
-        kept = row.view(-1, layers, heads, self.shape.heads // heads, n) * shown
-        return renormalise(kept.reshape(runs, layers, self.shape.heads, n), missing)
+    def _per_head(self, mask: Tensor) -> Tensor:
+        return mask if self._heads == self.shape.kv_heads else mask.expand(-1, -1, self.shape.kv_heads, -1, -1)
+
+    def _live(self, step: Step, row: Tensor) -> Tensor:
+        missing = None if self.missing_mass is None else self.missing_mass[..., step.t : step.t + 1]
+        runs, layers, heads, n = self._alive[..., : step.t + 1].shape
+        kept = row.view(-1, layers, heads, self.shape.heads // heads, n) * step.visible[:, :, :, None, :]
+        live = renormalise(kept.expand(runs, -1, -1, -1, -1).reshape(runs, layers, self.shape.heads, n), missing)
+        return live if self.plan.accumulate is None else live.to(self.plan.accumulate).to(live.dtype)
+
+    def _round(self, score: Tensor, t: int) -> Tensor:
+        """Round sums as half-precision code does: the prompt's sum once, at its end, and then at every step."""
+        if self.plan.accumulate is None or t < self.first_eviction:
+            return score
+        return score.to(self.plan.accumulate).to(score.dtype)
+
+    def _allocate(self, step: Step) -> None:
+        self._allocator.observe(step, self._request.memory)
+        if step.t == self.shape.prompt - 1:
+            n = step.t + 1
+            candidate = self._candidates(n)
+            self._request.score = self._score[..., :n].masked_fill(~candidate, -torch.inf)
+            self.budget = self._allocator.share(self._request).to(torch.int64)
+            self._request.score = None
+            self._request.memory.clear()
+
+    def _candidates(self, n: int) -> Tensor:
+        key = torch.arange(n, device=self._alive.device)
+        return self._alive[..., :n] & (key >= self._sinks) & (key < n - self._recent)
 
     def _forget(self, t: int) -> None:
         """Drop what a sliding-window layer can no longer see; the model did that, not the policy."""
@@ -205,22 +300,26 @@ class Scan:
         n = t + 1
         score, alive = self._score[..., :n], self._alive[..., :n]
         self._nan |= torch.isnan(score).any()
-        surplus = alive.sum(-1) - self._budget  # [R, L, S]
+        if not self.traits.bounded:
+            self._drop(alive & (score == -torch.inf), t)
+            return
+        self._pressed.fill_(n)
+        surplus = alive.sum(-1) - self.budget  # [R, L, S]
         most = int(surplus.max())
         if most <= 0:
             return
-        key = torch.arange(n, device=alive.device)
-        candidate = alive & (key >= self._sinks) & (key < n - self._recent)
-        ranked = torch.where(candidate, score.clamp(max=torch.finfo(score.dtype).max), torch.inf)
+        ranked = torch.where(self._candidates(n), score.clamp(max=torch.finfo(score.dtype).max), torch.inf)
         if most == 1:
             gone = ranked.argmin(-1, keepdim=True)  # the first, so the oldest, of equal scores
         else:
             gone = ranked.sort(dim=-1, stable=True).indices[..., :most]  # the same rule for many
         goes = torch.arange(most, device=gone.device) < surplus[..., None]
-        mark = torch.zeros_like(candidate).scatter_(-1, gone, goes)
-        alive &= ~mark
-        self.leave[..., :n].masked_fill_(mark, t)
-        self.evictions += surplus.clamp(min=0)
+        self._drop(torch.zeros_like(alive).scatter_(-1, gone, goes), t)
+
+    def _drop(self, mark: Tensor, t: int) -> None:
+        self._alive[..., : t + 1] &= ~mark
+        self.leave[..., : t + 1].masked_fill_(mark, t)
+        self.evictions += mark.sum(-1)
 
 
 def renormalise(kept: Tensor, missing: Tensor | None = None) -> Tensor:
@@ -234,37 +333,21 @@ def renormalise(kept: Tensor, missing: Tensor | None = None) -> Tensor:
     return kept / torch.where(total > 0, total, 1)
 
 
-def draw(seed: int, sequence: int, layers: Tensor, heads: int, position: int) -> Tensor:
-    """Return one uniform number in [0, 1) for each layer and head, float64 ``[L, heads]``.
-
-    Counter-based (SplitMix64, Steele et al. 2014), so it does not depend on what else is drawn.
-    """
-    head = torch.arange(heads, dtype=torch.int64, device=layers.device)
-    value = _mix(torch.tensor(seed, dtype=torch.int64, device=layers.device))
-    for part in (torch.tensor(sequence, device=layers.device), layers[:, None], head[None, :]):
-        value = _mix(value ^ part)
-    value = _mix(value ^ position)
-    return ((value >> 11) & (2**53 - 1)).to(torch.float64) / 2**53
+def _with_runs(name: str, value: Tensor) -> Tensor:
+    """Return a signal with its leading axis of runs: 1 where all runs share it."""
+    own = 4 if name in VECTORS else 3
+    return value if value.ndim > own else value[None]
 
 
-def _mix(value: Tensor) -> Tensor:
-    value = value + -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
-    value = (value ^ _shift(value, 30)) * -0x40A7B892E31B1A47
-    value = (value ^ _shift(value, 27)) * -0x6B2FB644ECCEEE15
-    return value ^ _shift(value, 31)
+def _until(name: str, values: Tensor, t: int) -> Tensor:
+    """Return what of a signal exists at step `t`."""
+    if name in PER_QUERY:
+        return values[..., t, :]
+    return values[..., : t + 1, :] if name in VECTORS else values[..., : t + 1]
 
 
-def _shift(value: Tensor, by: int) -> Tensor:
-    """Return a logical shift to the right; torch's own keeps the sign."""
-    return (value >> by) & ((1 << (64 - by)) - 1)
-
-
-def protection(policy: Policy, budget: int) -> tuple[int, int]:
-    """Return how many first and last keys stay; raises UsageError if they alone exceed the budget."""
-    kept = policy.protect(budget)
-    if kept.sinks + kept.recent > budget:
-        raise UsageError(
-            f"{policy.label} protects {kept.sinks} first and {kept.recent} last keys, more than the budget of {budget}",
-            "Raise the budget, or protect fewer keys.",
-        )
-    return kept.sinks, kept.recent
+def _for_heads(stays: Stays, heads: int) -> Stays:
+    """Return the stays of a layer that decides as one, for each of its key/value heads."""
+    count = len(stays.key)
+    head = torch.arange(heads, device=stays.key.device).repeat_interleave(count)
+    return Stays(head, stays.key.repeat(heads), stays.enter.repeat(heads), stays.leave.repeat(heads))

@@ -41,17 +41,18 @@ class Scorer:
         scorers : sequence of Scorer
             With the same first step.
         full : Tensor
-            Full rows ``[L, H, b, n]`` of steps `start` to ``start + b - 1``.
+            Full rows ``[L, H, b, n]`` of steps `start` to ``start + b - 1``; with a leading ``R`` where runs differ,
+            which then must be those of a single scorer.
         start : int
             First step of the block.
         missing : Tensor or None
-            ``[L, H, b]``: mass that a learned sink takes.
+            ``[L, H, b]``: mass that a learned sink takes; with a leading ``R`` as the rows.
         """
-        stop = start + full.shape[2]
+        stop = start + full.shape[-2]
         begin = max(start, min(scorer.first for scorer in scorers)) if scorers else stop
         if begin >= stop:
             return
-        full = full[:, :, begin - start :]
+        full = full[..., begin - start :, :]
         steps = torch.arange(begin, stop, device=full.device)
         rank = ranks(full, steps)
         for scorer in scorers:

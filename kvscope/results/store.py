@@ -127,8 +127,17 @@ class ReplayWriter:
         self._write("fidelity", fidelity_schema(self.metrics), columns)
         self._means.add(run, sequence, layer, stored)
 
-    def finish(self, **extra: Any) -> Replay:
-        """Close the files, write the summary, note sizes and checksums, and give the replay its name."""
+    def finish(self, counted: Mapping[int, Mapping[str, Any]] | None = None, **extra: Any) -> Replay:
+        """Close the files, write the summary, note sizes and checksums, and give the replay its name.
+
+        Parameters
+        ----------
+        counted : mapping, optional
+            What is known of each run only at its end, by its number; it joins the run's description.
+        **extra
+            More for ``run.json``.
+        """
+        self.info["runs"] = [run | dict((counted or {}).get(run["run"], {})) for run in self.info["runs"]]
         try:
             for writer in self._writers.values():
                 writer.close()

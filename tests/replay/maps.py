@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvscope.policies.base import Policy
 from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.plan import Plan
 
 
 def attention(seed: int, layers: int, heads: int, length: int, kind: str = "smooth") -> Tensor:
@@ -28,7 +29,7 @@ KINDS = st.sampled_from(["smooth", "ties", "sparse", "half"])
 
 
 def run(
-    policy: Policy,
+    policy: Policy | Plan,
     rows: Tensor,
     budgets: list[int],
     *,
@@ -37,21 +38,40 @@ def run(
     prefill: str,
     windows: tuple[int | None, ...] = (),
     seed: int = 7,
+    given: dict[str, Tensor] | None = None,
 ) -> Scan:
     """Return the scan of a policy over ``[L, H, T, T]`` rows, stepped to the end and checked."""
+    plan = policy if isinstance(policy, Plan) else Plan.published(policy)
     layers, heads, length, _ = rows.shape
     shape = Shape(tuple(range(layers)), heads, kv_heads, prompt, length, windows=windows)
-    scan = Scan(policy, budgets, shape, prefill, signals(policy, layers, kv_heads, length, seed), dtype=rows.dtype)
+    given = signals(plan, layers, heads, kv_heads, length, seed) if given is None else given
+    scan = Scan(plan, budgets, shape, prefill, given, dtype=rows.dtype)
     for t in range(length):
         scan.step(t, rows[:, :, t, : t + 1])
     scan.check()
     return scan
 
 
-def signals(policy: Policy, layers: int, kv_heads: int, length: int, seed: int) -> dict[str, Tensor]:
-    """Return random norms for whatever the policy needs; a key's depends on its position, not on `length`."""
+SIZE = 6  # D of the vectors
+LONGEST = 512
+
+
+def signals(plan: Plan, layers: int, heads: int, kv_heads: int, length: int, seed: int = 7) -> dict[str, Tensor]:
+    """Return random signals for whatever the plan needs; those of a token depend on its position, not on `length`."""
+    shapes = {
+        **dict.fromkeys(("value_l1", "value_l2", "key_l2"), (layers, kv_heads)),
+        **dict.fromkeys(("keys", "values"), (layers, kv_heads, SIZE)),
+        "queries": (layers, heads, SIZE),
+        "mean_query": (layers, SIZE),
+    }
     result = {}
-    for index, name in enumerate(sorted(policy.needs - {"weights"})):
+    for index, name in enumerate(sorted(plan.needs - {"weights", "full_weights"})):
         generator = torch.Generator().manual_seed(seed + index)
-        result[name] = torch.rand(512, layers, kv_heads, generator=generator).permute(1, 2, 0)[..., :length] + 0.5
+        drawn = torch.randn(LONGEST, *shapes[name], generator=generator, dtype=torch.float64)[:length]
+        if name in ("value_l1", "value_l2", "key_l2"):
+            result[name] = drawn.abs().permute(1, 2, 0) + 0.5
+        elif name == "mean_query":
+            result[name] = drawn.permute(1, 0, 2)
+        else:
+            result[name] = drawn.permute(1, 2, 0, 3)
     return result

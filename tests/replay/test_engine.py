@@ -9,7 +9,8 @@ from kvscope.errors import ReplayError, UsageError
 from kvscope.metrics import METRICS
 from kvscope.policies.base import Policy, Step
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.engine import Scan, Shape, draw
+from kvscope.replay.draw import draw
+from kvscope.replay.engine import Scan, Shape
 from kvscope.replay.score import Scorer
 from tests.reference import metrics as metrics_twin
 from tests.reference import replay as twin

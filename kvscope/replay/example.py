@@ -1,0 +1,56 @@
+"""A policy on one head and a few tokens: for worked examples and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvscope.budget import Prefill
+from kvscope.policies.base import Policy
+from kvscope.policies.spec import parse_policies
+from kvscope.replay.engine import PER_QUERY, VECTORS, Scan, Shape
+
+
+def held(
+    policy: str | Policy,
+    rows: Sequence[Sequence[float]],
+    budget: int,
+    *,
+    prompt: int = 1,
+    prefill: Prefill = "full",
+    **signals: Sequence[float] | Sequence[Sequence[float]],
+) -> list[list[int]]:
+    """Return the keys held after each step, on one layer with one head; of a sparse reader, the keys read at each step.
+
+    Parameters
+    ----------
+    policy : str or Policy
+        As on the command line.
+    rows : sequence of sequences of float
+        Full-cache attention: row ``t`` has ``t + 1`` weights.
+    budget : int
+        ``B``, in keys.
+    prompt : int
+        ``P``; the choice is made first at step ``P - 1``.
+    prefill : {"full", "stream"}
+        Semantics of the prompt.
+    **signals
+        What else the policy needs: ``value_l1=[...]``, ``keys=[[...], ...]``.
+
+    Examples
+    --------
+    >>> held("window", [[1], [.5, .5], [.4, .3, .3]], budget=2)
+    [[0], [0, 1], [1, 2]]
+    """
+    length = len(rows)
+    shape = Shape(layers=(0,), heads=1, kv_heads=1, prompt=prompt, length=length)
+    given = {}
+    for name, values in signals.items():
+        tensor = torch.tensor(values, dtype=torch.float64)
+        given[name] = tensor[None, None] if name in VECTORS or name not in PER_QUERY else tensor[None]
+    scan = Scan(parse_policies([policy])[0], [budget], shape, prefill, given, dtype=torch.float64)
+    for t, row in enumerate(rows):
+        scan.step(t, torch.tensor(row, dtype=torch.float64)[None, None])
+    shown = scan.visible(0, length) if scan.traits.reads else scan.held(0, length)
+    return [mask.nonzero().flatten().tolist() for mask in shown[0, 0, 0]]

@@ -1,0 +1,229 @@
+"""A group of layers of one sequence: every run stepped over it together, then scored and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvscope.budget import Budget, Prefill
+from kvscope.errors import ReplayError
+from kvscope.metrics import Metric
+from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.plan import Plan
+from kvscope.replay.score import Scorer
+from kvscope.replay.signals import ROWS, load
+from kvscope.trace.reader import Sequence as TraceSequence
+from kvscope.trace.reader import Trace
+
+Array = NDArray[Any]
+BLOCK_STEPS = 64
+BLOCK_BYTES = 256 * 2**20  # of one tensor of rows for all budgets of a policy
+
+
+@dataclass(frozen=True)
+class Run:
+    """One plan under one budget; `budget` is None for a policy that the engine holds to none."""
+
+    number: int
+    plan: Plan
+    budget: Budget | None
+
+    def keys(self, sequence: TraceSequence, prefill: Prefill) -> int:
+        """Return ``B`` for a sequence."""
+        if self.budget is None:
+            return sequence.length
+        return self.budget.keys(prompt=sequence.prompt, length=sequence.length, prefill=prefill)
+
+
+class Sink(Protocol):
+    """Who takes what a group found: a `ReplayWriter`, or whoever wants the numbers alone."""
+
+    def residency(
+        self, run: int, sequence: int, layer: int, *, enter: Array, leave: Array, kv_head: Array, key: Array
+    ) -> None:
+        """Take stays of keys."""
+
+    def fidelity(self, run: int, sequence: int, layer: int, steps: Array, values: Mapping[str, Array]) -> None:
+        """Take metrics, each ``[H, S]``."""
+
+
+@dataclass
+class Tally:
+    """What a replay counts beside its metrics, by number of the run.
+
+    Attributes
+    ----------
+    allocated : dict of int to list of int
+        Keys handed out to heads and, beside it, those of the uniform share.
+    changed : dict of int to int
+        Keys that leave at another step than they would with sums in float32.
+    """
+
+    allocated: dict[int, list[int]]
+    changed: dict[int, int]
+
+
+class Group:
+    """All runs over one group of layers of one sequence, stepped together through blocks of rows."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        sequence: TraceSequence,
+        layers: list[int],
+        runs: Sequence[Run],
+        metrics: Sequence[Metric],
+        prefill: Prefill,
+        device: torch.device,
+    ) -> None:
+        self.trace, self.sequence, self.layers, self.runs, self.device = trace, sequence, layers, runs, device
+        windows = tuple(trace.header.sliding_window[trace.layers.index(layer)] for layer in layers)
+        self.shape = Shape(
+            layers=tuple(layers),
+            heads=trace.heads,
+            kv_heads=trace.kv_heads,
+            prompt=sequence.prompt,
+            length=sequence.length,
+            sequence=sequence.index,
+            windows=windows if any(window is not None for window in windows) else (),
+            n_layers=len(trace.layers),
+        )
+        self.missing = self._missing_mass()
+        self.first = sequence.prompt if prefill == "full" else 0
+        self.scans: list[tuple[list[Run], Scan, Scorer]] = []
+        self._cache: dict[str, Tensor] = {}
+        self.twins: dict[int, Scan] = {}  # by index in `scans`: the same in float32, where that is not what is asked
+        for plan in dict.fromkeys(run.plan for run in runs):
+            own = [run for run in runs if run.plan == plan]
+            keys = [run.keys(sequence, prefill) for run in own]
+
+            def scan(plan: Plan, keys: list[int] = keys) -> Scan:
+                signals = self._signals(plan)
+                return Scan(plan, keys, self.shape, prefill, signals, missing_mass=self.missing, device=device)
+
+            if plan.accumulate is not None:
+                self.twins[len(self.scans)] = scan(replace(plan, accumulate=None))
+            made = scan(plan)
+            self.scans.append((own, made, Scorer(made, metrics, self.first)))
+
+    def step_all(self) -> Iterator[float]:
+        """Step every scan over the whole sequence, and score it; yields the share that is done."""
+        size = self._block_steps()
+        for start in range(0, self.shape.length, size):
+            stop = min(start + size, self.shape.length)
+            rows = self._rows(start, stop)
+            for scan in (*(scan for _, scan, _ in self.scans), *self.twins.values()):
+                for t in range(start, stop):
+                    scan.step(t, rows[:, :, t - start, : t + 1])
+            missing = None if self.missing is None else self.missing[..., start:stop]
+            Scorer.score_block([scorer for _, _, scorer in self.scans], rows, start, missing)
+            for _, scan, _ in self.scans:
+                scan.release(stop)
+            yield stop / self.shape.length
+        for _, scan, _ in self.scans:
+            scan.check()
+
+    def write(self, sink: Sink, tally: Tally) -> None:
+        """Hand on residency and fidelity of every run and layer, and add to the tally."""
+        steps = np.arange(self.first, self.shape.length)
+        for index, (own, scan, scorer) in enumerate(self.scans):
+            values = {name: value.cpu().numpy() for name, value in scorer.values().items()}
+            for number, run in enumerate(own):
+                self._count(index, number, run, tally)
+                for position, layer in enumerate(self.layers):
+                    stays = scan.stays(number, position)
+                    sink.residency(
+                        run.number,
+                        self.sequence.index,
+                        layer,
+                        enter=stays.enter.cpu().numpy(),
+                        leave=stays.leave.cpu().numpy(),
+                        kv_head=stays.kv_head.cpu().numpy(),
+                        key=stays.key.cpu().numpy(),
+                    )
+                    one = {name: value[number, position] for name, value in values.items()}
+                    sink.fidelity(run.number, self.sequence.index, layer, steps, one)
+
+    def _count(self, index: int, number: int, run: Run, tally: Tally) -> None:
+        scan = self.scans[index][1]
+        share = scan.budget[number]  # [L, S]
+        handed, uniform = tally.allocated.get(run.number, [0, 0])
+        tally.allocated[run.number] = [handed + int(share.sum()), uniform + scan.budgets[number] * share.numel()]
+        if index in self.twins:
+            other = int((scan.leave[number] != self.twins[index].leave[number]).sum())
+            tally.changed[run.number] = tally.changed.get(run.number, 0) + other
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        parts = [self.trace.attention(self.sequence.index, layer, start, stop) for layer in self.layers]
+        rows = torch.from_numpy(np.stack(parts)).to(self.device)  # [L, H, b, n]
+        if not bool(torch.isfinite(rows).all()):
+            raise ReplayError(
+                f"{self.trace.path} holds weights that are not numbers between steps {start} and {stop - 1}",
+                "Check it with: kvscope info TRACE --verify, or record it again.",
+            )
+        return rows
+
+    def _signals(self, plan: Plan) -> dict[str, Tensor]:
+        for name in plan.needs - ROWS:
+            if name not in self._cache:
+                self._cache[name] = load(self.trace, name, self.sequence.index, self.layers).to(self.device)
+        return {name: self._cache[name] for name in sorted(plan.needs - ROWS)}
+
+    def _missing_mass(self) -> Tensor | None:
+        if not self.trace.header.learned_sinks:
+            return None
+        sums = [self.trace.row_sums(self.sequence.index, layer) for layer in self.layers]
+        return (1 - torch.from_numpy(np.stack(sums)).to(self.device)).clamp(min=0)
+
+    def _block_steps(self) -> int:
+        most = max(len(own) for own, _, _ in self.scans)
+        per_step = most * len(self.layers) * self.shape.heads * self.shape.length * 4
+        return max(1, min(BLOCK_STEPS, BLOCK_BYTES // per_step))
+
+
+def step_through(
+    trace: Trace,
+    runs: Sequence[Run],
+    metrics: Sequence[Metric],
+    prefill: Prefill,
+    device: torch.device,
+    sink: Sink,
+    *,
+    sequences: Sequence[TraceSequence] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Tally:
+    """Step all runs through a trace, which is read once; `sink` gets what they left and how faithful that is.
+
+    Parameters
+    ----------
+    sequences : sequence, optional
+        Of the trace; all by default.
+    """
+    tally = Tally({}, {})
+    groups = list(_groups(trace, runs, trace.sequences if sequences is None else sequences))
+    for number, (sequence, layers) in enumerate(groups):
+        group = Group(trace, sequence, layers, runs, metrics, prefill, device)
+        for share in group.step_all():
+            if progress is not None:
+                progress((number + share) / len(groups))
+        group.write(sink, tally)
+    return tally
+
+
+def _groups(
+    trace: Trace, runs: Sequence[Run], sequences: Sequence[TraceSequence]
+) -> Iterator[tuple[TraceSequence, list[int]]]:
+    """Yield sequences and as many of their layers as fit a block of rows of `BLOCK_STEPS` steps."""
+    most = max(sum(run.plan == other.plan for other in runs) for run in runs)
+    together = any(run.plan.looks_across for run in runs)
+    for sequence in sequences:
+        per_layer = most * trace.heads * BLOCK_STEPS * sequence.length * 4
+        size = len(trace.layers) if together else max(1, BLOCK_BYTES // per_layer)
+        for start in range(0, len(trace.layers), size):
+            yield sequence, trace.layers[start : start + size]

@@ -1,0 +1,61 @@
+"""What ``run.json`` says of a replay."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from kvscope.budget import Prefill
+from kvscope.metrics import Metric
+from kvscope.replay.group import Run
+from kvscope.trace.reader import Trace
+
+
+def info(
+    trace: Trace, runs: Sequence[Run], metrics: Sequence[Metric], prefill: Prefill, command: str | None
+) -> dict[str, Any]:
+    """Return what ``run.json`` says before the replay begins: trace, runs, metrics, versions, command."""
+
+    def row(run: Run) -> dict[str, Any]:
+        policy, traits = run.plan.policy, run.plan.policy.traits
+        return {
+            "run": run.number,
+            "policy": policy.name,
+            "label": run.plan.label,
+            "params": policy.parameters(),
+            "budget": None if run.budget is None else str(run.budget),
+            "budget_keys": [run.keys(sequence, prefill) for sequence in trace.sequences],
+            "prefill": prefill,
+            "phase": run.plan.phase,
+            "allocate": run.plan.allocate,
+            "accumulate": "float32" if run.plan.accumulate is None else str(run.plan.accumulate).removeprefix("torch."),
+            "reads": traits.reads,
+            "bounded": traits.bounded,
+            "published": traits.published,
+            "loop": "open",
+            "scope": traits.scope,
+        }
+
+    return {
+        "trace": {
+            "name": trace.name,
+            "path": str(trace.path),
+            "identity": trace.identity,
+            "model": trace.header.model.get("id"),
+            "sequences": [{"prompt": s.prompt, "length": s.length} for s in trace.sequences],
+            "layers": list(trace.layers),
+            "heads": trace.heads,
+            "kv_heads": trace.kv_heads,
+        },
+        "prefill": prefill,
+        "loop": "open",
+        "metrics": {item.name: item.declaration() for item in metrics},
+        "runs": [row(run) for run in runs],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("kvscope", "torch", "numpy", "pyarrow")},
+        },
+        "command": command,
+    }
