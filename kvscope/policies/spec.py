@@ -8,16 +8,20 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from kvscope.errors import UsageError
-from kvscope.policies.base import POLICIES, Policy
+from kvscope.policies.base import POLICIES, Policy, Traits
+from kvscope.policies.tuned import read_tuned
 from kvscope.registry import nearest
 
-_FILE = re.compile(r"^(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)(?::(?P<rest>.*))?$")
+# name:setting=... or name(setting=...), as labels have it; a setting may hold the path of a file, a name may not
+_NAMED = re.compile(r"^\s*(?P<name>[\w-]+)\s*(?::(?P<rest>\s*[\w-]+\s*=.*)|\((?P<inside>.*)\)\s*)$")
+_TUNED = re.compile(r"^\s*(?P<name>[\w-]+)\s*:\s*@(?P<file>.+?)\s*$")
+_FILE = re.compile(r"^(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)(?::(?P<rest>.*)|\((?P<inside>.*)\)\s*)?$")
 
 
 def parse_policies(specs: Sequence[str | Policy], params: Mapping[str, str] | None = None) -> list[Policy]:
@@ -27,6 +31,8 @@ def parse_policies(specs: Sequence[str | Policy], params: Mapping[str, str] | No
     ----------
     specs : sequence of str or Policy
         ``a2sf``, ``a2sf:alpha=0.7,recent=16``, ``my_file.py:MyPolicy``, or ready policies, which are kept as they are.
+        ``a2sf(alpha=0.7, recent=16)`` is the same; inside a setting it is the only form: ``vatp:base=a2sf(alpha=0.7)``.
+        ``a2sf:@tuned.toml`` has the settings that ``kvscope tune`` wrote.
     params : mapping of str to str
         Parameters for every policy of `specs` that has them; a policy's own settings win.
 
@@ -56,8 +62,19 @@ def parse_policies(specs: Sequence[str | Policy], params: Mapping[str, str] | No
     return policies
 
 
+def parse_policy(spec: str) -> Policy:
+    """Return the policy that `spec` names; raises UsageError as `parse_policies` does."""
+    parsed = _split(spec)
+    return parsed if isinstance(parsed, Policy) else _build(*parsed)
+
+
 def describe(name: str | None = None) -> list[dict[str, Any]]:
-    """Return what there is to know about one policy or all: summary, doc, parameters, paper, needs, scope, phase."""
+    """Return what there is to know about one policy or all.
+
+    Each row has ``name``, ``summary``, ``doc``, ``parameters``, ``paper``, ``proven``, every trait of the policy with
+    its default parameters (``needs``, ``scope``, ``phase``, ``bounded``, ``reads``, ``allocate``, ``prefills``,
+    ``published``), and ``variants``: the choices of its parameter ``variant``, if it has one.
+    """
     classes = [POLICIES.get(name)] if name else [cls for _, cls in POLICIES.items()]
     rows = []
     for cls in classes:
@@ -77,9 +94,9 @@ def describe(name: str | None = None) -> list[dict[str, Any]]:
                     for field, kind in _parameters(cls).values()
                 ],
                 "paper": cls.paper,
-                "needs": sorted(cls.needs),
-                "scope": cls.scope,
-                "phase": cls.phase,
+                "proven": cls.proven,
+                "variants": _variants(cls),
+                **_traits(cls),
             }
         )
     return rows
@@ -124,23 +141,46 @@ def load_class(file: Path, name: str) -> type[Policy]:
     return cls
 
 
-def _split(spec: str) -> tuple[type[Policy], dict[str, str]]:
-    matched = _FILE.match(spec)
-    if matched:
-        cls = load_class(Path(matched["file"]), matched["name"])
-        rest = matched["rest"] or ""
+def _split(spec: str) -> tuple[type[Policy], dict[str, str]] | Policy:
+    """Return class and settings, or the policy itself where a file has all that it needs."""
+    tuned = _TUNED.match(spec)
+    if tuned:
+        return read_tuned(Path(tuned["file"]), POLICIES.get(tuned["name"]))
+    named, file = _NAMED.match(spec), _FILE.match(spec)
+    if named or not file:
+        bare, _, rest = spec.partition(":")
+        cls = POLICIES.get(named["name"] if named else bare.strip())
+        matched = named
     else:
-        name, _, rest = spec.partition(":")
-        cls = POLICIES.get(name.strip())
+        cls, rest = load_class(Path(file["file"]), file["name"]), ""
+        matched = file
+    if matched:
+        rest = matched["rest"] or matched["inside"] or ""
     settings: dict[str, str] = {}
-    for part in filter(None, (piece.strip() for piece in rest.split(","))):
+    for part in _pieces(rest, spec):
         key, equals, value = part.partition("=")
-        if not equals or not key.strip() or not value.strip():
+        name = key.strip().replace("-", "_")
+        if not equals or not name or not value.strip():
             raise UsageError(
                 f"{part!r} in {spec!r} is not a setting", "Write name=value, as in a2sf:alpha=0.7,recent=16"
             )
-        settings[key.strip().replace("-", "_")] = value.strip()
+        if name in settings:
+            raise UsageError(f"{name} is set twice in {spec!r}", "Set each parameter once.")
+        settings[name] = value.strip()
     return cls, settings
+
+
+def _pieces(text: str, spec: str) -> Iterator[str]:
+    """Yield what stands between the commas of `text`, but not between those inside parentheses."""
+    depth, start = 0, 0
+    for index, sign in enumerate(text + ","):
+        depth += (sign == "(") - (sign == ")")
+        if depth < 0 or (depth and index == len(text)):
+            raise UsageError(f"parentheses do not match in {spec!r}", "Write vatp:base=a2sf(alpha=0.7),norm=l2")
+        if sign == "," and not depth:
+            if text[start:index].strip():
+                yield text[start:index].strip()
+            start = index + 1
 
 
 def _parameters(cls: type[Policy]) -> dict[str, tuple[Field[Any], Any]]:
@@ -190,6 +230,19 @@ def _convert(policy: str, name: str, text: str, kind: Any) -> Any:
 
 def _default(field: Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _traits(cls: type[Policy]) -> dict[str, Any]:
+    """Return the traits with the default parameters; those of the class where a parameter has no default."""
+    complete = all(_default(field) is not MISSING for field, _ in _parameters(cls).values())
+    source = cls().traits if complete else cls
+    traits = {item.name: getattr(source, item.name) for item in fields(Traits)}
+    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in traits.items()}
+
+
+def _variants(cls: type[Policy]) -> list[str]:
+    kind = _parameters(cls).get("variant", (None, None))[1]
+    return [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
 
 
 def _type_name(kind: Any) -> str:

@@ -1,36 +1,104 @@
-"""What every registered policy promises, whatever its rule. A new policy is tested by being registered."""
+"""What every registered policy promises, whatever its rule, in every phase and allocation that goes with it.
 
+A new policy is tested by being registered; a `variant` or `schedule` with choices is tested in each of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
 from itertools import product
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
+from kvscope.errors import UsageError
 from kvscope.policies import POLICIES
+from kvscope.policies.allocation import ALLOCATORS
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import describe, parse_policies
-from tests.replay.maps import attention, run
+from kvscope.replay.plan import Plan
+from tests.replay.maps import attention, run, signals
 
-BOUNDED = [name for name, cls in POLICIES.items() if cls.bounded]
 PREFILLS = ["full", "stream"]
-LENGTH, PROMPT, BUDGET = 48, 20, 12
+LENGTH, PROMPT, BUDGET = 49, 20, 12
+CHOICES = ("variant", "schedule", "base", "scope")  # parameters whose every value is a rule of its own
+BASES = ("h2o", "tova", "a2sf", "scissorhands")
+SMALL = {"quest": "quest:page_size=2,skip_layers=0"}  # three pages of the usual size are the whole text here
+ROOMY = {"roco:variant=easykv": 30, "h2o:variant=flexgen": 13}  # holds the whole prompt; holds odd numbers
 
 
-def policy(name: str) -> Policy:
-    return parse_policies([name])[0]
+def specs() -> Iterator[str]:
+    for name, cls in POLICIES.items():
+        yield SMALL.get(name, name)
+        hints = get_type_hints(cls)
+        for field in fields(cls):
+            if field.name in CHOICES:
+                values = BASES if field.name == "base" else get_args(hints[field.name])
+                yield from (f"{name}:{field.name}={value}" for value in values if value not in (field.default, None))
 
 
-@pytest.mark.parametrize(("name", "prefill"), list(product(BOUNDED, PREFILLS)))
-def test_budget_is_kept_at_every_step(name: str, prefill: str) -> None:
-    scan = run(policy(name), attention(1, 2, 4, LENGTH), [BUDGET], kv_heads=2, prompt=PROMPT, prefill=prefill)
+def plan(spec: str) -> Plan:
+    return Plan.published(parse_policies([spec])[0])
+
+
+def budget(spec: str) -> int:
+    return ROOMY.get(spec, BUDGET)
+
+
+def goes(made: Plan, prefill: str) -> bool:
+    try:
+        made.require(prefill)
+    except UsageError:
+        return False
+    return True
+
+
+SPECS = list(specs())
+PAIRS = [(spec, prefill) for spec, prefill in product(SPECS, PREFILLS) if goes(plan(spec), prefill)]
+BOUNDED = [(s, p) for s, p in PAIRS if plan(s).policy.traits.bounded and not plan(s).policy.traits.reads]
+EVERY_STEP = [(s, p) for s, p in BOUNDED if plan(s).phase == "step"]
+READERS = [(s, p) for s, p in PAIRS if plan(s).policy.traits.reads]
+
+
+def test_every_policy_runs_under_some_prefill() -> None:
+    assert {spec for spec, _ in PAIRS} == set(SPECS)
+    assert len(EVERY_STEP) > 20 and len(READERS) > 3
+
+
+@pytest.mark.parametrize(("spec", "prefill"), EVERY_STEP)
+def test_budget_is_kept_at_every_step(spec: str, prefill: str) -> None:
+    scan = run(plan(spec), attention(1, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
     held = scan.held(0, LENGTH).sum(-1)
     first = PROMPT - 1 if prefill == "full" else 0
-    assert held[..., first:].max() == BUDGET
-    assert (scan.visible(0, LENGTH).sum(-1)[..., first + 1 :] <= BUDGET + 1).all()
+    assert held[..., first:].max() == budget(spec)
+    assert (scan.visible(0, LENGTH).sum(-1)[..., first + 1 :] <= budget(spec) + 1).all()
 
 
-@pytest.mark.parametrize(("name", "prefill"), list(product(POLICIES.names(), PREFILLS)))
-def test_nothing_comes_back(name: str, prefill: str) -> None:
-    scan = run(policy(name), attention(2, 2, 4, LENGTH), [BUDGET], kv_heads=2, prompt=PROMPT, prefill=prefill)
+@pytest.mark.parametrize(("spec", "prefill"), BOUNDED)
+def test_budget_is_kept_where_the_phase_says_so(spec: str, prefill: str) -> None:
+    made = plan(spec)
+    scan = run(made, attention(1, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    held = scan.held(0, LENGTH).sum(-1)  # [R, L, G, T]
+    for t in range(LENGTH):
+        before = held[..., t - 1] if t else torch.zeros_like(held[..., 0])
+        if made.compresses(t, PROMPT, prefill):
+            assert (held[..., t] <= scan.budget).all() and (held[..., t] <= before + 1).all()
+        else:
+            assert torch.equal(held[..., t], before + 1)
+
+
+@pytest.mark.parametrize(("spec", "prefill"), READERS)
+def test_a_reader_holds_everything_and_reads_its_budget(spec: str, prefill: str) -> None:
+    scan = run(plan(spec), attention(1, 2, 4, LENGTH), [BUDGET], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    assert torch.equal(scan.held(0, LENGTH)[0, 0, 0], torch.ones(LENGTH, LENGTH).tril().bool())
+    seen = scan.visible(0, LENGTH)
+    assert seen.diagonal(dim1=-2, dim2=-1).all(), "the current key is always read"
+    assert (seen.sum(-1) < torch.arange(1, LENGTH + 1)).any()
+
+
+@pytest.mark.parametrize(("spec", "prefill"), [pair for pair in PAIRS if pair not in READERS])
+def test_nothing_comes_back(spec: str, prefill: str) -> None:
+    scan = run(plan(spec), attention(2, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
     held = scan.held(0, LENGTH)
     before, after = held[..., :-1, :], held[..., 1:, :]
     new = after & ~before
@@ -38,65 +106,113 @@ def test_nothing_comes_back(name: str, prefill: str) -> None:
     assert (keys[:, -1] == keys[:, -2] + 1).all(), "only the current key may be new"
 
 
-@pytest.mark.parametrize(("name", "prefill"), list(product(BOUNDED, PREFILLS)))
-def test_protected_keys_stay(name: str, prefill: str) -> None:
-    made = policy(name)
-    scan = run(made, attention(3, 2, 4, LENGTH), [BUDGET], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    protection = made.protect(BUDGET)
+@pytest.mark.parametrize(("spec", "prefill"), BOUNDED)
+def test_protected_keys_stay(spec: str, prefill: str) -> None:
+    made = plan(spec)
+    scan = run(made, attention(3, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    protection = made.policy.protect(budget(spec))
+    sinks = PROMPT if protection.prompt else protection.sinks
     held = scan.held(0, LENGTH)
     for t in range(LENGTH):
-        assert held[..., t, : min(protection.sinks, t + 1)].all()
-        assert held[..., t, max(t + 1 - protection.recent, 0) : t + 1].all()
+        assert held[..., t, : min(sinks, t + 1)].all()
+        if made.compresses(t, PROMPT, prefill):
+            assert held[..., t, max(t + 1 - protection.recent, 0) : t + 1].all()
 
 
-@pytest.mark.parametrize(("name", "prefill"), list(product(POLICIES.names(), PREFILLS)))
-def test_a_budget_of_the_whole_length_is_the_full_cache(name: str, prefill: str) -> None:
+@pytest.mark.parametrize(("spec", "prefill"), [p for p in PAIRS if plan(p[0]).policy.traits.bounded])
+def test_a_budget_of_the_whole_length_is_the_full_cache(spec: str, prefill: str) -> None:
     rows = attention(4, 2, 4, LENGTH)
-    scan = run(policy(name), rows, [LENGTH, LENGTH + 5], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    full = run(policy("full"), rows, [LENGTH], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    assert torch.equal(scan.held(0, LENGTH)[:1], full.held(0, LENGTH))
+    scan = run(plan(spec), rows, [LENGTH, LENGTH + 6], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    full = run(plan("full"), rows, [LENGTH], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    assert torch.equal(scan.visible(0, LENGTH)[:1], full.visible(0, LENGTH))
     assert (scan.evictions == 0).all()
 
 
-@pytest.mark.parametrize(("name", "prefill"), list(product(POLICIES.names(), PREFILLS)))
-def test_the_future_changes_nothing_before_it(name: str, prefill: str) -> None:
+@pytest.mark.parametrize(("spec", "prefill"), PAIRS)
+def test_the_future_changes_nothing_before_it(spec: str, prefill: str) -> None:
+    if "released" in spec:
+        pytest.fail("decided by the length of the text") if prefill == "full" else None
     rows = attention(5, 2, 4, LENGTH)
     cut = 33
-    whole = run(policy(name), rows, [BUDGET], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    part = run(policy(name), rows[..., :cut, :cut], [BUDGET], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    assert torch.equal(whole.held(0, cut), part.held(0, cut))
+    whole = run(plan(spec), rows, [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    part = run(plan(spec), rows[..., :cut, :cut], [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    assert torch.equal(whole.visible(0, cut), part.visible(0, cut))
 
 
-@pytest.mark.parametrize("name", POLICIES.names())
-def test_the_same_twice_and_alone(name: str) -> None:
+@pytest.mark.parametrize(("spec", "prefill"), PAIRS)
+def test_the_same_twice_and_alone(spec: str, prefill: str) -> None:
     """State that leaks from one sequence to the next would change the second run."""
-    made = policy(name)
+    made = plan(spec)
     other, rows = attention(6, 2, 4, LENGTH), attention(7, 2, 4, LENGTH)
-    alone = run(policy(name), rows, [BUDGET], kv_heads=2, prompt=PROMPT, prefill="stream")
-    run(made, other, [BUDGET], kv_heads=2, prompt=PROMPT, prefill="stream")
-    after = run(made, rows, [BUDGET], kv_heads=2, prompt=PROMPT, prefill="stream")
-    assert torch.equal(alone.leave, after.leave)
+    alone = run(plan(spec), rows, [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    run(made, other, [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    after = run(made, rows, [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    assert torch.equal(alone.visible(0, LENGTH), after.visible(0, LENGTH))
 
 
-@pytest.mark.parametrize("name", [n for n in POLICIES.names() if n != "random"])
-def test_swapping_heads_swaps_the_result(name: str) -> None:
-    """A policy that draws by head number (random) is the only one whose heads are not interchangeable."""
-    rows = attention(8, 1, 4, LENGTH)
-    made = run(policy(name), rows, [BUDGET], kv_heads=4, prompt=PROMPT, prefill="full")
-    if policy(name).needs - {"weights"}:
-        pytest.fail("teach tests/replay/maps.py to permute this policy's signals")
+@pytest.mark.parametrize(("spec", "prefill"), PAIRS)
+def test_budgets_side_by_side_do_not_mix(spec: str, prefill: str) -> None:
+    rows = attention(9, 2, 4, LENGTH)
+    more = budget(spec) + 6
+    both = run(plan(spec), rows, [budget(spec), more], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    for index, keys in enumerate([budget(spec), more]):
+        alone = run(plan(spec), rows, [keys], kv_heads=2, prompt=PROMPT, prefill=prefill)
+        assert torch.equal(both.visible(0, LENGTH)[index], alone.visible(0, LENGTH)[0])
+
+
+@pytest.mark.parametrize(("spec", "prefill"), [p for p in PAIRS if not {"random", "keyformer"} & {p[0].split(":")[0]}])
+def test_swapping_heads_swaps_the_result(spec: str, prefill: str) -> None:
+    """Policies that draw by head number are the only ones whose heads are not interchangeable."""
+    made, rows = plan(spec), attention(8, 1, 4, LENGTH)
+    given = signals(made, 1, 4, 4, LENGTH)
     order = [2, 0, 3, 1]
-    swapped = run(policy(name), rows[:, order], [BUDGET], kv_heads=4, prompt=PROMPT, prefill="full")
-    assert torch.equal(made.held(0, LENGTH)[:, :, order], swapped.held(0, LENGTH))
+    moved = {name: value if name == "mean_query" else value[:, order] for name, value in given.items()}
+    at = {"kv_heads": 4, "prompt": PROMPT, "prefill": prefill}
+    one = run(made, rows, [budget(spec)], given=given, **at)
+    swapped = run(made, rows[:, order], [budget(spec)], given=moved, **at)
+    assert torch.equal(one.visible(0, LENGTH)[:, :, order], swapped.visible(0, LENGTH))
 
 
-@pytest.mark.parametrize("name", POLICIES.names())
+PHASES = ["prefill", "step", "every:5"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "phase", "allocate"), list(product(SPECS, PHASES, ALLOCATORS.names())), ids=lambda value: str(value)
+)
+def test_every_phase_and_allocation_runs_or_says_why_not(spec: str, phase: str, allocate: str) -> None:
+    policy = parse_policies([spec])[0]
+    fixed = policy.traits.reads or policy.traits.published or not policy.traits.bounded
+    free = policy.traits.phase != "none" and not fixed
+    per_layer = policy.traits.scope == "layer" and ALLOCATORS.get(allocate).spans == "heads"
+    if policy.traits.phase != "none" and (not free or per_layer):
+        with pytest.raises(UsageError):
+            Plan.make(policy, phase, allocate)
+        return
+    made = Plan.make(policy, phase, allocate)
+    scan = (
+        run(made, attention(10, 3, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill="full")
+        if goes(made, "full")
+        else run(made, attention(10, 3, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill="stream")
+    )
+    assert int(scan.budget.sum()) == budget(spec) * scan.budget.numel(), "the total is conserved"
+    held = scan.held(0, LENGTH).sum(-1)  # [R, L, G, T]
+    kept = scan.budget if scan.budget.shape[-1] == 2 else scan.budget.expand(-1, -1, 2)
+    if free and scan.prefill == "full":
+        assert (held[..., PROMPT - 1] == kept.clamp(max=PROMPT)).all()
+
+
+def describing() -> list[str]:
+    return POLICIES.names()
+
+
+@pytest.mark.parametrize("name", describing())
 def test_every_policy_describes_itself(name: str) -> None:
     (row,) = describe(name)
     assert row["summary"].endswith(".") and row["paper"]
     assert all(parameter["help"] for parameter in row["parameters"])
 
 
-@pytest.mark.parametrize("name", POLICIES.names())
+@pytest.mark.parametrize("name", describing())
 def test_the_label_is_a_record(name: str) -> None:
-    assert policy(name).label == name
+    made: Policy = parse_policies([name])[0]
+    assert made.label == name

@@ -1,12 +1,14 @@
 """Words on the command line: whatever is mistyped is said, never ignored."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from kvscope.errors import UsageError
 from kvscope.policies import POLICIES, Policy, policy
-from kvscope.policies.spec import describe, parse_policies
+from kvscope.policies.spec import describe, parse_policies, parse_policy
 
 USER = """
 from dataclasses import dataclass
@@ -51,6 +53,13 @@ def test_settings_and_shared_parameters() -> None:
         (["h2o:group=median"], {}, "h2o: group='median' is not mean | max | sum", ""),
         (["tova", "tova"], {}, "policy tova is named twice", ""),
         (["missing.py:X"], {}, "no file missing.py", ""),
+        (["missing.py:X(a=1)"], {}, "no file missing.py", ""),
+        (["a2sf:alpha=1,alpha=0"], {}, "alpha is set twice in 'a2sf:alpha=1,alpha=0'", "once"),
+        (["a2sf(alpha=1"], {}, "no policy is called 'a2sf(alpha=1'", "a2sf"),
+        (["vatp:base=a2sf(alpha=0.7"], {}, "parentheses do not match", ""),
+        (["vatp:base=a2sf)alpha=0.7("], {}, "parentheses do not match", ""),
+        (["vatp:base=a2sf(alpha=x)"], {}, "a2sf: alpha='x' is not float", "kvscope policies a2sf"),
+        (["roco:variant=mask"], {}, "roco: variant='mask' is not plain | easykv", ""),
     ],
 )
 def test_mistakes(specs, params, what, todo) -> None:
@@ -64,6 +73,7 @@ def test_a_class_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(USER)
     made, again = parse_policies([f"{file}:Oldest", f"{file}:Oldest:shift=3"])
+    assert parse_policy(f"{file}:Oldest(shift=3)") == again
     assert made.label == "Oldest" and again.label == "Oldest(shift=3)"
     with pytest.raises(UsageError, match="has no class Oldset"):
         parse_policies([f"{file}:Oldset"])
@@ -75,6 +85,27 @@ def test_a_class_in_a_file(tmp_path: Path) -> None:
     broken.write_text("1/0")
     with pytest.raises(UsageError, match="ZeroDivisionError"):
         parse_policies([f"{broken}:X"])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["tova", "a2sf:alpha=0.7,recent=16", "h2o:recent=3", "vatp:base=a2sf(alpha=0.7,recent=4),norm=l2,sinks=3"],
+)
+def test_a_label_names_the_policy_again(spec: str) -> None:
+    made = parse_policy(spec)
+    assert parse_policy(made.label) == made
+
+
+def test_commas_inside_parentheses_belong_to_the_inner_policy() -> None:
+    made = parse_policy("vatp: base = a2sf( alpha=0.7, recent=4 ), sinks=3")
+    assert made.parameters() | {"base": "a2sf(alpha=0.7, recent=4)", "sinks": 3} == made.parameters()
+
+
+def test_a_path_may_hold_signs_of_settings(tmp_path: Path) -> None:
+    folder = tmp_path / "a=b (1)"
+    folder.mkdir()
+    (folder / "mine.py").write_text(USER)
+    assert parse_policy(f"{folder}/mine.py:Oldest:shift=2").label == "Oldest(shift=2)"
 
 
 def test_none_is_a_value_where_the_type_allows_it() -> None:
@@ -96,3 +127,29 @@ def test_description_names_types_and_defaults() -> None:
     assert row["parameters"][0]["name"] == "alpha" and row["parameters"][0]["default"] == 0.2
     assert row["parameters"][2]["type"] == "mean | max | sum"
     assert row["needs"] == ["weights"]
+
+
+def test_description_has_the_traits_of_the_defaults_and_the_variants() -> None:
+    rows = {row["name"]: row for row in describe()}
+    assert rows["vatp"]["needs"] == ["value_l1", "weights"] and rows["vatp"]["variants"] == ["plain", "mask"]
+    assert rows["tova"]["scope"] == "layer" and rows["tova"]["bounded"] and rows["tova"]["allocate"] == "uniform"
+    assert rows["a2sf"]["phase"] == "step" and not rows["a2sf"]["reads"] and not rows["a2sf"]["published"]
+    assert rows["keyformer"]["prefills"] == ["full"] and rows["keyformer"]["variants"] == []
+    assert rows["quest"]["reads"]
+    json.dumps(rows)
+
+
+def test_description_of_a_policy_with_a_parameter_that_must_be_given() -> None:
+    @policy("must-be-told")
+    @dataclass(frozen=True)
+    class MustBeTold(Policy):
+        """Needs a number."""
+
+        phase = "prefill"
+        number: int
+
+    try:
+        (row,) = describe("must-be-told")
+    finally:
+        del POLICIES._members["must-be-told"]
+    assert row["phase"] == "prefill" and row["needs"] == ["weights"]

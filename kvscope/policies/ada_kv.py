@@ -1,0 +1,32 @@
+"""Ada-KV: SnapKV with the budget of a layer shared out among its heads by what they attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvscope.policies.base import parameter, policy
+from kvscope.policies.snapkv import Pooling, SnapKV
+
+
+@policy("ada-kv")
+@dataclass(frozen=True)
+class AdaKV(SnapKV):
+    """Keep what the last rows of the prompt attend to; heads with concentrated attention give keys to the others.
+
+    The score is SnapKV's with the defaults of that code (window 32, max pooling over 7), the budgets those of
+    ``--allocate ada``. arXiv:2407.11550, algorithm 1; code FFY0/AdaKV. That code takes the mean over the window, which
+    orders keys as the sum does.
+
+    >>> from kvscope.replay.example import held
+    >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]
+    >>> held("ada-kv:window=1,kernel=1", rows, budget=2, prompt=4)[-1]  # one head: as snapkv
+    [1, 3]
+    """
+
+    allocate: ClassVar[str] = "ada"
+    paper: ClassVar[str] = "arXiv:2407.11550 algorithm 1"
+
+    window: int = parameter(32, "rows at the end that vote, and keys that stay; at most half of the budget")
+    kernel: int = parameter(7, "neighbouring keys that are pooled, an odd number")
+    pooling: Pooling = parameter("max", "how they are pooled: avg, max or none")

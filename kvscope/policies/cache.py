@@ -1,0 +1,38 @@
+"""What is left of the cache, without the gaps: for rules that look at neighbours or parts of it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def without_gaps(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions of the visible keys side by side, oldest first, and where there are any.
+
+    Parameters
+    ----------
+    visible : Tensor
+        bool ``[R, L, S, n]``.
+
+    Returns
+    -------
+    place : Tensor
+        int64 ``[R, L, S, m]``, with ``m`` the most keys that any head sees; a head that sees fewer ends in others.
+    there : Tensor
+        bool ``[R, L, S, m]``, whether that position is visible.
+
+    Examples
+    --------
+    >>> import torch
+    >>> place, there = without_gaps(torch.tensor([[[[True, False, True, True], [False, False, True, True]]]]))
+    >>> place.tolist(), there.tolist()
+    ([[[[0, 2, 3], [2, 3, 0]]]], [[[[True, True, True], [True, True, False]]]])
+    """
+    most = int(visible.sum(-1).max())
+    place = (~visible).byte().argsort(dim=-1, stable=True)[..., :most]
+    return place, visible.gather(-1, place)
+
+
+def at(place: Tensor, vectors: Tensor) -> Tensor:
+    """Return the vectors ``[., L, S, n, D]`` of the keys at `place`, ``[R, L, S, m, D]``."""
+    runs, size = place.shape[0], vectors.shape[-1]
+    return vectors.expand(runs, -1, -1, -1, -1).gather(-2, place[..., None].expand(*place.shape, size))

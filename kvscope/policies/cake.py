@@ -1,0 +1,66 @@
+"""CAKE: keys that are attended to much or unsteadily, and layers that spread their attention hold more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvscope.policies.base import Group, Policy, Protection, Step, at_least, parameter, policy
+from kvscope.policies.history import History
+from kvscope.policies.snapkv import Pooling, odd, pooled, voting
+
+
+@policy("cake")
+@dataclass(frozen=True)
+class CAKE(Policy):
+    """Keep keys whose weight in the last rows of the prompt is large or changes; then those of the newest row.
+
+    At the end of the prompt ``mean + gamma * variance`` of the last `window` rows, afterwards the newest row, each
+    pooled over `kernel` neighbours; the newest `window` keys stay (at most half of the budget). Layers share the budget
+    by ``--allocate cake``. arXiv:2503.12491, sections 4.1 and 4.2; code antgroup/cakekv.
+
+    >>> from kvscope.replay.example import held
+    >>> rows = [[1], [.5, .5], [.3, .3, .4], [.3, .1, .5, .1], [.3, .4, .1, .1, .1]]
+    >>> held("cake:window=2,kernel=1,gamma=10", rows, budget=4, prompt=5)[-1]  # key 1 has the variance
+    [1, 2, 3, 4]
+    """
+
+    allocate: ClassVar[str] = "cake"
+    prefills: ClassVar[frozenset[str]] = frozenset({"full"})
+    paper: ClassVar[str] = "arXiv:2503.12491 sections 4.1, 4.2"
+
+    window: int = parameter(32, "rows at the end that vote, and keys that stay; at most half of the budget")
+    gamma: float = parameter(200.0, "how much the variance counts beside the mean")
+    kernel: int = parameter(5, "neighbouring keys that are pooled, an odd number")
+    pooling: Pooling = parameter("avg", "how they are pooled: avg, max or none")
+    group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")
+
+    def __post_init__(self) -> None:
+        at_least("window", self.window, 1)
+        at_least("gamma", self.gamma, 0)
+        odd("kernel", self.kernel)
+
+    def protect(self, budget: int) -> Protection:
+        return Protection(recent=min(self.window, budget // 2))
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        row = step.weights(self.group)
+        history = History.of(step.memory, "rows", self.window)
+        if step.t < step.prompt:
+            history.push(row)
+        if not step.compresses:
+            return score
+        used = voting(self, step)
+        votes = row if step.t >= step.prompt else self._votes(history.rows, used)
+        return pooled(votes, step.visible, used, self.kernel, self.pooling)
+
+    def _votes(self, rows: Tensor, used: Tensor) -> Tensor:
+        newest = torch.arange(rows.shape[-2], 0, -1, device=rows.device) <= used[:, None]  # [R, w]
+        count = newest.sum(-1).clamp(min=1)[:, None, None, None]
+        shown = rows * newest[:, None, None, :, None]
+        mean = shown.sum(-2) / count
+        variance = (shown * shown).sum(-2) / count - mean * mean
+        return mean + self.gamma * variance.clamp(min=0)

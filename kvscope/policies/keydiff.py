@@ -1,0 +1,41 @@
+"""KeyDiff: keys that differ from the others stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+from kvscope.policies.base import Policy, Step, policy
+
+
+@policy("keydiff")
+@dataclass(frozen=True)
+class KeyDiff(Policy):
+    """Keep the keys that point furthest away from the mean direction of all keys that are still there.
+
+    Score of key ``j``: ``-cos(k_j, m)`` with ``m`` the mean of ``k_i / |k_i|`` over the visible keys ``i``; no weights
+    are read and nothing is protected. arXiv:2504.15364, section 3; code NVIDIA/kvpress, ``keydiff_press.py``, which
+    chooses once, at the end of the prompt; the paper's blocks are there a wrapper. Here the keys are scored anew at
+    every step that evicts. Two keys are always equally close to their mean: with a budget of one, rounding decides.
+
+    Example: budget 2; keys 0 and 1 point the same way, key 2 across: of the two that are alike the older goes. Key 3
+    lies between the two that are left, close to their mean, and goes at once.
+
+    >>> from kvscope.replay.example import held
+    >>> keys = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]
+    >>> held(KeyDiff(), [[1.0], [0.5, 0.5], [0.3, 0.3, 0.4], [0.25] * 4], budget=2, prompt=1, keys=keys)
+    [[0], [0, 1], [1, 2], [1, 2]]
+    """
+
+    needs = frozenset({"keys"})
+    paper = "arXiv:2504.15364 section 3"
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        if not step.compresses:
+            return score
+        unit = functional.normalize(step.signals["keys"].to(score.dtype), dim=-1)  # [., L, G, n, D]
+        total = step.visible.to(score.dtype)[..., None, :] @ unit  # [R, L, G, 1, D]
+        mean = functional.normalize(total, dim=-1)
+        return -(unit @ mean.transpose(-1, -2))[..., 0]

@@ -1,0 +1,69 @@
+"""Keyformer: key tokens of the prompt, chosen by noisy attention, and the newest ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvscope.policies.base import Group, Policy, Protection, Step, at_least, parameter, policy
+
+
+@policy("keyformer")
+@dataclass(frozen=True)
+class Keyformer(Policy):
+    """Keep the keys with the largest sum of noisy attention over the prompt, and the newest ones.
+
+    ``S[j] = sum_t softmax_j((x_t[j] + g_t[j]) / tau)`` with logits ``x`` and Gumbel noise ``g``, drawn from `seed` for
+    each query head, step and key; ``tau = tau_init + tau_delta * i`` at decoding step ``i`` (0 in the prompt). The
+    newest ``int(recent_ratio * B)`` keys stay. arXiv:2403.09054; code d-matrix-ai/keyformer-llm, GPT-J.
+
+    As in that code, the key tokens are chosen once, when the first key has to go: whatever comes later is dropped for
+    good when it leaves the recent window. There the budget counts what a query sees, itself included; here, as for
+    `h2o`, what is held after the step, so a query sees one key more: the one that leaves the window. The choice is the
+    same. The code knows no grouped heads; here `group` reduces them. Its 60 % of the prompt is the user's budget here.
+    A budget under 4 has no recent window; the code then evicts nothing.
+
+    Example: with a high temperature and no noise to speak of, all weights are alike, and a key gathers more the older
+    it is. Budget 4, ``recent_ratio=0.5``, prompt 4: keys 0 and 1 are the key tokens, and later keys just pass.
+
+    >>> from kvscope.replay.example import held
+    >>> rows = [[1.0 / n] * n for n in range(1, 7)]
+    >>> held(Keyformer(tau_init=1e6, recent_ratio=0.5), rows, budget=4, prompt=4)
+    [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 3, 4], [0, 1, 4, 5]]
+    """
+
+    prefills = frozenset({"full"})
+    paper = "arXiv:2403.09054"
+
+    recent_ratio: float = parameter(0.3, "share of the budget for the newest keys")
+    tau_init: float = parameter(1.0, "temperature in the prompt")
+    tau_delta: float = parameter(0.01, "by how much the temperature grows at each decoding step")
+    seed: int = parameter(0, "seed of the noise")
+    group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")
+
+    def __post_init__(self) -> None:
+        at_least("recent_ratio", self.recent_ratio, 0, 1)
+        at_least("tau_init", self.tau_init, 1e-6)
+        at_least("tau_delta", self.tau_delta, 0)
+
+    def protect(self, budget: int) -> Protection:
+        return Protection(recent=int(self.recent_ratio * budget))
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        chosen = step.memory.get("keyformer", torch.zeros_like(step.budget, dtype=torch.bool))  # [R, L, G]
+        if step.compresses:
+            step.memory["keyformer"] = chosen | (step.visible.sum(-1) > step.budget)
+        total = score + step.grouped(self._noisy(step), self.group).to(score.dtype)
+        age = torch.arange(step.t, -1, -1, device=score.device, dtype=score.dtype)
+        # Once chosen, the newest key beyond the recent window is the one that has just left it.
+        return torch.where(chosen[..., None], age, total)
+
+    def _noisy(self, step: Step) -> Tensor:
+        """Return the softmax of the logits with Gumbel noise, ``[R, L, H, n]``; a row without mass stays zero."""
+        assert step.live is not None
+        noise = -torch.log(-torch.log(step.draw_row(self.seed)))
+        tau = self.tau_init + self.tau_delta * max(step.t - step.prompt + 1, 0)
+        logits = step.live.double().log()  # up to a constant per row, which no softmax sees
+        return torch.softmax((logits + noise) / tau, -1).nan_to_num(0.0)

@@ -1,0 +1,78 @@
+"""LagKV: keys and values that vary most when measured by the part of the prompt that follows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvscope.policies.base import Policy, Protection, Step, at_least, parameter, policy
+from kvscope.policies.cache import at, without_gaps
+
+
+@policy("lagkv")
+@dataclass(frozen=True)
+class LagKV(Policy):
+    """Keep, in every part of the prompt, the keys that stand out when scaled by the part after it; no weights are read.
+
+    After the sinks the prompt is cut into parts of `lag` keys. Every dimension of a part's keys is scaled by the
+    minimum and maximum of the next part; the standard deviation over the dimensions of each key, as a softmax over the
+    part, is its key score. Values are scored alike, the two averaged. The score of a key is its rank in its part, the
+    lowest being 0. The last whole part and what is left over, which have no next part, outrank the others, the newest
+    most; so does everything, if there are no two whole parts. Evicts once, at the end of the prompt; where it is told
+    to evict later as well, the cache that is left is cut into parts anew.
+
+    arXiv:2504.04704; code NVIDIA/kvpress, ``lagkv_press.py``. That code keeps a share of the prompt, here it is `B`
+    keys. Equal ranks, which every cut has, and the keys at the end, are ties there and left to chance; here the oldest
+    goes first. A dimension that is constant in the next part, a division by zero there, is not scaled.
+
+    Example: parts of two keys and no sinks. Of keys 0 and 1 the second varies more over its dimensions.
+
+    >>> from kvscope.replay.example import held
+    >>> states = [[0.5, 0.5], [0.1, 0.9], [0.0, 0.0], [1.0, 1.0]]
+    >>> rows = [[1.0], [0.5] * 2, [0.3] * 3, [0.25] * 4]
+    >>> held(LagKV(lag=2, sinks=0), rows, budget=3, prompt=4, keys=states, values=states)[-1]
+    [1, 2, 3]
+    """
+
+    needs = frozenset({"keys", "values"})
+    phase = "prefill"
+    paper = "arXiv:2504.04704 section 2"
+
+    lag: int = parameter(128, "keys of one part")
+    sinks: int = parameter(4, "first keys, which always stay")
+
+    def __post_init__(self) -> None:
+        at_least("lag", self.lag, 2)
+        at_least("sinks", self.sinks, 0)
+
+    def protect(self, budget: int) -> Protection:
+        return Protection(sinks=self.sinks)
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        held = step.visible.sum(-1, keepdim=True)  # [R, L, G, 1]
+        if not step.compresses or not bool((held[..., 0] > step.budget).any()):
+            return score
+        place, there = without_gaps(step.visible)
+        order = torch.arange(place.shape[-1], device=score.device)
+        ranked = self.sinks + ((held - self.sinks) // self.lag - 1) * self.lag  # keys before the last whole part
+        new = order.to(score.dtype).expand_as(place)  # without a rank: above all ranks, at least `lag`
+        parts = (place.shape[-1] - self.sinks) // self.lag
+        if parts >= 2:
+            keys, values = (at(place, step.signals[name].to(score.dtype)) for name in ("keys", "values"))
+            spread = self._spread(keys, parts) + self._spread(values, parts)
+            rank = spread.argsort(dim=-1, stable=True).argsort(-1).flatten(-2)
+            rank = functional.pad(rank, (self.sinks, place.shape[-1] - self.sinks - rank.shape[-1]))
+            new = torch.where((order >= self.sinks) & (order < ranked), rank, new)
+        return score.scatter(-1, place, torch.where(there, new, 0))
+
+    def _spread(self, states: Tensor, parts: int) -> Tensor:
+        """Return the score of the keys of all parts but the last, ``[R, L, G, parts - 1, lag]``."""
+        cut = states[..., self.sinks : self.sinks + parts * self.lag, :]
+        cut = cut.reshape(*states.shape[:-2], parts, self.lag, states.shape[-1])
+        low, high = cut[..., 1:, :, :].amin(-2, keepdim=True), cut[..., 1:, :, :].amax(-2, keepdim=True)
+        width = torch.where(high > low, high - low, 1)
+        deviation = ((cut[..., :-1, :, :] - low) / width).std(-1)
+        return deviation.softmax(-1)

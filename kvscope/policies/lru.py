@@ -1,0 +1,44 @@
+"""LRU: the key that has gone unused for longest goes, as in any other cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvscope.policies.base import Group, Policy, Step, parameter, policy
+
+
+@policy("lru")
+@dataclass(frozen=True)
+class LRU(Policy):
+    """Keep the keys that were used most recently; a key is used by a row that gives it at least its even share.
+
+    Score of key ``j``: the last step ``t`` with ``w_t[j] >= mean of w_t over V_t``, which is ``1 / |V_t|`` for a row
+    that sums to one. Its arrival counts as a use. A baseline of ours: the classical replacement rule, carried over to
+    attention.
+
+    Example
+    -------
+    The even share of step 3 is 1/3, and only key 2 falls short of it.
+
+    >>> from kvscope.replay.example import held
+    >>> held(LRU(), [[1], [0.6, 0.4], [0.2, 0.5, 0.3], [0.1, 0.4, 0.1, 0.4]], 2)
+    [[0], [0, 1], [1, 2], [1, 3]]
+    """
+
+    paper = "baseline: least recently used"
+
+    group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        weights = step.weights(self.group)
+        used = (weights >= even_share(step, weights)) & (weights > 0)
+        used[..., -1] = True
+        return torch.where(used, step.t, score)
+
+
+def even_share(step: Step, weights: Tensor) -> Tensor:
+    """Return the mean of rows ``[R, L, S, n]`` over the keys that are visible, ``[R, L, S, 1]``."""
+    return weights.sum(-1, keepdim=True) / step.visible.sum(-1, keepdim=True)

@@ -1,0 +1,28 @@
+"""PyramidKV: SnapKV with more keys for the first layers and fewer for the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvscope.policies.base import policy
+from kvscope.policies.snapkv import SnapKV
+
+
+@policy("pyramidkv")
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """Keep what the last rows of the prompt attend to; the budget shrinks from layer to layer.
+
+    The score is SnapKV's, the budgets those of ``--allocate pyramid``: from about twice the mean down to a twentieth,
+    beside the window. arXiv:2406.02069, section 4.2; code Zefan-Cai/KVCache-Factory, ``PyramidKVCluster``. That code
+    steps by whole keys and so spends up to a key per layer more; here the total is the uniform one.
+
+    >>> from kvscope.replay.example import held
+    >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]
+    >>> held("pyramidkv:window=1,pooling=none", rows, budget=2, prompt=4)[-1]  # one layer: as snapkv
+    [1, 3]
+    """
+
+    allocate: ClassVar[str] = "pyramid"
+    paper: ClassVar[str] = "arXiv:2406.02069 section 4.2"

@@ -1,0 +1,96 @@
+"""Quest: a sparse reader that asks for the pages of keys that could matter most to the query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvscope.policies.base import Group, Policy, Step, at_least, parameter, policy
+
+
+@policy("quest")
+@dataclass(frozen=True)
+class Quest(Policy):
+    """Read the pages of `page_size` neighbouring keys with the largest upper bound on their logits, and hold all keys.
+
+    Bound of a page for a query head: ``sum_d max(q_d * low_d, q_d * high_d)``, with ``low`` and ``high`` the smallest
+    and largest value of each dimension among the page's keys (after rotary embedding). The
+    ``max(fewest_pages, B // page_size)`` pages with the largest bounds are read; of equal ones the newer. The prompt
+    and the first `skip_layers` layers read everything, and so does a step whose keys fit the budget. The last page may
+    be shorter than the others.
+
+    arXiv:2406.10774, section 3.3; code mit-han-lab/Quest, ``evaluation/quest_attention.py``. That code chooses for
+    every query head; here a key/value head decides, with the bounds of its query heads reduced by `group`. There the
+    current key is read only if its page is chosen; here always, alone if need be. A budget below ``fewest_pages``
+    pages reads more than the budget.
+
+    Example: pages of one key, two of them. Keys 0 and 2 point with the query, key 1 against it.
+
+    >>> from kvscope.replay.example import held
+    >>> keys, queries = [[1.0], [-1.0], [0.5], [-0.5]], [[1.0]] * 4
+    >>> reader = Quest(page_size=1, fewest_pages=2, skip_layers=0)
+    >>> held(reader, [[1.0], [0.5] * 2, [0.3] * 3, [0.25] * 4], budget=2, prompt=3, keys=keys, queries=queries)[3]
+    [0, 2, 3]
+    """
+
+    reads = True
+    needs = frozenset({"keys", "queries"})
+    paper = "arXiv:2406.10774 section 3.3"
+
+    page_size: int = parameter(16, "keys of one page")
+    fewest_pages: int = parameter(3, "pages that are read whatever the budget")
+    skip_layers: int = parameter(2, "first layers of the model, which read everything")
+    group: Group = parameter("max", "how the bounds of the query heads of a group become one: mean, max or sum")
+
+    def __post_init__(self) -> None:
+        at_least("page_size", self.page_size, 1)
+        at_least("fewest_pages", self.fewest_pages, 1)
+        at_least("skip_layers", self.skip_layers, 0)
+
+    def read(self, step: Step) -> Tensor:
+        bound = step.grouped(self._bounds(step), self.group)  # [., L, G, pages]
+        bound = bound.expand(step.visible.shape[0], -1, -1, -1)
+        gone = ~self._paged(step.visible, False).any(-1)  # what a sliding window has wholly left behind
+        order = bound.masked_fill(gone, -torch.inf).argsort(dim=-1, stable=True)
+        pages = order.shape[-1]
+        most = (step.budget // self.page_size).clamp(min=self.fewest_pages)[..., None]
+        best = torch.arange(pages, device=order.device) >= pages - most
+        chosen = torch.zeros_like(gone).scatter(-1, order, best)
+        reads = chosen.repeat_interleave(self.page_size, -1)[..., : step.t + 1]
+        reads[..., -1] = True
+        whole = (step.layers < self.skip_layers)[:, None] | (step.t < step.budget)  # [R, L, S]
+        return step.visible & (reads | whole[..., None])
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        return score
+
+    def _bounds(self, step: Step) -> Tensor:
+        """Return the bound of every page for every query head, ``[., L, H, pages]``."""
+        low, high = self._extremes(step)
+        queries = step.signals["queries"]
+        runs, layers, heads, size = queries.shape
+        grouped = queries.reshape(runs, layers, step.kv_heads, -1, size)
+        bound = grouped.clamp(min=0) @ high.transpose(-1, -2) + grouped.clamp(max=0) @ low.transpose(-1, -2)
+        return bound.reshape(bound.shape[0], layers, heads, -1)
+
+    def _extremes(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Return the smallest and largest values of each page, ``[., L, G, pages, D]``, and remember them."""
+        keys, memory = step.signals["keys"], step.memory
+        first = memory.get("pages_end", 0) // self.page_size  # the first page that has changed
+        new = keys[..., first * self.page_size :, :].transpose(-1, -2)  # [., L, G, D, keys of the new pages]
+        low = self._paged(new, torch.inf).amin(-1).transpose(-1, -2)
+        high = self._paged(new, -torch.inf).amax(-1).transpose(-1, -2)
+        if first:
+            low = torch.cat([memory["low"][..., :first, :], low], -2)
+            high = torch.cat([memory["high"][..., :first, :], high], -2)
+        memory["pages_end"], memory["low"], memory["high"] = step.t + 1, low, high
+        return low, high
+
+    def _paged(self, values: Tensor, fill: float) -> Tensor:
+        """Return ``[..., n]`` as ``[..., pages, page_size]``, the last page filled up with `fill`."""
+        missing = -values.shape[-1] % self.page_size
+        padded = functional.pad(values, (0, missing), value=fill)
+        return padded.reshape(*values.shape[:-1], -1, self.page_size)

@@ -1,0 +1,115 @@
+"""R-KV: attention of the last queries against redundancy among the keys."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvscope.errors import UsageError
+from kvscope.policies.base import Policy, Protection, Step, at_least, parameter, policy
+from kvscope.policies.cache import at, without_gaps
+
+BLOCK = 2**24  # numbers in one block of cosines between keys
+
+
+@policy("r-kv")
+@dataclass(frozen=True)
+class RKV(Policy):
+    """Keep keys that the last queries attend to and that no other key resembles, and the newest `window`.
+
+    ``score = mix_lambda * attention - (1 - mix_lambda) * redundancy``. Attention: for each of the last `window`
+    queries the logits of the keys before the window (the largest of the query heads of a group, divided by the root of
+    the head size) through a softmax, averaged over the queries and max-pooled over `pooling` neighbours that are still
+    there. Redundancy: the cosines ``c_ij`` of all keys that are still there, without ``c_ii`` and, for each ``i``,
+    without the newest ``j`` with ``c_ij > similar``; the mean over ``i``, through a softmax over ``j``.
+
+    It evicts at the end of the prompt and then every 128 steps; in between the cache grows beyond its budget. The
+    window is at most half of the budget. arXiv:2505.24133, section 3; code Zefan-Cai/R-KV, ``r1_kv.py``. Where a key
+    resembles none, that code leaves ``c_i0`` out instead; here nothing. A logit there is as the model's own only if the
+    model scales by the root of the head size; the same holds here.
+
+    Example: budget 3, so a window of one key. Keys 0 and 1 are the same, so each makes the other redundant; key 2
+    resembles key 3 alone, and that one is not counted. Of keys 0 and 1 the older goes.
+
+    >>> from kvscope.replay.example import held
+    >>> keys, queries = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], [[0.0, 0.1]] * 4
+    >>> held(RKV(), [[1.0], [0.5] * 2, [0.3] * 3, [0.25] * 4], budget=3, prompt=4, keys=keys, queries=queries)[-1]
+    [1, 2, 3]
+    """
+
+    needs = frozenset({"keys", "queries"})
+    phase = "every:128"
+    paper = "arXiv:2505.24133 section 3"
+
+    window: int = parameter(8, "newest keys that always stay and whose queries are asked; at most half of the budget")
+    mix_lambda: float = parameter(0.07, "share of attention in the score; the rest is redundancy")
+    pooling: int = parameter(7, "kernel of the max-pooling of attention, odd; 1: none")
+    similar: float = parameter(0.5, "cosine above which keys count as alike")
+
+    def __post_init__(self) -> None:
+        at_least("window", self.window, 1)
+        at_least("mix_lambda", self.mix_lambda, 0, 1)
+        at_least("similar", self.similar, -1, 1)
+        at_least("pooling", self.pooling, 1)
+        if self.pooling % 2 == 0:
+            raise UsageError(f"pooling={self.pooling} is even", "pooling must be odd: a key in the middle.")
+
+    def protect(self, budget: int) -> Protection:
+        return Protection(recent=min(self.window, budget // 2))
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        queries = self._remember(step)
+        if not step.compresses or not bool((step.visible.sum(-1) > step.budget).any()):
+            return score
+        place, there = without_gaps(step.visible)
+        keys = at(place, step.signals["keys"].to(score.dtype))
+        attention = self._attention(step, queries.to(score.dtype), keys, there, place)
+        mixed = self.mix_lambda * attention - (1 - self.mix_lambda) * redundancy(keys, there, self.similar)
+        return score.scatter(-1, place, torch.where(there, mixed, 0))
+
+    def _remember(self, step: Step) -> Tensor:
+        """Return the last `window` queries, newest first, ``[., L, H, window or fewer, D]``, and keep them."""
+        newest = step.signals["queries"][..., None, :]
+        older = step.memory.get("queries")
+        queries = newest if older is None else torch.cat([newest, older[..., : self.window - 1, :]], -2)
+        step.memory["queries"] = queries
+        return queries
+
+    def _attention(self, step: Step, queries: Tensor, keys: Tensor, there: Tensor, place: Tensor) -> Tensor:
+        """Return the pooled attention of the last queries on the keys before the window, ``[R, L, G, m]``."""
+        runs, layers, _, asked, size = queries.shape
+        grouped = queries.reshape(runs, layers, step.kv_heads, -1, asked, size)
+        logits = (grouped @ keys[:, :, :, None].transpose(-1, -2)).amax(3) / math.sqrt(size)  # [R, L, G, asked, m]
+        window = (step.budget // 2).clamp(max=self.window)[..., None]  # [R, L, G, 1]
+        before = there & (place <= step.t - window)
+        weights = logits.masked_fill(~before[..., None, :], -torch.inf).softmax(-1)
+        asks = torch.arange(asked, device=window.device) < window.clamp(min=1)
+        mean = (weights * asks[..., None]).sum(-2) / asks.sum(-1, keepdim=True)
+        mean = mean.masked_fill(~before, -torch.inf)
+        pooled = functional.max_pool1d(mean.flatten(0, 2), self.pooling, stride=1, padding=self.pooling // 2)
+        return pooled.view_as(mean).masked_fill(~before, 0)
+
+
+def redundancy(keys: Tensor, there: Tensor, similar: float) -> Tensor:
+    """Return how much each key resembles the others, ``[R, L, G, m]``, summing to one over the keys that are `there`.
+
+    Cosines are made a block of keys at a time: memory does not grow with the square of their number.
+    """
+    unit = functional.normalize(keys, dim=-1) * there[..., None]
+    total = (unit @ unit.sum(-2)[..., None])[..., 0] - (unit * unit).sum(-1)  # of each column, without the diagonal
+    m = unit.shape[-2]
+    column = torch.arange(m, device=keys.device)
+    rows = max(1, BLOCK // max(1, unit[..., 0].numel()))
+    for start in range(0, m, rows):
+        block = unit[..., start : start + rows, :] @ unit.transpose(-1, -2)
+        alike = (block > similar) & there[..., None, :] & there[..., start : start + rows, None]
+        alike &= column != column[start : start + rows, None]
+        newest = torch.where(alike, column, -1).amax(-1, keepdim=True)
+        value = block.gather(-1, newest.clamp(min=0)).masked_fill(newest < 0, 0)
+        total = total.scatter_add(-1, newest.clamp(min=0)[..., 0], -value[..., 0])
+    mean = total / there.sum(-1, keepdim=True).clamp(min=1)
+    return mean.masked_fill(~there, -torch.inf).softmax(-1)

@@ -1,0 +1,163 @@
+"""Recycled Attention and RefreshKV: sparse readers that choose again from the whole cache now and then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvscope.errors import UsageError
+from kvscope.policies.base import Group, Policy, Step, Traits, at_least, parameter, policy
+
+Schedule = Literal["fixed", "dynamic"]
+
+
+@policy("recycled-attention")
+@dataclass(frozen=True)
+class RecycledAttention(Policy):
+    """Read the keys that weighed most in the last full row and those generated since; every `stride` steps, read all.
+
+    A full step sees every key. The ``K = B`` keys that weigh most in its row (query heads of a group reduced by
+    `group`, then max-pooled) are the recycled set. A partial step sees that set and its own key; afterwards its key
+    joins, and while the set has more than ``K`` keys the one with the lowest weight of that full row goes. Keys
+    generated since go last, the oldest first. Of equal weights the older key goes first.
+
+    The end of the prompt is a full step (with streaming prefill: step 0). ``schedule=fixed``: so is every `stride`-th
+    step after it. ``schedule=dynamic``: at every `compare_every`-th step after it each layer compares its query,
+    averaged over query heads, with that of its own last full step; a cosine above `threshold` makes the step partial.
+    Steps in between are partial. The paper leaves open whether queries are compared before or after the rotary
+    embedding; here it is after.
+
+    arXiv:2411.05787; no code is public. A set shorter than ``K`` grows before it drops anything, where the paper's
+    pseudocode always drops one. There a stride beyond ``K`` loses keys for good; here a reader holds everything.
+
+    Example: two keys, a full row (.5 .2 .3) at the end of the prompt. Step 3 reads keys 0 and 2 and itself, then key 2
+    goes; step 4 reads keys 0, 3 and itself, then key 0 goes.
+
+    >>> from kvscope.replay.example import held
+    >>> rows = [[1.0], [0.5, 0.5], [0.5, 0.2, 0.3], [0.1, 0.7, 0.1, 0.1], [0.2] * 5, [0.1, 0.5, 0.1, 0.1, 0.1, 0.1]]
+    >>> held(RecycledAttention(), rows, budget=2, prompt=3)[3:]
+    [[0, 2, 3], [0, 3, 4], [3, 4, 5]]
+    """
+
+    reads = True
+    needs = frozenset({"weights"})
+    paper = "arXiv:2411.05787 (first version)"
+
+    stride: int = parameter(50, "steps from one full step to the next, with schedule=fixed")
+    schedule: Schedule = parameter("fixed", "when all keys are read: fixed (every stride steps) or dynamic")
+    compare_every: int = parameter(5, "steps from one comparison of queries to the next, with schedule=dynamic")
+    threshold: float = parameter(0.8, "cosine of queries above which a compared step stays partial")
+    pooling: int = parameter(1, "kernel of the max-pooling of the full row, odd; 1: none")
+    group: Group = parameter("max", "how the query heads of a group become one: mean, max or sum")
+
+    def __post_init__(self) -> None:
+        at_least("stride", self.stride, 1)
+        at_least("compare_every", self.compare_every, 1)
+        at_least("threshold", self.threshold, -1, 1)
+        at_least("pooling", self.pooling, 1)
+        if self.pooling % 2 == 0:
+            raise UsageError(f"pooling={self.pooling} is even", "pooling must be odd: a key in the middle.")
+
+    @property
+    def traits(self) -> Traits:
+        dynamic = self.schedule == "dynamic"
+        return self.with_traits(needs=frozenset({"weights", "mean_query"} if dynamic else {"weights"}))
+
+    def read(self, step: Step) -> Tensor:
+        full = self._full(step)
+        step.memory["full"] = full
+        if "chosen" not in step.memory:
+            return step.visible
+        chosen = _with_current(step.memory["chosen"], True)
+        return step.visible & (chosen | full[..., None, None])
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        full = step.memory.pop("full", None)
+        if full is None:  # a row of the prompt: it sees everything, and is a full step only at the end
+            if not step.compresses:
+                return score
+            full = self._full(step)
+        self._partial(step)
+        if bool(full.any()):
+            self._choose(step, full)
+        return score
+
+    def _full(self, step: Step) -> Tensor:
+        """Return in which runs and layers this is a full step, bool ``[R, L]``."""
+        shape = step.visible.shape[:2]
+        since = step.t - step.memory.setdefault("start", step.t)
+        if since == 0:
+            return step.visible.new_ones(shape)
+        if self.schedule == "fixed":
+            return step.visible.new_full(shape, since % self.stride == 0)
+        if since % self.compare_every:
+            return step.visible.new_zeros(shape)
+        similarity = functional.cosine_similarity(step.signals["mean_query"], step.memory["query"], dim=-1)
+        return similarity <= self.threshold
+
+    def _partial(self, step: Step) -> None:
+        """Let the current key join the recycled set, and the lowest of the last full row leave it."""
+        memory = step.memory
+        if "chosen" not in memory:
+            memory["chosen"] = torch.zeros_like(step.visible)
+            memory["rank"] = torch.zeros(step.visible.shape, dtype=torch.int32, device=step.visible.device)
+            return
+        chosen = _with_current(memory["chosen"], True) & step.visible
+        rank = _with_current(memory["rank"], step.t)
+        lowest = rank.masked_fill(~chosen, step.length).argmin(-1, keepdim=True)
+        kept = chosen.gather(-1, lowest) & (chosen.sum(-1) <= step.budget)[..., None]
+        memory["chosen"], memory["rank"] = chosen.scatter(-1, lowest, kept), rank
+
+    def _choose(self, step: Step, full: Tensor) -> None:
+        """Make the keys that weigh most in this row the recycled set, in the runs and layers of `full`."""
+        memory, now = step.memory, full[..., None, None]
+        weights = step.weights(self.group).masked_fill(~step.visible, -torch.inf)
+        if self.pooling > 1:
+            flat = weights.flatten(0, 2)
+            pooled = functional.max_pool1d(flat, self.pooling, stride=1, padding=self.pooling // 2)
+            weights = pooled.view_as(weights).masked_fill(~step.visible, -torch.inf)
+        order = weights.argsort(dim=-1, stable=True)  # of equal weights the older ranks lower
+        places = torch.arange(step.t + 1, dtype=torch.int32, device=order.device).expand_as(order)
+        rank = torch.zeros_like(places).scatter(-1, order, places)
+        chosen = step.visible & (rank > step.t - step.budget[..., None])
+        memory["rank"] = torch.where(now, rank, memory["rank"])
+        memory["chosen"] = torch.where(now, chosen, memory["chosen"])
+        if self.schedule == "dynamic":
+            query = step.signals["mean_query"].expand(*full.shape, -1)
+            memory["query"] = torch.where(full[..., None], query, memory.get("query", query))
+
+
+@policy("refreshkv")
+@dataclass(frozen=True)
+class RefreshKV(RecycledAttention):
+    """Read as Recycled Attention does, but pool the full row and look at the queries to see when to read all again.
+
+    The rule of `RecycledAttention` with max-pooling 7 of the full row and ``schedule=dynamic``: every 10th step, a
+    cosine of at most .85 makes the step full. The paper uses .85 for Llama-3.1-8B and .95 for Qwen2-7B, and compares
+    every 5 or 10 steps. RefreshKV, ACL 2025 (arXiv:2411.05787), figure 2 and section 2.2; no code is public.
+
+    Example: with ``compare_every=1`` the query turns at step 4, which therefore reads everything.
+
+    >>> from kvscope.replay.example import held
+    >>> rows = [[1.0], [0.5, 0.5], [0.5, 0.2, 0.3], [0.1, 0.7, 0.1, 0.1], [0.2] * 5]
+    >>> query = [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]
+    >>> held(RefreshKV(compare_every=1, pooling=1), rows, budget=2, prompt=3, mean_query=query)[3:]
+    [[0, 2, 3], [0, 1, 2, 3, 4]]
+    """
+
+    needs = frozenset({"weights", "mean_query"})
+    paper = "RefreshKV, ACL 2025 (arXiv:2411.05787) section 2.2"
+
+    schedule: Schedule = parameter("dynamic", "when all keys are read: fixed (every stride steps) or dynamic")
+    compare_every: int = parameter(10, "steps from one comparison of queries to the next, with schedule=dynamic")
+    threshold: float = parameter(0.85, "cosine of queries above which a compared step stays partial")
+    pooling: int = parameter(7, "kernel of the max-pooling of the full row, odd; 1: none")
+
+
+def _with_current(values: Tensor, current: Any) -> Tensor:
+    """Return what is remembered of the older keys with `current` for the key that has just arrived."""
+    return functional.pad(values, (0, 1), value=current)

@@ -1,0 +1,99 @@
+"""RoCo: robust cache omission. The smallest mean goes, among keys whose weight varies little."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvscope.policies.base import Group, Policy, Protection, Step, Traits, at_least, parameter, policy
+
+NEWEST, UNKNOWN = 1e9, 2e9  # deviations beyond any weight's: of the newest keys, and where rounding left no number
+
+
+@policy("roco")
+@dataclass(frozen=True)
+class RoCo(Policy):
+    """Evict the key with the smallest mean weight, but none of those whose weight has varied most.
+
+    Over the rows that saw key ``j``: mean ``m[j]`` and standard deviation ``s[j]`` of its weight. With
+    ``w = int(std_ratio * B)``, the ``w + 1`` visible keys with the largest ``s`` are out of reach, and of the others
+    (at a step that evicts one, the ``B - w`` with the smallest ``s``) the one with the smallest ``m`` goes. The newest
+    `recent` keys stay, at most half of the budget. Where several keys go at once, as at the end of a prompt, that many
+    of the smallest ``m`` go, which is how the authors' code thins out a prompt in chunks.
+
+    Ren and Zhu, arXiv:2402.06262; code DRSY/EasyKV, ``easykv.py``. ``variant=easykv`` is its decoding mode: the prompt
+    stays and has no part in the rule; ``B`` is the prompt plus that code's budget ``b``, and ``w`` comes from ``b``.
+    There the newest 10 count as varying most instead of being protected, so with ``b`` under 30 some of them may go,
+    and a variance that rounds below zero counts as the largest of all. Of equal deviations the older key counts as the
+    smaller, where the code leaves the choice open.
+
+    Example: budget 3, ``std_ratio=0.4`` (``w = 1``), ``recent=1``. After row 3 the means of keys 0 to 2 are .65, .2 and
+    .275, the deviations .23, .28 and .03. Key 1 has varied most and key 3 is the newest: key 2 goes, not key 1.
+
+    >>> from kvscope.replay.example import held
+    >>> rows = [[1.0], [0.4, 0.6], [0.7, 0.0, 0.3], [0.5, 0.0, 0.25, 0.25]]
+    >>> held(RoCo(std_ratio=0.4, recent=1), rows, budget=3, prompt=1)[3]
+    [0, 1, 3]
+    """
+
+    paper = "arXiv:2402.06262; code DRSY/EasyKV"
+
+    std_ratio: float = parameter(0.3, "share of the budget for the keys whose weight varies most")
+    recent: int = parameter(10, "newest keys that stay, at most half of the budget")
+    group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")
+    variant: Literal["plain", "easykv"] = parameter(
+        "plain", "easykv: the authors' decoding mode, which keeps the prompt"
+    )
+
+    def __post_init__(self) -> None:
+        at_least("std_ratio", self.std_ratio, 0, 1)
+        at_least("recent", self.recent, 0)
+
+    @property
+    def traits(self) -> Traits:
+        if self.variant == "plain":
+            return self.with_traits()
+        return self.with_traits(prefills=frozenset({"full"}), published=True)
+
+    def protect(self, budget: int) -> Protection:
+        if self.variant == "easykv":
+            return Protection(prompt=True)
+        return Protection(recent=min(self.recent, budget // 2))
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        mean, variance = self._moments(step)
+        if not step.compresses:
+            return mean
+        first = step.prompt if self.variant == "easykv" else 0
+        key = torch.arange(step.t + 1, device=mean.device)
+        candidate = step.visible & (key >= first)
+        budget = step.budget - first  # [R, L, G]
+        newest = (
+            torch.full_like(budget, self.recent) if self.variant == "easykv" else (budget // 2).clamp(max=self.recent)
+        )
+        spread = self._deviation(variance).masked_fill(key >= step.t + 1 - newest[..., None], NEWEST)
+        order = spread.masked_fill(~candidate, torch.inf).argsort(dim=-1, stable=True)
+        place = torch.empty_like(order).scatter_(-1, order, key.expand_as(order))
+        varying = (self.std_ratio * budget.double()).long()
+        feasible = place < (candidate.sum(-1) - varying - 1)[..., None]
+        return torch.where(feasible, mean, mean + mean.amax(-1, keepdim=True) + 1)
+
+    def _moments(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of every key's weight over the rows that saw it, ``[R, L, G, n]``."""
+        weights = step.weights(self.group)
+        if "roco" not in step.memory:
+            step.memory["roco"] = weights.new_zeros((2, *weights.shape[:-1], step.length))
+        sums = step.memory["roco"][..., : step.t + 1]
+        sums[0] += weights
+        sums[1] += weights**2
+        rows = torch.arange(step.t + 1, 0, -1, device=weights.device)  # a key is seen from its own row on
+        mean = sums[0] / rows
+        return mean, sums[1] / rows - mean**2
+
+    def _deviation(self, variance: Tensor) -> Tensor:
+        if self.variant == "plain":
+            return variance.clamp(min=0).sqrt()
+        return variance.sqrt().nan_to_num(nan=UNKNOWN)

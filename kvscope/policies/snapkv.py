@@ -1,0 +1,85 @@
+"""SnapKV: the keys that the end of the prompt looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvscope.policies.base import Group, Phase, Policy, Protection, Step, at_least, parameter, policy
+from kvscope.policies.cache import without_gaps
+from kvscope.policies.history import History
+
+Pooling = Literal["avg", "max", "none"]
+
+
+@policy("snapkv")
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Keep what the last rows of the prompt attend to, with its neighbours, and those last keys themselves.
+
+    Score of key ``j``: the sum of its weights over the last `window` rows, pooled over `kernel` neighbouring keys;
+    the window's own keys stay and take no part in the pooling. arXiv:2404.14469, section 4.2; code
+    FasterDecoding/SnapKV, class ``SnapKVCluster`` and its defaults. That code scores query heads; here the group is
+    reduced before pooling. The window is at most half of the budget. Pooled scores tie often: the older key goes, where
+    the code leaves the choice to its sort.
+
+    >>> from kvscope.replay.example import held
+    >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]
+    >>> held("snapkv:window=1,pooling=none", rows, budget=2, prompt=4)[-1]
+    [1, 3]
+    """
+
+    phase: ClassVar[Phase] = "prefill"
+    prefills: ClassVar[frozenset[str]] = frozenset({"full"})
+    paper: ClassVar[str] = "arXiv:2404.14469 section 4.2"
+
+    window: int = parameter(64, "rows at the end that vote, and keys that stay; at most half of the budget")
+    kernel: int = parameter(5, "neighbouring keys that are pooled, an odd number")
+    pooling: Pooling = parameter("avg", "how they are pooled: avg, max or none")
+    group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")
+
+    def __post_init__(self) -> None:
+        at_least("window", self.window, 1)
+        odd("kernel", self.kernel)
+
+    def protect(self, budget: int) -> Protection:
+        return Protection(recent=min(self.window, budget // 2))
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        history = History.of(step.memory, "rows", self.window)
+        history.push(step.weights(self.group))
+        if not step.compresses:
+            return score
+        rows, used = history.rows, voting(self, step)  # [R, L, S, w, n], [R]
+        newest = torch.arange(rows.shape[-2], 0, -1, device=rows.device) <= used[:, None]  # [R, w]
+        votes = (rows * newest[:, None, None, :, None]).sum(-2)
+        return pooled(votes, step.visible, used, self.kernel, self.pooling)
+
+
+def voting(policy: Policy, step: Step) -> Tensor:
+    """Return how many of the newest keys each run protects, int64 ``[R]``: the window that votes."""
+    return torch.tensor([policy.protect(budget).recent for budget in step.budgets], device=step.budget.device)
+
+
+def pooled(votes: Tensor, visible: Tensor, window: Tensor, kernel: int, pooling: Pooling) -> Tensor:
+    """Return votes ``[R, L, S, n]`` pooled over neighbours in the cache; the newest `window` ``[R]`` keys get none."""
+    place, there = without_gaps(visible)
+    n = votes.shape[-1]
+    older = there & (place < n - window[:, None, None, None])
+    compact = torch.where(older, votes.gather(-1, place), 0).flatten(1, 2)  # [R, L * S, m]
+    if pooling == "avg":
+        compact = functional.avg_pool1d(compact, kernel, stride=1, padding=kernel // 2)
+    elif pooling == "max":
+        compact = functional.max_pool1d(compact, kernel, stride=1, padding=kernel // 2)
+    compact = torch.where(older, compact.view(place.shape), 0)
+    return torch.zeros_like(votes).scatter_(-1, place, compact)
+
+
+def odd(name: str, value: int) -> None:
+    """Raise UsageError unless `value` is an odd number above zero."""
+    at_least(name, value, 1)
+    at_least(f"{name} (an odd number): the remainder of {value} by 2,", value % 2, 1)

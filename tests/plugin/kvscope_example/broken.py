@@ -1,0 +1,3 @@
+"""What a plug-in looks like whose dependency is missing."""
+
+raise ImportError("no module that it needs")

@@ -1,0 +1,55 @@
+"""What every evicting rule shares: rows over what is visible, and who goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Rows = np.ndarray  # full attention of the query heads that share one decision, [heads, T, T]
+Sets = list[set[int]]
+REDUCE: dict[str, Callable[..., np.ndarray]] = {"mean": np.mean, "max": np.max, "sum": np.sum}
+
+
+def live(rows: Rows, t: int, visible: set[int], group: str = "mean") -> np.ndarray:
+    """Return row `t` of every head over the visible keys, divided by its sum, then the heads as one."""
+    shown = np.zeros((len(rows), t + 1))
+    for head in range(len(rows)):
+        total = sum(rows[head, t, key] for key in sorted(visible))
+        for key in visible:
+            shown[head, key] = rows[head, t, key] / total
+    return REDUCE[group](shown, axis=0)
+
+
+def loop(
+    rows: Rows,
+    score: Callable[[int, set[int], np.ndarray], Sequence[float]],
+    budget: int,
+    prompt: int,
+    prefill: str,
+    *,
+    sinks: int = 0,
+    recent: int = 0,
+    group: str = "mean",
+    only_at: int | None = None,
+) -> tuple[Sets, Sets]:
+    """Return ``V_t`` and ``R_t`` of a rule that gives scores from ``t``, ``V_t`` and the live row.
+
+    The lowest scores go, of equal ones the oldest. With `only_at` keys go at the end of that step alone.
+    """
+    held: set[int] = set()
+    all_visible, all_held = [], []
+    for t in range(rows.shape[-1]):
+        visible = held | {t}
+        scores = score(t, visible, live(rows, t, visible, group))
+        held = set(visible)
+        first = 0 if prefill == "stream" else prompt - 1
+        if t >= first and only_at in (None, t):
+            free = sorted(key for key in visible if key >= sinks and key <= t - recent)
+            while len(held) > budget:
+                lowest = min(free, key=lambda key: scores[key])
+                free.remove(lowest)
+                held.remove(lowest)
+        all_visible.append(visible)
+        all_held.append(held)
+    return all_visible, all_held

@@ -1,0 +1,22 @@
+"""LRU: the last step at which a key got at least ``1 / |V_t|``; arrival counts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.reference.policies.evict import Rows, Sets, loop
+
+
+def lru(rows: Rows, budget: int, prompt: int, prefill: str, group: str = "mean") -> tuple[Sets, Sets]:
+    last: dict[int, int] = {}
+
+    def score(t: int, visible: set[int], row: np.ndarray) -> list[float]:
+        # the mean of the heads sums to one, their maximum does not
+        whole = 1.0 if group == "mean" else sum(row[key] for key in visible)
+        for key in visible:
+            if row[key] >= whole / len(visible):
+                last[key] = t
+        last[t] = t
+        return [last[key] for key in range(t + 1)]
+
+    return loop(rows, score, budget, prompt, prefill, group=group)
