@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from kvscope import __version__
-from kvscope.cli import demo, diff, import_, info, policies, replay, report, trace
+from kvscope.cli import demo, diff, import_, info, policies, replay, report, trace, tune
 from kvscope.errors import KvscopeError
 
 INTERRUPTED = 130
@@ -37,6 +37,7 @@ app.command(
     options_metavar="[TRACE] [OPTIONS]",
     epilog=replay.EPILOG,
 )(replay.replay)
+app.command("tune")(tune.tune)
 app.command("report")(report.report)
 app.command("diff")(diff.diff)
 app.command("info")(info.info)

@@ -8,6 +8,7 @@ from kvscope.cli.options import Json, Quiet, command_line
 
 BUDGETS = "10%,20%,40%"
 NEW_TOKENS = 128
+STORE = "maps+vectors"  # so that policies which look at keys and queries are there too
 
 
 def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
@@ -30,6 +31,7 @@ def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
             [demo_folder() / "prompt.txt"],
             output=path,
             max_new_tokens=NEW_TOKENS,
+            store=STORE,
             command=command_line(ctx),
             progress=moved(update),
             announce=lambda plan: announce(plan, quiet),

@@ -18,9 +18,12 @@ def policies(
 ) -> None:
     """List the policies, or say everything about one."""
     from kvscope.cli import console
+    from kvscope.policies import POLICIES
     from kvscope.policies.spec import describe
 
     rows = describe(name)
+    for broken, why in POLICIES.broken.items():
+        console.warn(f"policy {broken} is installed and left out: {why}")
     if json:
         console.show_json(rows if name is None else rows[0])
     elif name is None:
@@ -41,8 +44,10 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
         Column("parameters", ["\n".join(_setting(item) for item in row["parameters"]) or "-" for row in rows]),
         Column("keeps", [row["summary"] for row in rows], wrap=32),
         Column("needs", [", ".join(row["needs"]) or "-" for row in rows], keep=30),
+        Column("evicts", [_evicts(row) for row in rows], keep=25),
         Column("scope", [row["scope"].replace("_", " ") for row in rows], keep=20),
         Column("from", [row["paper"] for row in rows], keep=10),
+        Column("proven against", [row["proven"] or "-" for row in rows], keep=5, wrap=24),
     ]
 
 
@@ -55,11 +60,13 @@ def _show_one(row: Mapping[str, Any]) -> None:
         [
             ("needs", ", ".join(row["needs"]) or "nothing from the trace but its length"),
             ("decides per", row["scope"].replace("_", " ")),
-            (
-                "evicts",
-                {"step": "at every step", "prefill": "once, after the prompt"}.get(row["phase"], "never"),
-            ),
+            ("evicts", _evicts(row)),
+            ("budget", "the engine's" if row["bounded"] else "its own: it decides how much stays"),
+            ("shared out", row["allocate"]),
+            ("prefill", ", ".join(row["prefills"])),
+            ("variants", ", ".join(row["variants"]) or "none"),
             ("from", row["paper"]),
+            ("proven against", row["proven"] or "nothing but the contract of every policy"),
         ]
     )
     if not row["parameters"]:
@@ -75,6 +82,16 @@ def _show_one(row: Mapping[str, Any]) -> None:
             console.Column("what it does", [item["help"] for item in items], wrap=32),
         ]
     )
+
+
+def _evicts(row: Mapping[str, Any]) -> str:
+    """Return when a policy evicts, in words."""
+    if row["reads"]:
+        return "never: reads a part"
+    phase = str(row["phase"])
+    if phase.startswith("every:"):
+        return f"every {phase.removeprefix('every:')} steps"
+    return {"step": "at every step", "prefill": "once, after the prompt"}.get(phase, "never")
 
 
 def _flowing(doc: str) -> str:

@@ -53,6 +53,18 @@ def replay(
         Prefill,
         typer.Option(help="full: one choice at the end of the prompt. stream: evict from the first token on."),
     ] = Prefill.full,
+    compress: Annotated[
+        str | None,
+        typer.Option(metavar="WHEN", help="prefill, step or every:N. Default: each policy as published."),
+    ] = None,
+    allocate: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Budget of layers and heads: uniform, pyramid, ada, cake."),
+    ] = None,
+    accumulate: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="Precision of sums: float32, float16, bfloat16."),
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under reports/, or a path."),
@@ -72,15 +84,22 @@ def replay(
     from kvscope.cli.summary import show
 
     with console.working("loading torch", quiet=quiet):
+        from kvscope.replay.run import able
         from kvscope.replay.run import replay as run
         from kvscope.trace.reader import open_trace
 
     given, params = split(ctx.args)
-    chosen = _policies(policy or [], params)
+    chosen = _policies(policy or [], params, [flag for item in ctx.command.params for flag in item.opts])
     budgets = parse_budgets(",".join(budget) if budget else "20%")
     if not budget:
         console.note("budget: 20% (the default)", quiet=quiet)
     trace = open_trace(places.find_trace(given, quiet=quiet))
+    if "all" in (policy or []):
+        chosen, left = able(
+            trace, chosen, budgets, prefill.value, compress=compress, allocate=allocate, accumulate=accumulate
+        )
+        for why in left.values():
+            console.warn(f"left out of all: {why}")
     names = "all" if policy == ["all"] else places.joined(list(dict.fromkeys(item.name for item in chosen)))
     path = places.place(places.REPORTS, output, f"{trace.name}-{names}", force=force)
     tokens = sum(sequence.length for sequence in trace.sequences)
@@ -91,6 +110,9 @@ def replay(
             budgets,
             output=path,
             prefill=prefill.value,
+            compress=compress,
+            allocate=allocate,
+            accumulate=accumulate,
             device=device,
             progress=lambda share: update(share * tokens),
             command=command_line(ctx),
@@ -134,8 +156,8 @@ def split(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
     return trace, params
 
 
-def _policies(specs: Sequence[str], params: dict[str, str]) -> list[Policy]:
-    """Return the policies that the command line names; a misspelt option of ours is told from a parameter."""
+def _policies(specs: Sequence[str], params: dict[str, str], own: Sequence[str]) -> list[Policy]:
+    """Return the policies that the command line names; a misspelt option, one of `own`, is told from a parameter."""
     import difflib
 
     from kvscope.errors import UsageError
@@ -151,17 +173,6 @@ def _policies(specs: Sequence[str], params: dict[str, str]) -> list[Policy]:
     try:
         return parse_policies(names, params)
     except UsageError as error:
-        own = [
-            "--policy",
-            "--budget",
-            "--prefill",
-            "--output",
-            "--name",
-            "--device",
-            "--force",
-            "--json",
-            "--quiet",
-        ]
         for flag in ("--" + name.replace("_", "-") for name in params):
             close = difflib.get_close_matches(flag, own, n=1, cutoff=0.75)
             if close and flag in error.what:

@@ -1,0 +1,146 @@
+"""``kvscope tune``: which parameters suit a model, a layer, a head."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvscope.cli.options import Device, Json, Quiet
+from kvscope.cli.replay import Prefill
+
+if TYPE_CHECKING:
+    from kvscope.replay.tune import Tuning
+
+
+class Per(StrEnum):
+    """What gets a setting of its own."""
+
+    model = "model"
+    layer = "layer"
+    head = "head"
+
+
+def tune(
+    traces: Annotated[list[str] | None, typer.Argument(metavar="[TRACE]...", show_default=False)] = None,
+    policy: Annotated[str, typer.Option("--policy", "-p", metavar="POLICY", help="What to tune.")] = "a2sf",
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=LIST",
+            help="Values to try: alpha=0.1,0.5,0.9. Repeatable. Default: those that the policy names.",
+            show_default=False,
+        ),
+    ] = None,
+    per: Annotated[Per, typer.Option(help="What gets a setting of its own; a head is a key/value head.")] = Per.head,
+    budget: Annotated[str, typer.Option("--budget", "-b", metavar="BUDGET", help="Keys or a share.")] = "20%",
+    metric: Annotated[str, typer.Option(metavar="NAME", help="What to improve.")] = "retained_mass",
+    prefill: Annotated[Prefill, typer.Option(help="As in kvscope replay.")] = Prefill.full,
+    held_out: Annotated[
+        int | None, typer.Option(metavar="N", help="Sequences kept for the reported gain. Default: a quarter.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="TOML file.")] = Path("tuned.toml"),
+    device: Device = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search a policy's parameters on recorded attention, and measure the gain on sequences left out of the search.
+
+    The file is read with --policy a2sf:@tuned.toml. Without TRACE, the newest whole one under traces/ is taken.
+    """
+    from kvscope.cli import console, places
+    from kvscope.errors import UsageError
+
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists", "Choose another name with -o, or replace it with --force.")
+    with console.working("loading torch", quiet=quiet):
+        from kvscope.replay.tune import to_toml
+        from kvscope.replay.tune import tune as run
+        from kvscope.trace.reader import open_trace
+
+    opened = [open_trace(places.find_trace(name, quiet=quiet)) for name in traces or ()]
+    opened = opened or [open_trace(places.find_trace(None, quiet=quiet))]
+    tokens = 2 * sum(sequence.length for trace in opened for sequence in trace.sequences)
+    with console.bar("tuning", tokens, "tokens", quiet=quiet) as update:
+        found = run(
+            opened,
+            policy,
+            _grid(policy, grid or []),
+            budget,
+            per=per.value,
+            metric=metric,
+            prefill=prefill.value,
+            held_out=held_out,
+            source=output.name,
+            device=device,
+            progress=lambda share: update(share * tokens),
+        )
+    output.write_text(to_toml(found), encoding="utf-8")
+    _show(found, output, as_json=json)
+
+
+def _grid(policy: str, given: list[str]) -> dict[str, list[str]]:
+    from kvscope.errors import UsageError
+    from kvscope.replay.tune import usual_grid
+
+    if not given:
+        return usual_grid(policy)
+    grid = {}
+    for text in given:
+        name, equals, values = text.partition("=")
+        if not equals or not name.strip() or name in grid:
+            raise UsageError(f"--grid {text!r} names no values of one parameter", "Write --grid alpha=0.1,0.5,0.9")
+        grid[name.strip().lstrip("-").replace("-", "_")] = [value.strip() for value in values.split(",") if value]
+    return grid
+
+
+def _show(found: Tuning, output: Path, *, as_json: bool) -> None:
+    from kvscope.cli.console import Column, note, show_json, show_table
+
+    rows = [
+        (found.policy.label, found.searched["tuned"], found.held_out["tuned"], "tuned"),
+        (found.best.label, found.searched["best"], found.held_out["best"], "best single"),
+        (found.hindsight.label, None, found.held_out["hindsight"], "best single in hindsight"),
+    ]
+    if as_json:
+        data: dict[str, Any] = {
+            **found.about,
+            "held_out": {name: _mean(values) for name, values in found.held_out.items()},
+            "best": found.best.label,
+            "hindsight": found.hindsight.label,
+            "gain": {"mean": found.gain, "low": found.low, "high": found.high},
+            "choice": found.policy.choice,
+            "file": str(output),
+        }
+        show_json(data)
+        return
+    about = found.about
+    spread = "" if found.low is None else f", 95 % interval {found.low:+.4f} to {found.high:+.4f}"
+    columns = [
+        Column("setting", [row[0] for row in rows], wrap=20),
+        Column("what it is", [row[3] for row in rows], wrap=12),
+        Column(f"searched ({about['searched_sequences']})", [_cell(row[1]) for row in rows], numeric=True),
+        Column(f"held out ({about['held_out_sequences']})", [_cell(row[2]) for row in rows], numeric=True),
+    ]
+    verdict = "above" if found.gain > 0 else "not above"
+    notes = [
+        f"{about['metric']} at {about['budget']}, {about['prefill']} prefill, open loop; a setting per {about['per']}.",
+        f"Held out, tuned is {verdict} the best single setting: gain {found.gain:+.4f}{spread}.",
+    ]
+    if found.low is None:
+        notes.append("Fewer than five held-out sequences: no interval, and a gain that may be chance.")
+    elif found.low <= 0:
+        notes.append("The interval holds zero: these sequences do not show a gain.")
+    show_table(columns, title=str(output), notes=notes)
+    note(f"next: kvscope replay --policy {about['policy']}:@{output}")
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _cell(values: list[float] | None) -> str:
+    return "-" if values is None else f"{_mean(values):.4f}"
