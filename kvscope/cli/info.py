@@ -72,7 +72,9 @@ def describe(trace: Trace, *, verified: bool = False) -> dict[str, Any]:
         "learned_sinks": header.learned_sinks,
         "softcap": header.softcap,
         "sequences": [{"prompt": s.prompt, "length": s.length, "forced": s.forced} for s in trace.sequences],
-        "stored": sorted(trace.stored),
+        "store": header.store,
+        "stored": sorted(header.stored),
+        "derived": sorted(header.derived),
         "bytes": sum(file.stat().st_size for file in trace.path.rglob("*") if file.is_file()),
     }
 
@@ -93,12 +95,15 @@ def pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("recorded", recorded),
         ("sequences", _sequences(facts["sequences"])),
         ("continuation", _PROTOCOLS.get(facts["protocol"], facts["protocol"])),
+        ("store", facts["store"]),
         ("stored", ", ".join(facts["stored"])),
         ("size", size(facts["bytes"])),
         ("made", f"{facts['created']} by kvscope {facts['kvscope']} on {facts['device'] or 'another machine'}"),
         ("whole", whole),
         ("identity", facts["identity"][:16]),
     ]
+    if facts["derived"]:
+        lines.insert(7, ("recomputed", ", ".join(facts["derived"])))
     if windows:
         lines.insert(2, ("sliding windows", ", ".join(map(str, windows))))
     if facts["learned_sinks"]:

@@ -53,14 +53,22 @@ def trace(
         bool, typer.Option("--trust-remote-code", help="Let the model bring Python code of its own.")
     ] = False,
     query_block: Annotated[int, typer.Option(help="Queries whose rows are built at a time.", min=1)] = 128,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the prompt that go through the model at a time; chosen to fit memory.", min=1),
+    ] = None,
     store: Annotated[
-        str, typer.Option(help="maps, or maps+vectors: also every query, key and value, exactly.")
+        str,
+        typer.Option(
+            help="maps; maps+vectors: also every query, key and value; qkv: these alone, for long prompts: rows are "
+            "recomputed when they are read."
+        ),
     ] = "maps",
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Generate with a real model and record every attention row.
+    """Generate with a real model and record every attention row, or what it follows from.
 
     The trace goes to traces/NAME; its size is said, and checked against the disk, before the first token.
     """
@@ -93,6 +101,7 @@ def trace(
             chat=chat,
             trust_remote_code=trust_remote_code,
             query_block=query_block,
+            prefill_chunk=prefill_chunk,
             store=store,
             force=force,
             command=command_line(ctx),
@@ -107,7 +116,10 @@ def announce(plan: Plan, quiet: bool) -> None:
     """Say how large a trace will be, before it starts."""
     from kvscope.cli.console import note, size
 
-    note(f"{plan.path}: about {size(plan.bytes)} to write, {size(plan.free)} free on the disk", quiet=quiet)
+    others = ", ".join(f"{store}: {size(count)}" for store, count in plan.others.items())
+    note(f"{plan.path}: about {size(plan.bytes)} to write ({others}), {size(plan.free)} free on the disk", quiet=quiet)
+    if plan.prefill_chunk is not None:
+        note(f"prompts go through the model {plan.prefill_chunk:,} tokens at a time", quiet=quiet)
 
 
 def moved(update: Update) -> Callable[[Progress], None]:

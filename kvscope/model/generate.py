@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +12,50 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from kvscope.errors import ModelError, UsageError
+from kvscope.errors import UsageError
 from kvscope.model.attention_hook import require_registry, watching
-from kvscope.model.loading import Loaded, load, out_of_memory
+from kvscope.model.explain import out_of_memory
+from kvscope.model.header import header
+from kvscope.model.loading import Loaded, load
+from kvscope.model.prefill import chunk_size
 from kvscope.model.prompts import Prompt, encode, read_prompts, token_texts
 from kvscope.model.recorder import Recorder
-from kvscope.model.selfcheck import Facts, self_check
+from kvscope.model.sampling import Chooser, Sampling
+from kvscope.model.selfcheck import self_check
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.schema import MAPS, MAPS_AND_VECTORS, STORES, VECTORS, TraceHeader, estimate_bytes
+from kvscope.trace.schema import MAPS, STORES, TraceHeader, estimate_bytes
 from kvscope.trace.writer import TraceWriter, free_bytes, require_space
 
 LOGIT_BLOCK = 256  # positions whose logits are normalised at a time
-Chooser = Callable[[Tensor, Tensor], int]  # from ids [1, t] and logits [1, vocabulary] to the next token
 Score = tuple[NDArray[Any], NDArray[Any]]  # log-probability and entropy of some tokens
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recording will be: where, how many bytes about, and how many are free there."""
+    """What a recording will be.
+
+    Attributes
+    ----------
+    path : Path
+        Where.
+    bytes, free : int
+        Bytes that it takes about, and that are free there.
+    others : dict of str to int
+        Bytes that the other stores would take about.
+    sequences, tokens : int
+        How many, at most.
+    prefill_chunk : int or None
+        Tokens of a prompt that go through the model at a time, where one has more than that.
+    """
 
     path: Path
     bytes: int
     free: int
+    others: dict[str, int]
     sequences: int
     tokens: int
+    prefill_chunk: int | None
 
 
 @dataclass(frozen=True)
@@ -56,43 +65,6 @@ class Progress:
     done: int
     total: int
     bytes: int
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; names and meaning as in transformers' ``generate``."""
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UsageError(f"temperature={self.temperature} is not above 0", "For greedy decoding omit --do-sample.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p={self.top_p} is out of range", "top_p is above 0 and at most 1.")
-        if self.top_k < 0:
-            raise UsageError(f"top_k={self.top_k} is negative", "top_k is 0 (all tokens) or above.")
-
-    def chooser(self, seed: int) -> Chooser:
-        """Return what picks the next token; sampling is seeded."""
-        if not self.do_sample:
-            return lambda ids, logits: int(logits.argmax(-1))
-        warpers: Any = LogitsProcessorList()
-        if self.temperature != 1.0:
-            warpers.append(TemperatureLogitsWarper(self.temperature))
-        if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1.0:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        generator = torch.Generator().manual_seed(seed)
-
-        def choose(ids: Tensor, logits: Tensor) -> int:
-            share = torch.softmax(warpers(ids, logits.float()), -1).cpu()
-            return int(torch.multinomial(share, 1, generator=generator))
-
-        return choose
 
 
 def trace(
@@ -115,6 +87,7 @@ def trace(
     chat: bool = False,
     trust_remote_code: bool = False,
     query_block: int = 128,
+    prefill_chunk: int | None = None,
     store: str = MAPS,
     force: bool = False,
     command: str | None = None,
@@ -145,8 +118,12 @@ def trace(
         Whether to wrap each prompt in the model's chat template.
     query_block : int
         Queries whose rows exist at a time.
+    prefill_chunk : int, optional
+        Tokens of a prompt that go through the model at a time; by default as many as bound the memory for logits.
     store : str
-        ``maps``, or ``maps+vectors``: also the queries, keys and values of every token, exactly (`Trace.states`).
+        ``maps``; ``maps+vectors``: also the queries, keys and values of every token, exactly (`Trace.states`); or
+        ``qkv``: these alone, which grow with the length and not with its square, and from which the trace recomputes
+        the rest when it is read.
     force : bool
         Whether to replace an existing trace.
     progress, announce : callable, optional
@@ -165,9 +142,10 @@ def trace(
         raise UsageError(f"max_new_tokens={max_new_tokens} is negative", "Use 0 or more.")
     if query_block < 1:
         raise UsageError(f"query_block={query_block} is below 1", "Use 1 or more.")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise UsageError(f"prefill_chunk={prefill_chunk} is below 1", "Use 1 or more.")
     if store not in STORES:
         raise UsageError(f"store {store!r} is unknown", f"Use one of: {', '.join(STORES)}.")
-    vectors = VECTORS if store == MAPS_AND_VECTORS else ()
     sampling = Sampling(do_sample, temperature, top_p, top_k)
     texts = read_prompts(prompts, continuation)
     loaded = load(
@@ -179,27 +157,19 @@ def trace(
     path = Path("traces") / f"{Path(texts[0][0]).stem}-{Path(model).name}" if output is None else Path(output)
     with torch.inference_mode(), _memory(model):
         facts = self_check(loaded.model, torch.tensor([made[0].ids], device=loaded.device))
-        header = _header(loaded, facts, chosen, made, sampling, seed, command, vectors)
-        lengths = [len(p.ids) + (max_new_tokens if p.forced is None else len(p.forced)) for p in made]
-        needed = estimate_bytes(
-            layers=len(chosen),
-            heads=facts.heads,
-            kv_heads=facts.kv_heads,
-            head_dim=facts.head_dim,
-            lengths=lengths,
-            vectors=vectors,
+        chunk = chunk_size(loaded, facts, max(len(p.ids) + len(p.forced or []) for p in made), prefill_chunk)
+        known = header(
+            loaded, facts, chosen, made, sampling, store=store, seed=seed, command=command, prefill_chunk=chunk
         )
+        plan = _plan(path, known, [len(p.ids) + (max_new_tokens if p.forced is None else len(p.forced)) for p in made])
         if announce is not None:
-            announce(Plan(path, needed, free_bytes(path), len(made), sum(lengths)))
-        require_space(path, needed)
-        with TraceWriter(path, header, force=force) as writer:
-            recorder = Recorder(writer, chosen, query_block, vectors=bool(vectors))
-            run = _Run(loaded, writer, recorder, sum(lengths), progress)
-            sequences = []
-            for number, prompt in enumerate(made):
-                choose = sampling.chooser(seed + number)
-                sequences.append(run.sequence(number, prompt, max_new_tokens, choose))
-            writer.finish(sequences)
+            announce(plan)
+        require_space(path, plan.bytes)
+        with TraceWriter(path, known, force=force) as writer:
+            run = _Run(loaded, writer, Recorder(writer, chosen, query_block, store=store), plan, progress)
+            writer.finish(
+                [run.sequence(n, prompt, max_new_tokens, sampling.chooser(seed + n)) for n, prompt in enumerate(made)]
+            )
     return open_trace(path)
 
 
@@ -211,11 +181,11 @@ class _Run:
         loaded: Loaded,
         writer: TraceWriter,
         recorder: Recorder,
-        total: int,
+        plan: Plan,
         progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.loaded, self.writer, self.recorder = loaded, writer, recorder
-        self.total, self.done, self.progress = total, 0, progress
+        self.loaded, self.writer, self.recorder, self.chunk = loaded, writer, recorder, plan.prefill_chunk
+        self.total, self.done, self.progress = plan.tokens, 0, progress
         self.stops = _stop_ids(loaded)
 
     def sequence(self, number: int, prompt: Prompt, new: int, choose: Chooser) -> dict[str, Any]:
@@ -241,19 +211,14 @@ class _Run:
         return {"prompt": len(prompt.ids), "length": len(ids), "forced": prompt.forced is not None}
 
     def _forced(self, ids: list[int]) -> tuple[list[int], list[Score]]:
-        tokens = torch.tensor([ids], device=self.loaded.device)
-        logits = self._forward(tokens, None).logits[0]
-        self._tell(len(ids))
-        return ids, _scores(logits[:-1], tokens[0, 1:])
+        cache = None if self.chunk is None else DynamicCache(config=self.loaded.model.config)
+        return ids, self._read(ids, cache)[0]
 
     def _generated(self, prompt: list[int], new: int, choose: Chooser) -> tuple[list[int], list[Score]]:
         """Decode token by token; the last token goes through the model too, so that every token has its rows."""
         cache = DynamicCache(config=self.loaded.model.config)
-        tokens = torch.tensor([prompt], device=self.loaded.device)
-        logits = self._forward(tokens, cache).logits[0]
-        scores = _scores(logits[:-1], tokens[0, 1:])
-        self._tell(len(prompt))
-        ids, last = list(prompt), logits[-1:]
+        scores, last = self._read(prompt, cache)
+        ids = list(prompt)
         for _ in range(new):
             token = choose(torch.tensor([ids], device=self.loaded.device), last)
             step = torch.tensor([[token]], device=self.loaded.device)
@@ -264,6 +229,20 @@ class _Run:
             if token in self.stops:
                 break
         return ids, scores
+
+    def _read(self, ids: list[int], cache: DynamicCache | None) -> tuple[list[Score], Tensor]:
+        """Send tokens through the model, chunk by chunk; return scores and the last logits ``[1, vocabulary]``."""
+        tokens = torch.tensor([ids], device=self.loaded.device)
+        scores: list[Score] = []
+        size = self.chunk or len(ids)
+        for start in range(0, len(ids), size):
+            logits = self._forward(tokens[:, start : start + size], cache).logits[0]
+            following = tokens[0, start + 1 : start + size + 1]
+            scores += _scores(logits[: len(following)], following)
+            last = logits[-1:].clone()
+            self._tell(len(logits))
+            del logits  # before the next chunk makes its own
+        return scores, last
 
     def _forward(self, tokens: Tensor, cache: DynamicCache | None) -> Any:
         return self.loaded.model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
@@ -285,6 +264,23 @@ def _scores(logits: Tensor, ids: Tensor) -> list[Score]:
     return parts
 
 
+def _plan(path: Path, known: TraceHeader, lengths: list[int]) -> Plan:
+    sizes = {
+        store: estimate_bytes(
+            layers=len(known.layers),
+            heads=known.heads,
+            kv_heads=known.kv_heads,
+            head_dim=known.head_dim,
+            lengths=lengths,
+            stored=stored,
+            number_bytes=2 if known.model["dtype"] in ("float16", "bfloat16") else 4,
+        )
+        for store, stored in STORES.items()
+    }
+    needed = sizes.pop(known.store)
+    return Plan(path, needed, free_bytes(path), sizes, len(lengths), sum(lengths), known.prefill_chunk)
+
+
 def _layers(loaded: Loaded, wanted: Sequence[int] | None) -> list[int]:
     count = loaded.text_config.num_hidden_layers
     for layer in wanted or []:
@@ -298,69 +294,6 @@ def _stop_ids(loaded: Loaded) -> frozenset[int]:
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)
-
-
-def _header(
-    loaded: Loaded,
-    facts: Facts,
-    layers: list[int],
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    seed: int,
-    command: str | None,
-    vectors: Sequence[str],
-) -> TraceHeader:
-    missing = [layer for layer in layers if layer not in facts.windows]
-    if missing:
-        raise ModelError(
-            f"layers {missing} of {loaded.name} have no attention",
-            f"Record the others: --layers {','.join(map(str, facts.windows))}",
-        )
-    windows = [facts.windows[layer] for layer in layers]
-    config = loaded.model.config
-    return TraceHeader(
-        source="model",
-        protocol="forced" if all(prompt.forced is not None for prompt in prompts) else "generated",
-        model={
-            "id": loaded.name if loaded.name == loaded.source or loaded.name == "demo" else loaded.source,
-            "revision": loaded.revision,
-            "class": type(loaded.model).__name__,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "config": json.loads(json.dumps(config.to_dict(), default=str)),
-            "attention": {"kernel": config._attn_implementation, "scaling": facts.scaling},
-        },
-        layers=layers,
-        n_layers=loaded.text_config.num_hidden_layers,
-        heads=facts.heads,
-        kv_heads=facts.kv_heads,
-        head_dim=facts.head_dim,
-        layer_types=["full" if window is None else "sliding" for window in windows],
-        sliding_window=windows,
-        learned_sinks=facts.learned_sinks,
-        softcap=facts.softcap,
-        stored=[
-            "maps",
-            "value_l1",
-            "value_l2",
-            "key_l2",
-            "similarity",
-            "queries",
-            *(f"vectors:{name}" for name in vectors),
-        ],
-        prompts=[
-            {"file": prompt.file, "sha256": hashlib.sha256(prompt.text.encode()).hexdigest(), "tokens": len(prompt.ids)}
-            for prompt in prompts
-        ],
-        device=str(loaded.device),
-        seed=seed,
-        sampling={name: getattr(sampling, name) for name in ("do_sample", "temperature", "top_p", "top_k")},
-        tokenizer=type(loaded.tokenizer).__name__,
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("kvscope", "torch", "transformers", "pyarrow")},
-        },
-        command=command,
-    )
 
 
 class _memory:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers.utils import logging as transformers_log
 
 from kvscope.errors import ModelError, UsageError
+from kvscope.model.explain import HttpError, explained, fetch, first_line, kind
 from kvscope.model.names import resolve
 
-DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "auto": "auto",
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+REACH_SECONDS = 5  # how long the Hub may take to say whether it is there
 
 
 @dataclass
@@ -86,98 +89,100 @@ def load(
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown", f"Use one of: {', '.join(DTYPES)}.")
     place = _device(device)
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with explained(name, source):
+    wanted: Any = DTYPES[dtype]
+    if dtype == "auto" and place.type == "cpu" and device_map is None:
+        wanted = torch.float32  # half precision on a CPU is slow, and float32 holds every 16-bit weight exactly
+    local = Path(source).is_dir()
+    if local:
+        _require_files(Path(source))
+    offline = not local and not _hub_answers(source, revision)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local or offline}
+    transformers_log.disable_progress_bar()  # type: ignore[no-untyped-call]  # the command has its own
+    with explained(source, "configuration", offline=offline):
         config = AutoConfig.from_pretrained(source, **common)
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        wanted: Any = DTYPES[dtype]
-        if dtype == "auto" and place.type == "cpu" and device_map is None:
-            wanted = torch.float32  # half precision on a CPU is slow, and float32 holds every 16-bit weight exactly
         _refuse_by_name(config)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, use_safetensors=True, device_map=device_map, **common
-        )
+    with explained(source, "tokenizer", offline=offline):
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        _require_vocabulary(source, tokenizer)
+    with explained(source, "weights", offline=offline):
+        model = _weights(source, dtype=wanted, device_map=device_map, **common)
         if device_map is None:
             model = model.to(place)
     model.eval()
-    return Loaded(model, tokenizer, name, source, getattr(config, "_commit_hash", None) or revision)
+    return Loaded(model, tokenizer, name, source, revision if local else _commit(source, revision))
 
 
-@contextmanager
-def explained(name: str, source: str) -> Iterator[None]:
-    """Turn what transformers and the Hub raise into a `ModelError` with what to do."""
-    transformers_log: Any = logging
-    transformers_log.disable_progress_bar()  # the command has its own
+def _commit(source: str, revision: str | None) -> str | None:
+    """Return the commit of a Hub model, which names the folder in the cache that it was loaded from."""
+    file = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else revision
+
+
+def _hub_answers(source: str, revision: str | None) -> bool:
+    """Tell whether the Hub answers at all, after one question.
+
+    transformers would ask for every file anew, and wait and ask again for half a minute when nobody answers.
+    """
+    with explained(source, "configuration"):
+        address = hf_hub_url(source, "config.json", revision=revision)
     try:
-        yield
-    except ModelError:
-        raise
-    except GatedRepoError as error:
+        get_hf_file_metadata(address, timeout=REACH_SECONDS)
+    except HfHubHTTPError:
+        return True  # with a refusal, which loading meets again and explains
+    except (HttpError, OfflineModeIsEnabled):
+        return False
+    return True
+
+
+def _require_files(folder: Path) -> None:
+    """Raise ModelError unless a local folder has a configuration, and weights in whole safetensors files."""
+    todo = f"Name the folder of a model, or fetch one into it: {fetch(str(folder))}"
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"folder {folder} has no config.json, so it is no model", todo)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"folder {folder} has no safetensors weights, only {pickled[0]}",
+                "Convert them: pickled weights can run code and are not loaded.",
+            )
+        raise ModelError(f"folder {folder} has no safetensors weights", todo)
+    for file in weights:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ModelError(f"{file} is damaged or cut short: {first_line(error)}", "Download it again.") from error
+
+
+def _require_vocabulary(source: str, tokenizer: Any) -> None:
+    """Raise ModelError for a tokenizer of nothing, which transformers makes for some models without its files."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise ModelError(
-            f"model {source} is gated", f"Accept its terms at huggingface.co/{source}, then run: hf auth login"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"model {source} has no such revision", "Check --revision.") from error
-    except LocalEntryNotFoundError as error:
-        raise _no_network(source) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"no model {source} on the Hub, or it is private", "Check the name; for a private model run: hf auth login"
-        ) from error
-    except torch.cuda.OutOfMemoryError as error:
-        raise out_of_memory(name) from error
-    except MemoryError as error:
-        raise out_of_memory(name) from error
-    except ImportError as error:
-        raise ModelError(
-            f"model {source} needs a package that is missing: {_first_line(error)}", "Install it, then try again."
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _explain_text(source, error) from error
-
-
-def out_of_memory(name: str) -> ModelError:
-    """Return the error for a model that does not fit."""
-    gc.collect()
-    return ModelError(
-        f"out of memory with {name}",
-        "Try --dtype bfloat16, --device-map auto, fewer --layers, a smaller --query-block, or a shorter prompt.",
-    )
-
-
-_UNREACHABLE = ("offline", "couldn't connect", "connection error", "name resolution", "max retries")
-
-
-def _explain_text(source: str, error: Exception) -> ModelError:
-    text = str(error)
-    low = text.lower()
-    if "safetensors" in low and ("does not appear to have" in low or "no file named" in low or "not found" in low):
-        return ModelError(
-            f"model {source} has no safetensors weights", "Convert it: pickled weights can run code and are not loaded."
+            f"the tokenizer of {kind(source)} {source} has no vocabulary", f"Fetch all of the model: {fetch(source)}"
         )
-    if any(
-        part in low for part in ("offline", "couldn't connect", "connection error", "name resolution", "max retries")
-    ):
-        return _no_network(source)
-    if "out of memory" in low or "can't allocate memory" in low:
-        return out_of_memory(source)
-    if "gated repo" in low:
-        return ModelError(
-            f"model {source} is gated", f"Accept its terms at huggingface.co/{source}, then: hf auth login"
+
+
+def _weights(source: str, **options: Any) -> Any:
+    """Return the model; transformers would fill weights that are not there with random ones, and only log it."""
+    log = logging.getLogger("transformers.modeling_utils")
+    before, log.disabled = log.disabled, True  # its table of every such weight
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
-    if "is not a local folder and is not a valid model identifier" in low:
-        return ModelError(f"no model {source} on the Hub, or it is private", "Check the name, or run: hf auth login")
-    where = "folder" if Path(source).is_dir() else "model"
-    return ModelError(
-        f"{where} {source} cannot be loaded: {_first_line(error)}", "Check that it holds a causal language model."
-    )
-
-
-def _no_network(source: str) -> ModelError:
-    return ModelError(
-        f"model {source} is not on this machine, and the Hub cannot be reached",
-        "Go online (unset HF_HUB_OFFLINE), set HF_HOME to a cache that has it, or name a local folder.",
-    )
+    finally:
+        log.disabled = before
+    model, info = loaded
+    missing = set(info["missing_keys"]).intersection(name for name, _ in model.named_parameters())
+    for names, what in (({name for name, *_ in info["mismatched_keys"]}, "of another shape"), (missing, "missing")):
+        if names:
+            raise ModelError(
+                f"{len(names)} of the weights of {kind(source)} {source} are {what}: {min(names)} is one",
+                "Download it again, or name the model that its weights were saved from.",
+            )
+    return model
 
 
 def _refuse_by_name(config: Any) -> None:
@@ -202,9 +207,5 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used: {_first_line(error)}", "Use --device cpu.") from error
+        raise UsageError(f"device {name!r} cannot be used: {first_line(error)}", "Use --device cpu.") from error
     return device
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

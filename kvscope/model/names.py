@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from kvscope.errors import UsageError
+from kvscope.errors import ModelError, UsageError
 from kvscope.registry import nearest
 
 DEMO = "demo"
@@ -49,8 +49,17 @@ ALIASES = {
 
 
 def demo_folder() -> Path:
-    """Return the folder of the bundled model, with its demo prompt."""
-    return Path(str(files("kvscope.model") / "demo"))
+    """Return the folder of the bundled model, with its demo prompt.
+
+    Raises
+    ------
+    ModelError
+        If the installation lacks it.
+    """
+    folder = Path(str(files("kvscope.model") / "demo"))
+    if not (folder / "model.safetensors").is_file():
+        raise ModelError(f"the bundled model is missing from {folder}", "Install kvscope again.")
+    return folder
 
 
 def resolve(name: str) -> str:
@@ -60,13 +69,17 @@ def resolve(name: str) -> str:
     ------
     UsageError
         If it is none of them; the message suggests the nearest alias.
+    ModelError
+        If it is ``demo``, and the installation lacks that model.
     """
     if name == DEMO:
         return str(demo_folder())
     if name.lower() in ALIASES:
         return ALIASES[name.lower()]
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return name
+    if Path(name).is_file():
+        raise UsageError(f"model {name} is a file", "Name the folder that holds it, with its config.json.")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
         return name
     raise UsageError(

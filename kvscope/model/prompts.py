@@ -30,10 +30,10 @@ def read_prompts(prompts: Sequence[Path | str], continuation: Path | None) -> li
     UsageError
         If a file cannot be read, is empty, or a line of a JSONL file is no prompt.
     """
-    forced = None if continuation is None else _read(Path(continuation))
+    forced = None if continuation is None else read_text(Path(continuation))
     texts: list[tuple[str, str, str | None]] = []
     for file in map(Path, prompts):
-        content = _read(file)
+        content = read_text(file)
         if file.suffix != ".jsonl":
             texts.append((str(file), content, forced))
             continue
@@ -61,7 +61,8 @@ def _jsonl(file: Path, number: int, line: str, forced: str | None) -> tuple[str,
     return text, own
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """Return a UTF-8 file; raises UsageError if it cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:

@@ -10,11 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvscope.errors import ModelError
 from kvscope.model.attention_hook import Call
-from kvscope.trace.schema import VECTORS
+from kvscope.trace.schema import MAPS, STORES, VECTORS
 from kvscope.trace.writer import TraceWriter
 
 HELD_STEPS = 32  # decoding steps of a layer that are rebuilt and written as one block
+HIDDEN = -1e4  # what an additive mask adds to a hidden logit is below this, in every dtype
 
 
 @dataclass
@@ -40,14 +42,14 @@ class Recorder:
         Layers to record.
     query_block : int
         Queries whose rows exist at a time; the memory for rows is ``H x query_block x T``.
-    vectors : bool
-        Whether queries, keys and values themselves are written too.
+    store : str
+        One of `STORES`: rows and what follows from vectors, or these themselves, or both.
     """
 
     def __init__(
-        self, writer: TraceWriter, layers: Collection[int], query_block: int = 128, *, vectors: bool = False
+        self, writer: TraceWriter, layers: Collection[int], query_block: int = 128, *, store: str = MAPS
     ) -> None:
-        self.writer, self.query_block, self.vectors = writer, query_block, vectors
+        self.writer, self.query_block, self._stored = writer, query_block, frozenset(STORES[store])
         self._wanted = frozenset(layers)
         self._layers: dict[int, _Layer] = {}
         self._sequence = 0
@@ -63,7 +65,13 @@ class Recorder:
             self._flush(self._layers[layer])
 
     def __call__(self, call: Call) -> None:
-        """Record one attention call of batch size one."""
+        """Record one attention call of batch size one.
+
+        Raises
+        ------
+        ModelError
+            If rows are not stored and would not follow from the vectors: the mask is not causal within the window.
+        """
         if call.layer not in self._wanted:
             return
         state = self._layers[call.layer]
@@ -87,8 +95,13 @@ class Recorder:
         state.seen += count
         for start in range(0, count, self.query_block):
             stop = min(start + self.query_block, count)
-            self._write_rows(call, first, start, stop)
-            self._write_vectors(call, state, first, start, stop)
+            if "maps" in self._stored:
+                self._write_rows(call, first, start, stop)
+                self._write_signals(call, state, first, start, stop)
+            else:
+                _require_causal(call, start, stop)
+            if "vectors:keys" in self._stored:
+                self._write_vectors(call, first, start, stop)
 
     def _write_rows(self, call: Call, first: int, start: int, stop: int) -> None:
         """Write the rows of queries `start` to `stop` - 1 of a call whose first query is position `first`."""
@@ -98,16 +111,17 @@ class Recorder:
         del rows  # twice as large as what is written
         self.writer.attention(call.layer, self._sequence, first + start, half.cpu().numpy(), row_sum=sums.cpu().numpy())
 
-    def _write_vectors(self, call: Call, state: _Layer, first: int, start: int, stop: int) -> None:
-        """Write what follows from the vectors of the same queries, and these if they are wanted."""
-        count = call.query.shape[2]
-        key, value = (part[0, :, -count:][:, start:stop].float() for part in (call.key, call.value))
-        query = call.query[0, :, start:stop].float()
+    def _write_signals(self, call: Call, state: _Layer, first: int, start: int, stop: int) -> None:
+        """Write what follows from the vectors of the same queries."""
+        query, key, value = _vectors(call, start, stop)
         self.writer.keys(call.layer, self._sequence, first + start, **self._signals(state, key, value, first + start))
         self.writer.queries(call.layer, self._sequence, first + start, query.mean(0).cpu().numpy())
-        if self.vectors:
-            given = {name: part.cpu().numpy() for name, part in zip(VECTORS, (query, key, value), strict=True)}
-            self.writer.vectors(call.layer, self._sequence, first + start, **given)
+
+    def _write_vectors(self, call: Call, first: int, start: int, stop: int) -> None:
+        """Write the vectors of the same queries, exactly: float32 holds every number of a 16-bit model."""
+        parts = zip(VECTORS, _vectors(call, start, stop), strict=True)
+        given = {name: part.cpu().numpy() for name, part in parts}
+        self.writer.vectors(call.layer, self._sequence, first + start, **given)
 
     def _signals(self, state: _Layer, key: Tensor, value: Tensor, first: int) -> dict[str, NDArray[Any]]:
         """Return norms ``[G, n]`` of new keys and values, and cosines with all keys so far ``[G, n, first + n]``."""
@@ -123,6 +137,32 @@ class Recorder:
             "key_l2": norm.cpu().numpy(),
             "similarity": cosines.clamp_(-1, 1).half().cpu().numpy(),
         }
+
+
+def _vectors(call: Call, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries `start` to `stop` - 1 of a call, and their own keys and values, ``[heads, n, D]`` in float32."""
+    count = call.query.shape[2]
+    key, value = (part[0, :, -count:][:, start:stop].float() for part in (call.key, call.value))
+    return call.query[0, :, start:stop].float(), key, value
+
+
+def _require_causal(call: Call, start: int, stop: int) -> None:
+    """Raise ModelError if queries `start` to `stop` - 1 see other keys than those up to their own, in their window."""
+    if call.mask is None:
+        return
+    count, keys = call.query.shape[2], call.key.shape[2]
+    mask = call.mask[:, :, start:stop, :keys]
+    own = torch.arange(start, stop, device=mask.device)[:, None] + keys - count
+    key = torch.arange(keys, device=mask.device)
+    seen = key <= own
+    if call.sliding_window is not None:
+        seen &= key > own - call.sliding_window
+    right = mask == seen if mask.dtype == torch.bool else torch.where(seen, mask == 0, mask < HIDDEN)
+    if not bool(right.all()):
+        raise ModelError(
+            f"layer {call.layer} has a mask that is not causal within a window: rows do not follow from vectors alone",
+            "Record the rows themselves: --store maps.",
+        )
 
 
 def _placed(rows: Tensor, offset: int) -> Tensor:

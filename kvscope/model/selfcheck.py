@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvscope.errors import ModelError
 from kvscope.model.attention_hook import Call, watching
+from kvscope.trace.schema import LayerAttention
 
 PROBE = 24  # tokens
 TOLERANCE = 1e-4  # of a row's sum, in float32
@@ -17,7 +18,7 @@ TOLERANCE = 1e-4  # of a row's sum, in float32
 
 @dataclass(frozen=True)
 class Facts:
-    """What the attention calls of a model show: sizes, windows by layer, scaling, cap, learned sinks."""
+    """What the attention calls of a model show: sizes, windows by layer, scaling, cap, learned sinks, all by layer."""
 
     heads: int
     kv_heads: int
@@ -26,6 +27,7 @@ class Facts:
     scaling: float
     softcap: float | None
     learned_sinks: bool
+    attention: dict[int, LayerAttention]
 
 
 def self_check(model: Any, ids: Tensor) -> Facts:
@@ -68,7 +70,13 @@ def self_check(model: Any, ids: Tensor) -> Facts:
         scaling=first.scaling,
         softcap=first.softcap,
         learned_sinks=any(call.sinks is not None for call in calls),
+        attention={call.layer: _attention(call) for call in calls},
     )
+
+
+def _attention(call: Call) -> LayerAttention:
+    sinks = None if call.sinks is None else call.sinks.float().tolist()
+    return LayerAttention(float(call.scaling), call.softcap, call.sliding_window, sinks)
 
 
 def _check_rows(name: str, call: Call) -> None:

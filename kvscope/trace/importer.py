@@ -86,14 +86,13 @@ def import_maps(
         prompts=[_prompt(prompt)],
         versions={"kvscope": version("kvscope"), "numpy": version("numpy")},
     )
-    sizes = {"layers": layers, "heads": heads, "kv_heads": groups, "head_dim": head_dim}
-    vectors = [name for name in VECTORS if name in arrays]
     needed = estimate_bytes(
-        **sizes,
+        layers=layers,
+        heads=heads,
+        kv_heads=groups,
+        head_dim=head_dim,
         lengths=[length] * count,
-        similarity="similarity" in arrays,
-        queries="queries" in arrays,
-        vectors=vectors,
+        stored=header.stored,
     )
     require_space(output, needed)
     with TraceWriter(output, header, force=force) as writer:

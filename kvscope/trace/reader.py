@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,17 +18,18 @@ from numpy.typing import NDArray
 
 from kvscope.errors import TraceError
 from kvscope.folder import checksum
-from kvscope.trace.schema import MAPS_AND_VECTORS, VECTORS, TraceHeader, layer_file, read_header
+from kvscope.trace.derive import Derived, Floats, KeptKeys
+from kvscope.trace.schema import MAPS_AND_VECTORS, QKV, VECTORS, TraceHeader, Which, layer_file, read_header
 
-Floats = NDArray[np.float32]
 HOW = {
+    "maps": "Record it again with kvscope trace, or import it with attention.",
     "value_l1": "Record it again with kvscope trace, or import it with value_l1 or values.",
     "value_l2": "Record it again with kvscope trace, or import it with value_l2 or values.",
     "key_l2": "Record it again with kvscope trace, or import it with key_l2 or keys.",
     "similarity": "Record it again with kvscope trace, or import it with keys.",
     "queries": "Record it again with kvscope trace, or import it with queries.",
     **{
-        f"vectors:{name}": f"Record it again with --store {MAPS_AND_VECTORS}, or import it with {name}."
+        f"vectors:{name}": f"Record it again with --store {MAPS_AND_VECTORS} or {QKV}, or import it with {name}."
         for name in VECTORS
     },
 }
@@ -55,6 +56,9 @@ class States(NamedTuple):
 class Trace:
     """A whole trace on disk. Open one with `open_trace`.
 
+    Every store answers the same calls: what is not stored is recomputed from the vectors that are, in float32. To
+    compute rows elsewhere, on a device, read `vectors` in blocks; ``header.attention`` says what to do with them.
+
     Attributes
     ----------
     path : Path
@@ -74,7 +78,8 @@ class Trace:
             Sequence(index, entry["prompt"], entry["length"], bool(entry.get("forced")))
             for index, entry in enumerate(data["sequences"])
         ]
-        self._index: dict[int, list[tuple[int, int, int, int]]] = {}
+        self._kept: KeptKeys = OrderedDict()
+        self._index: dict[str, list[tuple[int, int, int]]] = {}
 
     @property
     def name(self) -> str:
@@ -103,8 +108,8 @@ class Trace:
 
     @property
     def stored(self) -> frozenset[str]:
-        """Signals that the trace holds."""
-        return frozenset(self.header.stored)
+        """Signals that can be read: those on disk, and those that follow from them."""
+        return frozenset((*self.header.stored, *self.header.derived))
 
     @cached_property
     def identity(self) -> str:
@@ -122,17 +127,22 @@ class Trace:
             Positions of the queries; to the end of the sequence by default.
         """
         stop = self.sequences[sequence].length if stop is None else stop
+        if self._is_derived("maps"):
+            return self._derived.attention(sequence, layer, start, stop)
         rows = np.zeros((self.heads, stop - start, stop), np.float32)
-        for table in self._row_groups(layer, sequence, start, stop):
-            position = table["position"].to_numpy()
+        table = self._rows(layer_file("attention", layer), sequence, start, stop, ["head", "position", "weights"])
+        for part in table.to_batches():
+            position = part["position"].to_numpy()
             inside = (position >= start) & (position < stop)
             if not inside.all():
-                table = table.filter(pa.array(inside))
-            _scatter(rows, table["head"].to_numpy(), table["position"].to_numpy() - start, table["weights"])
+                part = part.filter(pa.array(inside))
+            _scatter(rows, part["head"].to_numpy(), part["position"].to_numpy() - start, part["weights"])
         return rows
 
     def row_sums(self, sequence: int, layer: int) -> Floats:
         """Return the sum of every row before it was rounded to 16 bit, float32 ``[H, T]``."""
+        if self._is_derived("maps"):
+            return self._derived.row_sums(sequence, layer)
         table = self._read(layer_file("attention", layer), sequence, ["head", "position", "row_sum"])
         return self._grid(table, "head", "row_sum", self.heads, sequence)
 
@@ -146,39 +156,50 @@ class Trace:
 
     def similarity(self, sequence: int, layer: int) -> Floats:
         """Return the cosine of every two keys as cached, float32 ``[G, T, T]``, symmetric, 1 on the diagonal."""
-        self._require("similarity")
-        table = self._read(layer_file("keys", layer), sequence, ["kv_head", "position", "similarity"])
+        if self._is_derived("similarity"):
+            return self._derived.similarity(sequence, layer)
         length = self.sequences[sequence].length
         below = np.zeros((self.kv_heads, length, length), np.float32)
-        _scatter(below, table["kv_head"].to_numpy(), table["position"].to_numpy(), table["similarity"])
+        columns = ["kv_head", "position", "similarity"]
+        for part in self._read(layer_file("keys", layer), sequence, columns).to_batches():
+            _scatter(below, part["kv_head"].to_numpy(), part["position"].to_numpy(), part["similarity"])
         return below + below.transpose(0, 2, 1) + np.eye(length, dtype=np.float32)
 
     def mean_queries(self, sequence: int, layer: int) -> Floats:
         """Return the query averaged over the query heads, float32 ``[T, D]``."""
-        self._require("queries")
+        if self._is_derived("queries"):
+            return self._derived.mean_queries(sequence, layer)
         table = self._read(layer_file("queries", layer), sequence, ["position", "mean_query"])
         order = np.argsort(table["position"].to_numpy())
         flat = table["mean_query"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return np.asarray(flat.reshape(len(order), -1)[order], np.float32)
 
     def states(self, sequence: int, layer: int) -> States:
-        """Return queries, keys and values of every token, recorded with ``--store maps+vectors`` or imported."""
-        return States(*self._vectors(sequence, layer, VECTORS))
+        """Return queries, keys and values of every token, of stores ``maps+vectors`` and ``qkv``, or imported."""
+        return States(*(self.vectors(sequence, layer, name) for name in VECTORS))
 
-    def vectors(self, sequence: int, layer: int, which: Literal["queries", "keys", "values"]) -> Floats:
-        """Return one of them, float32 ``[heads, T, D]``: an import may hold some without the others."""
-        return self._vectors(sequence, layer, [which])[0]
+    def vectors(self, sequence: int, layer: int, which: Which, start: int = 0, stop: int | None = None) -> Floats:
+        """Return one of them, float32 ``[heads, stop - start, D]``: an import may hold some without the others.
 
-    def _vectors(self, sequence: int, layer: int, names: Iterable[str]) -> list[Floats]:
-        for name in names:
-            self._require(f"vectors:{name}")
-        table = self._read(layer_file("states", layer), sequence, list(names))
-        found = []
-        for name in names:
-            flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            heads = self.heads if name == "queries" else self.kv_heads
-            found.append(np.ascontiguousarray(flat.reshape(table.num_rows, heads, -1).transpose(1, 0, 2)))
-        return found
+        Parameters
+        ----------
+        sequence, layer : int
+            Number of the sequence; layer of the model.
+        which : {"queries", "keys", "values"}
+            As attention got them, after rotary embedding, exactly.
+        start, stop : int
+            Positions; to the end of the sequence by default.
+        """
+        self._require(f"vectors:{which}")
+        stop = self.sequences[sequence].length if stop is None else stop
+        name = layer_file("states", layer)
+        table = self._rows(name, sequence, start, stop, ["position", which])
+        inside = table.slice(start - table["position"][0].as_py() if table.num_rows else 0, stop - start)
+        if inside.num_rows < stop - start:
+            raise _damaged(self.path, Path(name), f"it lacks positions of sequence {sequence} before {stop}")
+        flat = inside[which].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        heads = self.heads if which == "queries" else self.kv_heads
+        return np.ascontiguousarray(flat.reshape(stop - start, heads, -1).transpose(1, 0, 2))
 
     def tokens(self, sequence: int | None = None) -> pd.DataFrame:
         """Return the tokens of one sequence or of all: the columns of ``tokens.parquet``."""
@@ -186,7 +207,8 @@ class Trace:
         return frame if sequence is None else frame[frame["sequence"] == sequence].reset_index(drop=True)
 
     def _norms(self, column: str, sequence: int, layer: int) -> Floats:
-        self._require(column)
+        if self._is_derived(column):
+            return self._derived.norms(column, sequence, layer)
         table = self._read(layer_file("keys", layer), sequence, ["kv_head", "position", column])
         return self._grid(table, "kv_head", column, self.kv_heads, sequence)
 
@@ -194,6 +216,15 @@ class Trace:
         grid = np.full((heads, self.sequences[sequence].length), np.nan, np.float32)
         grid[table[head].to_numpy(), table["position"].to_numpy()] = table[column].to_numpy()
         return grid
+
+    @property
+    def _derived(self) -> Derived:
+        return Derived(self.header, [item.length for item in self.sequences], self.vectors, self._kept)
+
+    def _is_derived(self, signal: str) -> bool:
+        """Return whether a signal is to be recomputed; raise TraceError if it is neither stored nor follows."""
+        self._require(signal)
+        return signal not in self.header.stored
 
     def _require(self, signal: str) -> None:
         if signal not in self.stored:
@@ -208,18 +239,18 @@ class Trace:
         except (OSError, pa.ArrowException) as error:
             raise _damaged(self.path, file.relative_to(self.path), "it cannot be read") from error
 
-    def _row_groups(self, layer: int, sequence: int, start: int, stop: int) -> list[pa.Table]:
-        name = layer_file("attention", layer)
+    def _rows(self, name: str, sequence: int, start: int, stop: int, columns: list[str]) -> pa.Table:
+        """Return the row groups of a layer's file that hold any of the positions."""
         try:
             with pq.ParquetFile(self.path / name) as file:
-                if layer not in self._index:
-                    self._index[layer] = _ranges(file.metadata)
+                if name not in self._index:
+                    self._index[name] = _ranges(file.metadata)
                 wanted = [
                     number
-                    for number, (of, first, last, _) in enumerate(self._index[layer])
+                    for number, (of, first, last) in enumerate(self._index[name])
                     if of == sequence and first < stop and last >= start
                 ]
-                return [file.read_row_group(number, columns=["head", "position", "weights"]) for number in wanted]
+                return file.read_row_groups(wanted, columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise _damaged(self.path, Path(name), "it cannot be read") from error
 
@@ -272,23 +303,20 @@ def newest_trace(folder: Path = Path("traces")) -> Path:
     return max(found)[2]
 
 
-def _ranges(metadata: pq.FileMetaData) -> list[tuple[int, int, int, int]]:
-    """Return sequence, first and last position, and rows of every row group."""
+def _ranges(metadata: pq.FileMetaData) -> list[tuple[int, int, int]]:
+    """Return sequence, first and last position of every row group."""
     names = [metadata.schema.column(index).name for index in range(metadata.num_columns)]
     ranges = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         sequence = group.column(names.index("sequence")).statistics
         position = group.column(names.index("position")).statistics
-        ranges.append((sequence.min, position.min, position.max, group.num_rows))
+        ranges.append((sequence.min, position.min, position.max))
     return ranges
 
 
-def _scatter(target: Floats, head: NDArray[Any], query: NDArray[Any], rows: pa.ChunkedArray) -> None:
+def _scatter(target: Floats, head: NDArray[Any], query: NDArray[Any], lists: pa.ListArray) -> None:
     """Put list rows into ``target[head, query, :len]``, without a loop over rows."""
-    lists = rows.combine_chunks()
-    if isinstance(lists, pa.ChunkedArray):
-        lists = lists.chunk(0)
     lengths = np.diff(lists.offsets.to_numpy())
     values = lists.flatten().to_numpy(zero_copy_only=False)
     starts = (head.astype(np.int64) * target.shape[1] + query) * target.shape[2]

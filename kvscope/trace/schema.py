@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -19,8 +19,12 @@ from kvscope.errors import TraceError
 KIND = "kvscope-trace"
 HEADER = "trace.json"
 MEMBERS = r"trace\.json|tokens\.parquet|(attention|keys|queries|states)/layer=\d+\.parquet"  # and nothing else
-SCHEMA_VERSION = 1
-HISTORY = {1: "first version: store maps (attention rows, norms, similarities, mean queries)"}
+SCHEMA_VERSION = 2
+OLDEST_VERSION = 1  # that can still be read
+HISTORY = {
+    1: "first version: store maps (attention rows, norms, similarities, mean queries)",
+    2: "store qkv: vectors alone, from which rows are recomputed as `attention` in `trace.json` says; `prefill_chunk`",
+}
 
 
 def _column(name: str, kind: pa.DataType, about: str) -> pa.Field:
@@ -88,35 +92,73 @@ STATES = pa.schema(
         _column(
             "queries",
             _list(pa.float32()),
-            "queries of all heads, after rotary embedding, H x D numbers; empty where not stored",
+            "queries of all heads, after rotary embedding, H x D numbers, exactly; empty where not stored",
         ),
         _column(
             "keys",
             _list(pa.float32()),
-            "keys of all key/value heads, as cached, G x D numbers; empty where not stored",
+            "keys of all key/value heads, as cached, G x D numbers, exactly; empty where not stored",
         ),
         _column(
             "values",
             _list(pa.float32()),
-            "values of all key/value heads, as cached, G x D numbers; empty where not stored",
+            "values of all key/value heads, as cached, G x D numbers, exactly; empty where not stored",
         ),
     ]
 )
-MAPS, MAPS_AND_VECTORS = "maps", "maps+vectors"
-STORES = (MAPS, MAPS_AND_VECTORS)  # what a recording may keep
-VECTORS = ("queries", "keys", "values")
+Which = Literal["queries", "keys", "values"]
+VECTORS: tuple[Which, ...] = ("queries", "keys", "values")
+MAPS, MAPS_AND_VECTORS, QKV = "maps", "maps+vectors", "qkv"
+_OF_MAPS = ("maps", "value_l1", "value_l2", "key_l2", "similarity", "queries")
+_OF_VECTORS = tuple(f"vectors:{name}" for name in VECTORS)
+# What a recording may keep, and the signals that it then holds.
+STORES = {MAPS: _OF_MAPS, MAPS_AND_VECTORS: (*_OF_MAPS, *_OF_VECTORS), QKV: _OF_VECTORS}
+# A signal that is not stored, and the vectors that it follows from.
+DERIVED = {
+    "maps": ("queries", "keys"),
+    "value_l1": ("values",),
+    "value_l2": ("values",),
+    "key_l2": ("keys",),
+    "similarity": ("keys",),
+    "queries": ("queries",),
+}
 FILES = {
     "tokens.parquet": ("one token of one sequence", TOKENS),
     "attention/layer=NNN.parquet": ("one query of one head", ATTENTION),
     "keys/layer=NNN.parquet": ("one key of one key/value head", KEYS),
     "queries/layer=NNN.parquet": ("one query of one layer", QUERIES),
-    "states/layer=NNN.parquet": ("one token of one layer (store maps+vectors, or imported vectors)", STATES),
+    "states/layer=NNN.parquet": ("one token of one layer (stores maps+vectors and qkv, or imported vectors)", STATES),
 }
 
 
 def layer_file(kind: str, layer: int) -> str:
     """Return the path of a layer's file inside the trace: ``attention/layer=003.parquet``."""
     return f"{kind}/layer={layer:03d}.parquet"
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """How a layer turns queries and keys into weights: scale, cap, mask, softmax with the sinks, which are left out.
+
+    Attributes
+    ----------
+    scaling : float
+        Factor of the logits.
+    softcap : float or None
+        Cap of the scaled logits: ``softcap * tanh(logits / softcap)``.
+    sliding_window : int or None
+        Keys that a query sees at most, itself included.
+    sinks : list of float or None
+        Learned sink logit of each query head.
+    mask : str
+        ``causal``: a query sees itself and earlier keys, within the window.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sliding_window: int | None = None
+    sinks: list[float] | None = None
+    mask: str = "causal"
 
 
 @dataclass(frozen=True)
@@ -141,6 +183,10 @@ class TraceHeader:
         Cap of the attention logits.
     stored : list of str
         Signals: ``maps``, ``value_l1``, ``value_l2``, ``key_l2``, ``similarity``, ``queries``, ``vectors:keys``, ...
+    attention : list of LayerAttention
+        Store ``qkv``: of each recorded layer, in the order of `layers`. Empty where rows are stored.
+    prefill_chunk : int or None
+        Tokens of a prompt that went through the model at a time, where a prompt had more than that.
     prompts : list of dict
         ``file``, ``sha256`` and ``text`` of each prompt.
     """
@@ -158,6 +204,8 @@ class TraceHeader:
     learned_sinks: bool = False
     softcap: float | None = None
     stored: list[str] = field(default_factory=lambda: ["maps"])
+    attention: list[LayerAttention] = field(default_factory=list)
+    prefill_chunk: int | None = None
     prompts: list[dict[str, Any]] = field(default_factory=list)
     device: str = "cpu"
     seed: int | None = None
@@ -165,6 +213,28 @@ class TraceHeader:
     tokenizer: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     command: str | None = None
+
+    @property
+    def store(self) -> str:
+        """Which of `STORES` it is, as far as rows and vectors go; an import may hold some vectors only."""
+        if "maps" not in self.stored:
+            return QKV
+        return MAPS_AND_VECTORS if any(name in self.stored for name in _OF_VECTORS) else MAPS
+
+    @property
+    def derived(self) -> list[str]:
+        """Signals that are not stored and follow from the vectors that are."""
+        return [
+            signal
+            for signal, vectors in DERIVED.items()
+            if signal not in self.stored
+            and all(f"vectors:{name}" in self.stored for name in vectors)
+            and (signal != "maps" or len(self.attention) == len(self.layers))
+        ]
+
+    def attention_of(self, layer: int) -> LayerAttention:
+        """Return how a recorded layer turns queries and keys into weights, where the header says so."""
+        return self.attention[self.layers.index(layer)]
 
     def to_json(self) -> dict[str, Any]:
         """Return the header as plain data."""
@@ -181,7 +251,9 @@ class TraceHeader:
         """
         names = {item.name for item in fields(cls)}
         try:
-            return cls(**{name: value for name, value in data.items() if name in names})
+            given = {name: value for name, value in data.items() if name in names}
+            given["attention"] = [LayerAttention(**facts) for facts in data.get("attention", [])]
+            return cls(**given)
         except TypeError as error:
             raise TraceError(
                 f"{path / HEADER} is damaged: {error}".replace("TraceHeader.__init__() ", ""), "Record the trace again."
@@ -213,7 +285,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("kind") != KIND:
         raise TraceError(f"{path} is not a kvscope trace: {HEADER} is of another kind", "Name a folder under traces/.")
     version = data.get("schema")
-    if not isinstance(version, int) or version < SCHEMA_VERSION:
+    if not isinstance(version, int) or version < OLDEST_VERSION:
         raise TraceError(f"trace {path} has the older format {version}", "Record it again with this kvscope.")
     if version > SCHEMA_VERSION:
         raise TraceError(
@@ -235,21 +307,30 @@ def estimate_bytes(
     kv_heads: int,
     head_dim: int,
     lengths: Sequence[int],
-    similarity: bool = True,
-    queries: bool = True,
-    vectors: Collection[str] = (),
+    stored: Collection[str] = STORES[MAPS],
+    number_bytes: float = 4,
 ) -> int:
-    """Return about how many bytes a trace of these sizes takes on disk; `vectors` names those of `VECTORS` it holds."""
-    of_token = sum(4 * head_dim * (heads if name == "queries" else kv_heads) for name in vectors)
-    total = 0
+    """Return about how many bytes a trace of these sizes takes on disk.
+
+    Parameters
+    ----------
+    stored : collection of str
+        Its signals, as in the header.
+    number_bytes : float
+        Of one number of a stored vector: about 2 where the model's dtype has 16 bits.
+    """
+    vectors = [name for name in VECTORS if f"vectors:{name}" in stored]
+    numbers = sum(head_dim * (heads if name == "queries" else kv_heads) for name in vectors)
+    norms = {"value_l1", "value_l2", "key_l2", "similarity"} & set(stored)
+    total = 0.0
     for length in lengths:
         pairs = length * (length + 1) // 2
-        total += layers * heads * (2 * pairs + 24 * length)
-        total += layers * kv_heads * (28 * length + (2 * pairs if similarity else 0))
-        total += layers * length * (4 * head_dim + 12) if queries else 0
-        total += layers * length * (of_token + 12) if vectors else 0
+        total += layers * heads * (2 * pairs + 24 * length) if "maps" in stored else 0
+        total += layers * kv_heads * (28 * length + (2 * pairs if "similarity" in stored else 0)) if norms else 0
+        total += layers * length * (4 * head_dim + 12) if "queries" in stored else 0
+        total += layers * length * (number_bytes * numbers + 12) if vectors else 0
         total += 32 * length
-    return total + 4096 * (1 + 3 * layers)
+    return int(total) + 4096 * (1 + 3 * layers)
 
 
 def describe() -> str:

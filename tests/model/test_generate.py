@@ -7,13 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 import kvscope.model.generate as generate_module
-from kvscope.errors import KvscopeError, ModelError, TraceError, UsageError
-from kvscope.model import loading
+from kvscope.errors import ModelError, TraceError, UsageError
 from kvscope.model.generate import Progress, trace
-from kvscope.model.names import ALIASES, resolve
 from kvscope.model.prompts import token_texts
 from kvscope.trace.reader import open_trace
 from tests.model.tiny import build, saved
@@ -175,62 +172,6 @@ def test_an_error_while_recording_leaves_no_trace(folder: Path, prompt: Path, tm
     assert "--dtype bfloat16" in caught.value.todo
     with pytest.raises(TraceError, match="incomplete"):
         open_trace(tmp_path / "t")
-
-
-def test_aliases() -> None:
-    assert resolve("llama2-7b") == "meta-llama/Llama-2-7b-hf"
-    assert resolve("org/name") == "org/name"
-    assert all(alias == alias.lower() and target.count("/") == 1 for alias, target in ALIASES.items())
-    with pytest.raises(UsageError, match="no model is called") as caught:
-        resolve("lama2-7b")
-    assert "llama2-7b" in caught.value.todo
-
-
-def test_a_model_that_is_not_here(prompt: Path) -> None:
-    with pytest.raises(ModelError, match="the Hub cannot be reached") as caught:
-        trace("llama2-7b", [prompt])
-    assert "HF_HUB_OFFLINE" in caught.value.todo
-
-
-def answer(kind: type[Exception], text: str = "x") -> Exception:
-    made = kind.__new__(kind)
-    Exception.__init__(made, text)
-    return made
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (answer(GatedRepoError), "is gated"),
-        (answer(RepositoryNotFoundError), "on the Hub, or it is private"),
-        (answer(LocalEntryNotFoundError), "the Hub cannot be reached"),
-        (OSError("Max retries exceeded: Name resolution"), "the Hub cannot be reached"),
-        (MemoryError(), "out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-        (ImportError("needs tiktoken"), "needs tiktoken"),
-        (ValueError("Unrecognized model"), "cannot be loaded: Unrecognized model"),
-    ],
-)
-def test_what_loading_says(monkeypatch, prompt: Path, error: Exception, message: str) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", fail)
-    with pytest.raises(KvscopeError, match=message) as caught:
-        trace("org/model", [prompt])
-    assert caught.value.todo
-
-
-def test_pickled_weights_are_not_loaded(tmp_path: Path, prompt: Path) -> None:
-    with pytest.raises(ModelError, match="no safetensors weights"):
-        trace(str(saved(tmp_path / "m", safe=False)), [prompt])
-
-
-def test_falcon_is_refused_before_it_is_loaded(tmp_path: Path, prompt: Path) -> None:
-    target = saved(tmp_path / "m")
-    (target / "config.json").write_text(json.dumps({"model_type": "falcon", "architectures": ["FalconForCausalLM"]}))
-    with pytest.raises(ModelError, match="type falcon"):
-        trace(str(target), [prompt])
 
 
 class Bytes:

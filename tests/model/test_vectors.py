@@ -1,4 +1,4 @@
-"""Store maps+vectors: queries, keys and values are those that attention got, and the recorded rows follow from them."""
+"""Stores with vectors: queries, keys and values are those that attention got, and rows follow from them."""
 
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,24 @@ def test_recorded_rows_follow_from_recorded_vectors(name: str, prompt: Path, tmp
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("query_block", [1, 4, 128])
+@pytest.mark.parametrize(
+    ("store", "dtype"),
+    [
+        ("maps+vectors", torch.float32),
+        ("qkv", torch.float32),
+        ("qkv", torch.bfloat16),
+        ("qkv", torch.float16),
+    ],
+)
 @torch.inference_mode()
-def test_vectors_are_exactly_those_of_the_calls(name: str, query_block: int, tmp_path: Path) -> None:
-    model, ids = build(name), tokens(LENGTH)
+def test_vectors_are_exactly_those_of_the_calls(
+    name: str, query_block: int, store: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, ids = build(name).to(dtype), tokens(LENGTH)
     seen: list[tuple[int, Any, Any, Any]] = []
     facts = header(heads=4, kv_heads=2, stored=sorted(VECTORS))
     with TraceWriter(tmp_path / "t", facts) as writer:
-        recorder = Recorder(writer, [0, 1], query_block, vectors=True)
+        recorder = Recorder(writer, [0, 1], query_block, store=store)
 
         def observe(call: Call) -> None:
             count = call.query.shape[2]
@@ -97,12 +108,14 @@ def test_vectors_are_exactly_those_of_the_calls(name: str, query_block: int, tmp
     for layer in (0, 1):
         for which, got in enumerate(made.states(0, layer), start=1):
             expected = torch.cat([call[which] for call in seen if call[0] == layer], 1)
-            assert np.array_equal(got, expected.numpy())
+            assert expected.dtype == dtype
+            assert np.array_equal(got, expected.float().numpy())
 
 
-def test_half_precision_is_kept_exactly(prompt: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", ["maps+vectors", "qkv"])
+def test_half_precision_is_kept_exactly(store: str, prompt: Path, tmp_path: Path) -> None:
     folder = str(saved(tmp_path / "llama"))
-    made = trace(folder, [prompt], output=tmp_path / "t", max_new_tokens=4, dtype="bfloat16", store="maps+vectors")
+    made = trace(folder, [prompt], output=tmp_path / "t", max_new_tokens=4, dtype="bfloat16", store=store)
     for part in made.states(0, 1):
         exact = torch.from_numpy(part)
         assert torch.equal(exact.bfloat16().float(), exact)
@@ -134,6 +147,6 @@ def test_without_vectors(prompt: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_store(prompt: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="store 'qkv' is unknown") as caught:
-        trace("no/model", [prompt], output=tmp_path / "t", store="qkv")
-    assert "maps, maps+vectors" in caught.value.todo
+    with pytest.raises(UsageError, match="store 'topk' is unknown") as caught:
+        trace("no/model", [prompt], output=tmp_path / "t", store="topk")
+    assert "maps, maps+vectors, qkv" in caught.value.todo

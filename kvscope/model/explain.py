@@ -1,0 +1,133 @@
+"""What transformers, the Hub and safetensors raise, in two lines: what is wrong with a model, and what to do."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+
+from kvscope.errors import ModelError
+
+# What the Hub's HTTP client raises without an answer; the client is httpx in huggingface_hub 1, and httpx2 in 2.
+HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+@contextmanager
+def explained(source: str, part: str, *, offline: bool = False) -> Iterator[None]:
+    """Turn what transformers and the Hub raise while they load a part into a `ModelError` with what to do.
+
+    Parameters
+    ----------
+    source : str
+        Folder or Hub id.
+    part : str
+        ``configuration``, ``tokenizer`` or ``weights``.
+    offline : bool
+        Whether the source is a Hub id of which only what is in the cache can be read.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except GatedRepoError as error:
+        raise _gated(source) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"model {source} has no such revision", "Check --revision.") from error
+    except LocalEntryNotFoundError as error:
+        raise _not_here(source, part) from error
+    except RepositoryNotFoundError as error:
+        raise _unknown(source) from error
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise out_of_memory(source) from error
+    except ImportError as error:
+        raise ModelError(
+            f"model {source} needs a package that is missing: {first_line(error)}", "Install it, then try again."
+        ) from error
+    except OSError as error:
+        raise _not_here(source, part) if offline else _explain_text(source, part, error) from error
+    except (ValueError, KeyError, RuntimeError, SafetensorError, HttpError) as error:
+        raise _explain_text(source, part, error) from error
+
+
+def out_of_memory(name: str) -> ModelError:
+    """Return the error for a model that does not fit."""
+    gc.collect()
+    return ModelError(
+        f"out of memory with {name}",
+        "Try --dtype bfloat16, --device-map auto, fewer --layers, a smaller --query-block, or a shorter prompt.",
+    )
+
+
+def _explain_text(source: str, part: str, error: Exception) -> ModelError:
+    low = str(error).lower()
+    if "safetensors" in low and ("does not appear to have" in low or "no file named" in low or "not found" in low):
+        return ModelError(
+            f"model {source} has no safetensors weights", "Convert it: pickled weights can run code and are not loaded."
+        )
+    lost = isinstance(error, HttpError) and not isinstance(error, HfHubHTTPError)
+    if lost or "couldn't connect" in low or "connection error" in low:
+        return _not_here(source, part)
+    if "out of memory" in low or "can't allocate memory" in low:
+        return out_of_memory(source)
+    if "trust_remote_code" in low:
+        return ModelError(
+            f"{kind(source)} {source} brings Python code of its own", "If you trust it: --trust-remote-code."
+        )
+    if "gated repo" in low:
+        return _gated(source)
+    if "is not a local folder and is not a valid model identifier" in low:
+        return _unknown(source)
+    return ModelError(
+        f"the {part} of {kind(source)} {source} cannot be loaded: {first_line(error)}",
+        f"Check that it is a causal language model, or fetch all of it anew: {fetch(source)}",
+    )
+
+
+def _not_here(source: str, part: str) -> ModelError:
+    what = f"model {source}" if part == "configuration" else f"the {part} of model {source}"
+    why, first = "the Hub cannot be reached", f"Fetch it where there is a network ({fetch(source)})"
+    if is_offline_mode():
+        why, first = "HF_HUB_OFFLINE forbids to ask the Hub", "Unset HF_HUB_OFFLINE"
+    return ModelError(
+        f"{what} {'is' if part != 'weights' else 'are'} not on this machine, and {why}",
+        f"{first}, set HF_HOME to the cache that has it, or name a local folder.",
+    )
+
+
+def _gated(source: str) -> ModelError:
+    return ModelError(
+        f"model {source} is gated", f"Accept its terms at huggingface.co/{source}, then run: hf auth login"
+    )
+
+
+def _unknown(source: str) -> ModelError:
+    return ModelError(
+        f"no model {source} on the Hub, or it is private", "Check the name; for a private model run: hf auth login"
+    )
+
+
+def kind(source: str) -> str:
+    """Return the word for a source: ``folder`` or ``model``."""
+    return "folder" if Path(source).is_dir() else "model"
+
+
+def fetch(source: str) -> str:
+    """Return the command that fetches a model, into its folder if it has one."""
+    return f"hf download ORG/NAME --local-dir {source}" if Path(source).is_dir() else f"hf download {source}"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a message, or the name of an error that has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,91 @@
+"""What ``trace.json`` says of a recording before it starts."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from importlib.metadata import version
+from typing import Any
+
+from kvscope.errors import ModelError
+from kvscope.model.loading import Loaded
+from kvscope.model.prompts import Prompt
+from kvscope.model.sampling import Sampling
+from kvscope.model.selfcheck import Facts
+from kvscope.trace.schema import STORES, TraceHeader
+
+
+def header(
+    loaded: Loaded, facts: Facts, layers: list[int], prompts: Sequence[Prompt], sampling: Sampling, **given: Any
+) -> TraceHeader:
+    """Return the header of a recording.
+
+    Parameters
+    ----------
+    loaded, facts
+        The model, and what its attention calls showed.
+    layers : list of int
+        Layers to record.
+    prompts, sampling
+        What it reads, and how it goes on.
+    **given
+        ``store``; and fields of the header as they are: ``seed``, ``command``, ``prefill_chunk``.
+
+    Raises
+    ------
+    ModelError
+        If a layer to record has no attention.
+    """
+    missing = [layer for layer in layers if layer not in facts.windows]
+    if missing:
+        raise ModelError(
+            f"layers {missing} of {loaded.name} have no attention",
+            f"Record the others: --layers {','.join(map(str, facts.windows))}",
+        )
+    stored = list(STORES[given.pop("store")])
+    windows = [facts.windows[layer] for layer in layers]
+    return TraceHeader(
+        source="model",
+        protocol="forced" if all(prompt.forced is not None for prompt in prompts) else "generated",
+        model=_model(loaded, facts),
+        layers=layers,
+        n_layers=loaded.text_config.num_hidden_layers,
+        heads=facts.heads,
+        kv_heads=facts.kv_heads,
+        head_dim=facts.head_dim,
+        layer_types=["full" if window is None else "sliding" for window in windows],
+        sliding_window=windows,
+        learned_sinks=facts.learned_sinks,
+        softcap=facts.softcap,
+        stored=stored,
+        attention=[] if "maps" in stored else [facts.attention[layer] for layer in layers],
+        prompts=[
+            {"file": prompt.file, "sha256": sha256(prompt.text.encode()).hexdigest(), "tokens": len(prompt.ids)}
+            for prompt in prompts
+        ],
+        device=str(loaded.device),
+        sampling=asdict(sampling),
+        tokenizer=type(loaded.tokenizer).__name__,
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("kvscope", "torch", "transformers", "pyarrow")},
+        },
+        **given,
+    )
+
+
+def _model(loaded: Loaded, facts: Facts) -> dict[str, Any]:
+    config = loaded.model.config
+    described = config.to_dict()
+    described.pop("_name_or_path", None)  # a path would tell of the machine, and "id" names the model
+    return {
+        "id": loaded.name if loaded.name == loaded.source or loaded.name == "demo" else loaded.source,
+        "revision": loaded.revision,
+        "class": type(loaded.model).__name__,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "config": json.loads(json.dumps(described, default=str)),
+        "attention": {"kernel": config._attn_implementation, "scaling": facts.scaling},
+    }
