@@ -154,6 +154,11 @@ def show_text(text: str, *, style: str = "") -> None:
     stdout().print(Text(text, style=style))
 
 
+def show_raw(text: str) -> None:
+    """Write text on stdout as it is: what another program reads."""
+    sys.stdout.write(text)
+
+
 _live: list[Console] = []
 
 

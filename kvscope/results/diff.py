@@ -5,21 +5,47 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from kvscope.errors import ResultError, UsageError
 from kvscope.registry import nearest
-from kvscope.results.schema import SUMMARY, SUMMARY_KIND, load_json
-from kvscope.results.store import open_replay
+from kvscope.results.baseline import ALIGNED
+from kvscope.results.decisions import Decisions, compare_decisions
 
-Verdict = Literal["same", "better", "worse", "changed", "missing", "new"]
-REGRESSIONS = ("worse", "changed", "missing")
-DEFAULT_TOLERANCE = 0.001
-ALIGNED = ("policy", "params", "budget", "prefill", "loop")  # what makes two runs the same run
+Verdict = Literal["worse", "missing", "changed", "new", "better", "same"]  # what a reader asks for first
+REGRESSIONS = ("worse", "missing")
 DECLARED = ("direction", "range", "when_nothing_evicted")
+PLANNED = ("phase", "allocate", "accumulate")  # with ALIGNED, what makes two runs the same run
+FEW = 50  # rows up to which values that are the same are shown too
+FIRST = 10  # stays that are named for each run whose decisions differ
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How much a metric may change before it counts.
+
+    Attributes
+    ----------
+    amount : float
+        From 0 up.
+    relative : bool
+        Whether `amount` is percent of the base's absolute value.
+    """
+
+    amount: float
+    relative: bool = False
+
+    def of(self, base: float | None) -> float:
+        """Return the largest change that is allowed from `base`."""
+        return self.amount / 100 * abs(base or 0.0) if self.relative else self.amount
+
+    def __str__(self) -> str:
+        return f"{self.amount:g}%" if self.relative else f"{self.amount:g}"
+
+
+DEFAULT_TOLERANCE = Tolerance(0.001)
 
 
 @dataclass(frozen=True)
@@ -28,7 +54,7 @@ class Row:
 
     `verdict` is ``worse`` for a fall by more than the tolerance, ``changed`` for a metric without a better direction
     that moved by more (keys read and held), ``missing`` where the new side lacks a run or a value, ``new`` where the
-    base does.
+    base does. `tolerance` is the largest change that is allowed, `stated` how that was said: ``0.001`` or ``1%``.
     """
 
     run: str
@@ -37,26 +63,52 @@ class Row:
     new: float | None
     change: float | None
     tolerance: float
+    stated: str
     verdict: Verdict
+
+    @property
+    def fails(self) -> bool:
+        """Whether it fails a build."""
+        return self.verdict in REGRESSIONS
 
 
 @dataclass(frozen=True)
 class Diff:
-    """The comparison of two summaries."""
+    """The comparison of two summaries; `decisions` is None where they were not compared."""
 
     base: str
     new: str
     rows: list[Row]
+    decisions: list[Decisions] | None = None
 
     @property
     def regressions(self) -> list[Row]:
-        """Rows that fail a build: worse, changed, missing."""
-        return [row for row in self.rows if row.verdict in REGRESSIONS]
+        """Rows that fail a build: worse, missing."""
+        return [row for row in self.rows if row.fails]
+
+    @property
+    def redecided(self) -> list[Decisions]:
+        """Runs that did not decide the same, which fails a build too."""
+        return [run for run in self.decisions or () if not run.equal]
 
     @property
     def regressed(self) -> bool:
-        """Whether there is any."""
-        return bool(self.regressions)
+        """Whether anything fails a build."""
+        return bool(self.regressions or self.redecided)
+
+    def shown(self, everything: bool = False) -> list[Row]:
+        """Return the rows for a reader: all if they are few, otherwise those that are not the same."""
+        if everything or len(self.rows) <= FEW:
+            return self.rows
+        return [row for row in self.rows if row.verdict != "same"]
+
+    def verdict(self) -> str:
+        """Return the result in one line."""
+        counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in get_args(Verdict)}
+        told = f"{len(self.rows)} values: {', '.join(f'{count} {name}' for name, count in counts.items() if count)}."
+        if self.decisions is not None:
+            told += f" Decisions differ in {len(self.redecided)} of {len(self.decisions)} runs."
+        return told
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""
@@ -67,27 +119,17 @@ class Diff:
             "new": self.new,
             "regressed": self.regressed,
             "rows": [asdict(row) for row in self.rows],
+            "decisions": None if self.decisions is None else [asdict(run) for run in self.decisions],
         }
 
 
-def load_summary(path: Path | str) -> dict[str, Any]:
-    """Return the summary of a replay folder, or of a committed ``summary.json``.
-
-    Raises
-    ------
-    ResultError
-        If it is neither, incomplete, damaged, or of another version.
-    """
-    path = Path(path)
-    summary = load_json(path, SUMMARY_KIND, "summary") if path.is_file() else open_replay(path).summary
-    fault = _fault(summary)
-    if fault:
-        raise ResultError(f"{path} is damaged: {fault}", f"Replay again, and keep its {SUMMARY}.")
-    return {"source": str(path), **summary}
-
-
 def diff(
-    base: Mapping[str, Any], new: Mapping[str, Any], tolerance: float | Mapping[str, float] = DEFAULT_TOLERANCE
+    base: Mapping[str, Any],
+    new: Mapping[str, Any],
+    tolerance: float | Tolerance | Mapping[str, float | Tolerance] = DEFAULT_TOLERANCE,
+    *,
+    decisions: bool = False,
+    first: int = FIRST,
 ) -> Diff:
     """Return how `new` differs from `base`, run by run and metric by metric.
 
@@ -95,139 +137,63 @@ def diff(
     ----------
     base, new : mapping
         Summaries, as `load_summary` gives them.
-    tolerance : float or mapping of str to float
+    tolerance : float, Tolerance, or mapping of str to these
         How much a metric may fall; for a mapping, ``""`` is for the metrics that it does not name.
+    decisions : bool
+        Whether to compare also which keys were evicted when.
+    first : int
+        How many of the evictions that changed to name for each run.
 
     Raises
     ------
     ResultError
-        If the two are of different traces, models or metric definitions.
+        If the two are of different traces, models, protocols or metric definitions, or do not say what was decided.
     UsageError
         If the tolerance names a metric that neither side has.
     """
-    _require_same_origin(base, new)
-    allowed = {"": float(tolerance)} if isinstance(tolerance, int | float) else {"": DEFAULT_TOLERANCE, **tolerance}
+    require_same_origin(base, new)
+    given = tolerance if isinstance(tolerance, Mapping) else {"": tolerance}
+    allowed = {"": DEFAULT_TOLERANCE} | {name: _tolerance(value) for name, value in given.items()}
     declared = {**new["metrics"], **base["metrics"]}
     for name in allowed:
         if name and name not in declared:
             raise UsageError(f"tolerance for {name!r}, which no run has", nearest(name, declared))
-    before, after = _by_key(base, "base"), _by_key(new, "new")
+    sources = str(base.get("source", "base")), str(new.get("source", "new"))
+    before, after = _by_key(base, sources[0]), _by_key(new, sources[1])
     rows: list[Row] = []
+    decided: list[Decisions] = []
     for key in [*before, *(key for key in after if key not in before)]:
-        rows += _rows(before.get(key), after.get(key), declared, allowed)
-    return Diff(str(base.get("source", "base")), str(new.get("source", "new")), rows)
+        old, later = before.get(key), after.get(key)
+        rows += _rows(old, later, declared, allowed)
+        if decisions and old is not None and later is not None:
+            decided.append(compare_decisions(_label(old), (sources[0], old), (sources[1], later), first))
+    return Diff(*sources, rows, decided if decisions else None)
 
 
-def parse_tolerance(texts: list[str]) -> dict[str, float]:
-    """Return tolerances from ``0.01`` (for all metrics) and ``retained_mass=0.001``; ``""`` is for all.
+def parse_tolerance(texts: Sequence[str]) -> dict[str, Tolerance]:
+    """Return tolerances from ``0.01``, ``1%`` (for all metrics) and ``retained_mass=0.001``; ``""`` is for all.
 
     Raises
     ------
     UsageError
         If one is not a number from 0 up.
     """
-    parsed: dict[str, float] = {}
+    parsed: dict[str, Tolerance] = {}
     for part in (piece.strip() for text in texts for piece in text.split(",")):
         name, _, amount = part.rpartition("=")
+        relative = amount.endswith("%")
         try:
-            value = float(amount)
+            value = float(amount.removesuffix("%"))
         except ValueError:
             value = -1.0
-        if not 0 <= value < float("inf"):
-            raise UsageError(f"tolerance {part!r} is not a number from 0 up", "Write 0.01, or retained_mass=0.001.")
-        parsed[name.strip()] = value
+        if not 0 <= value < math.inf:
+            raise UsageError(f"tolerance {part!r} is not a number from 0 up", "Write 0.01, 1%, or retained_mass=0.001.")
+        parsed[name.strip()] = Tolerance(value, relative)
     return parsed
 
 
-def _rows(
-    before: Mapping[str, Any] | None,
-    after: Mapping[str, Any] | None,
-    declared: Mapping[str, Any],
-    allowed: Mapping[str, float],
-) -> list[Row]:
-    run = before or after
-    assert run is not None, "the key is from one of the two sides"
-    label = f"{run['label']} {run['budget'] or 'full cache'} {run['prefill']} {run['loop']}"
-    return [
-        _row(label, name, before, after, str(declared[name]["direction"]), allowed.get(name, allowed[""]))
-        for name in declared
-        if any(side is not None and name in side["metrics"] for side in (before, after))
-    ]
-
-
-def _row(
-    label: str,
-    name: str,
-    before: Mapping[str, Any] | None,
-    after: Mapping[str, Any] | None,
-    direction: str,
-    tolerance: float,
-) -> Row:
-    old, new = _mean(before, name), _mean(after, name)
-    change = None if old is None or new is None else new - old
-    verdict: Verdict
-    if after is None or (new is None and old is not None):
-        verdict = "missing"
-    elif before is None or (old is None and new is not None):
-        verdict = "new"
-    elif change is None or abs(change) <= tolerance:
-        verdict = "same"
-    elif direction == "none":
-        verdict = "changed"
-    else:
-        verdict = "better" if (change > 0) == (direction == "higher") else "worse"
-    return Row(label, name, old, new, change, tolerance, verdict)
-
-
-def _mean(run: Mapping[str, Any] | None, name: str) -> float | None:
-    """Return the mean of a metric; None where there is no run, no metric, or no finite number."""
-    mean = None if run is None else run["metrics"].get(name, {}).get("mean")
-    return None if mean is None or not math.isfinite(mean) else float(mean)
-
-
-def _by_key(summary: Mapping[str, Any], side: str) -> dict[str, Mapping[str, Any]]:
-    found: dict[str, Mapping[str, Any]] = {}
-    for run in summary["runs"]:
-        key = json.dumps([run[name] for name in ALIGNED], sort_keys=True)
-        if key in found:
-            raise ResultError(
-                f"{summary.get('source', side)} has two runs of {run['label']} at {run['budget'] or 'full cache'}",
-                "Replay each policy and budget once: of two, it is not known which to compare.",
-            )
-        found[key] = run
-    return found
-
-
-def _fault(summary: Mapping[str, Any]) -> str:
-    """Return what a summary lacks; nothing if it can be compared."""
-    trace, metrics, runs = (summary.get(name) for name in ("trace", "metrics", "runs"))
-    if not isinstance(trace, dict) or "identity" not in trace:
-        return "it does not say of which trace it is"
-    if not isinstance(metrics, dict) or not all(map(_is_declaration, metrics.values())):
-        return "it does not say which way its metrics are better"
-    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
-        return "it has no runs"
-    for number, run in enumerate(runs):
-        lacking = [name for name in (*ALIGNED, "label", "metrics") if name not in run]
-        if lacking:
-            return f"run {number} has no {lacking[0]}"
-        if not isinstance(run["metrics"], dict):
-            return f"run {number} has no metrics"
-        for name, value in run["metrics"].items():
-            if name not in metrics or not isinstance(value, dict) or not _is_mean(value.get("mean")):
-                return f"run {number} has no readable {name}"
-    return ""
-
-
-def _is_declaration(value: object) -> bool:
-    return isinstance(value, dict) and value.get("direction") in ("higher", "lower", "none")
-
-
-def _is_mean(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _require_same_origin(base: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def require_same_origin(base: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise ResultError unless two summaries are of one trace, model, protocol and definition of each metric."""
     for what in ("model", "identity"):
         old, other = base["trace"].get(what), new["trace"].get(what)
         if old != other:
@@ -250,6 +216,72 @@ def _require_same_origin(base: Mapping[str, Any], new: Mapping[str, Any]) -> Non
                     f"metric {name} is defined differently on the two sides: {what} {old} and {other}",
                     "Replay both with one kvscope.",
                 )
+
+
+def _tolerance(value: float | Tolerance) -> Tolerance:
+    return value if isinstance(value, Tolerance) else Tolerance(float(value))
+
+
+def _rows(
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    declared: Mapping[str, Any],
+    allowed: Mapping[str, Tolerance],
+) -> list[Row]:
+    run = before or after
+    assert run is not None, "the key is from one of the two sides"
+    return [
+        _row(_label(run), name, before, after, str(declared[name]["direction"]), allowed.get(name, allowed[""]))
+        for name in declared
+        if any(side is not None and name in side["metrics"] for side in (before, after))
+    ]
+
+
+def _row(
+    label: str,
+    name: str,
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    direction: str,
+    tolerance: Tolerance,
+) -> Row:
+    old, new = _mean(before, name), _mean(after, name)
+    change = None if old is None or new is None else new - old
+    verdict: Verdict
+    if after is None or (new is None and old is not None):
+        verdict = "missing"
+    elif before is None or (old is None and new is not None):
+        verdict = "new"
+    elif change is None or abs(change) <= tolerance.of(old):
+        verdict = "same"
+    elif direction == "none":
+        verdict = "changed"
+    else:
+        verdict = "better" if (change > 0) == (direction == "higher") else "worse"
+    return Row(label, name, old, new, change, tolerance.of(old), str(tolerance), verdict)
+
+
+def _label(run: Mapping[str, Any]) -> str:
+    return f"{run['label']} {run['budget'] or 'full cache'} {run['prefill']} {run['loop']}"
+
+
+def _mean(run: Mapping[str, Any] | None, name: str) -> float | None:
+    """Return the mean of a metric; None where there is no run, no metric, or no finite number."""
+    mean = None if run is None else run["metrics"].get(name, {}).get("mean")
+    return None if mean is None or not math.isfinite(mean) else float(mean)
+
+
+def _by_key(summary: Mapping[str, Any], source: str) -> dict[str, Mapping[str, Any]]:
+    found: dict[str, Mapping[str, Any]] = {}
+    for run in summary["runs"]:
+        key = json.dumps([run.get(name) for name in (*ALIGNED, *PLANNED)], sort_keys=True)
+        if key in found:
+            raise ResultError(
+                f"{source} has two runs of {run['label']} at {run['budget'] or 'full cache'}",
+                "Replay each policy and budget once: of two, it is not known which to compare.",
+            )
+        found[key] = run
+    return found
 
 
 def _names(values: set[str]) -> str:

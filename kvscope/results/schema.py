@@ -15,11 +15,14 @@ KIND = "kvscope-replay"
 SUMMARY_KIND = "kvscope-summary"
 RUN = "run.json"
 SUMMARY = "summary.json"
-RECORDED = ("residency.parquet", "fidelity.parquet", SUMMARY)  # with size and checksum in run.json
+LOSSES = "tokens.parquet"  # of a replay with closed runs
+RECORDED = ("residency.parquet", "fidelity.parquet", SUMMARY, LOSSES)  # with size and checksum in run.json
 MEMBERS = "|".join(map(re.escape, (RUN, *RECORDED)))  # what such a folder holds, and nothing else
 _HEADER = ("trace", "metrics", "runs", "created", "sizes", "checksums")
 SCHEMA_VERSION = 1
-HISTORY = {1: "first version: open loop"}
+HISTORY = {
+    1: "first version: open loop; added since, as nothing breaks: `decisions` of every run",
+}
 
 
 def _column(name: str, kind: pa.DataType, about: str, nullable: bool = False) -> pa.Field:
@@ -40,6 +43,18 @@ RESIDENCY = pa.schema(
             "first step at which it is gone: held exactly when enter <= t < leave; null is never",
             True,
         ),
+    ]
+)
+TOKENS = pa.schema(
+    [
+        _column("run", pa.int32(), "number of the run"),
+        _column("sequence", pa.int32(), "number of the sequence"),
+        _column("position", pa.int32(), "position of the token, which the one before it predicts"),
+        _column("nll_full", pa.float32(), "negative log-likelihood with the full cache, in nats"),
+        _column("nll_policy", pa.float32(), "negative log-likelihood under the policy, in nats"),
+        _column("kl", pa.float32(), "KL(full ‖ policy) of the two next-token distributions, in nats"),
+        _column("top1_equal", pa.bool_(), "whether both have the same first choice"),
+        _column("top1_correct", pa.bool_(), "whether the first choice under the policy is the token itself"),
     ]
 )
 _FIDELITY = [
@@ -115,12 +130,14 @@ def describe() -> str:
     files = {
         "residency.parquet": ("one stay of one key", RESIDENCY),
         "fidelity.parquet": ("one step of one query head", fidelity_schema(["METRIC"])),
+        LOSSES: ("one scored token of a closed-loop run; only where there is one", TOKENS),
     }
     lines = [
         "# The replay format",
         "",
         f"Version {SCHEMA_VERSION}. A replay is a folder with `{RUN}` (what was replayed, and how), `{SUMMARY}` (the",
-        "summary, small enough to commit as a baseline) and these Parquet files.",
+        "summary, small enough to commit as a baseline) and these Parquet files. In both, `decisions` of a run is the",
+        "SHA-256 of its residency: the same for two runs exactly where every key came and went at the same steps.",
         "",
     ]
     for name, (row, schema) in files.items():

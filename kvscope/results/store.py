@@ -19,8 +19,13 @@ from numpy.typing import NDArray
 
 from kvscope.errors import ResultError, UsageError
 from kvscope.folder import OutputFolder, checksum
+from kvscope.results.digest import NAME as DECISIONS
+from kvscope.results.digest import Digests
+from kvscope.results.gap import Gap, Stays
+from kvscope.results.outcome import OUTCOMES, Outcomes
 from kvscope.results.schema import (
     KIND,
+    LOSSES,
     MEMBERS,
     RECORDED,
     RESIDENCY,
@@ -28,6 +33,7 @@ from kvscope.results.schema import (
     SCHEMA_VERSION,
     SUMMARY,
     SUMMARY_KIND,
+    TOKENS,
     fidelity_schema,
     load_json,
     read_header,
@@ -35,6 +41,7 @@ from kvscope.results.schema import (
 from kvscope.results.summary import Means
 
 Array = NDArray[Any]
+GROUP_ROWS = 4096  # least number in a Parquet row group: about what one layer of a large model has
 
 
 class ReplayWriter:
@@ -62,7 +69,11 @@ class ReplayWriter:
         self.work = self._folder.work
         self.metrics = list(self.info["metrics"])
         self._means = Means(self.metrics)
+        self._digests = Digests()
+        self._outcomes = Outcomes()
+        self._gap = Gap(self.info)
         self._writers: dict[str, pq.ParquetWriter] = {}
+        self._waiting: dict[str, list[pa.Table]] = {}
         try:
             self._json(RUN, {"complete": False, "writer": self._folder.begin()})
             for name, schema in (("residency", RESIDENCY), ("fidelity", fidelity_schema(self.metrics))):
@@ -86,7 +97,15 @@ class ReplayWriter:
     def residency(
         self, run: int, sequence: int, layer: int, *, enter: Array, leave: Array, kv_head: Array, key: Array
     ) -> None:
-        """Write stays of keys, one for each element; ``leave`` of -1 is never."""
+        """Write all stays of keys of one layer, one for each element; ``leave`` of -1 is never.
+
+        Raises
+        ------
+        ResultError
+            If they are written a second time, or the disk is full.
+        """
+        self._digests.add(run, sequence, layer, kv_head=kv_head, key=key, enter=enter, leave=leave)
+        self._gap.add(run, sequence, layer, Stays(kv_head, key, enter, leave))
         count = len(key)
         columns = {
             "run": np.full(count, run, np.int32),
@@ -127,6 +146,24 @@ class ReplayWriter:
         self._write("fidelity", fidelity_schema(self.metrics), columns)
         self._means.add(run, sequence, layer, stored)
 
+    def tokens(self, run: int, sequence: int, position: Array, values: Mapping[str, Array]) -> None:
+        """Write the losses of all scored tokens of one sequence, each ``[S]``: those that `TOKENS` names.
+
+        Raises
+        ------
+        ResultError
+            If the disk is full.
+        """
+        if "tokens" not in self._writers:
+            try:
+                self._writers["tokens"] = pq.ParquetWriter(self.work / LOSSES, TOKENS, compression="zstd")
+            except OSError as error:
+                raise self._folder.unwritable(error) from error
+        place = {"run": run, "sequence": sequence}
+        filled = {name: np.full(len(position), number, np.int32) for name, number in place.items()}
+        self._write("tokens", TOKENS, {**filled, "position": position, **values})
+        self._outcomes.add(run, sequence, values)
+
     def finish(self, counted: Mapping[int, Mapping[str, Any]] | None = None, **extra: Any) -> Replay:
         """Close the files, write the summary, note sizes and checksums, and give the replay its name.
 
@@ -137,18 +174,24 @@ class ReplayWriter:
         **extra
             More for ``run.json``.
         """
-        self.info["runs"] = [run | dict((counted or {}).get(run["run"], {})) for run in self.info["runs"]]
+        self.info["runs"] = [
+            run | {DECISIONS: self._digests.of(run["run"])} | dict((counted or {}).get(run["run"], {}))
+            for run in self.info["runs"]
+        ]
+        for name in list(self._waiting):
+            self._flush(name)
         try:
             for writer in self._writers.values():
                 writer.close()
-            self._text(SUMMARY, self._means.summary(self.info), ordered=True)
+            self._text(SUMMARY, self._summary(), ordered=True)
+            written = [name for name in RECORDED if (self.work / name).exists()]
             self._json(
                 RUN,
                 {
                     "complete": True,
                     "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "sizes": {name: (self.work / name).stat().st_size for name in RECORDED},
-                    "checksums": {name: checksum(self.work / name) for name in RECORDED},
+                    "sizes": {name: (self.work / name).stat().st_size for name in written},
+                    "checksums": {name: checksum(self.work / name) for name in written},
                     **extra,
                 },
             )
@@ -157,10 +200,31 @@ class ReplayWriter:
             raise self._folder.unwritable(error) from error
         return open_replay(self.path)
 
+    def _summary(self) -> dict[str, Any]:
+        """Return the content of ``summary.json``: fidelity, and of closed runs the outcome and the gap."""
+        summary = self._means.summary(self.info)
+        for run in summary["runs"]:
+            run["metrics"] |= self._outcomes.of(run["run"])
+        metrics = {run["run"]: run["metrics"] for run in summary["runs"]}
+        for run in summary["runs"]:
+            gap = self._gap.of(run["run"], metrics)
+            if gap is not None:
+                run["gap"] = gap
+        if "tokens" in self._writers:
+            summary["metrics"] = summary["metrics"] | OUTCOMES
+        return summary
+
     def _write(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
         arrays = [pa.array(columns[column.name]).cast(column.type) for column in schema]
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(pa.Table.from_arrays(arrays, schema=schema))
+        if sum(table.num_rows for table in waiting) >= GROUP_ROWS:
+            self._flush(name)
+
+    def _flush(self, name: str) -> None:
+        """Write the rows that wait as one row group: one for each layer of a small model would be mostly metadata."""
         try:
-            self._writers[name].write_table(pa.Table.from_arrays(arrays, schema=schema))
+            self._writers[name].write_table(pa.concat_tables(self._waiting.pop(name)))
         except OSError as error:
             raise self._folder.unwritable(error) from error
 
@@ -203,6 +267,18 @@ class Replay:
     def fidelity(self, run: int | None = None, sequence: int | None = None, layer: int | None = None) -> pd.DataFrame:
         """Return metrics of every step and query head: the columns of ``fidelity.parquet``."""
         return self._frame("fidelity", run, sequence, layer)
+
+    def tokens(self, run: int | None = None, sequence: int | None = None) -> pd.DataFrame:
+        """Return losses of the scored tokens of closed-loop runs: the columns of ``tokens.parquet``.
+
+        Raises
+        ------
+        UsageError
+            If no run of the replay is closed.
+        """
+        if not (self.path / LOSSES).exists():
+            raise UsageError(f"replay {self.path} has no closed loop", "Make one: kvscope replay --perplexity")
+        return self._frame("tokens", run, sequence, None)
 
     def resident(self, run: int, sequence: int, layer: int) -> NDArray[np.bool_]:
         """Return ``R_t`` for every step, bool ``[G, T, T]``: whether key ``k`` is held after step ``t``.
@@ -250,9 +326,7 @@ class Replay:
         try:
             frame: pd.DataFrame = pq.read_table(self.path / f"{name}.parquet", filters=filters or None).to_pandas()
         except (OSError, pa.ArrowException) as error:
-            raise ResultError(
-                f"replay {self.path} is damaged: {name}.parquet cannot be read", "Replay again."
-            ) from error
+            raise unreadable(self.path, name) from error
         return frame
 
 
@@ -300,3 +374,8 @@ def newest_replay(folder: Path = Path("reports")) -> Path:
     if not found:
         raise ResultError(f"no whole replay under {folder}/", "Make one: kvscope replay --policy a2sf")
     return max(found)[2]
+
+
+def unreadable(path: Path, name: str) -> ResultError:
+    """Return the error for a Parquet file of a replay that cannot be read."""
+    return ResultError(f"replay {path} is damaged: {name}.parquet cannot be read", "Replay again.")

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from kvscope.results.schema import SCHEMA_VERSION, SUMMARY_KIND
+from kvscope.results.statistics import interval
 
 Array = NDArray[Any]
-
-BOOTSTRAP = 2000  # resamples
-FEWEST = 5  # sequences for an interval
+Level = Literal["run", "sequence", "layer", "head"]
+LEVELS: tuple[Level, ...] = ("run", "sequence", "layer", "head")  # of which each is the mean over the next
+_PLACE = ("run", "sequence", "layer")
 
 
 class Means:
-    """Collects metric values as they are written, and forms the summary.
+    """Collects metric values as they are written or read, and forms means of every level.
 
     Parameters
     ----------
@@ -36,9 +39,43 @@ class Means:
         for name in self.metrics:
             there = ~np.isnan(values[name])
             sums, counts = np.where(there, values[name], 0).sum(1, dtype=np.float64), there.sum(1)  # [H] each
-            of_run = self._heads[run, name]
-            before = of_run.get((sequence, layer))
-            of_run[sequence, layer] = (sums, counts) if before is None else (before[0] + sums, before[1] + counts)
+            self._add(run, sequence, layer, name, sums, counts)
+
+    def add_table(self, table: pa.Table, heads: int) -> None:
+        """Take rows of ``fidelity.parquet``, in any order, of a model with so many query heads; null is no value."""
+        head = table["head"].to_numpy()
+        columns = {name: table[name].to_numpy() for name in self.metrics}
+        for place, rows in _stretches(table):
+            for name, column in columns.items():
+                values = column[rows]
+                there = ~np.isnan(values)
+                of_head = head[rows][there]
+                sums = np.bincount(of_head, values[there], heads)
+                self._add(*place, name, sums, np.bincount(of_head, minlength=heads))
+
+    def of(self, run: int, name: str, level: Level) -> dict[tuple[int, ...], float]:
+        """Return the means of a metric in a run, by ``(sequence, layer, head)`` or as much of it as `level` has.
+
+        What has no value is left out: a head, a layer in which no head has one, and so on.
+        """
+        places = sorted(self._heads[run, name].items(), key=lambda item: item[0])
+        if level == "head":
+            return {
+                (*place, int(head)): float(sums[head] / counts[head])
+                for place, (sums, counts) in places
+                for head in np.flatnonzero(counts)
+            }
+        found: dict[tuple[int, ...], float] = {
+            place: float((sums[counts > 0] / counts[counts > 0]).mean())
+            for place, (sums, counts) in places
+            if counts.any()
+        }
+        for _ in range(LEVELS.index("layer") - LEVELS.index(level)):
+            groups: dict[tuple[int, ...], list[float]] = defaultdict(list)
+            for place, mean in found.items():
+                groups[place[:-1]].append(mean)
+            found = {place: float(np.mean(means)) for place, means in groups.items()}
+        return found
 
     def summary(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """Return the content of ``summary.json`` for the runs of ``run.json``."""
@@ -52,6 +89,11 @@ class Means:
             "runs": [self._run(run) for run in info["runs"]],
         }
 
+    def _add(self, run: int, sequence: int, layer: int, name: str, sums: Array, counts: Array) -> None:
+        of_run = self._heads[run, name]
+        before = of_run.get((sequence, layer))
+        of_run[sequence, layer] = (sums, counts) if before is None else (before[0] + sums, before[1] + counts)
+
     def _run(self, run: Mapping[str, Any]) -> dict[str, Any]:
         keys = run["budget_keys"]
         same = isinstance(keys, list) and len(set(keys)) == 1
@@ -62,21 +104,18 @@ class Means:
         }
 
     def _metric(self, run: int, name: str) -> dict[str, Any]:
-        layers: dict[int, list[float]] = defaultdict(list)  # sequence -> means of its layers
-        count = 0
-        for (sequence, _), (sums, counts) in sorted(self._heads[run, name].items(), key=lambda item: item[0]):
-            count += int(counts.sum())
-            if counts.any():
-                layers[sequence].append(float((sums[counts > 0] / counts[counts > 0]).mean()))
-        means = np.array([np.mean(of_sequence) for of_sequence in layers.values()])
+        count = sum(int(counts.sum()) for _, counts in self._heads[run, name].values())
+        means = np.array(list(self.of(run, name, "sequence").values()))
         low, high = interval(means)
         return {"mean": None if means.size == 0 else float(means.mean()), "low": low, "high": high, "count": count}
 
 
-def interval(means: NDArray[np.float64], seed: int = 0) -> tuple[float | None, float | None]:
-    """Return the 95 % percentile-bootstrap interval of the mean over sequences; None with fewer than five."""
-    if len(means) < FEWEST:
-        return None, None
-    draws = np.random.default_rng(seed).integers(0, len(means), (BOOTSTRAP, len(means)))
-    low, high = np.quantile(means[draws].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+def _stretches(table: pa.Table) -> Iterator[tuple[tuple[int, int, int], slice]]:
+    """Yield (run, sequence, layer) of every stretch of rows that share them, and the rows."""
+    if not table.num_rows:
+        return
+    places = np.stack([table[name].to_numpy() for name in _PLACE])  # [3, N]
+    starts = [0, *(np.flatnonzero((np.diff(places) != 0).any(0)) + 1).tolist(), table.num_rows]
+    for start, stop in pairwise(starts):
+        run, sequence, layer = places[:, start].tolist()
+        yield (run, sequence, layer), slice(start, stop)

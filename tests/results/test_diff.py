@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvscope.errors import ResultError, UsageError
-from kvscope.results.diff import diff, load_summary, parse_tolerance
+from kvscope.results.baseline import load_summary
+from kvscope.results.diff import Tolerance, diff, parse_tolerance
 from tests.results.make import METRICS, make
 
 
@@ -32,8 +33,8 @@ def changed(base: dict, metric: str, by: float | None) -> dict:
         ("retained_mass", 0.02, "better", False),
         ("output_error", 0.02, "worse", True),
         ("output_error", -0.02, "better", False),
-        ("held_keys", 0.02, "changed", True),
-        ("held_keys", -0.02, "changed", True),
+        ("held_keys", 0.02, "changed", False),
+        ("held_keys", -0.02, "changed", False),
         ("retained_mass", None, "missing", True),
     ],
 )
@@ -64,6 +65,37 @@ def test_one_tolerance_for_each_metric(base: dict) -> None:
     assert diff(base, new, {"": 0.05, "retained_mass": 0.0}).regressed
     with pytest.raises(UsageError, match="tolerance for 'retained_mas'"):
         diff(base, new, {"retained_mas": 0.1})
+
+
+def test_a_relative_tolerance_is_of_the_base(base: dict) -> None:
+    mean = base["runs"][0]["metrics"]["retained_mass"]["mean"]
+    for share, fails in ((0.02, False), (0.04, True)):
+        new = changed(base, "retained_mass", -share * mean)
+        found = diff(base, new, {"retained_mass": Tolerance(3, relative=True)})
+        assert found.regressed == fails
+        row = next(row for row in found.rows if row.metric == "retained_mass")
+        assert (row.tolerance, row.stated) == (pytest.approx(0.03 * mean), "3%")
+    zero = copy.deepcopy(base)
+    zero["runs"][0]["metrics"]["output_error"]["mean"] = 0.0
+    assert diff(zero, changed(zero, "output_error", 1e-9), Tolerance(50, relative=True)).regressed, "of 0 it is 0"
+
+
+@pytest.mark.parametrize("choice", ["phase", "allocate", "accumulate"])
+def test_another_plan_is_another_run(base: dict, choice: str) -> None:
+    """A policy that evicts at other times is not the same run with other values."""
+    new = copy.deepcopy(base)
+    new["runs"][0][choice] = "another"
+    assert {row.verdict for row in diff(base, new).rows if row.run.startswith("h2o")} == {"missing", "new"}
+
+
+def test_a_long_comparison_shows_what_is_not_the_same(base: dict) -> None:
+    base["runs"] = [copy.deepcopy(base["runs"][0]) | {"budget": f"{keys}"} for keys in range(1, 20)]
+    new = changed(base, "retained_mass", -0.1)
+    found = diff(base, new)
+    assert len(found.rows) == 57
+    assert [row.verdict for row in found.shown()] == ["worse"]
+    assert found.shown(everything=True) == found.rows
+    assert found.verdict() == "57 values: 1 worse, 56 same."
 
 
 def test_other_traces_cannot_be_compared(base: dict, tmp_path: Path) -> None:
@@ -158,12 +190,12 @@ def test_a_committed_summary_is_a_baseline(base: dict, tmp_path: Path) -> None:
 
 
 def test_tolerances_are_parsed() -> None:
-    assert parse_tolerance(["0.01", "retained_mass=0.001,held_keys=1"]) == {
-        "": 0.01,
-        "retained_mass": 0.001,
-        "held_keys": 1.0,
+    assert parse_tolerance(["0.01", "retained_mass=0.5%,held_keys=1"]) == {
+        "": Tolerance(0.01),
+        "retained_mass": Tolerance(0.5, relative=True),
+        "held_keys": Tolerance(1.0),
     }
-    for bad in ("x", "retained_mass=", "-1", "nan", "inf", ""):
+    for bad in ("x", "retained_mass=", "-1", "nan", "inf", "", "%", "1%%", "-1%"):
         with pytest.raises(UsageError, match="tolerance"):
             parse_tolerance([bad])
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvscope.errors import ResultError, UsageError
+from kvscope.results import store
 from kvscope.results.schema import RUN
 from kvscope.results.store import ReplayWriter, newest_replay, open_replay
 from tests.reference import residency as twin
@@ -117,7 +118,8 @@ def test_what_was_not_replayed_is_not_an_empty_cache(tmp_path: Path, where: tupl
             ask(*where)
 
 
-def test_one_layer_is_read_without_the_others(tmp_path: Path) -> None:
+def test_a_layer_with_enough_rows_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "GROUP_ROWS", 1)
     make(tmp_path / "r", [6, 5])
     for name in ("residency", "fidelity"):
         file = pq.ParquetFile(tmp_path / "r" / f"{name}.parquet")
@@ -203,6 +205,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         def full(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
 
+        monkeypatch.setattr(store, "GROUP_ROWS", 1)
         monkeypatch.setattr(writer._writers["fidelity"], "write_table", full)
         with pytest.raises(ResultError, match="is full"):
             writer.fidelity(0, 0, 0, np.arange(5), values(0, 5))

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvscope.results.statistics import interval
 from kvscope.results.store import ReplayWriter
-from kvscope.results.summary import Means, interval
+from kvscope.results.stream import batches, means
+from kvscope.results.summary import Means
 from tests.results.make import METRICS, info, make, values
 
 
@@ -78,3 +80,29 @@ def test_a_run_without_values_has_no_mean(tmp_path: Path) -> None:
         summary = writer.finish().summary
     assert summary["runs"][0]["metrics"]["retained_mass"] == {"mean": None, "low": None, "high": None, "count": 0}
     json.dumps(summary, allow_nan=False)
+
+
+@pytest.mark.parametrize("rows", [1, 100, 10**6])
+def test_what_is_read_back_has_the_means_that_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """However the rows lie in the file: a layer in a group of its own, or several runs in one."""
+    monkeypatch.setattr("kvscope.results.store.GROUP_ROWS", rows)
+    replay = make(tmp_path / "r", [9, 5])
+    found = means(replay)
+    for run in replay.summary["runs"]:
+        for name in METRICS:
+            assert found.of(run["run"], name, "run")[()] == pytest.approx(run["metrics"][name]["mean"], abs=1e-12)
+            assert found.of(run["run"], name, "head").keys() == set(np.ndindex(2, 2, 4))
+    one = means(replay, [1], ["output_error"])
+    assert one.of(0, "output_error", "run") == {}
+    assert one.of(1, "output_error", "layer") == found.of(1, "output_error", "layer")
+
+
+def test_rows_in_any_order_have_the_same_means(tmp_path: Path) -> None:
+    replay = make(tmp_path / "r", [9, 5])
+    (table,) = batches(replay, "fidelity")
+    shuffled = Means(list(METRICS))
+    shuffled.add_table(table.take(np.random.default_rng(0).permutation(table.num_rows)), 4)
+    for name in METRICS:
+        assert shuffled.of(0, name, "head") == pytest.approx(means(replay).of(0, name, "head"), abs=1e-12)

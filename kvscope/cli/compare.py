@@ -1,0 +1,113 @@
+"""``kvscope compare``: is one policy better than another, and how many sequences say so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvscope.cli.options import Json, Quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvscope.cli.console import Column
+    from kvscope.results.compare import Row
+    from kvscope.results.store import Replay
+
+NOTE = (
+    "B - A over sequences, with its 95 % bootstrap interval. p: exact sign test. better: only where both agree. "
+    "Of 20 such rows one has p <= 0.05 by chance."
+)
+
+
+def compare(
+    replays: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[REPLAY] [REPLAY]",
+            help="One replay, or two of the same trace: A is of the first, B of the second. Default: the newest.",
+            show_default=False,
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            "-p",
+            metavar="POLICY",
+            help="Twice: A, then B, as a label, a name or the number of a run. Once for the same in two replays.",
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Repeatable. Default: all that have a better direction.", show_default=False),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare two policies on the same sequences, at every budget that both ran under.
+
+    The sign test counts the sequences in which B is above A; a warning says when they are too few to carry any claim.
+    """
+    from kvscope.cli import console, places
+    from kvscope.errors import UsageError
+    from kvscope.results.compare import compare as run
+    from kvscope.results.store import open_replay
+
+    if len(replays or ()) > 2:
+        raise UsageError(f"{len(replays or ())} replays", "Compare policies of one replay or of two.")
+    named: list[str | None] = [*replays] if replays else [None]
+    opened = [open_replay(places.find_replay(name, quiet=quiet)) for name in named]
+    chosen = _policies(opened, policy or [])
+    found = run((opened[0], chosen[0]), (opened[-1], chosen[1]), metric)
+    if json:
+        console.show_json(found.to_dict())
+    elif found.rows:
+        console.show_table(columns(found.rows), title=f"A = {found.a}, B = {found.b}", notes=[NOTE])
+    else:
+        console.show_text(f"A = {found.a}, B = {found.b}: nothing was evicted, so there is nothing to compare.")
+    for warning in found.warnings:
+        console.warn(warning)
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """Return the columns of the comparison; a budget is named once."""
+    from kvscope.cli.console import Column
+    from kvscope.results.render import number
+
+    budgets = [f"{row.budget} {row.loop}" for row in rows]
+    both = [row.paired for row in rows]
+    counts = [f"{item.above} of {item.sequences}" for item in both]
+    intervals = ["-" if item.low is None else f"{item.low:+.4f}..{item.high:+.4f}" for item in both]
+    return [
+        Column("budget", [name if name not in budgets[:index] else "" for index, name in enumerate(budgets)]),
+        Column("metric", [row.metric for row in rows]),
+        Column("A", [number(item.mean_a) for item in both], keep=50, numeric=True),
+        Column("B", [number(item.mean_b) for item in both], keep=51, numeric=True),
+        Column("B - A", [number(item.difference, sign=True) for item in both], numeric=True),
+        Column("95 %", intervals, keep=60, numeric=True),
+        Column("B above A\nin sequences", counts, keep=40, numeric=True),
+        Column("p", [f"{item.p:.2g}" for item in both], numeric=True),
+        Column("smallest\np possible", [f"{item.smallest_p:.2g}" for item in both], keep=30, numeric=True),
+        Column("better", [row.better or "-" for row in rows]),
+    ]
+
+
+def _policies(replays: Sequence[Replay], given: Sequence[str]) -> tuple[str, str]:
+    """Return A and B: those named, or the only two there are."""
+    from kvscope.errors import UsageError
+    from kvscope.results.compare import policies
+
+    if len(given) == 2:
+        return given[0], given[1]
+    if len(given) > 2:
+        raise UsageError(f"{len(given)} policies", "Compare two at a time: --policy A --policy B")
+    if len(replays) == 2:
+        known = [given or policies(replay) for replay in replays]
+        if all(len(names) == 1 for names in known):
+            return known[0][0], known[1][0]
+    elif not given and len(names := policies(replays[0])) == 2:
+        return names[0], names[1]
+    there = list(dict.fromkeys(name for replay in replays for name in policies(replay)))
+    raise UsageError("it is not said which two policies to compare", f"Name two with --policy: {', '.join(there)}")

@@ -1,0 +1,55 @@
+"""One number for all that a run decided: equal exactly where every key came and went at the same step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvscope.errors import ResultError
+
+Array = NDArray[Any]
+NAME = "decisions"  # of the digest, in every run of run.json and summary.json
+
+
+class Digests:
+    """SHA-256 of the residency of each run, taken while it is written.
+
+    Every layer of a sequence gives the hash of its stays ``(kv_head, key, enter, leave)``, sorted, as 32-bit
+    little-endian numbers, -1 for a stay without an end. The digest of a run is the hash over ``(sequence, layer)`` and
+    these hashes, by number. So neither the order of writing nor the form of the file matters.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[int, dict[tuple[int, int], bytes]] = defaultdict(dict)
+
+    def add(
+        self, run: int, sequence: int, layer: int, *, kv_head: Array, key: Array, enter: Array, leave: Array
+    ) -> None:
+        """Take all stays of one layer, one for each element; ``leave`` below 0 is never.
+
+        Raises
+        ------
+        ResultError
+            If this layer has been taken already.
+        """
+        of_run = self._layers[run]
+        if (sequence, layer) in of_run:
+            raise ResultError(
+                f"residency of run {run}, sequence {sequence}, layer {layer} is written twice",
+                "Write all stays of a layer at once.",
+            )
+        rows = np.stack([kv_head, key, enter, np.maximum(leave, -1)]).astype("<i4")  # [4, N]
+        order = np.lexsort(rows[2::-1])  # no key enters twice at one step, so `leave` need not decide
+        ordered = np.ascontiguousarray(rows[:, order].T)  # [N, 4]
+        of_run[sequence, layer] = hashlib.sha256(ordered.tobytes()).digest()
+
+    def of(self, run: int) -> str:
+        """Return the digest of a run, in hexadecimal."""
+        whole = hashlib.sha256()
+        for place, digest in sorted(self._layers[run].items()):
+            whole.update(np.array(place, "<i4").tobytes() + digest)
+        return whole.hexdigest()

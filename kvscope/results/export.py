@@ -1,0 +1,228 @@
+"""A replay as plain tables that need no join: every row says which policy and budget it is of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+
+from kvscope.errors import ResultError, UsageError
+from kvscope.folder import OutputFolder
+from kvscope.registry import nearest
+from kvscope.results.schema import LOSSES, SCHEMA_VERSION, fidelity_schema
+from kvscope.results.store import Replay
+from kvscope.results.stream import batches, means
+from kvscope.results.summary import LEVELS, Level
+
+Format = Literal["csv", "parquet", "arrow"]
+Per = Level | Literal["step"]
+FORMATS: tuple[Format, ...] = ("csv", "parquet", "arrow")
+PER: tuple[Per, ...] = ("step", *reversed(LEVELS))
+KIND = "kvscope-export"
+HEADER = "export.json"
+TABLES = ("runs", "fidelity", "residency", "tokens")
+MEMBERS = rf"export\.json|({'|'.join(TABLES)})\.({'|'.join(FORMATS)})"  # what such a folder holds, and nothing else
+ROWS = 2**17  # written at a time: small row groups make every reader slow
+
+# What every table says of the run that a row is of.
+JOINED = pa.schema(
+    [
+        pa.field("policy", pa.string(), metadata={"about": "name of the policy"}),
+        pa.field("label", pa.string(), metadata={"about": "policy with its parameters and choices"}),
+        pa.field("budget", pa.string(), metadata={"about": "budget as it was given; null for a policy without one"}),
+        pa.field("budget_keys", pa.float64(), metadata={"about": "B, in keys; the mean where a row has no sequence"}),
+        pa.field("prefill", pa.string(), metadata={"about": "full or stream"}),
+        pa.field("phase", pa.string(), metadata={"about": "when the policy evicts"}),
+        pa.field("loop", pa.string(), metadata={"about": "open or closed"}),
+    ]
+)
+VALUE = (
+    pa.field("metric", pa.string(), metadata={"about": "name of the metric"}),
+    pa.field("value", pa.float64(), metadata={"about": "its value"}),
+)
+PARTS = {"mean": pa.float64(), "low": pa.float64(), "high": pa.float64(), "count": pa.int64()}  # of a metric
+
+
+def export(
+    replay: Replay,
+    output: Path,
+    *,
+    form: Format = "parquet",
+    per: Per = "step",
+    long: bool = False,
+    force: bool = False,
+) -> Path:
+    """Return the folder with the tables of a replay; those larger than the memory are written piece by piece.
+
+    ``runs`` has a row for each policy and budget with the means of the summary. ``fidelity`` has the metrics,
+    ``residency`` which key stood from when to when, ``tokens`` (of a closed loop) the losses.
+
+    Parameters
+    ----------
+    replay : Replay
+        What to export.
+    output : Path
+        Folder to write.
+    form : {"parquet", "csv", "arrow"}
+        Of the files; ``arrow`` is the IPC file format, also called Feather.
+    per : {"step", "head", "layer", "sequence", "run"}
+        What a row of ``fidelity`` is: a step of a head as it was recorded, or a mean over steps, then heads, ...
+    long : bool
+        Whether ``fidelity`` has a row for each metric (``metric``, ``value``) rather than a column; rows without a
+        value are left out.
+    force : bool
+        Whether to replace an earlier export.
+
+    Raises
+    ------
+    UsageError
+        If the format or what a row is has an unknown name.
+    ResultError
+        If the output exists, holds something else, or cannot be written; if the replay cannot be read.
+    """
+    for given, known in ((form, FORMATS), (per, PER)):
+        if given not in known:
+            raise UsageError(f"no table is written as or per {given!r}", nearest(given, known))
+    folder = OutputFolder(Path(output), "export", HEADER, MEMBERS, ResultError, force)
+    about = {"replay": str(replay.path), "trace": replay.summary["trace"], "format": form, "per": per, "long": long}
+    try:
+        _header(folder.work, about, complete=False, writer=folder.begin())
+        described = {}
+        for name, tables in _tables(replay, per, long).items():
+            rows, schema = _write(folder.work / f"{name}.{form}", form, tables)
+            described[name] = {"rows": rows, "columns": {field.name: _meaning(field, replay) for field in schema}}
+        _header(folder.work, about, complete=True, tables=described)
+        folder.finish()
+    except OSError as error:
+        raise folder.unwritable(error) from error
+    return folder.path
+
+
+def _tables(replay: Replay, per: Per, long: bool) -> dict[str, Iterator[pa.Table]]:
+    """Return every table of a replay, in pieces."""
+    fidelity = batches(replay, "fidelity") if per == "step" else _means(replay, per)
+    joined = _Joined(replay)
+    tables = {"fidelity": joined.tables(fidelity), "residency": joined.tables(batches(replay, "residency"))}
+    if long:
+        tables["fidelity"] = _long(tables["fidelity"], list(replay.info["metrics"]))
+    if (replay.path / LOSSES).exists():
+        tables["tokens"] = joined.tables(batches(replay, "tokens"))
+    return {"runs": iter([_runs(replay)]), **tables}
+
+
+class _Joined:
+    """Puts the columns of `JOINED` beside the number of the run."""
+
+    def __init__(self, replay: Replay) -> None:
+        runs = sorted(replay.info["runs"], key=lambda run: int(run["run"]))
+        self._numbers = np.array([run["run"] for run in runs])  # [R]
+        self._keys = np.array([run["budget_keys"] for run in runs], np.float64)  # [R, sequences]
+        self._words = {
+            field.name: pa.array([run.get(field.name) for run in runs], field.type)
+            for field in JOINED
+            if field.name != "budget_keys"
+        }
+
+    def tables(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Yield each table with the columns joined in."""
+        for table in tables:
+            at = np.searchsorted(self._numbers, table["run"].to_numpy())
+            sequences = "sequence" in table.column_names
+            keys = self._keys[at, table["sequence"].to_numpy()] if sequences else self._keys.mean(1)[at]
+            columns = {name: words.take(pa.array(at)) for name, words in self._words.items()}
+            columns["budget_keys"] = pa.array(keys)
+            own = [field for field in table.schema if field.name != "run"]
+            schema = pa.schema([table.schema.field("run"), *JOINED, *own])
+            values = [columns[name] if name in columns else table[name] for name in schema.names]
+            yield pa.Table.from_arrays(values, schema=schema)
+
+
+def _runs(replay: Replay) -> pa.Table:
+    """Return one row for each run: all that is said of it, then mean, interval and count of every metric."""
+    runs = [{**about, **run} for about, run in zip(replay.info["runs"], replay.summary["runs"], strict=True)]
+    columns: dict[str, pa.Array] = {}
+    for name in dict.fromkeys(name for run in runs for name in run if name != "metrics"):
+        columns[name] = pa.array([_flat(run.get(name)) for run in runs])
+    columns["budget_keys"] = pa.array([float(np.mean(run["budget_keys"])) for run in replay.info["runs"]])
+    for name in replay.summary["metrics"]:
+        for part, kind in PARTS.items():
+            values = [run["metrics"].get(name, {}).get(part) for run in runs]
+            columns[name if part == "mean" else f"{name}_{part}"] = pa.array(values, kind)
+    fields = [
+        JOINED.field(name) if name in JOINED.names else pa.field(name, column.type) for name, column in columns.items()
+    ]
+    return pa.table(list(columns.values()), schema=pa.schema(fields))
+
+
+def _flat(value: object) -> object:
+    """Return a value that fits a cell: parameters and other nested things as JSON."""
+    return json.dumps(value) if isinstance(value, dict | list) else value
+
+
+def _means(replay: Replay, per: Level) -> Iterator[pa.Table]:
+    """Yield the means of one level, a run at a time."""
+    found = means(replay)
+    places = LEVELS[1 : LEVELS.index(per) + 1]
+    recorded = fidelity_schema(found.metrics)
+    columns = [recorded.field(name) for name in ("run", *places)]
+    schema = pa.schema([*columns, *(pa.field(name, pa.float64()) for name in found.metrics)])
+    for run in (int(run["run"]) for run in replay.info["runs"]):
+        of_run = {name: found.of(run, name, per) for name in found.metrics}
+        rows = sorted(set().union(*of_run.values()))
+        columns = [[run] * len(rows), *([row[index] for row in rows] for index in range(len(places)))]
+        columns += [[values.get(row) for row in rows] for values in of_run.values()]
+        yield pa.table(columns, schema=schema)
+
+
+def _long(tables: Iterable[pa.Table], metrics: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield each table with a row for each metric that has a value."""
+    for table in tables:
+        kept = [name for name in table.column_names if name not in metrics]
+        for name in metrics:
+            there = table.filter(pc.is_valid(table[name]))
+            named = pa.array([name]).take(pa.array(np.zeros(there.num_rows, np.int64)))
+            columns = [*(there[column] for column in kept), named, there[name].cast(pa.float64())]
+            fields = [*(table.schema.field(column) for column in kept), *VALUE]
+            yield pa.Table.from_arrays(columns, schema=pa.schema(fields))
+
+
+def _write(file: Path, form: Format, tables: Iterator[pa.Table]) -> tuple[int, pa.Schema]:
+    """Write a table, gathered into larger pieces; returns its rows and columns."""
+    first = next(tables)
+    rows, held, waiting = 0, [first], first.num_rows
+    with _open(file, form, first.schema) as writer:
+        for table in tables:
+            if waiting >= ROWS:
+                writer.write_table(pa.concat_tables(held))
+                rows, held, waiting = rows + waiting, [], 0
+            held.append(table)
+            waiting += table.num_rows
+        writer.write_table(pa.concat_tables(held))
+    return rows + waiting, first.schema
+
+
+def _open(file: Path, form: Format, schema: pa.Schema) -> Any:
+    if form == "csv":
+        return csv.CSVWriter(file, schema)
+    if form == "arrow":
+        return pa.ipc.new_file(file, schema, options=pa.ipc.IpcWriteOptions(compression="zstd"))
+    return pq.ParquetWriter(file, schema, compression="zstd")
+
+
+def _meaning(field: pa.Field, replay: Replay) -> str:
+    declared = replay.summary["metrics"].get(field.name)
+    if declared is not None:
+        return str(declared["summary"])
+    return str((field.metadata or {}).get(b"about", b"").decode())
+
+
+def _header(folder: Path, about: Mapping[str, Any], **more: Any) -> None:
+    text = json.dumps({"kind": KIND, "schema": SCHEMA_VERSION, **about, **more}, indent=1, allow_nan=False)
+    (folder / HEADER).write_text(text + "\n", encoding="utf-8")

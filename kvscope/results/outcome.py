@@ -1,0 +1,81 @@
+"""What a policy costs in tokens: perplexity, divergence and agreement, from the losses of the closed loop."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvscope.results.statistics import BOOTSTRAP, FEWEST
+
+Array = NDArray[Any]
+LOSSES = ("nll_full", "nll_policy", "kl", "top1_equal")  # columns of tokens.parquet
+
+
+def _declared(direction: str, low: int | None, high: int | None, untouched: float | None, what: str) -> dict[str, Any]:
+    return {"direction": direction, "range": [low, high], "when_nothing_evicted": untouched, "summary": what}
+
+
+OUTCOMES = {
+    "perplexity": _declared("lower", 1, None, None, "exp of the mean loss of the scored tokens under the policy."),
+    "perplexity_full": _declared("none", 1, None, None, "exp of their mean loss with the full cache."),
+    "perplexity_delta": _declared("lower", None, None, 0.0, "perplexity minus that of the full cache."),
+    "perplexity_ratio": _declared("lower", 0, None, 1.0, "perplexity divided by that of the full cache."),
+    "token_kl": _declared("lower", 0, None, 0.0, "Mean KL(full || policy) of the next-token distributions, in nats."),
+    "top1_agreement": _declared("higher", 0, 1, 1.0, "Share of tokens at which both have the same first choice."),
+}
+
+
+class Outcomes:
+    """Collects losses as they are written, and forms the outcome of every run."""
+
+    def __init__(self) -> None:
+        # run -> sequence -> sums of the losses and number of tokens, [5]
+        self._sums: dict[int, dict[int, NDArray[np.float64]]] = defaultdict(dict)
+
+    def add(self, run: int, sequence: int, values: Mapping[str, Array]) -> None:
+        """Take the losses of all scored tokens of one sequence."""
+        sums = [float(np.sum(values[name], dtype=np.float64)) for name in LOSSES]
+        self._sums[run][sequence] = np.array([*sums, len(values["kl"])])
+
+    def of(self, run: int) -> dict[str, dict[str, Any]]:
+        """Return every outcome of a run with its 95 % bootstrap interval over sequences; nothing for an open run."""
+        if run not in self._sums:
+            return {}
+        sums = np.array(list(self._sums[run].values()))  # [sequences, 5]
+        values = _outcomes(sums.sum(0))
+        count = int(sums[:, -1].sum())
+        low: Mapping[str, float | None] = dict.fromkeys(values)
+        high = low
+        if len(sums) >= FEWEST:
+            draws = np.random.default_rng(0).integers(0, len(sums), (BOOTSTRAP, len(sums)))
+            drawn = _outcomes(sums[draws].sum(1).T)  # each [BOOTSTRAP]
+            low, high = ({name: float(np.quantile(v, q)) for name, v in drawn.items()} for q in (0.025, 0.975))
+        return {
+            name: {"mean": float(value), "low": low[name], "high": high[name], "count": count}
+            for name, value in values.items()
+        }
+
+    def by_sequence(self, run: int) -> dict[int, dict[str, float]]:
+        """Return every outcome of each sequence of a run; nothing for an open run."""
+        sequences = self._sums.get(run, {})
+        return {
+            number: {name: float(value) for name, value in _outcomes(sums).items()}
+            for number, sums in sequences.items()
+        }
+
+
+def _outcomes(sums: NDArray[np.float64]) -> dict[str, Any]:
+    """Return the outcomes of sums ``[5, ...]``."""
+    full, policy, kl, equal = sums[:4] / sums[4]
+    return {
+        "perplexity": np.exp(policy),
+        "perplexity_full": np.exp(full),
+        "perplexity_delta": np.exp(policy) - np.exp(full),
+        "perplexity_ratio": np.exp(policy - full),
+        "token_kl": kl,
+        "top1_agreement": equal,
+    }

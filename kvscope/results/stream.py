@@ -1,0 +1,82 @@
+"""A replay read piece by piece: its tables may be larger than the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kvscope.results.outcome import LOSSES, OUTCOMES, Outcomes
+from kvscope.results.store import Replay, unreadable
+from kvscope.results.summary import Means
+
+
+def batches(
+    replay: Replay, name: str, runs: Collection[int] | None = None, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """Yield the rows of a table, one row group at a time: no more than that is in memory.
+
+    Parameters
+    ----------
+    replay : Replay
+        Where to read.
+    name : str
+        ``residency``, ``fidelity`` or ``tokens``.
+    runs : collection of int, optional
+        All by default.
+    columns : sequence of str, optional
+        All by default; with `runs`, ``run`` must be one of them.
+
+    Raises
+    ------
+    ResultError
+        If the file cannot be read.
+    """
+    try:
+        with pq.ParquetFile(replay.path / f"{name}.parquet") as file:
+            if not file.num_row_groups:
+                yield file.schema_arrow.empty_table()
+            for group in range(file.num_row_groups):
+                numbers = file.metadata.row_group(group).column(0).statistics  # of the column `run`
+                if runs is not None and numbers and not any(numbers.min <= run <= numbers.max for run in runs):
+                    continue
+                table = file.read_row_group(group, columns)
+                yield table if runs is None else table.filter(pc.is_in(table["run"], pa.array(runs, pa.int32())))
+    except (OSError, pa.ArrowException) as error:
+        raise unreadable(replay.path, name) from error
+
+
+def means(replay: Replay, runs: Collection[int] | None = None, metrics: Sequence[str] | None = None) -> Means:
+    """Return the means of every level of a replay; of all runs and metrics by default."""
+    found = Means(list(replay.info["metrics"] if metrics is None else metrics))
+    for table in batches(replay, "fidelity", runs, ["run", "sequence", "layer", "head", *found.metrics]):
+        found.add_table(table, replay.info["trace"]["heads"])
+    return found
+
+
+def by_sequence(
+    replay: Replay, runs: Collection[int], metrics: Sequence[str]
+) -> dict[tuple[int, str], dict[int, float]]:
+    """Return the value of every sequence that has one, by run and metric.
+
+    It is the mean over steps, then heads, then layers; for what a closed loop costs in tokens, that of its tokens.
+    """
+    fidelity = [name for name in metrics if name in replay.info["metrics"]]
+    found = means(replay, runs, fidelity)
+    values = {
+        (run, name): {sequence: mean for (sequence,), mean in found.of(run, name, "sequence").items()}
+        for run in runs
+        for name in fidelity
+    }
+    outcomes = [name for name in metrics if name in OUTCOMES]
+    losses = Outcomes()
+    for run in runs if outcomes else ():
+        tokens = replay.tokens(run)
+        for sequence in sorted(set(tokens["sequence"].tolist())):
+            rows = tokens[tokens["sequence"] == sequence]
+            losses.add(run, sequence, {name: rows[name].to_numpy() for name in LOSSES})
+        of_run = losses.by_sequence(run)
+        values |= {(run, name): {number: value[name] for number, value in of_run.items()} for name in outcomes}
+    return values
