@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from kvscope.replay.run import replay as replay
     from kvscope.report.page import report as report
     from kvscope.report.panel import panel as panel
+    from kvscope.results.compare import compare as compare
     from kvscope.results.diff import Diff as Diff
     from kvscope.results.diff import diff as diff
+    from kvscope.results.export import export as export
     from kvscope.results.store import Replay as Replay
     from kvscope.results.store import open_replay as open_replay
     from kvscope.trace.importer import import_maps as import_maps
@@ -61,7 +63,9 @@ _PUBLIC = {
     "Trace": "kvscope.trace.reader:Trace",
     "TraceError": "kvscope.errors:TraceError",
     "UsageError": "kvscope.errors:UsageError",
+    "compare": "kvscope.results.compare:compare",
     "diff": "kvscope.results.diff:diff",
+    "export": "kvscope.results.export:export",
     "import_maps": "kvscope.trace.importer:import_maps",
     "metric": "kvscope.metrics.base:metric",
     "open": "kvscope.trace.reader:open_trace",
@@ -95,7 +99,9 @@ __all__ = [
     "TraceError",
     "UsageError",
     "__version__",
+    "compare",
     "diff",
+    "export",
     "import_maps",
     "metric",
     "open",

@@ -15,7 +15,22 @@ from typing import Annotated
 import typer
 
 from kvscope import __version__
-from kvscope.cli import demo, diff, import_, info, policies, replay, report, trace, tune
+from kvscope.cli import (
+    compare,
+    demo,
+    diff,
+    export,
+    import_,
+    info,
+    perplexity,
+    policies,
+    replay,
+    report,
+    trace,
+    tune,
+    verify,
+)
+from kvscope.cli.parameters import PARAMETERS
 from kvscope.errors import KvscopeError
 
 INTERRUPTED = 130
@@ -37,9 +52,22 @@ app.command(
     options_metavar="[TRACE] [OPTIONS]",
     epilog=replay.EPILOG,
 )(replay.replay)
+app.command(
+    "perplexity",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    epilog=PARAMETERS,
+)(perplexity.perplexity)
+app.command(
+    "verify",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    options_metavar="[TRACE] [OPTIONS]",
+    epilog=PARAMETERS,
+)(verify.verify)
 app.command("tune")(tune.tune)
 app.command("report")(report.report)
 app.command("diff")(diff.diff)
+app.command("compare")(compare.compare)
+app.command("export")(export.export)
 app.command("info")(info.info)
 app.command("policies")(policies.policies)
 app.command("import")(import_.import_maps)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kvscope.cli.options import Device, Force, Json, Quiet, command_line
+from kvscope.cli.parameters import PARAMETERS
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+EPILOG = f"{PARAMETERS} Without TRACE, the newest whole one under traces/ is taken."
 
-    from kvscope.policies import Policy
 
-EPILOG = (
-    "Any other --NAME VALUE sets a parameter of every named policy that has it, as in --alpha 0.7; "
-    "'kvscope policies' lists them. --policy a2sf:alpha=0.7,recent=16 sets it for one. "
-    "Without TRACE, the newest whole one under traces/ is taken."
-)
+class Positions(StrEnum):
+    """Which positions keys have in a shortened cache."""
+
+    original = "original"
+    compacted = "compacted"
 
 
 class Prefill(StrEnum):
@@ -65,6 +64,20 @@ def replay(
         str | None,
         typer.Option(metavar="DTYPE", help="Precision of sums: float32, float16, bfloat16."),
     ] = None,
+    perplexity: Annotated[
+        bool,
+        typer.Option("--perplexity", help="Run the model again with the policies inside: the closed loop."),
+    ] = False,
+    positions: Annotated[
+        Positions,
+        typer.Option(help="With --perplexity: keys keep their place in the text, or get that in the cache."),
+    ] = Positions.original,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --perplexity: where the model of the trace is now."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="With --perplexity: auto, float64, float32, float16, bfloat16.")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help="With --perplexity: as in transformers.")] = None,
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under reports/, or a path."),
@@ -76,28 +89,38 @@ def replay(
 ) -> None:
     """Replay any number of policies and budgets over a trace, in one pass.
 
-    The results go to reports/NAME and a summary is printed. The replay is open loop: each layer sees the recorded
-    attention, so what an eviction would do to later layers and tokens is not part of it.
+    The results go to reports/NAME and a summary is printed. In the open loop each layer sees the recorded attention, so
+    what an eviction would do to later layers and tokens is not part of it; --perplexity adds the closed loop, in which
+    it is.
     """
     from kvscope.budget import parse_budgets
     from kvscope.cli import console, places
+    from kvscope.cli.parameters import named_policies, options_of, split
     from kvscope.cli.summary import show
+    from kvscope.errors import UsageError
 
     with console.working("loading torch", quiet=quiet):
+        from kvscope.replay.loop import ClosedLoopOptions
         from kvscope.replay.run import able
         from kvscope.replay.run import replay as run
         from kvscope.trace.reader import open_trace
 
-    given, params = split(ctx.args)
-    chosen = _policies(policy or [], params, [flag for item in ctx.command.params for flag in item.opts])
+    words, params = split(ctx.args)
+    if len(words) > 1:
+        raise UsageError(f"two traces: {words[0]} and {words[1]}", "Replay one trace at a time: kvscope replay TRACE")
+    chosen = named_policies(policy or [], params, options_of(ctx))
     budgets = parse_budgets(",".join(budget) if budget else "20%")
     if not budget:
         console.note("budget: 20% (the default)", quiet=quiet)
-    trace = open_trace(places.find_trace(given, quiet=quiet))
-    if "all" in (policy or []):
-        chosen, left = able(
-            trace, chosen, budgets, prefill.value, compress=compress, allocate=allocate, accumulate=accumulate
+    trace = open_trace(places.find_trace(words[0] if words else None, quiet=quiet))
+    closed = ClosedLoopOptions(positions.value, model, dtype, device_map) if perplexity else None
+    if closed is None and (model or device_map or dtype != "auto" or positions is not Positions.original):
+        raise UsageError(
+            "--model, --dtype, --device-map and --positions are about the closed loop", "Add --perplexity."
         )
+    if "all" in (policy or []):
+        plan = {"compress": compress, "allocate": allocate, "accumulate": accumulate}
+        chosen, left = able(trace, chosen, budgets, prefill.value, closed, **plan)
         for why in left.values():
             console.warn(f"left out of all: {why}")
     names = "all" if policy == ["all"] else places.joined(list(dict.fromkeys(item.name for item in chosen)))
@@ -113,6 +136,7 @@ def replay(
             compress=compress,
             allocate=allocate,
             accumulate=accumulate,
+            closed=closed,
             device=device,
             progress=lambda share: update(share * tokens),
             command=command_line(ctx),
@@ -120,61 +144,3 @@ def replay(
         )
     show(made.summary, made.info, title=str(path), as_json=json)
     console.note("next: kvscope report", quiet=quiet)
-
-
-def split(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """Return the trace and the policy parameters of what Typer did not know.
-
-    Raises
-    ------
-    UsageError
-        For a flag without a value, a flag given twice, or a second trace.
-    """
-    from kvscope.errors import UsageError
-
-    trace: str | None = None
-    params: dict[str, str] = {}
-    left = list(arguments)
-    while left:
-        word = left.pop(0)
-        if not word.startswith("-") or word == "-":
-            if trace is not None:
-                raise UsageError(f"two traces: {trace} and {word}", "Replay one trace at a time: kvscope replay TRACE")
-            trace = word
-            continue
-        name, equals, value = word.partition("=")
-        if not name.startswith("--") or len(name) == 2:
-            raise UsageError(f"no option {name}", "See: kvscope replay --help, and kvscope policies")
-        if not equals:
-            if not left or left[0].startswith("--"):
-                raise UsageError(f"{name} has no value", f"Write {name} VALUE. Parameters: kvscope policies")
-            value = left.pop(0)
-        key = name.removeprefix("--").replace("-", "_")
-        if key in params:
-            raise UsageError(f"{name} is given twice", "Set it for one policy with --policy NAME:parameter=value")
-        params[key] = value
-    return trace, params
-
-
-def _policies(specs: Sequence[str], params: dict[str, str], own: Sequence[str]) -> list[Policy]:
-    """Return the policies that the command line names; a misspelt option, one of `own`, is told from a parameter."""
-    import difflib
-
-    from kvscope.errors import UsageError
-    from kvscope.policies import POLICIES
-    from kvscope.policies.spec import parse_policies
-
-    if not specs:
-        raise UsageError(
-            "no policy is named",
-            f"Name one or more: --policy {' --policy '.join(POLICIES.names()[:2])}, or --policy all",
-        )
-    names = [name for spec in specs for name in (POLICIES.names() if spec == "all" else [spec])]
-    try:
-        return parse_policies(names, params)
-    except UsageError as error:
-        for flag in ("--" + name.replace("_", "-") for name in params):
-            close = difflib.get_close_matches(flag, own, n=1, cutoff=0.75)
-            if close and flag in error.what:
-                raise UsageError(error.what, f"Did you mean {close[0]}?") from None
-        raise

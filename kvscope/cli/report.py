@@ -29,20 +29,23 @@ def report(
         typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under reports/, or a path."),
     ] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    data_only: Annotated[bool, typer.Option("--data-only", help="Write the JSON behind the page instead.")] = False,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write an interactive HTML page that needs no network, and print its path."""
     from kvscope.cli import console, places
-    from kvscope.report.page import report as write
+    from kvscope.report.page import report as page
+    from kvscope.report.page import report_data
     from kvscope.results.store import open_replay
 
     named: list[str | None] = [*replays] if replays else [None]
     found = [open_replay(places.find_replay(name, quiet=quiet)) for name in named]
     name = places.joined([replay.path.name for replay in found])
-    given = output or (f"{places.readable(name)}.html" if force else None)
-    path = places.place(places.REPORTS, given, name, force=force, suffix=".html")
+    write, suffix = (report_data, ".json") if data_only else (page, ".html")
+    given = output or (f"{places.readable(name)}{suffix}" if force else None)
+    path = places.place(places.REPORTS, given, name, force=force, suffix=suffix)
     with console.working("drawing", quiet=quiet):
         made = write(found, traces_of(found), path, force=force, title=title)
     if json:
@@ -60,7 +63,7 @@ def traces_of(replays: Sequence[Replay]) -> dict[str, Trace]:
     traces: dict[str, Trace] = {}
     for replay in replays:
         source = replay.info["trace"]
-        if source["identity"] in traces:
+        if source["identity"] in traces or "path" not in source:  # a replay of plain text has no trace
             continue
         try:
             trace = open_trace(source["path"])

@@ -17,6 +17,13 @@ _METRICS = (
     ("mask_cosine", "mask\ncosine", 40),
     ("ideal_recall", "ideal\nrecall", 95),
 )
+# Of the closed loop: metric, header, digits, and how long the column stays.
+_OUTCOMES = (
+    ("perplexity", "perplexity", 3, 99),
+    ("perplexity_ratio", "ratio\nto full", 3, 98),
+    ("token_kl", "KL\n(nats)", 3, 75),
+    ("top1_agreement", "top-1\nequal", 3, 72),
+)
 
 
 def show(summary: Mapping[str, Any], info: Mapping[str, Any], *, title: str, as_json: bool = False) -> None:
@@ -24,7 +31,7 @@ def show(summary: Mapping[str, Any], info: Mapping[str, Any], *, title: str, as_
     if as_json:
         show_json(summary)
         return
-    runs: Sequence[Mapping[str, Any]] = summary["runs"]
+    runs = _paired(summary["runs"])
     declared: Mapping[str, Mapping[str, Any]] = info.get("metrics", {})
     show_table(columns(runs, declared), title=title, notes=notes(runs, info))
 
@@ -53,10 +60,23 @@ def columns(runs: Sequence[Mapping[str, Any]], declared: Mapping[str, Mapping[st
             for row, run in enumerate(runs)
         ]
         table.append(Column(header, cells, keep=keep, numeric=True, dim=untouched))
+    for name, header, digits, keep in _OUTCOMES:
+        if any(name in run["metrics"] for run in runs):
+            table.append(Column(header, [_number(run, name, digits) for run in runs], keep=keep, numeric=True))
     table.append(Column("loop", [run["loop"] for run in runs], keep=10))
     table.append(Column("prefill", [run["prefill"] for run in runs], keep=11))
     table.append(Column("count", [f"{_count(run):,}" for run in runs], keep=30, numeric=True))
     return table
+
+
+def _paired(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the runs in order, each closed one after the open one that it belongs to."""
+
+    def place(run: Mapping[str, Any]) -> tuple[int, bool]:
+        own = run.get("open_run")
+        return (run["run"] if own is None else own, own is not None)
+
+    return sorted(runs, key=place)
 
 
 def notes(runs: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> list[str]:
@@ -65,11 +85,31 @@ def notes(runs: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> list[st
     trace = info.get("trace", {})
     lines = [f"{'; '.join(kind)}; trace {trace.get('name', '?')}, model {trace.get('model') or 'unknown'}."]
     lines.append("Means over the steps, heads and layers in which something had been evicted; 1 is best.")
+    full = [run["metrics"]["perplexity_full"]["mean"] for run in runs if "perplexity_full" in run["metrics"]]
+    if full:
+        scored = max(run["metrics"]["perplexity"]["count"] for run in runs if "perplexity" in run["metrics"])
+        lines.append(f"Perplexity with the full cache: {full[0]:.4f}, over {scored:,} tokens{_protocol(trace)}.")
+    gaps = [run["gap"]["held_overlap"] for run in runs if run.get("gap")]
+    if gaps:
+        lines.append(
+            f"Open and closed loop hold the same keys to {min(gaps):.0%} (worst policy) to {max(gaps):.0%} (best): "
+            "the lower, the less the open loop says."
+        )
     if any(_count(run) == 0 for run in runs):
         lines.append("Dimmed: nothing was evicted, so these are the values of an untouched cache, not measurements.")
     if any(run["metrics"].get("retained_mass", {}).get("low") is not None for run in runs):
         lines.append("Second line of a cell: 95 % interval over sequences.")
     return lines
+
+
+def _protocol(trace: Mapping[str, Any]) -> str:
+    """Return what kind of text was scored, in words."""
+    words = {
+        "generated": ", which the model generated itself: that flatters every policy",
+        "forced": ", a given continuation",
+        "text": f", plain text in windows of {trace.get('window')}",
+    }
+    return words.get(str(trace.get("protocol")), "")
 
 
 def _label(run: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from kvscope.cli.replay import Prefill
 
 if TYPE_CHECKING:
     from kvscope.replay.tune import Tuning
+    from kvscope.results.statistics import Paired
 
 
 class Per(StrEnum):
@@ -54,6 +56,8 @@ def tune(
     from kvscope.cli import console, places
     from kvscope.errors import UsageError
 
+    if output.is_dir() or not output.parent.is_dir():
+        raise UsageError(f"{output} cannot be a file here", "Name a file in a folder that exists: -o tuned.toml")
     if output.exists() and not force:
         raise UsageError(f"{output} exists", "Choose another name with -o, or replace it with --force.")
     with console.working("loading torch", quiet=quiet):
@@ -80,6 +84,8 @@ def tune(
         )
     output.write_text(to_toml(found), encoding="utf-8")
     _show(found, output, as_json=json)
+    if not json:
+        console.note(f"next: kvscope replay --policy {_name(policy)}:@{output}", quiet=quiet)
 
 
 def _grid(policy: str, given: list[str]) -> dict[str, list[str]]:
@@ -88,54 +94,73 @@ def _grid(policy: str, given: list[str]) -> dict[str, list[str]]:
 
     if not given:
         return usual_grid(policy)
-    grid = {}
+    grid: dict[str, list[str]] = {}
     for text in given:
-        name, equals, values = text.partition("=")
-        if not equals or not name.strip() or name in grid:
+        flag, _, values = text.partition("=")
+        name = flag.strip().lstrip("-").replace("-", "_")
+        listed = [value.strip() for value in values.split(",") if value.strip()]
+        if not name or not listed or name in grid:
             raise UsageError(f"--grid {text!r} names no values of one parameter", "Write --grid alpha=0.1,0.5,0.9")
-        grid[name.strip().lstrip("-").replace("-", "_")] = [value.strip() for value in values.split(",") if value]
+        grid[name] = listed
     return grid
 
 
-def _show(found: Tuning, output: Path, *, as_json: bool) -> None:
-    from kvscope.cli.console import Column, note, show_json, show_table
+def _name(policy: str) -> str:
+    """Return the name of a policy without its settings: ``a2sf``, or ``mine.py:Mine``."""
+    found = re.match(r"\s*(.+?\.py:\w+|[\w-]+)", policy)
+    assert found is not None, f"{policy} has been tuned"
+    return found[1]
 
-    rows = [
-        (found.policy.label, found.searched["tuned"], found.held_out["tuned"], "tuned"),
-        (found.best.label, found.searched["best"], found.held_out["best"], "best single"),
-        (found.hindsight.label, None, found.held_out["hindsight"], "best single in hindsight"),
-    ]
+
+def _show(found: Tuning, output: Path, *, as_json: bool) -> None:
+    from kvscope.cli.console import Column, show_json, show_table
+
+    about, gain = found.about, found.gain
     if as_json:
         data: dict[str, Any] = {
-            **found.about,
+            **about,
+            "searched": {name: _mean(values) for name, values in found.searched.items()},
             "held_out": {name: _mean(values) for name, values in found.held_out.items()},
             "best": found.best.label,
             "hindsight": found.hindsight.label,
-            "gain": {"mean": found.gain, "low": found.low, "high": found.high},
+            "gain": {"mean": gain.difference, "low": gain.low, "high": gain.high, "p": gain.p},
+            "settings": [policy.parameters() for policy in found.policy.settings],
+            "layers": found.policy.layers,
             "choice": found.policy.choice,
             "file": str(output),
         }
         show_json(data)
         return
-    about = found.about
-    spread = "" if found.low is None else f", 95 % interval {found.low:+.4f} to {found.high:+.4f}"
+    rows = [
+        (found.policy.label, found.searched["tuned"], found.held_out["tuned"], "tuned"),
+        (found.best.label, found.searched["best"], found.held_out["best"], "best single"),
+        (found.hindsight.label, None, found.held_out["hindsight"], "best single in hindsight"),
+    ]
     columns = [
         Column("setting", [row[0] for row in rows], wrap=20),
         Column("what it is", [row[3] for row in rows], wrap=12),
         Column(f"searched ({about['searched_sequences']})", [_cell(row[1]) for row in rows], numeric=True),
         Column(f"held out ({about['held_out_sequences']})", [_cell(row[2]) for row in rows], numeric=True),
     ]
-    verdict = "above" if found.gain > 0 else "not above"
-    notes = [
-        f"{about['metric']} at {about['budget']}, {about['prefill']} prefill, open loop; a setting per {about['per']}.",
-        f"Held out, tuned is {verdict} the best single setting: gain {found.gain:+.4f}{spread}.",
+    what = (
+        f"{about['metric']} at {about['budget']}, {about['prefill']} prefill, open loop; a setting per {about['per']}."
+    )
+    show_table(columns, title=str(output), notes=[what, *_verdict(gain)])
+
+
+def _verdict(gain: Paired) -> list[str]:
+    """Return what the held-out sequences say, and what they cannot."""
+    difference = gain.difference or 0.0
+    verdict = "better" if difference > 0 else "not better"
+    spread = "" if gain.low is None else f", 95 % interval {gain.low:+.4f} to {gain.high:+.4f}"
+    lines = [
+        f"Held out, tuned is {verdict} than the best single setting: gain {difference:+.4f}{spread}, p = {gain.p:.2g}."
     ]
-    if found.low is None:
-        notes.append("Fewer than five held-out sequences: no interval, and a gain that may be chance.")
-    elif found.low <= 0:
-        notes.append("The interval holds zero: these sequences do not show a gain.")
-    show_table(columns, title=str(output), notes=notes)
-    note(f"next: kvscope replay --policy {about['policy']}:@{output}")
+    if gain.warning:
+        lines.append(gain.warning[0].upper() + gain.warning[1:] + ".")
+    elif not gain.told_apart:
+        lines.append("These sequences do not tell the two apart.")
+    return lines
 
 
 def _mean(values: list[float]) -> float:

@@ -8,8 +8,8 @@ shortened cache, at the price of one forward pass. Runs ride along as a batch; r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,11 +18,15 @@ from kvscope.budget import Prefill
 from kvscope.errors import ReplayError
 from kvscope.metrics import Metric
 from kvscope.model.attention_hook import Call, Kernel
+from kvscope.model.derotation import Derotation
+from kvscope.policies.allocation import Allocator
+from kvscope.replay.compaction import Compacted
 from kvscope.replay.engine import Scan, Shape, renormalise
 from kvscope.replay.plan import Plan
 from kvscope.replay.score import Scorer
+from kvscope.replay.signals import ROWS
 
-BLOCK_BYTES = 128 * 2**20  # of one tensor of rows for all runs
+BLOCK_BYTES = 128 * 2**20  # of one tensor of rows for all runs of a batch
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,18 @@ class Batch:
         Their policy.
     budgets : list of int
         ``B`` of each.
+    allocators : mapping of int to Allocator
+        For each layer what shares out the budget, where that had to be found beforehand (`survey`).
     """
 
     plan: Plan
     budgets: list[int]
+    allocators: Mapping[int, Allocator] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Text:
-    """What the pass reads: prompt length, length, number of the sequence, and how many layers the model has."""
+    """What a pass reads: ``P``, ``T``, number of the sequence, number of the model's layers, prefill."""
 
     prompt: int
     length: int
@@ -68,6 +75,8 @@ class ClosedLoop:
         Fidelity of the closed loop: of what a row keeps of its own run's attention.
     found : callable
         Called for each layer and batch when its scan is done.
+    rotary : sequence of Derotation, optional
+        Rotation of each layer. With it positions are compacted: the keys that a query sees lie at 0, 1, 2, ...
 
     Attributes
     ----------
@@ -75,82 +84,111 @@ class ClosedLoop:
         Layers that were really called, in order.
     """
 
-    def __init__(self, batches: Sequence[Batch], text: Text, metrics: Sequence[Metric], found: Found) -> None:
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        text: Text,
+        metrics: Sequence[Metric],
+        found: Found,
+        rotary: Sequence[Derotation] | None = None,
+    ) -> None:
         self.batches, self.text, self.metrics, self.found = list(batches), text, list(metrics), found
+        self.rotary = rotary
         self.layers: list[int] = []
 
     def __call__(self, call: Call, kernel: Kernel) -> Tensor:
         """Return the output of one layer, ``[1 + R, T, H, D]``."""
         self.layers.append(call.layer)
+        require_whole(call, self.text)
         output = kernel()
         start = 1
         for number, batch in enumerate(self.batches):
             stop = start + len(batch.budgets)
-            output[start:stop] = self._attend(_rows_of(call, start, stop), number, batch).to(output.dtype)
+            output[start:stop] = self._attend(rows_of(call, start, stop), number, batch).to(output.dtype)
             start = stop
         return output
 
     def _attend(self, call: Call, number: int, batch: Batch) -> Tensor:
-        length = call.query.shape[2]
-        if length != self.text.length or call.key.shape[2] != length:
-            raise ReplayError(
-                f"layer {call.layer} got {length} queries on {call.key.shape[2]} keys, not the whole text at once",
-                "The closed loop needs a model that attends to its whole input in one call.",
-            )
-        scan = self._scan(call, batch)
+        scan = scan_of(call, batch, self.text)
         first = self.text.prompt if self.text.prefill == "full" else 0
         scorer = Scorer(scan, self.metrics, first)
-        size = max(1, BLOCK_BYTES // (4 * length * call.query.shape[0] * call.query.shape[1]))
-        output = [self._block(call, scan, scorer, start, min(start + size, length)) for start in range(0, length, size)]
+        size = max(1, BLOCK_BYTES // (4 * self.text.length * call.query.shape[0] * call.query.shape[1]))
+        renumbered = None if self.rotary is None else Compacted(call, self.rotary[call.layer])
+        output = []
+        for start in range(0, self.text.length, size):
+            stop = min(start + size, self.text.length)
+            rows = call.rows(start, stop)[..., :stop]  # [R, H, b, stop]
+            missing = self._missing(call, scan, rows, start, stop)
+            if renumbered is None:
+                for t in range(start, stop):
+                    scan.step(t, rows[:, None, :, t - start, : t + 1])
+                output.append(_attended(call, scan, rows, missing, start, stop))
+            else:
+                output.append(renumbered.attend(scan, rows, start))
+            Scorer.score_block([scorer], rows[:, None], start, None if missing is None else missing[:, None])
+            scan.release(stop)
         scan.check()
         self.found(call.layer, number, scan, scorer)
         return torch.cat(output, 1)
 
-    def _scan(self, call: Call, batch: Batch) -> Scan:
-        shape = Shape(
-            layers=(call.layer,),
-            heads=call.query.shape[1],
-            kv_heads=call.key.shape[1],
-            prompt=self.text.prompt,
-            length=self.text.length,
-            sequence=self.text.sequence,
-            windows=() if call.sliding_window is None else (call.sliding_window,),
-            n_layers=self.text.n_layers,
-        )
-        missing = None
-        if call.sinks is not None:
-            missing = torch.zeros(
-                call.query.shape[0], 1, *call.query.shape[1:3], dtype=call.exact, device=call.query.device
-            )
-        return Scan(
-            batch.plan,
-            batch.budgets,
-            shape,
-            self.text.prefill,
-            {name: signal(call, name) for name in batch.plan.needs - {"weights", "full_weights"}},
-            missing_mass=missing,
-            device=call.query.device,
-            dtype=call.exact,
+    @staticmethod
+    def _missing(call: Call, scan: Scan, rows: Tensor, start: int, stop: int) -> Tensor | None:
+        """Return the mass that a learned sink takes from rows, ``[R, H, b]``, and tell the scan of it."""
+        if call.sinks is None or scan.missing_mass is None:
+            return None
+        missing = (1 - rows.sum(-1)).clamp(min=0)
+        scan.missing_mass[:, 0, :, start:stop] = missing
+        return missing
+
+
+def _attended(call: Call, scan: Scan, rows: Tensor, missing: Tensor | None, start: int, stop: int) -> Tensor:
+    """Return the output of a block of queries over the keys that they saw, ``[R, b, H, D]``."""
+    visible = scan.visible(start, stop)[:, 0]  # [R, G, b, stop]
+    runs, groups = visible.shape[:2]
+    grouped = rows.view(runs, groups, -1, stop - start, stop) * visible[:, :, None]
+    lost = None if missing is None else missing.view(runs, groups, -1, stop - start, 1)
+    live = renormalise(grouped, lost)
+    output = live @ call.value[:, :, None, :stop].to(live.dtype)  # [R, G, Q, b, D]
+    return output.flatten(1, 2).transpose(1, 2)
+
+
+def require_whole(call: Call, text: Text) -> None:
+    """Raise ReplayError unless a call attends to the whole text at once."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    if queries != text.length or keys != queries:
+        raise ReplayError(
+            f"layer {call.layer} got {queries} queries on {keys} keys, not the whole text at once",
+            "The closed loop needs a model that attends to its whole input in one call.",
         )
 
-    def _block(self, call: Call, scan: Scan, scorer: Scorer, start: int, stop: int) -> Tensor:
-        """Step and score one block of queries; returns its output ``[R, stop - start, H, D]``."""
-        rows = call.rows(start, stop)[..., :stop]  # [R, H, b, stop]
-        missing = None
-        if scan.missing_mass is not None:
-            missing = (1 - rows.sum(-1)).clamp(min=0)[:, None]  # [R, 1, H, b]
-            scan.missing_mass[..., start:stop] = missing
-        for t in range(start, stop):
-            scan.step(t, rows[:, None, :, t - start, : t + 1])
-        Scorer.score_block([scorer], rows[:, None], start, missing)
-        visible = scan.visible(start, stop)[:, 0]  # [R, G, b, stop]
-        runs, groups = visible.shape[:2]
-        grouped = rows.view(runs, groups, -1, stop - start, stop) * visible[:, :, None]
-        lost = None if missing is None else missing.view(runs, groups, -1, stop - start, 1)
-        live = renormalise(grouped, lost)
-        scan.release(stop)
-        output = live @ call.value[:, :, None, :stop].to(live.dtype)  # [R, G, Q, b, D]
-        return output.flatten(1, 2).transpose(1, 2)  # [R, b, H, D]
+
+def scan_of(call: Call, batch: Batch, text: Text) -> Scan:
+    """Return the scan of one layer for the runs of a batch, which are the rows of `call`."""
+    runs, heads, length, _ = call.query.shape
+    shape = Shape(
+        layers=(call.layer,),
+        heads=heads,
+        kv_heads=call.key.shape[1],
+        prompt=text.prompt,
+        length=text.length,
+        sequence=text.sequence,
+        windows=() if call.sliding_window is None else (call.sliding_window,),
+        n_layers=text.n_layers,
+    )
+    missing = None
+    if call.sinks is not None:
+        missing = torch.zeros(runs, 1, heads, length, dtype=call.exact, device=call.query.device)
+    return Scan(
+        batch.plan,
+        batch.budgets,
+        shape,
+        text.prefill,
+        {name: signal(call, name) for name in sorted(batch.plan.needs - ROWS)},
+        missing_mass=missing,
+        allocator=batch.allocators.get(call.layer),
+        device=call.query.device,
+        dtype=call.exact,
+    )
 
 
 def signal(call: Call, name: str) -> Tensor:
@@ -164,7 +202,8 @@ def signal(call: Call, name: str) -> Tensor:
     return {"keys": call.key, "values": call.value, "queries": call.query}[name].to(call.exact)[:, None]
 
 
-def _rows_of(call: Call, start: int, stop: int) -> Call:
+def rows_of(call: Call, start: int, stop: int) -> Call:
+    """Return a call with rows `start` to `stop` - 1 of its batch alone."""
     mask = call.mask
     if mask is not None and mask.shape[0] > 1:
         mask = mask[start:stop]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvscope.budget import Prefill
 from kvscope.errors import ReplayError
-from kvscope.policies.allocation import ALLOCATORS, Request
+from kvscope.policies.allocation import ALLOCATORS, Allocator, Request
 from kvscope.policies.base import Policy, Step
 from kvscope.replay.draw import draw, draw_row
 from kvscope.replay.plan import Plan, protection
@@ -81,6 +81,8 @@ class Scan:
         ``queries`` ``[L, H, T, D]``, ``mean_query`` ``[L, T, D]``; with a leading axis ``R`` where runs differ.
     missing_mass : Tensor or None
         ``[L, H, T]``: what a learned sink takes from each row; the live row is divided by kept mass plus this.
+    allocator : Allocator or None
+        What shares out the budget; by default that of the plan.
     dtype : torch.dtype
         Of scores.
 
@@ -109,6 +111,7 @@ class Scan:
         signals: Mapping[str, Tensor] | None = None,
         *,
         missing_mass: Tensor | None = None,
+        allocator: Allocator | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -133,7 +136,7 @@ class Scan:
         self._layers = torch.tensor(shape.layers, dtype=torch.int64, device=device)
         self._reads = ReadLog(size, device) if self.traits.reads else None
         self._pressed = torch.zeros((), dtype=torch.int64, device=device)  # most keys that met an eviction
-        self._allocator = ALLOCATORS.get(self.plan.allocate)()
+        self._allocator = allocator or ALLOCATORS.get(self.plan.allocate)()
         self._request = Request(
             budget=torch.tensor(self.budgets, device=device),
             fixed=kept.sum(1),
@@ -277,8 +280,7 @@ class Scan:
         self._allocator.observe(step, self._request.memory)
         if step.t == self.shape.prompt - 1:
             n = step.t + 1
-            candidate = self._candidates(n)
-            self._request.score = self._score[..., :n].masked_fill(~candidate, -torch.inf)
+            self._request.score = self._score[..., :n].masked_fill(~self._candidates(n), -torch.inf)
             self.budget = self._allocator.share(self._request).to(torch.int64)
             self._request.score = None
             self._request.memory.clear()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,11 +28,17 @@ BLOCK_BYTES = 256 * 2**20  # of one tensor of rows for all budgets of a policy
 
 @dataclass(frozen=True)
 class Run:
-    """One plan under one budget; `budget` is None for a policy that the engine holds to none."""
+    """One plan under one budget; `budget` is None for a policy that the engine holds to none.
+
+    `loop` and `positions` say how it is made; `open_run` is the number of the open run of the same plan and budget.
+    """
 
     number: int
     plan: Plan
     budget: Budget | None
+    loop: Literal["open", "closed"] = "open"
+    positions: Literal["original", "compacted"] = "original"
+    open_run: int | None = None
 
     def keys(self, sequence: TraceSequence, prefill: Prefill) -> int:
         """Return ``B`` for a sequence."""
@@ -65,8 +71,24 @@ class Tally:
         Keys that leave at another step than they would with sums in float32.
     """
 
-    allocated: dict[int, list[int]]
-    changed: dict[int, int]
+    allocated: dict[int, list[int]] = field(default_factory=dict)
+    changed: dict[int, int] = field(default_factory=dict)
+
+    def add_budget(self, run: int, scan: Scan, number: int) -> None:
+        """Count the keys that run `run`, which is the scan's `number`, handed out to its heads."""
+        share = scan.budget[number]  # [L, S]
+        handed, uniform = self.allocated.get(run, [0, 0])
+        self.allocated[run] = [handed + int(share.sum()), uniform + scan.budgets[number] * share.numel()]
+
+    def add_changed(self, run: int, keys: int) -> None:
+        """Count keys that left at another step than with sums in float32."""
+        self.changed[run] = self.changed.get(run, 0) + keys
+
+    def of(self, run: int) -> dict[str, int]:
+        """Return what is known of a run, for its description."""
+        handed, uniform = self.allocated[run]
+        counted = {"allocated_keys": handed, "uniform_keys": uniform}
+        return counted | ({"decisions_changed": self.changed[run]} if run in self.changed else {})
 
 
 class Group:
@@ -152,12 +174,9 @@ class Group:
 
     def _count(self, index: int, number: int, run: Run, tally: Tally) -> None:
         scan = self.scans[index][1]
-        share = scan.budget[number]  # [L, S]
-        handed, uniform = tally.allocated.get(run.number, [0, 0])
-        tally.allocated[run.number] = [handed + int(share.sum()), uniform + scan.budgets[number] * share.numel()]
+        tally.add_budget(run.number, scan, number)
         if index in self.twins:
-            other = int((scan.leave[number] != self.twins[index].leave[number]).sum())
-            tally.changed[run.number] = tally.changed.get(run.number, 0) + other
+            tally.add_changed(run.number, int((scan.leave[number] != self.twins[index].leave[number]).sum()))
 
     def _rows(self, start: int, stop: int) -> Tensor:
         parts = [self.trace.attention(self.sequence.index, layer, start, stop) for layer in self.layers]
@@ -205,7 +224,7 @@ def step_through(
     sequences : sequence, optional
         Of the trace; all by default.
     """
-    tally = Tally({}, {})
+    tally = Tally()
     groups = list(_groups(trace, runs, trace.sequences if sequences is None else sequences))
     for number, (sequence, layers) in enumerate(groups):
         group = Group(trace, sequence, layers, runs, metrics, prefill, device)

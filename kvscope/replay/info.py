@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from kvscope.budget import Prefill
 from kvscope.metrics import Metric
 from kvscope.replay.group import Run
+from kvscope.trace.reader import Sequence as TraceSequence
 from kvscope.trace.reader import Trace
 
 
+def of_trace(trace: Trace) -> dict[str, Any]:
+    """Return what ``run.json`` says of a trace."""
+    return {
+        "name": trace.name,
+        "path": str(trace.path),
+        "identity": trace.identity,
+        "model": trace.header.model.get("id"),
+        "sequences": [{"prompt": s.prompt, "length": s.length} for s in trace.sequences],
+        "layers": list(trace.layers),
+        "heads": trace.heads,
+        "kv_heads": trace.kv_heads,
+        "protocol": trace.header.protocol,
+    }
+
+
 def info(
-    trace: Trace, runs: Sequence[Run], metrics: Sequence[Metric], prefill: Prefill, command: str | None
+    trace: Mapping[str, Any],
+    sequences: Sequence[TraceSequence],
+    runs: Sequence[Run],
+    metrics: Sequence[Metric],
+    prefill: Prefill,
+    command: str | None,
 ) -> dict[str, Any]:
-    """Return what ``run.json`` says before the replay begins: trace, runs, metrics, versions, command."""
+    """Return what ``run.json`` says before the replay begins: trace or text, runs, metrics, versions, command."""
 
     def row(run: Run) -> dict[str, Any]:
         policy, traits = run.plan.policy, run.plan.policy.traits
@@ -26,7 +47,7 @@ def info(
             "label": run.plan.label,
             "params": policy.parameters(),
             "budget": None if run.budget is None else str(run.budget),
-            "budget_keys": [run.keys(sequence, prefill) for sequence in trace.sequences],
+            "budget_keys": [run.keys(sequence, prefill) for sequence in sequences],
             "prefill": prefill,
             "phase": run.plan.phase,
             "allocate": run.plan.allocate,
@@ -34,23 +55,15 @@ def info(
             "reads": traits.reads,
             "bounded": traits.bounded,
             "published": traits.published,
-            "loop": "open",
+            "loop": run.loop,
             "scope": traits.scope,
+            **({} if run.loop == "open" else {"positions": run.positions, "open_run": run.open_run}),
         }
 
     return {
-        "trace": {
-            "name": trace.name,
-            "path": str(trace.path),
-            "identity": trace.identity,
-            "model": trace.header.model.get("id"),
-            "sequences": [{"prompt": s.prompt, "length": s.length} for s in trace.sequences],
-            "layers": list(trace.layers),
-            "heads": trace.heads,
-            "kv_heads": trace.kv_heads,
-        },
+        "trace": dict(trace),
         "prefill": prefill,
-        "loop": "open",
+        "loop": " and ".join(dict.fromkeys(run.loop for run in runs)),
         "metrics": {item.name: item.declaration() for item in metrics},
         "runs": [row(run) for run in runs],
         "versions": {

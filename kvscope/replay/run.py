@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,12 +14,15 @@ from kvscope.errors import ReplayError, TraceError, UsageError
 from kvscope.metrics import METRICS
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.group import Run, Tally, step_through
-from kvscope.replay.info import info
+from kvscope.replay.group import Run, step_through
+from kvscope.replay.info import info, of_trace
+from kvscope.replay.loop import ClosedLoopOptions, Positions
 from kvscope.replay.plan import Plan, protection
 from kvscope.replay.signals import require
 from kvscope.results.store import Replay, ReplayWriter
 from kvscope.trace.reader import Trace
+
+OPEN_SHARE = 0.3  # of the progress of a replay with a closed loop
 
 
 def replay(
@@ -33,6 +37,7 @@ def replay(
     compress: str | None = None,
     allocate: str | None = None,
     accumulate: str | None = None,
+    closed: ClosedLoopOptions | None = None,
     device: str = "cpu",
     progress: Callable[[float], None] | None = None,
     command: str | None = None,
@@ -63,6 +68,8 @@ def replay(
     accumulate : str, optional
         Precision of live rows and sums: ``float32``, ``float16``, ``bfloat16``; the run says how many decisions that
         changed.
+    closed : ClosedLoopOptions, optional
+        Runs the model of the trace too, with the policies inside its attention: perplexity, and closed-loop fidelity.
     device : str
         Where to compute: ``cpu``, ``cuda``.
     progress : callable, optional
@@ -89,34 +96,54 @@ def replay(
     if not chosen:
         raise UsageError("no policy is named", "Name one or more: --policy h2o --policy tova")
     plans = [Plan.make(policy, compress, allocate, accumulate) for policy in chosen]
-    runs = _runs(plans, parse_budgets(budgets))
+    runs = runs_of(plans, parse_budgets(budgets))
     wanted = [METRICS.get(name) for name in (metrics or METRICS.names())]
     check(trace, runs, prefill)
     on = torch_device(device)
+    again = [] if closed is None else closed.runs(runs)
     started = time.monotonic()
-    with ReplayWriter(output, info(trace, runs, wanted, prefill, command), force=force) as writer:
-        tally = step_through(trace, runs, wanted, prefill, on, writer, progress=progress)
-        counted = {run.number: _counted(run, tally) for run in runs}
+    share = 1.0 if closed is None else OPEN_SHARE
+    about = info(of_trace(trace), trace.sequences, [*runs, *again], wanted, prefill, command)
+    with ReplayWriter(output, about, force=force) as writer:
+        tally = step_through(trace, runs, wanted, prefill, on, writer, progress=_part(progress, 0, share))
+        counted = {run.number: tally.of(run.number) for run in runs}
+        if closed is not None:
+            from kvscope.replay.trace_loop import score_trace  # loads transformers
+
+            tally = score_trace(
+                trace, again, wanted, prefill, writer, closed, device=device, progress=_part(progress, share, 1)
+            )
+            counted |= {run.number: tally.of(run.number) for run in again}
         return writer.finish(counted, seconds=round(time.monotonic() - started, 3))
 
 
-def _runs(plans: Sequence[Plan], budgets: Sequence[Budget]) -> list[Run]:
+def _part(progress: Callable[[float], None] | None, low: float, high: float) -> Callable[[float], None] | None:
+    """Return a callback for a part of the work."""
+    return None if progress is None else lambda share: progress(low + share * (high - low))
+
+
+def runs_of(
+    plans: Sequence[Plan],
+    budgets: Sequence[Budget],
+    loop: Literal["open", "closed"] = "open",
+    positions: Positions = "original",
+) -> list[Run]:
+    """Return every plan under every budget, those without a budget once."""
     pairs = [
         (plan, budget)
         for plan in plans
         for budget in (budgets if plan.policy.traits.bounded or plan.policy.traits.reads else [None])
     ]
-    return [Run(number, plan, budget) for number, (plan, budget) in enumerate(pairs)]
-
-
-def _counted(run: Run, tally: Tally) -> dict[str, int]:
-    handed, uniform = tally.allocated[run.number]
-    counted = {"allocated_keys": handed, "uniform_keys": uniform}
-    return counted | ({"decisions_changed": tally.changed[run.number]} if run.number in tally.changed else {})
+    return [Run(number, plan, budget, loop, positions) for number, (plan, budget) in enumerate(pairs)]
 
 
 def able(
-    trace: Trace, policies: Sequence[Policy], budgets: Sequence[Budget], prefill: Prefill, **choices: str | None
+    trace: Trace,
+    policies: Sequence[Policy],
+    budgets: Sequence[Budget],
+    prefill: Prefill,
+    closed: ClosedLoopOptions | None = None,
+    **choices: str | None,
 ) -> tuple[list[Policy], dict[str, str]]:
     """Return the policies that this trace and prefill allow under every budget, and why each other one is left out.
 
@@ -128,7 +155,10 @@ def able(
     fit, left = [], {}
     for policy in policies:
         try:
-            check(trace, _runs([Plan.make(policy, **choices)], budgets), prefill)
+            runs = runs_of([Plan.make(policy, **choices)], budgets)
+            check(trace, runs, prefill)
+            if closed is not None:
+                closed.runs(runs)
             fit.append(policy)
         except (UsageError, TraceError) as error:
             left[policy.label] = error.what
@@ -139,6 +169,7 @@ def check(trace: Trace, runs: Sequence[Run], prefill: Prefill) -> None:
     """Raise before any work what would make the runs impossible on this trace: signals, room, steps."""
     for plan in dict.fromkeys(run.plan for run in runs):
         require(trace, plan)
+        plan.policy.fit(trace.layers, trace.kv_heads, trace.header.n_layers)
     _require_room(trace, runs, prefill)
     _require_steps(trace, prefill)
 

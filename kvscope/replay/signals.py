@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvscope.errors import TraceError, UsageError
 from kvscope.replay.plan import Plan
-from kvscope.trace.reader import HOW, Floats, Trace
+from kvscope.trace.derive import Floats
+from kvscope.trace.reader import HOW, Trace
 
 ROWS = frozenset({"weights", "full_weights"})  # every trace gives them
 # name -> (what the trace calls it, how to read one layer)

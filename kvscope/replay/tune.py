@@ -7,22 +7,23 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kvscope.budget import Budget, Prefill
 from kvscope.errors import ReplayError, UsageError
-from kvscope.metrics import METRICS
+from kvscope.metrics import METRICS, Metric
+from kvscope.policies.allocation import ALLOCATORS
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
 from kvscope.policies.tuned import Tuned
 from kvscope.replay.group import Run, step_through
 from kvscope.replay.plan import Plan
 from kvscope.replay.run import check, torch_device
-from kvscope.results.summary import interval
+from kvscope.results.statistics import Paired, paired
 from kvscope.trace.reader import Sequence as TraceSequence
 from kvscope.trace.reader import Trace
 
@@ -44,11 +45,9 @@ class Tuning:
     hindsight : Policy
         The best single setting on the held-out sequences, which nobody could know.
     searched, held_out : dict of str to list of float
-        For ``tuned``, ``best`` and ``hindsight``, the metric of each sequence.
-    gain : float
-        Mean of ``tuned - best`` over held-out sequences, positive where tuning helps.
-    low, high : float or None
-        Its 95 % bootstrap interval; None with fewer than five held-out sequences.
+        For ``tuned``, ``best`` and (held out) ``hindsight``, the metric of each sequence.
+    gain : Paired
+        ``tuned`` against ``best`` over the held-out sequences; its difference is positive where tuning helps.
     about : dict
         Metric, budget, prefill, sequences: what was tuned on.
     """
@@ -58,9 +57,7 @@ class Tuning:
     hindsight: Policy
     searched: dict[str, list[float]]
     held_out: dict[str, list[float]]
-    gain: float
-    low: float | None
-    high: float | None
+    gain: Paired
     about: dict[str, Any]
 
 
@@ -81,7 +78,8 @@ def tune(
     """Return the setting of a policy that suits each layer or head best, and what that gains on held-out sequences.
 
     In the open loop the heads of a trace do not depend on each other, so one pass over each trace that replays every
-    setting of the grid gives the choice of every head, and a second one over the held-out sequences the gain.
+    setting of the grid gives the choice of every head, and a second one over the held-out sequences the gain. Where a
+    head evicts nothing, it counts as the metric says it does.
 
     Parameters
     ----------
@@ -107,45 +105,48 @@ def tune(
     Raises
     ------
     UsageError
-        For an unknown name or value, a metric without direction, fewer than two sequences, or traces of different
-        models.
+        For an unknown name or value, a metric without direction, settings that cannot stand side by side, fewer than
+        two sequences, or traces that are of different models or the same.
+    ReplayError
+        If nothing is evicted.
     """
-    direction = METRICS.get(metric).direction
-    if direction == "none" or METRICS.get(metric).pooled:
+    if per not in get_args(Per):
+        raise UsageError(f"per={per!r} is unknown", "Tune per model, layer or head.")
+    measure = METRICS.get(metric)
+    if measure.direction == "none" or measure.pooled:
         raise UsageError(f"metric {metric} has no best value for a step", "Tune by retained_mass or ideal_cosine.")
     settings = _settings(policy, grid)
-    if per == "head" and settings[0].traits.scope == "layer":
-        raise UsageError(f"{settings[0].label} decides per layer", "Use --per layer or --per model.")
+    _require_own_heads(settings, per)
     searched, kept = _split(traces, held_out)
-    sign = 1.0 if direction == "higher" else -1.0
-    at = _Bench(Budget.parse(budget), metric, prefill, device)
-    half = None if progress is None else (lambda share: progress(share / 2))
-    scores = sign * at.measure(traces, settings, searched, half)  # [settings, sequences, layers, heads]
+    at = _Bench(traces, Budget.parse(budget), measure, prefill, torch_device(device), progress)
+    layers = tuple(traces[0].layers)
+    at.check(Tuned(source, tuple(settings if per != "model" else settings[:1]), layers, ((0,),) * len(layers)))
+    sign = 1.0 if measure.direction == "higher" else -1.0
+    scores = sign * at.measure(settings, searched, 0.0)  # [settings, sequences, layers, heads]
     best = int(scores.mean((1, 2, 3)).argmax())
-    tuned = Tuned(source, tuple(settings), _choice(scores.mean(1), per, best))
-    other = None if progress is None else (lambda share: progress((1 + share) / 2))
-    later = sign * at.measure(traces, [*settings, tuned], kept, other)
+    choice = _choice(scores.mean(1), per, best)
+    tuned = _tuned(source, settings, layers, choice, per)
+    later = sign * at.measure([*settings, tuned], kept, 0.5)
     means = later.mean((2, 3))  # [settings + 1, sequences]
     hindsight = int(means[:-1].mean(1).argmax())
-    before = scores.mean((2, 3))
-    difference = means[-1] - means[best]
-    chosen = scores.mean(1)[_indices(tuned.choice, scores.shape)]  # what the choice reaches where it was made
-    low, high = interval(difference)
+    layer, head = np.indices(choice.shape)
     return Tuning(
         policy=tuned,
         best=settings[best],
         hindsight=settings[hindsight],
-        searched={"tuned": [sign * float(chosen.mean())], "best": (sign * before[best]).tolist()},
+        searched={
+            "tuned": (sign * scores[choice, :, layer, head].mean((0, 1))).tolist(),
+            "best": (sign * scores[best].mean((1, 2))).tolist(),
+        },
         held_out={
             "tuned": (sign * means[-1]).tolist(),
             "best": (sign * means[best]).tolist(),
             "hindsight": (sign * means[hindsight]).tolist(),
         },
-        gain=float(difference.mean()),
-        low=low,
-        high=high,
+        gain=paired(means[best], means[-1]),
         about={
             "policy": settings[0].name,
+            "parameters": list(grid),
             "per": per,
             "metric": metric,
             "budget": str(Budget.parse(budget)),
@@ -165,7 +166,7 @@ def usual_grid(policy: str) -> dict[str, list[str]]:
     found = {name: values for name, values in grid.items() if values}
     if not found:
         raise UsageError(
-            f"{made.name} does not say which values are worth a search", "Give them: --grid recent=8,16,32"
+            f"{made.name} does not say which values are worth a search", "Give them: --grid NAME=VALUE,VALUE"
         )
     return found
 
@@ -174,35 +175,34 @@ def to_toml(tuning: Tuning) -> str:
     """Return the file that ``--policy NAME:@FILE`` reads."""
 
     def value(item: Any) -> str:
-        return json.dumps(item)  # numbers, strings, booleans and lists of them are written alike in JSON and TOML
+        return json.dumps(item, ensure_ascii=False)  # numbers, text, booleans and lists are written as in JSON
 
+    gain = tuning.gain
     lines = ["# Written by kvscope tune; read with --policy NAME:@FILE", ""]
     lines += [f"{name} = {value(item)}" for name, item in tuning.about.items()]
-    lines += ["", "# For each layer, the number of its setting or those of its key/value heads."]
+    lines += ["", f"layers = {list(tuning.policy.layers)}"]
+    lines += ["# For each of them the number of its setting, or those of its key/value heads."]
     lines += ["choice = [", *(f"  {list(row)}," for row in tuning.policy.choice), "]", "", "[held_out]"]
     lines += [f"{name} = {float(np.mean(values))}" for name, values in tuning.held_out.items()]
-    lines += [f"gain = {tuning.gain}"]
-    if tuning.low is not None and tuning.high is not None:
-        lines += [f"gain_low = {tuning.low}", f"gain_high = {tuning.high}"]
-    for policy in tuning.policy.settings:
-        lines += ["", "[[settings]]"]
+    lines += [f"gain = {gain.difference}", f"p = {gain.p}"]
+    if gain.low is not None and gain.high is not None:
+        lines += [f"gain_low = {gain.low}", f"gain_high = {gain.high}"]
+    for number, policy in enumerate(tuning.policy.settings):
         usual = {item.name: item.default for item in fields(policy)}
-        own = {name: item for name, item in policy.parameters().items() if item != usual[name]}
-        lines += [f"{name} = {value(item)}" for name, item in own.items()]
+        own = {
+            name: item
+            for name, item in policy.parameters().items()
+            if item != usual[name] or (name in tuning.about["parameters"] and item is not None)
+        }
+        lines += ["", f"[[settings]]  # {number}", *(f"{name} = {value(item)}" for name, item in own.items())]
     return "\n".join(lines) + "\n"
-
-
-def write_toml(tuning: Tuning, path: Path) -> None:
-    """Write the choice to a file that does not exist yet."""
-    with path.open("x", encoding="utf-8") as file:
-        file.write(to_toml(tuning))
 
 
 class _Means:
     """A sink that keeps the mean over steps of one metric."""
 
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
+    def __init__(self, metric: Metric) -> None:
+        self.metric, self.evicted = metric, False
         self.heads: dict[tuple[int, int], dict[int, Array]] = defaultdict(dict)  # (run, sequence) -> layer -> [H]
 
     def residency(self, *_: Any, **__: Any) -> None:
@@ -210,47 +210,65 @@ class _Means:
 
     def fidelity(self, run: int, sequence: int, layer: int, steps: Array, values: Mapping[str, Array]) -> None:
         """Keep the mean over the steps at which something had been evicted."""
-        rows = values[self.metric]
-        if np.isnan(rows).all(1).any():
+        rows = values[self.metric.name].astype(np.float64)
+        empty = np.isnan(rows).all(1)
+        usual = self.metric.when_nothing_evicted
+        if usual is None and empty.any():
             raise ReplayError(
-                f"nothing was evicted in layer {layer} of sequence {sequence}: there is nothing to tune",
-                "Lower the budget, or take longer sequences.",
+                f"nothing is evicted in layer {layer} of sequence {sequence}: {self.metric.name} has no value there",
+                "Lower the budget, or tune by retained_mass.",
             )
-        self.heads[run, sequence][layer] = np.asarray(np.nanmean(rows, 1, dtype=np.float64))
+        self.evicted |= not bool(empty.all())
+        rows[empty] = np.nan if usual is None else usual
+        self.heads[run, sequence][layer] = np.asarray(np.nanmean(rows, 1))
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """Measures policies on sequences."""
+    """Measures policies on sequences of traces."""
 
+    traces: Sequence[Trace]
     budget: Budget
-    metric: str
+    metric: Metric
     prefill: Prefill
-    device: str
+    device: torch.device
+    progress: Callable[[float], None] | None
 
-    def measure(
-        self,
-        traces: Sequence[Trace],
-        policies: Sequence[Policy],
-        places: Sequence[Place],
-        progress: Callable[[float], None] | None,
-    ) -> NDArray[np.float64]:
-        """Return the metric, ``[policies, sequences, layers, key/value heads]``."""
-        runs = [Run(number, Plan.published(policy), self.budget) for number, policy in enumerate(policies)]
+    def check(self, policy: Policy) -> None:
+        """Raise before any work what makes the policy impossible on these traces."""
+        for trace in self.traces:
+            check(trace, self._runs([policy]), self.prefill)
+
+    def measure(self, policies: Sequence[Policy], places: Sequence[Place], done: float) -> NDArray[np.float64]:
+        """Return the metric, ``[policies, sequences, layers, key/value heads]``.
+
+        It is half of the work; `done` is the share that came before.
+        """
+        runs = self._runs(policies)
         found: dict[Place, _Means] = {}
         used = sorted({trace for trace, _ in places})
-        for done, number in enumerate(used):
-            trace, sink = traces[number], _Means(self.metric)
+        for turn, number in enumerate(used):
+            trace, sink = self.traces[number], _Means(self.metric)
             check(trace, runs, self.prefill)
-            share = None if progress is None else (lambda part, done=done: progress((done + part) / len(used)))
-            metrics = [METRICS.get(self.metric)]
             chosen = [_sequence(trace, index) for where, index in places if where == number]
-            device = torch_device(self.device)
-            step_through(trace, runs, metrics, self.prefill, device, sink, sequences=chosen, progress=share)
+            share = self._share(done + 0.5 * turn / len(used), 0.5 / len(used))
+            step_through(trace, runs, [self.metric], self.prefill, self.device, sink, sequences=chosen, progress=share)
+            if not sink.evicted:
+                raise ReplayError(f"nothing is evicted from {trace.path}", "Lower the budget, or record longer texts.")
             found.update({(number, sequence.index): sink for sequence in chosen})
         return np.array(
-            [[_grid(found[place].heads[run.number, place[1]], traces[place[0]]) for place in places] for run in runs]
+            [
+                [_grid(found[place].heads[run.number, place[1]], self.traces[place[0]]) for place in places]
+                for run in runs
+            ]
         )
+
+    def _runs(self, policies: Sequence[Policy]) -> list[Run]:
+        return [Run(number, Plan.published(policy), self.budget) for number, policy in enumerate(policies)]
+
+    def _share(self, start: float, part: float) -> Callable[[float], None] | None:
+        progress = self.progress
+        return None if progress is None else (lambda share: progress(start + part * share))
 
 
 def _grid(layers: Mapping[int, Array], trace: Trace) -> Array:
@@ -275,8 +293,19 @@ def _settings(policy: str, grid: Mapping[str, Sequence[str]]) -> list[Policy]:
     return distinct
 
 
+def _require_own_heads(settings: Sequence[Policy], per: Per) -> None:
+    """Raise UsageError where heads do not decide for themselves and are to be tuned one by one."""
+    for policy in settings:
+        if per == "head" and policy.traits.scope == "layer":
+            raise UsageError(f"{policy.label} decides per layer", "Use --per layer or --per model.")
+        if per == "head" and ALLOCATORS.get(policy.traits.allocate).spans == "heads":
+            raise UsageError(f"the heads of {policy.label} share a budget", "Use --per layer or --per model.")
+
+
 def _split(traces: Sequence[Trace], held_out: int | None) -> tuple[list[Place], list[Place]]:
-    shapes = {(tuple(trace.layers), trace.kv_heads, str(trace.header.model.get("id"))) for trace in traces}
+    if len({trace.identity for trace in traces}) < len(traces):
+        raise UsageError("a trace is given twice", "Held-out text must not be searched: name each trace once.")
+    shapes = {(tuple(trace.layers), trace.heads, trace.kv_heads, str(trace.header.model.get("id"))) for trace in traces}
     if len(shapes) != 1:
         raise UsageError("the traces are of different models", "Tune on traces of one model.")
     every = [(number, sequence.index) for number, trace in enumerate(traces) for sequence in trace.sequences]
@@ -289,17 +318,23 @@ def _split(traces: Sequence[Trace], held_out: int | None) -> tuple[list[Place], 
     return every[:-count], every[-count:]
 
 
-def _choice(scores: Array, per: Per, best: int) -> tuple[tuple[int, ...], ...]:
-    """Return the number of the best setting from ``[settings, layers, heads]``; of equals the first."""
+def _choice(scores: Array, per: Per, best: int) -> Array:
+    """Return the number of the setting of each head, ``[layers, heads]``, from ``[settings, layers, heads]``.
+
+    Heads of a layer or model that are tuned together have the same. Of settings that do equally well it is the first.
+    """
+    shape = scores.shape[1:]
     if per == "model":
-        return tuple((best,) for _ in range(scores.shape[1]))
+        return np.full(shape, best)
     if per == "layer":
-        return tuple((int(number),) for number in scores.mean(2).argmax(0))
-    return tuple(tuple(int(number) for number in row) for row in scores.argmax(0))
+        return np.broadcast_to(scores.mean(2).argmax(0)[:, None], shape)
+    return np.asarray(scores.argmax(0))
 
 
-def _indices(choice: Sequence[Sequence[int]], shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    heads = shape[3]
-    number = np.array([list(row) * heads if len(row) == 1 else list(row) for row in choice])
-    layer, head = np.indices(number.shape)
-    return number, np.asarray(layer), np.asarray(head)
+def _tuned(source: str, settings: Sequence[Policy], layers: tuple[int, ...], choice: Array, per: Per) -> Tuned:
+    """Return the policy that follows a choice, with the settings that somebody follows alone."""
+    used, place = np.unique(choice, return_inverse=True)
+    rows = place.reshape(choice.shape)[:, : None if per == "head" else 1]
+    return Tuned(
+        source, tuple(settings[number] for number in used), layers, tuple(tuple(map(int, row)) for row in rows)
+    )

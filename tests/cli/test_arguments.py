@@ -2,31 +2,31 @@
 
 import pytest
 
-from kvscope.cli.replay import split
+from kvscope.cli.parameters import split
 from kvscope.cli.trace import _layers as layers
 from kvscope.errors import UsageError
 
 
 @pytest.mark.parametrize(
-    ("words", "trace", "params"),
+    ("given", "words", "params"),
     [
-        ([], None, {}),
-        (["traces/a"], "traces/a", {}),
-        (["--alpha", "0.7"], None, {"alpha": "0.7"}),
-        (["--alpha=0.7", "a"], "a", {"alpha": "0.7"}),
-        (["--alpha", "-1", "a"], "a", {"alpha": "-1"}),  # a negative number is a value, the policy judges it
-        (["--compare-every", "5"], None, {"compare_every": "5"}),
-        (["--base=a=b"], None, {"base": "a=b"}),
+        ([], [], {}),
+        (["traces/a"], ["traces/a"], {}),
+        (["a", "b"], ["a", "b"], {}),
+        (["--alpha", "0.7"], [], {"alpha": "0.7"}),
+        (["--alpha=0.7", "a"], ["a"], {"alpha": "0.7"}),
+        (["--alpha", "-1", "a"], ["a"], {"alpha": "-1"}),  # a negative number is a value, the policy judges it
+        (["--compare-every", "5"], [], {"compare_every": "5"}),
+        (["--base=a=b"], [], {"base": "a=b"}),
     ],
 )
-def test_split(words: list[str], trace: str | None, params: dict[str, str]) -> None:
-    assert split(words) == (trace, params)
+def test_split(given: list[str], words: list[str], params: dict[str, str]) -> None:
+    assert split(given) == (words, params)
 
 
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["a", "b"], "two traces: a and b"),
         (["--alpha"], "--alpha has no value"),
         (["--alpha", "--recent", "3"], "--alpha has no value"),
         (["--alpha", "1", "--alpha", "2"], "--alpha is given twice"),

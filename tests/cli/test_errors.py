@@ -52,7 +52,7 @@ def edit_header(trace: Path, **changes: object) -> None:
         (["trace", "--model", "demo"], "PROMPT", "--help"),
         (["trace", "p.txt"], "--model", "--help"),
         (["trace", "--model", "demo", "--layers", "x", "p.txt"], "'x'", "--layers 0,3"),
-        (["trace", "--model", "demo", "--store", "qkv", "p.txt"], "'qkv'", "maps+vectors"),
+        (["trace", "--model", "demo", "--store", "topk", "p.txt"], "'topk'", "maps+vectors"),
         (["replay", "--policy", "a2sf", "-o", ""], "-o", "-o NAME"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

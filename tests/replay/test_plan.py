@@ -62,12 +62,12 @@ def test_pyramid_of_some_layers_is_part_of_the_pyramid_of_all() -> None:
 
 
 def test_pyramid_gives_no_layer_more_than_the_prompt_has() -> None:
-    share = ALLOCATORS.get("pyramid")().share(request([40], layers=4, prompt=50))
-    assert share[0, :, 0].tolist() == [50, 43, 37, 30]
+    share = ALLOCATORS.get("pyramid")().share(request([44], layers=4, prompt=80, fixed=4))
+    assert share[0, :, 0].tolist() == [80, 56, 32, 8]
 
 
 def test_ada_by_hand() -> None:
-    """Of the 8 best scores head 0 has 6 and head 1 has 2; with a floor of a fifth of 4: .8 * 6 + 0, .8 * 2 + 0."""
+    """Of the 8 best scores head 0 has 6 and head 1 has 2; with a fifth of 4 for each: .8 * 6 + .8, .8 * 2 + .8."""
     asked = request([4], layers=1, prompt=8)
     asked.score = torch.tensor([[[[9.0, 8, 7, 6, 5, 4, 0, 0], [9.0, 8, 3, 3, 3, 3, 3, 3]]]])
     assert ALLOCATORS.get("ada")().share(asked).tolist() == [[[6, 2]]]

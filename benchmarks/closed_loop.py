@@ -1,0 +1,184 @@
+"""The closed loop beside real decoding: seconds, their ratio, what more runs cost, and memory.
+
+``python benchmarks/closed_loop.py [--tokens 1024] [--runs 5] [--output benchmarks/results/closed_loop.json]``
+
+On a CPU with the bundled model; with ``--device cuda --shape llama2-7b`` a model of that shape with random weights is
+made on the device (half precision) and read along random tokens. Streaming prefill: every token is decoded under the
+policy. Real decoding feeds one token at a time through transformers' own forward with a cache that is cut after every
+step, the same policy deciding through the same step; ``generate`` is transformers' own loop with the whole cache. All
+are timed in turn in one process; figures are medians, and ratios are formed pair by pair. Memory is the highest of the
+resident size (CPU) or of what torch allocated (GPU) above what the model takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvscope.budget import parse_budgets
+from kvscope.model.loading import load
+from kvscope.policies.spec import parse_policies
+from kvscope.replay.decoding import decode
+from kvscope.replay.group import Run
+from kvscope.replay.perplexity import Passage, evaluate
+from kvscope.replay.plan import Plan
+from kvscope.replay.run import runs_of
+from kvscope.trace.reader import Sequence
+
+EIGHT = ["h2o", "tova", "a2sf", "streaming-llm"]  # at two budgets
+SHAPES = {
+    "llama2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }
+}
+
+
+def main() -> None:
+    """Measure, print, and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--policy", default="h2o")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=[*SHAPES, "demo"], default="demo")
+    parser.add_argument("--decoded", type=int, help="tokens really decoded; the rest is extrapolated, and said")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/closed_loop.json"))
+    args = parser.parse_args()
+    model = load("demo", device=args.device).model if args.shape == "demo" else random_model(args)
+    ids = torch.randint(3, model.config.vocab_size, (args.tokens,), generator=torch.Generator().manual_seed(0))
+    figures = measured(model, ids.to(args.device), args)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+def random_model(args: argparse.Namespace) -> Any:
+    """Return a model of a known shape with random weights, made on the device."""
+    with torch.device(args.device):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[args.shape])).eval()
+        torch.set_default_dtype(torch.float32)
+    return model
+
+
+def measured(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures."""
+    budgets = "20%"
+    one = runs_of(plans([args.policy]), parse_budgets(budgets), loop="closed")
+    eight = runs_of(plans(EIGHT), parse_budgets("20%,40%"), loop="closed")
+    budgeted = runs_of(plans([args.policy]), parse_budgets("5%,10%,15%,20%,25%,30%,40%,50%"), loop="closed")
+    part = ids[: args.decoded or args.tokens]
+    work: dict[str, Callable[[], object]] = {
+        "closed": lambda: closed(model, ids, one),
+        "closed_8_mixed": lambda: closed(model, ids, eight),
+        "closed_8_budgets": lambda: closed(model, ids, budgeted),
+        "decoding": lambda: real(model, part, one[0]),
+        "generate": lambda: generate(model, part),
+    }
+    memory = {name: memory_of(run, args.device) for name, run in work.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(args.runs):
+        for name, run in work.items():
+            seconds[name].append(timed(run, args.device))
+    scale = len(ids) / len(part)
+    ratios = {
+        "decoding_over_closed": [scale * a / b for a, b in zip(seconds["decoding"], seconds["closed"], strict=True)],
+        "generate_over_closed": [scale * a / b for a, b in zip(seconds["generate"], seconds["closed"], strict=True)],
+        "8_mixed_over_1": [a / b for a, b in zip(seconds["closed_8_mixed"], seconds["closed"], strict=True)],
+        "8_budgets_over_1": [a / b for a, b in zip(seconds["closed_8_budgets"], seconds["closed"], strict=True)],
+    }
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
+    return {
+        "machine": {**machine(), "device": device},
+        "model": args.shape,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokens": len(ids),
+        "really_decoded": len(part),
+        "policy": args.policy,
+        "eight": [f"{name} at 20% and 40%" for name in EIGHT],
+        "seconds": {name: summary(values) for name, values in seconds.items()},
+        "ratios": {name: summary(values) for name, values in ratios.items()},
+        "memory_mib": memory,
+    }
+
+
+class Nothing:
+    """A sink that keeps nothing."""
+
+    def residency(self, *_: Any, **__: Any) -> None:
+        """Take stays."""
+
+    def fidelity(self, *_: Any, **__: Any) -> None:
+        """Take metrics."""
+
+    def tokens(self, *_: Any, **__: Any) -> None:
+        """Take losses."""
+
+
+def plans(names: list[str]) -> list[Plan]:
+    """Return plans as published."""
+    return [Plan.published(policy) for policy in parse_policies(names)]
+
+
+def closed(model: Any, ids: torch.Tensor, runs: list[Run]) -> None:
+    """Score a text under some runs."""
+    evaluate(model, [Passage(Sequence(0, 1, len(ids)), ids)], runs, [], "stream", Nothing())
+
+
+def real(model: Any, ids: torch.Tensor, run: Run) -> None:
+    """Decode a text under one run, token by token."""
+    keys = run.keys(Sequence(0, 1, len(ids)), "stream")
+    decode(model, ids, run.plan, keys, prompt=1, prefill="stream")
+
+
+def generate(model: Any, ids: torch.Tensor) -> None:
+    """Generate as many tokens with the whole cache."""
+    with torch.inference_mode():
+        count = len(ids) - 1
+        model.generate(ids[None, :1], max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+
+
+def timed(run: Callable[[], object], device: str) -> float:
+    """Return seconds."""
+    start = time.perf_counter()
+    run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def memory_of(run: Callable[[], object], device: str) -> float:
+    """Return MiB above what was there before: torch's peak on a GPU, the growth of the process's peak on a CPU."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10, 1)
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Return the median and the range."""
+    return {"median": round(statistics.median(values), 4), "range": [round(min(values), 4), round(max(values), 4)]}
+
+
+if __name__ == "__main__":
+    main()

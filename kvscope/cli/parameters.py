@@ -1,0 +1,78 @@
+"""Policies and their parameters on a command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import typer
+
+    from kvscope.policies import Policy
+
+PARAMETERS = (
+    "Any other --NAME VALUE sets a parameter of every named policy that has it, as in --alpha 0.7; "
+    "'kvscope policies' lists them. --policy a2sf:alpha=0.7,recent=16 sets it for one."
+)
+
+
+def options_of(ctx: typer.Context) -> list[str]:
+    """Return the options of the command itself, as they are typed."""
+    return [flag for item in ctx.command.params for flag in item.opts]
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the words and the policy parameters of what Typer did not know.
+
+    Raises
+    ------
+    UsageError
+        For a flag without a value, or a flag given twice.
+    """
+    from kvscope.errors import UsageError
+
+    words: list[str] = []
+    params: dict[str, str] = {}
+    left = list(arguments)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-") or word == "-":
+            words.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or len(name) == 2:
+            raise UsageError(f"no option {name}", "See: --help, and kvscope policies")
+        if not equals:
+            if not left or left[0].startswith("--"):
+                raise UsageError(f"{name} has no value", f"Write {name} VALUE. Parameters: kvscope policies")
+            value = left.pop(0)
+        key = name.removeprefix("--").replace("-", "_")
+        if key in params:
+            raise UsageError(f"{name} is given twice", "Set it for one policy with --policy NAME:parameter=value")
+        params[key] = value
+    return words, params
+
+
+def named_policies(specs: Sequence[str], params: dict[str, str], own: Sequence[str]) -> list[Policy]:
+    """Return the policies that the command line names; a misspelt option, one of `own`, is told from a parameter."""
+    import difflib
+
+    from kvscope.errors import UsageError
+    from kvscope.policies import POLICIES
+    from kvscope.policies.spec import parse_policies
+
+    if not specs:
+        raise UsageError(
+            "no policy is named",
+            f"Name one or more: --policy {' --policy '.join(POLICIES.names()[:2])}, or --policy all",
+        )
+    names = [name for spec in specs for name in (POLICIES.names() if spec == "all" else [spec])]
+    try:
+        return parse_policies(names, params)
+    except UsageError as error:
+        for flag in ("--" + name.replace("_", "-") for name in params):
+            close = difflib.get_close_matches(flag, own, n=1, cutoff=0.75)
+            if close and flag in error.what:
+                raise UsageError(error.what, f"Did you mean {close[0]}?") from None
+        raise

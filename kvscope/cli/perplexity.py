@@ -1,0 +1,103 @@
+"""``kvscope perplexity``: what policies cost on plain text, without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvscope.cli.options import Device, Force, Json, Quiet, command_line
+from kvscope.cli.replay import Positions
+
+
+def perplexity(
+    ctx: typer.Context,
+    files: Annotated[list[str], typer.Argument(metavar="TEXT...", help="UTF-8 text files.", show_default=False)],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="demo, an alias (llama2-7b), a Hub id, or a local folder.")
+    ],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", "-p", metavar="POLICY", help="As in kvscope replay. Repeatable."),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", "-b", metavar="LIST", help="Keys or shares of a window. Default: 20%."),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(metavar="TOKENS", help="Each starts with an empty cache. Default: 1024, or the context.", min=2),
+    ] = None,
+    max_windows: Annotated[
+        int | None, typer.Option(metavar="N", help="Windows of each file. Default: all.", min=1)
+    ] = None,
+    prompt_length: Annotated[
+        int, typer.Option(metavar="TOKENS", help="Read with the full cache first in each window, unscored.", min=1)
+    ] = 1,
+    compress: Annotated[str | None, typer.Option(metavar="WHEN", help="As in kvscope replay.")] = None,
+    allocate: Annotated[str | None, typer.Option(metavar="NAME", help="As in kvscope replay.")] = None,
+    positions: Annotated[
+        Positions, typer.Option(help="Keys keep their place in the text, or get that in the cache.")
+    ] = Positions.original,
+    dtype: Annotated[str, typer.Option(help="auto, float64, float32, float16, bfloat16.")] = "auto",
+    device: Device = "cpu",
+    device_map: Annotated[str | None, typer.Option(help="As in transformers; needs accelerate.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model bring Python code of its own.")
+    ] = False,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under reports/, or a path."),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what policies cost in perplexity on text files: language modelling under a cache limit.
+
+    Every token is scored in the closed loop while the cache is held to the budget from the first token on. Many
+    policies and budgets ride in one pass of the model.
+    """
+    from kvscope.budget import parse_budgets
+    from kvscope.cli import console, places
+    from kvscope.cli.parameters import named_policies, options_of, split
+    from kvscope.cli.summary import show
+
+    with console.working("loading transformers", quiet=quiet):
+        from kvscope.replay.text import perplexity as run
+
+    words, params = split([*files, *ctx.args])  # what Typer does not know lands among the files
+    texts = [Path(word) for word in words]
+    chosen = named_policies(policy or [], params, options_of(ctx))
+    budgets = parse_budgets(",".join(budget) if budget else "20%")
+    if not budget:
+        console.note("budget: 20% (the default)", quiet=quiet)
+    names = "all" if policy == ["all"] else places.joined(list(dict.fromkeys(item.name for item in chosen)))
+    stems = places.joined([text.stem for text in texts], most=1)
+    path = places.place(places.REPORTS, output, f"{stems}-{names}", force=force)
+    with console.bar(f"reading with {len(chosen)} policies", 100, "%", quiet=quiet) as update:
+        made = run(
+            model,
+            texts,
+            chosen,
+            budgets,
+            output=path,
+            window=window,
+            max_windows=max_windows,
+            prompt=prompt_length,
+            compress=compress,
+            allocate=allocate,
+            positions=positions.value,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=lambda share: update(share * 100),
+            command=command_line(ctx),
+            force=force,
+        )
+    show(made.summary, made.info, title=str(path), as_json=json)
+    console.note("next: kvscope report", quiet=quiet)
