@@ -9,19 +9,13 @@ from typing import Any
 import kvscope.report.panels  # noqa: F401  registers the panels
 from kvscope import __version__
 from kvscope.errors import ResultError
-from kvscope.report.encoding import visible_everywhere
+from kvscope.report.encoding import rounded, visible_everywhere
 from kvscope.report.panel import PANELS, Panel
-from kvscope.report.source import Limits, ReportInput
-from kvscope.report.template import document
+from kvscope.report.runs import KINDS, Run
+from kvscope.report.source import Limits, Part, ReportInput
+from kvscope.report.template import document, inert_json
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
-
-MISSING = {
-    "trace": "Not shown: the trace behind this replay is not at hand. Build the report where the trace lies.",
-    "summary": "Not shown: the replays have no summary.",
-    "fidelity": "Not shown: the replays have no values per step.",
-    "residency": "Not shown: the replays do not say which keys were held.",
-}
 
 
 def report(
@@ -58,13 +52,44 @@ def report(
         If there is no replay, or the file exists, or cannot be written.
     """
     output = Path(output)
-    if not replays:
-        raise ResultError("no replay to report on", "Make one first: kvscope replay --policy h2o")
     _require_free(output, force)
-    source = ReportInput(tuple(replays), dict(traces), limits or Limits())
+    source = report_input(replays, traces, limits)
     panels = ordered_panels()
     text = document(page_data(source, title, panels), [each.script.read_text(encoding="utf-8") for each in panels])
     return _write(output, text.encode("utf-8"))
+
+
+def report_data(
+    replays: Sequence[Replay],
+    traces: Mapping[str, Trace],
+    output: Path,
+    *,
+    force: bool = False,
+    title: str | None = None,
+    limits: Limits | None = None,
+) -> Path:
+    """Return the path of a JSON file with everything that `report` would show; parameters and errors are the same.
+
+    Packed numbers are ``{"dtype", "shape", "data"}``: base64 of zlib of little-endian numbers. With ``low`` and
+    ``high`` they are 65,535 even steps between these two, and 65535 is no value.
+    """
+    output = Path(output)
+    _require_free(output, force)
+    data = page_data(report_input(replays, traces, limits), title)
+    return _write(output, (inert_json(data) + "\n").encode("ascii"))
+
+
+def report_input(replays: Sequence[Replay], traces: Mapping[str, Trace], limits: Limits | None = None) -> ReportInput:
+    """Return what panels are built from.
+
+    Raises
+    ------
+    ResultError
+        If there is no replay.
+    """
+    if not replays:
+        raise ResultError("no replay to report on", "Make one first: kvscope replay --policy h2o")
+    return ReportInput(tuple(replays), dict(traces), limits or Limits())
 
 
 def ordered_panels() -> list[Panel]:
@@ -74,23 +99,94 @@ def ordered_panels() -> list[Panel]:
 
 def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Panel] | None = None) -> dict[str, Any]:
     """Return everything the page shows as plain JSON-able data, every string of it safe to look at."""
+    wanted = ordered_panels() if panels is None else panels
+    fitting = [each for each in wanted if each.needs <= source.offers]
+    built = [_panel_data(each, source) for each in fitting]
     page = {
         "title": title or f"KV-cache eviction: {', '.join(source.names)}",
         "generator": f"kvscope {__version__}",
         "facts": _facts(source),
-        "labels": list(dict.fromkeys(run.label for run in source.runs)),
-        "panels": [_panel_data(each, source) for each in (ordered_panels() if panels is None else panels)],
+        "labels": list(dict.fromkeys((*source.usual, *(run.label for run in source.runs)))),  # colours in this order
+        "replays": list(source.names),
+        "kinds": [{"name": name, "meaning": meaning} for name, meaning in KINDS.items()],
+        "metrics": source.metric_list(),
+        "first": source.first.id,
+        "runs": [_run(source, run) for run in source.ranking],
+        "parts": {part.name: _part(source, part) for part in source.parts.values()},
+        "notes": _notes(source, [each.title for each in wanted if "trace" in each.needs - source.offers]),
+        "panels": [each for each in built if each is not None],
     }
     return dict(visible_everywhere(page))
 
 
-def _panel_data(each: Panel, source: ReportInput) -> dict[str, Any]:
-    head = {"name": each.name, "title": each.title, "help": each.help}
-    missing = sorted(each.needs - source.offers)
-    if missing:
-        return {**head, "data": None, "notes": [MISSING[name] for name in missing]}
+def _panel_data(each: Panel, source: ReportInput) -> dict[str, Any] | None:
     data = each.build(source)
-    return {**head, "data": data, "notes": data.pop("notes", [])}
+    if data is None:
+        return None
+    notes = data.pop("notes", [])
+    return {
+        "name": each.name,
+        "title": each.title,
+        "help": each.help,
+        "detail": each.detail,
+        "notes": notes,
+        "data": data,
+    }
+
+
+def _run(source: ReportInput, run: Run) -> dict[str, Any]:
+    identity, loop, prefill = run.protocol
+    return {
+        "id": run.id,
+        "name": source.name_of(run),
+        "title": source.title_of(run),
+        "label": run.label,
+        "policy": str(run.info["policy"]),
+        "budget": run.budget,
+        "keys": rounded(run.budget_keys),
+        "kind": run.kind,
+        "marks": run.marks,
+        "loop": loop,
+        "prefill": prefill,
+        "replay": run.source,
+        "parts": [part.name for part in source.parts.values() if part.identity == identity],
+        "values": {name: _value(value) for name, value in run.metrics.items()},
+    }
+
+
+def _value(value: Any) -> list[float | int | None]:
+    """Return mean, low, high and count."""
+    return [*(rounded(value.get(end)) for end in ("mean", "low", "high")), value.get("count")]
+
+
+def _part(source: ReportInput, part: Part) -> dict[str, Any]:
+    replay = next(each for each in source.replays if each.info["trace"]["identity"] == part.identity)
+    heads, kv_heads = int(replay.info["trace"]["heads"]), int(replay.info["trace"]["kv_heads"])
+    return {
+        "number": part.number,
+        "prompt": part.prompt,
+        "length": part.length,
+        "tokens": part.tokens,
+        "layers": source.layers_of(part),
+        "heads": heads,
+        "group": heads // kv_heads,
+    }
+
+
+def _notes(source: ReportInput, missing: Sequence[str]) -> list[str]:
+    """Return what is to be said of all panels that show single tokens."""
+    notes = []
+    for name, replay in zip(source.names, source.replays, strict=True):
+        if replay.info["trace"].get("kind") == "text":
+            notes.append(f"{name} is a replay of plain text: there is no trace of it, and so no token text.")
+        elif source.trace_of(replay) is None:
+            notes.append(f"Token texts and attention rows are missing: the trace of {name} is not at hand.")
+    if missing:
+        notes.append(f"Not shown without a trace: {', '.join(missing)}. Build the report where the trace lies.")
+    if source.left_out:
+        total = len(source.parts) + source.left_out
+        notes.append(f"Below, {len(source.parts)} of {total} sequences are shown; the numbers above count all of them.")
+    return notes
 
 
 def _facts(source: ReportInput) -> list[str]:

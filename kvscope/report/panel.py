@@ -12,7 +12,7 @@ from kvscope.errors import UsageError
 from kvscope.registry import Registry
 from kvscope.report.source import OFFERS, ReportInput
 
-Build = Callable[[ReportInput], dict[str, Any]]
+Build = Callable[[ReportInput], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,16 @@ class Panel:
     order : int
         Panels are shown from the smallest to the largest.
     needs : frozenset of str
-        What the input must offer: ``summary``, ``fidelity``, ``residency``, ``trace``.
+        What the input must offer: ``summary``, ``fidelity``, ``residency``, ``trace``, ``outcome``.
     help : str
         Two sentences: how to read this.
     build : callable
-        From `ReportInput` to JSON-able data. A list of strings under ``notes`` is shown under the heading.
+        From `ReportInput` to JSON-able data. A list of strings under ``notes`` is shown under the heading. None where
+        there is nothing of its kind to show: then the panel is left out.
     script : Path
         JavaScript that draws the data: the file beside the function's module with the suffix ``.js``.
+    detail : bool
+        Whether it shows the chosen run, layer, head, step and token: such panels stand below the bar that chooses them.
     """
 
     name: str
@@ -44,13 +47,14 @@ class Panel:
     help: str
     build: Build
     script: Path
+    detail: bool = False
 
 
 PANELS: Registry[Panel] = Registry("panel", "kvscope.panels")
 
 
 def panel(
-    name: str, *, title: str, order: int, needs: Iterable[str] = ("summary",), help: str
+    name: str, *, title: str, order: int, needs: Iterable[str] = ("summary",), help: str, detail: bool = False
 ) -> Callable[[Build], Build]:
     """Return a decorator that registers a function from `ReportInput` to plain data as a panel.
 
@@ -73,7 +77,7 @@ def panel(
                 f"panel {name!r} has no drawing: {script} does not exist",
                 f"Write one that calls kvscope.drawing({name!r}, (box, data, page) => ...).",
             )
-        PANELS.register(name, Panel(name, title, order, wanted, help, function, script))
+        PANELS.register(name, Panel(name, title, order, wanted, help, function, script, detail))
         return function
 
     return register

@@ -3,100 +3,88 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import pandas as pd
+
+from kvscope.report.attended import Attended, attended
+from kvscope.report.encoding import rounded, visible_token
+from kvscope.report.fidelity import Means, read_means
+from kvscope.report.regret import Eviction, worst_evictions
+from kvscope.report.runs import FIRST, KNOWN, LAST, Run
+from kvscope.report.stays import Stays, read_stays
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 
-# What a reader looks at first, and what it cost; other metrics stand between them.
-FIRST = ("retained_mass", "retained_mass_no_sinks", "ideal_mass", "ideal_cosine", "output_error")
-LAST = ("read_keys", "held_keys")
-OFFERS = frozenset({"summary", "fidelity", "residency", "trace"})
+BASELINES = ("random", "window")  # shown from the start: a policy that does not beat them is none
+FEW = 3  # policies of the largest kind that are shown from the start
+OFFERS = frozenset({"summary", "fidelity", "residency", "trace", "outcome"})
+CACHED = 500_000_000  # bytes of stays that are kept between panels
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much goes into one page; whatever is left out is said there.
+    """How much goes into one page; whatever is left out is said there. Bytes are those in the page.
 
     Attributes
     ----------
     rows : int
-        Rows of the summary table, and lines of a plot.
-    map_values : int
-        Numbers in all layer x head maps together.
-    raster_bytes : int
-        Bytes of all residency rasters and their token texts together, before base64, which adds a third.
+        Rows of a table, and lines of a plot.
+    text_bytes : int
+        Token texts; sequences beyond it have no part in the panels that show single tokens.
+    raster_bytes, share_bytes, map_bytes, line_bytes, row_bytes, key_bytes : int
+        Residency rasters; shares of heads by token and step; layer x head maps; lines over steps; attention rows;
+        what is known of each key.
+    weights : int
+        Attention weights that are read from the traces, for what evicted keys would still have received.
+    worst : int
+        Evictions listed for each run.
+    bins : int
+        Points of a line over steps, and steps of the text view.
+    sequences : int
+        Sequences that have a part in the panels that show single tokens.
     """
 
     rows: int = 400
-    map_values: int = 200_000
-    raster_bytes: int = 6_000_000
+    text_bytes: int = 700_000
+    raster_bytes: int = 5_000_000
+    share_bytes: int = 2_000_000
+    map_bytes: int = 700_000
+    line_bytes: int = 700_000
+    row_bytes: int = 1_500_000
+    key_bytes: int = 700_000
+    weights: int = 3_000_000_000
+    worst: int = 50
+    bins: int = 128
+    sequences: int = 12
 
 
 @dataclass(frozen=True)
-class Run:
-    """One policy under one budget, from one of the replays.
+class Part:
+    """One sequence of one trace, as the panels that show single tokens know it.
 
     Attributes
     ----------
-    id : str
-        Unique in the page: number of the replay, a dot, number of the run.
-    replay : Replay
-        Where it comes from.
-    source : str
-        Name of the replay, unique in the page.
-    info : mapping
-        Its row of ``run.json``.
-    metrics : mapping
-        Metric name -> ``{"mean", "low", "high", "count"}``.
+    name : str
+        Unique in the page: number of the trace, a dot, number of the sequence.
+    identity : str
+        Of the trace.
+    number, prompt, length : int
+        Number of the sequence, ``P`` and ``T``.
+    tokens : list of str or None
+        Texts; None where the trace is absent.
     """
 
-    id: str
-    replay: Replay
-    source: str
-    info: Mapping[str, Any]
-    metrics: Mapping[str, Mapping[str, Any]]
-
-    @property
-    def number(self) -> int:
-        """Number of the run in its replay."""
-        return int(self.info["run"])
-
-    @property
-    def label(self) -> str:
-        """Policy with its parameters."""
-        return str(self.info.get("label") or self.info["policy"])
-
-    @property
-    def budget(self) -> str | None:
-        """Budget as it was given; None for a policy without one."""
-        budget = self.info.get("budget")
-        return None if budget is None else str(budget)
-
-    @property
-    def budget_keys(self) -> float | None:
-        """Budget in keys per key/value head, mean over sequences; None for a policy without one."""
-        keys = self.info.get("budget_keys")
-        if self.budget is None or keys is None:
-            return None
-        return sum(keys) / len(keys) if isinstance(keys, list) else float(keys)
-
-    @property
-    def protocol(self) -> tuple[str, str, str]:
-        """Trace identity, loop and prefill: numbers compare only where these are equal."""
-        return (
-            str(self.replay.info["trace"]["identity"]),
-            str(self.info.get("loop", self.replay.info.get("loop", "open"))),
-            str(self.info.get("prefill", self.replay.info.get("prefill", "full"))),
-        )
-
-    def mean(self, metric: str) -> float | None:
-        """Return the mean of a metric; None where it was not computed or has no value."""
-        value = self.metrics.get(metric, {}).get("mean")
-        return None if value is None else float(value)
+    name: str
+    identity: str
+    number: int
+    prompt: int
+    length: int
+    tokens: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -120,7 +108,12 @@ class ReportInput:
     @cached_property
     def offers(self) -> frozenset[str]:
         """What there is for panels to need."""
-        return OFFERS if any(self.trace_of(replay) for replay in self.replays) else OFFERS - {"trace"}
+        offered = {"summary", "fidelity", "residency"}
+        if any(self.trace_of(replay) for replay in self.replays):
+            offered.add("trace")
+        if "perplexity_ratio" in self.metrics:
+            offered.add("outcome")
+        return frozenset(offered)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -145,7 +138,7 @@ class ReportInput:
                 found.setdefault(name, declaration)
         for run in self.runs:
             for name in run.metrics:
-                found.setdefault(name, {})
+                found.setdefault(name, KNOWN.get(name, {}))
         middle = [name for name in found if name not in FIRST + LAST]
         return {name: found[name] for name in (*FIRST, *middle, *LAST) if name in found}
 
@@ -154,14 +147,157 @@ class ReportInput:
         """Every run, the smallest budget first, within a budget by the first metric that has a best end."""
         return tuple(sorted(self.runs, key=self._place))
 
+    @cached_property
+    def groups(self) -> dict[tuple[str, ...], list[Run]]:
+        """Runs that compare with each other, in the order of `ranking`."""
+        groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+        for run in self.ranking:
+            if run.comparable is not None:
+                groups[run.comparable].append(run)
+        return dict(groups)
+
+    @cached_property
+    def detailed(self) -> tuple[Run, ...]:
+        """Every run, the best of each group first, then the second of each: what comes first fits into the page."""
+        place = {run.id: at for group in self.groups.values() for at, run in enumerate(group)}
+        order = {run.id: at for at, run in enumerate(self.ranking)}
+        return tuple(sorted(self.runs, key=lambda run: (place.get(run.id, 0), order[run.id])))
+
+    @cached_property
+    def usual(self) -> tuple[str, ...]:
+        """Labels to show at first: the bounds, the best few of the largest kind, the best of the others, baselines."""
+        places: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for group in self.groups.values():
+            for place, run in enumerate(group):
+                places[run.kind][run.label].append(place)
+        largest = max((kind for kind in places if kind != "bound"), key=lambda kind: len(places[kind]), default=None)
+        chosen = []
+        for kind, found in places.items():
+            best = sorted(found, key=lambda label: sum(found[label]) / len(found[label]))
+            chosen += best if kind == "bound" else best[: FEW if kind == largest else 1]
+        baselines = [run.label for run in self.runs if run.info["policy"] in BASELINES and run.budget is not None]
+        return tuple(dict.fromkeys(chosen + baselines))
+
+    @cached_property
+    def first(self) -> Run:
+        """The run that a page shows at first: the best that decides at every step, under the middle budget."""
+        stepping = [run for run in self.ranking if run.kind == "every step" and run.budget is not None]
+        for runs in (stepping, [run for run in self.ranking if run.budget is not None], list(self.ranking)):
+            budgets = list(dict.fromkeys(run.budget for run in runs))
+            if budgets:
+                return next(run for run in runs if run.budget == budgets[(len(budgets) - 1) // 2])
+        raise ValueError("a replay has at least one run")
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """Sequences whose texts fit, by name; those of several replays of one trace are the same."""
+        return {part.name: part for part in self._parts[0]}
+
+    @property
+    def left_out(self) -> int:
+        """How many sequences did not fit."""
+        return self._parts[1]
+
+    @cached_property
+    def _parts(self) -> tuple[list[Part], int]:
+        made: list[Part] = []
+        left, missing = self.limits.text_bytes, 0
+        for part in self._sequences():
+            left -= sum(len(token.encode()) + 3 for token in part.tokens or ())
+            if made and (left < 0 or len(made) == self.limits.sequences):
+                missing += 1
+            else:
+                made.append(part)
+        return made, missing
+
     def trace_of(self, replay: Replay) -> Trace | None:
         """Return the trace a replay was made from, if it is at hand."""
         return self.traces.get(replay.info["trace"]["identity"])
 
+    def parts_of(self, replay: Replay) -> list[Part]:
+        """Return the sequences of a replay that the page shows."""
+        return [part for part in self.parts.values() if part.identity == replay.info["trace"]["identity"]]
+
+    def runs_of(self, part: Part) -> list[Run]:
+        """Return the runs of a sequence, in the order of `detailed`."""
+        return [run for run in self.detailed if run.replay.info["trace"]["identity"] == part.identity]
+
+    def layers_of(self, part: Part) -> list[int]:
+        """Return the recorded layers of a sequence."""
+        replay = next(each for each in self.replays if each.info["trace"]["identity"] == part.identity)
+        return [int(layer) for layer in replay.info["trace"]["layers"]]
+
+    def stays(self, part: Part, layer: int) -> dict[str, Stays]:
+        """Return the stays of every run in one layer of one sequence, by the run's id."""
+        found: dict[str, Stays] = {}
+        for index, replay in enumerate(self.replays):
+            if replay.info["trace"]["identity"] == part.identity:
+                found |= {f"{index}.{run}": each for run, each in self._stays(index, part.number, layer).items()}
+        return found
+
+    @cached_property
+    def readable(self) -> dict[str, list[int]]:
+        """Name of a sequence -> the layers whose attention rows may all be read, spread over the depth."""
+        found: dict[str, list[int]] = {name: [] for name in self.parts}
+        left = self.limits.weights
+        for part in self.parts.values():
+            if part.identity not in self.traces:
+                continue
+            for layer in spread(self.layers_of(part)):
+                left -= self.traces[part.identity].heads * part.length * (part.length + 1) // 2
+                if left < 0:
+                    return found
+                found[part.name].append(layer)
+        return found
+
+    def unread(self, part: Part) -> str | None:
+        """Return what to say where not all layers of a sequence were read."""
+        layers, read = self.layers_of(part), sorted(self.readable[part.name])
+        if len(read) == len(layers):
+            return None
+        named = ", ".join(map(str, read)) or "none"
+        return f"Read to the last row, to keep the time short: layers {named}, of {len(layers)}."
+
+    def attended(self, part: Part, layer: int) -> Attended:
+        """Return what the keys of a readable layer received, and what every run lost there, by its id."""
+        if (part.name, layer) not in self._attended:
+            trace = self.traces[part.identity]
+            self._attended[part.name, layer] = attended(trace, part.number, layer, self.stays(part, layer))
+        return self._attended[part.name, layer]
+
+    def worst(self, part: Part) -> dict[str, list[Eviction]]:
+        """Return the evictions of each run with the most regret, in the readable layers of a sequence."""
+        if part.name not in self._worst:
+            layers = {layer: self.attended(part, layer) for layer in self.readable[part.name]}
+            runs = [run.id for run in self.runs_of(part)]
+            trace = self.traces[part.identity]
+            self._worst[part.name] = worst_evictions(trace, part.number, layers, runs, self.limits.worst)
+        return self._worst[part.name]
+
+    def means(self, replay: Replay) -> Means:
+        """Return means by head and by step of a replay."""
+        index = self.replays.index(replay)
+        if index not in self._means:
+            present = [name for name in self.metrics if name in replay.info.get("metrics", {})]
+            self._means[index] = read_means(replay, present, [part.number for part in self.parts_of(replay)])
+        return self._means[index]
+
+    def scored(self, replay: Replay) -> pd.DataFrame | None:
+        """Return the scored tokens of a closed-loop replay: the columns of ``tokens.parquet``; None without them."""
+        read = getattr(replay, "tokens", None)
+        if read is None or not (replay.path / "tokens.parquet").is_file():
+            return None
+        frame: pd.DataFrame = read()
+        return frame
+
+    def title_of(self, run: Run) -> str:
+        """Return the policy and, where they differ among the runs, the loop and the replay."""
+        loop = [f"{run.protocol[1]} loop"] if len({each.protocol[1] for each in self.runs}) > 1 else []
+        return " · ".join([run.label, *loop, *([run.source] if len(self.replays) > 1 else [])])
+
     def name_of(self, run: Run) -> str:
-        """Return policy, budget and, with several replays, the replay."""
-        parts = [run.label] if run.budget is None else [run.label, run.budget]
-        return " · ".join(parts if len(self.replays) == 1 else [*parts, run.source])
+        """Return the title and the budget."""
+        return self.title_of(run) if run.budget is None else f"{self.title_of(run)} · {run.budget}"
 
     def metric_list(self) -> list[dict[str, Any]]:
         """Return every metric with its title, direction, range and meaning, as plain data."""
@@ -176,6 +312,44 @@ class ReportInput:
             for name, declaration in self.metrics.items()
         ]
 
+    @cached_property
+    def _stored(self) -> dict[tuple[int, int, int], dict[int, Stays]]:
+        return {}
+
+    @cached_property
+    def _attended(self) -> dict[tuple[str, int], Attended]:
+        return {}
+
+    @cached_property
+    def _worst(self) -> dict[str, dict[str, list[Eviction]]]:
+        return {}
+
+    @cached_property
+    def _means(self) -> dict[int, Means]:
+        return {}
+
+    def _stays(self, index: int, sequence: int, layer: int) -> dict[int, Stays]:
+        key = (index, sequence, layer)
+        if key in self._stored:
+            return self._stored[key]
+        found = read_stays(self.replays[index], sequence, layer)
+        size = sum(16 * len(each.key) for every in (*self._stored.values(), found) for each in every.values())
+        if size <= CACHED:
+            self._stored[key] = found
+        return found
+
+    def _sequences(self) -> Iterator[Part]:
+        """Yield every sequence, the first of each trace first."""
+        replays = list({replay.info["trace"]["identity"]: replay for replay in self.replays}.values())
+        for number in range(max(len(replay.info["trace"]["sequences"]) for replay in replays)):
+            for index, replay in enumerate(replays):
+                trace = replay.info["trace"]
+                if number < len(trace["sequences"]):
+                    info, at_hand = trace["sequences"][number], self.trace_of(replay)
+                    tokens = None if at_hand is None else _texts(at_hand, number)
+                    name = f"{index}.{number}"
+                    yield Part(name, trace["identity"], number, int(info["prompt"]), int(info["length"]), tokens)
+
     def _place(self, run: Run) -> tuple[float, float]:
         keys = math.inf if run.budget_keys is None else run.budget_keys
         directions = {name: declaration.get("direction", "none") for name, declaration in self.metrics.items()}
@@ -189,5 +363,30 @@ class ReportInput:
         for index, replay in enumerate(self.replays):
             summaries = {row["run"]: row for row in replay.summary["runs"]}
             for info in replay.info["runs"]:
-                metrics = summaries.get(info["run"], {}).get("metrics", {})
-                yield Run(f"{index}.{info['run']}", replay, self.names[index], info, metrics)
+                yield Run.of(f"{index}.{info['run']}", replay, self.names[index], info, summaries.get(info["run"], {}))
+
+
+def ends(runs: Sequence[Run], metric: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the best and the last value of some runs; None where there is no best, or all are equal."""
+    values = [value for run in runs if (value := rounded(run.mean(metric["name"]))) is not None]
+    if metric["direction"] == "none" or len(values) < 2 or min(values) == max(values):
+        return None
+    low, high = min(values), max(values)
+    return (high, low) if metric["direction"] == "higher" else (low, high)
+
+
+def spread(layers: Sequence[int]) -> list[int]:
+    """Return layers in an order in which every beginning is spread over the depth: first, last, middle, quarters."""
+    order, queue = [0, len(layers) - 1], [(0, len(layers) - 1)]
+    while queue:
+        low, high = queue.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(middle)
+            queue += [(low, middle), (middle, high)]
+    return [int(layers[place]) for place in dict.fromkeys(order)]
+
+
+def _texts(trace: Trace, sequence: int) -> list[str]:
+    frame = trace.tokens(sequence).sort_values("position")
+    return ["" if text is None else visible_token(str(text)) for text in frame["text"]]

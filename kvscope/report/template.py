@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+from kvscope.report.encoding import deflated_text
+
 # What ends a script element early, or changes how the rest of it is read, whatever surrounds it.
 INERT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
-SCRIPTS = ("core.js", "raster.js")  # what drawings use, in the order in which they need each other
+# What drawings use, in the order in which they need each other.
+SCRIPTS = ("core.js", "numbers.js", "state.js", "plot.js", "heat.js", "raster.js", "raster_view.js", "page.js")
 
 DOCUMENT = """<!DOCTYPE html>
 <html lang="en">
@@ -30,7 +33,7 @@ DOCUMENT = """<!DOCTYPE html>
 <noscript>This page draws itself with the scripts it carries; allow scripts to see it.</noscript>
 <div id="page"></div>
 <script type="application/json" id="data">{data}</script>
-<script>{plotly}</script>
+<script type="text/plain" id="plotly">{plotly}</script>
 <script>{code}</script>
 </body>
 </html>
@@ -39,6 +42,8 @@ DOCUMENT = """<!DOCTYPE html>
 
 def document(page: dict[str, Any], scripts: Sequence[str]) -> str:
     """Return the HTML document of a page.
+
+    Plotly's script, by far the largest part, is carried deflated; the page inflates it when the first plot is drawn.
 
     Parameters
     ----------
@@ -50,7 +55,7 @@ def document(page: dict[str, Any], scripts: Sequence[str]) -> str:
     # plotly is the only heavy import of the room, and only drawing needs it
     from plotly.offline import get_plotlyjs
 
-    plotly = element_text(get_plotlyjs())
+    plotly = get_plotlyjs()
     code = element_text("\n".join(["'use strict';", *map(asset, SCRIPTS), *scripts, "kvscope.show();"]))
     return DOCUMENT.format(
         policy=security_policy([plotly, code]),
@@ -58,7 +63,7 @@ def document(page: dict[str, Any], scripts: Sequence[str]) -> str:
         title=html.escape(page["title"]),
         style=asset("page.css"),
         data=inert_json(page),
-        plotly=plotly,
+        plotly=deflated_text(plotly),
         code=code,
     )
 

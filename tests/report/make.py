@@ -1,4 +1,4 @@
-"""A small trace and replays of it, through the real writers, with numbers that a test can name."""
+"""Small traces and replays of them, through the real writers, with numbers that a test can name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ LAYERS, HEADS, KV_HEADS, PROMPT, LENGTH = 2, 4, 2, 3, 6
 TEXTS = ["The", " king", "\n", " said", " 4", "821"]
 METRICS = {
     "held_keys": {"direction": "none", "range": [0.0, None], "summary": "Number of keys in the cache."},
+    "read_keys": {"direction": "none", "range": [0.0, None], "summary": "Number of keys the query attends to."},
     "retained_mass": {"direction": "higher", "range": [0.0, 1.0], "summary": "Share that is visible."},
     "ideal_mass": {"direction": "none", "range": [0.0, 1.0], "summary": "The same of the ideal set."},
     "output_error": {"direction": "lower", "range": [0.0, None], "summary": "Distance of the outputs."},
 }
+OUTCOMES = ("nll_full", "nll_policy", "kl", "top1_equal", "top1_correct")
 # policy -> budget -> retained mass
 MASS: dict[str, dict[str | None, float | None]] = {
     "full": {None: None},
@@ -28,12 +30,41 @@ MASS: dict[str, dict[str | None, float | None]] = {
     "tova": {"2": 0.625, "4": 0.875},
     "window": {"2": 0.25, "4": 0.5},
 }
+# What sets policies of other kinds apart in run.json.
+KIND = {
+    "full": {"phase": "none", "bounded": False},
+    "snapkv": {"phase": "prefill"},
+    "ada-kv": {"phase": "prefill", "allocate": "ada"},
+    "r-kv": {"phase": "every:128"},
+    "quest": {"reads": True},
+    "attention-gate": {"bounded": False},
+    "belady": {"clairvoyant": True},
+    "ideal": {"clairvoyant": True},
+}
+
+
+def weights(length: int, heads: int = HEADS, seed: int = 0) -> np.ndarray:
+    """Return causal rows that look at the first keys, the last keys and a few in between, float32 ``[H, T, T]``."""
+    random = np.random.default_rng(seed)
+    key = np.arange(length)
+    logits = random.normal(size=(heads, length, length)) + 3.0 * (key < 2) - 0.1 * (key[:, None] - key)
+    rows = np.exp(logits) * np.tri(length)
+    return (rows / rows.sum(-1, keepdims=True)).astype(np.float32)
 
 
 def make_trace(
-    path: Path, *, texts: Sequence[str] = TEXTS, sequences: int = 1, prompt_file: str = "prompt.txt", **header: Any
+    path: Path,
+    *,
+    texts: Sequence[str] = TEXTS,
+    prompt: int = PROMPT,
+    sequences: int = 1,
+    prompt_file: str = "prompt.txt",
+    stored: Sequence[str] = ("maps",),
+    logprob: bool = False,
+    **header: Any,
 ) -> Trace:
-    """Return a trace of uniform attention rows."""
+    """Return a trace of `weights`; the layer is their seed."""
+    length = len(texts)
     head = TraceHeader(
         source="model",
         protocol="generated",
@@ -46,25 +77,31 @@ def make_trace(
         layer_types=["full"] * LAYERS,
         sliding_window=[None] * LAYERS,
         prompts=[{"file": prompt_file, "sha256": "c" * 64}] * sequences,
+        stored=list(stored),
         seed=7,
         versions={"kvscope": "0.1.0"},
         **header,
     )
-    rows = np.tril(np.ones((LENGTH, LENGTH))) / np.arange(1, LENGTH + 1)[:, None]
-    unknown = np.full(LENGTH, np.nan)
+    known = -0.25 * np.arange(length) if logprob else np.full(length, np.nan)
     with TraceWriter(path, head) as writer:
         for sequence in range(sequences):
             for layer in range(LAYERS):
-                writer.attention(layer, sequence, 0, np.broadcast_to(rows, (HEADS, LENGTH, LENGTH)).astype(np.float32))
+                writer.attention(layer, sequence, 0, weights(length, seed=layer))
+                if "value_l1" in stored:
+                    norms = 1.0 + np.add.outer(np.arange(KV_HEADS), np.arange(length, dtype=np.float32))
+                    writer.keys(layer, sequence, 0, value_l1=norms, value_l2=norms, key_l2=norms)
+                if "queries" in stored:
+                    angle = np.arange(length, dtype=np.float32)
+                    writer.queries(layer, sequence, 0, np.stack([np.cos(angle), np.sin(angle)], 1))
             writer.tokens(
                 sequence,
-                token_id=np.arange(LENGTH),
+                token_id=np.arange(length),
                 text=texts,
-                is_prompt=np.arange(LENGTH) < PROMPT,
-                logprob=unknown,
-                entropy=unknown,
+                is_prompt=np.arange(length) < prompt,
+                logprob=known,
+                entropy=known,
             )
-        writer.finish([{"prompt": PROMPT, "length": LENGTH, "forced": False}] * sequences)
+        writer.finish([{"prompt": prompt, "length": length, "forced": False}] * sequences)
     return open_trace(path)
 
 
@@ -74,25 +111,31 @@ def make_replay(
     *,
     mass: Mapping[str, Mapping[str | None, float | None]] = MASS,
     labels: Mapping[str, str] | None = None,
+    params: Mapping[str, Mapping[str, Any]] | None = None,
     command: str = "kvscope replay --policy h2o",
     prefill: str = "full",
+    loop: str = "open",
+    bounds: Mapping[str, Any] | None = None,
 ) -> Replay:
-    """Return a replay in which every policy holds the newest keys, and has the retained mass that `mass` says.
+    """Return a replay in which every policy but first-keys holds the newest keys, with the mass that `mass` says.
 
-    Head ``h`` of layer ``l`` has ``mass + 0.01 h - 0.015 + 0.02 l - 0.01``, so that the mean is `mass`.
+    Head ``h`` of layer ``l`` has ``mass + 0.01 h - 0.015 + 0.02 l - 0.01``, so that the mean is `mass`. In the closed
+    loop the loss of every token is ``1`` with the full cache and ``2 - mass`` without.
     """
+    shape = trace.sequences[0]
     runs = [
         {
             "run": number,
-            "policy": policy,
+            "policy": policy.split(":")[0],
             "label": (labels or {}).get(policy, policy),
-            "params": {},
+            "params": dict((params or {}).get(policy, {})),
             "budget": budget,
-            "budget_keys": [LENGTH if budget is None else int(budget)] * len(trace.sequences),
+            "budget_keys": [shape.length if budget is None else int(budget)] * len(trace.sequences),
             "prefill": prefill,
-            "phase": "none" if budget is None else "step",
-            "loop": "open",
+            "phase": "step",
+            "loop": loop,
             "scope": "kv_head",
+            **KIND.get(policy, {}),
         }
         for number, (policy, budget) in enumerate((policy, budget) for policy in mass for budget in mass[policy])
     ]
@@ -108,41 +151,56 @@ def make_replay(
             "kv_heads": KV_HEADS,
         },
         "prefill": prefill,
-        "loop": "open",
+        "loop": loop,
         "metrics": METRICS,
         "runs": runs,
         "versions": {"kvscope": "0.1.0", "numpy": "2"},
         "command": command,
     }
     with ReplayWriter(path, info) as writer:
-        for run in runs:
-            value = mass[run["policy"]][run["budget"]]
+        for run, value in zip(
+            runs, (value for of_policy in mass.values() for value in of_policy.values()), strict=True
+        ):
             for sequence in range(len(trace.sequences)):
+                scored = np.arange(shape.prompt, shape.length)
                 for layer in range(LAYERS):
-                    writer.residency(run["run"], sequence, layer, **newest(run["budget"]))
-                    writer.fidelity(run["run"], sequence, layer, np.arange(PROMPT, LENGTH), _values(run, value, layer))
-        return writer.finish(seconds=1.5)
+                    stays = newest(run["budget"], shape.prompt, shape.length)
+                    if run["policy"] == "first-keys":
+                        stays["leave"] = np.where(stays["key"] < int(run["budget"]), -1, stays["key"] + 4)
+                        stays["leave"][stays["leave"] >= shape.length] = -1
+                    writer.residency(run["run"], sequence, layer, **stays)
+                    writer.fidelity(run["run"], sequence, layer, scored, _values(run, value, layer, len(scored)))
+                if loop == "closed":
+                    loss = 1.0 if value is None else 2.0 - value
+                    losses = {name: np.full(len(scored), 1.0, np.float32) for name in OUTCOMES[:3]}
+                    losses |= {name: np.ones(len(scored), bool) for name in OUTCOMES[3:]}
+                    writer.tokens(run["run"], sequence, scored, {**losses, "nll_policy": losses["kl"] * loss})
+        made = writer.finish(seconds=1.5)
+    for row in made.summary["runs"]:  # as the bounds of a replay are written
+        row |= {} if bounds is None else {"bounds": dict(bounds)}
+    return made
 
 
-def newest(budget: str | None) -> dict[str, np.ndarray]:
+def newest(budget: str | None, prompt: int = PROMPT, length: int = LENGTH) -> dict[str, np.ndarray]:
     """Return stays of the newest `budget` keys after a full prefill."""
-    keys = np.tile(np.arange(LENGTH), KV_HEADS)
-    heads = np.repeat(np.arange(KV_HEADS), LENGTH)
-    if budget is None:
-        leave = np.full(len(keys), -1)
-    else:
-        leave = np.maximum(keys + int(budget), PROMPT - 1)
-        leave[leave >= LENGTH] = -1
+    keys = np.tile(np.arange(length), KV_HEADS)
+    heads = np.repeat(np.arange(KV_HEADS), length)
+    leave = np.full(len(keys), -1)
+    if budget is not None:
+        leave = np.maximum(keys + int(budget), prompt - 1)
+        leave[leave >= length] = -1
     return {"enter": keys, "leave": leave, "kv_head": heads, "key": keys}
 
 
-def _values(run: dict[str, Any], mass: float | None, layer: int) -> dict[str, np.ndarray]:
-    shape = (HEADS, LENGTH - PROMPT)
+def _values(run: dict[str, Any], mass: float | None, layer: int, steps: int) -> dict[str, np.ndarray]:
+    shape = (HEADS, steps)
     shift = (0.01 * np.arange(HEADS) - 0.015 + 0.02 * layer - 0.01)[:, None]
     mean = np.full(shape, np.nan) if mass is None else mass + np.broadcast_to(shift, shape)
     ideal = np.full(shape, np.nan if mass is None else 0.9 + 0.01 * int(run["budget"]))
+    keys = np.full(shape, float(run["budget_keys"][0]))
     return {
-        "held_keys": np.full(shape, float(run["budget_keys"][0])),
+        "held_keys": keys,
+        "read_keys": keys + 1,
         "retained_mass": mean,
         "ideal_mass": ideal,
         "output_error": 1 - mean,

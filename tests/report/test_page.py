@@ -6,15 +6,18 @@ import base64
 import hashlib
 import json
 import re
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from plotly.offline import get_plotlyjs
 
 from kvscope.errors import ResultError, UsageError
-from kvscope.report.encoding import visible, visible_token
-from kvscope.report.page import ordered_panels, page_data, report
+from kvscope.report.encoding import packed, packed_floats, packed_halves, unpacked, visible, visible_token
+from kvscope.report.page import ordered_panels, page_data, report, report_data
 from kvscope.report.panel import PANELS, panel
 from kvscope.report.source import Limits, ReportInput
 from kvscope.report.template import asset, document, element_text, inert_json
@@ -88,13 +91,23 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_page_carries_every_panel_with_its_help(page: Path, source: ReportInput) -> None:
     data = carried(read(page))
     assert [each["name"] for each in data["panels"]] == [
-        "summary",
+        "overview",
         "budget-curve",
+        "over-time",
         "head-map",
         "residency",
+        "text",
+        "regrets",
+        "inspector",
+        "agreement",
         "provenance",
     ]
     assert data == json.loads(inert_json(page_data(source)))
+
+
+def test_every_panel_explains_itself_in_two_sentences(rich: ReportInput) -> None:
+    data = page_data(rich)
+    assert {each["name"] for each in data["panels"]} == set(PANELS.names())
     assert all(len(re.findall(r"[.](?: |$)", each["help"])) == 2 for each in data["panels"]), "two sentences each"
 
 
@@ -141,7 +154,9 @@ def test_security_policy_allows_these_scripts_and_no_network(page: Path) -> None
         if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
     )
     rules = {rule.split()[0]: rule.split()[1:] for rule in policy.split(";")}
-    scripts = [text for tag, text in reader.texts if tag == "script"][1:]
+    _, plotly, code = (text for tag, text in reader.texts if tag == "script")
+    scripts = [zlib.decompress(base64.b64decode(plotly)).decode(), code]
+    assert scripts[0] == get_plotlyjs()
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     assert rules["default-src"] == rules["connect-src"] == rules["base-uri"] == rules["form-action"] == ["'none'"]
     assert rules["script-src"] == [f"'sha256-{digest}'" for digest in digests]
@@ -154,7 +169,7 @@ def test_hostile_text_is_carried_whole_and_visible(hostile_page: Path) -> None:
     reader = read(hostile_page)
     data = carried(reader)
     panels = {each["name"]: each["data"] for each in data["panels"]}
-    assert panels["residency"]["sequences"]["0.0"]["tokens"] == [
+    assert data["parts"]["0.0"]["tokens"] == [
         "</script><img␣src=x␣onerror=alert(1)>",
         "<!--<script>",
         "⟨U+2028⟩⟨U+2029⟩␣",
@@ -163,7 +178,7 @@ def test_hostile_text_is_carried_whole_and_visible(hostile_page: Path) -> None:
         "&lt;b&gt;␣⟨U+FEFF⟩",
     ]
     assert data["title"] == reader.title == "</script><img src=x onerror=alert(1)>⟨U+202E⟩evil⟨U+202C⟩"
-    assert data["labels"][1:] == [HOSTILE[0], "⟨U+202E⟩evil⟨U+202C⟩", "<a href=https://example.org>w</a>"]
+    assert set(data["labels"]) == {"full", HOSTILE[0], "⟨U+202E⟩evil⟨U+202C⟩", "<a href=https://example.org>w</a>"}
     assert panels["provenance"]["sources"][1]["prompts"][0]["file"] == HOSTILE[0]
 
 
@@ -210,15 +225,39 @@ def test_line_ends_are_those_a_browser_hashes() -> None:
     assert element_text("a\r\nb\rc\n") == "a\nb\nc\n"
 
 
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [([], "uint8"), ([0, 255], "uint8"), ([-1, 255], "int16"), ([0, 65535], "uint16"), ([-1, 65535], "int32")],
+)
+def test_integers_are_packed_as_small_as_they_fit(values: list[int], dtype: str) -> None:
+    value = packed(np.array(values, np.int64))
+    assert value["dtype"] == dtype
+    assert unpacked(value).tolist() == values
+
+
+def test_packed_floats_keep_shape_ends_and_gaps() -> None:
+    values = np.array([[0.25, np.nan, 0.75], [0.5, 0.3, 0.25]])
+    value = packed_floats(values)
+    assert (value["low"], value["high"], value["shape"]) == (0.25, 0.75, [2, 3])
+    np.testing.assert_allclose(unpacked(value), values, atol=0.5 / 65534)
+    assert unpacked(packed_floats(np.full(3, 7.0))).tolist() == [7.0] * 3
+    assert np.isnan(unpacked(packed_floats(np.full(2, np.nan)))).all()
+
+
+def test_packed_halves_are_exact() -> None:
+    values = np.array([0, 6e-8, 0.1, 1, 65504], np.float16)
+    np.testing.assert_array_equal(unpacked(packed_halves(values)), values)
+
+
 def test_same_input_gives_the_same_bytes(page: Path, trace: Trace, replay: Replay, tmp_path: Path) -> None:
     again = report([Replay(replay.path, dict(replay.info))], {trace.identity: trace}, tmp_path / "elsewhere.html")
     assert again.read_bytes() == page.read_bytes()
 
 
 def test_size_is_that_of_the_library_and_little_more(page: Path) -> None:
-    assert 1_000_000 < page.stat().st_size < 7_000_000
+    assert 1_000_000 < page.stat().st_size < 2_500_000
     bare = document({"title": "", "generator": "", "panels": []}, [])
-    assert page.stat().st_size - len(bare.encode()) < 100_000
+    assert page.stat().st_size - len(bare.encode()) < 150_000
 
 
 def test_existing_page_stays_unless_forced(replay: Replay, empty: Path) -> None:
@@ -267,12 +306,22 @@ def test_no_replay_is_an_error(empty: Path) -> None:
     assert not empty.exists()
 
 
-def test_panel_that_needs_a_trace_says_that_it_is_absent(replay: Replay) -> None:
+def test_panel_that_needs_a_trace_is_named_where_it_is_missing(replay: Replay) -> None:
     each = next(iter(ordered_panels()))
     needy = type(each)(**{**each.__dict__, "needs": frozenset({"trace"})})
-    shown = page_data(ReportInput((replay,)), panels=[needy])["panels"][0]
-    assert shown["data"] is None
-    assert shown["notes"][0].startswith("Not shown: the trace")
+    page = page_data(ReportInput((replay,)), panels=[needy])
+    assert page["panels"] == []
+    assert page["notes"][-1] == "Not shown without a trace: Overview. Build the report where the trace lies."
+
+
+def test_the_data_behind_the_page_can_be_had_alone(
+    trace: Trace, replay: Replay, source: ReportInput, tmp_path: Path
+) -> None:
+    path = report_data([replay], {trace.identity: trace}, tmp_path / "page.json")
+    assert json.loads(path.read_text()) == page_data(source)
+    assert path.read_text().isascii()
+    with pytest.raises(ResultError, match="exists already"):
+        report_data([replay], {}, path)
 
 
 def test_limits_reach_the_page(trace: Trace, replay: Replay, empty: Path) -> None:

@@ -1,4 +1,4 @@
-"""What each panel says, as plain data."""
+"""What the panels above the bar say, as plain data: overview, curves, sweep, outcome, provenance."""
 
 from __future__ import annotations
 
@@ -6,49 +6,62 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 
-from kvscope.report.encoding import unpacked
 from kvscope.report.page import page_data
 from kvscope.report.panels.budget_curve import budget_curve
-from kvscope.report.panels.head_map import head_map
-from kvscope.report.panels.provenance import GENERATED, OPEN_LOOP, provenance
-from kvscope.report.panels.residency_raster import residency_raster, spread, stays
-from kvscope.report.panels.summary_table import summary_table
+from kvscope.report.panels.outcome import outcome
+from kvscope.report.panels.overview import overview
+from kvscope.report.panels.provenance import BOUNDS, CLOSED_LOOP, GENERATED, MIXED, OPEN_LOOP, provenance
+from kvscope.report.panels.sweep import sweep
+from kvscope.report.runs import KINDS, Run
 from kvscope.report.source import Limits, ReportInput
+from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
-from tests.report.make import LENGTH, MASS, make_replay, make_trace
+from tests.report.make import MASS, make_replay, make_trace
 
 
-def row(data: dict[str, Any], label: str, budget: str | None) -> dict[str, Any]:
-    return next(row for row in data["rows"] if (row["label"], row["budget"]) == (label, budget))
+def named(source: ReportInput, id: str) -> tuple[str, str | None]:
+    run = next(run for run in source.runs if run.id == id)
+    return run.label, run.budget
 
 
-def test_summary_row(source: ReportInput) -> None:
-    assert row(summary_table(source), "tova", "2") == {
+def run_of(source: ReportInput, label: str, budget: str | None, loop: str = "open") -> Run:
+    return next(run for run in source.runs if (run.label, run.budget, run.protocol[1]) == (label, budget, loop))
+
+
+def marks(source: ReportInput) -> dict[tuple[str, str | None], dict[str, str]]:
+    return {named(source, row["run"]): row["marks"] for row in overview(source)["rows"]}
+
+
+def test_run_as_the_page_knows_it(source: ReportInput) -> None:
+    run = next(run for run in page_data(source)["runs"] if run["name"] == "tova · 2")
+    assert run == {
         "id": "0.3",
-        "replay": "small",
-        "policy": "tova",
+        "name": "tova · 2",
+        "title": "tova",
         "label": "tova",
+        "policy": "tova",
         "budget": "2",
-        "budget_keys": 2.0,
+        "keys": 2.0,
+        "kind": "every step",
+        "marks": [],
         "loop": "open",
         "prefill": "full",
-        "phase": "step",
+        "replay": "small",
+        "parts": ["0.0"],
         "values": {
-            "retained_mass": {"mean": 0.625, "low": None, "high": None, "count": 24},
-            "ideal_mass": {"mean": 0.92, "low": None, "high": None, "count": 24},
-            "output_error": {"mean": 0.375, "low": None, "high": None, "count": 24},
-            "held_keys": {"mean": 2.0, "low": None, "high": None, "count": 24},
+            "retained_mass": [0.625, None, None, 24],
+            "ideal_mass": [0.92, None, None, 24],
+            "output_error": [0.375, None, None, 24],
+            "held_keys": [2.0, None, None, 24],
+            "read_keys": [3.0, None, None, 24],
         },
-        "marks": {"retained_mass": "best", "output_error": "best"},
     }
 
 
-def test_summary_order_is_budget_then_fidelity_and_no_budget_comes_last(source: ReportInput) -> None:
-    assert [(row["label"], row["budget"]) for row in summary_table(source)["rows"]] == [
+def test_rows_are_in_the_order_of_budget_then_fidelity_and_no_budget_comes_last(source: ReportInput) -> None:
+    assert [named(source, row["run"]) for row in overview(source)["rows"]] == [
         ("tova", "2"),
         ("h2o", "2"),
         ("window", "2"),
@@ -60,63 +73,124 @@ def test_summary_order_is_budget_then_fidelity_and_no_budget_comes_last(source: 
 
 
 def test_best_and_last_are_marked_within_a_budget(source: ReportInput) -> None:
-    data = summary_table(source)
-    marks = {(row["label"], row["budget"]): row["marks"] for row in data["rows"]}
+    found = marks(source)
     both = {
         "best": {"retained_mass": "best", "output_error": "best"},
         "last": {"retained_mass": "last", "output_error": "last"},
     }
-    assert marks[("tova", "4")] == both["best"]
-    assert marks[("window", "2")] == both["last"]
-    assert marks[("h2o", "2")] == marks[("full", None)] == {}
+    assert found["tova", "4"] == both["best"]
+    assert found["window", "2"] == both["last"]
+    assert found["h2o", "2"] == found["full", None] == {}
+
+
+def test_every_run_has_its_kind(rich: ReportInput) -> None:
+    kinds = {run.info["policy"]: run.kind for run in rich.runs}
+    assert kinds == {
+        "full": "no eviction",
+        "h2o": "every step",
+        "tova": "every step",
+        "window": "every step",
+        "a2sf": "every step",
+        "snapkv": "prompt only",
+        "quest": "reads a part",
+        "belady": "bound",
+    }
+    assert set(kinds.values()) <= set(KINDS)
+
+
+@pytest.mark.parametrize(("policy", "kind"), [("r-kv", "every N steps"), ("attention-gate", "own size")])
+def test_further_kinds(trace: Trace, tmp_path: Path, policy: str, kind: str) -> None:
+    source = ReportInput((make_replay(tmp_path / "replay", trace, mass={policy: {"2": 0.5}}),))
+    assert source.runs[0].kind == kind
+    assert source.runs[0].marks == (["every 128 steps"] if policy == "r-kv" else [])
+
+
+def test_runs_of_different_kinds_are_not_ranked_among_each_other(rich: ReportInput) -> None:
+    found = marks(replace(rich, replays=rich.replays[:1]))
+    assert found["snapkv", "4"] == found["quest", "4"] == {}, "better than every policy, and of another kind"
+    assert found["a2sf:alpha=0.9", "4"]["retained_mass"] == "best"
+    assert found["belady", "4"] == {}, "a bound is no winner"
+
+
+def test_the_best_table_names_a_winner_for_each_kind_with_its_cost(rich: ReportInput) -> None:
+    source = replace(rich, replays=rich.replays[:1])
+    lines = overview(source)["best"]
+    assert [(named(source, line["run"])[1], run_of(source, *named(source, line["run"])).kind) for line in lines] == [
+        (budget, kind) for budget in ("4", "8") for kind in ("every step", "prompt only", "reads a part")
+    ]
+    first = lines[0]
+    winners = first["best"]["retained_mass"]
+    assert (first["of"], winners["value"]) == (6, 0.9)
+    assert [named(source, id) for id in winners["runs"]] == [("a2sf:alpha=0.9", "4")]
+    assert (first["held"], first["read"], first["ideal"]) == ([4.0, 4.0], [5.0, 5.0], 0.94)
+    assert first["full"] == (10 + 1 + 24) / 2, "mean of 11 to 24 keys"
+    assert lines[1]["ideal"] is None, "a cache that grows has another ideal"
+
+
+def test_the_closed_loop_stands_for_both_in_the_best_table(rich: ReportInput) -> None:
+    data = overview(rich)
+    assert {run_of(rich, *named(rich, line["run"]), loop="closed").id for line in data["best"]} == {
+        line["run"] for line in data["best"]
+    }
+    assert all(line["best"]["perplexity_ratio"]["value"] for line in data["best"])
+    assert "The upper table shows the closed loop where there is one; the lower one shows both." in data["notes"]
 
 
 def test_runs_of_different_prefill_are_not_compared(trace: Trace, tmp_path: Path) -> None:
     one = {"h2o": {"2": 0.5}}
     replays = [make_replay(tmp_path / prefill, trace, mass=one, prefill=prefill) for prefill in ("full", "stream")]
-    data = summary_table(ReportInput(tuple(replays)))
+    data = overview(ReportInput(tuple(replays)))
     assert all(row["marks"] == {} for row in data["rows"])
-    assert data["headlines"] == []
-    assert data["several"]
+    assert [line["of"] for line in data["best"]] == [1, 1]
 
 
-def test_headline_names_the_best_of_each_budget(source: ReportInput) -> None:
-    first = summary_table(source)["headlines"][0]
-    assert (first["budget"], first["of"]) == ("2", 3)
-    assert first["best"][0] == {"metric": "retained mass", "value": 0.625, "labels": ["tova"]}
-
-
-def test_summary_says_why_there_is_no_interval_and_what_is_left_out(source: ReportInput) -> None:
-    assert summary_table(source)["notes"] == ["No intervals: they need five or more sequences."]
-    notes = summary_table(replace(source, limits=Limits(rows=5)))["notes"]
+def test_overview_says_why_there_is_no_interval_and_what_is_left_out(source: ReportInput) -> None:
+    assert overview(source)["notes"] == ["No intervals: they need five or more sequences."]
+    notes = overview(replace(source, limits=Limits(rows=5)))["notes"]
     assert notes[0] == "The table shows 5 of 7 rows; the others are in summary.json."
 
 
 def test_intervals_come_with_five_sequences(tmp_path: Path) -> None:
     trace = make_trace(tmp_path / "trace", sequences=5)
-    data = summary_table(ReportInput((make_replay(tmp_path / "replay", trace, mass={"h2o": {"2": 0.5}}),)))
-    value = data["rows"][0]["values"]["retained_mass"]
-    assert value["low"] == value["high"] == pytest.approx(0.5)
-    assert data["notes"] == []
+    source = ReportInput((make_replay(tmp_path / "replay", trace, mass={"h2o": {"2": 0.5}}),))
+    assert page_data(source)["runs"][0]["values"]["retained_mass"][:3] == pytest.approx([0.5] * 3)
+    assert overview(source)["notes"] == []
+
+
+def test_shares_of_the_bounds_are_metrics(rich: ReportInput) -> None:
+    run = run_of(rich, "h2o", "4")
+    assert (run.mean("share_of_belady"), run.mean("belady_of_ideal")) == (0.75, 0.5)
+    declared = {metric["name"]: metric for metric in rich.metric_list()}
+    assert declared["share_of_belady"]["direction"] == "higher"
+    assert "share_of_belady" in overview(rich)["usual"]
 
 
 def test_metrics_stand_in_reading_order_with_cost_last(source: ReportInput) -> None:
-    assert [metric["name"] for metric in source.metric_list()] == [
-        "retained_mass",
-        "ideal_mass",
-        "output_error",
-        "held_keys",
-    ]
+    names = [metric["name"] for metric in source.metric_list()]
+    assert names == ["retained_mass", "ideal_mass", "output_error", "read_keys", "held_keys"]
+
+
+def test_first_run_of_the_page_is_the_best_that_decides_at_every_step(rich: ReportInput, source: ReportInput) -> None:
+    assert (rich.first.label, rich.first.budget) == ("a2sf:alpha=0.9", "4")
+    assert (source.first.label, source.first.budget) == ("tova", "2")
 
 
 def test_curve_has_a_point_per_budget_and_a_line_per_policy(source: ReportInput) -> None:
     data = budget_curve(source)
     assert [line["name"] for line in data["lines"]] == ["h2o", "tova", "window"]
-    line = data["lines"][1]
-    assert (line["keys"], line["budgets"]) == ([2.0, 4.0], ["2", "4"])
-    assert line["values"]["retained_mass"] == [[0.625, None, None], [0.875, None, None]]
-    assert data["references"] == {"retained_mass": [{"name": "ideal", "keys": [2.0, 4.0], "values": [0.92, 0.94]}]}
+    assert [named(source, id) for id in data["lines"][1]["runs"]] == [("tova", "2"), ("tova", "4")]
     assert data["notes"] == ["Without a budget, and so without a line: full."]
+    (reference,) = data["references"]
+    assert (reference["metric"], reference["values"]) == ("retained_mass", "ideal_mass")
+    assert [named(source, id)[1] for id in reference["runs"]] == ["2", "4"]
+
+
+def test_a_handful_of_lines_is_shown_at_first_with_bounds_and_baselines(rich: ReportInput) -> None:
+    source = replace(rich, replays=rich.replays[:1])
+    data = budget_curve(source)
+    usual = [data["lines"][place]["name"] for place in data["usual"]]
+    assert usual == ["h2o", "tova", "window", "snapkv", "quest", "belady", "a2sf:alpha=0.9"]
+    assert len(usual) < len(data["lines"])
 
 
 def test_curve_of_one_budget_says_how_to_get_a_line(trace: Trace, tmp_path: Path) -> None:
@@ -124,116 +198,64 @@ def test_curve_of_one_budget_says_how_to_get_a_line(trace: Trace, tmp_path: Path
     assert data["notes"] == ["Only one budget was replayed: lines need two or more, for instance --budget 10%,20%,40%."]
 
 
-def test_map_is_the_mean_per_layer_and_head(source: ReportInput) -> None:
-    data = head_map(source)
-    assert data["first"] == "0.3"
-    made = next(each for each in data["maps"] if each["id"] == "0.3")
-    assert (made["name"], made["layers"], made["heads"], made["group"]) == ("tova · 2", [0, 1], 4, 2)
-    assert made["values"]["retained_mass"] == [[0.6, 0.61, 0.62, 0.63], [0.62, 0.63, 0.64, 0.65]]
-    full = next(each for each in data["maps"] if each["id"] == "0.0")
-    assert full["values"]["retained_mass"] == [[None] * 4] * 2
-    assert data["scale"]["retained_mass"] == [0.225, 0.9]
+def test_sweep_finds_the_parameter_that_alone_differs(rich: ReportInput, source: ReportInput) -> None:
+    assert sweep(source) is None
+    data = sweep(rich)
+    assert data is not None
+    (found,) = data["sweeps"]
+    assert (found["policy"], found["parameter"]) == ("a2sf", "alpha")
+    assert [line["values"] for line in found["lines"]] == [[0.1, 0.5, 0.9]] * 4, "two budgets, two loops"
+    assert [named(rich, id) for id in found["lines"][0]["runs"]] == [(f"a2sf:alpha={a}", "4") for a in (0.1, 0.5, 0.9)]
 
 
-def test_map_limit_is_said(source: ReportInput) -> None:
-    data = head_map(replace(source, limits=Limits(map_values=2 * 32)))
-    assert [each["id"] for each in data["maps"]] == ["0.0", "0.1"]
-    assert data["notes"] == ["Maps of 5 of 7 runs are left out to keep the page small; fidelity.parquet has them."]
-
-
-def resident(raster: dict[str, Any], length: int = LENGTH) -> np.ndarray:
-    """Return ``[G, T, T]`` as `Replay.resident` does, from what the page carries."""
-    leave = unpacked(raster["leave"])
-    counts = raster["counts"] or [length] * raster["stored"]
-    key = unpacked(raster["key"]) if "key" in raster else np.tile(np.arange(length), raster["stored"])
-    enter = unpacked(raster["enter"]) if "enter" in raster else key
-    mask = np.zeros((raster["stored"], length, length), bool)
-    head = np.repeat(np.arange(raster["stored"]), counts)
-    for at in range(len(leave)):
-        mask[head[at], enter[at] : leave[at] if leave[at] >= 0 else length, key[at]] = True
-    return np.broadcast_to(mask, (raster["heads"], length, length)) if raster["stored"] == 1 else mask
-
-
-def test_raster_carries_what_the_replay_holds(source: ReportInput) -> None:
-    data = residency_raster(source)
-    assert len(data["rasters"]) == 2 * len(source.runs)
-    for raster in data["rasters"]:
-        expected = source.replays[0].resident(int(raster["run"].split(".")[1]), 0, raster["layer"])
-        np.testing.assert_array_equal(resident(raster), expected)
+def test_outcome_ranks_the_open_metric_against_the_closed_loop(rich: ReportInput, source: ReportInput) -> None:
+    assert "outcome" not in source.offers
+    data = outcome(rich)
+    assert data is not None
+    (group,) = data["groups"]
+    place = group["runs"].index(run_of(rich, "tova", "4", "closed").id)
+    assert group["values"]["retained_mass"][place] == 0.625
+    # the loss was made to fall as the mass rises
+    assert group["agreement"]["retained_mass"]["rank"] == pytest.approx(-1.0)
+    assert group["agreement"]["output_error"]["rank"] == pytest.approx(1.0)
+    assert group["agreement"]["share_of_belady"]["rank"] is None, "the same for all: no order"
     assert data["notes"] == []
-    assert data["first"] == "0.3"
-    assert "bytes" not in data["rasters"][0]
-    assert data["sequences"] == {
-        "0.0": {"prompt": 3, "length": 6, "tokens": ["The", "␣king", "↵", "␣said", "␣4", "821"]}
-    }
 
 
-def test_heads_that_agree_are_carried_once_and_only_leaving_steps_are_needed(source: ReportInput) -> None:
-    raster = residency_raster(source)["rasters"][0]
-    assert (raster["stored"], raster["heads"], raster["counts"]) == (1, 2, None)
-    assert set(raster) == {"run", "sequence", "layer", "heads", "stored", "counts", "leave"}
+def test_outcome_without_an_open_loop_says_whose_metric_it_is(rich: ReportInput) -> None:
+    data = outcome(replace(rich, replays=rich.replays[1:]))
+    assert data is not None
+    assert data["notes"][0].startswith("For 17 of 17 runs the metric is that of the closed loop")
 
 
-def test_keys_that_come_back_keep_every_stay() -> None:
-    frame = pd.DataFrame(
-        {
-            "kv_head": [1, 0, 0, 0, 1, 1, 1],
-            "key": [2, 0, 1, 2, 0, 0, 1],
-            "enter": [2, 0, 1, 2, 0, 2, 1],
-            "leave": pd.array([None, None, 1, None, 1, None, 2], dtype="Int32"),
-        }
-    )
-    raster = stays(frame, heads=2, length=3)
-    expected = np.array([[[1, 0, 0], [1, 0, 0], [1, 0, 1]], [[1, 0, 0], [0, 1, 0], [1, 0, 1]]], bool)
-    np.testing.assert_array_equal(resident(raster, 3), expected)
-    assert raster["counts"] == [3, 4]
-
-
-def test_long_sequences_need_more_than_16_bit() -> None:
-    length = 40_000
-    keys = np.arange(length)
-    frame = pd.DataFrame({"kv_head": 0, "key": keys, "enter": keys, "leave": np.where(keys < 9, length - 1, -1)})
-    raster = stays(frame, heads=1, length=length)
-    assert raster["leave"]["dtype"] == "int32"
-    assert unpacked(raster["leave"]).tolist() == [length - 1] * 9 + [-1] * (length - 9)
-
-
-LIMITED = "rasters of all layers, sequences and replays are limited to {} bytes. residency.parquet has all of them."
-
-
-def test_raster_limit_is_said_and_keeps_runs_comparable(source: ReportInput) -> None:
-    texts = sum(len(text.encode()) for text in ["The", "␣king", "↵", "␣said", "␣4", "821"])
-    limit = texts + len(source.runs) * LENGTH * 2 + 1
-    data = residency_raster(replace(source, limits=Limits(raster_bytes=limit)))
-    assert {raster["layer"] for raster in data["rasters"]} == {0}
-    assert {raster["run"] for raster in data["rasters"]} == {run.id for run in source.runs}
-    assert data["notes"] == [f"1 of 2 layers are shown: {LIMITED.format(limit)}"]
-
-
-def test_a_layer_that_does_not_fit_has_the_best_runs(source: ReportInput) -> None:
-    limit = 100
-    data = residency_raster(replace(source, limits=Limits(raster_bytes=limit)))
-    assert [raster["run"] for raster in data["rasters"]] == [run.id for run in source.ranking[: len(data["rasters"])]]
-    shown = len(data["rasters"])
-    assert 0 < shown < len(source.runs)
-    assert data["notes"] == [f"{shown} of 7 runs are shown, in 1 of 2 layers: {LIMITED.format(limit)}"]
-    assert residency_raster(replace(source, limits=Limits(raster_bytes=1)))["rasters"] == []
-
-
-def test_layers_that_fit_are_spread_over_the_depth() -> None:
-    assert spread(range(9)) == [0, 8, 4, 2, 6, 1, 3, 5, 7]
-    assert spread([5]) == [5]
-    assert sorted(spread(range(32))) == list(range(32))
+def test_without_a_closed_loop_there_is_no_word_of_it(source: ReportInput) -> None:
+    assert not {"outcome", "sweep"} & {panel["name"] for panel in page_data(source)["panels"]}
 
 
 def test_absent_trace_is_said_and_the_rest_still_shows(source: ReportInput) -> None:
     without = replace(source, traces={})
-    data = residency_raster(without)
-    assert data["sequences"]["0.0"]["tokens"] is None
-    assert data["notes"] == ["Token text is missing: the trace of small is not at hand."]
-    assert len(data["rasters"]) == 2 * len(source.runs)
+    page = page_data(without)
+    assert page["notes"] == [
+        "Token texts and attention rows are missing: the trace of small is not at hand.",
+        "Not shown without a trace: Text, Regrets, Attention rows, Value norms, Query similarity. "
+        "Build the report where the trace lies.",
+    ]
+    assert page["parts"]["0.0"]["tokens"] is None
+    assert {"residency", "agreement", "head-map"} <= {panel["name"] for panel in page["panels"]}
     assert [each["kind"] for each in provenance(without)["sources"]] == ["replay"]
     assert "not at hand" in provenance(without)["notes"][0]
+
+
+def test_a_replay_of_plain_text_misses_no_trace(replay: Replay) -> None:
+    about = {**replay.info["trace"], "kind": "text", "texts": [{"file": "book.txt", "sha256": "d" * 64}]}
+    source = ReportInput((Replay(replay.path, {**replay.info, "trace": about}),))
+    assert (
+        page_data(source)["notes"][0]
+        == "small is a replay of plain text: there is no trace of it, and so no token text."
+    )
+    data = provenance(source)
+    assert data["notes"] == []
+    assert data["sources"][0]["prompts"] == [{"file": "book.txt", "sha256": "d" * 64}]
 
 
 def test_provenance_names_model_prompt_versions_and_command(source: ReportInput) -> None:
@@ -247,17 +269,28 @@ def test_provenance_names_model_prompt_versions_and_command(source: ReportInput)
     assert data["approximate"][:2] == [OPEN_LOOP, GENERATED]
 
 
+def test_provenance_says_what_the_kinds_and_loops_leave_out(rich: ReportInput) -> None:
+    assert {OPEN_LOOP, CLOSED_LOOP, MIXED, BOUNDS} <= set(provenance(rich)["approximate"])
+
+
 def test_paths_of_the_machine_stay_out_of_the_page(source: ReportInput) -> None:
     assert str(source.replays[0].path.parent) not in str(page_data(source))
 
 
 def test_replays_of_one_name_are_told_apart(trace: Trace, tmp_path: Path) -> None:
-    one = {"h2o": {"2": 0.5, "4": 0.6}}
+    one: dict[str, dict[str | None, Any]] = {"h2o": {"2": 0.5, "4": 0.6}}
     replays = tuple(make_replay(tmp_path / folder / "same", trace, mass=one) for folder in ("a", "b"))
     data = ReportInput(replays)
     assert data.names == ("same (1)", "same (2)")
     assert [line["name"] for line in budget_curve(data)["lines"]] == ["h2o · same (1)", "h2o · same (2)"]
     assert len({run.id for run in data.runs}) == 4
+    assert list(data.parts) == ["0.0"], "one trace, one text"
+
+
+def test_loops_of_one_policy_are_told_apart(rich: ReportInput) -> None:
+    names = [run["name"] for run in page_data(rich)["runs"]]
+    assert len(names) == len(set(names))
+    assert "h2o · closed loop · closed · 4" in names
 
 
 def test_mass_table_of_the_fixture_is_what_the_summary_reads(source: ReportInput) -> None:

@@ -1,7 +1,6 @@
-/* What every drawing uses: elements, controls, numbers, colours, plots. Text enters the page as text, never as HTML. */
+/* What every drawing uses: elements, controls, texts, colours. Text enters the page as text, never as HTML. */
 const kvscope = (() => {
   const drawings = {};
-  const listeners = {};
   const redraws = [];
 
   /* Colours that stay apart for colour-blind readers (Okabe and Ito, darkened where they are too pale for lines). */
@@ -22,10 +21,12 @@ const kvscope = (() => {
     return made;
   }
 
-  /* A labelled native select. `options` is a list of {value, text, group?}. */
   let counter = 0;
+  const fresh = () => `control-${(counter += 1)}`;
+
+  /* A labelled native select. `options` is a list of {value, text, group?}. */
   function select(label, options, chosen, changed) {
-    const id = `control-${(counter += 1)}`;
+    const id = fresh();
     const control = element("select", { id, on: { change: () => changed(control.value) } });
     const fill = (list, value) => {
       const groups = new Map();
@@ -48,138 +49,92 @@ const kvscope = (() => {
     return { box, fill, control, get value() { return control.value; }, set value(value) { control.value = String(value); } };
   }
 
+  /* A labelled slider over whole numbers; `say` puts the value into words. */
+  function slider(label, say, changed) {
+    const id = fresh();
+    const words = element("output", { for: id });
+    const control = element("input", { id, type: "range", on: { input: () => { show(); changed(Number(control.value)); } } });
+    const show = () => {
+      words.replaceChildren(element("bdi", {}, say(Number(control.value))));
+      control.setAttribute("aria-valuetext", say(Number(control.value)));
+    };
+    const set = (low, high, value) => { Object.assign(control, { min: low, max: high, step: 1 }); control.value = value; show(); };
+    return { box: element("div", { class: "control wide" }, element("label", { for: id }, label, " ", words), control), control, set };
+  }
+
+  function checkbox(text, checked, changed) {
+    const id = fresh();
+    const control = element("input", { id, type: "checkbox", on: { change: () => changed(control.checked) } });
+    control.checked = checked;
+    return { box: element("div", { class: "check" }, control, element("label", { for: id }, text)), control };
+  }
+
   function button(text, clicked, attributes = {}) {
     return element("button", { type: "button", ...attributes, on: { click: clicked } }, text);
   }
 
-  /* A table of plain cells behind a plot, closed at first. */
+  const options = (values, text = String) => values.map((value) => ({ value, text: text(value) }));
+  const unique = (values) => [...new Set(values)];
+  const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
+
+  /* A table of plain cells behind a plot, closed at first; its rows are made when it is opened. */
   function tableBehind(summary, headers, rows) {
-    const head = element("tr", {}, headers.map((text) => element("th", { scope: "col" }, text)));
-    const body = rows.map((cells) => element("tr", {}, cells.map((cell, index) =>
-      element(index ? "td" : "th", index ? {} : { scope: "row" }, cell === null ? "–" : String(cell)))));
-    return element("details", { class: "behind" }, element("summary", {}, summary),
+    const body = element("tbody");
+    const fill = () => body.replaceChildren(...(typeof rows === "function" ? rows() : rows).map((cells) => element("tr", {}, cells.map((cell, index) =>
+      element(index ? "td" : "th", index ? {} : { scope: "row" }, cell === null ? "–" : cell instanceof Node ? cell : element("bdi", {}, String(cell)))))));
+    const made = element("details", { class: "behind" }, element("summary", {}, summary),
       element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": summary },
-        element("table", {}, element("thead", {}, head), element("tbody", {}, body))));
+        element("table", {}, element("thead", {}, element("tr", {}, headers.map((text) => element("th", { scope: "col" }, text)))), body)));
+    made.addEventListener("toggle", () => { if (made.open && !body.firstChild) fill(); });
+    return made;
   }
 
   function number(value, metric) {
-    if (value === null || value === undefined) return "–";
+    if (value === null || value === undefined || Number.isNaN(value)) return "–";
     const range = (metric && metric.range) || [];
     if (range[0] === 0 && range[1] === 1) return value.toFixed(4);
-    if (metric && /_keys$/.test(metric.name)) return value.toFixed(1).replace(/\.0$/, "");
+    if (metric && /keys$/.test(metric.name)) return value.toFixed(1).replace(/\.0$/, "");
     return Math.abs(value) < 100 ? value.toFixed(4) : String(Number(value.toPrecision(6)));
   }
-
-  function integers(packed) {
-    const raw = atob(packed.data);
-    const bytes = new Uint8Array(raw.length);
-    for (let i = 0; i < raw.length; i += 1) bytes[i] = raw.charCodeAt(i);
-    const view = new DataView(bytes.buffer);
-    const size = packed.dtype === "int16" ? 2 : 4;
-    const made = new Int32Array(raw.length / size);
-    for (let i = 0; i < made.length; i += 1) made[i] = size === 2 ? view.getInt16(2 * i, true) : view.getInt32(4 * i, true);
-    return made;
-  }
+  const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.095 ? 1 : 0)} %`;
 
   function isDark() {
     const forced = document.documentElement.dataset.theme;
     return forced ? forced === "dark" : window.matchMedia("(prefers-color-scheme: dark)").matches;
   }
-
   function colour(name) {
     return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   }
 
-  /* Colour and marker by policy; the dash changes with the replay, and when the colours begin again. */
-  function lineStyle(index, replay = 0) {
+  /* Colour and marker by policy; the dash changes with the way of replaying, and when the colours begin again. */
+  function lineStyle(index, way = 0) {
     const palette = PALETTE[isDark() ? "dark" : "light"];
     const at = index < 0 ? 0 : index;
-    return {
-      color: palette[at % palette.length],
-      symbol: MARKERS[at % MARKERS.length],
-      dash: DASHES[(Math.floor(at / palette.length) + replay) % DASHES.length],
+    const round = Math.floor(at / palette.length);
+    return { color: palette[at % palette.length], symbol: MARKERS[(at + round) % MARKERS.length], dash: DASHES[(round + way) % DASHES.length] };
+  }
+
+  /* A drawing that waits for something, once at a time: what is asked for meanwhile is drawn after it, and only the last. */
+  const pending = new Set();
+  function latest(draw) {
+    let running = null;
+    let again = false;
+    return function go() {
+      again = true;
+      if (!running) {
+        running = (async () => {
+          while (again) { again = false; await draw(); }
+        })().finally(() => { pending.delete(running); running = null; });
+        pending.add(running);
+      }
+      return running;
     };
   }
+  async function settled() { while (pending.size) await Promise.all(pending); }
 
-  /* Plotly reads a little HTML in its texts: whatever comes from outside is escaped before it goes there. */
-  function plain(text) {
-    return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-  }
-
-  function plot(box, traces, layout) {
-    const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true };
-    const base = {
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("text") },
-      margin: { l: 64, r: 16, t: 36, b: 52 },
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("accent") },
-      hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("line"), font: { color: colour("text") } },
-      ...layout,
-      xaxis: { ...axis, ...layout.xaxis },
-      yaxis: { ...axis, ...layout.yaxis },
-    };
-    return Plotly.react(box, traces, base, {
-      responsive: true, displaylogo: false,
-      // the buttons are named one by one: by default there is one that uploads the chart
-      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], showSendToCloud: false, plotlyServerURL: "",
-    });
-  }
-
-  function on(event, handler) { (listeners[event] = listeners[event] || []).push(handler); }
-  function emit(event, value) { for (const handler of listeners[event] || []) handler(value); }
   function onTheme(redraw) { redraws.push(redraw); }
   function redrawAll() { for (const redraw of redraws) redraw(); }
   function drawing(name, draw) { drawings[name] = draw; }
 
-  function watchTheme() {
-    const root = document.documentElement;
-    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawAll);
-    let before;
-    window.addEventListener("beforeprint", () => { before = root.dataset.theme; root.dataset.theme = "light"; redrawAll(); });
-    window.addEventListener("afterprint", () => {
-      if (before) root.dataset.theme = before; else delete root.dataset.theme;
-      redrawAll();
-    });
-  }
-
-  function themeSelect() {
-    const root = document.documentElement;
-    const options = [["", "as the system"], ["light", "light"], ["dark", "dark"]].map(([value, text]) => ({ value, text }));
-    return select("Colours", options, "", (value) => {
-      if (value) root.dataset.theme = value; else delete root.dataset.theme;
-      redrawAll();
-    }).box;
-  }
-
-  function section(panel, page) {
-    const box = element("div", { class: "body" });
-    const made = element("section", { class: "panel", id: panel.name, "aria-labelledby": `${panel.name}-title` },
-      element("h2", { id: `${panel.name}-title` }, panel.title),
-      element("details", { class: "how", open: true }, element("summary", {}, "How to read this"), element("p", {}, panel.help)),
-      panel.notes.length ? element("ul", { class: "notes" }, panel.notes.map((note) => element("li", {}, note))) : null,
-      box);
-    return { made, draw: () => { if (panel.data && drawings[panel.name]) drawings[panel.name](box, panel.data, page); } };
-  }
-
-  function show() {
-    const page = JSON.parse(document.getElementById("data").textContent);
-    const sections = page.panels.map((panel) => section(panel, page));
-    const links = page.panels.map((panel) => element("a", { href: `#${panel.name}` }, panel.title));
-    document.getElementById("page").append(
-      element("header", {},
-        element("div", {}, element("h1", {}, page.title), element("p", { class: "facts" }, page.facts.map((fact) => element("span", {}, fact)))),
-        themeSelect()),
-      element("nav", { "aria-label": "Panels" }, links),
-      element("main", {}, sections.map((each) => each.made)),
-      element("footer", {}, `Made by ${page.generator}. This page is complete in itself and fetches nothing.`));
-    watchTheme();
-    for (const each of sections) each.draw();
-    if (location.hash.length > 1) {
-      const target = document.getElementById(location.hash.slice(1));
-      if (target) target.scrollIntoView();
-    }
-  }
-
-  return { button, colour, drawing, element, emit, integers, isDark, lineStyle, number, on, onTheme, plain, plot, select, show, tableBehind };
+  return { button, checkbox, clamp, colour, drawing, drawings, element, isDark, latest, lineStyle, number, onTheme, options, percent, redrawAll, select, settled, slider, tableBehind, unique };
 })();

@@ -1,13 +1,10 @@
 /* Stays of keys as pixels: stays are counted per pixel, so any zoom costs the same and shows true shares. */
 kvscope.raster = (() => {
-  const opened = new Map();
+  const opened = new WeakMap();
 
-  /* Stays by head, sorted by key, with the place of each key's first stay. */
-  function open(each, length) {
-    if (opened.has(each)) return opened.get(each);
-    const leave = kvscope.integers(each.leave);
-    const key = each.key ? kvscope.integers(each.key) : null;
-    const enter = each.enter ? kvscope.integers(each.enter) : null;
+  /* Stays by head, sorted by key, with the place of each key's first stay; `leave` is `length` where a key never left. */
+  async function unpack(each, length) {
+    const [leave, key, enter] = await Promise.all(["leave", "key", "enter"].map((name) => (each[name] ? kvscope.numbers(each[name]) : null)));
     const made = [];
     let at = 0;
     for (let index = 0; index < each.stored; index += 1) {
@@ -19,12 +16,23 @@ kvscope.raster = (() => {
       made.push({ first, enter: enter ? enter.subarray(at, at + count) : keys, leave: leave.subarray(at, at + count) });
       at += count;
     }
-    opened.set(each, made);
-    return made;
+    return { length, heads: Array.from({ length: each.heads }, (_, index) => made[Math.min(index, made.length - 1)]), alike: each.stored < each.heads };
+  }
+  function open(each, length) {
+    if (!opened.has(each)) opened.set(each, unpack(each, length));
+    return opened.get(each);
   }
 
-  /* Held keys and keys there per pixel: +1 where a stay begins, -1 where it ends; sums along a row give the counts. */
-  function changes(heads, view, width, height) {
+  /* The stays of one key in one head, as [enter, leave] pairs. */
+  function staysOf(head, key) {
+    const found = [];
+    for (let stay = head.first[key]; stay < head.first[key + 1]; stay += 1) found.push([head.enter[stay], head.leave[stay]]);
+    return found;
+  }
+  const holds = (head, key, step) => staysOf(head, key).some(([from, to]) => from <= step && step < to);
+
+  /* Share of the keys of each pixel that are held, and whether any exists: +1 where a stay begins, -1 where it ends. */
+  function shares(heads, view, width, height) {
     const held = new Float32Array((width + 1) * height);
     const there = new Float32Array((width + 1) * height);
     const { k0, k1, t0, t1 } = view;
@@ -37,37 +45,52 @@ kvscope.raster = (() => {
           there[row + x(key)] += 1;
           for (let stay = first[key]; stay < first[key + 1]; stay += 1) {
             held[row + x(enter[stay])] += 1;
-            held[row + x(leave[stay] < 0 ? t1 : leave[stay])] -= 1;
+            held[row + x(leave[stay])] -= 1;
           }
         }
       }
     }
-    return { held, there };
+    const share = new Float32Array(width * height);
+    for (let y = 0; y < height; y += 1) {
+      let [holding, existing] = [0, 0];
+      for (let column = 0; column < width; column += 1) {
+        const at = y * (width + 1) + column;
+        holding += held[at];
+        existing += there[at];
+        share[y * width + column] = existing > 0 ? holding / existing : -1;
+      }
+    }
+    return share;
   }
 
   function rgb(hex) {
     return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
   }
-
-  /* Picture of a view: the colour `kept` where all keys of a pixel are held, `gone` where none is, clear where none exists. */
-  function image(context, heads, view, width, height, kept, gone) {
-    const { held, there } = changes(heads, view, width, height);
+  function paint(context, width, height, mix) {
     const made = context.createImageData(width, height);
-    const [full, none] = [rgb(kept), rgb(gone)];
-    for (let y = 0; y < height; y += 1) {
-      let [holding, existing] = [0, 0];
-      for (let x = 0; x < width; x += 1) {
-        const at = y * (width + 1) + x;
-        holding += held[at];
-        existing += there[at];
-        if (existing <= 0) continue;
-        const to = 4 * (y * width + x);
-        for (let c = 0; c < 3; c += 1) made.data[to + c] = none[c] + (full[c] - none[c]) * (holding / existing);
-        made.data[to + 3] = 255;
-      }
+    for (let at = 0; at < width * height; at += 1) {
+      const parts = mix(at);
+      if (!parts) continue;
+      for (const [weight, colour] of parts) for (let c = 0; c < 3; c += 1) made.data[4 * at + c] += weight * colour[c];
+      made.data[4 * at + 3] = 255;
     }
     return made;
   }
 
-  return { image, open };
+  /* `kept` where all keys of a pixel are held, `gone` where none is, clear where none exists. */
+  function image(context, share, width, height, kept, gone) {
+    const [full, none] = [rgb(kept), rgb(gone)];
+    return paint(context, width, height, (at) => (share[at] < 0 ? null : [[share[at], full], [1 - share[at], none]]));
+  }
+  /* Who holds more: `mine`, `only` the other, `both` or `neither`. */
+  function difference(context, one, other, width, height, colours) {
+    const [mine, only, both, neither] = colours.map(rgb);
+    return paint(context, width, height, (at) => {
+      if (one[at] < 0) return null;
+      const [a, b] = [one[at], other[at]];
+      return [[Math.max(a - b, 0), mine], [Math.max(b - a, 0), only], [Math.min(a, b), both], [1 - Math.max(a, b), neither]];
+    });
+  }
+
+  return { difference, holds, image, open, shares, staysOf };
 })();

@@ -1,63 +1,125 @@
-/* Fidelity over budget: lines with their own colour, marker and dash; intervals as error bars. */
-kvscope.drawing("budget-curve", (box, data, page) => {
-  const { element, select, plain, plot, lineStyle, number, colour } = kvscope;
-  const usable = data.metrics.filter((metric) => data.lines.some((line) => line.values[metric.name].some((value) => value[0] !== null)));
+/* Budget curves: lines with their own colour, marker and dash; which of them are shown is chosen in a list. */
+kvscope.drawing("budget-curve", async (box, data, page) => {
+  const { element, select, button, checkbox, plain, plot, number, colour, options, state, axisTitle } = kvscope;
+  const AXES = { held: ["held_keys", "keys held, mean over the steps"], read: ["read_keys", "keys read, mean over the steps"], budget: [null, "budget, keys per key/value head"] };
+  const value = (id, name) => (page.byId.get(id).values[name] || [null, null, null]);
+  const usable = page.metrics.filter((metric) => data.lines.some((line) => line.runs.some((id) => value(id, metric.name)[0] !== null)));
   if (!usable.length) return;
-  let metric = usable[0];
+  const axes = Object.keys(AXES).filter((axis) => AXES[axis][0] === null || data.lines.some((line) => line.runs.some((id) => value(id, AXES[axis][0])[0] !== null)));
+  state.declare("curve", () => usable[0].name, state.oneOf(() => usable.map((metric) => metric.name)));
+  state.declare("axis", () => axes[0], state.oneOf(() => axes));
+  const usual = data.usual.join(".");
+  state.declare("lines", () => usual, (text) => (text === "" || String(text).split(".").every((at) => Object.hasOwn(data.lines, at)) ? String(text) : undefined));
+  const chosen = () => new Set(state.get("lines").split(".").filter(Boolean).map(Number));
+
   const area = element("div", { class: "plot curve" });
   const behind = element("div");
+  const place = (id) => (AXES[state.get("axis")][0] ? value(id, AXES[state.get("axis")][0])[0] : page.byId.get(id).keys);
+  const styleOf = (line) => page.style(page.byId.get(line.runs[0]));
 
-  function lineTrace(line) {
-    const style = lineStyle(page.labels.indexOf(line.label), line.replay);
-    const values = line.values[metric.name];
-    const bars = values.some((value) => value[1] !== null);
+  function lineTrace(line, metric) {
+    const style = styleOf(line);
+    const bound = line.kind === "bound";
+    const values = line.runs.map((id) => value(id, metric.name));
+    const bars = values.some((each) => each[1] !== null);
+    const color = bound ? colour("muted") : style.color;
     return {
-      type: "scatter", mode: "lines+markers", name: plain(line.name), x: line.keys, y: values.map((value) => value[0]),
-      line: { color: style.color, dash: style.dash, width: 2 },
-      marker: { symbol: style.symbol, size: 9, color: style.color },
+      type: "scatter", mode: bound ? "lines" : "lines+markers", name: plain(line.name), x: line.runs.map(place), y: values.map((each) => each[0]), showlegend: false,
+      line: { color, dash: bound ? "dash" : style.dash, width: 2 },
+      marker: { symbol: style.symbol, size: 9, color },
       error_y: bars ? {
-        type: "data", symmetric: false, thickness: 1, width: 4, color: style.color,
-        array: values.map((value) => (value[2] === null ? 0 : value[2] - value[0])),
-        arrayminus: values.map((value) => (value[1] === null ? 0 : value[0] - value[1])),
+        type: "data", symmetric: false, thickness: 1, width: 4, color,
+        array: values.map((each) => (each[2] === null ? 0 : each[2] - each[0])),
+        arrayminus: values.map((each) => (each[1] === null ? 0 : each[0] - each[1])),
       } : undefined,
-      text: line.budgets.map((budget, index) => plain(`${line.name}, budget ${budget}: ${number(values[index][0], metric)}`)),
+      text: line.runs.map((id, index) => plain(`${line.name}, budget ${page.byId.get(id).budget}: ${number(values[index][0], metric)}`)),
+      customdata: line.runs,
       hovertemplate: "%{text}<extra></extra>",
     };
   }
-  function referenceTrace(reference) {
+  function referenceTrace(reference, metric) {
+    const y = reference.runs.map((id) => value(id, reference.values)[0]);
     return {
-      type: "scatter", mode: "lines", name: plain(reference.name), x: reference.keys, y: reference.values,
+      type: "scatter", mode: "lines", name: plain(reference.name), x: reference.runs.map(place), y, showlegend: false,
       line: { color: colour("muted"), dash: "dash", width: 2 },
-      text: reference.values.map((value) => plain(`${reference.name}: ${number(value, metric)}`)),
+      text: y.map((each) => plain(`${reference.name}: ${number(each, metric)}`)),
       hovertemplate: "%{text}<extra></extra>",
     };
   }
-  function draw() {
-    const references = data.references[metric.name] || [];
-    const ticks = new Map();
-    for (const line of data.lines) line.keys.forEach((keys, index) => ticks.set(keys, line.budgets[index]));
-    const at = [...ticks.keys()].sort((a, b) => a - b);
-    const few = at.length <= 10;
-    const text = (keys) => {
-      const shown = String(Math.round(keys * 10) / 10);
-      return ticks.get(keys) === shown ? shown : `${shown}<br>${plain(ticks.get(keys))}`;
-    };
-    plot(area, [...data.lines.map(lineTrace), ...references.map(referenceTrace)], {
-      xaxis: { title: { text: "budget, keys per key/value head" }, ...(few ? { tickvals: at, ticktext: at.map(text) } : {}) },
-      yaxis: { title: { text: plain(metric.title) + (metric.direction === "none" ? "" : ` (${metric.direction} is better)`) } },
-      legend: { orientation: "v", x: 1.01, xanchor: "left", y: 1, font: { size: 13 } },
-      showlegend: true,
-    });
-    const rows = data.lines.flatMap((line) => line.budgets.map((budget, index) =>
-      [line.name, budget, number(line.keys[index], { name: "budget_keys" }), ...line.values[metric.name][index].map((value) => number(value, metric))]));
-    behind.replaceChildren(kvscope.tableBehind("The numbers behind this plot", ["Policy", "Budget", "Keys", metric.title, "low", "high"], rows));
+  /* The name of a bound stands at its end: it has no place in the list of colours. */
+  function names(traces) {
+    return traces.filter((trace) => trace.mode === "lines" && trace.x.length).map((trace) => ({
+      x: trace.x[trace.x.length - 1], y: trace.y[trace.y.length - 1], text: trace.name, showarrow: false, xanchor: "right", yanchor: "bottom", font: { color: colour("muted"), size: 12 },
+    }));
   }
+  const draw = kvscope.latest(async () => {
+    const metric = usable.find((each) => each.name === state.get("curve"));
+    const shown = data.lines.filter((_, index) => chosen().has(index));
+    const traces = [...shown.map((line) => lineTrace(line, metric)), ...data.references.filter((each) => each.metric === metric.name).map((each) => referenceTrace(each, metric))];
+    behind.replaceChildren(kvscope.tableBehind("The numbers behind this plot", ["Policy", "Kind", "Budget", "Keys held", "Keys read", metric.title, "low", "high"],
+      () => shown.flatMap((line) => line.runs.map((id) => [line.name, line.kind, page.byId.get(id).budget, number(value(id, "held_keys")[0], { name: "keys" }), number(value(id, "read_keys")[0], { name: "keys" }), ...value(id, metric.name).slice(0, 3).map((each) => number(each, metric))]))));
+    await plot(area, traces, {
+      xaxis: { title: { text: AXES[state.get("axis")][1] }, rangemode: "tozero" },
+      yaxis: { title: { text: axisTitle(metric) } },
+      annotations: names(traces),
+    });
+  });
 
-  const choice = select("Metric", usable.map((each) => ({ value: each.name, text: each.title })), metric.name, (value) => {
-    metric = usable.find((each) => each.name === value);
+  /* The list of lines: a sample with dash and marker, the name; a heading for each kind. */
+  function sample(line) {
+    const style = styleOf(line);
+    const bound = line.kind === "bound";
+    const glyph = { circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", "triangle-down": "▼", cross: "✚", x: "✖", star: "★" }[style.symbol];
+    const made = element("span", { class: "sample", "aria-hidden": "true" }, element("i"), bound ? "" : glyph, element("i"));
+    made.style.color = bound ? colour("muted") : style.color;
+    for (const dash of made.querySelectorAll("i")) dash.style.borderTopStyle = { solid: "solid", dash: "dashed", dot: "dotted", dashdot: "double" }[bound ? "dash" : style.dash];
+    return made;
+  }
+  const list = element("div", { class: "lines", role: "group", "aria-label": "Lines shown" });
+  const search = element("input", { type: "search", placeholder: "find a policy", "aria-label": "Find a policy", on: { input: () => fillList() } });
+  const count = element("span", { class: "small", role: "status" });
+  function fillList() {
+    const wanted = search.value.trim().toLowerCase();
+    const now = chosen();
+    const rows = data.lines.map((line, index) => ({ line, index })).filter(({ line }) => `${line.name} ${line.kind}`.toLowerCase().includes(wanted));
+    rows.sort((a, b) => page.kindOf[a.line.kind].place - page.kindOf[b.line.kind].place || a.line.name.localeCompare(b.line.name));
+    let kind = null;
+    list.replaceChildren(...rows.flatMap(({ line, index }) => {
+      const heading = line.kind === kind ? [] : [element("h4", { title: page.kindOf[line.kind].meaning }, line.kind)];
+      kind = line.kind;
+      const row = checkbox([sample(line), " ", element("bdi", {}, line.name)], now.has(index), (on) => {
+        const next = chosen();
+        if (on) next.add(index); else next.delete(index);
+        state.set({ lines: [...next].sort((a, b) => a - b).join(".") });
+      });
+      row.control.dataset.line = index;
+      return [...heading, row.box];
+    }));
+    count.textContent = `${now.size} of ${data.lines.length} shown`;
+  }
+  const some = (indices) => state.set({ lines: indices.join(".") });
+
+  const metricChoice = select("Metric", usable.map((each) => ({ value: each.name, text: each.title })), state.get("curve"), (name) => state.set({ curve: name }));
+  const axisChoice = select("Against", options(axes, (axis) => AXES[axis][1].split(",")[0]), state.get("axis"), (axis) => state.set({ axis }));
+  box.append(element("div", { class: "controls" }, metricChoice.box, axisChoice.box),
+    element("div", { class: "beside" }, area,
+      element("div", { class: "picker" },
+        element("div", { class: "controls" }, search),
+        element("div", { class: "controls" }, button("Usual", () => state.set({ lines: usual })), button("All", () => some(data.lines.map((_, index) => index))), button("None", () => some([])), count),
+        list)),
+    behind);
+  fillList();
+  state.on(["curve", "axis", "lines"], (changed) => {
+    metricChoice.value = state.get("curve");
+    axisChoice.value = state.get("axis");
+    if (changed.has("lines")) {
+      const focus = document.activeElement?.dataset?.line;
+      fillList();
+      if (focus !== undefined) list.querySelector(`[data-line="${Number(focus)}"]`)?.focus();
+    }
     draw();
   });
-  box.append(element("div", { class: "controls" }, choice.box), area, behind);
-  draw();
-  kvscope.onTheme(draw);
+  kvscope.onTheme(() => { fillList(); draw(); });
+  await draw();
+  area.on("plotly_click", ({ points: [point] }) => { if (point.customdata) state.set({ run: point.customdata }); });
 });

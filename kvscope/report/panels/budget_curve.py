@@ -1,4 +1,4 @@
-"""Fidelity over budget: one line per policy, any metric, with the ideal set as the line that none can cross."""
+"""Fidelity over budget: one line per policy, any metric, against the keys that were really held or read."""
 
 from __future__ import annotations
 
@@ -6,90 +6,74 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from kvscope.report.encoding import rounded
 from kvscope.report.panel import panel
-from kvscope.report.source import ReportInput, Run
+from kvscope.report.runs import Run
+from kvscope.report.source import ReportInput
 
-# Metric -> the metric that bounds it from above for the same number of keys.
+# Metric -> the metric that bounds it for the same number of keys; drawn where no run is that bound itself.
 REFERENCES = {"retained_mass": "ideal_mass"}
+
+Line = tuple[str, ...]
 
 
 @panel(
     "budget-curve",
-    title="Fidelity over budget",
+    title="Budget curves",
     order=20,
-    needs=("summary",),
-    help="Each line is one policy, from the smallest budget to the largest; further left is a smaller cache. A line "
-    "that stays high while it moves left loses little; the distance to the dashed ideal, where there is one, is "
-    "what a better choice of keys could gain.",
+    help="Each line is one policy from its smallest budget to its largest, against the keys that it really held or "
+    "read, so that policies of different kinds stand where their cost is. A line that stays high while it moves left "
+    "loses little, and the distance to the dashed bounds is what a better choice of keys could gain.",
 )
 def budget_curve(source: ReportInput) -> dict[str, Any]:
-    """Return one line per policy and protocol, with a point per budget."""
+    """Return one line per policy and protocol, as the runs of its budgets, and which of them to show at first."""
     lines = _lines(source.runs)
     names = list(lines)
     shown = names[: source.limits.rows]
     notes = []
     if len(shown) < len(names):
-        notes.append(f"The plot shows {len(shown)} of {len(names)} lines; the others are in the summary table's files.")
+        notes.append(f"The plot offers {len(shown)} of {len(names)} lines; the others are in summary.json.")
     without = list(dict.fromkeys(run.label for run in source.runs if run.budget_keys is None))
     if without:
         notes.append(f"Without a budget, and so without a line: {', '.join(without)}.")
     if names and all(len(runs) == 1 for runs in lines.values()):
         notes.append("Only one budget was replayed: lines need two or more, for instance --budget 10%,20%,40%.")
-    metrics = source.metric_list()
     return {
-        "metrics": metrics,
-        "lines": [_line(source, lines[name], metrics) for name in shown],
-        "references": {
-            name: _reference(source.runs, bound)
-            for name, bound in REFERENCES.items()
-            if name in source.metrics and bound in source.metrics
-        },
+        "lines": [_line(source, lines[name]) for name in shown],
+        "usual": [place for place, (label, *_) in enumerate(shown) if label in source.usual],
+        "references": _references(source),
         "notes": notes,
     }
 
 
-def _lines(runs: Sequence[Run]) -> dict[tuple[str, ...], list[Run]]:
-    lines: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+def _lines(runs: Sequence[Run]) -> dict[Line, list[Run]]:
+    lines: dict[Line, list[Run]] = defaultdict(list)
     for run in runs:
         if run.budget_keys is not None:
             lines[(run.label, run.source, *run.protocol)].append(run)
     return {name: sorted(line, key=lambda run: run.budget_keys or 0.0) for name, line in lines.items()}
 
 
-def _line(source: ReportInput, runs: Sequence[Run], metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _line(source: ReportInput, runs: Sequence[Run]) -> dict[str, Any]:
     first = runs[0]
-    name = first.label if len(source.replays) == 1 else f"{first.label} · {first.source}"
     return {
-        "name": name,
-        "label": first.label,
-        "replay": source.names.index(first.source),
-        "loop": first.protocol[1],
-        "prefill": first.protocol[2],
-        "budgets": [run.budget for run in runs],
-        "keys": [rounded(run.budget_keys) for run in runs],
-        "values": {
-            metric["name"]: [
-                [rounded(run.metrics.get(metric["name"], {}).get(end)) for end in ("mean", "low", "high")]
-                for run in runs
-            ]
-            for metric in metrics
-        },
+        "name": source.title_of(first),
+        "kind": first.kind,
+        "runs": [run.id for run in runs],
     }
 
 
-def _reference(runs: Sequence[Run], bound: str) -> list[dict[str, Any]]:
-    """Return the bound's points, one line per protocol; it depends on the budget and not on the policy."""
-    points: dict[tuple[str, str, str], dict[float, float]] = defaultdict(dict)
-    for run in runs:
-        keys, value = run.budget_keys, rounded(run.mean(bound))
-        if keys is not None and value is not None:
-            points[run.protocol].setdefault(keys, value)
-    return [
-        {
-            "name": f"ideal ({prefill} prefill)" if len(points) > 1 else "ideal",
-            "keys": [rounded(keys) for keys in sorted(found)],
-            "values": [found[keys] for keys in sorted(found)],
-        }
-        for (_, _, prefill), found in points.items()
-    ]
+def _references(source: ReportInput) -> list[dict[str, Any]]:
+    """Return for each bounding metric and protocol the runs that carry it, one for each budget."""
+    bounds = {str(run.info["policy"]) for run in source.runs if run.kind == "bound"}
+    made = []
+    for metric, bound in REFERENCES.items():
+        if "ideal" in bounds or metric not in source.metrics:
+            continue
+        points: dict[tuple[str, ...], dict[float, str]] = defaultdict(dict)
+        for run in source.ranking:
+            if run.kind == "every step" and run.budget_keys is not None and run.mean(bound) is not None:
+                points[run.protocol].setdefault(run.budget_keys, run.id)
+        for (_, loop, prefill), runs in points.items():
+            name = "ideal" if len(points) == 1 else f"ideal ({prefill} prefill, {loop} loop)"
+            made.append({"name": name, "metric": metric, "values": bound, "runs": list(runs.values())})
+    return made

@@ -1,128 +1,176 @@
-/* Summary: the best of each budget as cards, then a table that sorts by any column. */
-kvscope.drawing("summary", (box, data) => {
-  const { element, select, button, number } = kvscope;
+/* Overview: the best of each kind at each budget, then a table of all runs that sorts by any column. */
+kvscope.drawing("overview", (box, data, page) => {
+  const { element, select, button, checkbox, number, percent, state } = kvscope;
   const ALL = "all";
-  let sort = null;
-  let budget = ALL;
-  let scope = ALL;
+  const metricOf = Object.fromEntries(page.metrics.map((metric) => [metric.name, metric]));
+  const runs = Object.fromEntries(page.runs.map((run) => [run.id, run]));
+  const several = page.replays.length > 1;
+  const cost = (keys) => number(keys, { name: "keys" });
+  const span = (pair) => (pair === null ? "–" : pair[0] === pair[1] ? cost(pair[0]) : `${cost(pair[0])} to ${cost(pair[1])}`);
+  const isBound = (row) => runs[row.run].kind === "bound";
 
   /* "20% 103 keys", or "103 keys" where the budget was given in keys. */
-  function budgetText({ budget, budget_keys: keys }) {
-    const text = `${number(keys, { name: "budget_keys" })} keys`;
+  function budgetText({ budget, keys }) {
+    if (budget === null) return ["none"];
+    const text = `${cost(keys)} keys`;
     return text === `${budget} keys` ? [text] : [budget, element("small", {}, ` ${text}`)];
   }
+  const kindChip = (kind) => element("span", { class: `chip kind k-${page.kindOf[kind].place}`, title: page.kindOf[kind].meaning }, kind);
 
-  const cards = data.headlines.map((line) => element("article", { class: "card" },
-    element("h3", {}, budgetText(line)),
-    element("p", { class: "small" }, `best of ${line.of}, ${line.protocol}`, data.several ? `, ${line.replay}` : ""),
-    element("dl", {}, line.best.map((best) => [
-      element("dt", {}, `${best.metric} `),
-      element("dd", {}, `${number(best.value, { range: [0, 1] })} `, element("b", {}, best.labels.slice(0, 3).join(", ") + (best.labels.length > 3 ? ", …" : "")))]))));
-
-  /* What all rows share of loop, prefill and phase is said once; a column shows the rest. A run that decides nothing has no phase. */
-  const parts = [["loop", (row) => `${row.loop} loop`], ["prefill", (row) => `${row.prefill} prefill`], ["phase", (row) => `phase: ${row.phase}`]];
-  const differs = ([name]) => new Set(data.rows.map((row) => row[name]).filter((value) => value !== "none")).size > 1;
+  /* What all rows share of loop and prefill is said once; a column shows the rest. */
+  const parts = [["loop", (run) => `${run.loop} loop`], ["prefill", (run) => `${run.prefill} prefill`]];
+  const differs = ([name]) => new Set(data.rows.map((row) => runs[row.run][name])).size > 1;
   const [varying, common] = [parts.filter(differs), parts.filter((part) => !differs(part))];
-  const protocol = (row, chosen) => chosen.filter(([name]) => row[name] !== "none").map(([, text]) => text(row));
+  const protocol = (run, chosen) => chosen.map(([, text]) => text(run));
   const chips = (texts) => texts.map((text) => element("span", { class: "chip" }, text));
-  const columns = [
-    { title: "Policy", key: (row) => row.label, text: true },
-    { title: "Budget", key: (row) => row.budget_keys },
-    ...(data.several ? [{ title: "Replay", key: (row) => row.replay, text: true }] : []),
-    ...(varying.length ? [{ title: "Protocol", key: (row) => protocol(row, varying).join(), text: true }] : []),
-    ...data.metrics.map((metric) => ({
-      title: metric.title, metric, key: (row) => (row.values[metric.name] ? row.values[metric.name].mean : null),
-    })),
-  ];
 
-  function policyCell(row) {
-    return element("th", { scope: "row", class: "policy" }, element("bdi", {}, row.label));
+  function bestTable() {
+    const shown = data.headlines.filter((name) => data.best.some((line) => line.best[name] && line.best[name].value !== null));
+    const winner = (found) => {
+      if (!found || found.value === null) return "–";
+      const names = found.runs.slice(0, 2).map((id) => runs[id].label).join(", ") + (found.runs.length > 2 ? ", …" : "");
+      return [button(element("bdi", {}, names), () => { state.set({ run: found.runs[0] }); mark(); }, { class: "plain", title: "show this run in the panels below" }), element("span", { class: "value" }, found.value.toFixed(3))];
+    };
+    const ideal = data.best.some((line) => line.ideal !== null);
+    const head = ["Budget", "Kind", ...shown.map((name) => `best by ${metricOf[name].title}`), ...(ideal ? ["ideal mass"] : []), "Keys held", "Keys read", "of a full cache"];
+    let last = null;
+    const lines = data.best.map((line) => {
+      const run = runs[line.run];
+      const first = last !== `${run.budget} ${run.loop} ${run.prefill} ${run.replay}`;
+      last = `${run.budget} ${run.loop} ${run.prefill} ${run.replay}`;
+      return element("tr", { class: first ? "starts" : null },
+        element("th", { scope: "row", class: "budget" }, first ? [budgetText(run), several ? element("small", { class: "below" }, element("bdi", {}, run.replay)) : null, varying.length ? [" ", chips(protocol(run, varying))] : null] : ""),
+        element("td", {}, kindChip(run.kind), element("small", {}, line.of > 1 ? ` best of ${line.of}` : " the only one")),
+        shown.map((name) => element("td", { class: "winner" }, winner(line.best[name]))),
+        ideal ? element("td", { class: "number" }, line.ideal === null ? "–" : line.ideal.toFixed(3)) : null,
+        element("td", { class: "number" }, span(line.held)),
+        element("td", { class: "number" }, span(line.read)),
+        element("td", { class: "number" }, line.held && line.full ? percent(line.held[0] / line.full) : "–"));
+    });
+    return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Best of each kind at each budget" },
+      element("table", { class: "bests" }, element("thead", {}, element("tr", {}, head.map((text, index) => element("th", { scope: "col", class: index > 1 + shown.length ? "number" : null }, text)))), element("tbody", {}, lines)));
   }
-  function budgetCell(row) {
-    if (row.budget === null) return element("td", { class: "budget" }, "none");
-    return element("td", { class: "budget" }, budgetText(row));
-  }
-  function protocolCell(row) {
-    return element("td", { class: "chips" }, chips(protocol(row, varying)));
+
+  const budgets = [...new Set(data.rows.map((row) => runs[row.run].budget).filter((each) => each !== null))];
+  const kinds = page.kinds.map((kind) => kind.name).filter((kind) => data.rows.some((row) => runs[row.run].kind === kind));
+  const columnsAll = [
+    { id: "policy", title: "Policy", key: (row) => runs[row.run].label, text: true },
+    { id: "budget", title: "Budget", key: (row) => runs[row.run].keys },
+    { id: "kind", title: "Kind", key: (row) => runs[row.run].kind, text: true },
+    ...(several ? [{ id: "replay", title: "Replay", key: (row) => runs[row.run].replay, text: true }] : []),
+    ...(varying.length ? [{ id: "protocol", title: "Protocol", key: (row) => protocol(runs[row.run], varying).join(), text: true }] : []),
+    ...page.metrics.map((metric) => ({ id: metric.name, title: metric.title, metric, key: (row) => (runs[row.run].values[metric.name] || [null])[0] })),
+  ];
+  state.declare("sort", () => "", (value) => (columnsAll.some((column) => value === column.id || value === `-${column.id}`) ? value : undefined));
+  state.declare("budget", () => ALL, state.oneOf(() => [ALL, ...budgets]));
+  state.declare("kind", () => ALL, state.oneOf(() => [ALL, ...kinds]));
+  state.declare("columns", () => "usual", state.oneOf(() => ["usual", ALL]));
+
+  const columns = () => columnsAll.filter((column) => !column.metric || state.get("columns") === ALL || data.usual.includes(column.id));
+
+  function cell(row, column) {
+    const run = runs[row.run];
+    if (column.metric) return metricCell(row, column.metric);
+    if (column.id === "policy") {
+      return element("th", { scope: "row", class: "policy" },
+        button(element("bdi", {}, run.label), () => { state.set({ run: run.id }); mark(); }, { class: "plain", title: "show this run in the panels below" }));
+    }
+    if (column.id === "budget") return element("td", { class: "budget" }, budgetText(run));
+    if (column.id === "kind") return element("td", { class: "chips" }, kindChip(run.kind), chips(run.marks));
+    if (column.id === "replay") return element("td", {}, element("bdi", {}, run.replay));
+    return element("td", { class: "chips" }, chips(protocol(run, varying)));
   }
   function metricCell(row, metric) {
-    const value = row.values[metric.name];
+    const value = runs[row.run].values[metric.name];
     const mark = row.marks[metric.name];
-    if (!value || value.mean === null) {
-      return element("td", { class: "number none", title: "no value: nothing was evicted, or the metric was not computed" }, "–");
-    }
-    const shown = [number(value.mean, metric)];
-    if (mark === "best") shown.push(element("span", { class: "mark", role: "img", "aria-label": "best" }, "★"));
-    else if (mark === "last") shown.push(element("span", { class: "mark", role: "img", "aria-label": "last" }, "▽"));
-    else shown.push(element("span", { class: "mark", "aria-hidden": "true" }, ""));
-    if (value.low !== null && value.high !== null) {
-      shown.push(element("small", {}, `${number(value.low, metric)} to ${number(value.high, metric)}`));
-    }
-    return element("td", { class: `number ${mark || ""}`, title: value.count === null ? null : `over ${value.count} values` }, shown);
+    if (!value || value[0] === null) return element("td", { class: "number none", title: "no value: nothing was evicted, or the metric was not computed" }, "–");
+    const sign = { best: ["★", "best of its kind"], last: ["▽", "last of its kind"] }[mark];
+    return element("td", { class: `number ${mark || ""}`, title: value[3] ? `over ${value[3]} values` : null },
+      number(value[0], metric),
+      element("span", sign ? { class: "mark", role: "img", "aria-label": sign[1] } : { class: "mark", "aria-hidden": "true" }, sign ? sign[0] : ""),
+      value[1] !== null && value[2] !== null ? element("small", {}, `${number(value[1], metric)} to ${number(value[2], metric)}`) : null);
   }
 
-  function rows() {
-    const chosen = data.rows.filter((row) => (budget === ALL || row.budget === budget) && (scope === ALL || row.replay === scope));
-    if (!sort) return chosen;
-    const { column, down } = sort;
+  function sorted(rows) {
+    const sort = state.get("sort");
+    if (!sort) return rows;
+    const down = sort.startsWith("-");
+    const column = columnsAll.find((each) => each.id === sort.replace(/^-/, ""));
     const order = (a, b) => (column.text ? a.localeCompare(b) : a - b);
-    return [...chosen].sort((a, b) => {
+    return [...rows].sort((a, b) => {
       const [x, y] = [column.key(a), column.key(b)];
       if (x === null || y === null) return (x === null) - (y === null); // no value: always at the end
       return down ? order(y, x) : order(x, y);
     });
   }
+  function sortBy(column) {
+    const sort = state.get("sort");
+    const first = column.metric && column.metric.direction !== "lower" ? `-${column.id}` : column.id;
+    const second = first.startsWith("-") ? column.id : `-${column.id}`;
+    state.set({ sort: sort === first ? second : first });
+  }
 
   const body = element("tbody");
-  const heads = columns.map((column) => {
-    const sign = element("span", { class: "sign", "aria-hidden": "true" }, "");
-    const better = column.metric && column.metric.direction !== "none" ? ` (${column.metric.direction} is better)` : "";
-    const head = element("th", { scope: "col", class: column.text || !column.metric ? "" : "number" },
-      button([column.title, sign], () => sortBy(column), { title: column.metric ? `${column.metric.summary}${better}` : null }));
-    return { column, head, sign };
-  });
-
-  function sortBy(column) {
-    const first = Boolean(column.metric && column.metric.direction !== "lower");
-    sort = sort && sort.column === column ? { column, down: !sort.down } : { column, down: first };
-    fill();
-  }
+  const boundsBody = element("tbody", { class: "bounds" });
+  const headRow = element("tr");
+  const warning = element("p", { class: "warning", role: "status" });
   function fill() {
-    for (const { column, head, sign } of heads) {
-      const active = sort && sort.column === column;
-      if (active) head.setAttribute("aria-sort", sort.down ? "descending" : "ascending");
-      else head.removeAttribute("aria-sort");
-      sign.textContent = active ? (sort.down ? " ↓" : " ↑") : "";
-    }
-    let last = null;
-    body.replaceChildren(...rows().map((row) => {
-      const starts = !sort && last !== null && last !== `${row.budget} ${row.budget_keys}`;
-      last = `${row.budget} ${row.budget_keys}`;
-      return element("tr", { class: starts ? "starts" : null }, columns.map((column) => {
-        if (column.metric) return metricCell(row, column.metric);
-        if (column.title === "Policy") return policyCell(row);
-        if (column.title === "Budget") return budgetCell(row);
-        if (column.title === "Replay") return element("td", {}, element("bdi", {}, row.replay));
-        return protocolCell(row);
-      }));
+    const sort = state.get("sort");
+    headRow.replaceChildren(...columns().map((column) => {
+      const active = sort.replace(/^-/, "") === column.id;
+      const better = column.metric && column.metric.direction !== "none" ? ` (${column.metric.direction} is better)` : "";
+      return element("th", { scope: "col", class: column.metric ? "number" : null, "aria-sort": active ? (sort.startsWith("-") ? "descending" : "ascending") : null },
+        button([column.title, element("span", { "aria-hidden": "true" }, active ? (sort.startsWith("-") ? " ↓" : " ↑") : "")], () => sortBy(column), { title: column.metric ? `${column.metric.summary}${better}` : null }));
     }));
+    const fits = (row) => (state.get("budget") === ALL || runs[row.run].budget === state.get("budget")) && (state.get("kind") === ALL || runs[row.run].kind === state.get("kind"));
+    const rows = sorted(data.rows.filter(fits));
+    let last = null;
+    const line = (row) => {
+      const { budget, keys } = runs[row.run];
+      const starts = !sort && last !== null && last !== `${budget} ${keys}`;
+      last = `${budget} ${keys}`;
+      return element("tr", { class: starts ? "starts" : null, "data-run": row.run }, columns().map((column) => cell(row, column)));
+    };
+    body.replaceChildren(...rows.filter((row) => !isBound(row)).map(line));
+    last = null;
+    const bounds = rows.filter(isBound);
+    boundsBody.replaceChildren(...(bounds.length ? [element("tr", {}, element("th", { class: "group", colspan: columns().length, scope: "rowgroup" }, "Bounds: these know the future, no policy can"))] : []), ...bounds.map(line));
+    const mixed = new Set(rows.filter((row) => !isBound(row)).map((row) => runs[row.run].kind).filter((kind) => kind !== "no eviction"));
+    warning.textContent = mixed.size > 1
+      ? `The rows are of ${mixed.size} kinds, which hold and read different numbers of keys: rank them only within a kind.` : "";
+    mark();
+  }
+  function mark() {
+    for (const row of box.querySelectorAll("tr[data-run]")) row.classList.toggle("shown", row.dataset.run === state.get("run"));
   }
 
-  const budgets = [...new Set(data.rows.map((row) => row.budget).filter((each) => each !== null))];
-  const replays = [...new Set(data.rows.map((row) => row.replay))];
   const all = (text) => ({ value: ALL, text });
   const pick = (values) => values.map((value) => ({ value, text: value }));
-  const controls = element("div", { class: "controls" },
-    budgets.length > 1 ? select("Budget", [all("all budgets"), ...pick(budgets)], ALL, (value) => { budget = value; fill(); }).box : null,
-    replays.length > 1 ? select("Replay", [all("all replays"), ...pick(replays)], ALL, (value) => { scope = value; fill(); }).box : null,
-    button("Default order", () => { sort = null; fill(); }),
-    common.length ? element("p", { class: "common" }, "All rows: ", chips([...new Set(data.rows.flatMap((row) => protocol(row, common)))])) : null);
-  box.append(element("div", { class: "cards" }, cards), controls,
-    element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Summary table" },
-      element("table", { class: "summary" }, element("thead", {}, element("tr", {}, heads.map((each) => each.head))), body)),
-    element("details", { class: "behind" }, element("summary", {}, "What the metrics mean"),
-      element("dl", { class: "meanings" }, data.metrics.map((metric) => [
-        element("dt", {}, metric.title),
-        element("dd", {}, metric.summary, metric.direction === "none" ? "" : ` (${metric.direction} is better)`)]))));
+  const budgetChoice = select("Budget", [all("all budgets"), ...pick(budgets)], state.get("budget"), (value) => state.set({ budget: value }));
+  const kindChoice = select("Kind", [all("all kinds"), ...pick(kinds)], state.get("kind"), (value) => state.set({ kind: value }));
+  const more = checkbox("all metrics", state.get("columns") === ALL, (on) => state.set({ columns: on ? ALL : "usual" }));
+  box.append(
+    data.best.length ? bestTable() : "",
+    element("div", { class: "controls" },
+      budgets.length > 1 ? budgetChoice.box : null, kinds.length > 1 ? kindChoice.box : null,
+      data.usual.length < page.metrics.length ? more.box : null,
+      button("Default order", () => state.set({ sort: "" })),
+      common.length ? element("p", { class: "common" }, "All rows: ", chips(protocol(page.runs[0], common))) : null),
+    warning,
+    element("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": "All runs" },
+      element("table", { class: "summary" }, element("thead", {}, headRow), body, boundsBody)),
+    element("details", { class: "behind" }, element("summary", {}, "What the kinds and metrics mean"),
+      element("dl", { class: "meanings" },
+        kinds.map((kind) => [element("dt", {}, kind), element("dd", {}, page.kindOf[kind].meaning)]),
+        page.metrics.map((metric) => [
+          element("dt", {}, metric.title),
+          element("dd", {}, metric.summary, metric.direction === "none" ? "" : ` (${metric.direction} is better)`)]))));
   fill();
+  state.on(["sort", "budget", "kind", "columns"], () => {
+    budgetChoice.value = state.get("budget");
+    kindChoice.value = state.get("kind");
+    more.control.checked = state.get("columns") === ALL;
+    fill();
+  });
+  state.on(["run"], mark);
 });

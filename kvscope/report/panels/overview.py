@@ -1,131 +1,127 @@
-"""Summary table: every policy under every budget, all metrics, the best and the last of each budget marked."""
+"""Overview: the best policy of each kind at each budget and what it costs, then every run with all its metrics."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from kvscope.report.encoding import rounded
 from kvscope.report.panel import panel
-from kvscope.report.source import ReportInput, Run
+from kvscope.report.runs import KINDS, Run
+from kvscope.report.source import ReportInput, ends
 
-HEADLINES = ("retained_mass", "ideal_cosine", "output_error")
+# What stands in the table until the reader asks for all metrics.
+USUAL = (
+    "retained_mass",
+    "ideal_cosine",
+    "output_error",
+    "perplexity_ratio",
+    "share_of_belady",
+    "read_keys",
+    "held_keys",
+)
+HEADLINES = ("retained_mass", "ideal_cosine", "output_error", "perplexity_ratio")
+IDEAL = "ideal_mass"  # what the ideal set retains with as many keys
 
 
 @panel(
-    "summary",
-    title="Summary",
+    "overview",
+    title="Overview",
     order=10,
-    needs=("summary",),
-    help="Each row is one policy under one budget; a number is the mean over steps, then heads, layers and sequences, "
-    "with its 95 % interval below it where there are five or more sequences. ★ marks the best and ▽ the last of those "
-    "with the same budget, trace and protocol; across budgets, compare with the keys read and held.",
+    help="The upper table names the best policy of each kind at each budget, with the keys it holds and reads: "
+    "policies are ranked only within a kind, since a cache that grows or that is read in part costs something else. "
+    "Below, each row is one policy under one budget, ★ marks the best and ▽ the last of its kind, budget and "
+    "protocol, and a number is the mean over steps, then heads, layers and sequences, with its 95 % interval where "
+    "there are five or more sequences.",
 )
-def summary_table(source: ReportInput) -> dict[str, Any]:
-    """Return rows of the summary table, in the order of budget and of the first metric that has a best end."""
+def overview(source: ReportInput) -> dict[str, Any]:
+    """Return the best of each group, and rows in the order of budget and of the first metric that has a best end."""
     metrics = source.metric_list()
     runs = source.ranking
     shown = runs[: source.limits.rows]
-    marks = _marks(runs, metrics)
+    marks = _marks(source, metrics)
     notes = []
     if len(shown) < len(runs):
         notes.append(f"The table shows {len(shown)} of {len(runs)} rows; the others are in summary.json.")
     if not any(value.get("low") is not None for run in shown for value in run.metrics.values()):
         notes.append("No intervals: they need five or more sequences.")
+    if len({run.protocol[1] for run in runs}) > 1:
+        notes.append("The upper table shows the closed loop where there is one; the lower one shows both.")
     return {
-        "metrics": metrics,
-        "several": len(source.replays) > 1,
-        "rows": [_row(run, marks[run.id]) for run in shown],
-        "headlines": _headlines(runs, metrics),
+        "usual": [name for name in USUAL if name in source.metrics],
+        "headlines": [name for name in HEADLINES if name in source.metrics],
+        "rows": [{"run": run.id, "marks": marks[run.id]} for run in shown],
+        "best": _best(source, [metric for metric in metrics if metric["name"] in HEADLINES]),
         "notes": notes,
     }
 
 
-def comparable(run: Run) -> tuple[str, ...] | None:
-    """Return what two runs must share for one to be better than the other; None where a run has no budget."""
-    return None if run.budget is None else (*run.protocol, run.budget)
-
-
-def _row(run: Run, marks: dict[str, str]) -> dict[str, Any]:
-    _, loop, prefill = run.protocol
-    return {
-        "id": run.id,
-        "replay": run.source,
-        "policy": str(run.info["policy"]),
-        "label": run.label,
-        "budget": run.budget,
-        "budget_keys": rounded(run.budget_keys),
-        "loop": loop,
-        "prefill": prefill,
-        "phase": str(run.info.get("phase", "step")),
-        "values": {name: _value(value) for name, value in run.metrics.items()},
-        "marks": marks,
-    }
-
-
-def _value(value: Any) -> dict[str, Any]:
-    return {**{end: rounded(value.get(end)) for end in ("mean", "low", "high")}, "count": value.get("count")}
-
-
-def _marks(runs: Sequence[Run], metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
+def _marks(source: ReportInput, metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """Return for each run the metrics in which it is the best, or the last, of those it compares with."""
-    marks: dict[str, dict[str, str]] = {run.id: {} for run in runs}
-    for group in _groups(runs).values():
+    marks: dict[str, dict[str, str]] = {run.id: {} for run in source.runs}
+    for group in source.groups.values():
+        if group[0].kind == "bound":
+            continue
         for metric in metrics:
-            ends = _ends(group, metric)
-            if ends is None:
-                continue
-            for run in group:
+            found = ends(group, metric)
+            for run in group if found else []:
                 value = rounded(run.mean(metric["name"]))
-                if value == ends[0]:
+                if found and value == found[0]:
                     marks[run.id][metric["name"]] = "best"
-                elif value == ends[1] and len(group) > 2:
+                elif found and value == found[1] and len(group) > 2:
                     marks[run.id][metric["name"]] = "last"
     return marks
 
 
-def _ends(group: Sequence[Run], metric: dict[str, Any]) -> tuple[float, float] | None:
-    """Return the best and the last value of a group; None where there is no best, or all are equal."""
-    if metric["direction"] == "none":
-        return None
-    values = [value for run in group if (value := rounded(run.mean(metric["name"]))) is not None]
-    if len(values) < 2 or min(values) == max(values):
-        return None
-    low, high = min(values), max(values)
-    return (high, low) if metric["direction"] == "higher" else (low, high)
-
-
-def _headlines(runs: Sequence[Run], metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the best run of each budget in the metrics that a reader asks for first."""
-    wanted = [metric for name in HEADLINES for metric in metrics if metric["name"] == name]
-    found = []
-    for group in _groups(runs).values():
-        best = []
-        for metric in wanted:
-            ends = _ends(group, metric)
-            if ends is not None:
-                names = [run.label for run in group if rounded(run.mean(metric["name"])) == ends[0]]
-                best.append({"metric": metric["title"], "value": ends[0], "labels": names})
+def _best(source: ReportInput, wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one line for each budget and kind: who is the best in what, out of how many, at what cost."""
+    lines = []
+    for group in _shown_groups(source):
+        first = group[0]
+        winners = {metric["name"]: _winners(group, metric) for metric in wanted}
+        best = [run for _, found in winners.values() for run in found]
         if best:
-            first = group[0]
-            found.append(
+            lines.append(
                 {
-                    "budget": first.budget,
-                    "budget_keys": rounded(first.budget_keys),
-                    "protocol": f"{first.protocol[2]} prefill, {first.protocol[1]} loop",
-                    "replay": first.source,
+                    "run": first.id,
                     "of": len(group),
-                    "best": best,
+                    "best": {
+                        name: {"value": value, "runs": [run.id for run in found]}
+                        for name, (value, found) in winners.items()
+                    },
+                    "held": _span(best, "held_keys"),
+                    "read": _span(best, "read_keys"),
+                    "full": rounded(first.full_keys),
+                    "ideal": rounded(first.mean(IDEAL)) if first.kind == "every step" else None,
                 }
             )
-    return found
+    return lines
 
 
-def _groups(runs: Sequence[Run]) -> dict[tuple[str, ...], list[Run]]:
-    groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
-    for run in runs:
-        key = comparable(run)
-        if key is not None:
-            groups[key].append(run)
-    return groups
+def _shown_groups(source: ReportInput) -> list[list[Run]]:
+    """Return groups by budget, then protocol and kind; without bounds, and without open ones that have a closed one."""
+    groups = [group for group in source.groups.values() if group[0].kind != "bound"]
+    closed = {_apart_from_loop(group[0]) for group in groups if group[0].protocol[1] == "closed"}
+    shown = [group for group in groups if group[0].protocol[1] != "open" or _apart_from_loop(group[0]) not in closed]
+    kinds = list(KINDS)
+    return sorted(shown, key=lambda group: (group[0].budget_keys or 0, group[0].protocol, kinds.index(group[0].kind)))
+
+
+def _apart_from_loop(run: Run) -> tuple[str, ...]:
+    identity, _, prefill = run.protocol
+    return (identity, prefill, run.phase, run.kind, run.budget or "")
+
+
+def _winners(group: Sequence[Run], metric: dict[str, Any]) -> tuple[float | None, list[Run]]:
+    """Return the best value and who has it; a run without rivals is named as it is."""
+    found = ends(group, metric)
+    value = found[0] if found else (rounded(group[0].mean(metric["name"])) if len(group) == 1 else None)
+    if value is None:
+        return None, []
+    return value, [run for run in group if rounded(run.mean(metric["name"])) == value]
+
+
+def _span(runs: Sequence[Run], metric: str) -> list[float] | None:
+    """Return the smallest and the largest mean of some runs."""
+    values = [value for run in runs if (value := rounded(run.mean(metric), 4)) is not None]
+    return [min(values), max(values)] if values else None

@@ -13,6 +13,15 @@ OPEN_LOOP = (
     "Open loop: decisions are replayed from recorded full-cache attention. Within a layer this is exact; what an "
     "eviction does to the hidden states of later layers and later tokens is not seen."
 )
+CLOSED_LOOP = (
+    "Closed loop: the model ran again on the same tokens with the policy inside its attention. What it would have "
+    "written instead, had it gone on by itself, is not seen."
+)
+MIXED = (
+    "Policies of several kinds stand on this page. Those that compress only the prompt hold more keys the longer they "
+    "run, and those that read a part hold them all: compare within a kind, or at equal keys held."
+)
+BOUNDS = "Bounds know the whole recording in advance: they say what could be had, not what a policy could do."
 GENERATED = (
     "The model wrote the continuation itself. Self-generated text repeats itself, which flatters every policy; "
     "force a given continuation for text as people write it."
@@ -36,7 +45,11 @@ MASS = (
 def provenance(source: ReportInput) -> dict[str, Any]:
     """Return facts of every replay and trace, and what is approximate about them."""
     traces = {replay.info["trace"]["identity"]: source.trace_of(replay) for replay in source.replays}
-    absent = [name for name, replay in zip(source.names, source.replays, strict=True) if not source.trace_of(replay)]
+    absent = [
+        name
+        for name, replay in zip(source.names, source.replays, strict=True)
+        if not source.trace_of(replay) and replay.info["trace"].get("kind") != "text"
+    ]
     return {
         "sources": [
             *(_replay(name, replay) for name, replay in zip(source.names, source.replays, strict=True)),
@@ -66,7 +79,7 @@ def _replay(name: str, replay: Replay) -> dict[str, Any]:
                 "command": info.get("command"),
             }
         ),
-        "prompts": [],
+        "prompts": _files(trace.get("texts")),
     }
 
 
@@ -98,17 +111,28 @@ def _trace(trace: Trace) -> dict[str, Any]:
                 "versions": _versions(header),
             }
         ),
-        "prompts": [
-            {"file": str(prompt.get("file") or "given text"), "sha256": str(prompt.get("sha256") or "")}
-            for prompt in header.get("prompts") or []
-        ],
+        "prompts": _files(header.get("prompts")),
     }
+
+
+def _files(texts: Any) -> list[dict[str, str]]:
+    """Return name and hash of prompts or texts."""
+    return [
+        {"file": str(text.get("file") or "given text"), "sha256": str(text.get("sha256") or "")} for text in texts or []
+    ]
 
 
 def _approximate(source: ReportInput) -> list[str]:
     found = []
     if any(run.protocol[1] == "open" for run in source.runs):
         found.append(OPEN_LOOP)
+    if any(run.protocol[1] == "closed" for run in source.runs):
+        found.append(CLOSED_LOOP)
+    kinds = {run.kind for run in source.runs}
+    if len(kinds - {"bound", "no eviction"}) > 1:
+        found.append(MIXED)
+    if "bound" in kinds:
+        found.append(BOUNDS)
     headers = [trace.data for replay in source.replays if (trace := source.trace_of(replay)) is not None]
     if any(header.get("protocol") == "generated" for header in headers):
         found.append(GENERATED)

@@ -1,0 +1,172 @@
+/* The page itself: heading, links, the bar that chooses, and the panels, drawn one after the other. */
+kvscope.show = (() => {
+  const { element, select, slider, options, unique, state } = kvscope;
+  const NONE = "none";
+
+  function watchTheme() {
+    const root = document.documentElement;
+    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", kvscope.redrawAll);
+    let before;
+    window.addEventListener("beforeprint", () => { before = root.dataset.theme; root.dataset.theme = "light"; kvscope.redrawAll(); });
+    window.addEventListener("afterprint", () => {
+      if (before) root.dataset.theme = before; else delete root.dataset.theme;
+      kvscope.redrawAll();
+    });
+  }
+  function themeSelect() {
+    const root = document.documentElement;
+    return select("Colours", [["", "as the system"], ["light", "light"], ["dark", "dark"]].map(([value, text]) => ({ value, text })), "", (value) => {
+      if (value) root.dataset.theme = value; else delete root.dataset.theme;
+      kvscope.redrawAll();
+    }).box;
+  }
+
+  /* The rules of the shared choice: a run, another to compare with, a sequence, a layer, a query head, a step, a token. */
+  function declareChoice(page) {
+    const ids = page.runs.map((run) => run.id);
+    page.run = (id = state.get("run")) => page.byId.get(id);
+    page.kindOf = Object.fromEntries(page.kinds.map((kind, place) => [kind.name, { ...kind, place }]));
+    page.byId = new Map(page.runs.map((run) => [run.id, run]));
+    const ways = unique(page.runs.map((run) => `${run.replay} ${run.loop}`));
+    page.style = (run) => kvscope.lineStyle(page.labels.indexOf(run.label), ways.indexOf(`${run.replay} ${run.loop}`)); // a dash for each way of replaying
+    page.part = () => page.parts[state.get("part")];
+    const { oneOf, whole } = state;
+    state.declare("run", () => page.first, oneOf(() => ids));
+    state.declare("part", () => page.run().parts[0] || "", oneOf(() => page.run().parts));
+    const sameParts = () => [NONE, ...ids.filter((id) => id !== state.get("run") && page.byId.get(id).parts.includes(state.get("part")))];
+    state.declare("other", () => NONE, oneOf(sameParts));
+    const layers = () => (page.part() ? page.part().layers : [0]);
+    state.declare("layer", () => layers()[Math.floor(layers().length / 2)], oneOf(layers));
+    state.declare("head", () => "all", (value) => (value === "all" ? value : whole(() => 0, () => (page.part() ? page.part().heads - 1 : 0))(value)));
+    const last = () => (page.part() ? page.part().length - 1 : 0);
+    state.declare("step", last, whole(() => 0, last));
+    state.declare("token", () => -1, whole(() => -1, last));
+    page.token = (at) => {
+      const { tokens } = page.part();
+      return tokens ? `“${tokens[at]}”` : "";
+    };
+  }
+
+  /* One bar for all panels below it. */
+  function bar(page) {
+    const key = (run) => JSON.stringify([run.label, run.replay, run.loop]);
+    const byPolicy = new Map();
+    for (const run of page.runs) byPolicy.set(key(run), [...(byPolicy.get(key(run)) || []), run]);
+    const policies = [...byPolicy.values()].map(([run]) => ({ value: key(run), text: run.title, group: run.kind }));
+    policies.sort((a, b) => page.kindOf[a.group].place - page.kindOf[b.group].place || a.text.localeCompare(b.text));
+    const near = (runs, keys) => runs.reduce((best, run) => (Math.abs(run.keys - keys) < Math.abs(best.keys - keys) ? run : best));
+    const current = () => page.run();
+    /* another policy at the same budget, or the nearest that it has */
+    const withPolicy = (value) => byPolicy.get(value).find((run) => run.budget === current().budget) || near(byPolicy.get(value), current().keys);
+
+    const policy = select("Policy", policies, null, (value) => state.set({ run: withPolicy(value).id }));
+    const budget = select("Budget", [], null, (value) => {
+      const other = page.byId.get(state.get("other"));
+      const paired = other && page.runs.find((run) => key(run) === key(other) && run.budget === page.byId.get(value).budget);
+      state.set({ run: value, ...(paired ? { other: paired.id } : {}) });
+    });
+    const other = select("Compare with", [], null, (value) => state.set({ other: value === NONE ? NONE : withPolicy(value).id }));
+    const part = select("Sequence", [], null, (value) => state.set({ part: value }));
+    const layer = select("Layer", [], null, (value) => state.set({ layer: value }));
+    const head = select("Query head", [], null, (value) => state.set({ head: value }));
+    const step = slider("Step", (value) => `${value} ${page.part() ? page.token(value) : ""}`, (value) => state.set({ step: value }));
+    const token = element("div", { class: "control" });
+
+    function fill() {
+      const run = current();
+      const own = byPolicy.get(key(run));
+      const shape = page.part();
+      policy.value = key(run);
+      budget.fill(own.map((each) => ({ value: each.id, text: each.budget === null ? "none" : each.budget })), run.id);
+      const rivals = policies.filter(({ value }) => value !== key(run) && byPolicy.get(value).some((each) => each.parts.includes(state.get("part"))));
+      const chosen = page.byId.get(state.get("other"));
+      other.fill([{ value: NONE, text: "nothing" }, ...rivals], chosen ? key(chosen) : NONE);
+      part.fill(options(run.parts, (name) => `${page.parts[name].number}: ${page.parts[name].length} tokens`), state.get("part"));
+      part.box.hidden = run.parts.length < 2;
+      if (!shape) return;
+      layer.fill(options(shape.layers), state.get("layer"));
+      head.fill([{ value: "all", text: "all" }, ...options([...Array(shape.heads).keys()])], state.get("head"));
+      step.set(0, shape.length - 1, state.get("step"));
+      const at = state.get("token");
+      token.replaceChildren(...(at < 0 ? [] : [element("span", { class: "small" }, "Token"), element("span", { class: "chosen" },
+        element("bdi", {}, `${at} ${page.token(at)} `), kvscope.button("×", () => state.set({ token: -1 }), { "aria-label": "choose no token", class: "close" }))]));
+    }
+    fill();
+    state.on(["run", "other", "part", "layer", "head", "step", "token"], fill);
+    return element("section", { class: "choice", "aria-label": "What the panels below show" },
+      element("div", { class: "controls" }, policy.box, budget.box, other.box, part.box, layer.box, head.box, step.box, token));
+  }
+
+  function section(panel) {
+    const box = element("div", { class: "body" });
+    const made = element("section", { class: "panel", id: panel.name, "aria-labelledby": `${panel.name}-title` },
+      element("h2", { id: `${panel.name}-title` }, panel.title),
+      element("details", { class: "how", open: true }, element("summary", {}, "How to read this"), element("p", {}, panel.help)),
+      panel.notes.length ? element("ul", { class: "notes" }, panel.notes.map((note) => element("li", {}, note))) : null,
+      box);
+    const draw = async (page) => {
+      if (!panel.data || !kvscope.drawings[panel.name]) return;
+      try {
+        await kvscope.drawings[panel.name](box, panel.data, page);
+      } catch (error) {
+        box.append(element("p", { class: "failed", role: "alert" }, `This panel could not be drawn: ${error.message}`));
+        throw error;
+      }
+    };
+    return { made, panel, draw };
+  }
+
+  function frame(page, sections) {
+    const links = page.panels.map((panel) => element("a", { href: `#${panel.name}` }, panel.title));
+    const first = sections.findIndex((each) => each.panel.detail);
+    const inMain = sections.map((each) => each.made);
+    if (first >= 0) {
+      const notes = page.notes.length ? element("ul", { class: "notes" }, page.notes.map((note) => element("li", {}, note))) : null;
+      inMain.splice(first, 0, ...[notes, bar(page)].filter(Boolean));
+    }
+    const nav = element("nav", { "aria-label": "Panels" }, links);
+    nav.addEventListener("click", (event) => {
+      const link = event.target.closest("a");
+      if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+      event.preventDefault();
+      state.go(link.getAttribute("href").slice(1));
+    });
+    document.getElementById("page").append(
+      element("header", {},
+        element("div", {}, element("h1", {}, page.title), element("p", { class: "facts" }, page.facts.map((fact) => element("span", {}, fact)))),
+        themeSelect()),
+      nav,
+      element("main", {}, inMain),
+      element("footer", {}, `Made by ${page.generator}; plots by plotly.js (MIT licence). This page is complete in itself and fetches nothing.`));
+    const measure = () => {
+      const chosen = document.querySelector(".choice");
+      const stuck = (each) => (each && getComputedStyle(each).position === "sticky" ? each.offsetHeight : 0);
+      document.documentElement.style.setProperty("--top", `${stuck(nav)}px`);
+      document.documentElement.style.setProperty("--under", `${stuck(nav) + stuck(chosen)}px`);
+    };
+    measure();
+    new ResizeObserver(measure).observe(nav);
+  }
+
+  return async function show() {
+    const page = JSON.parse(document.getElementById("data").textContent);
+    const named = state.read();
+    declareChoice(page);
+    const sections = page.panels.map(section);
+    frame(page, sections);
+    watchTheme();
+    let faults = 0;
+    for (const each of sections) {
+      try {
+        await each.draw(page);
+      } catch (error) {
+        faults += 1;
+        console.error(error);
+      }
+      await new Promise((go) => { setTimeout(go); }); // lets the browser show what is there
+    }
+    if (named) document.getElementById(named)?.scrollIntoView();
+    window.addEventListener("hashchange", () => document.getElementById(state.follow())?.scrollIntoView());
+    document.documentElement.dataset.ready = faults ? "with faults" : "yes"; // for whoever waits for the whole page
+  };
+})();

@@ -1,0 +1,53 @@
+/* Plots by Plotly, whose script is inflated when the first one is drawn. */
+Object.assign(kvscope, (() => {
+  let loading = null;
+
+  function library() {
+    if (!loading) {
+      loading = (async () => {
+        const carried = document.getElementById("plotly");
+        const script = document.createElement("script");
+        script.textContent = await kvscope.inflateText(carried.textContent); // the security policy knows its hash
+        document.head.append(script);
+        carried.remove();
+        if (!window.Plotly) throw new Error("the drawing library did not start");
+      })();
+    }
+    return loading;
+  }
+
+  /* Plotly reads a little HTML in its texts: whatever comes from outside is escaped before it goes there. */
+  function plain(text) {
+    return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  }
+
+  async function plot(box, traces, layout) {
+    await library();
+    const { colour } = kvscope;
+    const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true };
+    const axes = Object.fromEntries(Object.entries(layout).filter(([name]) => /^[xy]axis/.test(name)).map(([name, own]) => [name, { ...axis, ...own }]));
+    return Plotly.react(box, traces, {
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("text") },
+      margin: { l: 64, r: 16, t: 30, b: 52 },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("accent") },
+      hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("line"), font: { color: colour("text") } },
+      xaxis: axis,
+      yaxis: axis,
+      ...layout,
+      ...axes,
+    }, {
+      responsive: true, displaylogo: false,
+      // the buttons are named one by one: by default there is one that uploads the chart
+      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], showSendToCloud: false, plotlyServerURL: "",
+    });
+  }
+
+  /* Metric title with the better end: "retained mass (higher is better)". */
+  function axisTitle(metric) {
+    return plain(metric.title) + (metric.direction === "none" ? "" : ` (${metric.direction} is better)`);
+  }
+
+  return { axisTitle, plain, plot };
+})());

@@ -1,0 +1,109 @@
+"""What recorded attention says about keys: how much they received, and how much evicted ones would still have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvscope.report.stays import Stays
+from kvscope.trace.reader import Trace
+
+Floats = NDArray[np.float64]
+Whole = NDArray[np.int64]
+_NONE = np.zeros(0, np.int64)
+BLOCK = 2**24  # weights of a layer that are in memory at once
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Absences of keys, and the full-cache attention that falls into each; one element for each.
+
+    Attributes
+    ----------
+    head, key, start : array
+        Key/value head, position of the key, first step at which it is gone.
+    mass : array
+        Sum of the key's weight in the rows that could not see it, mean over the query heads of the group.
+    """
+
+    head: Whole
+    key: Whole
+    start: Whole
+    mass: Floats
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One layer of one sequence.
+
+    Attributes
+    ----------
+    received : array
+        Sum of the weights that each key received from its own row on, mean over the group, ``[G, T]``.
+    losses : dict of str to Losses
+        By what the stays are called.
+    """
+
+    received: Floats
+    losses: dict[str, Losses]
+
+
+def attended(trace: Trace, sequence: int, layer: int, stays: Mapping[str, Stays]) -> Attended:
+    """Return what keys received and what was lost, reading every row of the layer once."""
+    length = trace.sequences[sequence].length
+    absent = {run: each.gone() for run, each in stays.items()}
+    asked = [_asked(head, key, start, until, length) for head, key, start, until in absent.values()]
+    steps, heads, keys = (np.concatenate(parts) for parts in zip(*asked, strict=True)) if asked else [_NONE] * 3
+    found = np.zeros(len(steps))
+    order = np.argsort(steps, kind="stable")
+    total = np.zeros((trace.kv_heads, length))
+    for first, rows in _blocks(trace, sequence, layer):
+        stop = first + rows.shape[1]
+        sums = total[:, None, :stop] + rows.cumsum(axis=1, dtype=np.float64)  # [G, b, n]
+        these = order[np.searchsorted(steps[order], first) : np.searchsorted(steps[order], stop)]
+        found[these] = sums[heads[these], steps[these] - first, keys[these]]
+        total[:, :stop] = sums[:, -1]
+    losses, at = {}, 0
+    for run, (head, key, start, _) in absent.items():
+        before, after = found[at : at + len(key)], found[at + len(key) : at + 2 * len(key)]
+        losses[run] = Losses(head, key, start, after - before)
+        at += 2 * len(key)
+    return Attended(total, losses)
+
+
+def heaviest(
+    trace: Trace, sequence: int, layer: int, wanted: Sequence[tuple[int, int, int]]
+) -> list[tuple[int, float]]:
+    """Return for each (key/value head, key, step) the later query that looked at the key most, and its weight.
+
+    A key that is gone after a step is missed by the queries after that step; -1 where there is none.
+    """
+    best = [(-1, 0.0)] * len(wanted)
+    for start, rows in _blocks(trace, sequence, layer):
+        for place, (head, key, gone) in enumerate(wanted):
+            later = max(gone + 1 - start, 0)
+            if later >= rows.shape[1] or key >= rows.shape[2]:
+                continue
+            column = rows[head, later:, key]
+            at = int(column.argmax())
+            if column[at] > best[place][1]:
+                best[place] = (start + later + at, float(column[at]))
+    return best
+
+
+def _asked(head: Whole, key: Whole, start: Whole, until: Whole, length: int) -> tuple[Whole, Whole, Whole]:
+    """Return where sums are needed: at the first step without the key, then at the last query that misses it."""
+    steps = np.concatenate([start, np.minimum(until, length - 1)])
+    return steps, np.concatenate([head, head]), np.concatenate([key, key])
+
+
+def _blocks(trace: Trace, sequence: int, layer: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield the first step and the rows of the key/value heads, ``[G, b, n]``, block by block."""
+    length = trace.sequences[sequence].length
+    size = max(8, BLOCK // (trace.heads * length))
+    for start in range(0, length, size):
+        rows = trace.attention(sequence, layer, start, min(start + size, length))  # [H, b, n]
+        yield start, rows.reshape(trace.kv_heads, -1, *rows.shape[1:]).mean(axis=1)

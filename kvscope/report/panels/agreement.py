@@ -1,0 +1,71 @@
+"""Agreement: how far policies hold the same keys."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvscope.report.encoding import packed_floats
+from kvscope.report.panel import panel
+from kvscope.report.panels.over_time import bins
+from kvscope.report.runs import KINDS, Run
+from kvscope.report.source import Part, ReportInput
+
+STEPS = 32  # evenly spaced steps at which the sets are compared
+MOST = 40  # runs of one budget
+
+
+@panel(
+    "agreement",
+    title="Agreement",
+    order=75,
+    needs=("residency",),
+    detail=True,
+    help="Each cell is the share of keys that two policies both hold, of those that either holds, over all heads and "
+    "layers at evenly spaced steps, under the budget of the chosen run. Policies that agree are one choice under two "
+    "names, and a low number beside equal fidelity means that there is more than one good set.",
+)
+def agreement(source: ReportInput) -> dict[str, Any] | None:
+    """Return for each budget the overlap (Jaccard index) of what every two runs hold; of a sparse reader: reads."""
+    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in source.detailed:
+        if run.budget is not None:
+            groups[run.protocol[0], run.budget].append(run)
+    made, notes = (
+        [],
+        [f"The sets are compared at {STEPS} evenly spaced steps; of a policy that reads a part, what it reads."],
+    )
+    for (identity, budget), runs in groups.items():
+        shown = runs[:MOST]
+        if len(shown) < len(runs):
+            notes.append(f"At budget {budget}, {len(shown)} of {len(runs)} runs are compared.")
+        parts = [part for part in source.parts.values() if part.identity == identity]
+        if len(shown) > 1 and parts:
+            shown = _ordered(source, shown)
+            made.append({"runs": [run.id for run in shown], "values": packed_floats(_overlap(source, parts, shown))})
+    return {"groups": made, "notes": notes} if made else None
+
+
+def _ordered(source: ReportInput, runs: list[Run]) -> list[Run]:
+    place = {run.id: at for at, run in enumerate(source.ranking)}
+    return sorted(runs, key=lambda run: (list(KINDS).index(run.kind), place[run.id]))
+
+
+def _overlap(source: ReportInput, parts: list[Part], runs: list[Run]) -> NDArray[np.float64]:
+    """Return keys in both sets over keys in either, summed over sequences, layers, heads and steps, ``[R, R]``."""
+    both = np.zeros((len(runs), len(runs)))
+    for part in parts:
+        steps = bins(min(part.prompt, part.length - 1), part.length, STEPS)[1:] - 1
+        if any(run.protocol[2] == "stream" for run in runs):
+            steps = bins(0, part.length, STEPS)[1:] - 1
+        for layer in source.layers_of(part):
+            stays = source.stays(part, layer)
+            for step in steps:
+                held = np.stack([stays[run.id].held(step) for run in runs]).astype(np.float32)  # [R, G * T]
+                both += held @ held.T
+    size = both.diagonal()
+    either = size[:, None] + size[None] - both
+    return np.where(either > 0, both / np.where(either > 0, either, 1), np.nan)

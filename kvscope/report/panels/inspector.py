@@ -1,0 +1,92 @@
+"""Attention inspector: single rows of attention with token texts, what a run saw of them, and the ideal set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from kvscope.report.encoding import packed_bytes, packed_halves, rounded
+from kvscope.report.panel import panel
+from kvscope.report.panels.over_time import bins
+from kvscope.report.source import Part, ReportInput, spread
+
+STEPS = 64  # evenly spaced steps that are wanted for every head
+WORST = 5  # evictions of each run whose missed rows are wanted
+HEAVY = 20  # keys of a head that received the most attention
+SINKS = 4  # first positions, where surplus attention gathers
+
+Row = tuple[int, int, int]  # layer, query head, step
+
+
+@panel(
+    "inspector",
+    title="Attention rows",
+    order=70,
+    needs=("residency", "trace"),
+    detail=True,
+    help="The points are one row of recorded attention, key by key on a logarithmic scale: what the run could see, "
+    "what the ideal set of the same size would hold, and where the two differ. S marks sinks, the first four "
+    "positions, and H heavy hitters, the keys that received the most attention in this head over the whole sequence.",
+)
+def inspector(source: ReportInput) -> dict[str, Any] | None:
+    """Return as many rows as fit: those that miss an evicted key most, then evenly spaced steps of every head."""
+    left = source.limits.row_bytes
+    parts: dict[str, Any] = {}
+    carried = total = 0
+    for part in source.parts.values():
+        if part.identity not in source.traces:
+            continue
+        rows = []
+        for row in _rows(source, part):
+            left -= packed_bytes(row["weights"])
+            if left < 0:
+                break
+            rows.append(row)
+        heavy = {str(layer): _heavy(source, part, layer) for layer in source.readable[part.name]}
+        parts[part.name] = {"rows": rows, "heavy": heavy}
+        carried += len(rows)
+        total += len(source.layers_of(part)) * source.traces[part.identity].heads * part.length
+    if not carried:
+        return None
+    notes = [f"{carried:,} of {total:,} attention rows are carried, to keep the page small; the trace has all."]
+    return {"parts": parts, "sinks": SINKS, "notes": notes}
+
+
+def _rows(source: ReportInput, part: Part) -> Iterator[dict[str, Any]]:
+    """Yield wanted rows as the trace holds them, and the mass that a learned sink takes of each."""
+    trace = source.traces[part.identity]
+    sinks = trace.header.learned_sinks
+
+    @lru_cache(maxsize=1)
+    def block(layer: int, step: int) -> np.ndarray:
+        return trace.attention(part.number, layer, step, step + 1)[:, 0]  # [H, step + 1]
+
+    for layer, head, step in dict.fromkeys(_wanted(source, part)):
+        weights = block(layer, step)[head]
+        missing = rounded(max(0.0, 1.0 - float(trace.row_sums(part.number, layer)[head, step]))) if sinks else 0
+        yield {"layer": layer, "head": head, "step": step, "missing": missing, "weights": packed_halves(weights)}
+
+
+def _wanted(source: ReportInput, part: Part) -> Iterator[Row]:
+    """Yield layer, query head and step of rows, the most telling first."""
+    trace = source.traces[part.identity]
+    group = trace.heads // trace.kv_heads
+    worst = source.worst(part)
+    for place in range(WORST):
+        for run in source.runs_of(part):
+            for each in worst[run.id][place : place + 1]:
+                yield from ((each.layer, each.head * group + query, each.missed) for query in range(group))
+    steps = bins(min(part.prompt, part.length - 1), part.length, STEPS)[1:] - 1
+    for step in spread(steps.tolist()):
+        for layer in spread(source.layers_of(part)):
+            yield from ((layer, head, step) for head in range(trace.heads))
+
+
+def _heavy(source: ReportInput, part: Part, layer: int) -> list[list[int]]:
+    """Return for each key/value head the keys, sinks aside, that received the most attention in total."""
+    received = source.attended(part, layer).received.copy()  # [G, T]
+    received[:, :SINKS] = -1
+    return [np.sort(np.argsort(-row, kind="stable")[:HEAVY]).tolist() for row in received]

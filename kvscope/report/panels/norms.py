@@ -1,0 +1,48 @@
+"""Value norms against attention: keys that are looked at and carry little, and the reverse (VATP's picture)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvscope.report.encoding import packed_bytes, packed_halves
+from kvscope.report.panel import panel
+from kvscope.report.source import ReportInput
+
+
+@panel(
+    "norms",
+    title="Value norms",
+    order=80,
+    needs=("trace",),
+    detail=True,
+    help="Each point is one key of the chosen layer and head: the attention that it received from all later queries "
+    "against the L1 norm of its value, both on a logarithmic scale. Sinks stand far to the right and low, looked at "
+    "by all and carrying almost nothing, which is why VATP (arXiv:2406.12335) multiplies the two.",
+)
+def norms(source: ReportInput) -> dict[str, Any] | None:
+    """Return for each readable layer the attention that each key received and the norm of its value, ``[G, T]``."""
+    left = source.limits.key_bytes
+    parts: dict[str, Any] = {}
+    notes: list[str] = []
+    missing = 0
+    for part in source.parts.values():
+        layers: dict[str, Any] = {}
+        for layer in source.readable[part.name]:
+            trace = source.traces[part.identity]
+            if "value_l1" not in trace.stored:
+                continue
+            received = packed_halves(source.attended(part, layer).received)
+            norm = packed_halves(trace.value_norms(part.number, layer, "l1"))
+            left -= packed_bytes(received) + packed_bytes(norm)
+            if left < 0:
+                missing += 1
+            else:
+                layers[str(layer)] = {"received": received, "norm": norm}
+        if layers:
+            parts[part.name] = layers
+            notes += [note for note in [source.unread(part)] if note]
+    if not parts:
+        return None
+    if missing:
+        notes.append(f"{missing} layers are left out to keep the page small; the trace has them.")
+    return {"parts": parts, "notes": list(dict.fromkeys(notes))}

@@ -1,0 +1,71 @@
+"""Outcome: what eviction does to the model's predictions, and how far the cheap metrics foresee it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kvscope.report.encoding import rounded
+from kvscope.report.panel import panel
+from kvscope.report.runs import Run
+from kvscope.report.source import ReportInput
+
+OUTCOME = "perplexity_ratio"
+COSTLY = (OUTCOME, "perplexity", "perplexity_full", "perplexity_delta", "token_kl", "top1_agreement", "held_overlap")
+FEWEST = 3  # runs for a rank agreement
+
+
+@panel(
+    "outcome",
+    title="Outcome",
+    order=25,
+    needs=("outcome",),
+    help="Each point is one run of the closed loop: a metric that needs no second run of the model against the "
+    "perplexity relative to the full cache, where 1 is no loss. The rank agreement (Spearman, from -1 to 1) says how "
+    "far the metric alone would have put these runs into the right order; near 0 it says nothing.",
+)
+def outcome(source: ReportInput) -> dict[str, Any] | None:
+    """Return runs with an outcome, the metrics that stand against it, and the rank agreement of each."""
+    runs = [run for run in source.ranking if run.mean(OUTCOME) is not None]
+    if not runs:
+        return None
+    groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.protocol].append(run)
+    cheap = [name for name in source.metrics if name not in COSTLY]
+    # the open loop is what a metric costs; without one, the closed run's own value stands for it
+    opened = {_same(run): run for run in source.runs if run.protocol[1] == "open"}
+    made = []
+    for group in groups.values():
+        values = {name: [_value(run, opened.get(_same(run)), name) for run in group] for name in cheap}
+        used = {name: found for name, found in values.items() if any(value is not None for value in found)}
+        made.append(
+            {
+                "runs": [run.id for run in group],
+                "values": used,
+                "agreement": {name: _spearman(found, group) for name, found in used.items()},
+            }
+        )
+    alone = sum(_same(run) not in opened for run in runs)
+    notes = [f"For {alone} of {len(runs)} runs the metric is that of the closed loop: there is no open one of theirs."]
+    return {"groups": made, "notes": notes if alone else []}
+
+
+def _same(run: Run) -> tuple[str | None, ...]:
+    return (run.label, run.budget, run.protocol[0], run.protocol[2])
+
+
+def _value(run: Run, counterpart: Run | None, metric: str) -> float | None:
+    return rounded(run.mean(metric) if counterpart is None else counterpart.mean(metric))
+
+
+def _spearman(values: list[float | None], runs: list[Run]) -> dict[str, Any]:
+    """Return the rank agreement of a metric with the outcome, and over how many runs; None where it has no meaning."""
+    pairs = [(value, run.mean(OUTCOME)) for value, run in zip(values, runs, strict=True) if value is not None]
+    ranks = pd.DataFrame(pairs, dtype=np.float64).rank()
+    if len(pairs) < FEWEST or (ranks.nunique() < 2).any():
+        return {"rank": None, "runs": len(pairs)}
+    return {"rank": rounded(float(np.corrcoef(ranks.to_numpy().T)[0, 1]), 3), "runs": len(pairs)}

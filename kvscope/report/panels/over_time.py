@@ -1,0 +1,78 @@
+"""Over time: every metric against the step, with the keys held, so that a growing cache is seen for what it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvscope.report.encoding import packed_bytes, packed_floats
+from kvscope.report.panel import panel
+from kvscope.report.runs import Run
+from kvscope.report.source import ReportInput
+
+
+@panel(
+    "over-time",
+    title="Over time",
+    order=30,
+    needs=("fidelity",),
+    detail=True,
+    help="The upper plot is the chosen metric, mean over layers and heads, against the step; the lower one is how "
+    "many keys are held at that step. A policy that compresses only the prompt looks better the longer it goes on, "
+    "and the lower plot shows what it pays.",
+)
+def over_time(source: ReportInput) -> dict[str, Any] | None:
+    """Return for each sequence the means of every metric by step, for as many runs as fit, in even bins of steps."""
+    left = source.limits.line_bytes
+    parts: dict[str, Any] = {}
+    missing = 0
+    for part in source.parts.values():
+        runs = source.runs_of(part)
+        lines = {run.id: _lines(source, run, part.number) for run in runs}
+        steps = np.flatnonzero(np.any([~np.isnan(each) for line in lines.values() for each in line.values()], axis=0))
+        if not len(steps):
+            continue
+        edges = bins(int(steps[0]), int(steps[-1]) + 1, source.limits.bins)
+        made: dict[str, Any] = {}
+        for run in runs:
+            packed = {
+                name: packed_floats(_binned(values, edges))
+                for name, values in lines[run.id].items()
+                if not np.isnan(values).all()
+            }
+            left -= sum(packed_bytes(each) for each in packed.values())
+            if left < 0:
+                break
+            made[run.id] = packed
+        missing += len(runs) - len(made)
+        if made:
+            parts[part.name] = {"edges": edges.tolist(), "runs": made}
+    if not parts:
+        return None
+    notes = [f"Lines of {missing} runs are left out to keep the page small; fidelity.parquet has them."]
+    return {"parts": parts, "notes": notes if missing else []}
+
+
+def bins(start: int, stop: int, most: int) -> NDArray[np.int64]:
+    """Return the edges of at most `most` bins of nearly equal width, whole steps from `start` to `stop`."""
+    count = min(most, stop - start)
+    return np.asarray(start + (np.arange(count + 1) * (stop - start)) // count)
+
+
+def _lines(source: ReportInput, run: Run, sequence: int) -> dict[str, NDArray[np.float64]]:
+    """Return metric -> its mean at every step, ``[T]``."""
+    means = source.means(run.replay)
+    return {name: values[means.runs[run.number]] for name, values in means.by_step[sequence].items()}
+
+
+def _binned(values: NDArray[np.float64], edges: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the mean of each bin, of the steps that have a value; NaN where none has."""
+    there = ~np.isnan(values)
+    sums = np.add.reduceat(np.where(there, values, 0.0), edges[:-1])
+    counts = np.add.reduceat(there.astype(np.int64), edges[:-1])
+    # the last bin of reduceat runs to the end of the sequence, where nothing follows it
+    means = np.full(len(counts), np.nan)
+    np.divide(sums, counts, out=means, where=counts > 0)
+    return means

@@ -1,0 +1,61 @@
+"""Regrets: the evictions that cost most attention, by what the full cache shows each key would still have received."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvscope.report.encoding import packed_bytes, packed_floats, rounded
+from kvscope.report.panel import panel
+from kvscope.report.source import Part, ReportInput
+
+
+@panel(
+    "regrets",
+    title="Regrets",
+    order=65,
+    needs=("residency", "trace"),
+    detail=True,
+    help="Each row is one key that the chosen run let go too early: the regret is the attention that the full cache "
+    "gives it in all later steps that could not see it, summed, mean over the query heads that share it. Choose a "
+    "row, and the panels around show that head, that token and the step that missed it most.",
+)
+def regrets(source: ReportInput) -> dict[str, Any] | None:
+    """Return the worst evictions of every run, and the regret of every token over all heads that were read."""
+    left = source.limits.key_bytes
+    parts: dict[str, Any] = {}
+    notes = []
+    for part in source.parts.values():
+        layers = sorted(source.readable[part.name])
+        if not layers:
+            continue
+        tokens: dict[str, Any] = {}
+        for run in source.runs_of(part):
+            total = _by_token(source, part, layers, run.id)
+            each = packed_floats(total)
+            left -= packed_bytes(each) if total.any() else 0
+            if left >= 0 and total.any():
+                tokens[run.id] = each
+        rows = {
+            run: [[*each[:4], rounded(each.mass, 4), each.missed, rounded(each.weight, 4)] for each in evictions]
+            for run, evictions in source.worst(part).items()
+        }
+        parts[part.name] = {"worst": rows, "tokens": tokens}
+        notes += [note for note in [source.unread(part)] if note]
+    if not parts:
+        return None
+    if left < 0:
+        notes.append("The regret of every token is left out for some runs to keep the page small.")
+    return {"parts": parts, "notes": list(dict.fromkeys(notes))}
+
+
+def _by_token(source: ReportInput, part: Part, layers: list[int], run: str) -> NDArray[np.float64]:
+    """Return the regret of each token, summed over the key/value heads of the layers, ``[T]``."""
+    total = np.zeros(part.length)
+    for layer in layers:
+        losses = source.attended(part, layer).losses.get(run)
+        if losses is not None:
+            total += np.bincount(losses.key, losses.mass, part.length)
+    return total

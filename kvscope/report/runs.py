@@ -1,0 +1,198 @@
+"""One run of a replay as the report knows it: what it is called, what it costs, what it may be compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvscope.results.store import Replay
+
+# What a reader looks at first, and what it cost; other metrics stand between them.
+FIRST = (
+    "retained_mass",
+    "retained_mass_no_sinks",
+    "ideal_mass",
+    "share_of_belady",
+    "ideal_cosine",
+    "output_error",
+    "perplexity_ratio",
+)
+LAST = ("read_keys", "held_keys")
+
+# Metrics that are known from a run as a whole, where a replay does not declare them.
+KNOWN: dict[str, dict[str, Any]] = {
+    "share_of_belady": {
+        "direction": "higher",
+        "range": [0.0, 1.0],
+        "summary": "Retained mass divided by that of the best schedule of evictions for good: how well it predicts.",
+    },
+    "belady_of_ideal": {
+        "direction": "none",
+        "range": [0.0, 1.0],
+        "summary": "Retained mass of that schedule divided by the ideal set's: what evicting for good costs anybody.",
+    },
+    "held_overlap": {
+        "direction": "none",
+        "range": [0.0, 1.0],
+        "summary": "Keys held in both loops, as a share of those held in either: how far to trust the open one.",
+    },
+    "perplexity": {
+        "direction": "lower",
+        "range": [1.0, None],
+        "summary": "exp of the mean loss of the scored tokens, closed loop.",
+    },
+    "perplexity_full": {"direction": "none", "range": [1.0, None], "summary": "The same with the full cache."},
+    "perplexity_delta": {
+        "direction": "lower",
+        "range": [None, None],
+        "summary": "Perplexity minus that of the full cache.",
+    },
+    "perplexity_ratio": {
+        "direction": "lower",
+        "range": [0.0, None],
+        "summary": "Perplexity divided by that of the full cache.",
+    },
+    "token_kl": {
+        "direction": "lower",
+        "range": [0.0, None],
+        "summary": "KL(full || policy) of the next-token distributions, mean over the scored tokens.",
+    },
+    "top1_agreement": {
+        "direction": "higher",
+        "range": [0.0, 1.0],
+        "summary": "Share of scored tokens at which both caches find the same token most likely.",
+    },
+}
+
+# Kind -> what it means: runs of one kind hold and read in the same way, so only they are ranked among each other.
+KINDS = {
+    "every step": "evicts at every step, so that the cache never outgrows its budget",
+    "prompt only": "compresses the prompt once and keeps whatever comes later, so that the cache grows",
+    "every N steps": "evicts now and then; between that the cache grows",
+    "reads a part": "holds every key and reads some of them: saves reading, not memory",
+    "own size": "decides by itself how many keys stay",
+    "no eviction": "keeps everything",
+    "bound": "knows the future: no policy can do this, it says how far one could get",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy under one budget, from one of the replays.
+
+    Attributes
+    ----------
+    id : str
+        Unique in the page: number of the replay, a dot, number of the run.
+    replay : Replay
+        Where it comes from.
+    source : str
+        Name of the replay, unique in the page.
+    info : mapping
+        Its row of ``run.json``.
+    metrics : mapping
+        Metric name -> ``{"mean", "low", "high", "count"}``.
+    """
+
+    id: str
+    replay: Replay
+    source: str
+    info: Mapping[str, Any]
+    metrics: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, id: str, replay: Replay, source: str, info: Mapping[str, Any], summary: Mapping[str, Any]) -> Run:
+        """Return a run with what its row of the summary says; its bounds and its gap become metrics."""
+        metrics = dict(summary.get("metrics") or {})
+        for name, value in (summary.get("bounds") or {}).items():
+            metrics[name] = value if isinstance(value, Mapping) else {"mean": value}
+        if summary.get("gap"):
+            metrics["held_overlap"] = {"mean": summary["gap"].get("held_overlap")}
+        return cls(id, replay, source, {**info, **{k: v for k, v in summary.items() if k == "clairvoyant"}}, metrics)
+
+    @property
+    def number(self) -> int:
+        """Number of the run in its replay."""
+        return int(self.info["run"])
+
+    @property
+    def label(self) -> str:
+        """Policy with its parameters."""
+        return str(self.info.get("label") or self.info["policy"])
+
+    @property
+    def budget(self) -> str | None:
+        """Budget as it was given; None for a policy without one."""
+        budget = self.info.get("budget")
+        return None if budget is None else str(budget)
+
+    @property
+    def budget_keys(self) -> float | None:
+        """Budget in keys per key/value head, mean over sequences; None for a policy without one."""
+        keys = self.info.get("budget_keys")
+        if self.budget is None or keys is None:
+            return None
+        return sum(keys) / len(keys) if isinstance(keys, list) else float(keys)
+
+    @property
+    def protocol(self) -> tuple[str, str, str]:
+        """Trace identity, loop and prefill: numbers compare only where these are equal."""
+        return (
+            str(self.replay.info["trace"]["identity"]),
+            str(self.info.get("loop", self.replay.info.get("loop", "open"))),
+            str(self.info.get("prefill", self.replay.info.get("prefill", "full"))),
+        )
+
+    @property
+    def phase(self) -> str:
+        """When it evicts: ``step``, ``prefill``, ``every:N`` or ``none``."""
+        return str(self.info.get("phase", "step"))
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+        if self.info.get("clairvoyant"):
+            return "bound"
+        if self.info.get("reads"):
+            return "reads a part"
+        if self.phase == "none":
+            return "no eviction"
+        if not self.info.get("bounded", True):
+            return "own size"
+        return {"step": "every step", "prefill": "prompt only"}.get(self.phase, "every N steps")
+
+    @property
+    def comparable(self) -> tuple[str, ...] | None:
+        """What two runs must share for one to be better than the other; None where a run has no budget."""
+        return None if self.budget is None else (*self.protocol, self.budget, self.kind, self.phase)
+
+    @property
+    def marks(self) -> list[str]:
+        """What sets it apart from the others of its kind: how keys are shared out, whose code it follows, precision."""
+        marks = []
+        if self.kind == "every N steps":
+            marks.append(self.phase.replace(":", " ") + " steps")
+        if self.info.get("allocate", "uniform") != "uniform":
+            marks.append(f"{self.info['allocate']} allocation")
+        if self.info.get("published"):
+            marks.append("as in the published code")
+        if self.info.get("positions") == "compacted":
+            marks.append("compacted positions")
+        if self.info.get("accumulate", "float32") != "float32":
+            marks.append(f"sums in {self.info['accumulate']}")
+        return marks
+
+    @property
+    def full_keys(self) -> float:
+        """Mean number of keys in a full cache over the steps after the prompt (with streaming prefill, over all)."""
+        lengths = [
+            (int(each["prompt"]) if self.protocol[2] == "full" else 0, int(each["length"]))
+            for each in self.replay.info["trace"]["sequences"]
+        ]
+        return sum((prompt + 1 + length) / 2 for prompt, length in lengths) / len(lengths)
+
+    def mean(self, metric: str) -> float | None:
+        """Return the mean of a metric; None where it was not computed or has no value."""
+        value = self.metrics.get(metric, {}).get("mean")
+        return None if value is None else float(value)

@@ -1,0 +1,451 @@
+"""The page in a real browser: it draws every panel, asks nobody for anything, and does what its controls say.
+
+Each test prevents a fault that data cannot show: a drawing that fails, text that becomes markup, a control without an
+effect, a choice that does not reach the other panels or the address.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvscope.report.encoding import packed, packed_floats, packed_halves
+from kvscope.report.page import page_data, report
+from kvscope.report.source import Limits, ReportInput
+from tests.report.make import make_replay, make_trace
+from tests.report.test_summary_panels import run_of
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+
+PWN = "window.pwned = true"
+HOSTILE = [
+    f"</script><script>{PWN}</script>",
+    f"<img src=x onerror='{PWN}'>",
+    f'"><svg onload="{PWN}">',
+    f"javascript:{PWN}//",
+    "\u2028\u2029'; alert(1)//",
+    "\u202eevil\u202c\u200f",
+    "\x00\x1b[31m\x7f",
+    "{{constructor.constructor('alert(1)')()}}",
+    "<a href='https://example.org'>link</a>",
+    "%{text}<br><b>x</b>",
+]
+
+
+class Tab:
+    """One open page, and what it said and asked for."""
+
+    def __init__(self, browser: Any, path: Path, fragment: str = "", **context: Any) -> None:
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.as_uri() + fragment)
+        self.page.wait_for_selector("html[data-ready]", state="attached")
+
+    def run(self, script: str, argument: Any = None) -> Any:
+        """Return the value of a script, when everything that was asked for is drawn."""
+        self.page.evaluate("kvscope.settled()")
+        return self.page.evaluate(script, argument)
+
+    def text(self, selector: str) -> str:
+        """Return the text of the first element there, when everything that was asked for is drawn."""
+        self.page.evaluate("kvscope.settled()")
+        return str(self.page.locator(selector).first.inner_text())
+
+    def count(self, selector: str) -> int:
+        """Return how many elements there are, when everything that was asked for is drawn."""
+        self.page.evaluate("kvscope.settled()")
+        return int(self.page.locator(selector).count())
+
+    def choose(self, label: str, option: str) -> None:
+        """Choose an option of the bar."""
+        self.page.locator(".choice").get_by_label(label, exact=True).select_option(label=option)
+
+    def chosen(self, label: str) -> str:
+        """Return what a control of the bar shows."""
+        control = self.page.locator(".choice").get_by_label(label, exact=True)
+        return str(control.evaluate("it => it.selectedOptions[0].text"))
+
+    def address(self) -> dict[str, str]:
+        """Return what the address says of the choice."""
+        return dict(self.run("[...new URLSearchParams(location.hash.split('?')[1] || '')]"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def rich_page(rich: ReportInput, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report(rich.replays, rich.traces, tmp_path_factory.mktemp("page") / "rich.html")
+
+
+@pytest.fixture(scope="module")
+def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile")
+    trace = make_trace(folder / "trace", texts=HOSTILE, prompt=4, prompt_file=HOSTILE[1], stored=("maps", "value_l1"))
+    labels = {"h2o": HOSTILE[1], "tova": HOSTILE[5], "window": HOSTILE[9]}
+    mass = {name: {"2": 0.5, "4": 0.6} for name in ("h2o", "tova", "window")}
+    replay = make_replay(folder / "replay", trace, mass=mass, labels=labels, command=" ".join(HOSTILE))
+    return report([replay], {trace.identity: trace}, folder / "page.html", title=HOSTILE[0])
+
+
+@pytest.fixture(scope="module")
+def shared(browser: Any, rich_page: Path) -> Iterator[Tab]:
+    opened = Tab(browser, rich_page)
+    yield opened
+    opened.context.close()
+
+
+@pytest.fixture
+def tab(shared: Tab) -> Tab:
+    """The page as it is when it opens, without opening it anew."""
+    shared.run(
+        "kvscope.state.set(Object.fromEntries(['run', 'other', 'part', 'layer', 'head', 'step', 'token', 'sort',"
+        " 'columns', 'budget', 'kind', 'lines', 'view', 'mode', 'shade', 'metric'].map(name => [name, null])))"
+    )
+    shared.page.emulate_media(media="screen")
+    return shared
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {},
+        {"color_scheme": "dark", "viewport": {"width": 800, "height": 900}},
+        {"viewport": {"width": 420, "height": 800}},
+    ],
+    ids=["wide", "dark and narrow", "phone"],
+)
+def test_every_panel_draws_in_silence_and_fits(browser: Any, rich_page: Path, rich: ReportInput, context: Any) -> None:
+    tab = Tab(browser, rich_page, **context)
+    assert tab.said == []
+    assert tab.asked == [rich_page.as_uri()]
+    assert tab.run("document.documentElement.dataset.ready") == "yes"
+    bodies = "[...document.querySelectorAll('.panel')].map(it => [it.id, it.querySelector('.body').textContent.length])"
+    drawn = dict(tab.run(bodies))
+    assert set(drawn) == {panel["name"] for panel in page_data(rich)["panels"]}
+    assert all(drawn.values()), drawn
+    assert tab.run("document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out of the page"
+    wide = "[...document.querySelectorAll('.panel')].filter(it => it.scrollWidth > it.clientWidth + 1)"
+    assert tab.run(f"{wide}.map(it => it.id)") == []
+    tab.context.close()
+
+
+def test_hostile_text_is_shown_and_does_nothing(browser: Any, hostile_page: Path) -> None:
+    tab = Tab(browser, hostile_page, "#text?token=1&shade=held")
+    assert tab.said == []
+    assert tab.asked == [hostile_page.as_uri()]
+    assert tab.run("window.pwned") is None
+    assert tab.count("#page img, #page script, #page [onerror], #page [onload], #page iframe") == 0
+    assert tab.run("[...document.querySelectorAll('#page a')].every(it => it.getAttribute('href').startsWith('#'))")
+    shown = tab.run("[...document.querySelectorAll('#text [data-at]')].map(it => it.textContent)")
+    assert shown[:4] == HOSTILE[:4]
+    assert shown[4].startswith("⟨U+2028⟩⟨U+2029⟩")
+    assert shown[5:7] == ["⟨U+202E⟩evil⟨U+202C⟩⟨U+200F⟩", "⟨U+0000⟩⟨U+001B⟩[31m⟨U+007F⟩"]
+    assert tab.run("document.title") == HOSTILE[0]
+    tab.page.locator("#residency canvas").first.hover(position={"x": 300, "y": 100})
+    assert tab.text("#residency .tip")
+    tab.choose("Policy", HOSTILE[9])
+    assert tab.text("#residency h3").startswith(HOSTILE[9])
+    assert tab.run("[...document.querySelectorAll('#over-time .legendtext')].map(it => it.textContent)")
+    assert tab.run("window.pwned") is None
+    assert tab.said == []
+    tab.context.close()
+
+
+def test_the_policy_of_the_page_lets_nothing_out(tab: Tab) -> None:
+    fetched = "fetch('https://example.org/').then(() => 'let out', () => 'refused')"
+    assert tab.run(fetched) == "refused"
+    loaded = "const it = new Image(); it.onload = () => done('let out'); it.onerror = () => done('refused');"
+    assert tab.run(f"new Promise(done => {{ {loaded} it.src = 'https://example.org/x.png'; }})") == "refused"
+    script = "const it = document.createElement('script'); it.textContent = 'window.pwned = true';"
+    tab.run(f"(() => {{ {script} document.body.append(it); }})()")
+    assert tab.run("window.pwned") is None, "a script that is not the page's own does not run"
+    assert [line for line in tab.said if "Content Security Policy" not in line] == []
+    tab.said.clear()
+
+
+def test_numbers_arrive_as_they_were_packed(tab: Tab) -> None:
+    cases = {
+        "integers": packed(np.array([-3, 0, 70_000])),
+        "floats": packed_floats(np.array([0.25, np.nan, 0.75])),
+        "halves": packed_halves(np.array([0, 6e-8, 1e-5, 0.1, 1, 65504], np.float16)),
+    }
+    found = {
+        name: tab.run(
+            "it => kvscope.numbers(it).then(all => [...all].map(one => Number.isNaN(one) ? null : one))", value
+        )
+        for name, value in cases.items()
+    }
+    assert found["integers"] == [-3, 0, 70_000]
+    assert found["floats"] == [0.25, None, 0.75]
+    assert found["halves"] == np.array([0, 6e-8, 1e-5, 0.1, 1, 65504], np.float16).astype(np.float64).tolist()
+
+
+def test_a_choice_in_the_bar_reaches_the_panels_and_the_address(tab: Tab, rich: ReportInput) -> None:
+    tab.choose("Policy", "window · open loop · open")
+    tab.choose("Budget", "8")
+    run = run_of(rich, "window", "8")
+    assert tab.address()["run"] == run.id
+    assert tab.text("#residency h3") == "window · open loop · open · 8"
+    assert "window · open loop · open · 8" in tab.text("#regrets .small")
+    assert tab.count(f"#overview tr.shown[data-run='{run.id}']") == 1
+    tab.choose("Layer", "0")
+    tab.choose("Query head", "3")
+    assert tab.text("#inspector .small").startswith("Layer 0, query head 3,")
+    assert (tab.address()["layer"], tab.address()["head"]) == ("0", "3")
+
+
+def test_the_slider_moves_text_and_address(tab: Tab) -> None:
+    slider = tab.page.locator(".choice input[type=range]")
+    slider.focus()
+    held = "document.querySelectorAll('#text .share-10').length"
+    at_end = tab.run(held)
+    slider.press("Home")
+    for _ in range(12):
+        slider.press("ArrowRight")
+    assert tab.address()["step"] == "12"
+    assert tab.count("#text .later") == 11
+    assert tab.run(held) == at_end, "a window of four keys holds four keys at every step"
+    assert tab.page.locator("#text .now").get_attribute("data-at") == "12"
+
+
+def test_the_address_brings_back_the_whole_choice(browser: Any, rich_page: Path, rich: ReportInput) -> None:
+    run, other = run_of(rich, "tova", "8").id, run_of(rich, "window", "8").id
+    fragment = f"#residency?run={run}&other={other}&layer=0&head=2&step=15&token=9"
+    fragment += "&metric=output_error&mode=difference&view=2.12.10.20"
+    tab = Tab(browser, rich_page, fragment)
+    assert (tab.chosen("Policy"), tab.chosen("Budget"), tab.chosen("Layer")) == ("tova · open loop · open", "8", "0")
+    assert tab.chosen("Compare with") == "window · open loop · open"
+    assert tab.text("#residency h3") == "tova · open loop · open · 8 against window · open loop · open · 8"
+    assert "only window" in tab.text("#residency .legend:visible")
+    assert (
+        tab.page.locator("#residency canvas")
+        .get_attribute("aria-label")
+        .startswith("Tokens 2 to 11 down, steps 10 to 19")
+    )
+    assert tab.run("document.querySelector('#head-map select').value") == "output_error"
+    assert tab.page.locator("#residency").evaluate("it => Math.abs(it.getBoundingClientRect().top) < 300")
+    assert tab.run("location.hash") == fragment
+    tab.context.close()
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        "#text?run=9.9&step=abc&layer=77&head=-1&token=1e9&view=1.2.3&lines=0.99&sort=nothing",
+        "#nowhere?__proto__=1&run=__proto__",
+        "#%E0%A4%A",
+    ],
+)
+def test_a_wrong_address_is_as_good_as_none(browser: Any, rich_page: Path, rich: ReportInput, fragment: str) -> None:
+    tab = Tab(browser, rich_page, fragment)
+    assert tab.said == []
+    assert tab.run("kvscope.state.get('run')") == rich.first.id
+    assert tab.run("kvscope.state.get('step')") == 23
+    tab.context.close()
+
+
+def test_the_table_sorts_and_warns_of_kinds(tab: Tab) -> None:
+    first = "document.querySelector('#overview .summary tbody tr').dataset.run"
+    header = tab.page.locator("#overview .summary th", has_text="retained mass")
+    header.get_by_role("button").click()
+    assert header.get_attribute("aria-sort") == "descending"
+    assert "of 3 kinds" in tab.text("#overview .warning")
+    best = tab.run(first)
+    header.get_by_role("button").click()
+    assert header.get_attribute("aria-sort") == "ascending"
+    assert tab.run(first) != best
+    tab.page.locator("#overview").get_by_label("Kind", exact=True).select_option("every step")
+    assert tab.text("#overview .warning") == ""
+    kinds = set(tab.page.locator("#overview .summary tbody tr[data-run] .kind").all_inner_texts())
+    assert kinds == {"every step"}
+    assert tab.count("#overview .bounds tr") == 0
+
+
+def test_bounds_stand_apart(tab: Tab) -> None:
+    rows = tab.run("[...document.querySelectorAll('#overview .bounds tr')].map(it => it.textContent)")
+    assert rows[0].startswith("Bounds: these know the future")
+    assert len(rows) == 3
+    assert all("belady" in row for row in rows[1:])
+
+
+def test_lines_are_found_and_chosen(tab: Tab) -> None:
+    drawn = "document.querySelector('#budget-curve .plot').data.map(it => it.name)"
+    before = tab.run(drawn)
+    tab.page.get_by_placeholder("find a policy").fill("snap")
+    boxes = tab.page.locator("#budget-curve .lines input")
+    assert boxes.count() == 2, "open and closed"
+    boxes.first.uncheck()
+    assert len(tab.run(drawn)) == len(before) - 1
+    tab.page.get_by_placeholder("find a policy").fill("")
+    tab.page.locator("#budget-curve").get_by_role("button", name="None").click()
+    assert all(name.startswith("ideal") for name in tab.run(drawn))
+    assert tab.address()["lines"] == ""
+    tab.page.locator("#budget-curve").get_by_role("button", name="Usual").click()
+    assert tab.run(drawn) == before
+
+
+def test_a_cell_of_the_map_chooses_its_head_with_mouse_and_keyboard(tab: Tab) -> None:
+    cells = tab.page.locator("#head-map [role=gridcell]")
+    cells.nth(2).click()
+    assert (tab.chosen("Layer"), tab.chosen("Query head")) == ("0", "2")
+    tab.page.locator("#head-map [aria-selected=true]").press("ArrowDown")
+    tab.page.keyboard.press("ArrowRight")
+    tab.page.keyboard.press("Enter")
+    assert (tab.chosen("Layer"), tab.chosen("Query head")) == ("1", "3")
+
+
+def test_the_raster_is_walked_with_the_keyboard(tab: Tab) -> None:
+    canvas = tab.page.locator("#residency canvas").first
+    canvas.focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "Shift+ArrowDown"):
+        canvas.press(key)
+    assert tab.address()["token"] == "11"
+    assert tab.text("#residency .readout").startswith("token 11 “↵”, generated; step ")
+    canvas.press("+")
+    assert tab.address()["view"].count(".") == 3
+    canvas.press("Escape")
+    assert tab.address()["view"] == "0.24.0.24"
+
+
+def test_dragging_zooms_and_a_click_chooses(tab: Tab) -> None:
+    canvas = tab.page.locator("#residency canvas").first
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box
+    tab.page.mouse.move(box["x"] + 200, box["y"] + 100)
+    tab.page.mouse.down()
+    tab.page.mouse.move(box["x"] + 500, box["y"] + 250)
+    tab.page.mouse.up()
+    k0, k1, t0, t1 = map(int, tab.address()["view"].split("."))
+    assert 0 < k0 < k1 < 24
+    assert 0 < t0 < t1 <= 24
+    tab.page.mouse.click(box["x"] + 300, box["y"] + 200)
+    assert k0 <= int(tab.address()["token"]) < k1
+
+
+def test_two_runs_stand_side_by_side_or_as_difference(tab: Tab) -> None:
+    tab.choose("Compare with", "window · open loop · open")
+    assert tab.count("#residency canvas") == 2
+    tab.page.locator("#residency").get_by_label("Two policies").select_option("difference")
+    assert tab.count("#residency canvas") == 1
+    assert tab.text("#residency .legend:visible").count("only ") == 2
+
+
+def test_a_token_shows_its_life(tab: Tab) -> None:
+    tab.page.locator("#text [data-at='9']").click()
+    assert tab.text("#text .life h3").startswith("Token 9 “␣king”: held by")
+    assert tab.count("#text .life [role=gridcell]") == 4
+    tab.page.locator("#text .text").press("ArrowRight")
+    assert tab.address()["token"] == "10"
+
+
+def test_text_can_be_shaded_by_loss_and_regret(tab: Tab, rich: ReportInput) -> None:
+    tab.run("id => kvscope.state.set({ run: id })", run_of(rich, "tova", "4", "closed").id)
+    shades = tab.page.locator("#text").get_by_label("Shade by")
+    assert shades.evaluate("it => [...it.options].map(one => one.value)") == ["held", "loss", "regret", "surprise"]
+    for shade in ("loss", "regret", "surprise"):
+        shades.select_option(shade)
+        assert tab.count("#text [class*=loss-]") > 3
+
+
+def test_a_regret_leads_to_the_row_that_missed_it(tab: Tab) -> None:
+    row = tab.page.locator("#regrets tbody tr").first
+    layer, missed = row.locator("td").nth(1).inner_text(), row.locator("td").nth(5).inner_text()
+    row.get_by_role("button").click()
+    said = tab.text("#inspector .small")
+    assert said.startswith(f"Layer {layer}, query head")
+    assert f", step {missed} " in said
+    assert "nearest" not in said
+    names = tab.run("document.querySelector('#inspector .plot').data.map(it => it.name)")
+    assert "in the ideal set, but not seen" in names
+    assert tab.count("#regrets tr.shown") == 1
+
+
+def test_the_matrix_chooses_what_to_compare(tab: Tab) -> None:
+    tab.page.locator("#agreement [role=gridcell]").nth(1).click()
+    assert "other" in tab.address()
+    assert tab.count("#residency canvas") == 2
+
+
+def test_every_plot_has_its_numbers_in_a_table(tab: Tab) -> None:
+    panels = tab.run("[...document.querySelectorAll('.panel:has(.plot):not(#inspector)')].map(it => it.id)")
+    assert len(panels) >= 5
+    for panel in panels:
+        details = tab.page.locator(f"#{panel} details.behind").last
+        details.locator("summary").click()
+        assert details.locator("tbody tr").count() > 0, panel
+        details.locator("summary").click()
+
+
+def test_every_control_has_a_name(tab: Tab) -> None:
+    wanted = "[...document.querySelectorAll('select, input, button, canvas, [role=grid], [tabindex=\"0\"]')]"
+    named = "(it.labels && it.labels.length) || it.getAttribute('aria-label') || it.textContent.trim()"
+    assert tab.run(f"{wanted}.filter(it => !({named})).map(it => it.outerHTML.slice(0, 80))") == []
+    ids = tab.run("[...document.querySelectorAll('[id]')].map(it => it.id)")
+    assert len(ids) == len(set(ids))
+
+
+def test_the_theme_can_be_chosen(tab: Tab) -> None:
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light = tab.run(ground)
+    tab.page.get_by_label("Colours").select_option("dark")
+    assert tab.run(ground) != light
+    tab.page.get_by_label("Colours").select_option("")
+    assert tab.run(ground) == light
+
+
+def test_it_prints_in_light_without_what_only_a_screen_needs(browser: Any, rich_page: Path) -> None:
+    tab = Tab(browser, rich_page, color_scheme="dark")
+    assert len(tab.page.pdf()) > 50_000
+    tab.page.emulate_media(media="print")
+    assert not tab.page.locator("nav").is_visible()
+    assert tab.page.locator("#provenance h2").is_visible()
+    assert tab.said == []
+    tab.context.close()
+
+
+def test_what_is_not_carried_is_said_in_its_panel(browser: Any, rich: ReportInput, tmp_path: Path) -> None:
+    few = Limits(raster_bytes=300, share_bytes=200, map_bytes=200, line_bytes=300, row_bytes=200, weights=1400)
+    page = report(rich.replays, rich.traces, tmp_path / "few.html", limits=few)
+    last = run_of(rich, "h2o", "8").id
+    tab = Tab(browser, page, f"#text?run={last}&layer=1")
+    assert tab.said == []
+    assert "is not carried in this page" in tab.text("#residency .small")
+    assert tab.text("#head-map .small").endswith("its map is not carried in this page.")
+    assert "not carried" in tab.text("#text .small")
+    assert "is not carried" in tab.text("#norms .small")
+    assert tab.count(".notes li") >= 6
+    tab.context.close()
+
+
+def test_a_page_without_trace_draws_what_is_left(browser: Any, rich: ReportInput, tmp_path: Path) -> None:
+    page = report(rich.replays, {}, tmp_path / "bare.html")
+    tab = Tab(browser, page)
+    assert tab.said == []
+    assert json.loads(tab.run("document.getElementById('data').textContent"))["parts"]["0.0"]["tokens"] is None
+    canvas = tab.page.locator("#residency canvas").first
+    canvas.focus()
+    canvas.press("ArrowDown")
+    assert tab.text("#residency .readout").startswith("token 0 ")
+    tab.context.close()
