@@ -7,7 +7,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it; read when torch is loaded
+
+import torch  # noqa: E402
 
 
 def machine() -> dict[str, Any]:

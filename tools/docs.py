@@ -1,6 +1,7 @@
-"""Writes the descriptions of the files, and checks that the documentation tells the truth.
+"""Writes the descriptions of the files and policies, and checks that the documentation tells the truth.
 
-python tools/docs.py           write traces/README.md and reports/README.md from the schemas
+python tools/docs.py           write traces/README.md and reports/README.md from the schemas, and the generated part of
+                               README.md from the policies
 python tools/docs.py --check   change nothing; say what is wrong, and end with status 1 if anything is
 """
 
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from kvscope.results import schema as results
 
 from kvscope import __version__
 from kvscope.cli.app import app
-from kvscope.policies import spec
+from kvscope.policies import POLICIES, spec
+from kvscope.results import schema as results
 from kvscope.trace import schema as trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "traces/README.md": trace.describe,
     "reports/README.md": results.describe,
 }
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *GENERATED)
+README, BEGIN, END = "README.md", "<!-- policies -->", "<!-- /policies -->"
+PAGES = (README, "CONTRIBUTING.md", "CHANGELOG.md", *GENERATED)
 
 
 def main() -> int:
@@ -35,6 +37,8 @@ def main() -> int:
         for name, text in GENERATED.items():
             (ROOT / name).parent.mkdir(exist_ok=True)
             (ROOT / name).write_text(text(), encoding="utf-8")
+        page = (ROOT / README).read_text(encoding="utf-8")
+        (ROOT / README).write_text(with_policies(page), encoding="utf-8")
     wrong = list(problems())
     for line in wrong:
         print(line)
@@ -47,6 +51,9 @@ def problems() -> Iterator[str]:
     for name, text in GENERATED.items():
         if not (ROOT / name).is_file() or (ROOT / name).read_text(encoding="utf-8") != text():
             yield f"{name}: differs from the schema; run: python tools/docs.py"
+    page = (ROOT / README).read_text(encoding="utf-8")
+    if with_policies(page) != page:
+        yield f"{README}: the table of policies differs from them; run: python tools/docs.py"
     for name in PAGES:
         if (ROOT / name).is_file():
             text = (ROOT / name).read_text(encoding="utf-8")
@@ -54,6 +61,39 @@ def problems() -> Iterator[str]:
             yield from (f"{name}: {line}" for line in _commands(text))
     if f"\n## {__version__}\n" not in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"):
         yield f"CHANGELOG.md: no entry for {__version__}"
+
+
+def with_policies(page: str) -> str:
+    """Return a page with the table of the package's policies between its two marks, which must be there."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin and end, f"{README} has no {BEGIN} ... {END}"
+    rows = sorted((row for row in spec.describe() if _is_ours(row["name"])), key=lambda row: str(row["name"]))
+    head = "| policy | decides per | evicts | needs | variants | proven against |\n|---|---|---|---|---|---|"
+    table = "\n".join([head, *(f"| {' | '.join(_cells(row))} |" for row in rows)])
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a policy comes with the package: others may be installed beside it."""
+    return POLICIES.get(name).__module__.startswith("kvscope.policies.")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    phase = {"step": "at every step", "prefill": "after the prompt", "none": "never"}
+    evicts = phase.get(row["phase"]) or f"every {row['phase'].removeprefix('every:')} steps"
+    if row["reads"]:
+        evicts = "never: reads a part"
+    if row["allocate"] != "uniform":
+        evicts += f", budgets by `{row['allocate']}`"
+    return [
+        f"`{row['name']}`",
+        row["scope"].replace("_", " "),
+        evicts,
+        ", ".join(row["needs"]) or "-",
+        ", ".join(row["variants"]) or "-",
+        row["proven"],
+    ]
 
 
 def _links(page: Path, text: str) -> Iterator[str]:

@@ -51,6 +51,7 @@ def columns(runs: Sequence[Mapping[str, Any]], declared: Mapping[str, Mapping[st
         Column("policy", [_label(run) for run in runs], wrap=16),
         Column("budget", [str(run["budget"] or "-") for run in runs], numeric=True),
         Column("keys", [_keys(run["budget_keys"]) for run in runs], keep=60, numeric=True),
+        *_differing(runs),
         Column("read", [_number(run, "read_keys", 1) for run in runs], keep=70, numeric=True),
         Column("held", [_number(run, "held_keys", 1) for run in runs], keep=65, numeric=True),
     ]
@@ -60,6 +61,10 @@ def columns(runs: Sequence[Mapping[str, Any]], declared: Mapping[str, Mapping[st
             for row, run in enumerate(runs)
         ]
         table.append(Column(header, cells, keep=keep, numeric=True, dim=untouched))
+        if name == "retained_mass" and any(_of_belady(run) is not None for run in runs):
+            shares = [_of_belady(run) for run in runs]
+            cells = ["-" if share is None else f"{share:.3f}" for share in shares]
+            table.append(Column("of\nbelady", cells, keep=88, numeric=True))
     for name, header, digits, keep in _OUTCOMES:
         if any(name in run["metrics"] for run in runs):
             table.append(Column(header, [_number(run, name, digits) for run in runs], keep=keep, numeric=True))
@@ -67,6 +72,31 @@ def columns(runs: Sequence[Mapping[str, Any]], declared: Mapping[str, Mapping[st
     table.append(Column("prefill", [run["prefill"] for run in runs], keep=11))
     table.append(Column("count", [f"{_count(run):,}" for run in runs], keep=30, numeric=True))
     return table
+
+
+def _differing(runs: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Return columns of what differs between the runs beside policy and budget."""
+    found = []
+    evicts = [_evicts(run) for run in runs]
+    if len(set(evicts) - {"never"}) > 1:
+        found.append(Column("evicts", evicts, keep=94))
+    shared = [str(run.get("allocate", "uniform")) for run in runs]
+    if set(shared) != {"uniform"}:
+        found.append(Column("shared\nout", shared, keep=42))
+    if any("decisions_changed" in run for run in runs):
+        cells = [f"{run['decisions_changed']:,}" if "decisions_changed" in run else "-" for run in runs]
+        found.append(Column("decisions\nchanged", cells, keep=93, numeric=True))
+    return found
+
+
+def _evicts(run: Mapping[str, Any]) -> str:
+    """Return when a run evicts: ``steps``, ``once``, ``every 16``, ``reads``, or ``never``."""
+    if run.get("reads"):
+        return "reads"
+    phase = str(run.get("phase", "step"))
+    if phase.startswith("every:"):
+        return f"every {phase.removeprefix('every:')}"
+    return {"step": "steps", "prefill": "once"}.get(phase, "never")
 
 
 def _paired(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -85,6 +115,14 @@ def notes(runs: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> list[st
     trace = info.get("trace", {})
     lines = [f"{'; '.join(kind)}; trace {trace.get('name', '?')}, model {trace.get('model') or 'unknown'}."]
     lines.append("Means over the steps, heads and layers in which something had been evicted; 1 is best.")
+    if len({_evicts(run) for run in runs} - {"never"}) > 1:
+        lines.append(
+            "At one budget, policies that evict once or every few steps, or only read less, hold more keys than those "
+            "that evict at all steps: compare them by read and held."
+        )
+    sums = {run["accumulate"] for run in runs if "decisions_changed" in run}
+    if sums:
+        lines.append(f"Decisions changed: evictions at another step than with sums in float32, by {', '.join(sums)}.")
     full = [run["metrics"]["perplexity_full"]["mean"] for run in runs if "perplexity_full" in run["metrics"]]
     if full:
         scored = max(run["metrics"]["perplexity"]["count"] for run in runs if "perplexity" in run["metrics"])
@@ -95,11 +133,32 @@ def notes(runs: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> list[st
             f"Open and closed loop hold the same keys to {min(gaps):.0%} (worst policy) to {max(gaps):.0%} (best): "
             "the lower, the less the open loop says."
         )
+    if any(_of_belady(run) is not None for run in runs):
+        lines.append(_bounds(runs))
     if any(_count(run) == 0 for run in runs):
         lines.append("Dimmed: nothing was evicted, so these are the values of an untouched cache, not measurements.")
     if any(run["metrics"].get("retained_mass", {}).get("low") is not None for run in runs):
         lines.append("Second line of a cell: 95 % interval over sequences.")
     return lines
+
+
+def _of_belady(run: Mapping[str, Any]) -> float | None:
+    """Return the retained mass as a share of what the best schedule of evictions retains, where that is known."""
+    share: float | None = (run.get("bounds") or {}).get("share_of_belady")
+    return share
+
+
+def _bounds(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the line about the bounds."""
+    line = "Of belady: share of the mass that the best schedule of evictions retains"
+    shares = {(run.get("bounds") or {}).get("belady_of_ideal") for run in runs}
+    left = sorted(share for share in shares if share is not None)
+    if left:
+        span = f"{left[0]:.3f}" if len(left) == 1 else f"{left[0]:.3f} to {left[-1]:.3f}"
+        line += f", which itself retains {span} of the ideal set's"
+    if any((_of_belady(run) or 0) > 1.0005 and not run.get("clairvoyant") for run in runs):
+        line += "; above 1: it holds more keys at some steps, or they come back"
+    return f"{line}."
 
 
 def _protocol(trace: Mapping[str, Any]) -> str:

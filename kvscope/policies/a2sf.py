@@ -19,7 +19,8 @@ class A2SF(Policy):
 
     ``A_t[j] = w_t[j] + alpha * A_{t-1}[j]``, with ``w_t`` the live row. ``alpha = 1`` is H2O's score, ``alpha = 0`` the
     newest row alone. arXiv:2407.20485, section 3.3, equations 5 and 6; code Dirac-Notation/A2SF, ``utils_real_drop``.
-    No key is protected by default (section 4.1).
+    No key is protected by default (section 4.1); that code's default keeps 128 recent ones. It scores query heads, here
+    `group` reduces them.
 
     ``variant=streaming-mask`` is the paper's mask evaluation, ``utils_lm_eval`` at fd63e32. It evicts inside the prompt
     as well, hence streaming prefill, and scores per query head. Its decisions are those of the plain rule with
@@ -41,6 +42,7 @@ class A2SF(Policy):
     """
 
     paper = "arXiv:2407.20485 section 3.3"
+    proven = "authors' decisions, plain-loop twin"
 
     alpha: float = parameter(
         0.2,

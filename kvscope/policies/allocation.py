@@ -111,6 +111,8 @@ def allocator(name: str) -> Callable[[type[A]], type[A]]:
 def apportion(total: Tensor, wish: Tensor, most: Tensor | None = None) -> Tensor:
     """Return whole numbers along the last axis that sum to `total` and are nearest to `wish` (largest remainders).
 
+    Of remainders that are equal to nine digits the first is rounded up.
+
     Parameters
     ----------
     total : Tensor
@@ -142,6 +144,6 @@ def apportion(total: Tensor, wish: Tensor, most: Tensor | None = None) -> Tensor
         share = torch.minimum(grown, limit)
     floor = (share + 1e-9).floor()
     missing = (total - floor.sum(-1)).round()[..., None]
-    remainder = torch.where(floor < limit, share - floor, -1.0)
+    remainder = torch.where(floor < limit, ((share - floor) * 1e9).round(), -1e9)
     place = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
     return (floor + (place < missing)).to(torch.int64)

@@ -18,7 +18,9 @@ from kvscope.registry import Registry
 Scope = Literal["kv_head", "layer"]
 Group = Literal["mean", "max", "sum"]
 Phase = str  # "step", "prefill", "every:N" (N steps), "none"
-Signal = Literal["weights", "full_weights", "value_l1", "value_l2", "key_l2", "keys", "values", "queries", "mean_query"]
+Signal = Literal[
+    "weights", "full_weights", "value_l1", "value_l2", "key_l2", "keys", "values", "queries", "mean_query", "schedule"
+]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Traits:
     phase: Phase
     bounded: bool
     reads: bool
+    clairvoyant: bool
     allocate: str
     prefills: frozenset[str]
     published: bool
@@ -80,7 +83,8 @@ class Step:
         Those that the policy asked for in `needs`, each with a leading axis of ``R`` or 1: ``value_l1``, ``value_l2``,
         ``key_l2``: ``[., L, G, n]``; ``keys``, ``values``: ``[., L, G, n, D]`` as cached; ``queries``: ``[., L, H, D]``
         of the current query, ``mean_query``: ``[., L, D]``, its mean over query heads; ``full_weights``:
-        ``[., L, H, n]``, the row before anything was evicted.
+        ``[., L, H, n]``, the row before anything was evicted; ``schedule``: ``[R, L, S, n]``, the step after which each
+        key leaves in the schedule that retains most.
     live : Tensor or None
         float ``[R, L, H, n]``, the live row: attention over the visible keys, summing to one. None unless needed.
     memory : dict of str to anything
@@ -142,7 +146,7 @@ class Policy:
         Set by the decorator.
     needs : frozenset of str
         Signals that it reads: ``weights``, ``full_weights``, ``value_l1``, ``value_l2``, ``key_l2``, ``keys``,
-        ``values``, ``queries``, ``mean_query``.
+        ``values``, ``queries``, ``mean_query``, ``schedule``.
     scope : {"kv_head", "layer"}
         Whether every key/value head decides for itself, or the layer as one.
     phase : str
@@ -152,6 +156,9 @@ class Policy:
         Whether the engine holds it to a budget. One that is not evicts the keys that it scores ``-inf``.
     reads : bool
         Whether it is a sparse reader: it holds every key, and `read` says which of them a query sees.
+    clairvoyant : bool
+        Whether it is a bound that knows what a cache cannot know: rows to come, or the row of the query itself when it
+        chooses what that reads.
     allocate : str
         How the budget of the whole model is shared out among layers and heads, unless the user says otherwise.
     prefills : frozenset of str
@@ -170,6 +177,7 @@ class Policy:
     phase: ClassVar[Phase] = "step"
     bounded: ClassVar[bool] = True
     reads: ClassVar[bool] = False
+    clairvoyant: ClassVar[bool] = False
     allocate: ClassVar[str] = "uniform"
     prefills: ClassVar[frozenset[str]] = frozenset({"full", "stream"})
     published: ClassVar[bool] = False
@@ -188,6 +196,9 @@ class Policy:
     def protect(self, budget: int) -> Protection:
         """Return which keys stay whatever their score, for a budget in keys; by default none."""
         return Protection()
+
+    def fit(self, layers: Sequence[int], kv_heads: int, n_layers: int) -> None:
+        """Raise UsageError if it has no rule for these layers of a model of `n_layers`; by default it has for any."""
 
     def read(self, step: Step) -> Tensor:
         """Return which keys query `t` sees, bool ``[R, L, S, n]``: of a sparse reader alone, before its row is known.

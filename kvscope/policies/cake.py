@@ -18,19 +18,21 @@ from kvscope.policies.snapkv import Pooling, odd, pooled, voting
 class CAKE(Policy):
     """Keep keys whose weight in the last rows of the prompt is large or changes; then those of the newest row.
 
-    At the end of the prompt ``mean + gamma * variance`` of the last `window` rows, afterwards the newest row, each
-    pooled over `kernel` neighbours; the newest `window` keys stay (at most half of the budget). Layers share the budget
-    by ``--allocate cake``. arXiv:2503.12491, sections 4.1 and 4.2; code antgroup/cakekv.
+    At the end of the prompt ``mean + gamma * variance`` of the last `window` rows of each query head, afterwards the
+    newest row, each pooled over `kernel` neighbours; the newest `window` keys stay (at most half of the budget). Layers
+    share the budget by ``--allocate cake``. arXiv:2503.12491, sections 4.1 and 4.2; code antgroup/cakekv, whose
+    variance divides by one row less. That code leaves a prompt of up to ``B + window`` keys whole; here `B` is held.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.3, .3, .4], [.3, .1, .5, .1], [.3, .4, .1, .1, .1]]
-    >>> held("cake:window=2,kernel=1,gamma=10", rows, budget=4, prompt=5)[-1]  # key 1 has the variance
+    >>> held("cake:window=2,kernel=1,gamma=10", rows, budget=4, prompt=5)[-1]  # keys 1 and 2 change
     [1, 2, 3, 4]
     """
 
     allocate: ClassVar[str] = "cake"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
     paper: ClassVar[str] = "arXiv:2503.12491 sections 4.1, 4.2"
+    proven: ClassVar[str] = "plain-loop twin of the authors' code"
 
     window: int = parameter(32, "rows at the end that vote, and keys that stay; at most half of the budget")
     gamma: float = parameter(200.0, "how much the variance counts beside the mean")
@@ -47,20 +49,21 @@ class CAKE(Policy):
         return Protection(recent=min(self.window, budget // 2))
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
-        row = step.weights(self.group)
+        assert step.live is not None
         history = History.of(step.memory, "rows", self.window)
         if step.t < step.prompt:
-            history.push(row)
+            history.push(step.live)
         if not step.compresses:
             return score
         used = voting(self, step)
-        votes = row if step.t >= step.prompt else self._votes(history.rows, used)
-        return pooled(votes, step.visible, used, self.kernel, self.pooling)
+        votes = step.live if step.t >= step.prompt else self._votes(history.rows, used)
+        return pooled(step.grouped(votes, self.group), step.visible, used, self.kernel, self.pooling)
 
     def _votes(self, rows: Tensor, used: Tensor) -> Tensor:
+        """Return mean and variance of the newest `used` of the rows ``[R, L, H, w, n]`` as one score."""
         newest = torch.arange(rows.shape[-2], 0, -1, device=rows.device) <= used[:, None]  # [R, w]
-        count = newest.sum(-1).clamp(min=1)[:, None, None, None]
-        shown = rows * newest[:, None, None, :, None]
-        mean = shown.sum(-2) / count
-        variance = (shown * shown).sum(-2) / count - mean * mean
-        return mean + self.gamma * variance.clamp(min=0)
+        count = newest.sum(-1)[:, None, None, None]
+        newest = newest[:, None, None, :, None]
+        mean = (rows * newest).sum(-2) / count.clamp(min=1)
+        deviations = (rows - mean[..., None, :]) * newest
+        return mean + self.gamma * (deviations**2).sum(-2) / (count - 1).clamp(min=1)

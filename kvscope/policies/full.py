@@ -12,13 +12,21 @@ from kvscope.policies.base import Policy, Step, policy
 @policy("full")
 @dataclass(frozen=True)
 class Full(Policy):
-    """Keep everything."""
+    """Keep everything: the cache that every other policy is compared with.
+
+    No score is looked at and no budget holds; what a query sees is what the model itself would show it.
+
+    >>> from kvscope.replay.example import held
+    >>> held(Full(), [[1], [0.6, 0.4], [0.5, 0.2, 0.3]], budget=1)
+    [[0], [0, 1], [0, 1, 2]]
+    """
 
     needs = frozenset()
     scope = "layer"
     phase = "none"
     bounded = False
     paper = "the uncompressed cache"
+    proven = "plain-loop twin"
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         return score

@@ -43,6 +43,7 @@ class H2O(Policy):
     """
 
     paper = "arXiv:2306.14048 algorithm 1"
+    proven = "authors' decisions (drop, mask), plain-loop twin"
 
     recent: int | None = parameter(None, "newest keys that always stay; None: half of the budget, rounded down")
     group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")

@@ -35,6 +35,7 @@ class KeyNorm(Policy):
 
     needs = frozenset({"key_l2"})
     paper = "arXiv:2406.11430"
+    proven = "plain-loop twin of the authors' code"
 
     variant: Literal["plain", "l2compress"] = parameter("plain", "plain: to the budget; l2compress: the authors' code")
     keep_ratio: float = parameter(0.9, "l2compress: share of the keys that stays when some go")

@@ -36,6 +36,7 @@ class Keyformer(Policy):
 
     prefills = frozenset({"full"})
     paper = "arXiv:2403.09054"
+    proven = "plain-loop twin of the authors' code"
 
     recent_ratio: float = parameter(0.3, "share of the budget for the newest keys")
     tau_init: float = parameter(1.0, "temperature in the prompt")

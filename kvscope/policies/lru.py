@@ -29,6 +29,7 @@ class LRU(Policy):
     """
 
     paper = "baseline: least recently used"
+    proven = "plain-loop twin"
 
     group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvscope.policies.base import Policy, Protection, Step, at_least, parameter, policy
+from kvscope.policies.cache import without_gaps
 from kvscope.policies.history import History
 
 
@@ -37,6 +38,7 @@ class MorphKV(Policy):
     """
 
     paper = "arXiv:2503.00979"
+    proven = "plain-loop twin of the authors' code"
 
     window: int = parameter(200, "queries before the current one that are asked, at most half of the budget")
     fuse: Literal["max", "sum"] = parameter("max", "how their rows become one: max or sum")
@@ -48,23 +50,30 @@ class MorphKV(Policy):
         return Protection(recent=min(min(self.window, budget // 2) + 1, budget))
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
-        memory = step.memory
-        if "morphkv_window" not in memory:
-            memory["morphkv_window"] = (step.budget // 2).clamp(max=self.window)  # [R, L, G]
-            memory["morphkv_most"] = max(int(memory["morphkv_window"].max()), 1)
-        history = History.of(memory, "morphkv", memory["morphkv_most"])
+        history = History.of(step.memory, "morphkv", max(1, min(self.window, max(step.budgets) // 2)))
         if step.compresses and history.count:
-            score = self._fused(step, history.rows, memory["morphkv_window"][..., None]).to(score.dtype)
+            score = self._fused(step, history.rows, score)
         assert step.live is not None
-        history.push(step.grouped(step.live.log(), "sum"))
+        logits = step.grouped(step.live.double().log(), "sum")  # up to a constant per row, which the shares do not see
+        history.push((logits - logits.amax(-1, keepdim=True)).exp())
         return score
 
-    def _fused(self, step: Step, rows: Tensor, window: Tensor) -> Tensor:
-        """Return the score of every key from the rows before this one, oldest first: ``[R, L, G, n]``."""
-        key = torch.arange(step.t, device=rows.device)
-        age = torch.arange(rows.shape[-2], 0, -1, device=rows.device)
-        older = step.visible[..., :-1] & (key < step.t - window)  # [R, L, G, n - 1]
-        share = torch.softmax(rows.masked_fill(~older[..., None, :], -torch.inf), -1)
-        share = share.nan_to_num(0.0).masked_fill(age[:, None] > window[..., None], 0.0)  # [R, L, G, rows, n - 1]
-        fused = share.amax(-2) if self.fuse == "max" else share.sum(-2)
-        return torch.nn.functional.pad(fused, (0, 1))
+    def _fused(self, step: Step, rows: Tensor, score: Tensor) -> Tensor:
+        """Return the score of every key from the rows before this one, oldest first: ``[R, L, G, n]``.
+
+        Run by run, over what each holds: windows and caches of the runs differ in size.
+        """
+        fused = torch.zeros_like(score)
+        for run, budget in enumerate(step.budgets):
+            window = min(self.window, budget // 2)
+            if not window:
+                continue
+            index, there = without_gaps(step.visible[run, ..., :-1])  # [L, G, m]
+            older = (there & (index < step.t - window)).to(rows.dtype)
+            asked = rows[run, :, :, -window:]
+            asked = asked.gather(-1, index[:, :, None].expand(*asked.shape[:-1], -1))  # [L, G, W, m]
+            total = (asked @ older[..., None])[..., 0]  # [L, G, W]
+            part = torch.where(total > 0, 1 / total, 0.0)
+            best = (asked * part[..., None]).amax(-2) if self.fuse == "max" else (part[..., None, :] @ asked)[..., 0, :]
+            fused[run].scatter_(-1, index, (best * older).to(score.dtype))
+        return fused

@@ -39,6 +39,7 @@ class Quest(Policy):
     reads = True
     needs = frozenset({"keys", "queries"})
     paper = "arXiv:2406.10774 section 3.3"
+    proven = "plain-loop twin of the authors' code"
 
     page_size: int = parameter(16, "keys of one page")
     fewest_pages: int = parameter(3, "pages that are read whatever the budget")

@@ -15,11 +15,20 @@ class Random(Policy):
     """Keep keys by a draw made once for each key, when it arrives.
 
     Score of key ``j``: one seeded uniform number per key/value head. It depends on the seed, the sequence, the layer,
-    the head and the position alone, so that neither budgets nor the other policies of a replay change it.
+    the head and the position alone, so that neither budgets nor the other policies of a replay change it. In the
+    manner of NVIDIA/kvpress, ``random_press.py``, which draws once, at the end of the prompt; a baseline without a
+    paper.
+
+    Example: the first four draws are .47, .65, .02 and .60.
+
+    >>> from kvscope.replay.example import held
+    >>> held(Random(), [[1], [0.5, 0.5], [0.4, 0.3, 0.3], [0.25] * 4], budget=2)
+    [[0], [0, 1], [0, 1], [1, 3]]
     """
 
     needs = frozenset()
     paper = "baseline"
+    proven = "plain-loop twin"
 
     seed: int = parameter(0, "seed of the draws")
 

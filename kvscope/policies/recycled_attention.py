@@ -46,6 +46,7 @@ class RecycledAttention(Policy):
     reads = True
     needs = frozenset({"weights"})
     paper = "arXiv:2411.05787 (first version)"
+    proven = "plain-loop twin of the paper's rule"
 
     stride: int = parameter(50, "steps from one full step to the next, with schedule=fixed")
     schedule: Schedule = parameter("fixed", "when all keys are read: fixed (every stride steps) or dynamic")
@@ -151,6 +152,7 @@ class RefreshKV(RecycledAttention):
 
     needs = frozenset({"weights", "mean_query"})
     paper = "RefreshKV, ACL 2025 (arXiv:2411.05787) section 2.2"
+    proven = "plain-loop twin of the paper's rule"
 
     schedule: Schedule = parameter("dynamic", "when all keys are read: fixed (every stride steps) or dynamic")
     compare_every: int = parameter(10, "steps from one comparison of queries to the next, with schedule=dynamic")

@@ -40,6 +40,7 @@ class RoCo(Policy):
     """
 
     paper = "arXiv:2402.06262; code DRSY/EasyKV"
+    proven = "plain-loop twin of the authors' code"
 
     std_ratio: float = parameter(0.3, "share of the budget for the keys whose weight varies most")
     recent: int = parameter(10, "newest keys that stay, at most half of the budget")

@@ -39,6 +39,7 @@ class Scissorhands(Policy):
     """
 
     paper = "arXiv:2305.17118 algorithms 1 and 2"
+    proven = "authors' decisions (released), plain-loop twin"
 
     history: int = parameter(400, "rows that are looked back on")
     recent: int = parameter(10, "newest keys that always stay, at most half of the budget")

@@ -36,6 +36,7 @@ class SnapKV(Policy):
     phase: ClassVar[Phase] = "prefill"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
     paper: ClassVar[str] = "arXiv:2404.14469 section 4.2"
+    proven: ClassVar[str] = "plain-loop twin of the authors' code"
 
     window: int = parameter(64, "rows at the end that vote, and keys that stay; at most half of the budget")
     kernel: int = parameter(5, "neighbouring keys that are pooled, an odd number")

@@ -20,7 +20,7 @@ from kvscope.registry import nearest
 
 # name:setting=... or name(setting=...), as labels have it; a setting may hold the path of a file, a name may not
 _NAMED = re.compile(r"^\s*(?P<name>[\w-]+)\s*(?::(?P<rest>\s*[\w-]+\s*=.*)|\((?P<inside>.*)\)\s*)$")
-_TUNED = re.compile(r"^\s*(?P<name>[\w-]+)\s*:\s*@(?P<file>.+?)\s*$")
+_TUNED = re.compile(r"^\s*(?P<name>[\w-]+|.+\.py:[A-Za-z_]\w*)\s*:\s*@(?P<file>.+?)\s*$")
 _FILE = re.compile(r"^(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)(?::(?P<rest>.*)|\((?P<inside>.*)\)\s*)?$")
 
 
@@ -145,7 +145,9 @@ def _split(spec: str) -> tuple[type[Policy], dict[str, str]] | Policy:
     """Return class and settings, or the policy itself where a file has all that it needs."""
     tuned = _TUNED.match(spec)
     if tuned:
-        return read_tuned(Path(tuned["file"]), POLICIES.get(tuned["name"]))
+        user = _FILE.match(tuned["name"])
+        tuned_class = load_class(Path(user["file"]), user["name"]) if user else POLICIES.get(tuned["name"])
+        return read_tuned(Path(tuned["file"]), tuned_class, _build)
     named, file = _NAMED.match(spec), _FILE.match(spec)
     if named or not file:
         bare, _, rest = spec.partition(":")

@@ -15,15 +15,21 @@ class StreamingLLM(Policy):
     """Keep the first few keys, where surplus attention gathers, and the newest ones.
 
     Score of key ``j``: its position ``j``; the first `sinks` keys are protected. arXiv:2309.17453, section 3.2;
-    code mit-han-lab/streaming-llm, ``kv_cache.py``. The published code also renumbers positions inside the cache;
-    an open-loop replay keeps the weights that were recorded at the original positions.
+    code mit-han-lab/streaming-llm, ``kv_cache.py``, whose ``start_size + recent_size`` is the budget here. That code
+    also renumbers positions inside the cache; an open-loop replay keeps the weights that were recorded at the original
+    positions.
 
-    Example: budget 3, one sink; after step 5 the keys 0, 4 and 5 are held.
+    Example: budget 3, one sink.
+
+    >>> from kvscope.replay.example import held
+    >>> held(StreamingLLM(sinks=1), [[1 / n] * n for n in range(1, 7)], budget=3)
+    [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 4, 5]]
     """
 
     needs = frozenset()
     scope = "layer"
     paper = "arXiv:2309.17453 section 3.2"
+    proven = "plain-loop twin of the authors' code"
 
     sinks: int = parameter(4, "keys at the start that always stay")
 

@@ -17,8 +17,10 @@ class TOVA(Policy):
 
     Score of key ``j``: its weight in row ``t``, averaged over all query heads; one decision per layer.
     arXiv:2401.06104, section 4.2 and algorithm 1; code schwartz-lab-NLP/TOVA, ``tova_cache.py``. Nothing is protected:
-    even the current key can go. The paper's ablations let each head decide (``scope=kv_head``; with grouped heads that
-    is EasyKV's rule in decoding) and protect the first keys (`sinks`).
+    even the current key can go. As in that code a prompt that does not fit is cut once, at its end; the paper's own
+    evaluation (appendix E) is streaming prefill. Its compressed positions for long texts are not taken over. Its
+    ablations let each head decide (``scope=kv_head``; with grouped heads that is EasyKV's rule in decoding) and protect
+    the first keys (`sinks`).
 
     ``variant=kvpress`` is NVIDIA/kvpress, ``tova_press.py``: the choice is made at the end of the prompt alone, and the
     last key of the prompt always stays.
@@ -31,6 +33,7 @@ class TOVA(Policy):
     """
 
     paper = "arXiv:2401.06104 section 4.2"
+    proven = "authors' decisions, plain-loop twin"
 
     scope: Scope = parameter("layer", "who decides: layer, all heads as one, or kv_head, each for itself")  # type: ignore[misc]
     sinks: int = parameter(0, "keys at the start that always stay")

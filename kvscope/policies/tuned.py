@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,15 @@ class Tuned(Policy):
         Where the choice comes from, for labels: the name of a file.
     settings : tuple of Policy
         The same policy with different parameters; what they protect must not differ.
+    layers : tuple of int
+        Numbers of the layers that were tuned.
     choice : tuple of tuple of int
-        For each layer the number of its setting, or those of its key/value heads.
+        For each of them the number of its setting, or those of its key/value heads.
+
+    Raises
+    ------
+    UsageError
+        If the settings cannot stand side by side, or the choice names one that is not there.
     """
 
     name = "tuned"
@@ -33,19 +41,22 @@ class Tuned(Policy):
 
     source: str
     settings: tuple[Policy, ...]
+    layers: tuple[int, ...]
     choice: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
+        numbers = {number for row in self.choice for number in row}
+        there = self.settings and self.layers and len(self.layers) == len(self.choice) and all(self.choice)
+        if not there or not numbers <= set(range(len(self.settings))):
+            raise UsageError(f"{self.source}: the choice does not go with the layers and settings", "Tune again.")
         first = self.settings[0]
         if any(type(policy) is not type(first) or policy.traits != first.traits for policy in self.settings):
             raise UsageError(
                 f"{self.label}: the settings are not of one kind",
-                "Tune parameters that change neither scope, phase nor signals.",
+                "Tune parameters that change neither scope, phase nor signals, or use --per model.",
             )
         if first.traits.reads or not first.traits.bounded:
-            raise UsageError(f"{first.label} holds no budget: it cannot be tuned by head", "Tune another policy.")
-        if max(max(row) for row in self.choice) >= len(self.settings):
-            raise UsageError(f"{self.source} names a setting that it does not have", "Tune again.")
+            raise UsageError(f"{first.label} is held to no budget: it cannot be tuned at one", "Tune another policy.")
 
     @property
     def traits(self) -> Traits:
@@ -62,6 +73,7 @@ class Tuned(Policy):
         return {
             "tuned": self.source,
             "settings": [policy.parameters() for policy in self.settings],
+            "layers": list(self.layers),
             "choice": [list(row) for row in self.choice],
         }
 
@@ -69,55 +81,81 @@ class Tuned(Policy):
         kept = {policy.protect(budget) for policy in self.settings}
         if len(kept) > 1:
             raise UsageError(
-                f"{self.label}: settings protect different keys", "Tune parameters that do not change what stays."
+                f"{self.label}: at {budget} keys the settings protect different keys",
+                "Tune parameters that do not change which keys always stay, or use --per model.",
             )
         return kept.pop()
 
+    def fit(self, layers: Sequence[int], kv_heads: int, n_layers: int) -> None:
+        """Raise UsageError where a layer or head has no setting, or settings are for layers that are not there."""
+        heads = 1 if self.traits.scope == "layer" else kv_heads
+        unknown = [layer for layer in layers if layer not in self.layers]
+        if unknown:
+            why = f"not for layer {unknown[0]}"
+        elif max(self.layers) >= n_layers:
+            why = f"for layer {max(self.layers)}, of {n_layers} in the model"
+        elif any(len(row) not in (1, heads) for row in self.choice):
+            why = f"not for {heads} key/value heads"
+        else:
+            return
+        raise UsageError(f"{self.source} was tuned {why}", "Tune on a trace of this model.")
+
     def observe(self, step: Step, score: Tensor) -> Tensor:
-        heads = score.shape[2]
-        chosen = self._chosen(step, heads)  # [L, S]
-        result = torch.empty_like(score)
-        mine, states = step.memory, step.memory.setdefault("states", [{} for _ in self.settings])
-        for number, policy in enumerate(self.settings):
-            state = states[number]
-            step.memory = state.setdefault("memory", {})
-            before = state.get("score", score[..., :0])
-            made = policy.observe(step, torch.nn.functional.pad(before, (0, score.shape[-1] - before.shape[-1])))
-            state["score"] = made
-            result = torch.where((chosen == number)[None, :, :, None], made, result)
-        step.memory = mine
+        memory = step.memory
+        if "chosen" not in memory:
+            layers = step.layers.tolist()
+            self.fit(layers, step.kv_heads, max(self.layers) + 1)
+            rows = [self.choice[self.layers.index(layer)] for layer in layers]
+            chosen = torch.tensor([row * score.shape[2] if len(row) == 1 else row for row in rows])  # [L, S]
+            memory["chosen"] = chosen.to(score.device)
+            memory["own"] = {number: {} for number in sorted({number for row in rows for number in row})}
+        result = score
+        for number, own in memory["own"].items():
+            # heads that follow another setting are given its scores; what comes of that is not looked at
+            made = self.settings[number].observe(replace(step, memory=own), score.clone())
+            result = torch.where((memory["chosen"] == number)[:, :, None], made, result)
         return result
 
-    def _chosen(self, step: Step, heads: int) -> Tensor:
-        layers = step.layers.tolist()
-        if max(layers) >= len(self.choice):
-            raise UsageError(f"{self.source} was tuned for {len(self.choice)} layers", "Tune on a trace of this model.")
-        rows = [self.choice[layer] for layer in layers]
-        if any(len(row) not in (1, heads) for row in rows):
-            raise UsageError(f"{self.source} was not tuned for {heads} heads", "Tune on a trace of this model.")
-        return torch.tensor([row * heads if len(row) == 1 else row for row in rows], device=step.budget.device)
 
-
-def read_tuned(file: Path, cls: type[Policy]) -> Tuned:
+def read_tuned(file: Path, cls: type[Policy], build: Callable[[type[Policy], Mapping[str, str]], Policy]) -> Tuned:
     """Return the policy that ``kvscope tune`` wrote to a TOML file: ``--policy a2sf:@tuned.toml``.
+
+    Parameters
+    ----------
+    file : Path
+        What ``kvscope tune`` wrote.
+    cls : type
+        Class of the policy.
+    build : callable
+        Makes one of that class from the text of its parameters.
 
     Raises
     ------
     UsageError
-        If there is no such file, it was not written by ``kvscope tune``, or it is about another policy.
+        If there is no such file, it was not written by ``kvscope tune``, or it is about another policy or another
+        version of it.
     """
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
-        policy, settings, choice = data["policy"], data["settings"], data["choice"]
-        rows = tuple(tuple(map(int, row)) for row in choice)
+        policy, layers = data["policy"], tuple(map(_whole, data["layers"]))
+        choice = tuple(tuple(map(_whole, row)) for row in data["choice"])
+        settings = [{name: _text(value) for name, value in own.items()} for own in data["settings"]]
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}", "Write it with: kvscope tune -o FILE") from error
-    except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"{file} is no result of kvscope tune: {error}", "Write it with: kvscope tune") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise UsageError(f"{file} is no result of kvscope tune: {why}", "Write it with: kvscope tune") from error
     if policy != cls.name:
         raise UsageError(f"{file} tunes {policy}, not {cls.name}", f"Write {policy}:@{file}")
-    known = {item.name for item in fields(cls)}
-    unknown = sorted({name for own in settings for name in own} - known)
-    if unknown:
-        raise UsageError(f"{file} sets {unknown[0]}, which {cls.name} does not have", "Tune again with this version.")
-    return Tuned(file.name, tuple(cls(**own) for own in settings), rows)
+    return Tuned(file.name, tuple(build(cls, own) for own in settings), layers, choice)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def _text(value: Any) -> str:
+    """Return a value of a TOML file as on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

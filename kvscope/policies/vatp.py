@@ -41,6 +41,7 @@ class VATP(Policy):
 
     needs = frozenset({"weights", "value_l1"})
     paper = "arXiv:2406.12335"
+    proven = "authors' decisions (mask), plain-loop twin"
 
     base: str = parameter("h2o", "policy whose weights are multiplied, as in a2sf(alpha=0.7)")
     norm: Literal["l1", "l2", "none"] = parameter("l1", "norm of a value; none: the weights as they are")

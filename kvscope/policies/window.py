@@ -15,14 +15,18 @@ class Window(Policy):
     """Keep the newest keys, in all heads and layers alike.
 
     Score of key ``j``: its position ``j``. Baseline of TOVA (arXiv:2401.06104, section 5.1) and, as "Local", of
-    A2SF (arXiv:2407.20485, section 4.1). Positions stay the original ones.
+    A2SF (arXiv:2407.20485, section 4.1); code FMInference/H2O with no heavy keys, whose budget counts the query's own
+    key, where here a query sees that one on top. Positions stay the original ones.
 
-    Example: budget 2; after step 3 the keys 2 and 3 are held.
+    >>> from kvscope.replay.example import held
+    >>> held(Window(), [[1], [0.6, 0.4], [0.5, 0.2, 0.3], [0.7, 0.1, 0.1, 0.1]], budget=2)
+    [[0], [0, 1], [1, 2], [2, 3]]
     """
 
     needs = frozenset()
     scope = "layer"
     paper = "arXiv:2401.06104 section 5.1"
+    proven = "plain-loop twin"
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         score[..., -1] = step.t

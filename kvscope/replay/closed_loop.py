@@ -23,7 +23,7 @@ from kvscope.policies.allocation import Allocator
 from kvscope.replay.compaction import Compacted
 from kvscope.replay.engine import Scan, Shape, renormalise
 from kvscope.replay.plan import Plan
-from kvscope.replay.score import Scorer
+from kvscope.replay.score import Scorer, Scoring
 from kvscope.replay.signals import ROWS
 
 BLOCK_BYTES = 128 * 2**20  # of one tensor of rows for all runs of a batch
@@ -112,6 +112,7 @@ class ClosedLoop:
         scan = scan_of(call, batch, self.text)
         first = self.text.prompt if self.text.prefill == "full" else 0
         scorer = Scorer(scan, self.metrics, first)
+        scoring = Scoring([scorer], call.value[:, None])
         size = max(1, BLOCK_BYTES // (4 * self.text.length * call.query.shape[0] * call.query.shape[1]))
         renumbered = None if self.rotary is None else Compacted(call, self.rotary[call.layer])
         output = []
@@ -125,7 +126,7 @@ class ClosedLoop:
                 output.append(_attended(call, scan, rows, missing, start, stop))
             else:
                 output.append(renumbered.attend(scan, rows, start))
-            Scorer.score_block([scorer], rows[:, None], start, None if missing is None else missing[:, None])
+            scoring.add(rows[:, None], start, None if missing is None else missing[:, None])
             scan.release(stop)
         scan.check()
         self.found(call.layer, number, scan, scorer)

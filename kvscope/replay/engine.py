@@ -158,11 +158,12 @@ class Scan:
         row : Tensor
             Full-cache attention of the query, ``[L, H, t + 1]``; a leading ``R`` axis if it differs between runs.
         """
-        step = self.see(t)
+        row = row if row.ndim == 4 else row[None]
+        step = self.see(t, row if self.traits.clairvoyant else None)
         self.attend(step, row)
 
-    def see(self, t: int) -> Step:
-        """Return what query `t` sees: the first half of a step, before its row is known."""
+    def see(self, t: int, row: Tensor | None = None) -> Step:
+        """Return what query `t` sees: the first half of a step, before its row is known to any but a clairvoyant."""
         n = t + 1
         self._alive[..., t] = True
         self._forget(t)
@@ -182,6 +183,8 @@ class Scan:
             draw=lambda seed: draw(seed, self.shape.sequence, self._layers, self._heads, t),
             draw_row=lambda seed: draw_row(seed, self.shape.sequence, self._layers, self.shape.heads, t),
         )
+        if row is not None:
+            step.signals["full_weights"] = row
         if self._reads is not None:
             if t > self.first_eviction:
                 step = replace(step, visible=self.policy.read(step) & step.visible)

@@ -9,6 +9,7 @@ import torch
 from kvscope.budget import Prefill
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
+from kvscope.replay.bounds import schedules
 from kvscope.replay.engine import PER_QUERY, VECTORS, Scan, Shape
 
 
@@ -49,7 +50,12 @@ def held(
     for name, values in signals.items():
         tensor = torch.tensor(values, dtype=torch.float64)
         given[name] = tensor[None, None] if name in VECTORS or name not in PER_QUERY else tensor[None]
-    scan = Scan(parse_policies([policy])[0], [budget], shape, prefill, given, dtype=torch.float64)
+    made = parse_policies([policy])[0]
+    if "schedule" in made.traits.needs:
+        full = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], True)
+        best = schedules(lambda _, start, stop: full[None, start:stop], shape, [budget], prefill, made.traits.scope)
+        given["schedule"] = best.leaves
+    scan = Scan(made, [budget], shape, prefill, given, dtype=torch.float64)
     for t, row in enumerate(rows):
         scan.step(t, torch.tensor(row, dtype=torch.float64)[None, None])
     shown = scan.visible(0, length) if scan.traits.reads else scan.held(0, length)

@@ -9,21 +9,22 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kvscope.budget import Budget, Prefill
-from kvscope.errors import ReplayError
 from kvscope.metrics import Metric
-from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.bounds import Schedules, schedules
+from kvscope.replay.engine import Scan
+from kvscope.replay.layers import Layers
 from kvscope.replay.plan import Plan
-from kvscope.replay.score import Scorer
-from kvscope.replay.signals import ROWS, load
+from kvscope.replay.score import Scorer, Scoring
+from kvscope.replay.signals import ROWS
 from kvscope.trace.reader import Sequence as TraceSequence
 from kvscope.trace.reader import Trace
 
 Array = NDArray[Any]
 BLOCK_STEPS = 64
 BLOCK_BYTES = 256 * 2**20  # of one tensor of rows for all budgets of a policy
+EXACT = 1e-9  # retained mass of a step: what is nearer than this to the best is the best, up to rounding
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,13 @@ class Tally:
         Keys handed out to heads and, beside it, those of the uniform share.
     changed : dict of int to int
         Keys that leave at another step than they would with sums in float32.
+    planned : dict of int to list of float
+        Mass that a schedule loses, the least that any could lose, and the number of steps and heads they are sums over.
     """
 
     allocated: dict[int, list[int]] = field(default_factory=dict)
     changed: dict[int, int] = field(default_factory=dict)
+    planned: dict[int, list[float]] = field(default_factory=dict)
 
     def add_budget(self, run: int, scan: Scan, number: int) -> None:
         """Count the keys that run `run`, which is the scan's `number`, handed out to its heads."""
@@ -84,11 +88,22 @@ class Tally:
         """Count keys that left at another step than with sums in float32."""
         self.changed[run] = self.changed.get(run, 0) + keys
 
-    def of(self, run: int) -> dict[str, int]:
+    def add_planned(self, run: int, lost: float, least: float, steps: int) -> None:
+        """Count what the schedule of a run loses over so many steps of heads, and the least that it could lose."""
+        before = self.planned.get(run, [0.0, 0.0, 0])
+        self.planned[run] = [old + new for old, new in zip(before, (lost, least, steps), strict=True)]
+
+    def of(self, run: int) -> dict[str, Any]:
         """Return what is known of a run, for its description."""
         handed, uniform = self.allocated[run]
-        counted = {"allocated_keys": handed, "uniform_keys": uniform}
-        return counted | ({"decisions_changed": self.changed[run]} if run in self.changed else {})
+        counted: dict[str, Any] = {"allocated_keys": handed, "uniform_keys": uniform}
+        if run in self.changed:
+            counted["decisions_changed"] = self.changed[run]
+        if run in self.planned:
+            lost, least, steps = self.planned[run]
+            gap = max(0.0, lost - least) / steps
+            counted["certificate"] = {"exact": gap < EXACT, "gap": gap}
+        return counted
 
 
 class Group:
@@ -104,47 +119,43 @@ class Group:
         prefill: Prefill,
         device: torch.device,
     ) -> None:
-        self.trace, self.sequence, self.layers, self.runs, self.device = trace, sequence, layers, runs, device
-        windows = tuple(trace.header.sliding_window[trace.layers.index(layer)] for layer in layers)
-        self.shape = Shape(
-            layers=tuple(layers),
-            heads=trace.heads,
-            kv_heads=trace.kv_heads,
-            prompt=sequence.prompt,
-            length=sequence.length,
-            sequence=sequence.index,
-            windows=windows if any(window is not None for window in windows) else (),
-            n_layers=len(trace.layers),
-        )
-        self.missing = self._missing_mass()
+        self.sequence, self.layers = sequence, layers
+        self.source = Layers(trace, sequence, layers, device)
+        self.shape = self.source.shape
         self.first = sequence.prompt if prefill == "full" else 0
         self.scans: list[tuple[list[Run], Scan, Scorer]] = []
-        self._cache: dict[str, Tensor] = {}
         self.twins: dict[int, Scan] = {}  # by index in `scans`: the same in float32, where that is not what is asked
+        self.plans: dict[int, Schedules] = {}  # by index in `scans`: what a clairvoyant policy follows
         for plan in dict.fromkeys(run.plan for run in runs):
             own = [run for run in runs if run.plan == plan]
             keys = [run.keys(sequence, prefill) for run in own]
 
             def scan(plan: Plan, keys: list[int] = keys) -> Scan:
-                signals = self._signals(plan)
-                return Scan(plan, keys, self.shape, prefill, signals, missing_mass=self.missing, device=device)
+                signals = {name: self.source.signal(name) for name in sorted(plan.needs - ROWS)}
+                if "schedule" in plan.needs:
+                    best = schedules(self.source.layer_rows, self.shape, keys, prefill, plan.policy.traits.scope)
+                    self.plans[len(self.scans)] = best
+                    signals["schedule"] = best.leaves.to(device)
+                return Scan(plan, keys, self.shape, prefill, signals, missing_mass=self.source.missing, device=device)
 
             if plan.accumulate is not None:
                 self.twins[len(self.scans)] = scan(replace(plan, accumulate=None))
             made = scan(plan)
             self.scans.append((own, made, Scorer(made, metrics, self.first)))
+        values = self.source.signal("values") if any("values" in metric.needs for metric in metrics) else None
+        self._scoring = Scoring([scorer for _, _, scorer in self.scans], values)
 
     def step_all(self) -> Iterator[float]:
         """Step every scan over the whole sequence, and score it; yields the share that is done."""
         size = self._block_steps()
         for start in range(0, self.shape.length, size):
             stop = min(start + size, self.shape.length)
-            rows = self._rows(start, stop)
+            rows = self.source.rows(start, stop)
             for scan in (*(scan for _, scan, _ in self.scans), *self.twins.values()):
                 for t in range(start, stop):
                     scan.step(t, rows[:, :, t - start, : t + 1])
-            missing = None if self.missing is None else self.missing[..., start:stop]
-            Scorer.score_block([scorer for _, _, scorer in self.scans], rows, start, missing)
+            missing = None if self.source.missing is None else self.source.missing[..., start:stop]
+            self._scoring.add(rows, start, missing)
             for _, scan, _ in self.scans:
                 scan.release(stop)
             yield stop / self.shape.length
@@ -175,30 +186,11 @@ class Group:
     def _count(self, index: int, number: int, run: Run, tally: Tally) -> None:
         scan = self.scans[index][1]
         tally.add_budget(run.number, scan, number)
+        if index in self.plans:
+            steps = (self.shape.length - self.first) * scan.budget[number].numel()
+            tally.add_planned(run.number, self.plans[index].lost[number], self.plans[index].least[number], steps)
         if index in self.twins:
             tally.add_changed(run.number, int((scan.leave[number] != self.twins[index].leave[number]).sum()))
-
-    def _rows(self, start: int, stop: int) -> Tensor:
-        parts = [self.trace.attention(self.sequence.index, layer, start, stop) for layer in self.layers]
-        rows = torch.from_numpy(np.stack(parts)).to(self.device)  # [L, H, b, n]
-        if not bool(torch.isfinite(rows).all()):
-            raise ReplayError(
-                f"{self.trace.path} holds weights that are not numbers between steps {start} and {stop - 1}",
-                "Check it with: kvscope info TRACE --verify, or record it again.",
-            )
-        return rows
-
-    def _signals(self, plan: Plan) -> dict[str, Tensor]:
-        for name in plan.needs - ROWS:
-            if name not in self._cache:
-                self._cache[name] = load(self.trace, name, self.sequence.index, self.layers).to(self.device)
-        return {name: self._cache[name] for name in sorted(plan.needs - ROWS)}
-
-    def _missing_mass(self) -> Tensor | None:
-        if not self.trace.header.learned_sinks:
-            return None
-        sums = [self.trace.row_sums(self.sequence.index, layer) for layer in self.layers]
-        return (1 - torch.from_numpy(np.stack(sums)).to(self.device)).clamp(min=0)
 
     def _block_steps(self) -> int:
         most = max(len(own) for own, _, _ in self.scans)

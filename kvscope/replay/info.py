@@ -53,6 +53,7 @@ def info(
             "allocate": run.plan.allocate,
             "accumulate": "float32" if run.plan.accumulate is None else str(run.plan.accumulate).removeprefix("torch."),
             "reads": traits.reads,
+            "clairvoyant": traits.clairvoyant,
             "bounded": traits.bounded,
             "published": traits.published,
             "loop": run.loop,
@@ -66,9 +67,12 @@ def info(
         "loop": " and ".join(dict.fromkeys(run.loop for run in runs)),
         "metrics": {item.name: item.declaration() for item in metrics},
         "runs": [row(run) for run in runs],
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("kvscope", "torch", "numpy", "pyarrow")},
-        },
+        "versions": versions(),
         "command": command,
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    libraries = ("kvscope", "torch", "numpy", "pyarrow")
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MERGED = (4, 16, 64)  # numbers of slots of the problems that are solved first
-SWEEPS = 6
-WIDTH = 8.0  # in temperatures: pairs further from the best slot of a key weigh less than a thousandth
+MERGED = (4, 16, 64, 256, 1024)  # numbers of slots of the problems that are solved first
+HEAT = 0.2  # of soft choices, in steps of price from one slot to the next
+SWEEPS = 5
+WIDTH = 8.0  # in heats: a slot that is dearer than that by a key's best one gets less than a thousandth of it
+TIE = 1e-14  # masses that count as equal, so that a path stops at a key without a slot: rounding is of that size
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _merge(cost: Floats, room: Ints, size: int) -> tuple[Floats, Ints, Ints]:
 
 def _smooth(cost: Floats, room: Ints, price: Floats) -> Floats:
     """Return slot prices at which keys that choose softly among nearby slots fill each of them better (Sinkhorn)."""
-    heat = float(np.ptp(price)) / len(price)
+    heat = HEAT * float(np.ptp(price)) / len(price)
     if heat == 0:
         return price
     excess = cost - price[:, None]
@@ -139,7 +141,7 @@ def _fill(cost: Floats, slot: Ints, key_price: Floats, wide: NDArray[np.bool_], 
     Distances are reduced costs. A slot is reached through the first of its keys, its gate; the others are then no
     nearer than that.
     """
-    open_price = key_price.copy()  # -inf once the slot of a key has been reached
+    open_price = key_price + np.where(slot < 0, TIE, 0)  # -inf once the slot of a key has been reached
     distance = cost[start] - open_price  # inf from then on
     step = np.empty_like(distance)
     reached, gates, offsets = [start], [-1], [0.0]

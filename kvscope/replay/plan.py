@@ -57,6 +57,10 @@ class Plan:
         for flag, given in (("--compress", compress), ("--allocate", allocate)):
             if given is not None and why_not and traits.phase != "none":
                 raise UsageError(f"{flag} does not go with {policy.label}: it {why_not}", f"Leave {flag} out for it.")
+        if accumulate is not None and traits.clairvoyant:
+            raise UsageError(
+                f"--accumulate does not go with {policy.label}: it {why_not}", "Leave --accumulate out for it."
+            )
         if compress is not None and not why_not:
             plan = replace(plan, phase=parse_phase(compress))
         if allocate is not None and not why_not:
@@ -142,6 +146,8 @@ def _fixed(policy: Policy) -> str:
     traits = policy.traits
     if traits.phase == "none":
         return "evicts nothing"
+    if traits.clairvoyant:
+        return "is a bound, the best that is possible at one budget for every head and step"
     if traits.reads:
         return "reads a part of the cache and evicts nothing"
     if not traits.bounded:

@@ -11,14 +11,13 @@ import torch
 
 from kvscope.budget import Budget, Prefill, parse_budgets
 from kvscope.errors import ReplayError, TraceError, UsageError
-from kvscope.metrics import METRICS
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
 from kvscope.replay.group import Run, step_through
 from kvscope.replay.info import info, of_trace
 from kvscope.replay.loop import ClosedLoopOptions, Positions
 from kvscope.replay.plan import Plan, protection
-from kvscope.replay.signals import require
+from kvscope.replay.signals import measurable, require
 from kvscope.results.store import Replay, ReplayWriter
 from kvscope.trace.reader import Trace
 
@@ -58,7 +57,7 @@ def replay(
     prefill : {"full", "stream"}
         Semantics of the prompt: one choice at its end, or eviction from the first step on.
     metrics : sequence of str, optional
-        Names; all by default.
+        Names; by default all that this trace has the signals for.
     params : mapping of str to str, optional
         Parameters for every named policy that has them.
     compress : str, optional
@@ -84,7 +83,7 @@ def replay(
     UsageError
         Unknown names, parameters or budgets; protected keys beyond the budget.
     TraceError
-        If the trace lacks a signal that a policy needs.
+        If the trace lacks a signal that a policy needs, or a metric that is named.
     ReplayError
         If a replay is no result: nothing evicted below the length, NaN scores, no step to score.
     ResultError
@@ -97,13 +96,13 @@ def replay(
         raise UsageError("no policy is named", "Name one or more: --policy h2o --policy tova")
     plans = [Plan.make(policy, compress, allocate, accumulate) for policy in chosen]
     runs = runs_of(plans, parse_budgets(budgets))
-    wanted = [METRICS.get(name) for name in (metrics or METRICS.names())]
+    wanted, left = measurable(trace, metrics)
     check(trace, runs, prefill)
     on = torch_device(device)
     again = [] if closed is None else closed.runs(runs)
     started = time.monotonic()
     share = 1.0 if closed is None else OPEN_SHARE
-    about = info(of_trace(trace), trace.sequences, [*runs, *again], wanted, prefill, command)
+    about = info(of_trace(trace), trace.sequences, [*runs, *again], wanted, prefill, command) | {"left_out": left}
     with ReplayWriter(output, about, force=force) as writer:
         tally = step_through(trace, runs, wanted, prefill, on, writer, progress=_part(progress, 0, share))
         counted = {run.number: tally.of(run.number) for run in runs}

@@ -1,19 +1,21 @@
-"""Signals that a trace gives to policies, beside its rows."""
+"""Signals that a trace gives to policies and metrics, beside its rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvscope.errors import TraceError, UsageError
+from kvscope.metrics import METRICS, Metric
+from kvscope.metrics.base import RECORDED
 from kvscope.replay.plan import Plan
 from kvscope.trace.derive import Floats
 from kvscope.trace.reader import HOW, Trace
 
-ROWS = frozenset({"weights", "full_weights"})  # every trace gives them
+ROWS = frozenset({"weights", "full_weights", "schedule"})  # what the rows themselves give, which every trace has
 # name -> (what the trace calls it, how to read one layer)
 _READ: dict[str, tuple[str, Callable[[Trace, int, int], Floats]]] = {
     "value_l1": ("value_l1", lambda trace, sequence, layer: trace.value_norms(sequence, layer, "l1")),
@@ -45,6 +47,34 @@ def require(trace: Trace, plan: Plan) -> None:
         stored, _ = _READ[name]
         if stored not in trace.stored:
             raise TraceError(f"{plan.policy.label} needs {name}, which {trace.path} does not hold", HOW[stored])
+
+
+def measurable(trace: Trace, names: Sequence[str] | None = None) -> tuple[list[Metric], dict[str, str]]:
+    """Return the metrics to compute on a trace, and why others of them cannot be.
+
+    Parameters
+    ----------
+    names : sequence of str, optional
+        All by default, of which those that the trace has no signal for are left out.
+
+    Raises
+    ------
+    UsageError
+        For an unknown name.
+    TraceError
+        If the trace lacks what a metric that is named needs.
+    """
+    chosen, left = [], {}
+    for metric in [METRICS.get(name) for name in dict.fromkeys(names or METRICS.names())]:
+        lacking = [name for name in sorted(metric.needs & RECORDED) if _READ[name][0] not in trace.stored]
+        if not lacking:
+            chosen.append(metric)
+            continue
+        todo = HOW[_READ[lacking[0]][0]]
+        if names:
+            raise TraceError(f"{metric.name} needs {lacking[0]}, which {trace.path} does not hold", todo)
+        left[metric.name] = f"it needs {lacking[0]}, which the trace does not hold. {todo}"
+    return chosen, left
 
 
 def load(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:

@@ -113,6 +113,8 @@ def perplexity(
     prefill: Prefill = "stream" if prompt == 1 else "full"
     _require_room(runs, passages, prefill)
     about = _about(loaded, files, texts, passages, size)
+    for plan in plans:
+        plan.policy.fit(about["layers"], about["kv_heads"], len(about["layers"]))
     started = time.monotonic()
     sequences = [passage.sequence for passage in passages]
     with ReplayWriter(output, info(about, sequences, runs, wanted, prefill, command), force=force) as writer:

@@ -111,6 +111,7 @@ def verify(
         raise UsageError("no policy is named", "Name one or more: --policy h2o --policy tova")
     for plan in plans:
         plan.require(prefill)
+        plan.policy.fit(trace.layers, trace.kv_heads, trace.header.n_layers)
         require_closed(plan, chosen.positions)
         _require_decodable(plan)
     runs = runs_of(plans, parse_budgets(budgets), loop="closed", positions=chosen.positions)

@@ -43,6 +43,21 @@ def scans(
             yield shared.numpy(), sets(visible), sets(held), prompt, budget
 
 
+def groups(
+    seed: int, heads: int, kv_heads: int, layers: int, length: int
+) -> tuple[torch.Tensor, list[list[np.ndarray]]]:
+    """Return random rows ``[L, H, T, T]``, and those of each layer and key/value head by themselves."""
+    rows, per = attention(seed, layers, heads, length), heads // kv_heads
+    cut = [[layer[head * per : (head + 1) * per].numpy() for head in range(kv_heads)] for layer in rows]
+    return rows, cut
+
+
+def head_sets(scan: Scan, layer: int, head: int) -> tuple[Sets, Sets]:
+    """Return ``V_t`` and ``R_t`` of one head of a scan of one budget."""
+    length = scan.shape.length
+    return sets(scan.visible(0, length)[0, layer, head]), sets(scan.held(0, length)[0, layer, head])
+
+
 def golden(policy: str, variant: str, **params: float) -> dict[str, Any]:
     """Return the golden case of a policy."""
     return next(

@@ -57,12 +57,13 @@ SPECS = list(specs())
 PAIRS = [(spec, prefill) for spec, prefill in product(SPECS, PREFILLS) if goes(plan(spec), prefill)]
 BOUNDED = [(s, p) for s, p in PAIRS if plan(s).policy.traits.bounded and not plan(s).policy.traits.reads]
 EVERY_STEP = [(s, p) for s, p in BOUNDED if plan(s).phase == "step"]
+BOUNDS = [(s, p) for s, p in PAIRS if plan(s).policy.traits.clairvoyant]
 READERS = [(s, p) for s, p in PAIRS if plan(s).policy.traits.reads]
 
 
 def test_every_policy_runs_under_some_prefill() -> None:
     assert {spec for spec, _ in PAIRS} == set(SPECS)
-    assert len(EVERY_STEP) > 20 and len(READERS) > 3
+    assert len(EVERY_STEP) > 20 and len(READERS) > 3 and len(BOUNDS) > 3
 
 
 @pytest.mark.parametrize(("spec", "prefill"), EVERY_STEP)
@@ -128,7 +129,7 @@ def test_a_budget_of_the_whole_length_is_the_full_cache(spec: str, prefill: str)
     assert (scan.evictions == 0).all()
 
 
-@pytest.mark.parametrize(("spec", "prefill"), PAIRS)
+@pytest.mark.parametrize(("spec", "prefill"), [p for p in PAIRS if p not in BOUNDS])
 def test_the_future_changes_nothing_before_it(spec: str, prefill: str) -> None:
     if "released" in spec:
         pytest.fail("decided by the length of the text") if prefill == "full" else None
@@ -137,6 +138,19 @@ def test_the_future_changes_nothing_before_it(spec: str, prefill: str) -> None:
     whole = run(plan(spec), rows, [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
     part = run(plan(spec), rows[..., :cut, :cut], [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
     assert torch.equal(whole.visible(0, cut), part.visible(0, cut))
+
+
+@pytest.mark.parametrize(("spec", "prefill"), PAIRS)
+def test_what_a_query_sees_is_settled_before_its_row(spec: str, prefill: str) -> None:
+    """With other rows from `cut` on, what queries up to `cut` see is the same; for a bound it must not be."""
+    rows, cut = attention(5, 2, 4, LENGTH), 33
+    other = rows.clone()
+    other[..., cut:, :] = attention(12, 2, 4, LENGTH)[..., cut:, :]
+    one, changed = (
+        run(plan(spec), these, [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill).visible(0, cut + 1)
+        for these in (rows, other)
+    )
+    assert torch.equal(one, changed) != ((spec, prefill) in BOUNDS)
 
 
 @pytest.mark.parametrize(("spec", "prefill"), PAIRS)
@@ -181,7 +195,7 @@ PHASES = ["prefill", "step", "every:5"]
 )
 def test_every_phase_and_allocation_runs_or_says_why_not(spec: str, phase: str, allocate: str) -> None:
     policy = parse_policies([spec])[0]
-    fixed = policy.traits.reads or policy.traits.published or not policy.traits.bounded
+    fixed = policy.traits.reads or policy.traits.published or policy.traits.clairvoyant or not policy.traits.bounded
     free = policy.traits.phase != "none" and not fixed
     per_layer = policy.traits.scope == "layer" and ALLOCATORS.get(allocate).spans == "heads"
     if policy.traits.phase != "none" and (not free or per_layer):

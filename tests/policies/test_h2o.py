@@ -14,9 +14,10 @@ ODD = [(1, 5), (4, 9), (9, 9), (17, 7), (LENGTH - 1, 3), (12, 3), (20, LENGTH + 
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
-def test_drop_decisions_equal_the_plain_loop(prefill: str) -> None:
-    for rows, visible, held, prompt, budget in scans("h2o", prefill):
-        assert (visible, held) == twin.drop(rows, budget, prompt, prefill, budget // 2)
+@pytest.mark.parametrize("group", ["mean", "max", "sum"])
+def test_drop_decisions_equal_the_plain_loop(prefill: str, group: str) -> None:
+    for rows, visible, held, prompt, budget in scans(f"h2o:group={group}", prefill):
+        assert (visible, held) == twin.drop(rows, budget, prompt, prefill, budget // 2, group)
 
 
 @pytest.mark.parametrize("recent", [None, 1, 3])

@@ -27,6 +27,17 @@ def test_the_smallest_norms_stay(prefill: str) -> None:
             assert sets(scan.held(0, LENGTH)[0, layer, group]) == held
 
 
+@pytest.mark.parametrize(("prompt", "budget"), [(18, 6), (5, 9), (25, 1)])
+def test_one_choice_at_the_end_of_the_prompt(prompt: int, budget: int) -> None:
+    plan = Plan.make(parse_policy("key-norm"), "prefill")
+    norms = signals(plan, 2, 3, 3, LENGTH)["key_l2"]
+    scan = run(plan, attention(0, 2, 3, LENGTH), [budget], kv_heads=3, prompt=prompt, prefill="full")
+    for layer, head in itertools.product(range(2), range(3)):
+        kept = twin.kvpress(norms[layer, head].tolist(), budget, prompt)
+        held = sets(scan.held(0, LENGTH)[0, layer, head])
+        assert held[prompt - 1 :] == [kept | set(range(prompt, t + 1)) for t in range(prompt - 1, LENGTH)]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("prompt", "ratio", "after"), [(1, 0.9, 10), (18, 0.9, 10), (18, 0.5, 20), (12, 0.0, 5)])
 def test_the_published_saw(prompt: int, ratio: float, after: int, tied: bool) -> None:

@@ -20,6 +20,12 @@ def test_decisions_equal_the_plain_loop(prefill: str, history: int, recent: int)
         assert (visible, held) == twin.counters(rows, budget, prompt, prefill, history, recent)
 
 
+@pytest.mark.parametrize("group", ["max", "sum"])
+def test_other_group_reductions(group: str) -> None:
+    for rows, visible, held, prompt, budget in scans(f"scissorhands:history=5,recent=2,group={group}", "full"):
+        assert (visible, held) == twin.counters(rows, budget, prompt, "full", 5, 2, group)
+
+
 @pytest.mark.parametrize(("lru_window", "position_window", "start"), [(5, 2, 6), (3, 0, 0), (1, 1, 4), (40, 3, 10)])
 @pytest.mark.parametrize("length", [9, LENGTH, 45])
 def test_released_decisions_equal_the_published_loop(

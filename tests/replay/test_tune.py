@@ -104,6 +104,14 @@ def test_the_choice_equals_one_replay_per_setting(trace: Trace, tmp_path: Path, 
     assert found.gain.sequences == HELD_OUT and found.gain.low is None
 
 
+def test_who_is_asked_for_a_choice() -> None:
+    """Head 0 likes the first setting, head 1 the second, and both together the second; of equals it is the first."""
+    scores = np.array([[[1.0, 0.0], [0.5, 0.5]], [[0.9, 0.8], [0.5, 0.5]]])
+    assert module._choice(scores, "head", 1).tolist() == [[0, 1], [0, 0]]
+    assert module._choice(scores, "layer", 1).tolist() == [[1, 1], [0, 0]]
+    assert module._choice(scores, "model", 1).tolist() == [[1, 1], [1, 1]]
+
+
 def test_tuned_in_a_replay_is_each_head_under_its_own_setting(trace: Trace, tmp_path: Path) -> None:
     found = run(trace)
     (tmp_path / "tuned.toml").write_text(to_toml(found))

@@ -31,11 +31,11 @@ def loop(
     sinks: int = 0,
     recent: int = 0,
     group: str = "mean",
-    only_at: int | None = None,
+    when: Callable[[int], bool] | None = None,
 ) -> tuple[Sets, Sets]:
     """Return ``V_t`` and ``R_t`` of a rule that gives scores from ``t``, ``V_t`` and the live row.
 
-    The lowest scores go, of equal ones the oldest. With `only_at` keys go at the end of that step alone.
+    The lowest scores go, of equal ones the oldest. With `when` keys go only at the end of the steps it is true of.
     """
     held: set[int] = set()
     all_visible, all_held = [], []
@@ -44,7 +44,7 @@ def loop(
         scores = score(t, visible, live(rows, t, visible, group))
         held = set(visible)
         first = 0 if prefill == "stream" else prompt - 1
-        if t >= first and only_at in (None, t):
+        if t >= first if when is None else when(t):
             free = sorted(key for key in visible if key >= sinks and key <= t - recent)
             while len(held) > budget:
                 lowest = min(free, key=lambda key: scores[key])

@@ -7,14 +7,14 @@ import numpy as np
 from tests.reference.policies.evict import Rows, Sets, live, loop
 
 
-def drop(rows: Rows, budget: int, prompt: int, prefill: str, recent: int) -> tuple[Sets, Sets]:
+def drop(rows: Rows, budget: int, prompt: int, prefill: str, recent: int, group: str = "mean") -> tuple[Sets, Sets]:
     gathered = np.zeros(rows.shape[-1])
 
     def score(t: int, visible: set[int], row: np.ndarray) -> np.ndarray:
         gathered[: t + 1] += row
         return gathered
 
-    return loop(rows, score, budget, prompt, prefill, recent=recent)
+    return loop(rows, score, budget, prompt, prefill, recent=recent, group=group)
 
 
 def mask(rows: Rows, heavy: int, recent: int, prompt: int) -> Sets:

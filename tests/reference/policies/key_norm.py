@@ -14,6 +14,11 @@ def plain(rows: Rows, norms: Sequence[float], budget: int, prompt: int, prefill:
     return loop(rows, lambda t, visible, row: -np.asarray(norms[: t + 1]), budget, prompt, prefill)
 
 
+def kvpress(norms: Sequence[float], budget: int, prompt: int) -> set[int]:
+    """Return what is left of the prompt: the keys whose negated norm is largest."""
+    return set(sorted(range(prompt), key=lambda key: norms[key])[:budget])
+
+
 def compress(norms: Sequence[float], keep_ratio: float, prune_after: int) -> list[int]:
     """Return the slots of a cache that stay, smallest norm first; of equal norms the first."""
     slots = list(range(len(norms)))

@@ -7,15 +7,17 @@ import numpy as np
 from tests.reference.policies.evict import Rows, Sets, live, loop
 
 
-def counters(rows: Rows, budget: int, prompt: int, prefill: str, history: int, recent: int) -> tuple[Sets, Sets]:
-    """Over the last `history` rows, count those in which the key got less than ``1 / |V_t|``."""
+def counters(
+    rows: Rows, budget: int, prompt: int, prefill: str, history: int, recent: int, group: str = "mean"
+) -> tuple[Sets, Sets]:
+    """Over the last `history` rows, count those in which the key got less than the visible ones on average."""
     below: list[set[int]] = []
 
     def score(t: int, visible: set[int], row: np.ndarray) -> list[float]:
-        below.append({key for key in visible if row[key] < 1 / len(visible)})
+        below.append({key for key in visible if row[key] < sum(row) / len(visible)})
         return [-float(sum(key in step for step in below[-history:])) for key in range(t + 1)]
 
-    return loop(rows, score, budget, prompt, prefill, recent=min(recent, budget // 2))
+    return loop(rows, score, budget, prompt, prefill, recent=min(recent, budget // 2), group=group)
 
 
 def released(rows: Rows, lru_window: int, position_window: int, start: int) -> Sets:

@@ -1,0 +1,36 @@
+"""Belady: the best that any policy could do that evicts for good. It knows the rows to come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvscope.policies.base import Policy, Scope, Step, parameter, policy
+
+
+@policy("belady")
+@dataclass(frozen=True)
+class Belady(Policy):
+    """Evict so that the rows to come lose the least mass: the bound of every policy that evicts for good.
+
+    Score of key ``j``: the step after which it leaves in the best schedule, which is found beforehand, from all full
+    rows of the head (the mean of its query heads), as an exact assignment of keys to steps. No policy that holds as many
+    keys at every step retains more mass, head by head; with ``scope=layer`` none that decides per layer. This is the
+    optimal replacement of L. A. Belady (IBM Systems Journal 5(2), 1966, doi:10.1147/sj.52.0078) for keys that have
+    weights and do not come back. A bound, and no policy to deploy: nobody knows which key will matter more.
+
+    >>> from kvscope.replay.example import held
+    >>> held("belady", [[1], [.5, .5], [.1, .8, .1], [.7, .1, .1, .1]], budget=1)
+    [[0], [1], [2], [3]]
+    """
+
+    needs = frozenset({"schedule"})
+    clairvoyant = True
+    paper = "doi:10.1147/sj.52.0078, with weights and without return"
+    proven = "every schedule of up to 7 tokens, and scipy's assignment"
+
+    scope: Scope = parameter("kv_head", "who decides: kv_head, each for itself, or layer, all heads as one")  # type: ignore[misc]
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        return step.signals["schedule"].to(score.dtype)

@@ -1,0 +1,46 @@
+"""The ideal set: what the query attends to most, chosen when its row is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvscope.policies.base import Policy, Step, policy
+
+
+@policy("ideal")
+@dataclass(frozen=True)
+class Ideal(Policy):
+    """Read the current key and the ``B`` heaviest others of every row: the bound of every policy of this budget.
+
+    The choice is made anew at each step, from the row that it is then used for, so that a key which was left out comes
+    back when it is needed: no cache can do that. Shares of the row are averaged over the query heads of a group; of
+    equal ones the newer key is taken. With one query head per key/value head this is the set behind the metrics
+    ``ideal_mass`` and ``ideal_cosine`` (A2SF, arXiv:2407.20485, section 4.3), which choose for each query head.
+
+    >>> from kvscope.replay.example import held
+    >>> held("ideal", [[1], [.5, .5], [.1, .8, .1], [.7, .1, .1, .1]], budget=1)
+    [[0], [0, 1], [1, 2], [0, 3]]
+    """
+
+    needs = frozenset({"full_weights"})
+    reads = True
+    clairvoyant = True
+    paper = "arXiv:2407.20485 section 4.3"
+    proven = "the ideal set of the metrics"
+
+    def read(self, step: Step) -> Tensor:
+        rows = step.signals["full_weights"]
+        total = rows.sum(-1, keepdim=True)
+        shares = step.grouped(rows / torch.where(total > 0, total, 1))
+        others = torch.where(step.visible, shares, -1.0)[..., :-1]
+        newest_first = others.flip(-1).argsort(dim=-1, descending=True, stable=True)
+        places = torch.arange(step.t, device=rows.device).expand_as(newest_first)
+        rank = torch.empty_like(newest_first).scatter_(-1, newest_first, places).flip(-1)
+        chosen = rank < step.budget[..., None]
+        return torch.cat([chosen, torch.ones_like(step.visible[..., :1])], dim=-1)
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        return score

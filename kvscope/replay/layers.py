@@ -1,0 +1,86 @@
+"""A group of layers of one recorded sequence: its sizes, rows and signals, on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvscope.errors import ReplayError
+from kvscope.replay.engine import Shape
+from kvscope.replay.signals import load
+from kvscope.trace.reader import Sequence as TraceSequence
+from kvscope.trace.reader import Trace
+
+
+class Layers:
+    """Some layers of one sequence of a trace, read as they are needed.
+
+    Parameters
+    ----------
+    trace : Trace
+        Recorded attention.
+    sequence : Sequence
+        Of the trace.
+    layers : sequence of int
+        Numbers of the layers, ``L`` of them.
+    device : torch.device
+        Where rows and signals go.
+
+    Attributes
+    ----------
+    shape : Shape
+        Sizes.
+    missing : Tensor or None
+        ``[L, H, T]``: what a learned sink takes from each row.
+    """
+
+    def __init__(self, trace: Trace, sequence: TraceSequence, layers: Sequence[int], device: torch.device) -> None:
+        self._trace, self._sequence, self._layers, self._device = trace, sequence.index, list(layers), device
+        windows = tuple(trace.header.sliding_window[trace.layers.index(layer)] for layer in layers)
+        self.shape = Shape(
+            layers=tuple(layers),
+            heads=trace.heads,
+            kv_heads=trace.kv_heads,
+            prompt=sequence.prompt,
+            length=sequence.length,
+            sequence=sequence.index,
+            windows=windows if any(window is not None for window in windows) else (),
+            n_layers=len(trace.layers),
+        )
+        self.missing = self._missing_mass()
+        self._signals: dict[str, Tensor] = {}
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return full rows of steps `start` to `stop` - 1, ``[L, H, stop - start, stop]``; see `layer_rows`."""
+        return torch.stack([self.layer_rows(position, start, stop) for position in range(len(self._layers))])
+
+    def layer_rows(self, position: int, start: int, stop: int) -> Tensor:
+        """Return the rows of one layer of the group, ``[H, stop - start, stop]``.
+
+        Raises
+        ------
+        ReplayError
+            If a weight is not a finite number.
+        """
+        rows = torch.from_numpy(self._trace.attention(self._sequence, self._layers[position], start, stop))
+        if not bool(torch.isfinite(rows).all()):
+            raise ReplayError(
+                f"{self._trace.path} holds weights that are not numbers between steps {start} and {stop - 1}",
+                "Check it with: kvscope info TRACE --verify, or record it again.",
+            )
+        return rows.to(self._device)
+
+    def signal(self, name: str) -> Tensor:
+        """Return a signal of `kvscope.replay.signals.load`, which is read once."""
+        if name not in self._signals:
+            self._signals[name] = load(self._trace, name, self._sequence, self._layers).to(self._device)
+        return self._signals[name]
+
+    def _missing_mass(self) -> Tensor | None:
+        if not self._trace.header.learned_sinks:
+            return None
+        sums = [self._trace.row_sums(self._sequence, layer) for layer in self._layers]
+        return (1 - torch.from_numpy(np.stack(sums)).to(self._device)).clamp(min=0)

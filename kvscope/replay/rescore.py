@@ -1,0 +1,189 @@
+"""Metrics of a replay computed again, from its stays and its trace: nothing is decided a second time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvscope.errors import ResultError, UsageError
+from kvscope.metrics import Metric
+from kvscope.replay.engine import Shape
+from kvscope.replay.info import versions
+from kvscope.replay.layers import Layers
+from kvscope.replay.run import torch_device
+from kvscope.replay.score import Scorer, Scoring
+from kvscope.replay.signals import measurable
+from kvscope.results.gap import Stays
+from kvscope.results.stays import read_stays
+from kvscope.results.store import Replay, ReplayWriter
+from kvscope.trace.reader import Trace
+
+BLOCK_BYTES = 64 * 2**20  # of the rows of a layer that are in memory at once
+
+
+class Recorded:
+    """What one run left visible and held in one layer, from its stays: a scan that has been made.
+
+    Parameters
+    ----------
+    stays : Stays
+        Of the layer.
+    shape : Shape
+        Of that one layer.
+    budget : int
+        ``B``.
+    reads : bool
+        Whether the stays are those of a sparse reader: what it read, while it held whatever the layer can see.
+    device : torch.device
+        Where the masks go.
+    """
+
+    def __init__(self, stays: Stays, shape: Shape, budget: int, reads: bool, device: torch.device) -> None:
+        self.shape, self.budgets = shape, [budget]
+        self._stays, self._reads, self._device = stays, reads, device
+
+    def visible(self, start: int, stop: int) -> Tensor:
+        """Return ``V_t`` for steps `start` to `stop` - 1, bool ``[1, 1, G, stop - start, stop]``."""
+        mask = self._resident(start - 1, stop - 1, stop)
+        mask[..., torch.arange(stop - start), torch.arange(start, stop)] = True
+        return mask
+
+    def held(self, start: int, stop: int) -> Tensor:
+        """Return ``R_t`` for steps `start` to `stop` - 1, bool ``[1, 1, G, stop - start, stop]``."""
+        if not self._reads:
+            return self._resident(start, stop, stop)
+        step, key = torch.arange(start, stop)[:, None], torch.arange(stop)
+        reach, length = self.shape.reach()[0], self.shape.length
+        leave = torch.where(key + reach < length, key + reach - 1, length)  # when a sliding window forgets it
+        mask = ((key <= step) & (step < leave)).to(self._device)
+        return mask.expand(1, 1, self.shape.kv_heads, -1, -1)
+
+    def _resident(self, start: int, stop: int, keys: int) -> Tensor:
+        held = self._stays.held(start, stop, self.shape.kv_heads, self.shape.length)[None, None, ..., :keys]
+        return torch.from_numpy(held).to(self._device)
+
+
+def rescore(
+    replay: Replay,
+    trace: Trace,
+    metrics: Sequence[str] | None = None,
+    *,
+    output: Path,
+    device: str = "cpu",
+    progress: Callable[[float], None] | None = None,
+    command: str | None = None,
+    force: bool = False,
+) -> Replay:
+    """Return a new replay with the same decisions and other metrics: those that the replay itself would have written.
+
+    Runs of a closed loop are left out: what they paid attention to is not recorded.
+
+    Parameters
+    ----------
+    replay : Replay
+        Whose stays to score.
+    trace : Trace
+        That it was made from.
+    metrics : sequence of str, optional
+        Names; by default all that the trace has the signals for.
+    output : Path
+        Folder to write: ``reports/NAME``.
+    device : str
+        Where to compute: ``cpu``, ``cuda``.
+    progress : callable, optional
+        Called with the share that is done.
+    command : str, optional
+        Command line, for the provenance.
+    force : bool
+        Whether to replace an existing output.
+
+    Raises
+    ------
+    UsageError
+        For an unknown metric, or a replay without open runs.
+    TraceError
+        If the trace lacks what a metric that is named needs.
+    ResultError
+        If the trace is another than that of the replay; if the output exists, or cannot be written.
+    """
+    require_own(replay, trace)
+    wanted, left = measurable(trace, metrics)
+    runs = [run for run in replay.info["runs"] if run["loop"] == "open"]
+    if not runs:
+        raise UsageError(f"{replay.path} has no open run", "The metrics of a closed loop come with it: replay again.")
+    on, started = torch_device(device), time.monotonic()
+    about = {
+        **{name: replay.info[name] for name in ("trace", "prefill")},
+        "loop": "open",
+        "metrics": {item.name: item.declaration() for item in wanted},
+        "left_out": left,
+        "runs": runs,
+        "scored": {"replay": replay.name, "created": replay.info["created"]},
+        "versions": versions(),
+        "command": command,
+    }
+    parts = [(sequence, layer) for sequence in range(len(trace.sequences)) for layer in trace.layers]
+    with ReplayWriter(output, about, force=force) as writer:
+        for number, (sequence, layer) in enumerate(parts):
+            _score(replay, trace, sequence, layer, runs, wanted, on, writer)
+            if progress is not None:
+                progress((number + 1) / len(parts))
+        return writer.finish(seconds=round(time.monotonic() - started, 3))
+
+
+def require_own(replay: Replay, trace: Trace) -> None:
+    """Raise ResultError unless a replay was made from this trace."""
+    if replay.info["trace"]["identity"] != trace.identity:
+        raise ResultError(
+            f"{replay.path} was not made from {trace.path}", "Name the trace that it was made from with --trace."
+        )
+
+
+def _score(
+    replay: Replay,
+    trace: Trace,
+    sequence: int,
+    layer: int,
+    runs: Sequence[Mapping[str, Any]],
+    metrics: Sequence[Metric],
+    device: torch.device,
+    writer: ReplayWriter,
+) -> None:
+    """Score and write one layer of one sequence, whose rows are read once."""
+    of = trace.sequences[sequence]
+    source = Layers(trace, of, [layer], device)
+    first = of.prompt if replay.info["prefill"] == "full" else 0
+    stays = read_stays(replay, sequence, layer)
+    scorers = []
+    for run in runs:
+        kept = Recorded(
+            stays[run["run"]], source.shape, run["budget_keys"][sequence], bool(run.get("reads")), device
+        )
+        scorers.append(Scorer(kept, metrics, first))
+    values = source.signal("values") if any("values" in metric.needs for metric in metrics) else None
+    scoring = Scoring(scorers, values)
+    size = max(1, BLOCK_BYTES // (4 * trace.heads * of.length))
+    for start in range(0, of.length, size):
+        stop = min(start + size, of.length)
+        missing = None if source.missing is None else source.missing[..., start:stop]
+        scoring.add(source.rows(start, stop), start, missing)
+    steps = np.arange(first, of.length)
+    for run, scorer in zip(runs, scorers, strict=True):
+        number, kept_stays = run["run"], stays[run["run"]]
+        writer.residency(
+            number,
+            sequence,
+            layer,
+            enter=kept_stays.enter,
+            leave=kept_stays.leave,
+            kv_head=kept_stays.kv_head,
+            key=kept_stays.key,
+        )
+        values_of = {name: value[0, 0].cpu().numpy() for name, value in scorer.values().items()}
+        writer.fidelity(number, sequence, layer, steps, values_of)
