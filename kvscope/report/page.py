@@ -10,9 +10,11 @@ import kvscope.report.panels  # noqa: F401  registers the panels
 from kvscope import __version__
 from kvscope.errors import ResultError
 from kvscope.report.encoding import rounded, visible_everywhere
+from kvscope.report.limits import Limits
 from kvscope.report.panel import PANELS, Panel
+from kvscope.report.parts import Part
 from kvscope.report.runs import KINDS, Run
-from kvscope.report.source import Limits, Part, ReportInput
+from kvscope.report.source import ReportInput
 from kvscope.report.template import document, inert_json
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace

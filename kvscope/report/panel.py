@@ -6,13 +6,14 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvscope.errors import UsageError
 from kvscope.registry import Registry
 from kvscope.report.source import OFFERS, ReportInput
 
 Build = Callable[[ReportInput], dict[str, Any] | None]
+Builder = TypeVar("Builder", bound=Build)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ PANELS: Registry[Panel] = Registry("panel", "kvscope.panels")
 
 def panel(
     name: str, *, title: str, order: int, needs: Iterable[str] = ("summary",), help: str, detail: bool = False
-) -> Callable[[Build], Build]:
+) -> Callable[[Builder], Builder]:
     """Return a decorator that registers a function from `ReportInput` to plain data as a panel.
 
     Raises
@@ -64,7 +65,7 @@ def panel(
         If it needs what no report offers, or if no script of the same name lies beside the module.
     """
 
-    def register(function: Build) -> Build:
+    def register(function: Builder) -> Builder:
         wanted = frozenset(needs)
         if not wanted <= OFFERS:
             raise UsageError(

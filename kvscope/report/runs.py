@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvscope.report.encoding import rounded
 from kvscope.results.store import Replay
 
 # What a reader looks at first, and what it cost; other metrics stand between them.
@@ -24,8 +25,9 @@ LAST = ("read_keys", "held_keys")
 KNOWN: dict[str, dict[str, Any]] = {
     "share_of_belady": {
         "direction": "higher",
-        "range": [0.0, 1.0],
-        "summary": "Retained mass divided by that of the best schedule of evictions for good: how well it predicts.",
+        "range": [0.0, None],
+        "summary": "Retained mass divided by that of the best schedule of evictions for good: how well it predicts; "
+        "above 1 where it holds more keys.",
     },
     "belady_of_ideal": {
         "direction": "none",
@@ -105,10 +107,8 @@ class Run:
     def of(cls, id: str, replay: Replay, source: str, info: Mapping[str, Any], summary: Mapping[str, Any]) -> Run:
         """Return a run with what its row of the summary says; its bounds and its gap become metrics."""
         metrics = dict(summary.get("metrics") or {})
-        for name, value in (summary.get("bounds") or {}).items():
-            metrics[name] = value if isinstance(value, Mapping) else {"mean": value}
-        if summary.get("gap"):
-            metrics["held_overlap"] = {"mean": summary["gap"].get("held_overlap")}
+        beside = {**(summary.get("bounds") or {}), "held_overlap": (summary.get("gap") or {}).get("held_overlap")}
+        metrics |= {name: {"mean": value} for name, value in beside.items() if value is not None}
         return cls(id, replay, source, {**info, **{k: v for k, v in summary.items() if k == "clairvoyant"}}, metrics)
 
     @property
@@ -196,3 +196,12 @@ class Run:
         """Return the mean of a metric; None where it was not computed or has no value."""
         value = self.metrics.get(metric, {}).get("mean")
         return None if value is None else float(value)
+
+
+def ends(runs: Sequence[Run], metric: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the best and the last value of some runs; None where there is no best, or all are equal."""
+    values = [value for run in runs if (value := rounded(run.mean(metric["name"]))) is not None]
+    if metric["direction"] == "none" or len(values) < 2 or min(values) == max(values):
+        return None
+    low, high = min(values), max(values)
+    return (high, low) if metric["direction"] == "higher" else (low, high)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 
 from kvscope.report.attended import Attended, attended
-from kvscope.report.encoding import rounded, visible_token
 from kvscope.report.fidelity import Means, read_means
+from kvscope.report.limits import Limits
+from kvscope.report.parts import Part, sequences_of, spread
 from kvscope.report.regret import Eviction, worst_evictions
 from kvscope.report.runs import FIRST, KNOWN, LAST, Run
 from kvscope.report.stays import Stays, read_stays
@@ -24,67 +25,6 @@ BASELINES = ("random", "window")  # shown from the start: a policy that does not
 FEW = 3  # policies of the largest kind that are shown from the start
 OFFERS = frozenset({"summary", "fidelity", "residency", "trace", "outcome"})
 CACHED = 500_000_000  # bytes of stays that are kept between panels
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much goes into one page; whatever is left out is said there. Bytes are those in the page.
-
-    Attributes
-    ----------
-    rows : int
-        Rows of a table, and lines of a plot.
-    text_bytes : int
-        Token texts; sequences beyond it have no part in the panels that show single tokens.
-    raster_bytes, share_bytes, map_bytes, line_bytes, row_bytes, key_bytes : int
-        Residency rasters; shares of heads by token and step; layer x head maps; lines over steps; attention rows;
-        what is known of each key.
-    weights : int
-        Attention weights that are read from the traces, for what evicted keys would still have received.
-    worst : int
-        Evictions listed for each run.
-    bins : int
-        Points of a line over steps, and steps of the text view.
-    sequences : int
-        Sequences that have a part in the panels that show single tokens.
-    """
-
-    rows: int = 400
-    text_bytes: int = 700_000
-    raster_bytes: int = 5_000_000
-    share_bytes: int = 2_000_000
-    map_bytes: int = 700_000
-    line_bytes: int = 700_000
-    row_bytes: int = 1_500_000
-    key_bytes: int = 700_000
-    weights: int = 3_000_000_000
-    worst: int = 50
-    bins: int = 128
-    sequences: int = 12
-
-
-@dataclass(frozen=True)
-class Part:
-    """One sequence of one trace, as the panels that show single tokens know it.
-
-    Attributes
-    ----------
-    name : str
-        Unique in the page: number of the trace, a dot, number of the sequence.
-    identity : str
-        Of the trace.
-    number, prompt, length : int
-        Number of the sequence, ``P`` and ``T``.
-    tokens : list of str or None
-        Texts; None where the trace is absent.
-    """
-
-    name: str
-    identity: str
-    number: int
-    prompt: int
-    length: int
-    tokens: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -202,7 +142,7 @@ class ReportInput:
     def _parts(self) -> tuple[list[Part], int]:
         made: list[Part] = []
         left, missing = self.limits.text_bytes, 0
-        for part in self._sequences():
+        for part in sequences_of(self.replays, self.traces):
             left -= sum(len(token.encode()) + 3 for token in part.tokens or ())
             if made and (left < 0 or len(made) == self.limits.sequences):
                 missing += 1
@@ -338,18 +278,6 @@ class ReportInput:
             self._stored[key] = found
         return found
 
-    def _sequences(self) -> Iterator[Part]:
-        """Yield every sequence, the first of each trace first."""
-        replays = list({replay.info["trace"]["identity"]: replay for replay in self.replays}.values())
-        for number in range(max(len(replay.info["trace"]["sequences"]) for replay in replays)):
-            for index, replay in enumerate(replays):
-                trace = replay.info["trace"]
-                if number < len(trace["sequences"]):
-                    info, at_hand = trace["sequences"][number], self.trace_of(replay)
-                    tokens = None if at_hand is None else _texts(at_hand, number)
-                    name = f"{index}.{number}"
-                    yield Part(name, trace["identity"], number, int(info["prompt"]), int(info["length"]), tokens)
-
     def _place(self, run: Run) -> tuple[float, float]:
         keys = math.inf if run.budget_keys is None else run.budget_keys
         directions = {name: declaration.get("direction", "none") for name, declaration in self.metrics.items()}
@@ -364,29 +292,3 @@ class ReportInput:
             summaries = {row["run"]: row for row in replay.summary["runs"]}
             for info in replay.info["runs"]:
                 yield Run.of(f"{index}.{info['run']}", replay, self.names[index], info, summaries.get(info["run"], {}))
-
-
-def ends(runs: Sequence[Run], metric: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the best and the last value of some runs; None where there is no best, or all are equal."""
-    values = [value for run in runs if (value := rounded(run.mean(metric["name"]))) is not None]
-    if metric["direction"] == "none" or len(values) < 2 or min(values) == max(values):
-        return None
-    low, high = min(values), max(values)
-    return (high, low) if metric["direction"] == "higher" else (low, high)
-
-
-def spread(layers: Sequence[int]) -> list[int]:
-    """Return layers in an order in which every beginning is spread over the depth: first, last, middle, quarters."""
-    order, queue = [0, len(layers) - 1], [(0, len(layers) - 1)]
-    while queue:
-        low, high = queue.pop(0)
-        if high - low > 1:
-            middle = (low + high) // 2
-            order.append(middle)
-            queue += [(low, middle), (middle, high)]
-    return [int(layers[place]) for place in dict.fromkeys(order)]
-
-
-def _texts(trace: Trace, sequence: int) -> list[str]:
-    frame = trace.tokens(sequence).sort_values("position")
-    return ["" if text is None else visible_token(str(text)) for text in frame["text"]]

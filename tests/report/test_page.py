@@ -17,9 +17,10 @@ from plotly.offline import get_plotlyjs
 
 from kvscope.errors import ResultError, UsageError
 from kvscope.report.encoding import packed, packed_floats, packed_halves, unpacked, visible, visible_token
+from kvscope.report.limits import Limits
 from kvscope.report.page import ordered_panels, page_data, report, report_data
 from kvscope.report.panel import PANELS, panel
-from kvscope.report.source import Limits, ReportInput
+from kvscope.report.source import ReportInput
 from kvscope.report.template import asset, document, element_text, inert_json
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace

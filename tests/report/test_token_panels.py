@@ -12,6 +12,7 @@ import pytest
 
 from kvscope.report.attended import attended
 from kvscope.report.encoding import packed_bytes, unpacked
+from kvscope.report.limits import Limits
 from kvscope.report.page import page_data
 from kvscope.report.panels.agreement import STEPS, agreement
 from kvscope.report.panels.head_map import head_map
@@ -22,7 +23,8 @@ from kvscope.report.panels.queries import queries
 from kvscope.report.panels.regrets import regrets
 from kvscope.report.panels.residency_raster import residency_raster
 from kvscope.report.panels.text_view import text_view
-from kvscope.report.source import Limits, ReportInput, spread
+from kvscope.report.parts import spread
+from kvscope.report.source import ReportInput
 from kvscope.report.stays import Stays
 from kvscope.trace.reader import Trace
 from tests.report.make import HEADS, KV_HEADS, LENGTH, make_replay, make_trace

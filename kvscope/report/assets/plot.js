@@ -49,5 +49,14 @@ Object.assign(kvscope, (() => {
     return plain(metric.title) + (metric.direction === "none" ? "" : ` (${metric.direction} is better)`);
   }
 
-  return { axisTitle, plain, plot };
+  /* A line as it is drawn, for lists beside a plot: its dash, its marker, its colour. */
+  function sample(style, bound = false, marker = true) {
+    const glyph = { circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", "triangle-down": "▼", cross: "✚", x: "✖", star: "★" }[style.symbol];
+    const made = kvscope.element("span", { class: "sample", "aria-hidden": "true" }, kvscope.element("i"), bound || !marker ? "" : glyph, kvscope.element("i"));
+    made.style.color = bound ? kvscope.colour("muted") : style.color;
+    for (const dash of made.querySelectorAll("i")) dash.style.borderTopStyle = { solid: "solid", dash: "dashed", dot: "dotted", dashdot: "double" }[bound ? "dash" : style.dash];
+    return made;
+  }
+
+  return { axisTitle, plain, plot, sample };
 })());

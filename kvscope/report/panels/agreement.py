@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from kvscope.report.encoding import packed_floats
 from kvscope.report.panel import panel
 from kvscope.report.panels.over_time import bins
+from kvscope.report.parts import Part
 from kvscope.report.runs import KINDS, Run
-from kvscope.report.source import Part, ReportInput
+from kvscope.report.source import ReportInput
 
 STEPS = 32  # evenly spaced steps at which the sets are compared
 MOST = 40  # runs of one budget

@@ -1,6 +1,6 @@
 /* Budget curves: lines with their own colour, marker and dash; which of them are shown is chosen in a list. */
 kvscope.drawing("budget-curve", async (box, data, page) => {
-  const { element, select, button, checkbox, plain, plot, number, colour, options, state, axisTitle } = kvscope;
+  const { element, select, button, checkbox, plain, plot, number, colour, options, sample, state, axisTitle } = kvscope;
   const AXES = { held: ["held_keys", "keys held, mean over the steps"], read: ["read_keys", "keys read, mean over the steps"], budget: [null, "budget, keys per key/value head"] };
   const value = (id, name) => (page.byId.get(id).values[name] || [null, null, null]);
   const usable = page.metrics.filter((metric) => data.lines.some((line) => line.runs.some((id) => value(id, metric.name)[0] !== null)));
@@ -13,8 +13,10 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
   const chosen = () => new Set(state.get("lines").split(".").filter(Boolean).map(Number));
 
   const area = element("div", { class: "plot curve" });
+  const legend = element("div", { class: "legend" });
   const behind = element("div");
   const place = (id) => (AXES[state.get("axis")][0] ? value(id, AXES[state.get("axis")][0])[0] : page.byId.get(id).keys);
+  const way = (id) => { const run = page.byId.get(id); return [run.replay, run.loop, run.prefill].join(); };
   const styleOf = (line) => page.style(page.byId.get(line.runs[0]));
 
   function lineTrace(line, metric) {
@@ -55,7 +57,8 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
   const draw = kvscope.latest(async () => {
     const metric = usable.find((each) => each.name === state.get("curve"));
     const shown = data.lines.filter((_, index) => chosen().has(index));
-    const traces = [...shown.map((line) => lineTrace(line, metric)), ...data.references.filter((each) => each.metric === metric.name).map((each) => referenceTrace(each, metric))];
+    const traces = [...shown.map((line) => lineTrace(line, metric)), ...data.references.filter((each) => each.metric === metric.name && shown.some((line) => way(line.runs[0]) === way(each.runs[0]))).map((each) => referenceTrace(each, metric))];
+    legend.replaceChildren(...shown.map((line) => element("span", {}, sample(styleOf(line), line.kind === "bound"), element("bdi", {}, line.name))));
     behind.replaceChildren(kvscope.tableBehind("The numbers behind this plot", ["Policy", "Kind", "Budget", "Keys held", "Keys read", metric.title, "low", "high"],
       () => shown.flatMap((line) => line.runs.map((id) => [line.name, line.kind, page.byId.get(id).budget, number(value(id, "held_keys")[0], { name: "keys" }), number(value(id, "read_keys")[0], { name: "keys" }), ...value(id, metric.name).slice(0, 3).map((each) => number(each, metric))]))));
     await plot(area, traces, {
@@ -65,16 +68,6 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
     });
   });
 
-  /* The list of lines: a sample with dash and marker, the name; a heading for each kind. */
-  function sample(line) {
-    const style = styleOf(line);
-    const bound = line.kind === "bound";
-    const glyph = { circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", "triangle-down": "▼", cross: "✚", x: "✖", star: "★" }[style.symbol];
-    const made = element("span", { class: "sample", "aria-hidden": "true" }, element("i"), bound ? "" : glyph, element("i"));
-    made.style.color = bound ? colour("muted") : style.color;
-    for (const dash of made.querySelectorAll("i")) dash.style.borderTopStyle = { solid: "solid", dash: "dashed", dot: "dotted", dashdot: "double" }[bound ? "dash" : style.dash];
-    return made;
-  }
   const list = element("div", { class: "lines", role: "group", "aria-label": "Lines shown" });
   const search = element("input", { type: "search", placeholder: "find a policy", "aria-label": "Find a policy", on: { input: () => fillList() } });
   const count = element("span", { class: "small", role: "status" });
@@ -87,7 +80,7 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
     list.replaceChildren(...rows.flatMap(({ line, index }) => {
       const heading = line.kind === kind ? [] : [element("h4", { title: page.kindOf[line.kind].meaning }, line.kind)];
       kind = line.kind;
-      const row = checkbox([sample(line), " ", element("bdi", {}, line.name)], now.has(index), (on) => {
+      const row = checkbox([sample(styleOf(line), line.kind === "bound"), " ", element("bdi", {}, line.name)], now.has(index), (on) => {
         const next = chosen();
         if (on) next.add(index); else next.delete(index);
         state.set({ lines: [...next].sort((a, b) => a - b).join(".") });
@@ -102,7 +95,7 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
   const metricChoice = select("Metric", usable.map((each) => ({ value: each.name, text: each.title })), state.get("curve"), (name) => state.set({ curve: name }));
   const axisChoice = select("Against", options(axes, (axis) => AXES[axis][1].split(",")[0]), state.get("axis"), (axis) => state.set({ axis }));
   box.append(element("div", { class: "controls" }, metricChoice.box, axisChoice.box),
-    element("div", { class: "beside" }, area,
+    element("div", { class: "beside" }, element("div", {}, legend, area),
       element("div", { class: "picker" },
         element("div", { class: "controls" }, search),
         element("div", { class: "controls" }, button("Usual", () => state.set({ lines: usual })), button("All", () => some(data.lines.map((_, index) => index))), button("None", () => some([])), count),

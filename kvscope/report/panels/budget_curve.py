@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvscope.report.panel import panel
@@ -39,7 +39,9 @@ def budget_curve(source: ReportInput) -> dict[str, Any]:
         notes.append("Only one budget was replayed: lines need two or more, for instance --budget 10%,20%,40%.")
     return {
         "lines": [_line(source, lines[name]) for name in shown],
-        "usual": [place for place, (label, *_) in enumerate(shown) if label in source.usual],
+        "usual": [
+            place for place, name in enumerate(shown) if name[0] in source.usual and not _superseded(name, lines)
+        ],
         "references": _references(source),
         "notes": notes,
     }
@@ -51,6 +53,12 @@ def _lines(runs: Sequence[Run]) -> dict[Line, list[Run]]:
         if run.budget_keys is not None:
             lines[(run.label, run.source, *run.protocol)].append(run)
     return {name: sorted(line, key=lambda run: run.budget_keys or 0.0) for name, line in lines.items()}
+
+
+def _superseded(name: Line, lines: Mapping[Line, Sequence[Run]]) -> bool:
+    """Return whether a line of the open loop has one of the closed loop, which knows all that it knows and more."""
+    label, _, identity, loop, prefill = name
+    return loop == "open" and any((other[0], *other[2:]) == (label, identity, "closed", prefill) for other in lines)
 
 
 def _line(source: ReportInput, runs: Sequence[Run]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import numpy as np
 from kvscope.report.encoding import packed_bytes, packed_halves, rounded
 from kvscope.report.panel import panel
 from kvscope.report.panels.over_time import bins
-from kvscope.report.source import Part, ReportInput, spread
+from kvscope.report.parts import Part, spread
+from kvscope.report.source import ReportInput
 
 STEPS = 64  # evenly spaced steps that are wanted for every head
 WORST = 5  # evictions of each run whose missed rows are wanted

@@ -1,6 +1,6 @@
 /* Over time: a metric and the keys held against the step; the chosen run in front, others for comparison. */
 kvscope.drawing("over-time", async (box, data, page) => {
-  const { element, select, checkbox, state, numbers, plot, plain, number, unique, axisTitle } = kvscope;
+  const { element, select, checkbox, state, numbers, plot, plain, number, sample, unique } = kvscope;
   const KEYS = "held_keys";
   const carried = new Set(Object.values(data.parts).flatMap((part) => Object.values(part.runs).flatMap(Object.keys)));
   const usable = page.metrics.filter((metric) => carried.has(metric.name) && metric.name !== KEYS);
@@ -9,6 +9,7 @@ kvscope.drawing("over-time", async (box, data, page) => {
   state.declare("track", () => usable[0].name, state.oneOf(() => usable.map((metric) => metric.name)));
   state.declare("among", () => "ticked", state.oneOf(() => ["ticked", "alone"]));
   const area = element("div", { class: "plot tracks" });
+  const legend = element("div", { class: "legend" });
   const said = element("p", { class: "small", role: "status" });
   const behind = element("div");
 
@@ -30,6 +31,7 @@ kvscope.drawing("over-time", async (box, data, page) => {
       part.runs[state.get("run")] ? "" : "The chosen run is not carried in this page.",
       width > 1 ? `Each point is the mean of about ${width.toFixed(1)} steps.` : "",
     ].join(" ");
+    legend.replaceChildren(...shown.map((id) => element("span", { class: id === state.get("run") ? "front" : null }, sample(page.style(page.byId.get(id)), false, false), element("bdi", {}, page.byId.get(id).name))));
     const rows = [];
     const traces = [];
     for (const id of shown) {
@@ -41,7 +43,7 @@ kvscope.drawing("over-time", async (box, data, page) => {
         const values = [...await numbers(packed)];
         if (axis === "y") rows.push(...steps.map((step, index) => [run.name, step, number(values[index], metric)]));
         traces.push({
-          type: "scatter", mode: "lines", name: plain(run.name), legendgroup: id, showlegend: axis === "y", x: steps, y: values.map((value) => (Number.isNaN(value) ? null : value)), yaxis: axis,
+          type: "scatter", mode: "lines", name: plain(run.name), showlegend: false, x: steps, y: values.map((value) => (Number.isNaN(value) ? null : value)), yaxis: axis,
           line: { color: style.color, dash: style.dash, width: id === state.get("run") ? 3.5 : 1.6 },
           hovertemplate: `step %{x}: %{y:.4~g}<extra>${plain(run.name)}</extra>`,
         });
@@ -51,16 +53,15 @@ kvscope.drawing("over-time", async (box, data, page) => {
     const at = state.get("step");
     await plot(area, traces, {
       xaxis: { title: { text: "step" }, anchor: "y2" },
-      yaxis: { title: { text: axisTitle(metric) }, domain: [0.38, 1] },
+      yaxis: { title: { text: plain(metric.title) }, domain: [0.38, 1] },
       yaxis2: { title: { text: "keys held" }, domain: [0, 0.28], rangemode: "tozero" },
-      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
-      margin: { l: 72, r: 16, t: 30, b: 48 },
+      margin: { l: 72, r: 16, t: 10, b: 48 },
       shapes: at >= edges[0] ? [{ type: "line", xref: "x", yref: "paper", x0: at, x1: at, y0: 0, y1: 1, line: { width: 1, dash: "dot", color: kvscope.colour("text") } }] : [],
     });
   });
   const choice = select("Metric", usable.map((each) => ({ value: each.name, text: each.title })), state.get("track"), (name) => state.set({ track: name }));
   const among = checkbox("with the policies ticked under Budget curves", state.get("among") === "ticked", (on) => state.set({ among: on ? "ticked" : "alone" }));
-  box.append(element("div", { class: "controls" }, choice.box, among.box), said, area, behind);
+  box.append(element("div", { class: "controls" }, choice.box, among.box), said, legend, area, behind);
   state.on(["run", "other", "part", "step", "track", "among", "lines"], () => {
     choice.value = state.get("track");
     among.control.checked = state.get("among") === "ticked";

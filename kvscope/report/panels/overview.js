@@ -32,23 +32,23 @@ kvscope.drawing("overview", (box, data, page) => {
       return [button(element("bdi", {}, names), () => { state.set({ run: found.runs[0] }); mark(); }, { class: "plain", title: "show this run in the panels below" }), element("span", { class: "value" }, found.value.toFixed(3))];
     };
     const ideal = data.best.some((line) => line.ideal !== null);
-    const head = ["Budget", "Kind", ...shown.map((name) => `best by ${metricOf[name].title}`), ...(ideal ? ["ideal mass"] : []), "Keys held", "Keys read", "of a full cache"];
+    const head = ["Budget", "Kind", ...shown.map((name) => `best by ${metricOf[name].title}`), ...(ideal ? ["ideal mass"] : []), "Keys read", "Keys held, of a full cache"];
+    const apart = varying.filter(([name]) => new Set(data.best.map((line) => runs[line.run][name])).size > 1);
     let last = null;
     const lines = data.best.map((line) => {
       const run = runs[line.run];
       const first = last !== `${run.budget} ${run.loop} ${run.prefill} ${run.replay}`;
       last = `${run.budget} ${run.loop} ${run.prefill} ${run.replay}`;
       return element("tr", { class: first ? "starts" : null },
-        element("th", { scope: "row", class: "budget" }, first ? [budgetText(run), several ? element("small", { class: "below" }, element("bdi", {}, run.replay)) : null, varying.length ? [" ", chips(protocol(run, varying))] : null] : ""),
+        element("th", { scope: "row", class: "budget" }, first ? [budgetText(run), several ? element("small", { class: "below" }, element("bdi", {}, run.replay)) : null, apart.length ? element("div", {}, chips(protocol(run, apart))) : null] : ""),
         element("td", {}, kindChip(run.kind), element("small", {}, line.of > 1 ? ` best of ${line.of}` : " the only one")),
         shown.map((name) => element("td", { class: "winner" }, winner(line.best[name]))),
-        ideal ? element("td", { class: "number" }, line.ideal === null ? "–" : line.ideal.toFixed(3)) : null,
-        element("td", { class: "number" }, span(line.held)),
+        ideal ? element("td", { class: "number spare" }, line.ideal === null ? "–" : line.ideal.toFixed(3)) : null,
         element("td", { class: "number" }, span(line.read)),
-        element("td", { class: "number" }, line.held && line.full ? percent(line.held[0] / line.full) : "–"));
+        element("td", { class: "number" }, span(line.held), line.held && line.full ? element("span", { class: "value" }, percent(line.held[0] / line.full)) : null));
     });
     return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Best of each kind at each budget" },
-      element("table", { class: "bests" }, element("thead", {}, element("tr", {}, head.map((text, index) => element("th", { scope: "col", class: index > 1 + shown.length ? "number" : null }, text)))), element("tbody", {}, lines)));
+      element("table", { class: "bests" }, element("thead", {}, element("tr", {}, head.map((text, index) => element("th", { scope: "col", class: index > 1 + shown.length ? `number ${text === "ideal mass" ? "spare" : ""}` : null }, text)))), element("tbody", {}, lines)));
   }
 
   const budgets = [...new Set(data.rows.map((row) => runs[row.run].budget).filter((each) => each !== null))];

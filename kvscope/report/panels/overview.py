@@ -7,8 +7,8 @@ from typing import Any
 
 from kvscope.report.encoding import rounded
 from kvscope.report.panel import panel
-from kvscope.report.runs import KINDS, Run
-from kvscope.report.source import ReportInput, ends
+from kvscope.report.runs import KINDS, Run, ends
+from kvscope.report.source import ReportInput
 
 # What stands in the table until the reader asks for all metrics.
 USUAL = (

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from kvscope.report.encoding import packed_bytes, packed_floats, rounded
 from kvscope.report.panel import panel
-from kvscope.report.source import Part, ReportInput
+from kvscope.report.parts import Part
+from kvscope.report.source import ReportInput
 
 
 @panel(

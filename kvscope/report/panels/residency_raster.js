@@ -93,7 +93,7 @@ kvscope.drawing("residency", async (box, data, page) => {
 
   const modes = select("Two policies", Object.entries(MODES).map(([value, text]) => ({ value, text })), state.get("mode"), (mode) => state.set({ mode }));
   const legendNames = [element("bdi"), element("bdi")];
-  const sign = (name, ...text) => [element("i", { class: name }), ...text];
+  const sign = (name, ...text) => element("span", {}, element("i", { class: name }), ...text);
   const legendOne = element("span", { class: "legend" }, sign("kept", "held"), sign("gone", "evicted"), sign("future", "not there yet"));
   const legendTwo = element("span", { class: "legend" }, sign("mine", legendNames[0]), sign("only", legendNames[1]), sign("both", "both hold it"), sign("neither", "neither"));
   box.append(

@@ -7,7 +7,8 @@ from itertools import accumulate
 from typing import Any
 
 from kvscope.report.panel import panel
-from kvscope.report.source import Part, ReportInput, spread
+from kvscope.report.parts import Part, spread
+from kvscope.report.source import ReportInput
 from kvscope.report.stays import packed_stays_bytes
 
 

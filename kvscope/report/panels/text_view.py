@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from kvscope.report.encoding import packed, packed_bytes, packed_floats
 from kvscope.report.panel import panel
 from kvscope.report.panels.over_time import bins
+from kvscope.report.parts import Part
 from kvscope.report.runs import Run
-from kvscope.report.source import Part, ReportInput
+from kvscope.report.source import ReportInput
 
 ALL = 255  # a byte: the token is held by every head of every layer
 

@@ -1,0 +1,63 @@
+"""Sequences as the panels that show single tokens know them, and which layers to show where not all fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvscope.report.encoding import visible_token
+from kvscope.results.store import Replay
+from kvscope.trace.reader import Trace
+
+
+@dataclass(frozen=True)
+class Part:
+    """One sequence of one trace, as the panels that show single tokens know it.
+
+    Attributes
+    ----------
+    name : str
+        Unique in the page: number of the trace, a dot, number of the sequence.
+    identity : str
+        Of the trace.
+    number, prompt, length : int
+        Number of the sequence, ``P`` and ``T``.
+    tokens : list of str or None
+        Texts; None where the trace is absent.
+    """
+
+    name: str
+    identity: str
+    number: int
+    prompt: int
+    length: int
+    tokens: list[str] | None
+
+
+def sequences_of(replays: Sequence[Replay], traces: Mapping[str, Trace]) -> Iterator[Part]:
+    """Yield every sequence, the first of each trace first; replays of one trace share theirs."""
+    distinct = list({replay.info["trace"]["identity"]: replay.info["trace"] for replay in replays}.values())
+    for number in range(max(len(trace["sequences"]) for trace in distinct)):
+        for index, trace in enumerate(distinct):
+            if number < len(trace["sequences"]):
+                info, at_hand = trace["sequences"][number], traces.get(trace["identity"])
+                tokens = None if at_hand is None else _texts(at_hand, number)
+                name = f"{index}.{number}"
+                yield Part(name, trace["identity"], number, int(info["prompt"]), int(info["length"]), tokens)
+
+
+def spread(layers: Sequence[int]) -> list[int]:
+    """Return layers in an order in which every beginning is spread over the depth: first, last, middle, quarters."""
+    order, queue = [0, len(layers) - 1], [(0, len(layers) - 1)]
+    while queue:
+        low, high = queue.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(middle)
+            queue += [(low, middle), (middle, high)]
+    return [int(layers[place]) for place in dict.fromkeys(order)]
+
+
+def _texts(trace: Trace, sequence: int) -> list[str]:
+    frame = trace.tokens(sequence).sort_values("position")
+    return ["" if text is None else visible_token(str(text)) for text in frame["text"]]
