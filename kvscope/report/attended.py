@@ -59,13 +59,16 @@ def attended(trace: Trace, sequence: int, layer: int, stays: Mapping[str, Stays]
     steps, heads, keys = (np.concatenate(parts) for parts in zip(*asked, strict=True)) if asked else [_NONE] * 3
     found = np.zeros(len(steps))
     order = np.argsort(steps, kind="stable")
+    ordered = steps[order]
     total = np.zeros((trace.kv_heads, length))
     for first, rows in _blocks(trace, sequence, layer):
         stop = first + rows.shape[1]
-        sums = total[:, None, :stop] + rows.cumsum(axis=1, dtype=np.float64)  # [G, b, n]
-        these = order[np.searchsorted(steps[order], first) : np.searchsorted(steps[order], stop)]
-        found[these] = sums[heads[these], steps[these] - first, keys[these]]
-        total[:, :stop] = sums[:, -1]
+        since = first
+        for step in np.unique(np.append(ordered[slice(*np.searchsorted(ordered, [first, stop]))], stop - 1)):
+            total[:, :stop] += rows[:, since - first : step + 1 - first].sum(axis=1, dtype=np.float64)
+            since = step + 1
+            these = order[slice(*np.searchsorted(ordered, [step, step + 1]))]
+            found[these] = total[heads[these], keys[these]]
     losses, at = {}, 0
     for run, (head, key, start, _) in absent.items():
         before, after = found[at : at + len(key)], found[at + len(key) : at + 2 * len(key)]
@@ -106,4 +109,5 @@ def _blocks(trace: Trace, sequence: int, layer: int) -> Iterator[tuple[int, NDAr
     size = max(8, BLOCK // (trace.heads * length))
     for start in range(0, length, size):
         rows = trace.attention(sequence, layer, start, min(start + size, length))  # [H, b, n]
-        yield start, rows.reshape(trace.kv_heads, -1, *rows.shape[1:]).mean(axis=1)
+        alone = trace.heads == trace.kv_heads
+        yield start, rows if alone else rows.reshape(trace.kv_heads, -1, *rows.shape[1:]).mean(axis=1)

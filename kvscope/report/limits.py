@@ -35,8 +35,8 @@ class Limits:
     map_bytes: int = 700_000
     line_bytes: int = 700_000
     row_bytes: int = 900_000
-    key_bytes: int = 700_000
-    weights: int = 3_000_000_000
+    key_bytes: int = 1_500_000
+    weights: int = 1_500_000_000
     worst: int = 50
     bins: int = 128
     sequences: int = 12

@@ -12,7 +12,7 @@ from kvscope.errors import ResultError
 from kvscope.report.encoding import rounded, visible_everywhere
 from kvscope.report.limits import Limits
 from kvscope.report.panel import PANELS, Panel
-from kvscope.report.parts import Part
+from kvscope.report.parts import Part, spread
 from kvscope.report.runs import KINDS, Run
 from kvscope.report.source import ReportInput
 from kvscope.report.template import document, inert_json
@@ -170,6 +170,7 @@ def _part(source: ReportInput, part: Part) -> dict[str, Any]:
         "length": part.length,
         "tokens": part.tokens,
         "layers": source.layers_of(part),
+        "layer": spread(source.layers_of(part))[0],
         "heads": heads,
         "group": heads // kv_heads,
     }

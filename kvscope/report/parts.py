@@ -47,8 +47,9 @@ def sequences_of(replays: Sequence[Replay], traces: Mapping[str, Trace]) -> Iter
 
 
 def spread(layers: Sequence[int]) -> list[int]:
-    """Return layers in an order in which every beginning is spread over the depth: first, last, middle, quarters."""
-    order, queue = [0, len(layers) - 1], [(0, len(layers) - 1)]
+    """Return layers in an order in which every beginning is spread over the depth: middle, first, last, quarters."""
+    last = len(layers) - 1
+    order, queue = [last // 2, 0, last], [(0, last)]
     while queue:
         low, high = queue.pop(0)
         if high - low > 1:

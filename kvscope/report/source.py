@@ -195,8 +195,8 @@ class ReportInput:
         layers, read = self.layers_of(part), sorted(self.readable[part.name])
         if len(read) == len(layers):
             return None
-        named = ", ".join(map(str, read)) or "none"
-        return f"Read to the last row, to keep the time short: layers {named}, of {len(layers)}."
+        named = f" ({', '.join(map(str, read))})" if read else ""
+        return f"To keep the time short, every row was read in {len(read)} of {len(layers)} layers only{named}."
 
     def attended(self, part: Part, layer: int) -> Attended:
         """Return what the keys of a readable layer received, and what every run lost there, by its id."""

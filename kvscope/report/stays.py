@@ -72,8 +72,11 @@ class Stays:
 
     def held(self, step: int) -> NDArray[np.bool_]:
         """Return which keys are held after a step, bool ``[G * T]``."""
+        there = (self.enter <= step) & (step < self.leave)
+        if self.once:
+            return there
         mask = np.zeros(self.heads * self.length, bool)
-        mask[self.cell[(self.enter <= step) & (step < self.leave)]] = True
+        mask[self.cell[there]] = True
         return mask
 
     def packed(self) -> dict[str, Any]:

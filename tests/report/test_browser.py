@@ -210,10 +210,10 @@ def test_a_choice_in_the_bar_reaches_the_panels_and_the_address(tab: Tab, rich: 
     assert tab.text("#residency h3") == "window · open loop · open · 8"
     assert "window · open loop · open · 8" in tab.text("#regrets .small")
     assert tab.count(f"#overview tr.shown[data-run='{run.id}']") == 1
-    tab.choose("Layer", "0")
+    tab.choose("Layer", "1")
     tab.choose("Query head", "3")
-    assert tab.text("#inspector .small").startswith("Layer 0, query head 3,")
-    assert (tab.address()["layer"], tab.address()["head"]) == ("0", "3")
+    assert tab.text("#inspector .small").startswith("Layer 1, query head 3,")
+    assert (tab.address()["layer"], tab.address()["head"]) == ("1", "3")
 
 
 def test_the_slider_moves_text_and_address(tab: Tab) -> None:
@@ -381,6 +381,7 @@ def test_a_regret_leads_to_the_row_that_missed_it(tab: Tab) -> None:
     names = tab.run("document.querySelector('#inspector .plot').data.map(it => it.name)")
     assert "in the ideal set, but not seen" in names
     assert tab.count("#regrets tr.shown") == 1
+    assert "attention of query head" in tab.text("#residency .readout"), "the raster knows the row too"
 
 
 def test_the_matrix_chooses_what_to_compare(tab: Tab) -> None:

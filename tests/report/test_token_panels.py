@@ -83,6 +83,7 @@ def test_parts_carry_texts_with_nothing_hidden(source: ReportInput) -> None:
             "length": 6,
             "tokens": ["The", "␣king", "↵", "␣said", "␣4", "821"],
             "layers": [0, 1],
+            "layer": 0,
             "heads": 4,
             "group": 2,
         }
@@ -143,7 +144,7 @@ def test_a_layer_that_does_not_fit_has_the_best_runs(source: ReportInput) -> Non
 
 
 def test_layers_that_fit_are_spread_over_the_depth() -> None:
-    assert spread(range(9)) == [0, 8, 4, 2, 6, 1, 3, 5, 7]
+    assert spread(range(9)) == [4, 0, 8, 2, 6, 1, 3, 5, 7]
     assert spread([5]) == [5]
     assert sorted(spread(range(32))) == list(range(32))
 
@@ -265,8 +266,10 @@ def test_regrets_are_bounded_and_say_which_layers_were_read(rich: ReportInput) -
     one_layer = regrets(limited(rich, weights=HEADS * 24 * 25 // 2))
     assert one_layer is not None
     assert {row[0] for rows in one_layer["parts"]["0.0"]["worst"].values() for row in rows} == {0}
-    assert one_layer["notes"] == ["Read to the last row, to keep the time short: layers 0, of 2."]
-    assert regrets(limited(rich, weights=0)) is None
+    assert one_layer["notes"] == ["To keep the time short, every row was read in 1 of 2 layers only (0)."]
+    nothing = regrets(limited(rich, weights=0))
+    assert nothing is not None
+    assert nothing["notes"] == ["To keep the time short, every row was read in 0 of 2 layers only."]
 
 
 def test_a_key_that_comes_back_is_missed_only_in_between(rich: ReportInput) -> None:
@@ -303,7 +306,9 @@ def test_inspector_takes_the_rows_that_miss_a_key_first(rich: ReportInput) -> No
     carried = {(row["layer"], row["head"], row["step"]) for row in data["parts"]["0.0"]["rows"]}
     assert 0 < len(carried) < 10
     assert carried <= missed, "every run of the fixture holds the same keys, and so has the same regrets"
-    assert inspector(limited(rich, row_bytes=1)) is None
+    none = inspector(limited(rich, row_bytes=1))
+    assert none is not None
+    assert none["notes"][0].startswith("0 of 192 attention rows are carried")
 
 
 def test_heavy_hitters_are_the_keys_that_received_most(rich: ReportInput) -> None:

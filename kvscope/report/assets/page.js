@@ -36,7 +36,7 @@ kvscope.show = (() => {
     const sameParts = () => [NONE, ...ids.filter((id) => id !== state.get("run") && page.byId.get(id).parts.includes(state.get("part")))];
     state.declare("other", () => NONE, oneOf(sameParts));
     const layers = () => (page.part() ? page.part().layers : [0]);
-    state.declare("layer", () => layers()[Math.floor(layers().length / 2)], oneOf(layers));
+    state.declare("layer", () => (page.part() ? page.part().layer : 0), oneOf(layers)); // the one that is carried if only one is
     state.declare("head", () => "all", (value) => (value === "all" ? value : whole(() => 0, () => (page.part() ? page.part().heads - 1 : 0))(value)));
     const last = () => (page.part() ? page.part().length - 1 : 0);
     state.declare("step", last, whole(() => 0, last));

@@ -1,5 +1,5 @@
 /* One canvas of stays with its axes, pointer and keyboard; what it shows comes with `show`. */
-kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, chosenHeads, describedBy }) => {
+kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, chosenHeads, describedBy }) => {
   const { element, colour, clamp, raster, state } = kvscope;
   const FOOT = 44;
   const ROW = 13; // from this many pixels on, a row has its token's text beside it
@@ -130,7 +130,10 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, chosenHea
     const at = place(event, Boolean(start));
     tip.hidden = !at;
     if (!at) return;
-    tip.replaceChildren(...words(sets, at.key, at.step).map((line) => element("div", {}, element("bdi", {}, line))));
+    const line = (text) => element("div", {}, element("bdi", {}, text));
+    const lines = words(sets, at.key, at.step).map(line);
+    tip.replaceChildren(...lines);
+    looked(at.key, at.step).then((more) => { if (lines[0].parentElement) tip.append(...more.map(line)); });
     const left = at.x > canvas.clientWidth / 2;
     tip.style.left = left ? "" : `${at.x + 14}px`;
     tip.style.right = left ? `${canvas.clientWidth - at.x + 14}px` : "";

@@ -80,14 +80,11 @@ kvscope.drawing("inspector", async (box, data, page) => {
     });
   });
 
-  /* For the raster's pointer: the weight that a carried row gives to a key, once that row has been looked at. */
-  const weightsOf = new Map();
-  kvscope.weightAt = (_, step, key) => {
+  /* For the raster's pointer: the weight that the row of a step gives to a key, where that row is carried. */
+  kvscope.weightAt = async (step, key) => {
     const rows = data.parts[state.get("part")]?.rows || [];
     const row = rows.find((each) => each.layer === state.get("layer") && each.head === state.get("head") && each.step === step);
-    if (!row || key > step) return null;
-    if (!weightsOf.has(row)) { weightsOf.set(row, null); numbers(row.weights).then((weights) => weightsOf.set(row, weights)); }
-    return weightsOf.get(row) ? weightsOf.get(row)[key] : null;
+    return row && key <= step ? (await numbers(row.weights))[key] : null;
   };
 
   box.append(said, facts, area, element("h3", {}, "Heaviest keys of this row"), table);

@@ -50,7 +50,7 @@ def inspector(source: ReportInput) -> dict[str, Any] | None:
         parts[part.name] = {"rows": rows, "heavy": heavy}
         carried += len(rows)
         total += len(source.layers_of(part)) * source.traces[part.identity].heads * part.length
-    if not carried:
+    if not parts:
         return None
     notes = [f"{carried:,} of {total:,} attention rows are carried, to keep the page small; the trace has all."]
     return {"parts": parts, "sinks": SINKS, "notes": notes}

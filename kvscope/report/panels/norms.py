@@ -26,11 +26,12 @@ def norms(source: ReportInput) -> dict[str, Any] | None:
     notes: list[str] = []
     missing = 0
     for part in source.parts.values():
+        trace = source.traces.get(part.identity)
+        if trace is None or "value_l1" not in trace.stored:
+            continue
+        notes += [note for note in [source.unread(part)] if note]
         layers: dict[str, Any] = {}
         for layer in source.readable[part.name]:
-            trace = source.traces[part.identity]
-            if "value_l1" not in trace.stored:
-                continue
             received = packed_halves(source.attended(part, layer).received)
             norm = packed_halves(trace.value_norms(part.number, layer, "l1"))
             left -= packed_bytes(received) + packed_bytes(norm)
@@ -38,9 +39,7 @@ def norms(source: ReportInput) -> dict[str, Any] | None:
                 missing += 1
             else:
                 layers[str(layer)] = {"received": received, "norm": norm}
-        if layers:
-            parts[part.name] = layers
-            notes += [note for note in [source.unread(part)] if note]
+        parts[part.name] = layers
     if not parts:
         return None
     if missing:

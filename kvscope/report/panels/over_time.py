@@ -47,8 +47,7 @@ def over_time(source: ReportInput) -> dict[str, Any] | None:
                 break
             made[run.id] = packed
         missing += len(runs) - len(made)
-        if made:
-            parts[part.name] = {"edges": edges.tolist(), "runs": made}
+        parts[part.name] = {"edges": edges.tolist(), "runs": made}
     if not parts:
         return None
     notes = [f"Lines of {missing} runs are left out to keep the page small; fidelity.parquet has them."]

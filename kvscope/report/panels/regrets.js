@@ -12,9 +12,9 @@ kvscope.drawing("regrets", (box, data, page) => {
     const rows = part ? part.worst[state.get("run")] || [] : [];
     table.hidden = !rows.length;
     const { name, kind, loop } = page.run();
-    said.textContent = !part ? "Not known: the trace of this sequence is not at hand, or too long to read."
+    said.textContent = !part ? "Not known: the trace of this sequence is not at hand."
       : rows.length ? `The ${rows.length} worst of ${name}${loop === "open" ? "" : ", judged by the recorded full-cache rows"}${kind === "reads a part" ? "; it holds these keys, but did not read them" : ""}.`
-        : `${name} lost nothing that was looked at later.`;
+        : `${name} lost nothing that was looked at later, in the layers that were read.`;
     const { group } = page.part();
     body.replaceChildren(...rows.map(([layer, head, key, gone, mass, missed, weight]) => {
       const here = state.get("token") === key && state.get("layer") === layer && state.get("head") !== "all" && Math.floor(state.get("head") / group) === head;

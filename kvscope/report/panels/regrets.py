@@ -29,9 +29,10 @@ def regrets(source: ReportInput) -> dict[str, Any] | None:
     parts: dict[str, Any] = {}
     notes = []
     for part in source.parts.values():
-        layers = sorted(source.readable[part.name])
-        if not layers:
+        if part.identity not in source.traces:
             continue
+        notes += [note for note in [source.unread(part)] if note]
+        layers = sorted(source.readable[part.name])
         tokens: dict[str, Any] = {}
         for run in source.runs_of(part):
             total = _by_token(source, part, layers, run.id)
@@ -44,7 +45,6 @@ def regrets(source: ReportInput) -> dict[str, Any] | None:
             for run, evictions in source.worst(part).items()
         }
         parts[part.name] = {"worst": rows, "tokens": tokens}
-        notes += [note for note in [source.unread(part)] if note]
     if not parts:
         return None
     if left < 0:

@@ -60,12 +60,15 @@ kvscope.drawing("residency", async (box, data, page) => {
   }
   function words(shown, key, step) {
     const { prompt } = part();
-    const weight = kvscope.weightAt ? kvscope.weightAt(page, step, key) : null;
     return [
       `token ${key} ${page.token(key)}, ${key < prompt ? "prompt" : "generated"}`, `step ${step} ${page.token(step)}`,
       ...shown.map(([run, stays]) => (shown.length > 1 ? `${page.byId.get(run).name}: ` : "") + life(run, stays, key, step)),
-      ...(weight === null ? [] : [`attention of query head ${state.get("head")}: ${weight.toPrecision(3)}`]),
     ];
+  }
+  /* One more line where the attention row of the step is carried. */
+  async function looked(key, step) {
+    const weight = kvscope.weightAt ? await kvscope.weightAt(step, key) : null;
+    return weight === null ? [] : [`attention of query head ${state.get("head")}: ${weight.toPrecision(3)}`];
   }
   function point(token, step) { state.set({ token, step }); }
 
@@ -78,7 +81,7 @@ kvscope.drawing("residency", async (box, data, page) => {
     const shown = there.map((id, at) => [id, stays[at]]);
     const sets = shown.length === 2 && state.get("mode") === "difference" ? [shown] : shown.map((each) => [each]);
     if (sets.length !== views.length) {
-      views = sets.map(() => kvscope.rasterView({ page, view, zoom, zoomBy, whole, point, words, chosenHeads, describedBy: readout.id }));
+      views = sets.map(() => kvscope.rasterView({ page, view, zoom, zoomBy, whole, point, words, looked, chosenHeads, describedBy: readout.id }));
       frames.replaceChildren(...views.map((each) => each.frame));
     }
     frames.classList.toggle("two", sets.length === 2);
@@ -88,7 +91,8 @@ kvscope.drawing("residency", async (box, data, page) => {
     legendTwo.hidden = !legendOne.hidden;
     if (!legendTwo.hidden) legendNames.forEach((name, at) => { name.textContent = `only ${page.byId.get(shown[at][0]).name}`; });
     scaleNote.textContent = views.length ? views[0].note() : "";
-    readout.textContent = state.get("token") >= 0 && shown.length ? words(shown, state.get("token"), state.get("step")).join("; ") : "";
+    const [token, step] = [state.get("token"), state.get("step")];
+    readout.textContent = token >= 0 && shown.length ? [...words(shown, token, step), ...await looked(token, step)].join("; ") : "";
   });
 
   const modes = select("Two policies", Object.entries(MODES).map(([value, text]) => ({ value, text })), state.get("mode"), (mode) => state.set({ mode }));

@@ -90,9 +90,10 @@ kvscope.drawing("text", async (box, data, page) => {
     const grid = element("div");
     const heads = rows.length ? rows[0].heads.length : 0;
     const last = (r, c) => raster.staysOf(rows[r].heads[c], token).reduce((most, [, to]) => Math.max(most, to), -1);
-    if (heads) {
+    const ends = rows.flatMap((_, r) => [...Array(heads).keys()].map((c) => last(r, c))).filter((step) => step >= 0);
+    if (ends.length) {
       kvscope.heat(grid, {
-        label: `Step at which each key/value head lets token ${token} go`, corner: "layer / kv head", rows: rasters.map((each) => String(each.layer)), columns: [...Array(heads).keys()].map(String), scale: [token, length],
+        label: `Step at which each key/value head lets token ${token} go`, corner: "layer / kv head", rows: rasters.map((each) => String(each.layer)), columns: [...Array(heads).keys()].map(String), scale: [Math.min(...ends), Math.max(...ends)],
         value: (r, c) => (last(r, c) < 0 ? null : last(r, c)), text: (value) => (value >= length ? "kept" : String(value)),
         say: (r, c) => `layer ${rasters[r].layer}, key/value head ${c}: ${last(r, c) < 0 ? "never held" : last(r, c) >= length ? "held to the end" : `gone at step ${last(r, c)}`}${raster.staysOf(rows[r].heads[c], token).length > 1 ? ", with absences before" : ""}`,
         chosen: (r, c) => rasters[r].layer === state.get("layer") && state.get("head") !== "all" && Math.floor(state.get("head") / page.part().group) === c,
