@@ -21,8 +21,11 @@ FIRST = (
 )
 LAST = ("read_keys", "held_keys")
 
-# Metrics that are known from a run as a whole, where a replay does not declare them.
-KNOWN: dict[str, dict[str, Any]] = {
+TAILED = "retained_mass"  # the metric whose tails are shown
+TAILS = ("share_below_half", "worst_head", "worst_step")
+
+# What a summary says of a run beside its metrics; here they are metrics as any other.
+BESIDE: dict[str, dict[str, Any]] = {
     "share_of_belady": {
         "direction": "higher",
         "range": [0.0, None],
@@ -34,36 +37,25 @@ KNOWN: dict[str, dict[str, Any]] = {
         "range": [0.0, 1.0],
         "summary": "Retained mass of that schedule divided by the ideal set's: what evicting for good costs anybody.",
     },
+    "share_below_half": {
+        "direction": "lower",
+        "range": [0.0, 1.0],
+        "summary": "Share of the steps at which a head retains less than half of its mass, mean over the heads.",
+    },
+    "worst_head": {
+        "direction": "higher",
+        "range": [0.0, 1.0],
+        "summary": "Retained mass of the head that retains least.",
+    },
+    "worst_step": {
+        "direction": "higher",
+        "range": [0.0, 1.0],
+        "summary": "Least retained mass of a head at any step, mean over the heads.",
+    },
     "held_overlap": {
         "direction": "none",
         "range": [0.0, 1.0],
         "summary": "Keys held in both loops, as a share of those held in either: how far to trust the open one.",
-    },
-    "perplexity": {
-        "direction": "lower",
-        "range": [1.0, None],
-        "summary": "exp of the mean loss of the scored tokens, closed loop.",
-    },
-    "perplexity_full": {"direction": "none", "range": [1.0, None], "summary": "The same with the full cache."},
-    "perplexity_delta": {
-        "direction": "lower",
-        "range": [None, None],
-        "summary": "Perplexity minus that of the full cache.",
-    },
-    "perplexity_ratio": {
-        "direction": "lower",
-        "range": [0.0, None],
-        "summary": "Perplexity divided by that of the full cache.",
-    },
-    "token_kl": {
-        "direction": "lower",
-        "range": [0.0, None],
-        "summary": "KL(full || policy) of the next-token distributions, mean over the scored tokens.",
-    },
-    "top1_agreement": {
-        "direction": "higher",
-        "range": [0.0, 1.0],
-        "summary": "Share of scored tokens at which both caches find the same token most likely.",
     },
 }
 
@@ -105,9 +97,10 @@ class Run:
 
     @classmethod
     def of(cls, id: str, replay: Replay, source: str, info: Mapping[str, Any], summary: Mapping[str, Any]) -> Run:
-        """Return a run with what its row of the summary says; its bounds and its gap become metrics."""
+        """Return a run with what its row of the summary says; its bounds, gap and tails become metrics."""
         metrics = dict(summary.get("metrics") or {})
         beside = {**(summary.get("bounds") or {}), "held_overlap": (summary.get("gap") or {}).get("held_overlap")}
+        beside |= {name: (summary.get("tails") or {}).get(TAILED, {}).get(name) for name in TAILS}
         metrics |= {name: {"mean": value} for name, value in beside.items() if value is not None}
         return cls(id, replay, source, {**info, **{k: v for k, v in summary.items() if k == "clairvoyant"}}, metrics)
 
@@ -179,6 +172,9 @@ class Run:
             marks.append("as in the published code")
         if self.info.get("positions") == "compacted":
             marks.append("compacted positions")
+        certificate = self.info.get("certificate") or {}
+        if not certificate.get("exact", True):
+            marks.append(f"at most {certificate['gap']:.2g} of mass from the optimum")
         if self.info.get("accumulate", "float32") != "float32":
             marks.append(f"sums in {self.info['accumulate']}")
         return marks

@@ -16,7 +16,7 @@ from kvscope.report.fidelity import Means, read_means
 from kvscope.report.limits import Limits
 from kvscope.report.parts import Part, sequences_of, spread
 from kvscope.report.regret import Eviction, worst_evictions
-from kvscope.report.runs import FIRST, KNOWN, LAST, Run
+from kvscope.report.runs import BESIDE, FIRST, LAST, Run
 from kvscope.report.stays import Stays, read_stays
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
@@ -74,11 +74,11 @@ class ReportInput:
         """Metric name -> its declaration, for every metric of every replay, in the order of the page."""
         found: dict[str, dict[str, Any]] = {}
         for replay in self.replays:
-            for name, declaration in replay.info.get("metrics", {}).items():
+            for name, declaration in replay.summary.get("metrics", {}).items():
                 found.setdefault(name, declaration)
         for run in self.runs:
             for name in run.metrics:
-                found.setdefault(name, KNOWN.get(name, {}))
+                found.setdefault(name, BESIDE.get(name, {}))
         middle = [name for name in found if name not in FIRST + LAST]
         return {name: found[name] for name in (*FIRST, *middle, *LAST) if name in found}
 

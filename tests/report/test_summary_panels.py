@@ -15,7 +15,7 @@ from kvscope.report.panels.outcome import outcome
 from kvscope.report.panels.overview import overview
 from kvscope.report.panels.provenance import BOUNDS, CLOSED_LOOP, GENERATED, MIXED, OPEN_LOOP, provenance
 from kvscope.report.panels.sweep import sweep
-from kvscope.report.runs import KINDS, Run
+from kvscope.report.runs import BESIDE, KINDS, Run
 from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
@@ -32,7 +32,9 @@ def run_of(source: ReportInput, label: str, budget: str | None, loop: str = "ope
 
 
 def marks(source: ReportInput) -> dict[tuple[str, str | None], dict[str, str]]:
-    return {named(source, row["run"]): row["marks"] for row in overview(source)["rows"]}
+    """Return the marks of every run in the metrics of the fixture."""
+    rows = overview(source)["rows"]
+    return {named(source, row["run"]): {k: v for k, v in row["marks"].items() if k in METRICS} for row in rows}
 
 
 def test_run_as_the_page_knows_it(source: ReportInput) -> None:
@@ -299,3 +301,27 @@ def test_mass_table_of_the_fixture_is_what_the_summary_reads(source: ReportInput
     expected = {(policy, budget): value for policy, values in MASS.items() for budget, value in values.items()}
     found = {(run.label, run.budget): run.mean("retained_mass") for run in source.runs}
     assert found == pytest.approx(expected)
+
+
+def test_what_a_summary_says_beside_its_metrics_is_shown_with_them(replay: Replay) -> None:
+    summary = {
+        "metrics": {"retained_mass": {"mean": 0.5}},
+        "bounds": {"share_of_belady": 0.9, "belady_of_ideal": None},
+        "gap": {"held_overlap": 0.8},
+        "tails": {"retained_mass": {"share_below_half": 0.25, "worst_head": 0.1, "worst_step": 0.05}},
+    }
+    run = Run.of("0.0", replay, "small", replay.info["runs"][1], summary)
+    assert {name: run.mean(name) for name in run.metrics} == {
+        "retained_mass": 0.5,
+        "share_of_belady": 0.9,
+        "held_overlap": 0.8,
+        "share_below_half": 0.25,
+        "worst_head": 0.1,
+        "worst_step": 0.05,
+    }
+    assert set(run.metrics) - {"retained_mass"} <= set(BESIDE), "each is declared"
+
+
+def test_a_bound_that_is_not_exact_says_so(replay: Replay) -> None:
+    info = {**replay.info["runs"][1], "certificate": {"exact": False, "gap": 0.012}}
+    assert Run.of("0.0", replay, "small", info, {}).marks == ["at most 0.012 of mass from the optimum"]

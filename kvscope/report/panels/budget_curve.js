@@ -15,7 +15,8 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
   const area = element("div", { class: "plot curve" });
   const legend = element("div", { class: "legend" });
   const behind = element("div");
-  const place = (id) => (AXES[state.get("axis")][0] ? value(id, AXES[state.get("axis")][0])[0] : page.byId.get(id).keys);
+  /* A bound is one for its budget, whatever it holds itself: the ideal set is chosen anew from all keys. */
+  const place = (id) => (AXES[state.get("axis")][0] && page.byId.get(id).kind !== "bound" ? value(id, AXES[state.get("axis")][0])[0] : page.byId.get(id).keys);
   const way = (id) => { const run = page.byId.get(id); return [run.replay, run.loop, run.prefill].join(); };
   const styleOf = (line) => page.style(page.byId.get(line.runs[0]));
 
