@@ -7,7 +7,8 @@ The bundled model reads passages of books that it never saw, and episodes in whi
 both prefills: ``stream`` holds the cache to the budget from the first token on, ``full`` reads the prompt (half of a
 passage, or all of an episode but the answer) with the full cache and compresses it then. An answer is right if every
 token of it is the model's first choice. Rank agreement is Spearman's, over all pairs of policy and budget: each metric
-of the open loop against the perplexity ratio of the passages, and against the share of right answers.
+of the open loop, and each of its tails, against the perplexity ratio of the passages, and against the share of right
+answers: as it is on the passages (``recall``), and on the questions themselves (``recall_of_its_own``).
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def compared(text: Replay, recall: Replay, distances: Sequence[int]) -> dict[str
     """Return a row for each policy and budget, and the rank agreement over all rows."""
     rows, table = [], defaultdict(list)
     runs = {(run["label"], run["budget"]): run for run in recall.summary["runs"] if run["loop"] == "closed"}
-    opened = {run["run"]: run for run in text.summary["runs"] if run["loop"] == "open"}
+    opened, asked = (
+        {run["run"]: run for run in replay.summary["runs"] if run["loop"] == "open"} for replay in (text, recall)
+    )
     for run in text.summary["runs"]:
         if run["loop"] != "closed":
             continue
@@ -129,19 +132,29 @@ def compared(text: Replay, recall: Replay, distances: Sequence[int]) -> dict[str
                 "recall": right,
             }
         )
-        values = {name: value["mean"] for name, value in cheap.items()}
+        values, own = cheap_metrics(opened[run["open_run"]]), cheap_metrics(asked[other["open_run"]])
         if run["budget"] is not None and None not in (values["retained_mass"], values["ideal_cosine"]):
-            for name, value in values.items():
-                table[name].append((value, run["metrics"]["perplexity_ratio"]["mean"], right["all"]))
+            for name in values.keys() & own.keys():
+                table[name].append((values[name], own[name], run["metrics"]["perplexity_ratio"]["mean"], right["all"]))
     agreement = {}
-    for name, found in table.items():
-        cheap_values, ratio, share = np.array(found, float).T
+    for name, found in sorted(table.items()):
+        columns = np.array(found, float)
+        of_text, of_recall, ratio, share = columns[np.isfinite(columns).all(1)].T
         agreement[name] = {
-            "perplexity_ratio": rounded(spearmanr(cheap_values, ratio).statistic),
-            "recall": rounded(spearmanr(cheap_values, share).statistic),
-            "pairs": len(found),
+            "perplexity_ratio": rounded(spearmanr(of_text, ratio).statistic),
+            "recall": rounded(spearmanr(of_text, share).statistic),
+            "recall_of_its_own": rounded(spearmanr(of_recall, share).statistic),
+            "pairs": len(ratio),
         }
     return {"rows": rows, "rank_agreement": agreement}
+
+
+def cheap_metrics(run: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return every metric of an open run, and its tails as ``metric.tail``."""
+    tails = {f"{name}.{tail}": value for name, of in run["tails"].items() for tail, value in of.items()}
+    return {name: value["mean"] for name, value in run["metrics"].items()} | {
+        name: value for name, value in tails.items() if not isinstance(value, dict)
+    }
 
 
 def answers(replay: Replay, run: int, distances: Sequence[int]) -> tuple[dict[str, float], float]:

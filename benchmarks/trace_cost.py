@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 
 from kvscope.model.attention_hook import watching
 from kvscope.model.loading import Loaded, load
@@ -32,6 +31,10 @@ from kvscope.trace.schema import TraceHeader
 from kvscope.trace.writer import TraceWriter
 
 PROMPTS = (512, 1024, 2048, 4096)
+HOW = (
+    "seconds and MiB; medians. Other work may run on the machine: plain and traced decoding alternate, and each ratio "
+    "is of one pair; the ratio to quote is the median of the ratios."
+)
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def main() -> None:
     if args.peak:
         print(peak(args.model, args.prompt, args.peak == "traced"))
         return
-    figures = {"machine": machine(), "time": times(args), "memory": memory()}
+    figures = {"how": HOW, "machine": machine(), "time": times(args), "memory": memory()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
@@ -157,19 +160,6 @@ def timed(action: Any) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures were measured on."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 if __name__ == "__main__":

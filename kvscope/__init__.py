@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from kvscope.policies.base import Step as Step
     from kvscope.policies.base import parameter as parameter
     from kvscope.policies.base import policy as policy
+    from kvscope.replay.regrets import regrets as regrets
+    from kvscope.replay.rescore import rescore as rescore
     from kvscope.replay.run import replay as replay
     from kvscope.report.page import report as report
     from kvscope.report.panel import panel as panel
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from kvscope.results.diff import Diff as Diff
     from kvscope.results.diff import diff as diff
     from kvscope.results.export import export as export
+    from kvscope.results.spans import Span as Span
+    from kvscope.results.spans import spans_of as spans_of
     from kvscope.results.store import Replay as Replay
     from kvscope.results.store import open_replay as open_replay
     from kvscope.trace.importer import import_maps as import_maps
@@ -59,6 +63,7 @@ _PUBLIC = {
     "ReplayError": "kvscope.errors:ReplayError",
     "ResultError": "kvscope.errors:ResultError",
     "Rows": "kvscope.metrics.base:Rows",
+    "Span": "kvscope.results.spans:Span",
     "Step": "kvscope.policies.base:Step",
     "Trace": "kvscope.trace.reader:Trace",
     "TraceError": "kvscope.errors:TraceError",
@@ -73,6 +78,9 @@ _PUBLIC = {
     "panel": "kvscope.report.panel:panel",
     "parameter": "kvscope.policies.base:parameter",
     "policy": "kvscope.policies.base:policy",
+    "regrets": "kvscope.replay.regrets:regrets",
+    "rescore": "kvscope.replay.rescore:rescore",
+    "spans_of": "kvscope.results.spans:spans_of",
 }
 
 # Public functions that have the name of a room: the room itself is called.
@@ -94,6 +102,7 @@ __all__ = [
     "ReplayError",
     "ResultError",
     "Rows",
+    "Span",
     "Step",
     "Trace",
     "TraceError",
@@ -109,8 +118,11 @@ __all__ = [
     "panel",
     "parameter",
     "policy",
+    "regrets",
     "replay",
     "report",
+    "rescore",
+    "spans_of",
     "trace",
 ]
 

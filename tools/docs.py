@@ -1,12 +1,13 @@
 """Writes the descriptions of the files and policies, and checks that the documentation tells the truth.
 
-python tools/docs.py           write traces/README.md and reports/README.md from the schemas, and the generated part of
-                               README.md from the policies
+python tools/docs.py           write traces/README.md and reports/README.md from the schemas, and the tables of
+                               README.md from the policies and the figures
 python tools/docs.py --check   change nothing; say what is wrong, and end with status 1 if anything is
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -27,7 +28,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "traces/README.md": trace.describe,
     "reports/README.md": results.describe,
 }
-README, BEGIN, END = "README.md", "<!-- policies -->", "<!-- /policies -->"
+README, OUTCOMES = "README.md", Path("benchmarks/results/outcomes.json")
+SHOWN = "20%"  # budget of the table of outcomes
 PAGES = (README, "CONTRIBUTING.md", "CHANGELOG.md", *GENERATED)
 
 
@@ -38,7 +40,7 @@ def main() -> int:
             (ROOT / name).parent.mkdir(exist_ok=True)
             (ROOT / name).write_text(text(), encoding="utf-8")
         page = (ROOT / README).read_text(encoding="utf-8")
-        (ROOT / README).write_text(with_policies(page), encoding="utf-8")
+        (ROOT / README).write_text(with_tables(page), encoding="utf-8")
     wrong = list(problems())
     for line in wrong:
         print(line)
@@ -52,8 +54,8 @@ def problems() -> Iterator[str]:
         if not (ROOT / name).is_file() or (ROOT / name).read_text(encoding="utf-8") != text():
             yield f"{name}: differs from the schema; run: python tools/docs.py"
     page = (ROOT / README).read_text(encoding="utf-8")
-    if with_policies(page) != page:
-        yield f"{README}: the table of policies differs from them; run: python tools/docs.py"
+    if with_tables(page) != page:
+        yield f"{README}: a table differs from what it is made of; run: python tools/docs.py"
     for name in PAGES:
         if (ROOT / name).is_file():
             text = (ROOT / name).read_text(encoding="utf-8")
@@ -63,15 +65,72 @@ def problems() -> Iterator[str]:
         yield f"CHANGELOG.md: no entry for {__version__}"
 
 
-def with_policies(page: str) -> str:
-    """Return a page with the table of the package's policies between its two marks, which must be there."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert begin and end, f"{README} has no {BEGIN} ... {END}"
+def with_tables(page: str) -> str:
+    """Return a page with its generated tables between their marks, which must be there."""
+    tables = {"policies": policies_table()}
+    if (ROOT / OUTCOMES).is_file():
+        figures = json.loads((ROOT / OUTCOMES).read_text(encoding="utf-8"))
+        tables |= {"outcomes": outcomes_table(figures), "agreement": agreement_table(figures)}
+    for name, table in tables.items():
+        before, begin, rest = page.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        assert begin and end, f"{README} has no place for the table of {name}"
+        page = f"{before}{begin}\n\n{table}\n\n{end}{after}"
+    return page
+
+
+def outcomes_table(figures: dict[str, Any]) -> str:
+    """Return perplexity ratio, share of right answers and keys of every policy at one budget, under both prefills."""
+    lines = [
+        "| policy | perplexity ratio | right answers | held | perplexity ratio | right answers | held | read |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    both = [
+        {row["policy"]: row for row in figures[prefill]["rows"] if row["budget"] in (SHOWN, None)}
+        for prefill in ("stream", "full")
+    ]
+    for name in sorted(both[0] | both[1]):
+        stream, full = (rows.get(name) for rows in both)
+        cells = [_outcome(stream), _right(stream), _keys(stream, "held_keys")]
+        cells += [_outcome(full), _right(full), _keys(full, "held_keys"), _keys(full, "read_keys")]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def agreement_table(figures: dict[str, Any]) -> str:
+    """Return the rank agreement of every cheap metric with the outcomes, under both prefills."""
+    lines = [
+        "| metric | text, stream | answers, stream | text, full | answers, full |",
+        "|---|---|---|---|---|",
+    ]
+    both = [figures[prefill]["rank_agreement"] for prefill in ("stream", "full")]
+    for name in sorted(both[0], key=lambda name: abs(both[0][name]["perplexity_ratio"] or 0), reverse=True):
+        cells = [
+            "-" if name not in found or found[name][what] is None else f"{found[name][what]:+.2f}"
+            for found in both
+            for what in ("perplexity_ratio", "recall")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _outcome(row: dict[str, Any] | None) -> str:
+    return "-" if row is None else f"{row['perplexity_ratio']:.3f}"
+
+
+def _right(row: dict[str, Any] | None) -> str:
+    return "-" if row is None else f"{row['recall']['all']:.2f}"
+
+
+def _keys(row: dict[str, Any] | None, name: str) -> str:
+    return "-" if row is None else f"{row[name]:.0f}"
+
+
+def policies_table() -> str:
+    """Return the table of the package's policies."""
     rows = sorted((row for row in spec.describe() if _is_ours(row["name"])), key=lambda row: str(row["name"]))
     head = "| policy | decides per | evicts | needs | variants | proven against |\n|---|---|---|---|---|---|"
-    table = "\n".join([head, *(f"| {' | '.join(_cells(row))} |" for row in rows)])
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+    return "\n".join([head, *(f"| {' | '.join(_cells(row))} |" for row in rows)])
 
 
 def _is_ours(name: str) -> bool:

@@ -24,8 +24,11 @@ from kvscope.cli import (
     info,
     perplexity,
     policies,
+    regret,
     replay,
     report,
+    score,
+    spans,
     trace,
     tune,
     verify,
@@ -64,6 +67,9 @@ app.command(
     epilog=PARAMETERS,
 )(verify.verify)
 app.command("tune")(tune.tune)
+app.command("score")(score.score)
+app.command("regret")(regret.regret)
+app.command("spans")(spans.spans)
 app.command("report")(report.report)
 app.command("diff")(diff.diff)
 app.command("compare")(compare.compare)

@@ -85,13 +85,15 @@ def _show_one(row: Mapping[str, Any]) -> None:
 
 
 def _evicts(row: Mapping[str, Any]) -> str:
-    """Return when a policy evicts, in words."""
-    if row["reads"]:
-        return "never: reads a part"
+    """Return when a policy evicts, in words, and whether it is a bound."""
     phase = str(row["phase"])
-    if phase.startswith("every:"):
-        return f"every {phase.removeprefix('every:')} steps"
-    return {"step": "at every step", "prefill": "once, after the prompt"}.get(phase, "never")
+    if row["reads"]:
+        evicts = "never: reads a part"
+    elif phase.startswith("every:"):
+        evicts = f"every {phase.removeprefix('every:')} steps"
+    else:
+        evicts = {"step": "at every step", "prefill": "once, after the prompt"}.get(phase, "never")
+    return f"{evicts}; a bound that knows the future" if row["clairvoyant"] else evicts
 
 
 def _flowing(doc: str) -> str:

@@ -11,6 +11,8 @@ from kvscope.cli.console import ALWAYS, Column, show_json, show_table
 _METRICS = (
     ("retained_mass", "retained\nmass", ALWAYS),
     ("retained_mass_no_sinks", "without\nsinks", 90),
+    ("late_mass_retained", "late\nmass", 89),
+    ("output_error", "output\nerror", 88),
     ("ideal_mass", "ideal\nmass", 80),
     ("ideal_cosine", "ideal\ncosine", ALWAYS),
     ("full_cosine", "full\ncosine", 50),
@@ -56,6 +58,8 @@ def columns(runs: Sequence[Mapping[str, Any]], declared: Mapping[str, Mapping[st
         Column("held", [_number(run, "held_keys", 1) for run in runs], keep=65, numeric=True),
     ]
     for name, header, keep in _METRICS:
+        if not any(name in run["metrics"] for run in runs):
+            continue
         cells = [
             _declared(declared.get(name, {})) if row in untouched else _number(run, name, 3)
             for row, run in enumerate(runs)
@@ -65,6 +69,8 @@ def columns(runs: Sequence[Mapping[str, Any]], declared: Mapping[str, Mapping[st
             shares = [_of_belady(run) for run in runs]
             cells = ["-" if share is None else f"{share:.3f}" for share in shares]
             table.append(Column("of\nbelady", cells, keep=88, numeric=True))
+    if any(run.get("tails") for run in runs):
+        table.append(Column("steps below\nhalf", [_below_half(run) for run in runs], keep=45, numeric=True))
     for name, header, digits, keep in _OUTCOMES:
         if any(name in run["metrics"] for run in runs):
             table.append(Column(header, [_number(run, name, digits) for run in runs], keep=keep, numeric=True))
@@ -114,7 +120,9 @@ def notes(runs: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> list[st
     kind = sorted({f"{run['loop']} loop, {run['prefill']} prefill" for run in runs})
     trace = info.get("trace", {})
     lines = [f"{'; '.join(kind)}; trace {trace.get('name', '?')}, model {trace.get('model') or 'unknown'}."]
-    lines.append("Means over the steps, heads and layers in which something had been evicted; 1 is best.")
+    errors = "; of output error, 0" if any("output_error" in run["metrics"] for run in runs) else ""
+    lines.append(f"Means over the steps, heads and layers in which something had been evicted; 1 is best{errors}.")
+    lines += [f"{name} is left out: {why}" for name, why in info.get("left_out", {}).items()]
     if len({_evicts(run) for run in runs} - {"never"}) > 1:
         lines.append(
             "At one budget, policies that evict once or every few steps, or only read less, hold more keys than those "
@@ -203,6 +211,12 @@ def _number(run: Mapping[str, Any], name: str, digits: int) -> str:
     if value.get("low") is None or value.get("high") is None:
         return text
     return f"{text}\n{value['low']:.{digits}f}..{value['high']:.{digits}f}"
+
+
+def _below_half(run: Mapping[str, Any]) -> str:
+    """Return the share of steps at which a head retains less than half of its mass."""
+    tails = run.get("tails", {}).get("retained_mass")
+    return "-" if tails is None else f"{tails['share_below_half']:.1%}"
 
 
 def _declared(metric: Mapping[str, Any]) -> str:

@@ -64,6 +64,14 @@ def trace(
             "recomputed when they are read."
         ),
     ] = "maps",
+    hidden: Annotated[
+        bool | None,
+        typer.Option(
+            "--hidden/--no-hidden",
+            help="Record layer inputs too, which gates need. Default: for models with a gate beside them, as demo.",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -103,6 +111,7 @@ def trace(
             query_block=query_block,
             prefill_chunk=prefill_chunk,
             store=store,
+            hidden=hidden,
             force=force,
             command=command_line(ctx),
             progress=moved(update),

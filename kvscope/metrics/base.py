@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kvscope.errors import UsageError
+from kvscope.metrics.heaviest import heaviest
 from kvscope.registry import Registry
 
 Direction = Literal["higher", "lower", "none"]
+RECORDED = frozenset({"values"})  # what a metric may need beside the rows, and a trace may lack
+SIGNALS = RECORDED | {"last_wanted", "prompt_rank"}  # what it may need; the rest follows from the rows
+NOWHERE = 2**31 - 1  # place of a key that has none: beyond any budget
 
 
 @dataclass
@@ -23,29 +28,51 @@ class Rows:
     ----------
     full : Tensor
         ``p``: full-cache attention, ``[L, H, b, n]`` for ``b`` steps and ``n`` keys, zero above the diagonal; in the
-        closed loop each run has its own, ``[R, L, H, b, n]``, and so `rank` and `missing`.
+        closed loop each run has its own, ``[R, L, H, b, n]``, and so `missing`.
     visible : Tensor
         ``V``: bool ``[R, L, G, b, n]``.
     held : Tensor
         ``R``: bool ``[R, L, G, b, n]``.
-    rank : Tensor
-        int ``[L, H, b, n]``: place of each key in its row without the current key, 0 for the heaviest; of equal
-        weights the newer comes first.
     budget : Tensor
         int ``[R]``: ``B`` of each run.
     steps : Tensor
         int ``[b]``: positions of the queries.
     missing : Tensor or None
         ``[L, H, b]``: mass that a learned sink takes.
+    signals : mapping of str to Tensor
+        What the metric named in ``needs``, each with a leading ``R`` where the rows have one. ``values``:
+        ``[L, G, n, D]``. ``last_wanted``: int ``[L, H, b, n]``, the last step before the query at which the key's
+        weight was above ``1/n`` in its row of ``n`` keys; its own position where there is none. ``prompt_rank``: int
+        ``[L, H, b, n]``, place of each key in the row of the last prompt query, 0 for the heaviest; `NOWHERE` for
+        later keys, and for all of them at steps of the prompt.
+    shared : dict
+        What follows from the rows and the budgets alone, so that policies with the same budgets make it once: `once`.
     """
 
     full: Tensor
     visible: Tensor
     held: Tensor
-    rank: Tensor
     budget: Tensor
     steps: Tensor
     missing: Tensor | None = None
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return what ``make()`` gives for these rows and budgets; it must not depend on what a policy kept."""
+        key = (name, self.budgets)
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    @cached_property
+    def budgets(self) -> tuple[int, ...]:
+        """``B`` of each run."""
+        return tuple(self.budget.tolist())
+
+    def heaviest(self, skip: int = 0) -> Tensor:
+        """Return where the ``B`` heaviest keys are, the current one and the first `skip` aside, ``[R, L, H, b, n]``."""
+        return self.once(f"heaviest {skip}", lambda: heaviest(self.full, self.steps, self.budgets, skip))
 
     @cached_property
     def seen(self) -> Tensor:
@@ -56,6 +83,11 @@ class Rows:
     def live(self) -> Tensor:
         """Live rows: full rows on ``V``, divided by their sum, ``[R, L, H, b, n]``."""
         return self._share(self.full * self.seen)
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """Full rows as the live rows are made: divided by their sum, which recorded in 16 bit is not quite one."""
+        return self.once("whole", lambda: self._share(self.full))
 
     @cached_property
     def current(self) -> Tensor:
@@ -70,13 +102,12 @@ class Rows:
     @cached_property
     def ideal_mask(self) -> Tensor:
         """The current key and the ``B`` heaviest others of each row, bool ``[R, L, H, b, n]`` (A2SF section 4.3)."""
-        top = self.rank < self.budget[:, None, None, None, None]
-        return (top | self.current) & self.past
+        return self.once("ideal mask", lambda: self.heaviest() | self.current)
 
     @cached_property
     def ideal(self) -> Tensor:
         """Ideal rows: full rows on the ideal mask, divided by their sum, ``[R, L, H, b, n]``."""
-        return self._share(self.full * self.ideal_mask)
+        return self.once("ideal", lambda: self._share(self.full * self.ideal_mask))
 
     def _per_query_head(self, mask: Tensor) -> Tensor:
         return mask.repeat_interleave(self.full.shape[-3] // mask.shape[2], dim=2)
@@ -115,6 +146,10 @@ class Metric:
         Smallest and largest value; None where there is no bound.
     when_nothing_evicted : float or None
         Its value when the policy left everything in place; None where that depends on the sequence.
+    unit : str
+        Of its values; ``1`` for ratios.
+    needs : frozenset of str
+        What it reads from `Rows.signals`, of `SIGNALS`.
     compute : callable
         From `Rows` to ``[R, L, H, b]``; with `pooled`, to ``[R, L, H, b, 3]``.
     pooled : bool
@@ -131,6 +166,8 @@ class Metric:
     compute: Callable[[Rows], Tensor]
     pooled: bool = False
     summary: str = ""
+    unit: str = "1"
+    needs: frozenset[str] = frozenset()
 
     def declaration(self) -> dict[str, object]:
         """Return the properties as they are written into results."""
@@ -138,6 +175,7 @@ class Metric:
             "direction": self.direction,
             "range": list(self.range),
             "when_nothing_evicted": self.when_nothing_evicted,
+            "unit": self.unit,
             "summary": self.summary,
         }
 
@@ -152,12 +190,25 @@ def metric(
     range: tuple[float | None, float | None],
     when_nothing_evicted: float | None,
     pooled: bool = False,
+    unit: str = "1",
+    needs: Iterable[str] = (),
 ) -> Callable[[Callable[[Rows], Tensor]], Callable[[Rows], Tensor]]:
-    """Return a decorator that registers a function from `Rows` to values as a metric."""
+    """Return a decorator that registers a function from `Rows` to values as a metric; see `Metric` for each property.
+
+    Raises
+    ------
+    UsageError
+        If it needs what no metric is given.
+    """
+    wanted = frozenset(needs)
+    if not wanted <= SIGNALS:
+        unknown = ", ".join(sorted(wanted - SIGNALS))
+        raise UsageError(f"metric {name} needs {unknown}, which none is given", f"Known: {', '.join(sorted(SIGNALS))}.")
 
     def register(function: Callable[[Rows], Tensor]) -> Callable[[Rows], Tensor]:
         summary = (function.__doc__ or "").strip().split("\n", 1)[0]
-        METRICS.register(name, Metric(name, direction, range, when_nothing_evicted, function, pooled, summary))
+        made = Metric(name, direction, range, when_nothing_evicted, function, pooled, summary, unit, wanted)
+        METRICS.register(name, made)
         return function
 
     return register

@@ -7,13 +7,13 @@ from torch import Tensor
 from kvscope.metrics.base import Rows, metric
 
 
-@metric("read_keys", direction="none", range=(1.0, None), when_nothing_evicted=None)
+@metric("read_keys", direction="none", range=(1.0, None), when_nothing_evicted=None, unit="keys")
 def read_keys(rows: Rows) -> Tensor:
     """Number of keys the query attends to, ``|V_t|``."""
     return rows.seen.sum(-1).to(rows.full.dtype)
 
 
-@metric("held_keys", direction="none", range=(0.0, None), when_nothing_evicted=None)
+@metric("held_keys", direction="none", range=(0.0, None), when_nothing_evicted=None, unit="keys")
 def held_keys(rows: Rows) -> Tensor:
     """Number of keys in the cache after the step, ``|R_t|``."""
     heads = rows.full.shape[-3]

@@ -16,7 +16,7 @@ def retained_mass(rows: Rows) -> Tensor:
 
     Rows are recorded in 16 bit, so the sum is divided by the sum of the full row.
     """
-    return _share(rows.full * rows.seen, rows.full)
+    return share(rows.full, rows.seen)
 
 
 @metric("retained_mass_no_sinks", direction="higher", range=(0.0, 1.0), when_nothing_evicted=1.0)
@@ -25,17 +25,32 @@ def retained_mass_no_sinks(rows: Rows) -> Tensor:
 
     A row with no mass beyond those positions has no value.
     """
-    rest = rows.full[..., SINKS:]
-    share = _share(rest * rows.seen[..., SINKS:], rest)
-    return torch.where(rest.sum(-1) > 0, share, torch.nan)
+    return share_of_rest(rows.full, rows.seen)
 
 
 @metric("ideal_mass", direction="none", range=(0.0, 1.0), when_nothing_evicted=1.0)
 def ideal_mass(rows: Rows) -> Tensor:
     """Retained mass of the ideal set, chosen anew each step: no policy that holds as many keys retains more."""
-    return _share(rows.full * rows.ideal_mask, rows.full)
+    return rows.once("ideal mass", lambda: share(rows.full, rows.ideal_mask))
 
 
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    total = whole.sum(-1)
-    return part.sum(-1) / torch.where(total > 0, total, 1)
+@metric("ideal_mass_no_sinks", direction="none", range=(0.0, 1.0), when_nothing_evicted=1.0)
+def ideal_mass_no_sinks(rows: Rows) -> Tensor:
+    """The same without the first 4 positions: the set is chosen among the rest, for the mass of the rest.
+
+    A row with no mass beyond those positions has no value.
+    """
+    return rows.once("ideal rest", lambda: share_of_rest(rows.full, rows.heaviest(SINKS) | rows.current))
+
+
+def share(full: Tensor, keys: Tensor) -> Tensor:
+    """Return the share of rows that falls on `keys`, over the last axis; 0 of a row without mass."""
+    total = full.sum(-1)
+    part = (full * keys).sum(-1) / torch.where(total > 0, total, 1)
+    return part.clamp(max=1.0)  # rounding alone can pass 1
+
+
+def share_of_rest(full: Tensor, keys: Tensor) -> Tensor:
+    """Return the same of what lies beyond the first 4 positions; NaN where nothing does."""
+    rest = full[..., SINKS:]
+    return torch.where(rest.sum(-1) > 0, share(rest, keys[..., SINKS:]), torch.nan)

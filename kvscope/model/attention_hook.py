@@ -49,6 +49,8 @@ class Call:
         Learned sink logits ``[H]``, part of the softmax but no key.
     sliding_window : int or None
         Keys that a query sees at most, itself included.
+    hidden : Tensor or None
+        ``[batch, q, hidden]``, the input of the layer's attention, as its module got it.
     """
 
     layer: int
@@ -60,6 +62,7 @@ class Call:
     softcap: float | None = None
     sinks: Tensor | None = None
     sliding_window: int | None = None
+    hidden: Tensor | None = None
 
     @cached_property
     def exact(self) -> torch.dtype:
@@ -71,18 +74,21 @@ class Call:
         """Keys in that precision, made once for all blocks of queries."""
         return self.key.to(self.exact)
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def rows(self, start: int, stop: int, keys: int | None = None) -> Tensor:
         """Return the attention of queries `start` to `stop` - 1 of this call, ``[batch, H, stop - start, k]``.
+
+        With `keys`, over the first so many keys alone, which must be all that these queries see.
 
         Rebuilt from queries and keys in float32 or better, in the order of the model's own eager code: scale, cap,
         mask, softmax with the learned sink, which is then left out.
         """
         batch, heads, _, size = self.query.shape
-        groups, keys = self.key.shape[1], self.key.shape[2]
+        groups, keys = self.key.shape[1], self.key.shape[2] if keys is None else keys
         query = self.query[:, :, start:stop].to(self.exact).reshape(batch, groups, -1, size)  # [batch, G, Q * q, D]
-        logits = (query @ self.key32.transpose(2, 3)).mul_(self.scaling).view(batch, heads, stop - start, keys)
+        logits = (query @ self.key32[:, :, :keys].transpose(2, 3)).mul_(self.scaling)
+        logits = logits.view(batch, heads, stop - start, keys)
         if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+            logits = logits.div_(self.softcap).tanh_() * self.softcap  # not in place: gradients need what tanh gave
         logits = self._masked(logits, start, stop)
         if self.sinks is None:
             return torch.softmax(logits, -1)
@@ -98,7 +104,8 @@ class Call:
             return logits.add_(mask)
         if self.query.shape[2] == 1 and self.sliding_window is None:
             return logits
-        own = torch.arange(start, stop, device=logits.device)[:, None] + keys - self.query.shape[2]
+        before = self.key.shape[2] - self.query.shape[2]  # keys that were there before the first query
+        own = torch.arange(start, stop, device=logits.device)[:, None] + before
         key = torch.arange(keys, device=logits.device)
         hidden = key > own
         if self.sliding_window is not None:
@@ -107,7 +114,7 @@ class Call:
 
 
 Observer = Callable[[Call], None]
-Kernel = Callable[[], Tensor]
+Kernel = Callable[..., Tensor]  # kernel() for the whole batch, kernel(n) for its first n rows
 Answer = Callable[[Call, Kernel], Tensor]
 
 
@@ -133,7 +140,8 @@ def watching(model: nn.Module, observer: Observer) -> Iterator[None]:
 def answering(model: nn.Module, answer: Answer) -> Iterator[None]:
     """Let ``answer(call, kernel)`` give the output ``[batch, q, H, D]`` of every attention call of the model.
 
-    ``kernel()`` gives the output that the model would have had. Afterwards, or after an error, nothing is left behind.
+    ``kernel()`` gives the output that the model would have had, ``kernel(n)`` that of the first ``n`` of the batch.
+    Afterwards, or after an error, nothing is left behind.
 
     Raises
     ------
@@ -150,14 +158,18 @@ def answering(model: nn.Module, answer: Answer) -> Iterator[None]:
             f"the attention kernel {sorted(unknown)[0]!r} cannot be watched",
             f"Load the model with one of: {', '.join(KERNELS)}.",
         )
+    inputs: dict[int, Tensor] = {}  # by id of the module that got it, until its attention is called
+    hooks = [module.register_forward_pre_hook(_noting(inputs), with_kwargs=True) for module in _numbered(model)]
     try:
         for kernel in kernels:
-            AttentionInterface.register(PREFIX + kernel, _interface(kernel, answer))
+            AttentionInterface.register(PREFIX + kernel, _interface(kernel, answer, inputs))
             AttentionMaskInterface.register(PREFIX + kernel, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
         for config, kernel in before:
             config._attn_implementation_internal = PREFIX + kernel
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for config, kernel in before:
             config._attn_implementation_internal = kernel
         for kernel in kernels:
@@ -200,7 +212,27 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _interface(kernel: str, answer: Answer) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _numbered(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that know the number of their layer, and hold none that does: attention is among them."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and sum(hasattr(part, "layer_idx") for part in module.modules()) == 1
+    ]
+
+
+def _noting(inputs: dict[int, Tensor]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("hidden_states", args[0] if args else None)
+        if isinstance(given, Tensor):
+            inputs[id(module)] = given
+
+    return note
+
+
+def _interface(
+    kernel: str, answer: Answer, inputs: dict[int, Tensor]
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def answered(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -220,14 +252,16 @@ def _interface(kernel: str, answer: Answer) -> Callable[..., tuple[Tensor, Tenso
             softcap=kwargs.get("softcap"),
             sinks=sinks,
             sliding_window=kwargs.get("sliding_window"),
+            hidden=inputs.pop(id(module), None),
         )
 
-        def own() -> Tensor:
+        def own(rows: int | None = None) -> Tensor:
             if kernel == "eager":
                 function = sys.modules[type(module).__module__].eager_attention_forward  # differs between models
             else:
                 function = ALL_ATTENTION_FUNCTIONS[kernel]
-            output, _ = function(module, query, key, value, attention_mask, **kwargs)
+            mask = attention_mask if attention_mask is None or len(attention_mask) == 1 else attention_mask[:rows]
+            output, _ = function(module, query[:rows], key[:rows], value[:rows], mask, **kwargs)
             return output  # type: ignore[no-any-return]
 
         return answer(call, own), None

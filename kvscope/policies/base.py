@@ -84,7 +84,8 @@ class Step:
         ``key_l2``: ``[., L, G, n]``; ``keys``, ``values``: ``[., L, G, n, D]`` as cached; ``queries``: ``[., L, H, D]``
         of the current query, ``mean_query``: ``[., L, D]``, its mean over query heads; ``full_weights``:
         ``[., L, H, n]``, the row before anything was evicted; ``schedule``: ``[R, L, S, n]``, the step after which each
-        key leaves in the schedule that retains most.
+        key leaves in the schedule that retains most; ``gate:FILE``: ``[., L, G, n]``, by how much the gate of each key
+        is above its threshold.
     live : Tensor or None
         float ``[R, L, H, n]``, the live row: attention over the visible keys, summing to one. None unless needed.
     memory : dict of str to anything
@@ -146,7 +147,7 @@ class Policy:
         Set by the decorator.
     needs : frozenset of str
         Signals that it reads: ``weights``, ``full_weights``, ``value_l1``, ``value_l2``, ``key_l2``, ``keys``,
-        ``values``, ``queries``, ``mean_query``, ``schedule``.
+        ``values``, ``queries``, ``mean_query``, ``schedule``, ``gate:FILE``.
     scope : {"kv_head", "layer"}
         Whether every key/value head decides for itself, or the layer as one.
     phase : str

@@ -15,14 +15,16 @@ class Belady(Policy):
     """Evict so that the rows to come lose the least mass: the bound of every policy that evicts for good.
 
     Score of key ``j``: the step after which it leaves in the best schedule, which is found beforehand, from all full
-    rows of the head (the mean of its query heads), as an exact assignment of keys to steps. No policy that holds as many
-    keys at every step retains more mass, head by head; with ``scope=layer`` none that decides per layer. This is the
-    optimal replacement of L. A. Belady (IBM Systems Journal 5(2), 1966, doi:10.1147/sj.52.0078) for keys that have
+    rows of the head (the mean of its query heads), as an exact assignment of keys to steps. No policy that holds as
+    many keys at every step retains more mass, head by head; with ``scope=layer`` none that decides per layer. This is
+    the optimal replacement of L. A. Belady (IBM Systems Journal 5(2), 1966, doi:10.1147/sj.52.0078) for keys that have
     weights and do not come back. A bound, and no policy to deploy: nobody knows which key will matter more.
 
+    Key 0 has the least weight in row 2 and stays, for row 3 asks for it:
+
     >>> from kvscope.replay.example import held
-    >>> held("belady", [[1], [.5, .5], [.1, .8, .1], [.7, .1, .1, .1]], budget=1)
-    [[0], [1], [2], [3]]
+    >>> held("belady", [[1], [.5, .5], [.1, .6, .3], [.7, .0, .2, .1]], budget=2)[:3]
+    [[0], [0, 1], [0, 2]]
     """
 
     needs = frozenset({"schedule"})

@@ -72,8 +72,8 @@ def describe(name: str | None = None) -> list[dict[str, Any]]:
     """Return what there is to know about one policy or all.
 
     Each row has ``name``, ``summary``, ``doc``, ``parameters``, ``paper``, ``proven``, every trait of the policy with
-    its default parameters (``needs``, ``scope``, ``phase``, ``bounded``, ``reads``, ``allocate``, ``prefills``,
-    ``published``), and ``variants``: the choices of its parameter ``variant``, if it has one.
+    its default parameters (``needs``, ``scope``, ``phase``, ``bounded``, ``reads``, ``clairvoyant``, ``allocate``,
+    ``prefills``, ``published``), and ``variants``: the choices of its parameter ``variant``, if it has one.
     """
     classes = [POLICIES.get(name)] if name else [cls for _, cls in POLICIES.items()]
     rows = []

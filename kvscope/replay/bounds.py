@@ -37,7 +37,7 @@ class Schedules:
     Attributes
     ----------
     leaves : Tensor
-        float64 ``[R, L, S, T]``: step after which a key leaves; the length of the sequence for keys that stay.
+        float32 ``[R, L, S, T]``: step after which a key leaves; the length of the sequence for keys that stay.
     lost : float64 ``[R]``
         Mass that goes to keys which are gone, summed over steps, heads and layers.
     least : float64 ``[R]``
@@ -66,7 +66,7 @@ def schedules(read: Read, shape: Shape, budgets: Sequence[int], prefill: Prefill
     heads = 1 if scope == "layer" else shape.kv_heads
     prompt = shape.prompt if prefill == "full" else 1
     full = [max(prompt - 1, budget) for budget in budgets]  # step after which the first key leaves
-    leaves = torch.full((len(budgets), len(shape.layers), heads, shape.length), shape.length, dtype=torch.float64)
+    leaves = torch.full((len(budgets), len(shape.layers), heads, shape.length), float(shape.length))
     lost, least = np.zeros(len(budgets)), np.zeros(len(budgets))
     first = min(full) + 1
     together = max(1, BYTES // (8 * shape.length * max(1, shape.length - first)))
@@ -91,7 +91,7 @@ def schedule(weights: Floats, budget: int) -> tuple[Floats, float, float]:
     weights : float64 ``[n, T]``
         Rows of the last `n` steps, those after the first eviction; ``n`` is 0 if no row sees an eviction.
     budget : int
-        ``B``. The first eviction leaves as many keys.
+        ``B``: keys that are left after each eviction.
 
     Returns
     -------
@@ -121,10 +121,10 @@ def _weights(read: Read, shape: Shape, layer: int, first: int, heads: int, some:
     weights = np.zeros((len(some), max(0, length - first), length))
     for start in range(first, length, STEPS):
         stop = min(start + STEPS, length)
-        rows = read(layer, start, stop)[..., :stop].double()
+        rows = read(layer, start, stop)[..., :stop].cpu().double()
         share = rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         grouped = share.view(heads, -1, stop - start, stop).mean(1)[some.start : some.stop]
         age = torch.arange(start, stop)[:, None] - torch.arange(stop)
         reached = (age > 0) & (age < (length if window is None else window))  # a query sees its own key in any case
-        weights[:, start - first : stop - first, :stop] = (grouped.cpu() * reached).numpy()
+        weights[:, start - first : stop - first, :stop] = (grouped * reached).numpy()
     return weights

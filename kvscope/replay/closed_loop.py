@@ -8,8 +8,10 @@ shortened cache, at the price of one forward pass. Runs ride along as a batch; r
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +23,14 @@ from kvscope.model.attention_hook import Call, Kernel
 from kvscope.model.derotation import Derotation
 from kvscope.policies.allocation import Allocator
 from kvscope.replay.compaction import Compacted
-from kvscope.replay.engine import Scan, Shape, renormalise
-from kvscope.replay.plan import Plan
+from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.gates import margins
+from kvscope.replay.plan import GATE, Plan
 from kvscope.replay.score import Scorer, Scoring
 from kvscope.replay.signals import ROWS
 
 BLOCK_BYTES = 128 * 2**20  # of one tensor of rows for all runs of a batch
+BLOCK_QUERIES = 128  # queries of a block, so that little of it lies above the diagonal
 
 
 @dataclass(frozen=True)
@@ -100,25 +104,26 @@ class ClosedLoop:
         """Return the output of one layer, ``[1 + R, T, H, D]``."""
         self.layers.append(call.layer)
         require_whole(call, self.text)
-        output = kernel()
+        output = [kernel(1)]
         start = 1
         for number, batch in enumerate(self.batches):
             stop = start + len(batch.budgets)
-            output[start:stop] = self._attend(rows_of(call, start, stop), number, batch).to(output.dtype)
+            output.append(self._attend(rows_of(call, start, stop), number, batch).to(output[0].dtype))
             start = stop
-        return output
+        return torch.cat(output)
 
     def _attend(self, call: Call, number: int, batch: Batch) -> Tensor:
         scan = scan_of(call, batch, self.text)
         first = self.text.prompt if self.text.prefill == "full" else 0
         scorer = Scorer(scan, self.metrics, first)
         scoring = Scoring([scorer], call.value[:, None])
-        size = max(1, BLOCK_BYTES // (4 * self.text.length * call.query.shape[0] * call.query.shape[1]))
+        most = BLOCK_BYTES // (4 * self.text.length * call.query.shape[0] * call.query.shape[1])
+        size = max(1, min(BLOCK_QUERIES, most))
         renumbered = None if self.rotary is None else Compacted(call, self.rotary[call.layer])
         output = []
         for start in range(0, self.text.length, size):
             stop = min(start + size, self.text.length)
-            rows = call.rows(start, stop)[..., :stop]  # [R, H, b, stop]
+            rows = call.rows(start, stop, stop)  # [R, H, b, stop]
             missing = self._missing(call, scan, rows, start, stop)
             if renumbered is None:
                 for t in range(start, stop):
@@ -148,8 +153,10 @@ def _attended(call: Call, scan: Scan, rows: Tensor, missing: Tensor | None, star
     runs, groups = visible.shape[:2]
     grouped = rows.view(runs, groups, -1, stop - start, stop) * visible[:, :, None]
     lost = None if missing is None else missing.view(runs, groups, -1, stop - start, 1)
-    live = renormalise(grouped, lost)
-    output = live @ call.value[:, :, None, :stop].to(live.dtype)  # [R, G, Q, b, D]
+    total = grouped.sum(-1, keepdim=True)
+    total = total if lost is None else total + lost
+    output = grouped @ call.value[:, :, None, :stop].to(rows.dtype)  # [R, G, Q, b, D]
+    output = output / torch.where(total > 0, total, 1)
     return output.flatten(1, 2).transpose(1, 2)
 
 
@@ -184,7 +191,7 @@ def scan_of(call: Call, batch: Batch, text: Text) -> Scan:
         batch.budgets,
         shape,
         text.prefill,
-        {name: signal(call, name) for name in sorted(batch.plan.needs - ROWS)},
+        {name: signal(call, name, text.prompt) for name in sorted(batch.plan.needs - ROWS)},
         missing_mass=missing,
         allocator=batch.allocators.get(call.layer),
         device=call.query.device,
@@ -192,8 +199,16 @@ def scan_of(call: Call, batch: Batch, text: Text) -> Scan:
     )
 
 
-def signal(call: Call, name: str) -> Tensor:
-    """Return a signal of a call for a scan, with its leading axis of runs and one layer."""
+def signal(call: Call, name: str, prompt: int) -> Tensor:
+    """Return a signal of a call for a scan, with its leading axis of runs and one layer; gates may look at the prompt.
+
+    Raises
+    ------
+    ModelError
+        If a gate needs the input of the layer, which its module does not show.
+    """
+    if name.startswith(GATE):
+        return margins(name.removeprefix(GATE), call, call.hidden, prompt)[:, None]
     if name in ("value_l1", "value_l2", "key_l2"):
         of = call.value if name.startswith("value") else call.key
         norm: Tensor = of.to(call.exact).norm(p=1 if name.endswith("l1") else 2, dim=-1)
@@ -209,5 +224,21 @@ def rows_of(call: Call, start: int, stop: int) -> Call:
     if mask is not None and mask.shape[0] > 1:
         mask = mask[start:stop]
     return replace(
-        call, query=call.query[start:stop], key=call.key[start:stop], value=call.value[start:stop], mask=mask
+        call,
+        query=call.query[start:stop],
+        key=call.key[start:stop],
+        value=call.value[start:stop],
+        mask=mask,
+        hidden=None if call.hidden is None else call.hidden[start:stop],
     )
+
+
+def logits_of(model: Any, ids: Tensor, keep: slice) -> Tensor:
+    """Return logits ``[batch, S, V]`` of some positions of ids ``[batch, T]``, from one pass without a cache.
+
+    Where the model can, the others are never computed. A slice goes with every device that its parts may be on.
+    """
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits  # type: ignore[no-any-return]
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[:, keep]

@@ -20,7 +20,8 @@ from kvscope.model.selfcheck import Facts, self_check
 from kvscope.model.short_cache import ShortLayer, short_cache
 from kvscope.policies.base import Step
 from kvscope.replay.engine import VECTORS, Scan, Shape
-from kvscope.replay.plan import Plan
+from kvscope.replay.gates import margins, require_gates
+from kvscope.replay.plan import GATE, Plan
 from kvscope.replay.signals import ROWS
 
 Positions = Literal["original", "compacted"]
@@ -94,6 +95,7 @@ def decode(
         If a policy that should have evicted did not.
     """
     _require(plan, positions)
+    require_gates(plan, model)
     ids = ids if ids.ndim == 2 else ids[None]
     if ids.ndim != 2 or ids.shape[0] != 1 or not 1 <= prompt <= ids.shape[1] or budget < 1:
         raise UsageError(
@@ -127,6 +129,7 @@ class _Decoder:
         self.exact = _exact(model)
         self.held: list[int] = []
         self._calls: list[Call] = []  # of the prompt, one for each layer
+        self._hidden: dict[int, list[Tensor]] = {}  # inputs of each layer so far, for gates
         self._row = torch.empty(0)  # [L, H, t + 1], of the step being made
 
     def run(self) -> Tensor:
@@ -201,10 +204,20 @@ class _Decoder:
                 "Decode a model whose layers each cache their own keys and values.",
             )
         key, value = (came[0].to(self.exact) for came in layer.came)
+        if self.scan.plan.gates and call.hidden is not None:
+            self._hidden.setdefault(call.layer, []).append(call.hidden)
         for name, buffer in self.scan.signals.items():
-            fresh = signal(name, call.query[0].to(self.exact), key, value)
+            if name.startswith(GATE):
+                fresh = self._margins(name.removeprefix(GATE), call)[:, -queries:]
+            else:
+                fresh = signal(name, call.query[0].to(self.exact), key, value)
             buffer[0, call.layer].narrow(_over_time(name), layer.seen - queries, queries).copy_(fresh)
         return layer
+
+    def _margins(self, gate: str, call: Call) -> Tensor:
+        """Return what a gate says of all tokens so far, ``[G, n]``: it looks back at every input of the layer."""
+        inputs = self._hidden.get(call.layer)
+        return margins(gate, call, torch.cat(inputs, 1) if inputs else None, self.scan.shape.prompt)[0]
 
     def _begin_row(self, t: int) -> None:
         size = (len(self.scan.shape.layers), self.scan.shape.heads, t + 1)
@@ -295,7 +308,7 @@ def _require(plan: Plan, positions: str) -> None:
             f"{plan.policy.label} {why} keys that a shortened cache does not hold, so it cannot be decoded with one",
             "Use another policy, or replay it: the closed loop computes what it would do.",
         )
-    unknown = plan.needs - ROWS - SIGNALS
+    unknown = {name for name in plan.needs - ROWS - SIGNALS if not name.startswith(GATE)}
     if unknown:
         raise UsageError(
             f"{plan.policy.label} needs a signal called {sorted(unknown)[0]!r}, which decoding does not give",

@@ -130,6 +130,7 @@ class Scan:
         self._alive = torch.zeros(size, dtype=torch.bool, device=device)
         self._score = torch.zeros(size, dtype=dtype, device=device)
         self.evictions = torch.zeros(size[:-1], dtype=torch.int64, device=device)
+        self._count = torch.zeros_like(self.evictions)  # of keys that are alive
         self._nan = torch.zeros((), dtype=torch.bool, device=device)
         self._memory: dict[str, Any] = {}
         self._reach = torch.tensor(shape.reach(), device=device)
@@ -166,6 +167,7 @@ class Scan:
         """Return what query `t` sees: the first half of a step, before its row is known to any but a clairvoyant."""
         n = t + 1
         self._alive[..., t] = True
+        self._count += 1
         self._forget(t)
         step = Step(
             t=t,
@@ -297,6 +299,7 @@ class Scan:
         for layer, window in enumerate(self.shape.windows):
             if window is not None and t >= window:
                 gone = t - window
+                self._count[:, layer] -= self._alive[:, layer, :, gone].to(torch.int64)
                 self._alive[:, layer, :, gone] = False
                 slot = self.leave[:, layer, :, gone]
                 slot.copy_(torch.where(slot == NEVER, t - 1, slot))
@@ -309,7 +312,7 @@ class Scan:
             self._drop(alive & (score == -torch.inf), t)
             return
         self._pressed.fill_(n)
-        surplus = alive.sum(-1) - self.budget  # [R, L, S]
+        surplus = self._count - self.budget  # [R, L, S]
         most = int(surplus.max())
         if most <= 0:
             return
@@ -319,12 +322,19 @@ class Scan:
         else:
             gone = ranked.sort(dim=-1, stable=True).indices[..., :most]  # the same rule for many
         goes = torch.arange(most, device=gone.device) < surplus[..., None]
-        self._drop(torch.zeros_like(alive).scatter_(-1, gone, goes), t)
+        leave = self.leave[..., :n]
+        alive.scatter_(-1, gone, alive.gather(-1, gone) & ~goes)
+        leave.scatter_(-1, gone, torch.where(goes, t, leave.gather(-1, gone)))
+        self._note(goes.sum(-1))
 
     def _drop(self, mark: Tensor, t: int) -> None:
         self._alive[..., : t + 1] &= ~mark
         self.leave[..., : t + 1].masked_fill_(mark, t)
-        self.evictions += mark.sum(-1)
+        self._note(mark.sum(-1))
+
+    def _note(self, evicted: Tensor) -> None:
+        self._count -= evicted
+        self.evictions += evicted
 
 
 def renormalise(kept: Tensor, missing: Tensor | None = None) -> Tensor:

@@ -187,8 +187,8 @@ class Group:
         scan = self.scans[index][1]
         tally.add_budget(run.number, scan, number)
         if index in self.plans:
-            steps = (self.shape.length - self.first) * scan.budget[number].numel()
-            tally.add_planned(run.number, self.plans[index].lost[number], self.plans[index].least[number], steps)
+            best, steps = self.plans[index], (self.shape.length - self.first) * scan.budget[number].numel()
+            tally.add_planned(run.number, float(best.lost[number]), float(best.least[number]), steps)
         if index in self.twins:
             tally.add_changed(run.number, int((scan.leave[number] != self.twins[index].leave[number]).sum()))
 

@@ -55,8 +55,8 @@ def match(cost: Floats, room: Ints) -> Matching:
     Parameters
     ----------
     cost : float64 ``[m, T]``
-        Of key ``k`` in slot ``s``; infinite where it cannot go. Slots are in the order of time, so that neighbours are
-        alike; the last one stands apart. Any other order gives the same answer, later.
+        Of key ``k`` in slot ``s``; infinite where it cannot go, which is in no slot after one where it can. Slots are
+        in the order of time, so that neighbours are alike, and the last stands apart; any other order takes longer.
     room : int64 ``[m]``
         How many keys each slot takes, at least one; their sum is ``T``.
 
@@ -147,7 +147,7 @@ def _fill(cost: Floats, slot: Ints, key_price: Floats, wide: NDArray[np.bool_], 
     reached, gates, offsets = [start], [-1], [0.0]
     settled: list[tuple[Any, float]] = []
     key = int(distance.argmin())
-    while (through := slot[key]) >= 0:
+    while (through := slot[key]) >= 0 and np.isfinite(distance[key]):
         near, row = distance[key], cost[through]
         offset = near - row[key] + key_price[key]
         members = np.flatnonzero(slot == through) if wide[through] else key

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,8 +18,9 @@ from kvscope.model.attention_hook import answering, require_registry
 from kvscope.model.derotation import derotations
 from kvscope.policies.full import Full
 from kvscope.policies.window import Window
-from kvscope.replay.closed_loop import Batch, ClosedLoop, Text
+from kvscope.replay.closed_loop import Batch, ClosedLoop, Text, logits_of
 from kvscope.replay.engine import Scan
+from kvscope.replay.gates import require_gates
 from kvscope.replay.group import Run, Sink, Tally
 from kvscope.replay.loop import require_closed
 from kvscope.replay.plan import Plan
@@ -122,7 +122,7 @@ def self_check(model: Any, ids: Tensor, prefill: Prefill) -> list[int]:
         batches.append(Batch(Plan.published(Window()), [max(1, count // 4)]))
     loop = ClosedLoop(batches, text, [], lambda *_: None)
     with answering(model, loop):
-        logits = _logits(model, ids.expand(1 + len(batches), -1), None)
+        logits = logits_of(model, ids.expand(1 + len(batches), -1), slice(None))
     wanted = model.config.get_text_config(decoder=True).num_hidden_layers
     if sorted(loop.layers) != list(range(wanted)):
         raise ModelError(
@@ -191,6 +191,7 @@ class Pass:
         ]  # of each batch
         self.batches = []
         for own in self.runs:
+            require_gates(own[0].plan, model)
             batch = Batch(own[0].plan, [run.keys(sequence, prefill) for run in own])
             self.batches.append(surveyed(model, self.ids, batch, self.text) if batch.plan.looks_across else batch)
 
@@ -200,7 +201,7 @@ class Pass:
         rotary = derotations(self.model, self.ids[None, :1]) if self.positions == "compacted" else None
         loop = ClosedLoop(self.batches, self.text, self.metrics, self._found, rotary)
         with answering(self.model, loop):
-            logits = _logits(self.model, self.ids.expand(rows, -1), torch.from_numpy(self.scored - 1))
+            logits = logits_of(self.model, self.ids.expand(rows, -1), slice(self.scored[0] - 1, self.scored[-1]))
         if sorted(loop.layers) != self.layers:
             raise ReplayError(
                 f"attention was called in layers {sorted(loop.layers)}, not in {self.layers}",
@@ -248,16 +249,6 @@ class Pass:
             )
             one = {name: value[place, 0] for name, value in values.items()}
             self.sink.fidelity(run.number, self.text.sequence, layer, steps, one)
-
-
-def _logits(model: Any, ids: Tensor, keep: Tensor | None) -> Tensor:
-    """Return logits ``[batch, S, V]`` of all positions, or of those in `keep`."""
-    if keep is None:
-        return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(input_ids=ids, use_cache=False, logits_to_keep=keep.to(ids.device)).logits  # type: ignore[no-any-return]
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits[:, keep.to(logits.device)]
 
 
 def _compared(full: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

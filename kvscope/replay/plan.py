@@ -8,9 +8,11 @@ import torch
 
 from kvscope.budget import Prefill
 from kvscope.errors import UsageError
+from kvscope.gate.module import load_gate
 from kvscope.policies.allocation import ALLOCATORS
 from kvscope.policies.base import Phase, Policy
 
+GATE = "gate:"  # before the name of a gate, in the name of its signal
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -77,6 +79,11 @@ class Plan:
         return self.policy.traits.needs | ALLOCATORS.get(self.allocate).needs
 
     @property
+    def gates(self) -> list[str]:
+        """Names of the gates that the policy asks."""
+        return [name.removeprefix(GATE) for name in sorted(self.needs) if name.startswith(GATE)]
+
+    @property
     def looks_across(self) -> bool:
         """Whether all layers must be stepped together."""
         return ALLOCATORS.get(self.allocate).looks_across
@@ -91,7 +98,9 @@ class Plan:
         return f"{self.policy.label} [{', '.join(own)}]" if own else self.policy.label
 
     def require(self, prefill: Prefill) -> None:
-        """Raise UsageError where the plan makes no sense under this prefill."""
+        """Raise UsageError where the plan makes no sense under this prefill, or names a gate that is not there."""
+        for name in self.gates:
+            load_gate(name).facts.require_prefill(prefill, name)
         if prefill not in self.policy.traits.prefills:
             other = ", ".join(sorted(self.policy.traits.prefills))
             raise UsageError(

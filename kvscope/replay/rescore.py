@@ -162,9 +162,7 @@ def _score(
     stays = read_stays(replay, sequence, layer)
     scorers = []
     for run in runs:
-        kept = Recorded(
-            stays[run["run"]], source.shape, run["budget_keys"][sequence], bool(run.get("reads")), device
-        )
+        kept = Recorded(stays[run["run"]], source.shape, run["budget_keys"][sequence], bool(run.get("reads")), device)
         scorers.append(Scorer(kept, metrics, first))
     values = source.signal("values") if any("values" in metric.needs for metric in metrics) else None
     scoring = Scoring(scorers, values)

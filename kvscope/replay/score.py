@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvscope.metrics import Metric
-from kvscope.metrics.base import Rows, ranks
+from kvscope.metrics.base import Rows
 from kvscope.metrics.past import Past
 from kvscope.replay.engine import Shape
 
@@ -122,18 +122,18 @@ class Scoring:
         if self._values is not None:
             signals["values"] = self._values[..., :stop, :]
         steps = torch.arange(begin, stop, device=full.device)
-        rank = ranks(full, steps)
+        shared: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         for scorer in self.scorers:
             scan = scorer.scan
             rows = Rows(
                 full=full,
                 visible=scan.visible(begin, stop),
                 held=scan.held(begin, stop),
-                rank=rank,
                 budget=torch.tensor(scan.budgets, device=full.device),
                 steps=steps,
                 missing=None if missing is None else missing[..., begin - start :],
                 signals=signals,
+                shared=shared,
             )
             scorer.add(rows)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kvscope.errors import TraceError, UsageError
+from kvscope.gate.module import load_gate
 from kvscope.metrics import METRICS, Metric
 from kvscope.metrics.base import RECORDED
-from kvscope.replay.plan import Plan
+from kvscope.replay.plan import GATE, Plan
 from kvscope.trace.derive import Floats
 from kvscope.trace.reader import HOW, Trace
 
@@ -37,8 +38,14 @@ def require(trace: Trace, plan: Plan) -> None:
         For a signal that no trace holds.
     TraceError
         If this one does not; the message names the flag that records it.
+    ModelError
+        If a gate belongs to another model.
     """
+    for name in plan.gates:
+        _require_gate(trace, plan, name)
     for name in sorted(plan.needs - ROWS):
+        if name.startswith(GATE):
+            continue
         if name not in _READ:
             raise UsageError(
                 f"{plan.policy.label} needs a signal called {name!r}, which no trace holds",
@@ -78,6 +85,31 @@ def measurable(trace: Trace, names: Sequence[str] | None = None) -> tuple[list[M
 
 
 def load(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
-    """Return a signal: norms ``[L, G, T]``, vectors ``[L, heads, T, D]``; ``mean_query`` ``[L, T, D]``."""
+    """Return a signal: norms and gates ``[L, G, T]``, vectors ``[L, heads, T, D]``; ``mean_query`` ``[L, T, D]``."""
+    if name.startswith(GATE):
+        return _margins(trace, name.removeprefix(GATE), sequence, layers)
     _, read = _READ[name]
     return torch.from_numpy(np.stack([read(trace, sequence, layer) for layer in layers]))
+
+
+def _require_gate(trace: Trace, plan: Plan, name: str) -> None:
+    if "hidden" not in trace.stored:
+        raise TraceError(
+            f"{plan.policy.label} needs layer inputs, which {trace.path} does not hold", HOW["hidden"]
+        )
+    header = trace.header
+    load_gate(name).require(
+        name,
+        layers=header.n_layers,
+        hidden=trace.hidden(0, trace.layers[0]).shape[-1],
+        kv_heads=header.kv_heads,
+        weights=header.model["weights"],
+    )
+
+
+@torch.no_grad()
+def _margins(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
+    """Return by how much gates are above their thresholds, ``[L, G, T]``, from recorded layer inputs."""
+    gate, prompt = load_gate(name), trace.sequences[sequence].prompt
+    inputs = ((layer, torch.from_numpy(trace.hidden(sequence, layer))[None]) for layer in layers)
+    return torch.cat([gate.margins(layer, hidden, prompt) for layer, hidden in inputs])

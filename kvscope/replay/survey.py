@@ -16,7 +16,7 @@ from torch import Tensor
 from kvscope.model.attention_hook import Call, Kernel, answering
 from kvscope.policies.allocation import ALLOCATORS, Allocator, Request
 from kvscope.policies.base import Step
-from kvscope.replay.closed_loop import Batch, Text, require_whole, rows_of, scan_of
+from kvscope.replay.closed_loop import Batch, Text, logits_of, require_whole, rows_of, scan_of
 
 
 class Given(Allocator):
@@ -59,7 +59,7 @@ def surveyed(model: Any, ids: Tensor, batch: Batch, text: Text) -> Batch:
         return kernel()
 
     with answering(model, answer):
-        model(input_ids=ids[None, : text.prompt], use_cache=False, logits_to_keep=1)
+        logits_of(model, ids[None, : text.prompt], slice(-1, None))
     merged = _merged(list(found.values()))
     share = ALLOCATORS.get(batch.plan.allocate)().share(merged)  # [R, L, S]
     own = {layer: Given(share[:, place : place + 1]) for place, layer in enumerate(found)}

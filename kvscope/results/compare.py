@@ -83,7 +83,7 @@ def compare(a: tuple[Replay, str], b: tuple[Replay, str], metrics: Sequence[str]
         if name not in declared:
             raise UsageError(f"no metric is called {name!r}", nearest(name, declared))
     wanted = list(dict.fromkeys(metrics or [name for name, item in declared.items() if item["direction"] != "none"]))
-    pairs = _pairs(_runs(*a), _runs(*b))
+    pairs = _pairs(runs_named(*a), runs_named(*b))
     read = list(dict.fromkeys([*wanted, *([HELD] if HELD in declared else [])]))
     of_a = by_sequence(a[0], {one["run"] for one, _ in pairs}, read)
     of_b = by_sequence(b[0], {other["run"] for _, other in pairs}, read)
@@ -110,8 +110,14 @@ def policies(replay: Replay) -> list[str]:
     return list(dict.fromkeys(str(run["label"]) for run in replay.info["runs"]))
 
 
-def _runs(replay: Replay, policy: str) -> list[Run]:
-    """Return the runs that a label, a name or a number means."""
+def runs_named(replay: Replay, policy: str) -> list[Run]:
+    """Return the runs that a label, a name or the number of a run means.
+
+    Raises
+    ------
+    UsageError
+        If there is none, or the name is that of several policies.
+    """
     runs: list[Run] = replay.info["runs"]
     for chosen in (
         [run for run in runs if run["label"] == policy],

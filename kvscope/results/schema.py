@@ -21,7 +21,7 @@ MEMBERS = "|".join(map(re.escape, (RUN, *RECORDED)))  # what such a folder holds
 _HEADER = ("trace", "metrics", "runs", "created", "sizes", "checksums")
 SCHEMA_VERSION = 1
 HISTORY = {
-    1: "first version: open loop; added since, as nothing breaks: `decisions` of every run",
+    1: "first version: open loop; added since, as nothing breaks: `decisions` and `tails` of every run, `left_out`",
 }
 
 
@@ -138,6 +138,8 @@ def describe() -> str:
         f"Version {SCHEMA_VERSION}. A replay is a folder with `{RUN}` (what was replayed, and how), `{SUMMARY}` (the",
         "summary, small enough to commit as a baseline) and these Parquet files. In both, `decisions` of a run is the",
         "SHA-256 of its residency: the same for two runs exactly where every key came and went at the same steps.",
+        "The summary also has the `tails` of retained mass: the share of steps below a half, the worst step of a head,",
+        "the worst head. `left_out` says which metrics the trace has no signal for.",
         "",
     ]
     for name, (row, schema) in files.items():

@@ -39,6 +39,7 @@ from kvscope.results.schema import (
     read_header,
 )
 from kvscope.results.summary import Means
+from kvscope.results.tails import Tails
 
 Array = NDArray[Any]
 GROUP_ROWS = 4096  # least number in a Parquet row group: about what one layer of a large model has
@@ -69,6 +70,7 @@ class ReplayWriter:
         self.work = self._folder.work
         self.metrics = list(self.info["metrics"])
         self._means = Means(self.metrics)
+        self._tails = Tails()
         self._digests = Digests()
         self._outcomes = Outcomes()
         self._gap = Gap(self.info)
@@ -77,7 +79,9 @@ class ReplayWriter:
         try:
             self._json(RUN, {"complete": False, "writer": self._folder.begin()})
             for name, schema in (("residency", RESIDENCY), ("fidelity", fidelity_schema(self.metrics))):
-                self._writers[name] = pq.ParquetWriter(self.work / f"{name}.parquet", schema, compression="zstd")
+                repeats = name == "residency"  # values of metrics do not: dictionaries make them a third larger
+                file = self.work / f"{name}.parquet"
+                self._writers[name] = pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=repeats)
         except OSError as error:
             raise self._folder.unwritable(error) from error
 
@@ -145,6 +149,7 @@ class ReplayWriter:
             columns[name] = pa.array(stored[name].ravel(), from_pandas=True)
         self._write("fidelity", fidelity_schema(self.metrics), columns)
         self._means.add(run, sequence, layer, stored)
+        self._tails.add(run, sequence, layer, steps, stored)
 
     def tokens(self, run: int, sequence: int, position: Array, values: Mapping[str, Array]) -> None:
         """Write the losses of all scored tokens of one sequence, each ``[S]``: those that `TOKENS` names.
@@ -201,10 +206,11 @@ class ReplayWriter:
         return open_replay(self.path)
 
     def _summary(self) -> dict[str, Any]:
-        """Return the content of ``summary.json``: fidelity, and of closed runs the outcome and the gap."""
+        """Return the content of ``summary.json``: fidelity and its tails, of closed runs also outcome and gap."""
         summary = self._means.summary(self.info)
         for run in summary["runs"]:
             run["metrics"] |= self._outcomes.of(run["run"])
+            run["tails"] = self._tails.of(run["run"])
         metrics = {run["run"]: run["metrics"] for run in summary["runs"]}
         for run in summary["runs"]:
             gap = self._gap.of(run["run"], metrics)

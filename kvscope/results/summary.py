@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from kvscope.results.statistics import interval
 Array = NDArray[Any]
 Level = Literal["run", "sequence", "layer", "head"]
 LEVELS: tuple[Level, ...] = ("run", "sequence", "layer", "head")  # of which each is the mean over the next
+_SAME_BOUND = ("budget", "prefill", "loop")  # what a run shares with the run that is its bound
 _PLACE = ("run", "sequence", "layer")
 
 
@@ -79,6 +80,7 @@ class Means:
 
     def summary(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """Return the content of ``summary.json`` for the runs of ``run.json``."""
+        runs = [self._run(run) for run in info["runs"]]
         return {
             "kind": SUMMARY_KIND,
             "schema": SCHEMA_VERSION,
@@ -86,7 +88,7 @@ class Means:
                 key: info["trace"][key] for key in ("name", "identity", "model", "sequences") if key in info["trace"]
             },
             "metrics": info["metrics"],
-            "runs": [self._run(run) for run in info["runs"]],
+            "runs": [run | {"bounds": bounds(run, runs)} for run in runs],
         }
 
     def _add(self, run: int, sequence: int, layer: int, name: str, sums: Array, counts: Array) -> None:
@@ -108,6 +110,30 @@ class Means:
         means = np.array(list(self.of(run, name, "sequence").values()))
         low, high = interval(means)
         return {"mean": None if means.size == 0 else float(means.mean()), "low": low, "high": high, "count": count}
+
+
+def bounds(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return how far a run gets, and how far any could, from the runs of the bounds at its budget.
+
+    ``share_of_belady`` is its retained mass divided by that of ``belady``: how well it predicts. It can pass one where
+    a run holds more keys at some steps, or lets them come back. ``belady_of_ideal`` is what evicting for good leaves of
+    the ideal set's mass, whoever decides. None where the replay has no such run; of several, with another ``scope``,
+    the highest counts.
+    """
+
+    def mass(one: Mapping[str, Any]) -> float | None:
+        mean: float | None = one["metrics"].get("retained_mass", {}).get("mean")
+        return mean
+
+    def most(policy: str) -> float | None:
+        alike = (one for one in runs if one["policy"] == policy and all(one[key] == run[key] for key in _SAME_BOUND))
+        return max((found for one in alike if (found := mass(one)) is not None), default=None)
+
+    def ratio(part: float | None, whole: float | None) -> float | None:
+        return part / whole if part is not None and whole else None
+
+    belady = most("belady")
+    return {"share_of_belady": ratio(mass(run), belady), "belady_of_ideal": ratio(belady, most("ideal"))}
 
 
 def _stretches(table: pa.Table) -> Iterator[tuple[tuple[int, int, int], slice]]:

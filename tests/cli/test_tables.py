@@ -67,6 +67,21 @@ def test_a_run_that_evicted_nothing_shows_declared_values_dimmed() -> None:
     assert not any("nothing was evicted" in line for line in notes(runs[:1], {}))
 
 
+def test_the_share_of_the_best_schedule_is_shown_where_it_is_known() -> None:
+    known = {"share_of_belady": 0.84, "belady_of_ideal": 0.9}
+    unknown = {"share_of_belady": None, "belady_of_ideal": None}
+    runs = [a_run(bounds=known), a_run("ideal", bounds=known | {"share_of_belady": 1.1}, clairvoyant=True)]
+    runs.append(a_run("full", count=0, budget=None, bounds=unknown))
+    assert cells(columns(runs, DECLARED), "of belady") == ["0.840", "1.100", "-"]
+    (line,) = (line for line in notes(runs, {}) if "belady" in line.lower())
+    assert "0.900 of the ideal set" in line and "above 1" not in line
+    runs.append(a_run("snapkv", bounds={"share_of_belady": 1.01, "belady_of_ideal": 0.95}))
+    assert any("0.900 to 0.950" in line and "above 1" in line for line in notes(runs, {}))
+    for without in ([a_run()], [a_run(bounds=unknown)]):
+        assert not any(column.header == "of\nbelady" for column in columns(without, DECLARED))
+        assert not any("belady" in line for line in notes(without, {}))
+
+
 def test_intervals_are_shown_where_there_are_any() -> None:
     run = a_run()
     run["metrics"]["retained_mass"] |= {"low": 0.95, "high": 0.97}  # type: ignore[index]

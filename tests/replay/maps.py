@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvscope.policies.base import Policy
+from kvscope.replay.bounds import schedules
 from kvscope.replay.engine import Scan, Shape
 from kvscope.replay.plan import Plan
+from kvscope.replay.signals import ROWS
 
 
 def attention(seed: int, layers: int, heads: int, length: int, kind: str = "smooth") -> Tensor:
@@ -45,6 +47,9 @@ def run(
     layers, heads, length, _ = rows.shape
     shape = Shape(tuple(range(layers)), heads, kv_heads, prompt, length, windows=windows)
     given = signals(plan, layers, heads, kv_heads, length, seed) if given is None else given
+    if "schedule" in plan.needs:
+        best = schedules(lambda layer, a, b: rows[layer, :, a:b], shape, budgets, prefill, plan.policy.traits.scope)
+        given = given | {"schedule": best.leaves}
     scan = Scan(plan, budgets, shape, prefill, given, dtype=rows.dtype)
     for t in range(length):
         scan.step(t, rows[:, :, t, : t + 1])
@@ -65,7 +70,7 @@ def signals(plan: Plan, layers: int, heads: int, kv_heads: int, length: int, see
         "mean_query": (layers, SIZE),
     }
     result = {}
-    for index, name in enumerate(sorted(plan.needs - {"weights", "full_weights"})):
+    for index, name in enumerate(sorted(plan.needs - ROWS)):
         generator = torch.Generator().manual_seed(seed + index)
         drawn = torch.randn(LONGEST, *shapes[name], generator=generator, dtype=torch.float64)[:length]
         if name in ("value_l1", "value_l2", "key_l2"):

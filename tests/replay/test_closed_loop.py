@@ -158,6 +158,23 @@ def test_the_order_of_runs_does_not_matter() -> None:
                 np.testing.assert_allclose(value, together.fidelities[number, layer][name], atol=1e-6)
 
 
+@pytest.mark.parametrize("positions", ["original", "compacted"])
+def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, positions: str) -> None:
+    model, text = build("gemma3").double(), passage()
+    chosen = runs(("h2o", "8"), ("tova", "6"), positions=positions)
+    metrics = [METRICS.get("retained_mass"), METRICS.get("ideal_cosine")]
+    whole, parts = Kept(), Kept()
+    evaluate(model, [text], chosen, metrics, "stream", whole)
+    monkeypatch.setattr("kvscope.replay.closed_loop.BLOCK_QUERIES", 7)
+    evaluate(model, [text], chosen, metrics, "stream", parts)
+    for number in range(2):
+        np.testing.assert_allclose(whole.losses[number]["nll_policy"], parts.losses[number]["nll_policy"], atol=1e-12)
+        for layer in range(2):
+            assert (whole.stays[number, layer]["leave"] == parts.stays[number, layer]["leave"]).all()
+            for name, value in whole.fidelities[number, layer].items():
+                np.testing.assert_allclose(value, parts.fidelities[number, layer][name], atol=1e-6)
+
+
 def test_the_first_layer_is_that_of_the_open_loop() -> None:
     """What it gets does not depend on evictions, so its decisions and metrics are the open loop's."""
     from kvscope.model.attention_hook import Call, watching

@@ -6,13 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvscope.errors import ReplayError, UsageError
-from kvscope.metrics import METRICS
 from kvscope.policies.base import Policy, Step
 from kvscope.policies.spec import parse_policies
 from kvscope.replay.draw import draw
 from kvscope.replay.engine import Scan, Shape
-from kvscope.replay.score import Scorer
-from tests.reference import metrics as metrics_twin
 from tests.reference import replay as twin
 from tests.replay.maps import KINDS, attention, run
 
@@ -52,29 +49,6 @@ def test_decisions_equal_the_plain_loop(spec, seed, kind, length, data, prefill)
             seen, kept = scan.visible(0, length)[0, layer, group], scan.held(0, length)[0, layer, group]
             assert [set(row.nonzero().flatten().tolist()) for row in seen] == visible
             assert [set(row.nonzero().flatten().tolist()) for row in kept] == held
-
-
-@given(seed=st.integers(0, 10_000), kind=KINDS, budget=st.integers(1, 9), length=st.integers(2, 12))
-@settings(max_examples=60, deadline=None)
-def test_metrics_equal_the_plain_loop(seed, kind, budget, length) -> None:
-    rows = attention(seed, 1, 4, length, kind)
-    scan = run(parse_policies(["a2sf:alpha=0.5"])[0], rows, [budget], kv_heads=2, prompt=1, prefill="stream")
-    scorer = Scorer(scan, [metric for _, metric in METRICS.items()], 0)
-    for start in range(0, length, 5):  # blocks must not change values
-        stop = min(start + 5, length)
-        Scorer.score_block([scorer], rows[:, :, start:stop, :stop], start)
-    values = scorer.values()
-    for head in range(4):
-        for t in range(length):
-            visible = set(scan.visible(0, length)[0, 0, head // 2, t].nonzero().flatten().tolist())
-            held = set(scan.held(0, length)[0, 0, head // 2, t].nonzero().flatten().tolist())
-            expected = metrics_twin.all_metrics(rows[0, head, t, : t + 1].tolist(), t, visible, held, budget)
-            for name, value in expected.items():
-                got = values[name][0, 0, head, t].item()
-                if len(visible) == t + 1 and name not in ("read_keys", "held_keys"):
-                    assert got != got, f"{name} has a value where nothing was evicted"
-                else:
-                    assert got == pytest.approx(value, abs=1e-6, nan_ok=True), name
 
 
 def test_budgets_in_one_scan_equal_one_by_one() -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from kvscope.metrics import METRICS
-from kvscope.metrics.base import Rows, ranks
+from kvscope.metrics.base import Rows
 from kvscope.policies.spec import parse_policies
 from kvscope.replay.engine import Scan, Shape
-from kvscope.replay.score import Scorer
+from kvscope.replay.score import Scorer, Scoring
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text())
 
@@ -40,7 +40,7 @@ def scan(rows: torch.Tensor, spec: str, budget: int, prefill: str, first: int = 
     scorer = Scorer(made, [metric for _, metric in METRICS.items()], first)
     for t in range(length):
         made.step(t, rows[:, :, t, : t + 1])
-    Scorer.score_block([scorer], rows, 0)
+    Scoring([scorer], torch.ones(1, heads, length, 1, dtype=rows.dtype)).add(rows, 0)
     made.check()
     return made, scorer
 
@@ -113,7 +113,7 @@ def test_the_ideal_row(rows: torch.Tensor) -> None:
     expected = next(c for c in GOLDEN["cases"] if c["policy"] == "ideal")
     steps = torch.arange(20)
     everything = (torch.arange(20) <= steps[:, None]).expand(1, 1, 2, 20, 20)
-    block = Rows(rows, everything, everything, ranks(rows, steps), torch.tensor([6]), steps)
+    block = Rows(rows, everything, everything, torch.tensor([6]), steps)
     mass = METRICS.get("ideal_mass").compute(block)[0, 0, :, 7:]
     assert mass.mean().item() == pytest.approx(expected["retained_mass"], abs=1e-6)
     cosine = METRICS.get("ideal_cosine").compute(block)[0, 0, :, 7:]  # everything visible: live row = full row

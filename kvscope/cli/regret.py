@@ -1,0 +1,176 @@
+"""``kvscope regret``: the evictions that cost most, and what kind of tokens and lags they were."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvscope.cli.options import Json, Quiet
+from kvscope.cli.runs import Budget, Policy, TraceOption
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from kvscope.cli.console import Column
+
+LATE = 64  # steps: a lag above it is a key that came back late
+SHOWN = 8  # tokens that are named where there is a list of evictions too
+NOTE = (
+    "mass: full-cache attention of the steps that could not see the key, the mean over the query heads of its group. "
+    "lag: steps from its going to the one at which it was wanted most."
+)
+
+
+def regret(
+    replay: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[REPLAY]", help="Name under reports/, or a path. Default: the newest.", show_default=False
+        ),
+    ] = None,
+    policy: Policy = None,
+    budget: Budget = None,
+    top: Annotated[int, typer.Option(metavar="N", help="Evictions to list.", min=1)] = 20,
+    trace: TraceOption = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the evictions that cost most attention: which key went when, and when it was wanted again.
+
+    Of one run the worst evictions are listed, with the tokens, kinds of tokens and lags that its loss is made of; of
+    several runs, a line each.
+    """
+    from kvscope.cli import console, places
+    from kvscope.cli.runs import chosen, title, trace_of
+    from kvscope.results.store import open_replay
+
+    opened = open_replay(places.find_replay(replay, quiet=quiet))
+    runs = chosen(opened, policy, budget)
+    source = trace_of(opened, trace)
+    with console.working("loading torch", quiet=quiet):
+        from kvscope.replay.regrets import regrets
+    tokens = sum(sequence.length for sequence in source.sequences)
+    with console.bar("reading", tokens, "tokens", quiet=quiet) as update:
+        numbers = [run["run"] for run in runs]
+        found = regrets(opened, source, numbers, top=top, progress=lambda share: update(share * tokens))
+    if json:
+        console.show_json(found)
+    elif len(found["runs"]) == 1:
+        _show_run(found["runs"][0], f"{opened.path}: {title(found['runs'][0])}", several=len(source.sequences) > 1)
+    else:
+        hint = "Name one run with --policy and --budget for its worst evictions."
+        console.show_table(summary(found["runs"]), title=str(opened.path), notes=[NOTE, hint])
+
+
+def _show_run(run: Mapping[str, Any], heading: str, *, several: bool) -> None:
+    from kvscope.cli import console
+
+    if not run["worst"]:
+        console.show_text(f"{heading}: no key that went was wanted again.")
+        return
+    console.show_table(worst(run["worst"], several=several), title=heading, notes=[NOTE])
+    console.show_table(by_token(run["tokens"][:SHOWN], several=several), title="tokens, over all layers and heads")
+    console.show_table(by_kind(run["kinds"]), title="kinds of tokens")
+    console.show_table(by_lag(run["lags"]), title="lags")
+    console.show_text(f"Of all attention after the first eviction could be made, {run['per_step']:.2%} was lost.")
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Return a row for each run: how much was lost, to what, and how late it was wanted."""
+    from kvscope.cli.console import Column
+    from kvscope.cli.runs import title
+
+    def share(run: Mapping[str, Any], kind: str) -> str:
+        return f"{next(each['share'] for each in run['kinds'] if each['kind'] == kind):.0%}"
+
+    late = [sum(each["share"] for each in run["lags"] if each["from"] > LATE - 1) for run in runs]
+    most = [run["tokens"][0] if run["tokens"] else None for run in runs]
+    return [
+        Column("run", [title(run) for run in runs], wrap=20),
+        Column("lost\nof all", [f"{run['per_step']:.2%}" for run in runs], numeric=True),
+        *(
+            Column(f"to\n{kind}", [share(run, kind) for run in runs], keep=keep, numeric=True)
+            for kind, keep in (("digits", 80), ("rare", 78), ("punctuation", 70), ("other", 60), ("first", 50))
+        ),
+        Column(f"wanted {LATE}\nor more later", [f"{value:.0%}" for value in late], keep=85, numeric=True),
+        Column("most regretted token", ["-" if each is None else in_context(each) for each in most], keep=40),
+    ]
+
+
+def worst(evictions: Sequence[Mapping[str, Any]], *, several: bool = False) -> list[Column]:
+    """Return a row for each eviction, the worst first."""
+    from kvscope.cli.console import Column
+
+    wanted = [", ".join(map(str, each["wanted"])) for each in evictions]
+    return [
+        *_sequence(evictions, several),
+        Column("layer", [str(each["layer"]) for each in evictions], numeric=True),
+        Column("kv\nhead", [str(each["kv_head"]) for each in evictions], numeric=True),
+        Column("key", [str(each["key"]) for each in evictions], numeric=True),
+        Column("token", [in_context(each) for each in evictions], wrap=24),
+        Column("gone\nafter", [str(each["gone"]) for each in evictions], numeric=True),
+        Column("wanted\nmost at", wanted, keep=80, numeric=True),
+        Column("weight\nthen", [f"{each['weights'][0]:.3f}" for each in evictions], keep=70, numeric=True),
+        Column("lag", [str(each["lag"]) for each in evictions], keep=90, numeric=True),
+        Column("mass", [f"{each['mass']:.3f}" for each in evictions], numeric=True),
+    ]
+
+
+def by_token(tokens: Sequence[Mapping[str, Any]], *, several: bool = False) -> list[Column]:
+    """Return a row for each token, that with most regret first."""
+    from kvscope.cli.console import Column
+
+    return [
+        *_sequence(tokens, several),
+        Column("key", [str(each["key"]) for each in tokens], numeric=True),
+        Column("token", [in_context(each) for each in tokens], wrap=24),
+        Column("kind", [each["kind"] for each in tokens], keep=70),
+        Column("heads that\nmissed it", [str(each["heads"]) for each in tokens], keep=60, numeric=True),
+        *_amount(tokens),
+    ]
+
+
+def by_kind(kinds: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Return a row for each kind of token."""
+    from kvscope.cli.console import Column
+
+    return [
+        Column("kind", [each["kind"] for each in kinds]),
+        Column("tokens", [str(each["tokens"]) for each in kinds], keep=70, numeric=True),
+        *_amount(kinds),
+        Column("mass for\neach token", [f"{each['mass_per_token']:.3f}" for each in kinds], keep=80, numeric=True),
+    ]
+
+
+def by_lag(lags: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Return a row for each range of lags."""
+    from kvscope.cli.console import Column
+
+    return [
+        Column("steps since it went", [f"{each['from']}-{each['to']}" for each in lags], numeric=True),
+        *_amount(lags),
+        Column("keys wanted\nmost then", [str(each["keys"]) for each in lags], keep=70, numeric=True),
+    ]
+
+
+def in_context(each: Mapping[str, Any]) -> str:
+    """Return a token between two marks, with the text around it, on one line."""
+    text = f"{each['before']}\N{LEFT-POINTING DOUBLE ANGLE QUOTATION MARK}{each['text']}"
+    text += f"\N{RIGHT-POINTING DOUBLE ANGLE QUOTATION MARK}{each['after']}"
+    return text.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
+
+
+def _sequence(rows: Sequence[Mapping[str, Any]], several: bool) -> list[Column]:
+    from kvscope.cli.console import Column
+
+    return [Column("sequence", [str(each["sequence"]) for each in rows], numeric=True)] if several else []
+
+
+def _amount(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    from kvscope.cli.console import Column
+
+    return [
+        Column("mass", [f"{each['mass']:.3f}" for each in rows], numeric=True),
+        Column("share", [f"{each['share']:.1%}" for each in rows], numeric=True),
+    ]

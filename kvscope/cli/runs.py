@@ -1,0 +1,95 @@
+"""Which runs of a replay a command is about, and the trace that they were made from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from kvscope.results.store import Replay
+    from kvscope.trace.reader import Trace
+
+Policy = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        "-p",
+        metavar="POLICY",
+        help="Label, name, or number of a run. Repeatable. Default: all.",
+        show_default=False,
+    ),
+]
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        metavar="LIST",
+        help="Of the runs, as it was given: 20%,256. Default: all.",
+        show_default=False,
+    ),
+]
+TraceOption = Annotated[
+    str | None,
+    typer.Option("--trace", metavar="TRACE", help="Where the trace is now. Default: where it was.", show_default=False),
+]
+
+
+def chosen(replay: Replay, policies: Sequence[str] | None, budgets: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Return the runs of the named policies and budgets, in the order of the replay.
+
+    Raises
+    ------
+    UsageError
+        If there is none.
+    """
+    from kvscope.errors import UsageError
+    from kvscope.results.compare import runs_named
+
+    numbers = {run["run"] for policy in policies or () for run in runs_named(replay, policy)}
+    wanted = {part.strip() for budget in budgets or () for part in budget.split(",")}
+    runs: list[dict[str, Any]] = [
+        run
+        for run in replay.info["runs"]
+        if (not policies or run["run"] in numbers) and (not wanted or str(run["budget"]) in wanted)
+    ]
+    if not runs:
+        there = ", ".join(dict.fromkeys(str(run["budget"]) for run in replay.info["runs"]))
+        raise UsageError(f"{replay.path} has no such run at {', '.join(sorted(wanted))}", f"Its budgets: {there}.")
+    return runs
+
+
+def trace_of(replay: Replay, given: str | None) -> Trace:
+    """Return the trace that a replay was made from: the one named, or where it was then.
+
+    Raises
+    ------
+    ResultError
+        If the replay was made of plain text.
+    TraceError
+        If there is no trace any more.
+    """
+    from kvscope.cli import places
+    from kvscope.errors import ResultError, TraceError
+    from kvscope.trace.reader import open_trace
+
+    source = replay.info["trace"]
+    if "path" not in source:
+        raise ResultError(
+            f"{replay.path} was made of plain text, and its attention is not recorded",
+            "Record a trace with kvscope trace, and replay that.",
+        )
+    if given is not None:
+        return open_trace(places.find_trace(given))
+    try:
+        return open_trace(source["path"])
+    except TraceError as error:
+        raise TraceError(error.what, "Say where it is now with --trace.") from error
+
+
+def title(run: Mapping[str, Any]) -> str:
+    """Return what a run is called in a table."""
+    return f"{run['label']} {run['budget'] or 'full cache'} {run['loop']}"

@@ -1,0 +1,118 @@
+"""``kvscope spans``: how long a question, a fact or an instruction stays in the cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvscope.cli.options import Json, Quiet
+from kvscope.cli.runs import Budget, Policy, TraceOption
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from kvscope.cli.console import Column
+
+
+def spans(
+    replay: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[REPLAY]", help="Name under reports/, or a path. Default: the newest.", show_default=False
+        ),
+    ] = None,
+    span: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--span",
+            "-s",
+            metavar="NAME=WHAT",
+            help="question=120:140, without the last, or fact=text:WORDS: each place where they stand. Repeatable.",
+        ),
+    ] = None,
+    at: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="STEP",
+            help="After which step to look. Repeatable. Default: end of prompt, end.",
+            show_default=False,
+        ),
+    ] = None,
+    policy: Policy = None,
+    budget: Budget = None,
+    sequence: Annotated[int, typer.Option(metavar="N", help="Sequence of the trace.", min=0)] = 0,
+    trace: TraceOption = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say how much of some tokens is still held: by the mean head, by how many heads whole, and when half was gone.
+
+    One run is shown layer by layer; of several, all layers as one.
+    """
+    from kvscope.cli import console, places
+    from kvscope.cli.runs import chosen, title, trace_of
+    from kvscope.errors import UsageError
+    from kvscope.results.spans import parse_spans, spans_of
+    from kvscope.results.store import open_replay
+
+    if not span:
+        raise UsageError("no span is named", "Name one or more: --span question=120:140 --span fact=text:WORDS")
+    opened = open_replay(places.find_replay(replay, quiet=quiet))
+    runs = chosen(opened, policy, budget)
+    sequences = opened.info["trace"]["sequences"]
+    if sequence >= len(sequences):
+        raise UsageError(f"{opened.path} has no sequence {sequence}", f"It has {len(sequences)}, from 0 on.")
+    prompt, length = sequences[sequence]["prompt"], sequences[sequence]["length"]
+
+    def texts() -> list[str]:
+        return [str(text) for text in trace_of(opened, trace).tokens(sequence)["text"]]
+
+    named = parse_spans(span, length, texts)
+    steps = list(dict.fromkeys(at or [prompt - 1, length - 1]))
+    found = spans_of(opened, named, steps, [run["run"] for run in runs], sequence)
+    if json:
+        console.show_json(found)
+        return
+    where = ", ".join(f"{one.name} = {one.start}:{one.stop}" for one in named)
+    notes = [f"Sequence {sequence}: prompt {prompt}, length {length}. {where}.", NOTE]
+    if any(run["reads"] for run in found["runs"]):
+        notes.append("Of a sparse reader: what it reads. It holds everything.")
+    single = len(found["runs"]) == 1
+    heading = f"{opened.path}: {title(found['runs'][0])}" if single else str(opened.path)
+    console.show_table(columns(found["runs"], steps, by_layer=single), title=heading, notes=notes)
+
+
+NOTE = (
+    "held: share of the span's tokens that the mean head holds after a step. whole: share of heads that hold all of "
+    "them. half gone: first step after which the mean head holds no more than half."
+)
+
+
+def columns(runs: Sequence[Mapping[str, Any]], steps: Sequence[int], *, by_layer: bool) -> list[Column]:
+    """Return the columns: a row for each layer of one run, or for each run."""
+    from kvscope.cli.console import Column
+    from kvscope.cli.runs import title
+
+    rows = [
+        (title(run), span["name"], layer)
+        for run in runs
+        for span in run["spans"]
+        for layer in (span["layers"] if by_layer else span["layers"][:1])
+    ]
+    first = (
+        [Column("layer", [str(layer["layer"]) for _, _, layer in rows])]
+        if by_layer
+        else [Column("run", [run for run, _, _ in rows], wrap=20)]
+    )
+    table = [Column("span", [span for _, span, _ in rows]), *first]
+    for place, step in enumerate(steps):
+        for name in ("held", "whole"):
+            cells = [_share(layer["at"][place][name]) for _, _, layer in rows]
+            table.append(Column(f"{name}\nat {step}", cells, keep=90 - place, numeric=True))
+    gone = ["-" if layer["half_gone"] is None else str(layer["half_gone"]) for _, _, layer in rows]
+    return [*table, Column("half\ngone", gone, numeric=True)]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"

@@ -1,0 +1,25 @@
+"""Attention on keys that were not wanted for long: in a mean over all mass it drowns, and recalling a fact takes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvscope.metrics.base import Rows, metric
+
+LONG = 64  # steps
+LEAST = 0.1  # share of a row
+
+
+@metric("late_mass_retained", direction="higher", range=(0.0, 1.0), when_nothing_evicted=1.0, needs={"last_wanted"})
+def late_mass_retained(rows: Rows) -> Tensor:
+    """Of the full row's mass on keys last wanted more than 64 steps before, the share that is visible.
+
+    A head wants a key at a step at which its weight is above ``1/n`` in a row of ``n`` keys, and at the key's arrival.
+    So sinks, which are wanted all the time, have no part in it. A row with no more than a tenth of its mass on such
+    keys has no value. Tokens that become important again after hundreds of steps: LazyEviction, arXiv:2506.15969.
+    """
+    late = rows.once("late", lambda: rows.full * (rows.steps[:, None] - rows.signals["last_wanted"] > LONG))
+    total = late.sum(-1)
+    share = (late * rows.seen).sum(-1) / torch.where(total > 0, total, 1)
+    return torch.where(total > LEAST * rows.full.sum(-1), share.clamp(max=1.0), torch.nan)

@@ -1,0 +1,31 @@
+"""How far the output of attention is from what it would have been."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvscope.metrics.base import Rows, metric
+
+
+@metric("output_error", direction="lower", range=(0.0, None), when_nothing_evicted=0.0, needs={"values"})
+def output_error(rows: Rows) -> Tensor:
+    """Relative error of a head's output, ``||o_live - o_full|| / ||o_full||``, where ``o`` is the row times the values.
+
+    Mass alone says how much was lost, this says whether it mattered: values differ in size, and what takes the place of
+    a lost key may point the same way. Full rows are divided by their sum, as live rows are. A head whose full output is
+    zero has no value; a live row without mass gives 1.
+    """
+    values = rows.signals["values"]  # [., L, G, n, D]
+    full = _output(rows.whole, values)
+    size = full.norm(dim=-1)
+    error = (_output(rows.live, values) - full).norm(dim=-1) / torch.where(size > 0, size, 1)
+    return torch.where(size > 0, error, torch.nan)
+
+
+def _output(rows: Tensor, values: Tensor) -> Tensor:
+    """Return rows ``[., L, H, b, n]`` times values ``[., L, G, n, D]``: ``[., L, H, b, D]``."""
+    *lead, heads, count, n = rows.shape
+    groups = values.shape[-3]
+    of_group = rows.reshape(*lead, groups, heads // groups * count, n)
+    return (of_group @ values.to(rows.dtype)).reshape(*lead, heads, count, -1)

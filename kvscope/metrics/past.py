@@ -1,0 +1,63 @@
+"""What earlier rows say, for metrics that need it: when each key was last wanted, what the prompt's last query saw."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from kvscope.metrics.base import NOWHERE, ranks
+
+
+class Past:
+    """Makes the signals of `Rows` that follow from rows before the block; fed with every row of a sequence in order.
+
+    Parameters
+    ----------
+    needs : collection of str
+        Signals to make: ``last_wanted``, ``prompt_rank``; others are not its own.
+    prompt : int
+        ``P``.
+    """
+
+    def __init__(self, needs: Collection[str], prompt: int) -> None:
+        self._needs, self._prompt = frozenset(needs), prompt
+        self._last: Tensor | None = None  # [.., L, H, n], of the step before
+        self._rank: Tensor | None = None  # [.., L, H, P]
+
+    def add(self, full: Tensor, start: int) -> dict[str, Tensor]:
+        """Return the signals of a block of rows ``[.., L, H, b, n]`` whose first step is `start`."""
+        made = {}
+        if "last_wanted" in self._needs:
+            made["last_wanted"] = self._last_wanted(full, start)
+        if "prompt_rank" in self._needs:
+            made["prompt_rank"] = self._prompt_rank(full, start)
+        return made
+
+    def _last_wanted(self, full: Tensor, start: int) -> Tensor:
+        *lead, count, n = full.shape
+        key = torch.arange(n, dtype=torch.int32, device=full.device)
+        last = key.expand(*lead, n).clone()  # a key's arrival counts
+        if self._last is not None:
+            last[..., :start] = self._last
+        result = torch.empty(*lead, count, n, dtype=torch.int32, device=full.device)
+        for row in range(count):
+            result[..., row, :] = last
+            last = torch.where(full[..., row, :] > 1 / (start + row + 1), start + row, last)
+        self._last = last
+        return result
+
+    def _prompt_rank(self, full: Tensor, start: int) -> Tensor:
+        count, n = full.shape[-2:]
+        row = self._prompt - 1 - start
+        if 0 <= row < count:
+            weights = full[..., row : row + 1, : self._prompt]
+            later = torch.tensor([self._prompt], device=full.device)  # so that the query's own key is ranked too
+            self._rank = ranks(weights, later)[..., 0, :]
+        rank = torch.full((*full.shape[:-2], n), NOWHERE, dtype=torch.int64, device=full.device)
+        if self._rank is None:
+            return rank[..., None, :].expand(full.shape)
+        rank[..., : self._prompt] = self._rank
+        step = torch.arange(start, start + count, device=full.device)[:, None]
+        return torch.where(step >= self._prompt, rank[..., None, :], NOWHERE)

@@ -1,0 +1,41 @@
+"""How long what one query looked at stays what later queries look at (Recycled Attention's motivating study)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvscope.metrics.base import Rows, metric
+from kvscope.metrics.mass import share, share_of_rest
+
+_NEEDS = {"prompt_rank"}
+
+
+@metric("recovered_mass", direction="none", range=(0.0, 1.0), when_nothing_evicted=None, needs=_NEEDS)
+def recovered_mass(rows: Rows) -> Tensor:
+    """Share of the full row on the ``B`` heaviest keys of the last prompt query, a set that never changes.
+
+    What motivates arXiv:2411.05787; the paper leaves open over what it averages. Each query head has its own set; of
+    equal weights the newer key is taken. It says something of the model and the text, nothing of the policy. Steps of
+    the prompt have no value.
+    """
+    return rows.once("recovered", lambda: torch.where(_known(rows), share(rows.full, _recovered(rows)), torch.nan))
+
+
+@metric("recovered_mass_no_sinks", direction="none", range=(0.0, 1.0), when_nothing_evicted=None, needs=_NEEDS)
+def recovered_mass_no_sinks(rows: Rows) -> Tensor:
+    """The same set, of the row without its first 4 positions.
+
+    A row with no mass beyond those positions has no value.
+    """
+    return rows.once(
+        "recovered rest", lambda: torch.where(_known(rows), share_of_rest(rows.full, _recovered(rows)), torch.nan)
+    )
+
+
+def _recovered(rows: Rows) -> Tensor:
+    return rows.signals["prompt_rank"] < rows.budget[:, None, None, None, None]
+
+
+def _known(rows: Rows) -> Tensor:
+    return (rows.signals["prompt_rank"] == 0).any(-1)

@@ -1,0 +1,65 @@
+"""Attention-Gate: a small learned module in front of each layer says which keys are worth keeping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvscope.policies.base import Policy, Step, Traits, at_least, parameter, policy
+
+
+@policy("attention-gate")
+@dataclass(frozen=True)
+class AttentionGate(Policy):
+    """Evict the keys whose gates are shut: a learned flag for every key, layer and key/value head, without a budget.
+
+    A gate is ``g = sigmoid(W A(X) + b)``, with ``A`` a reduced multi-head attention over the layer's input ``X``; a key
+    stays if its gate is above the threshold that the gate was trained with, plus `margin`. Its own query sees it in any
+    case. arXiv:2410.12876; there is no public code, and the body of the paper could not be had: what its abstract,
+    introduction and reviews leave open (form and sizes of ``A``, threshold, grouped heads, first tokens) is ours.
+
+    As published, the prompt's keys are gated and those that come later stay; ``decode=true`` gates them too, which is
+    our extension. With streaming prefill a shut key is seen by its own query alone, also inside the prompt: the mask of
+    the paper. With full prefill the prompt's rows see everything, and its shut keys go at its end.
+
+    Gates are trained for one model: ``kvscope gate train``. ``gate=demo`` is that of the bundled model. A trace must
+    hold layer inputs (``kvscope trace --hidden``); any gate of its model can then be replayed over it. There is no
+    budget: compare it with policies that hold as many keys on average, which the summary shows.
+
+    Example
+    -------
+    The gates of keys 0 and 2 are shut; the prompt is three keys long.
+
+    >>> from kvscope.replay.example import held
+    >>> shut = {"gate:demo": [-0.2, 0.3, -0.1, -0.4]}
+    >>> held(AttentionGate(), [[1], [0.6, 0.4], [0.5, 0.2, 0.3], [0.4, 0.2, 0.2, 0.2]], 9, prompt=3, **shut)
+    [[0], [0, 1], [1], [1, 3]]
+    """
+
+    bounded = False
+    paper = "arXiv:2410.12876; our reading of its abstract and reviews"
+    proven = "plain-loop twin of our reading, real decoding"
+
+    gate: str = parameter("demo", "file of the gate, or demo for that of the bundled model")
+    decode: bool = parameter(False, "whether tokens after the prompt are gated too")
+    margin: float = parameter(0.0, "added to the threshold: above 0 fewer keys stay, below 0 more")
+
+    def __post_init__(self) -> None:
+        at_least("margin", self.margin, -1, 1)
+
+    @property
+    def traits(self) -> Traits:
+        return self.with_traits(needs=frozenset({self._signal}))
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        above = step.signals[self._signal].expand(score.shape)
+        shut = above <= self.margin
+        if not self.decode:
+            shut = shut & (torch.arange(step.t + 1, device=score.device) < step.prompt)
+        return torch.where(shut, -torch.inf, above)
+
+    @property
+    def _signal(self) -> str:
+        return f"gate:{self.gate}"

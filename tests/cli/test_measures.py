@@ -1,0 +1,142 @@
+"""``kvscope score``, ``regret`` and ``spans``, as a user types them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kvscope.cli.regret import in_context
+from kvscope.metrics import METRICS
+from tests.cli.conftest import Run
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def example(run: Run) -> None:
+    """The committed trace, and a replay of two policies under two budgets."""
+    shutil.copytree(ROOT / "traces" / "example", "traces/example")
+    done = run("replay", "example", "-p", "window", "-p", "tova", "-b", "20%,40%", "-o", "two", "-q")
+    assert done.status == 0, done.err
+
+
+def test_score_writes_another_replay(run: Run, example: None) -> None:
+    done = run("score", "two", "--metric", "retained_mass", "--metric", "output_error")
+    assert done.status == 0, done.err
+    assert "reports/two-scored" in done.out
+    header = json.loads(Path("reports/two-scored/run.json").read_text())
+    assert list(header["metrics"]) == ["retained_mass", "output_error"]
+    assert header["command"] == "kvscope score two --metric retained_mass --metric output_error"
+    assert run("diff", "two", "two-scored", "--decisions", "-t", "1", "--json").status == 3, "metrics are missing"
+    assert run("score", "-q").status == 0
+    assert {path.name for path in Path("reports").iterdir()} == {"two", "two-scored", "two-scored-scored"}
+
+
+def test_what_was_scored_is_what_was_replayed(run: Run, example: None) -> None:
+    assert run("score", "two", "-o", "again", "-q").status == 0
+    assert run("diff", "two", "again", "--decisions", "--tolerance", "1e-6").status == 0
+    done = run("score", "two", "--json", "-q")
+    assert set(json.loads(done.out)["runs"][0]["metrics"]) == set(METRICS.names())
+
+
+def test_a_trace_without_values_says_which_metric_is_left_out(run: Run, small: Path) -> None:
+    done = run("replay", "-p", "window", "--prefill", "stream", "-b", "30%")
+    assert done.status == 0, done.err
+    assert "output_error is left out: it needs values" in " ".join(done.out.split())
+    what, todo = run("score", "--metric", "output_error").two_lines()
+    assert "output_error needs values" in what and "--store" in todo
+
+
+def test_regret_of_one_run_lists_evictions(run: Run, example: None) -> None:
+    done = run("regret", "two", "--policy", "window", "--budget", "20%", "--top", "3")
+    assert done.status == 0, done.err
+    for part in ("window 20% open", "lag", "digits", "kinds of tokens", "lags", "was lost"):
+        assert part in done.out
+    assert "\N{LEFT-POINTING DOUBLE ANGLE QUOTATION MARK}" in done.out
+    found = json.loads(run("regret", "two", "-p", "window", "-b", "20%", "--json", "-q").out)
+    (only,) = found["runs"]
+    assert (only["policy"], only["budget"], len(only["worst"])) == ("window", "20%", 20)
+    assert sum(each["share"] for each in only["lags"]) == pytest.approx(1)
+
+
+def test_regret_of_several_runs_is_a_line_each(run: Run, example: None) -> None:
+    done = run("regret", "two")
+    assert done.status == 0, done.err
+    assert all(f"{policy} {budget} open" in done.out for policy in ("window", "tova") for budget in ("20%", "40%"))
+    assert "most regretted token" in done.out
+    assert len(json.loads(run("regret", "two", "--json", "-q").out)["runs"]) == 4
+
+
+def test_regret_where_nothing_is_missed(run: Run, example: None) -> None:
+    assert run("replay", "example", "-p", "full", "-o", "all", "-q").status == 0
+    done = run("regret", "all")
+    assert done.status == 0, done.err
+    assert "no key that went was wanted again" in done.out
+
+
+def test_spans_of_one_run_layer_by_layer(run: Run, example: None) -> None:
+    arguments = ["spans", "two", "-p", "window", "-b", "20%", "--span", "fact=text:Clara holds", "--span", "q=70:91"]
+    done = run(*arguments)
+    assert done.status == 0, done.err
+    assert "fact = 14:19" in done.out
+    assert "fact-2 = 86:91" in done.out, "the words stand twice in the text"
+    found = json.loads(run(*arguments, "--json", "-q").out)
+    (only,) = found["runs"]
+    assert [span["name"] for span in only["spans"]] == ["fact", "fact-2", "q"]
+    fact, _, question = (span["layers"][0] for span in only["spans"])
+    assert [each["step"] for each in fact["at"]] == [90, 114]
+    assert fact["at"][0]["held"] == 0, "a window of a fifth has lost the beginning"
+    assert fact["half_gone"] == 90 and question["half_gone"] > 91
+    assert [layer["layer"] for layer in only["spans"][0]["layers"]] == ["all", 0, 1, 2, 3]
+
+
+def test_spans_of_several_runs_at_chosen_steps(run: Run, example: None) -> None:
+    done = run("spans", "two", "--span", "q=0:5", "--at", "50", "--at", "100")
+    assert done.status == 0, done.err
+    assert "held at 50" in " ".join(done.out.split()) or "at 50" in done.out
+    assert "tova 40% open" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "todo"),
+    [
+        (["spans", "two"], "no span", "--span"),
+        (["spans", "two", "--span", "5:9"], "no name", "NAME=120:140"),
+        (["spans", "two", "--span", "a=text:nowhere"], "does not stand", "positions"),
+        (["spans", "two", "--span", "a=0:900"], "no range of 115 tokens", "START:STOP"),
+        (["spans", "two", "--span", "a=0:9", "--at", "900"], "no step 900", "114"),
+        (["spans", "two", "--span", "a=0:9", "--sequence", "3"], "no sequence 3", "has 1"),
+        (["spans", "two", "--span", "a=0:9", "-p", "h2o"], "no policy 'h2o'", "tova"),
+        (["regret", "two", "-b", "30%"], "no such run at 30%", "20%, 40%"),
+        (["regret", "two", "--top", "0"], "--top", "--help"),
+        (["score", "two", "--metric", "retained"], "retained", "retained_mass"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_usage(run: Run, example: None, arguments: list[str], what: str, todo: str) -> None:
+    done = run(*arguments)
+    said = done.two_lines()
+    assert done.status == 2
+    assert what in said[0]
+    assert todo in said[1]
+    assert done.out == ""
+    assert {path.name for path in Path("reports").iterdir()} == {"two"}
+
+
+def test_a_trace_that_has_moved(run: Run, example: None) -> None:
+    Path("traces/example").rename("elsewhere")
+    for command in (["score", "two"], ["regret", "two"], ["spans", "two", "--span", "a=text:Clara"]):
+        what, todo = run(*command).two_lines()
+        assert "traces/example" in what and "--trace" in todo
+    assert run("regret", "two", "--trace", "elsewhere", "--top", "1").status == 0
+    assert run("spans", "two", "--span", "a=0:4").status == 0, "positions need no trace"
+    Path("traces").mkdir(exist_ok=True)
+    assert run("trace", "--model", "demo", str(ROOT / "traces/example.txt"), "-o", "other", "-q").status == 0
+    what, todo = run("regret", "two", "--trace", "other").two_lines()
+    assert "was not made from" in what and "--trace" in todo
+
+
+def test_a_token_in_context_is_one_line() -> None:
+    each = {"before": "a\n", "text": " b", "after": "\nc"}
+    assert "\n" not in in_context(each) and " b" in in_context(each)

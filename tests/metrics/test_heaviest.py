@@ -1,0 +1,36 @@
+"""The heaviest keys of a row, chosen one by one."""
+
+import numpy as np
+import pytest
+import torch
+
+from kvscope.metrics.heaviest import heaviest
+
+
+def twin(row: list[float], t: int, budget: int, skip: int) -> set[int]:
+    """Return the keys: heaviest first, of equal ones the newer."""
+    others = sorted(range(skip, t), key=lambda key: (row[key], key), reverse=True)
+    return set(others[:budget])
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])  # few levels: many equal weights
+@pytest.mark.parametrize("skip", [0, 4])
+def test_heaviest(levels: int, skip: int) -> None:
+    random = np.random.default_rng(levels + skip)
+    steps = torch.arange(3, 20)
+    full = torch.from_numpy(random.integers(0, levels, (2, 3, 17, 20)) / levels)
+    full = full.tril(3)
+    budgets = [1, 4, 7, 7, 19, 40]
+    found = heaviest(full, steps, budgets, skip)
+    for index in np.ndindex(2, 3, 17):
+        row, t = full[index].tolist(), int(steps[index[2]])
+        for run, budget in enumerate(budgets):
+            assert set(found[run][index].nonzero().flatten().tolist()) == twin(row, t, budget, skip)
+
+
+def test_runs_with_rows_of_their_own() -> None:
+    random = torch.Generator().manual_seed(0)
+    steps, full = torch.arange(5, 9), torch.rand(2, 1, 2, 4, 9, generator=random).tril(5)
+    found = heaviest(full, steps, [2, 3])
+    for run, budget in enumerate([2, 3]):
+        assert torch.equal(found[run], heaviest(full[run], steps, [budget])[0])
