@@ -23,7 +23,7 @@ class Limits:
     worst : int
         Evictions listed for each run.
     bins : int
-        Points of a line over steps, and steps of the text view.
+        Steps of the text view; a line over steps has twice as many points.
     sequences : int
         Sequences that have a part in the panels that show single tokens.
     """

@@ -1,4 +1,12 @@
-"""What a panel is: a function from the input to plain data, and a script beside it that draws that data."""
+"""What a panel is: a function from the input to plain data, and a script beside it that draws that data.
+
+The script calls ``kvscope.drawing(name, (box, data, page) => ...)``, which may be asynchronous; it puts elements into
+``box``. ``page`` is what `kvscope.report.page.page_data` returns, with ``page.run()``, ``page.part()`` and
+``page.token(position)`` for what is chosen. ``kvscope.state.declare(name, usual, valid)``, ``get``, ``set`` and ``on``
+hold choices, in the address too; ``kvscope.numbers(packed)`` gives packed numbers; ``kvscope.plot(box, traces,
+layout)`` draws with Plotly, ``kvscope.heat`` a table of colours; ``kvscope.latest(draw)`` keeps drawings that wait
+for something in order, and ``kvscope.onTheme(draw)`` repeats them when the colours change.
+"""
 
 from __future__ import annotations
 

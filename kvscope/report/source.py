@@ -222,13 +222,15 @@ class ReportInput:
             self._means[index] = read_means(replay, present, [part.number for part in self.parts_of(replay)])
         return self._means[index]
 
-    def scored(self, replay: Replay) -> pd.DataFrame | None:
-        """Return the scored tokens of a closed-loop replay: the columns of ``tokens.parquet``; None without them."""
-        read = getattr(replay, "tokens", None)
-        if read is None or not (replay.path / "tokens.parquet").is_file():
+    def scored(self, run: Run, part: Part) -> pd.DataFrame | None:
+        """Return the scored tokens of a run of the closed loop: the columns of ``tokens.parquet``; None of another."""
+        if run.protocol[1] != "closed":
             return None
-        frame: pd.DataFrame = read()
-        return frame
+        index = self.replays.index(run.replay)
+        if index not in self._scored:
+            self._scored[index] = run.replay.tokens()
+        frame = self._scored[index]
+        return frame[(frame["run"] == run.number) & (frame["sequence"] == part.number)]
 
     def title_of(self, run: Run) -> str:
         """Return the policy and, where they differ among the runs, the loop and the replay."""
@@ -254,6 +256,10 @@ class ReportInput:
 
     @cached_property
     def _stored(self) -> dict[tuple[int, int, int], dict[int, Stays]]:
+        return {}
+
+    @cached_property
+    def _scored(self) -> dict[int, pd.DataFrame]:
         return {}
 
     @cached_property

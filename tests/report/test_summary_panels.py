@@ -277,7 +277,11 @@ def test_provenance_says_what_the_kinds_and_loops_leave_out(rich: ReportInput) -
     assert {OPEN_LOOP, CLOSED_LOOP, MIXED, BOUNDS} <= set(provenance(rich)["approximate"])
 
 
-def test_paths_of_the_machine_stay_out_of_the_page(source: ReportInput) -> None:
+def test_paths_of_the_machine_stay_out_of_the_page(source: ReportInput, tmp_path: Path) -> None:
+    trace = make_trace(tmp_path / "trace", prompt_file="/home/someone/prompts/one.txt")
+    replay = make_replay(tmp_path / "replay", trace, mass={"h2o": {"2": 0.5}})
+    data = provenance(ReportInput((replay,), {trace.identity: trace}))
+    assert data["sources"][1]["prompts"][0]["file"] == "one.txt"
     assert str(source.replays[0].path.parent) not in str(page_data(source))
 
 

@@ -188,6 +188,18 @@ def test_lines_over_time_are_means_over_layers_and_heads(source: ReportInput) ->
     assert over_time(limited(source, line_bytes=100))["notes"][0].startswith("Lines of")  # type: ignore[index]
 
 
+def test_outcomes_over_time_stand_where_the_token_is_predicted(rich: ReportInput) -> None:
+    data = over_time(rich)
+    assert data is not None
+    part = data["parts"]["0.0"]
+    lines = part["runs"][run_of(rich, "tova", "4", "closed").id]
+    assert part["edges"][0] == 9, "the last step of the prompt predicts the first token after it"
+    ratio = unpacked(lines["perplexity_ratio"])
+    np.testing.assert_allclose(ratio[:-1], np.exp(0.375), atol=1e-6)
+    assert np.isnan(ratio[-1]), "nothing follows the last token"
+    assert "perplexity_ratio" not in part["runs"][run_of(rich, "tova", "4").id]
+
+
 def test_bins_are_even_and_whole() -> None:
     assert bins(3, 6, 10).tolist() == [3, 4, 5, 6]
     assert bins(0, 10, 4).tolist() == [0, 2, 5, 7, 10]

@@ -31,15 +31,15 @@ MOST = 40  # runs of one budget
 )
 def agreement(source: ReportInput) -> dict[str, Any] | None:
     """Return for each budget the overlap (Jaccard index) of what every two runs hold; of a sparse reader: reads."""
-    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in source.detailed:
         if run.budget is not None:
-            groups[run.protocol[0], run.budget].append(run)
+            groups[(*run.protocol, run.budget)].append(run)
     made, notes = (
         [],
         [f"The sets are compared at {STEPS} evenly spaced steps; of a policy that reads a part, what it reads."],
     )
-    for (identity, budget), runs in groups.items():
+    for (identity, *_, budget), runs in groups.items():
         shown = runs[:MOST]
         if len(shown) < len(runs):
             notes.append(f"At budget {budget}, {len(shown)} of {len(runs)} runs are compared.")

@@ -50,10 +50,12 @@ kvscope.drawing("over-time", async (box, data, page) => {
       }
     }
     behind.replaceChildren(kvscope.tableBehind("The numbers behind this plot", ["Run", "Step", metric.title], rows));
+    const drawn = traces.filter((trace) => trace.yaxis === "y").flatMap((trace) => trace.y).filter((value) => value !== null);
+    const wide = metric.range[1] === null && Math.min(...drawn) > 0 && Math.max(...drawn) > 20 * Math.min(...drawn); // one bad token would flatten all others
     const at = state.get("step");
     await plot(area, traces, {
       xaxis: { title: { text: "step" }, anchor: "y2" },
-      yaxis: { title: { text: plain(metric.title) }, domain: [0.38, 1] },
+      yaxis: { title: { text: plain(metric.title) }, domain: [0.38, 1], ...(wide ? { type: "log", tickformat: "~g", nticks: 6 } : {}) },
       yaxis2: { title: { text: "keys held" }, domain: [0, 0.28], rangemode: "tozero" },
       margin: { l: 72, r: 16, t: 10, b: 48 },
       shapes: at >= edges[0] ? [{ type: "line", xref: "x", yref: "paper", x0: at, x1: at, y0: 0, y1: 1, line: { width: 1, dash: "dot", color: kvscope.colour("text") } }] : [],

@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 
 from kvscope.report.encoding import packed_bytes, packed_floats
 from kvscope.report.panel import panel
+from kvscope.report.parts import Part
 from kvscope.report.runs import Run
 from kvscope.report.source import ReportInput
+
+RATIO = "perplexity_ratio"  # of a bin: exp of the mean loss change of its tokens
 
 
 @panel(
@@ -30,15 +33,15 @@ def over_time(source: ReportInput) -> dict[str, Any] | None:
     missing = 0
     for part in source.parts.values():
         runs = source.runs_of(part)
-        lines = {run.id: _lines(source, run, part.number) for run in runs}
+        lines = {run.id: _lines(source, run, part) for run in runs}
         steps = np.flatnonzero(np.any([~np.isnan(each) for line in lines.values() for each in line.values()], axis=0))
         if not len(steps):
             continue
-        edges = bins(int(steps[0]), int(steps[-1]) + 1, source.limits.bins)
+        edges = bins(int(steps[0]), int(steps[-1]) + 1, 2 * source.limits.bins)
         made: dict[str, Any] = {}
         for run in runs:
             packed = {
-                name: packed_floats(_binned(values, edges))
+                name: packed_floats(np.exp(_binned(values, edges)) if name == RATIO else _binned(values, edges))
                 for name, values in lines[run.id].items()
                 if not np.isnan(values).all()
             }
@@ -60,10 +63,18 @@ def bins(start: int, stop: int, most: int) -> NDArray[np.int64]:
     return np.asarray(start + (np.arange(count + 1) * (stop - start)) // count)
 
 
-def _lines(source: ReportInput, run: Run, sequence: int) -> dict[str, NDArray[np.float64]]:
-    """Return metric -> its mean at every step, ``[T]``."""
+def _lines(source: ReportInput, run: Run, part: Part) -> dict[str, NDArray[np.float64]]:
+    """Return metric -> ``[T]``: at every step the mean over layers and heads, or the outcome of the token after it."""
     means = source.means(run.replay)
-    return {name: values[means.runs[run.number]] for name, values in means.by_step[sequence].items()}
+    lines = {name: values[means.runs[run.number]] for name, values in means.by_step[part.number].items()}
+    scored = source.scored(run, part)
+    if scored is not None:
+        steps = scored["position"].to_numpy() - 1  # at which the token is predicted
+        change = scored["nll_policy"] - scored["nll_full"]
+        for name, values in ((RATIO, change), ("token_kl", scored["kl"]), ("top1_agreement", scored["top1_equal"])):
+            lines[name] = np.full(part.length, np.nan)
+            lines[name][steps] = values.to_numpy(np.float64)
+    return lines
 
 
 def _binned(values: NDArray[np.float64], edges: NDArray[np.int64]) -> NDArray[np.float64]:

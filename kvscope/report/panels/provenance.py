@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 from kvscope.report.panel import panel
@@ -116,10 +117,13 @@ def _trace(trace: Trace) -> dict[str, Any]:
 
 
 def _files(texts: Any) -> list[dict[str, str]]:
-    """Return name and hash of prompts or texts."""
-    return [
-        {"file": str(text.get("file") or "given text"), "sha256": str(text.get("sha256") or "")} for text in texts or []
-    ]
+    """Return name and hash of prompts or texts; of a file named from the root, its last name alone."""
+
+    def name(text: Any) -> str:
+        file = PurePath(str(text.get("file") or "given text"))
+        return file.name if file.is_absolute() else str(file)
+
+    return [{"file": name(text), "sha256": str(text.get("sha256") or "")} for text in texts or []]
 
 
 def _approximate(source: ReportInput) -> list[str]:

@@ -90,14 +90,9 @@ def _surprise(source: ReportInput, part: Part) -> dict[str, Any] | None:
 
 def _loss(source: ReportInput, part: Part, run: Run) -> dict[str, Any] | None:
     """Return by how much the loss of every token rises under a run, nats; None without a closed loop."""
-    scored = source.scored(run.replay)
+    scored = source.scored(run, part)
     if scored is None:
         return None
-    mine = scored[(scored["run"] == run.number) & (scored["sequence"] == part.number)]
-    if mine.empty:
-        return None
     change = np.full(part.length, np.nan)
-    change[mine["position"].to_numpy()] = mine["nll_policy"].to_numpy(np.float64) - mine["nll_full"].to_numpy(
-        np.float64
-    )
+    change[scored["position"].to_numpy()] = (scored["nll_policy"] - scored["nll_full"]).to_numpy(np.float64)
     return packed_floats(change)
