@@ -161,6 +161,15 @@ def test_intervals_come_with_five_sequences(tmp_path: Path) -> None:
     assert overview(source)["notes"] == []
 
 
+def test_policies_inside_the_interval_of_the_best_are_counted(trace: Trace, tmp_path: Path) -> None:
+    mass: dict[str, dict[str | None, Any]] = {"h2o": {"2": 0.5}, "tova": {"2": 0.49}, "window": {"2": 0.3}}
+    replay = make_replay(tmp_path / "replay", trace, mass=mass)
+    best = overview(ReportInput((replay,)))["best"][0]["best"]["retained_mass"]
+    assert best["near"] == 0, "one sequence has no interval"
+    replay.summary["runs"][0]["metrics"]["retained_mass"] |= {"low": 0.48, "high": 0.52}
+    assert overview(ReportInput((replay,)))["best"][0]["best"]["retained_mass"]["near"] == 1
+
+
 def test_shares_of_the_bounds_are_metrics(rich: ReportInput) -> None:
     run = run_of(rich, "h2o", "4")
     assert (run.mean("share_of_belady"), run.mean("belady_of_ideal")) == (0.75, 0.5)

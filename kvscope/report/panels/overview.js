@@ -29,7 +29,8 @@ kvscope.drawing("overview", (box, data, page) => {
     const winner = (found) => {
       if (!found || found.value === null) return "–";
       const names = found.runs.slice(0, 2).map((id) => runs[id].label).join(", ") + (found.runs.length > 2 ? ", …" : "");
-      return [button(element("bdi", {}, names), () => { state.set({ run: found.runs[0] }); mark(); }, { class: "plain", title: "show this run in the panels below" }), element("span", { class: "value" }, found.value.toFixed(3))];
+      return [button(element("bdi", {}, names), () => { state.set({ run: found.runs[0] }); mark(); }, { class: "plain", title: "show this run in the panels below" }), element("span", { class: "value" }, found.value.toFixed(3)),
+        found.near ? element("small", { title: "policies whose mean lies inside the 95 % interval of the best" }, ` +${found.near} within its interval`) : null];
     };
     const ideal = data.best.some((line) => line.ideal !== null);
     const head = ["Budget", "Kind", ...shown.map((name) => `best by ${metricOf[name].title}`), ...(ideal ? ["ideal mass"] : []), "Keys read", "Keys held, of a full cache"];

@@ -86,7 +86,7 @@ def _best(source: ReportInput, wanted: Sequence[dict[str, Any]]) -> list[dict[st
                     "run": first.id,
                     "of": len(group),
                     "best": {
-                        name: {"value": value, "runs": [run.id for run in found]}
+                        name: {"value": value, "runs": [run.id for run in found], "near": _near(group, found, name)}
                         for name, (value, found) in winners.items()
                     },
                     "held": _span(best, "held_keys"),
@@ -119,6 +119,16 @@ def _winners(group: Sequence[Run], metric: dict[str, Any]) -> tuple[float | None
     if value is None:
         return None, []
     return value, [run for run in group if rounded(run.mean(metric["name"])) == value]
+
+
+def _near(group: Sequence[Run], best: Sequence[Run], metric: str) -> int:
+    """Return how many other runs lie inside the interval of the best one: sequences do not tell these apart."""
+    value = best[0].metrics[metric] if best else {}
+    low, high = value.get("low"), value.get("high")
+    if low is None or high is None:
+        return 0
+    others = (run.mean(metric) for run in group if run not in best)
+    return sum(mean is not None and low <= mean <= high for mean in others)
 
 
 def _span(runs: Sequence[Run], metric: str) -> list[float] | None:

@@ -1,6 +1,6 @@
 /* Residency raster on canvases: one run, two side by side, or their difference; all share one view and one cursor. */
 kvscope.drawing("residency", async (box, data, page) => {
-  const { element, select, button, colour, clamp, raster, state, unique } = kvscope;
+  const { element, select, button, clamp, raster, state, unique } = kvscope;
   if (!data.rasters.length) return;
   const MODES = { two: "side by side", difference: "difference" };
   const index = new Map(data.rasters.map((each) => [JSON.stringify([each.run, each.part, each.layer]), each]));
