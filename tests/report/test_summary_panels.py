@@ -232,6 +232,11 @@ def test_outcome_ranks_the_open_metric_against_the_closed_loop(rich: ReportInput
     assert group["agreement"]["retained_mass"]["rank"] == pytest.approx(-1.0)
     assert group["agreement"]["output_error"]["rank"] == pytest.approx(1.0)
     assert group["agreement"]["share_of_belady"]["rank"] is None, "the same for all: no order"
+    found = group["agreement"]["retained_mass"]
+    assert (found["within"], found["budgets"], found["runs"]) == (pytest.approx(-1.0), 2, 16)
+    keys = group["agreement"]["held_keys"]
+    assert keys["rank"] < -0.3, "more keys, less loss"
+    assert keys["within"] is None, "and nothing is known of who is better with as many keys"
     assert data["notes"] == []
 
 

@@ -10,9 +10,9 @@ kvscope.drawing("outcome", async (box, data, page) => {
   const area = element("div", { class: "plot scatter" });
   const body = element("tbody");
   const behind = element("div");
-  const rank = (found) => (found && found.rank !== null ? found.rank.toFixed(2) : "–");
+  const rank = (value) => (value === null ? "–" : value.toFixed(2));
   /* Lower perplexity is better: for a metric of which more is better, a good agreement is near -1. */
-  const good = (metric, found) => (found && found.rank !== null && metric.direction !== "none" ? (metric.direction === "higher" ? -found.rank : found.rank) : null);
+  const good = (metric, found) => (found.within !== null && metric.direction !== "none" ? (metric.direction === "higher" ? -found.within : found.within) : null);
 
   const draw = kvscope.latest(async () => {
     const metric = names.find((each) => each.name === state.get("against"));
@@ -21,7 +21,8 @@ kvscope.drawing("outcome", async (box, data, page) => {
       return element("tr", { class: each.name === metric.name ? "shown" : null },
         element("th", { scope: "row" }, kvscope.button(each.title, () => state.set({ against: each.name }), { class: "plain" })),
         data.groups.length > 1 ? element("td", {}, protocol(group)) : null,
-        element("td", { class: "number" }, rank(group.agreement[each.name])), element("td", { class: "number" }, String(group.agreement[each.name].runs)),
+        element("td", { class: "number" }, rank(group.agreement[each.name].within)), element("td", { class: "number" }, String(group.agreement[each.name].budgets)),
+        element("td", { class: "number" }, rank(group.agreement[each.name].rank)), element("td", { class: "number" }, String(group.agreement[each.name].runs)),
         element("td", {}, share === null ? "–" : share > 0.8 ? "foresees the order" : share > 0.4 ? "foresees it in part" : share > -0.4 ? "says little" : "misleads"));
     })));
     behind.replaceChildren(kvscope.tableBehind("The numbers behind this plot", ["Run", metric.title, "perplexity ratio"],
@@ -41,7 +42,7 @@ kvscope.drawing("outcome", async (box, data, page) => {
   });
   const choice = select("Metric", names.map((each) => ({ value: each.name, text: each.title })), state.get("against"), (name) => state.set({ against: name }));
   box.append(element("div", { class: "controls" }, choice.box), area, element("h3", {}, "Rank agreement with the perplexity ratio"),
-    element("div", { class: "scroll" }, element("table", {}, element("thead", {}, element("tr", {}, ["Metric", ...(data.groups.length > 1 ? ["Protocol"] : []), "Spearman", "Runs", "In words"].map((text) => element("th", { scope: "col", class: ["Spearman", "Runs"].includes(text) ? "number" : null }, text)))), body)),
+    element("div", { class: "scroll" }, element("table", {}, element("thead", {}, element("tr", {}, ["Metric", ...(data.groups.length > 1 ? ["Protocol"] : []), "Within a budget, mean", "Groups", "Over all", "Runs", "Within a budget, in words"].map((text) => element("th", { scope: "col", class: /^(Metric|Protocol|.* words)$/.test(text) ? null : "number" }, text)))), body)),
     behind);
   state.on(["against"], () => { choice.value = state.get("against"); draw(); });
   kvscope.onTheme(draw);

@@ -25,7 +25,8 @@ FEWEST = 3  # runs for a rank agreement
     needs=("outcome",),
     help="Each point is one run of the closed loop: a metric that needs no second run of the model against the "
     "perplexity relative to the full cache, where 1 is no loss. The rank agreement (Spearman, from -1 to 1) says how "
-    "far the metric alone would have put these runs into the right order; near 0 it says nothing.",
+    "far the metric alone would have put these runs into the right order; over all budgets it flatters any metric "
+    "that grows with the budget, so read the one within a budget first.",
 )
 def outcome(source: ReportInput) -> dict[str, Any] | None:
     """Return runs with an outcome, the metrics that stand against it, and the rank agreement of each."""
@@ -46,7 +47,7 @@ def outcome(source: ReportInput) -> dict[str, Any] | None:
             {
                 "runs": [run.id for run in group],
                 "values": used,
-                "agreement": {name: _spearman(found, group) for name, found in used.items()},
+                "agreement": {name: _agreement(found, group) for name, found in used.items()},
             }
         )
     alone = sum(_same(run) not in opened for run in runs)
@@ -62,10 +63,29 @@ def _value(run: Run, counterpart: Run | None, metric: str) -> float | None:
     return rounded(run.mean(metric) if counterpart is None else counterpart.mean(metric))
 
 
-def _spearman(values: list[float | None], runs: list[Run]) -> dict[str, Any]:
-    """Return the rank agreement of a metric with the outcome, and over how many runs; None where it has no meaning."""
-    pairs = [(value, run.mean(OUTCOME)) for value, run in zip(values, runs, strict=True) if value is not None]
+def _agreement(values: list[float | None], runs: list[Run]) -> dict[str, Any]:
+    """Return the rank agreement of a metric with the outcome over all runs, and its mean within a budget and kind.
+
+    Over all runs, any number that grows with the budget agrees; only within a budget a metric shows what it knows.
+    """
+    budgets: dict[Any, list[tuple[float, float]]] = defaultdict(list)
+    for value, run in zip(values, runs, strict=True):
+        outcome = run.mean(OUTCOME)
+        if value is not None and outcome is not None:
+            budgets[run.comparable].append((value, outcome))
+    pairs = [pair for found in budgets.values() for pair in found]
+    within = [rank for key, found in budgets.items() if key is not None and (rank := _spearman(found)) is not None]
+    return {
+        "rank": rounded(_spearman(pairs), 3),
+        "runs": len(pairs),
+        "within": rounded(sum(within) / len(within), 3) if within else None,
+        "budgets": len(within),
+    }
+
+
+def _spearman(pairs: list[tuple[float, float]]) -> float | None:
+    """Return the rank correlation; None for fewer than three pairs, or where one side is all equal."""
     ranks = pd.DataFrame(pairs, dtype=np.float64).rank()
     if len(pairs) < FEWEST or (ranks.nunique() < 2).any():
-        return {"rank": None, "runs": len(pairs)}
-    return {"rank": rounded(float(np.corrcoef(ranks.to_numpy().T)[0, 1]), 3), "runs": len(pairs)}
+        return None
+    return float(np.corrcoef(ranks.to_numpy().T)[0, 1])

@@ -99,12 +99,17 @@ def _best(source: ReportInput, wanted: Sequence[dict[str, Any]]) -> list[dict[st
 
 
 def _shown_groups(source: ReportInput) -> list[list[Run]]:
-    """Return groups by budget, then protocol and kind; without bounds, and without open ones that have a closed one."""
+    """Return groups by trace and prefill, then budget and kind; no bounds, and no open one that has a closed one."""
     groups = [group for group in source.groups.values() if group[0].kind != "bound"]
     closed = {_apart_from_loop(group[0]) for group in groups if group[0].protocol[1] == "closed"}
     shown = [group for group in groups if group[0].protocol[1] != "open" or _apart_from_loop(group[0]) not in closed]
     kinds = list(KINDS)
-    return sorted(shown, key=lambda group: (group[0].budget_keys or 0, group[0].protocol, kinds.index(group[0].kind)))
+
+    def place(group: Sequence[Run]) -> tuple[Any, ...]:
+        identity, loop, prefill = group[0].protocol
+        return identity, prefill, group[0].budget_keys, loop, kinds.index(group[0].kind), group[0].phase
+
+    return sorted(shown, key=place)
 
 
 def _apart_from_loop(run: Run) -> tuple[str, ...]:
