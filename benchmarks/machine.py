@@ -9,7 +9,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it; read when torch is loaded
 
-import torch  # noqa: E402
+import torch
 
 
 def machine() -> dict[str, Any]:

@@ -38,7 +38,7 @@ from kvscope.trace.reader import Trace
 DATA = Path(__file__).parents[1] / "tests" / "data" / "demo_heldout.json"
 BUDGETS = "10%,20%,40%,80%"
 OUTCOMES = ("perplexity", "perplexity_full", "perplexity_ratio", "token_kl", "top1_agreement")
-SHOWN = ("retained_mass", "ideal_cosine", "read_keys", "held_keys")
+SHOWN = ("retained_mass", "late_mass_retained", "output_error", "ideal_cosine", "read_keys", "held_keys")
 
 
 def main() -> None:
@@ -85,18 +85,14 @@ def halves(passages: Sequence[str]) -> list[tuple[str, str]]:
 def record(folder: Path, name: str, parts: Sequence[tuple[str, str]]) -> Trace:
     """Return a trace of prompts and their forced continuations."""
     prompts = folder / f"{name}.jsonl"
-    prompts.write_text(
-        "".join(json.dumps({"prompt": prompt, "continuation": after}) + "\n" for prompt, after in parts)
-    )
+    prompts.write_text("".join(json.dumps({"prompt": prompt, "continuation": after}) + "\n" for prompt, after in parts))
     return kvscope.trace("demo", [prompts], output=folder / name, store="maps+vectors")
 
 
 def replayed(trace: Trace, prefill: Any, folder: Path, names: Sequence[str] | None) -> Replay:
     """Return every policy that this prefill allows, at all budgets, in both loops."""
     closed = ClosedLoopOptions()
-    chosen, left = able(
-        trace, parse_policies(names or POLICIES.names()), parse_budgets(BUDGETS), prefill, closed
-    )
+    chosen, left = able(trace, parse_policies(names or POLICIES.names()), parse_budgets(BUDGETS), prefill, closed)
     for why in left.values():
         print("left out:", why)
     print(f"{trace.name}, {prefill}: {len(chosen)} policies", flush=True)

@@ -30,9 +30,11 @@ MAY_IMPORT = {
     "policies": BASE | {"registry"},
     "metrics": BASE | {"registry"},
     "model": BASE | {"registry", "trace"},
-    "replay": BASE | {"budget", "metrics", "policies", "results", "trace"},
+    "gate": BASE | {"model", "registry", "trace"},
+    "replay": BASE | {"budget", "gate", "metrics", "policies", "results", "trace"},
     "report": BASE | {"registry", "results", "trace"},
-    "cli": BASE | {"budget", "metrics", "model", "policies", "registry", "replay", "report", "results", "trace"},
+    "cli": BASE
+    | {"budget", "gate", "metrics", "model", "policies", "registry", "replay", "report", "results", "trace"},
 }
 
 # Library -> the only rooms that may import it.
@@ -43,11 +45,11 @@ ONLY_IN = {
     "transformers": {"model"},
     "tokenizers": {"model"},
     "accelerate": {"model"},
-    "torch": {"cli", "metrics", "model", "policies", "replay"},
+    "torch": {"cli", "gate", "metrics", "model", "policies", "replay"},
 }
 
 # Files that may import what the rest of their room may not: the closed loop runs inside the model's attention.
-_CLOSED = ("closed_loop", "compaction", "decoding", "perplexity", "survey", "text", "trace_loop", "verify")
+_CLOSED = ("closed_loop", "compaction", "decoding", "gates", "perplexity", "survey", "text", "trace_loop", "verify")
 MORE = {f"replay/{name}.py": {"model"} for name in _CLOSED}
 
 HEAVY = ("torch", "plotly", "transformers", "pandas", "pyarrow", "numpy")

@@ -174,6 +174,8 @@ def _commands(text: str) -> Iterator[str]:
         if len(words) < 2 or words[0] != "kvscope":
             continue
         command = known.get(words[1])
+        if len(words) > 2 and hasattr(command, "commands"):
+            command = command.commands.get(words[2])
         if command is None:
             yield f"{line!r}: there is no command {words[1]}"
             continue

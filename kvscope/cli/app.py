@@ -20,6 +20,7 @@ from kvscope.cli import (
     demo,
     diff,
     export,
+    gate,
     import_,
     info,
     perplexity,
@@ -76,6 +77,7 @@ app.command("compare")(compare.compare)
 app.command("export")(export.export)
 app.command("info")(info.info)
 app.command("policies")(policies.policies)
+app.add_typer(gate.app, name="gate")
 app.command("import")(import_.import_maps)
 app.command("demo")(demo.demo)
 

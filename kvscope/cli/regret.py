@@ -43,13 +43,12 @@ def regret(
     """
     from kvscope.cli import console, places
     from kvscope.cli.runs import chosen, title, trace_of
+    from kvscope.replay.regrets import regrets
     from kvscope.results.store import open_replay
 
     opened = open_replay(places.find_replay(replay, quiet=quiet))
     runs = chosen(opened, policy, budget)
     source = trace_of(opened, trace)
-    with console.working("loading torch", quiet=quiet):
-        from kvscope.replay.regrets import regrets
     tokens = sum(sequence.length for sequence in source.sequences)
     with console.bar("reading", tokens, "tokens", quiet=quiet) as update:
         numbers = [run["run"] for run in runs]

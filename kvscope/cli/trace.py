@@ -67,7 +67,7 @@ def trace(
     hidden: Annotated[
         bool | None,
         typer.Option(
-            "--hidden/--no-hidden",
+            "--hidden",
             help="Record layer inputs too, which gates need. Default: for models with a gate beside them, as demo.",
             show_default=False,
         ),

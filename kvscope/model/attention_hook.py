@@ -230,9 +230,7 @@ def _noting(inputs: dict[int, Tensor]) -> Callable[[nn.Module, tuple[Any, ...], 
     return note
 
 
-def _interface(
-    kernel: str, answer: Answer, inputs: dict[int, Tensor]
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _interface(kernel: str, answer: Answer, inputs: dict[int, Tensor]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def answered(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:

@@ -27,6 +27,7 @@ from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.schema import MAPS, STORES, TraceHeader, estimate_bytes
 from kvscope.trace.writer import TraceWriter, free_bytes, require_space
 
+GATE = "gate.safetensors"  # file beside a model whose gates need its layer inputs
 LOGIT_BLOCK = 256  # positions whose logits are normalised at a time
 Score = tuple[NDArray[Any], NDArray[Any]]  # log-probability and entropy of some tokens
 
@@ -89,6 +90,7 @@ def trace(
     query_block: int = 128,
     prefill_chunk: int | None = None,
     store: str = MAPS,
+    hidden: bool | None = None,
     force: bool = False,
     command: str | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -124,6 +126,9 @@ def trace(
         ``maps``; ``maps+vectors``: also the queries, keys and values of every token, exactly (`Trace.states`); or
         ``qkv``: these alone, which grow with the length and not with its square, and from which the trace recomputes
         the rest when it is read.
+    hidden : bool, optional
+        Whether to record layer inputs too, from which gates decide; by default where a gate lies beside the model, as
+        it does beside ``demo``.
     force : bool
         Whether to replace an existing trace.
     progress, announce : callable, optional
@@ -154,19 +159,31 @@ def trace(
     require_registry(loaded.model)
     made = [encode(loaded, *text, chat=chat, max_new_tokens=max_new_tokens) for text in texts]
     chosen = _layers(loaded, layers)
+    hidden = (Path(loaded.source) / GATE).is_file() if hidden is None else hidden
     path = Path("traces") / f"{Path(texts[0][0]).stem}-{Path(model).name}" if output is None else Path(output)
     with torch.inference_mode(), _memory(model):
         facts = self_check(loaded.model, torch.tensor([made[0].ids], device=loaded.device))
         chunk = chunk_size(loaded, facts, max(len(p.ids) + len(p.forced or []) for p in made), prefill_chunk)
         known = header(
-            loaded, facts, chosen, made, sampling, store=store, seed=seed, command=command, prefill_chunk=chunk
+            loaded,
+            facts,
+            chosen,
+            made,
+            sampling,
+            store=store,
+            hidden=hidden,
+            seed=seed,
+            command=command,
+            prefill_chunk=chunk,
         )
-        plan = _plan(path, known, [len(p.ids) + (max_new_tokens if p.forced is None else len(p.forced)) for p in made])
+        lengths = [len(p.ids) + (max_new_tokens if p.forced is None else len(p.forced)) for p in made]
+        plan = _plan(path, known, lengths, loaded.text_config.hidden_size)
         if announce is not None:
             announce(plan)
         require_space(path, plan.bytes)
         with TraceWriter(path, known, force=force) as writer:
-            run = _Run(loaded, writer, Recorder(writer, chosen, query_block, store=store), plan, progress)
+            recorder = Recorder(writer, chosen, query_block, store=store, hidden=hidden)
+            run = _Run(loaded, writer, recorder, plan, progress)
             writer.finish(
                 [run.sequence(n, prompt, max_new_tokens, sampling.chooser(seed + n)) for n, prompt in enumerate(made)]
             )
@@ -264,7 +281,8 @@ def _scores(logits: Tensor, ids: Tensor) -> list[Score]:
     return parts
 
 
-def _plan(path: Path, known: TraceHeader, lengths: list[int]) -> Plan:
+def _plan(path: Path, known: TraceHeader, lengths: list[int], hidden: int) -> Plan:
+    inputs = ("hidden",) if "hidden" in known.stored else ()
     sizes = {
         store: estimate_bytes(
             layers=len(known.layers),
@@ -272,7 +290,8 @@ def _plan(path: Path, known: TraceHeader, lengths: list[int]) -> Plan:
             kv_heads=known.kv_heads,
             head_dim=known.head_dim,
             lengths=lengths,
-            stored=stored,
+            stored=(*stored, *inputs),
+            hidden=hidden,
             number_bytes=2 if known.model["dtype"] in ("float16", "bfloat16") else 4,
         )
         for store, stored in STORES.items()

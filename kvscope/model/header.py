@@ -13,6 +13,7 @@ from typing import Any
 from kvscope.errors import ModelError
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
+from kvscope.model.sample import sample
 from kvscope.model.sampling import Sampling
 from kvscope.model.selfcheck import Facts
 from kvscope.trace.schema import STORES, TraceHeader
@@ -32,7 +33,7 @@ def header(
     prompts, sampling
         What it reads, and how it goes on.
     **given
-        ``store``; and fields of the header as they are: ``seed``, ``command``, ``prefill_chunk``.
+        ``store`` and ``hidden``; and fields of the header as they are: ``seed``, ``command``, ``prefill_chunk``.
 
     Raises
     ------
@@ -45,12 +46,13 @@ def header(
             f"layers {missing} of {loaded.name} have no attention",
             f"Record the others: --layers {','.join(map(str, facts.windows))}",
         )
-    stored = list(STORES[given.pop("store")])
+    hidden = bool(given.pop("hidden"))
+    stored = [*STORES[given.pop("store")], *(["hidden"] if hidden else [])]
     windows = [facts.windows[layer] for layer in layers]
     return TraceHeader(
         source="model",
         protocol="forced" if all(prompt.forced is not None for prompt in prompts) else "generated",
-        model=_model(loaded, facts),
+        model=_model(loaded, facts) | ({"weights": sample(loaded.model)} if hidden else {}),
         layers=layers,
         n_layers=loaded.text_config.num_hidden_layers,
         heads=facts.heads,

@@ -26,6 +26,7 @@ class _Layer:
     seen: int = 0
     directions: Tensor | None = None  # unit keys [G, seen, D], in a buffer that grows by doubling
     queries: list[Tensor] = field(default_factory=list)  # of the steps that wait, [1, H, 1, D] each
+    hidden: list[Tensor] = field(default_factory=list)  # and their inputs, [1, 1, hidden] each
     newest: Call | None = None  # the call of the last of them; its keys are those of all
 
 
@@ -44,12 +45,21 @@ class Recorder:
         Queries whose rows exist at a time; the memory for rows is ``H x query_block x T``.
     store : str
         One of `STORES`: rows and what follows from vectors, or these themselves, or both.
+    hidden : bool
+        Whether to write layer inputs too.
     """
 
     def __init__(
-        self, writer: TraceWriter, layers: Collection[int], query_block: int = 128, *, store: str = MAPS
+        self,
+        writer: TraceWriter,
+        layers: Collection[int],
+        query_block: int = 128,
+        *,
+        store: str = MAPS,
+        hidden: bool = False,
     ) -> None:
         self.writer, self.query_block, self._stored = writer, query_block, frozenset(STORES[store])
+        self._inputs = hidden
         self._wanted = frozenset(layers)
         self._layers: dict[int, _Layer] = {}
         self._sequence = 0
@@ -77,6 +87,7 @@ class Recorder:
         state = self._layers[call.layer]
         if call.query.shape[2] == 1 and call.mask is None and call.sliding_window is None:
             state.queries.append(call.query)
+            state.hidden += [] if call.hidden is None else [call.hidden]
             state.newest = call
             if len(state.queries) >= min(HELD_STEPS, self.query_block):
                 self._flush(state)
@@ -86,8 +97,9 @@ class Recorder:
 
     def _flush(self, state: _Layer) -> None:
         if state.newest is not None:
-            together = replace(state.newest, query=torch.cat(state.queries, 2))
-            state.queries, state.newest = [], None
+            hidden = torch.cat(state.hidden, 1) if state.hidden else None
+            together = replace(state.newest, query=torch.cat(state.queries, 2), hidden=hidden)
+            state.queries, state.hidden, state.newest = [], [], None
             self._write(together, state)
 
     def _write(self, call: Call, state: _Layer) -> None:
@@ -102,6 +114,8 @@ class Recorder:
                 _require_causal(call, start, stop)
             if "vectors:keys" in self._stored:
                 self._write_vectors(call, first, start, stop)
+            if self._inputs:
+                self._write_hidden(call, first, start, stop)
 
     def _write_rows(self, call: Call, first: int, start: int, stop: int) -> None:
         """Write the rows of queries `start` to `stop` - 1 of a call whose first query is position `first`."""
@@ -122,6 +136,14 @@ class Recorder:
         parts = zip(VECTORS, _vectors(call, start, stop), strict=True)
         given = {name: part.cpu().numpy() for name, part in parts}
         self.writer.vectors(call.layer, self._sequence, first + start, **given)
+
+    def _write_hidden(self, call: Call, first: int, start: int, stop: int) -> None:
+        """Write the layer inputs of the same queries, exactly."""
+        if call.hidden is None:
+            raise ModelError(
+                f"layer {call.layer} does not show the input of its attention", "Record the trace without --hidden."
+            )
+        self.writer.hidden(call.layer, self._sequence, first + start, call.hidden[0, start:stop].float().cpu().numpy())
 
     def _signals(self, state: _Layer, key: Tensor, value: Tensor, first: int) -> dict[str, NDArray[Any]]:
         """Return norms ``[G, n]`` of new keys and values, and cosines with all keys so far ``[G, n, first + n]``."""

@@ -55,7 +55,7 @@ class MorphKV(Policy):
             score = self._fused(step, history.rows, score)
         assert step.live is not None
         logits = step.grouped(step.live.double().log(), "sum")  # up to a constant per row, which the shares do not see
-        history.push((logits - logits.amax(-1, keepdim=True)).exp())
+        history.push((logits - logits.amax(-1, keepdim=True)).exp().nan_to_num(0.0))  # a row without mass is zero
         return score
 
     def _fused(self, step: Step, rows: Tensor, score: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from kvscope.replay.plan import Plan
 
 
 def require_gates(plan: Plan, model: Any) -> None:
-    """Raise ModelError unless the gates that a plan asks were trained for this model."""
+    """Raise UsageError unless the gates that a plan asks were trained for this model."""
     if not plan.gates:
         return
     config, weights = model.config.get_text_config(decoder=True), sample(model)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.replay.rescore import require_own
 from kvscope.results.regret import Missing, Regrets, Tokens
 from kvscope.results.stays import read_stays
 from kvscope.results.store import Replay
@@ -45,7 +44,7 @@ def regrets(
     ResultError
         If the trace is another than that of the replay.
     """
-    require_own(replay, trace)
+    replay.require_trace(trace.identity, trace.path)
     chosen = [run for run in replay.info["runs"] if runs is None or run["run"] in runs]
     collected = {run["run"]: Regrets(top) for run in chosen}
     parts = [(sequence, layer) for sequence in trace.sequences for layer in trace.layers]

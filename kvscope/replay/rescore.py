@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvscope.errors import ResultError, UsageError
+from kvscope.errors import UsageError
 from kvscope.metrics import Metric
 from kvscope.replay.engine import Shape
 from kvscope.replay.info import versions
@@ -112,7 +112,7 @@ def rescore(
     ResultError
         If the trace is another than that of the replay; if the output exists, or cannot be written.
     """
-    require_own(replay, trace)
+    replay.require_trace(trace.identity, trace.path)
     wanted, left = measurable(trace, metrics)
     runs = [run for run in replay.info["runs"] if run["loop"] == "open"]
     if not runs:
@@ -135,14 +135,6 @@ def rescore(
             if progress is not None:
                 progress((number + 1) / len(parts))
         return writer.finish(seconds=round(time.monotonic() - started, 3))
-
-
-def require_own(replay: Replay, trace: Trace) -> None:
-    """Raise ResultError unless a replay was made from this trace."""
-    if replay.info["trace"]["identity"] != trace.identity:
-        raise ResultError(
-            f"{replay.path} was not made from {trace.path}", "Name the trace that it was made from with --trace."
-        )
 
 
 def _score(

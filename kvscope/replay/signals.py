@@ -35,11 +35,9 @@ def require(trace: Trace, plan: Plan) -> None:
     Raises
     ------
     UsageError
-        For a signal that no trace holds.
+        For a signal that no trace holds, or a gate of another model.
     TraceError
         If this one does not; the message names the flag that records it.
-    ModelError
-        If a gate belongs to another model.
     """
     for name in plan.gates:
         _require_gate(trace, plan, name)
@@ -94,9 +92,7 @@ def load(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
 
 def _require_gate(trace: Trace, plan: Plan, name: str) -> None:
     if "hidden" not in trace.stored:
-        raise TraceError(
-            f"{plan.policy.label} needs layer inputs, which {trace.path} does not hold", HOW["hidden"]
-        )
+        raise TraceError(f"{plan.policy.label} needs layer inputs, which {trace.path} does not hold", HOW["hidden"])
     header = trace.header
     load_gate(name).require(
         name,

@@ -85,7 +85,8 @@ def heaviest(
     A key that is gone after a step is missed by the queries after that step; -1 where there is none.
     """
     best = [(-1, 0.0)] * len(wanted)
-    for start, rows in _blocks(trace, sequence, layer):
+    first = min((gone for _, _, gone in wanted), default=0) + 1  # after a full prefill, this leaves out the prompt
+    for start, rows in _blocks(trace, sequence, layer, first):
         for place, (head, key, gone) in enumerate(wanted):
             later = max(gone + 1 - start, 0)
             if later >= rows.shape[1] or key >= rows.shape[2]:
@@ -103,11 +104,11 @@ def _asked(head: Whole, key: Whole, start: Whole, until: Whole, length: int) -> 
     return steps, np.concatenate([head, head]), np.concatenate([key, key])
 
 
-def _blocks(trace: Trace, sequence: int, layer: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield the first step and the rows of the key/value heads, ``[G, b, n]``, block by block."""
+def _blocks(trace: Trace, sequence: int, layer: int, first: int = 0) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield the first step and the rows of the key/value heads, ``[G, b, n]``, block by block from `first` on."""
     length = trace.sequences[sequence].length
     size = max(8, BLOCK // (trace.heads * length))
-    for start in range(0, length, size):
+    for start in range(first, length, size):
         rows = trace.attention(sequence, layer, start, min(start + size, length))  # [H, b, n]
         alone = trace.heads == trace.kv_heads
         yield start, rows if alone else rows.reshape(trace.kv_heads, -1, *rows.shape[1:]).mean(axis=1)

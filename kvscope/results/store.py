@@ -266,6 +266,11 @@ class Replay:
         """The content of ``summary.json``."""
         return load_json(self.path / SUMMARY, SUMMARY_KIND, "summary")
 
+    def require_trace(self, identity: str, path: Path) -> None:
+        """Raise ResultError unless the replay was made from the trace at `path`, which has this identity."""
+        if self.info["trace"]["identity"] != identity:
+            raise ResultError(f"{self.path} was not made from {path}", "Name the trace that it was made from: --trace.")
+
     def residency(self, run: int | None = None, sequence: int | None = None, layer: int | None = None) -> pd.DataFrame:
         """Return stays of keys: the columns of ``residency.parquet``; ``leave`` is a nullable integer."""
         return self._frame("residency", run, sequence, layer).astype({"leave": "Int32"})

@@ -28,6 +28,7 @@ HOW = {
     "key_l2": "Record it again with kvscope trace, or import it with key_l2 or keys.",
     "similarity": "Record it again with kvscope trace, or import it with keys.",
     "queries": "Record it again with kvscope trace, or import it with queries.",
+    "hidden": "Record it again with --hidden.",
     **{
         f"vectors:{name}": f"Record it again with --store {MAPS_AND_VECTORS} or {QKV}, or import it with {name}."
         for name in VECTORS
@@ -200,6 +201,13 @@ class Trace:
         flat = inside[which].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         heads = self.heads if which == "queries" else self.kv_heads
         return np.ascontiguousarray(flat.reshape(stop - start, heads, -1).transpose(1, 0, 2))
+
+    def hidden(self, sequence: int, layer: int) -> Floats:
+        """Return the inputs of a layer's attention, float32 ``[T, hidden]``."""
+        self._require("hidden")
+        table = self._read(layer_file("hidden", layer), sequence, ["hidden"])
+        flat = table["hidden"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return np.array(flat.reshape(self.sequences[sequence].length, -1), np.float32)
 
     def tokens(self, sequence: int | None = None) -> pd.DataFrame:
         """Return the tokens of one sequence or of all: the columns of ``tokens.parquet``."""

@@ -18,12 +18,13 @@ from kvscope.errors import TraceError
 
 KIND = "kvscope-trace"
 HEADER = "trace.json"
-MEMBERS = r"trace\.json|tokens\.parquet|(attention|keys|queries|states)/layer=\d+\.parquet"  # and nothing else
-SCHEMA_VERSION = 2
+MEMBERS = r"trace\.json|tokens\.parquet|(attention|keys|queries|states|hidden)/layer=\d+\.parquet"  # and nothing else
+SCHEMA_VERSION = 3
 OLDEST_VERSION = 1  # that can still be read
 HISTORY = {
     1: "first version: store maps (attention rows, norms, similarities, mean queries)",
     2: "store qkv: vectors alone, from which rows are recomputed as `attention` in `trace.json` says; `prefill_chunk`",
+    3: "layer inputs in `hidden`; with them a few of the model's weights in `trace.json`, by which it is known again",
 }
 
 
@@ -106,6 +107,14 @@ STATES = pa.schema(
         ),
     ]
 )
+HIDDEN = pa.schema(
+    [
+        _column("sequence", pa.int32(), "number of the sequence"),
+        _column("layer", pa.int32(), "layer of the model"),
+        _column("position", pa.int32(), "position of the token"),
+        _column("hidden", _list(pa.float32()), "input of the layer's attention, exactly"),
+    ]
+)
 Which = Literal["queries", "keys", "values"]
 VECTORS: tuple[Which, ...] = ("queries", "keys", "values")
 MAPS, MAPS_AND_VECTORS, QKV = "maps", "maps+vectors", "qkv"
@@ -128,6 +137,7 @@ FILES = {
     "keys/layer=NNN.parquet": ("one key of one key/value head", KEYS),
     "queries/layer=NNN.parquet": ("one query of one layer", QUERIES),
     "states/layer=NNN.parquet": ("one token of one layer (stores maps+vectors and qkv, or imported vectors)", STATES),
+    "hidden/layer=NNN.parquet": ("one token of one layer (recorded with `--hidden`)", HIDDEN),
 }
 
 
@@ -172,7 +182,7 @@ class TraceHeader:
     protocol : str
         ``generated``, ``forced`` (the continuation was given) or ``import``.
     model : dict
-        ``id``, ``revision``, ``config``, ``dtype``, ``attention``.
+        ``id``, ``revision``, ``config``, ``dtype``, ``attention``; ``weights``, a sample of them, beside `hidden`.
     layers : list of int
         Recorded layers; `layer_types` (``full`` or ``sliding``) and `sliding_window` (keys, or None) go with them.
     n_layers, heads, kv_heads, head_dim : int
@@ -182,7 +192,8 @@ class TraceHeader:
     softcap : float or None
         Cap of the attention logits.
     stored : list of str
-        Signals: ``maps``, ``value_l1``, ``value_l2``, ``key_l2``, ``similarity``, ``queries``, ``vectors:keys``, ...
+        Signals: ``maps``, ``value_l1``, ``value_l2``, ``key_l2``, ``similarity``, ``queries``, ``vectors:keys``, ...,
+        ``hidden``.
     attention : list of LayerAttention
         Store ``qkv``: of each recorded layer, in the order of `layers`. Empty where rows are stored.
     prefill_chunk : int or None
@@ -309,6 +320,7 @@ def estimate_bytes(
     lengths: Sequence[int],
     stored: Collection[str] = STORES[MAPS],
     number_bytes: float = 4,
+    hidden: int = 0,
 ) -> int:
     """Return about how many bytes a trace of these sizes takes on disk.
 
@@ -318,6 +330,8 @@ def estimate_bytes(
         Its signals, as in the header.
     number_bytes : float
         Of one number of a stored vector: about 2 where the model's dtype has 16 bits.
+    hidden : int
+        Numbers of a layer's input, where these are stored.
     """
     vectors = [name for name in VECTORS if f"vectors:{name}" in stored]
     numbers = sum(head_dim * (heads if name == "queries" else kv_heads) for name in vectors)
@@ -329,6 +343,7 @@ def estimate_bytes(
         total += layers * kv_heads * (28 * length + (2 * pairs if "similarity" in stored else 0)) if norms else 0
         total += layers * length * (4 * head_dim + 12) if "queries" in stored else 0
         total += layers * length * (number_bytes * numbers + 12) if vectors else 0
+        total += layers * length * (number_bytes * hidden + 12) if "hidden" in stored else 0
         total += 32 * length
     return int(total) + 4096 * (1 + 3 * layers)
 

@@ -22,6 +22,7 @@ from kvscope.folder import OutputFolder, checksum
 from kvscope.trace.schema import (
     ATTENTION,
     HEADER,
+    HIDDEN,
     KEYS,
     KIND,
     MEMBERS,
@@ -42,7 +43,7 @@ ROW_GROUP_ROWS = 32
 COMPRESSION = "lz4"
 # The bytes of a vector's numbers lie together by significance: what 16-bit models leave zero takes no space, and what
 # the numbers have in common little; there zstd takes a tenth to a quarter less than lz4, and writes as fast.
-SPLIT = [f"{name}.list.element" for name in VECTORS]
+SPLIT = {STATES: [f"{name}.list.element" for name in VECTORS], HIDDEN: ["hidden.list.element"]}
 SPLIT_COMPRESSION = "zstd"
 Array = NDArray[Any]
 
@@ -169,14 +170,13 @@ class TraceWriter:
 
     def queries(self, layer: int, sequence: int, first: int, mean_query: Array) -> None:
         """Write mean queries ``[n, D]`` from position `first` on."""
-        count, size = mean_query.shape
-        columns = {
-            "sequence": np.full(count, sequence, np.int32),
-            "layer": np.full(count, layer, np.int32),
-            "position": np.arange(first, first + count, dtype=np.int32),
-            "mean_query": (mean_query.astype(np.float32).ravel(), np.full(count, size)),
-        }
-        self._add(layer_file("queries", layer), QUERIES, columns)
+        self._per_token("queries", QUERIES, layer, sequence, first, "mean_query", mean_query)
+
+    def hidden(self, layer: int, sequence: int, first: int, inputs: Array) -> None:
+        """Write layer inputs ``[n, hidden]`` from position `first` on; raises TraceError as `vectors` does."""
+        if not np.isfinite(inputs).all():
+            raise _not_finite(layer, first, len(inputs), "layer inputs")
+        self._per_token("hidden", HIDDEN, layer, sequence, first, "hidden", inputs)
 
     def vectors(self, layer: int, sequence: int, first: int, **given: Array) -> None:
         """Write ``queries``, ``keys``, ``values`` from position `first` on, each ``[heads, n, D]``, or some of them.
@@ -195,10 +195,7 @@ class TraceWriter:
         for name in VECTORS:
             array = given.get(name)
             if array is not None and not np.isfinite(array).all():
-                raise TraceError(
-                    f"layer {layer}, positions {first} to {first + count - 1}: {name} are not finite",
-                    "They exceed the model's precision: try --dtype float32.",
-                )
+                raise _not_finite(layer, first, count, name)
             flat = np.zeros((count, 0), np.float32) if array is None else array.transpose(1, 0, 2).reshape(count, -1)
             columns[name] = (flat.astype(np.float32).ravel(), np.full(count, flat.shape[1]))
         self._add(layer_file("states", layer), STATES, columns)
@@ -258,6 +255,18 @@ class TraceWriter:
             raise self._folder.unwritable(error) from error
         return self.path
 
+    def _per_token(
+        self, kind: str, schema: pa.Schema, layer: int, sequence: int, first: int, name: str, values: Array
+    ) -> None:
+        count, size = values.shape
+        columns = {
+            "sequence": np.full(count, sequence, np.int32),
+            "layer": np.full(count, layer, np.int32),
+            "position": np.arange(first, first + count, dtype=np.int32),
+            name: (values.astype(np.float32).ravel(), np.full(count, size)),
+        }
+        self._add(layer_file(kind, layer), schema, columns)
+
     def _add(self, name: str, schema: pa.Schema, columns: dict[str, Any]) -> None:
         try:
             if name not in self._files:
@@ -292,10 +301,10 @@ class _File:
         self._writer = pq.ParquetWriter(
             self._sink,
             schema,
-            compression=SPLIT_COMPRESSION if schema is STATES else COMPRESSION,
+            compression=SPLIT_COMPRESSION if schema in SPLIT else COMPRESSION,
             use_dictionary=["text"],
             write_statistics=[column.name for column in schema if not pa.types.is_list(column.type)],
-            use_byte_stream_split=SPLIT if schema is STATES else False,
+            use_byte_stream_split=SPLIT.get(schema, False),
         )
         self._pending: list[dict[str, Any]] = []
         self._values = self._waiting = self._reached = 0
@@ -341,6 +350,13 @@ class _File:
         self._pending, self._values, self._waiting = [], 0, 0
         self._writer.write_table(table, row_group_size=rows)
         self._reached = self._sink.tell()
+
+
+def _not_finite(layer: int, first: int, count: int, what: str) -> TraceError:
+    return TraceError(
+        f"layer {layer}, positions {first} to {first + count - 1}: {what} are not finite",
+        "They exceed the model's precision: try --dtype float32.",
+    )
 
 
 def _lower(rows: Array, shortest: int) -> Array:

@@ -8,9 +8,12 @@ import pytest
 
 from kvscope.cli.regret import in_context
 from kvscope.metrics import METRICS
+from kvscope.trace.reader import open_trace
 from tests.cli.conftest import Run
 
 ROOT = Path(__file__).parent.parent.parent
+(SEQUENCE,) = open_trace(ROOT / "traces" / "example").sequences
+LAST = SEQUENCE.length - 1
 
 
 @pytest.fixture
@@ -85,9 +88,9 @@ def test_spans_of_one_run_layer_by_layer(run: Run, example: None) -> None:
     (only,) = found["runs"]
     assert [span["name"] for span in only["spans"]] == ["fact", "fact-2", "q"]
     fact, _, question = (span["layers"][0] for span in only["spans"])
-    assert [each["step"] for each in fact["at"]] == [90, 114]
+    assert [each["step"] for each in fact["at"]] == [SEQUENCE.prompt - 1, LAST]
     assert fact["at"][0]["held"] == 0, "a window of a fifth has lost the beginning"
-    assert fact["half_gone"] == 90 and question["half_gone"] > 91
+    assert fact["half_gone"] == SEQUENCE.prompt - 1 and question["half_gone"] > SEQUENCE.prompt
     assert [layer["layer"] for layer in only["spans"][0]["layers"]] == ["all", 0, 1, 2, 3]
 
 
@@ -104,8 +107,8 @@ def test_spans_of_several_runs_at_chosen_steps(run: Run, example: None) -> None:
         (["spans", "two"], "no span", "--span"),
         (["spans", "two", "--span", "5:9"], "no name", "NAME=120:140"),
         (["spans", "two", "--span", "a=text:nowhere"], "does not stand", "positions"),
-        (["spans", "two", "--span", "a=0:900"], "no range of 115 tokens", "START:STOP"),
-        (["spans", "two", "--span", "a=0:9", "--at", "900"], "no step 900", "114"),
+        (["spans", "two", "--span", "a=0:900"], f"no range of {SEQUENCE.length} tokens", "START:STOP"),
+        (["spans", "two", "--span", "a=0:9", "--at", "900"], "no step 900", str(LAST)),
         (["spans", "two", "--span", "a=0:9", "--sequence", "3"], "no sequence 3", "has 1"),
         (["spans", "two", "--span", "a=0:9", "-p", "h2o"], "no policy 'h2o'", "tova"),
         (["regret", "two", "-b", "30%"], "no such run at 30%", "20%, 40%"),

@@ -22,7 +22,7 @@ def model(tmp_path: Path) -> Path:
 def test_replay_with_perplexity(run: Run, model: Path) -> None:
     Path("p.txt").write_text(" ".join(WORDS.split()[:24]))
     assert run("trace", "--model", model, "p.txt", "--max-new-tokens", "12", "-o", "t", "-q").status == 0
-    done = run("replay", "-p", "h2o", "-p", "tova", "-b", "6,100%", "--perplexity", "-o", "r", "--json")
+    done = run("replay", "-p", "h2o", "-p", "tova", "-b", "6,36", "--perplexity", "-o", "r", "--json")
     assert done.status == 0, done.err
     rows = {row["run"]: row for row in json.loads(done.out)["runs"]}
     assert [row["loop"] for row in rows.values()] == ["open"] * 4 + ["closed"] * 4
@@ -36,7 +36,7 @@ def test_replay_with_perplexity(run: Run, model: Path) -> None:
             metrics["perplexity"]["mean"] / metrics["perplexity_full"]["mean"]
         )
         assert 0 < row["gap"]["held_overlap"] <= 1
-    whole = [row for row in rows.values() if row["loop"] == "closed" and row["budget"] == "100%"]
+    whole = [row for row in rows.values() if row["loop"] == "closed" and row["budget"] == "36"]
     assert [row["gap"]["held_overlap"] for row in whole] == [1, 1]
     replay = open_replay("reports/r", verify=True)
     tokens = replay.tokens(run=4)

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvscope.policies.base import Policy
 from kvscope.replay.bounds import schedules
 from kvscope.replay.engine import Scan, Shape
-from kvscope.replay.plan import Plan
+from kvscope.replay.plan import GATE, Plan
 from kvscope.replay.signals import ROWS
 
 
@@ -68,6 +68,7 @@ def signals(plan: Plan, layers: int, heads: int, kv_heads: int, length: int, see
         **dict.fromkeys(("keys", "values"), (layers, kv_heads, SIZE)),
         "queries": (layers, heads, SIZE),
         "mean_query": (layers, SIZE),
+        **{GATE + name: (layers, kv_heads) for name in plan.gates},
     }
     result = {}
     for index, name in enumerate(sorted(plan.needs - ROWS)):
@@ -77,6 +78,8 @@ def signals(plan: Plan, layers: int, heads: int, kv_heads: int, length: int, see
             result[name] = drawn.abs().permute(1, 2, 0) + 0.5
         elif name == "mean_query":
             result[name] = drawn.permute(1, 0, 2)
+        elif name.startswith(GATE):
+            result[name] = torch.tanh(drawn).permute(1, 2, 0) / 2  # as far from a threshold of a half as gates can be
         else:
             result[name] = drawn.permute(1, 2, 0, 3)
     return result

@@ -70,7 +70,8 @@ def test_with_learned_sinks_and_sliding_windows(name: str, tmp_path: Path) -> No
     source = record(str(saved(tmp_path / name, name)), prompts, output=tmp_path / "t", max_new_tokens=12, store="qkv")
     assert source.header.learned_sinks == (name == "gpt_oss")
     assert any(window is not None for window in source.header.sliding_window)
-    made = replay(source, ["h2o", "tova", "quest:page_size=2,fewest_pages=1", "full"], "30%", output=tmp_path / "r", prefill="full")
+    policies = ["h2o", "tova", "quest:page_size=2,fewest_pages=1", "full"]
+    made = replay(source, policies, "30%", output=tmp_path / "r")
     same(made, rescore(made, source, output=tmp_path / "s"))
 
 
@@ -119,12 +120,16 @@ def test_another_trace_is_refused(small: Trace, example: Trace, tmp_path: Path) 
 def test_runs_of_a_closed_loop_are_left_out(tmp_path: Path) -> None:
     prompt = tmp_path / "p.txt"
     prompt.write_text("The captain looked at the sea. Note: Clara holds 583. What holds Clara?")
-    source = record("demo", [prompt], output=tmp_path / "t", max_new_tokens=4)
+    source = record("demo", [prompt], output=tmp_path / "t", max_new_tokens=4, store="qkv")
     made = replay(source, ["window"], "40%", output=tmp_path / "r", closed=ClosedLoopOptions())
     assert [run["loop"] for run in made.info["runs"]] == ["open", "closed"]
     again = rescore(made, source, output=tmp_path / "s")
     assert [run["loop"] for run in again.info["runs"]] == ["open"]
     kept = sorted_fidelity(made)
+    first = kept[kept["layer"] == 0]
+    one, other = (first[first["run"] == run].drop(columns="run").reset_index(drop=True) for run in (0, 1))
+    assert (one["output_error"] > 0.1).any()
+    pd.testing.assert_frame_equal(one, other, rtol=0, atol=1e-4)  # nothing before the first layer has been evicted
     expected = kept[kept["run"] == 0].reset_index(drop=True)
     assert np.isfinite(expected["retained_mass"]).all()
     pd.testing.assert_frame_equal(sorted_fidelity(again), expected, rtol=0, atol=1e-6)

@@ -37,11 +37,15 @@ def specs() -> list[str]:
     """Return every registered policy that holds less than everything, in a form that fits."""
     found = []
     for name in POLICIES.names():
+        if name == "attention-gate":
+            continue  # needs a gate of the model: tests/gate/test_loops.py
         spec = SMALL.get(name, name)
         plan = Plan.published(parse_policy(spec))
         try:
             require_closed(plan)
             _require_decodable(plan)
+            if name == "attention-gate":  # its gate belongs to one model; tests/gate decodes with one of its own
+                continue
         except UsageError:
             continue
         found.append(spec)

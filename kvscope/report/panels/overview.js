@@ -41,7 +41,7 @@ kvscope.drawing("overview", (box, data, page) => {
       const first = last !== `${run.budget} ${run.loop} ${run.prefill} ${run.replay}`;
       last = `${run.budget} ${run.loop} ${run.prefill} ${run.replay}`;
       return element("tr", { class: first ? "starts" : null },
-        element("th", { scope: "row", class: "budget" }, first ? [budgetText(run), several ? element("small", { class: "below" }, element("bdi", {}, run.replay)) : null, apart.length ? element("div", {}, chips(protocol(run, apart))) : null] : ""),
+        element("th", { scope: "row", class: "budget" }, first ? [budgetText(run), several ? element("small", { class: "below" }, element("bdi", {}, run.replay)) : null, apart.length ? element("div", {}, chips(protocol(run, apart))) : null] : element("span", { class: "unseen" }, run.budget)),
         element("td", {}, kindChip(run.kind), element("small", {}, line.of > 1 ? ` best of ${line.of}` : " the only one")),
         shown.map((name) => element("td", { class: "winner" }, winner(line.best[name]))),
         ideal ? element("td", { class: "number spare" }, line.ideal === null ? "–" : line.ideal.toFixed(3)) : null,

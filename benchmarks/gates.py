@@ -1,0 +1,196 @@
+"""What gates cost on held-out text and in recall, beside policies that hold as many keys on average.
+
+``python benchmarks/gates.py GATE... [--questions 10] [--output benchmarks/results/gates.json]``
+
+The bundled model reads passages of books that it never saw, with eviction from the first token on (``stream``), and
+episodes in which a fact is stated and asked for 64 to 512 tokens later, of which the prompt up to the question is read
+with the full cache and cut then (``full``). A gate decides how many keys it keeps; each other policy gets the budget at
+which it holds as many, on average over the steps, layers and heads. An answer is right if every token of it is the
+model's first choice. Intervals are 95 %, over passages and over questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import machine
+from numpy.typing import NDArray
+
+from kvscope.budget import Budget, Prefill
+from kvscope.gate.module import load_gate
+from kvscope.metrics import METRICS
+from kvscope.model.loading import Loaded, load
+from kvscope.policies.spec import parse_policy
+from kvscope.replay.group import Run
+from kvscope.replay.perplexity import Passage, evaluate
+from kvscope.replay.plan import Plan
+from kvscope.results.statistics import interval, paired
+from kvscope.trace.reader import Sequence as TraceSequence
+
+DATA = Path(__file__).parents[1] / "tests" / "data" / "demo_heldout.json"
+Spec = tuple[str, int | None]  # a policy, and its budget in thousandths
+OTHERS = ("h2o", "streaming-llm", "tova", "a2sf")
+Array = NDArray[np.float64]
+
+
+class Kept:
+    """A sink that keeps losses, right answers and held keys, by run and sequence."""
+
+    def __init__(self) -> None:
+        self.tokens_of: dict[tuple[int, int], Mapping[str, NDArray[Any]]] = {}
+        self.held: dict[tuple[int, int], list[float]] = defaultdict(list)  # of each layer
+
+    def residency(self, *_: Any, **__: Any) -> None:
+        """Take nothing of it."""
+
+    def fidelity(self, run: int, sequence: int, layer: int, steps: Any, values: Mapping[str, NDArray[Any]]) -> None:
+        """Keep the mean of the keys held in a layer."""
+        self.held[run, sequence].append(float(np.nanmean(values["held_keys"])))
+
+    def tokens(self, run: int, sequence: int, position: Any, values: Mapping[str, NDArray[Any]]) -> None:
+        """Keep what became of the tokens."""
+        self.tokens_of[run, sequence] = values
+
+    def mean(self, run: int, name: str) -> Array:
+        """Return the mean of a value over the tokens of each sequence."""
+        return np.array([float(values[name].mean()) for (own, _), values in self.tokens_of.items() if own == run])
+
+    def right(self, run: int) -> Array:
+        """Return for each sequence whether all of its tokens were the first choice."""
+        return np.array([float(values["top1_correct"].all()) for (r, _), values in self.tokens_of.items() if r == run])
+
+    def held_keys(self, run: int) -> float:
+        """Return the keys held, mean over sequences and layers."""
+        return float(np.mean([layers for (own, _), layers in self.held.items() if own == run]))
+
+
+def main() -> None:
+    """Measure, print, and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gates", nargs="+")
+    parser.add_argument("--questions", type=int, default=10, help="per distance")
+    parser.add_argument("--passages", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gates.json"))
+    args = parser.parse_args()
+    data, loaded = json.loads(DATA.read_text()), load("demo")
+    passages = [passage(loaded, n, text, "") for n, text in enumerate(data["passages"][: args.passages])]
+    asked = [one for d in (64, 128, 256, 512) for one in of_distance(data["recall"], d)[: args.questions]]
+    questions = [passage(loaded, n, one["prompt"], one["value"]) for n, one in enumerate(asked)]
+    figures: dict[str, Any] = {"machine": machine(), "model": "demo", "questions": len(asked), "gates": []}
+    for name in args.gates:
+        facts = load_gate(name).facts
+        entry: dict[str, Any] = {"gate": Path(name).name, "form": facts.form, "training": facts.provenance}
+        if facts.form == "causal":
+            entry["text"] = text_rows(loaded, passages, name)
+        entry["recall"] = recall_rows(loaded, questions, name, [one["distance"] for one in asked])
+        figures["gates"].append(entry)
+        print(json.dumps({key: entry[key] for key in ("gate", "text", "recall") if key in entry}, indent=1), flush=True)
+    args.output.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def of_distance(questions: Sequence[Mapping[str, Any]], distance: int) -> list[Mapping[str, Any]]:
+    """Return the questions of one distance."""
+    return [one for one in questions if one["distance"] == distance]
+
+
+def passage(loaded: Loaded, number: int, prompt: str, value: str) -> Passage:
+    """Return a text of which what follows the prompt is scored; a text alone is scored from its second token on."""
+    first, rest = (loaded.tokenizer(text)["input_ids"] if text else [] for text in (prompt, value))
+    return Passage(TraceSequence(number, len(first) if rest else 1, len(first) + len(rest)), torch.tensor(first + rest))
+
+
+def measured(
+    loaded: Loaded, texts: Sequence[Passage], prefill: Prefill, specs: Sequence[tuple[str, int | None]]
+) -> Kept:
+    """Return what became of texts under policies and their budgets in thousandths, closed loop."""
+    runs = [
+        Run(
+            number,
+            Plan.published(parse_policy(spec)),
+            None if share is None else Budget.parse(f"{share / 10}%"),
+            "closed",
+        )
+        for number, (spec, share) in enumerate(specs)
+    ]
+    kept = Kept()
+    evaluate(loaded.model, texts, runs, [METRICS.get("held_keys")], prefill, kept)
+    return kept
+
+
+def rows(loaded: Loaded, texts: Sequence[Passage], prefill: Prefill, gate: str) -> tuple[Kept, list[Spec]]:
+    """Return what became of texts under a gate and under the others, which hold as many keys."""
+    held = measured(loaded, texts, prefill, [(gate, None)]).held_keys(0)
+    steps = [np.arange(p.sequence.prompt if prefill == "full" else 0, p.sequence.length) for p in texts]
+    whole = [p.sequence.prompt if prefill == "full" else p.sequence.length for p in texts]
+
+    def holds(share: int) -> float:
+        """Return the keys that a policy of a budget of so many thousandths holds."""
+        budgets = [max(1, -(-size * share // 1000)) for size in whole]
+        return float(np.mean([np.minimum(own + 1, most).mean() for own, most in zip(steps, budgets, strict=True)]))
+
+    share = min(range(1, 1001), key=lambda share: abs(holds(share) - held))
+    specs: list[Spec] = [(gate, None), *((name, share) for name in OTHERS)]
+    return measured(loaded, texts, prefill, specs), specs
+
+
+def text_rows(loaded: Loaded, passages: Sequence[Passage], gate: str) -> list[dict[str, Any]]:
+    """Return perplexities of passages, and how that of each other policy compares with the gate's."""
+    kept, specs = rows(loaded, passages, "stream", f"attention-gate:gate={gate},decode=true")
+    steps = np.mean([np.arange(1, one.sequence.length + 1).mean() for one in passages])
+    own = kept.mean(0, "nll_policy")
+    found = []
+    for number, (spec, share) in enumerate(specs):
+        cost = kept.mean(number, "nll_policy") - kept.mean(number, "nll_full")
+        low, high = interval(cost)
+        beside = paired(own, kept.mean(number, "nll_policy"))
+        found.append(
+            {
+                "policy": spec.partition(":")[0],
+                "budget": None if share is None else f"{share / 10}%",
+                "held_keys": round(kept.held_keys(number), 1),
+                "keep": round(kept.held_keys(number) / float(steps), 3),
+                "perplexity": round(float(np.exp(kept.mean(number, "nll_policy").mean())), 2),
+                "perplexity_full": round(float(np.exp(kept.mean(number, "nll_full").mean())), 2),
+                "ratio": round(float(np.exp(cost.mean())), 4),
+                "interval": None if low is None or high is None else [round(float(np.exp(x)), 4) for x in (low, high)],
+                "p_against_gate": round(beside.p, 4),
+            }
+        )
+    return found
+
+
+def recall_rows(
+    loaded: Loaded, questions: Sequence[Passage], gate: str, distances: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Return the shares of right answers, in all and by distance, and how others compare with the gate."""
+    kept, specs = rows(loaded, questions, "full", f"attention-gate:gate={gate}")
+    found = []
+    for number, (spec, share) in enumerate(specs):
+        right = kept.right(number)
+        low, high = interval(right)
+        found.append(
+            {
+                "policy": spec.partition(":")[0],
+                "budget": None if share is None else f"{share / 10}%",
+                "held_keys": round(kept.held_keys(number), 1),
+                "keep": round(kept.held_keys(number) / float(np.mean([one.sequence.length for one in questions])), 3),
+                "recall": round(float(right.mean()), 3),
+                "interval": [low, high],
+                "by_distance": {
+                    str(d): round(float(right[np.array(distances) == d].mean()), 3) for d in sorted(set(distances))
+                },
+                "p_against_gate": round(paired(kept.right(0), right).p, 4),
+            }
+        )
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Train the gate of the bundled model: ``python tools/train_demo_gate.py TEXTS -o gate.safetensors``.
+
+It learns from what the model itself was trained on, books and recall episodes, through the loop behind ``kvscope gate
+train``, whose texts are plain files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from demo_data import BOOKS, Sample, Source, read_books
+
+from kvscope.gate.file import Facts
+from kvscope.gate.learn import finish
+from kvscope.gate.module import AttentionGate
+from kvscope.gate.tasks import Reading, Texts
+from kvscope.gate.training import Look, Settings
+from kvscope.model.loading import load
+from kvscope.model.sample import sample
+
+LENGTHS = [256, 256, 256, 512]
+TOKENS = 2048  # of a step
+EPISODES = 0.4  # share of sequences in which facts are asked for
+JUDGED = 4  # batches of held-out sequences
+
+
+def texts(source: Source, seed: list[int], length: int) -> Texts:
+    """Return sequences that depend on the seed alone."""
+    source.random = random.Random(str(seed))
+    source.numpy = np.random.default_rng(seed)
+    samples: list[Sample] = [
+        source.episode(length) if source.random.random() < EPISODES else source.book(length)
+        for _ in range(TOKENS // length)
+    ]
+    ids, weights = (torch.tensor([getattr(one, name) for one in samples]) for name in ("ids", "weights"))
+    return Texts(ids, weights, source.random.randint(length // 4, length * 3 // 4))
+
+
+def main() -> None:
+    """Parse the command line, train, and write the gate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, help="folder with the books, one .txt each")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--target-keep", type=float, default=0.5)
+    parser.add_argument("--eviction-loss", choices=["one-sided", "absolute", "square"], default="square")
+    parser.add_argument("--strength", type=float, default=10.0)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rate", type=float, default=0.006)
+    parser.add_argument("--form", choices=["causal", "bidirectional"], default="causal")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    loaded = load("demo")
+    config = loaded.text_config
+    trained, held_out = (Source(loaded.tokenizer.backend_tokenizer, part, args.seed) for part in read_books(args.texts))
+    task = Reading(
+        loaded.model.requires_grad_(False),
+        lambda step: texts(trained, [args.seed, step], LENGTHS[step % len(LENGTHS)]),
+        [texts(held_out, [args.seed, 10**6 + number], 256) for number in range(JUDGED)],
+    )
+    torch.manual_seed(args.seed)
+    facts = Facts(
+        model="demo",
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        kv_heads=config.num_key_value_heads,
+        form=args.form,
+    )
+    settings = Settings(
+        target_keep=args.target_keep,
+        eviction=args.eviction_loss,
+        strength=args.strength,
+        steps=args.steps,
+        rate=args.rate,
+    )
+
+    def told(step: int, look: Look) -> None:
+        if step == look.step:
+            print(look, flush=True)
+
+    gate = AttentionGate(facts, torch.tensor(sample(loaded.model)))
+    about = {"texts": f"first nine tenths of {', '.join(BOOKS)}, and recall episodes", "seed": args.seed}
+    made = finish(gate, task, settings, args.output, about, args.resume, told)
+    print("written:", made.best)
+
+
+if __name__ == "__main__":
+    main()
