@@ -24,7 +24,7 @@ from kvscope.model.sample import sample
 
 LENGTHS = [256, 256, 256, 512]
 TOKENS = 2048  # of a step
-EPISODES = 0.4  # share of sequences in which facts are asked for
+EPISODES = 0.5  # share of sequences in which facts are asked for
 JUDGED = 4  # batches of held-out sequences
 
 
@@ -46,10 +46,10 @@ def main() -> None:
     parser.add_argument("texts", type=Path, help="folder with the books, one .txt each")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--target-keep", type=float, default=0.5)
-    parser.add_argument("--eviction-loss", choices=["one-sided", "absolute", "square"], default="square")
-    parser.add_argument("--strength", type=float, default=10.0)
+    parser.add_argument("--eviction-loss", choices=["one-sided", "absolute", "square"], default="absolute")
+    parser.add_argument("--strength", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rate", type=float, default=0.006)
+    parser.add_argument("--rate", type=float, default=0.003)
     parser.add_argument("--form", choices=["causal", "bidirectional"], default="causal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")

@@ -70,13 +70,14 @@ def diff(
     from kvscope.results.diff import parse_tolerance
 
     allowed = parse_tolerance(tolerance or [])
+    begins = update and base.endswith(".json") and not Path(base).exists()
+    before = Path(base) if begins else places.find_replay(base, quiet=quiet)
     after = places.find_replay(new, quiet=quiet)
     later = load_summary(after)
-    if update and base.endswith(".json") and not Path(base).exists():
-        accept(after, Path(base))
+    if begins:
+        accept(after, before)
         console.note(f"{base} is written: the summary of {after}", quiet=quiet)
         return
-    before = places.find_replay(base, quiet=quiet)
     try:
         found = compare(load_summary(before), later, allowed, decisions=decisions, first=first)
     except ResultError as error:

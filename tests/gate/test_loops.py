@@ -137,7 +137,7 @@ def test_what_a_trace_gives_is_what_the_gate_says(recorded: tuple[Path, Trace]) 
 
 
 def test_a_gate_of_another_model_is_refused(recorded: tuple[Path, Trace], tmp_path: Path) -> None:
-    folder, made = recorded
+    _, made = recorded
     other = written(tmp_path, build("qwen2"))
     with pytest.raises(UsageError, match="the weights of this model are others"):
         replay(made, [f"attention-gate:gate={other}"], output=tmp_path / "r")

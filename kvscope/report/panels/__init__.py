@@ -3,6 +3,7 @@
 from kvscope.report.panels import (
     agreement,
     budget_curve,
+    depth,
     head_map,
     inspector,
     norms,
@@ -20,6 +21,7 @@ from kvscope.report.panels import (
 __all__ = [
     "agreement",
     "budget_curve",
+    "depth",
     "head_map",
     "inspector",
     "norms",

@@ -1,0 +1,57 @@
+"""Keys by depth: what share of the keys each layer keeps, where a policy does not give every layer the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvscope.report.panel import panel
+from kvscope.report.runs import Run
+from kvscope.report.source import ReportInput
+
+HELD = "held_keys"
+
+
+@panel(
+    "depth",
+    title="Keys by depth",
+    order=24,
+    needs=("fidelity",),
+    help="Each line is the share of all keys that a run held in each layer, mean over steps and heads; bars reach from "
+    "the head that holds least to the one that holds most. Learned gates and thresholds decide it themselves; beside "
+    "them are runs with a budget that hold about as many keys in all.",
+)
+def depth(source: ReportInput) -> dict[str, Any] | None:
+    """Return the held share of each layer for runs that share keys out themselves, and for those nearest in size."""
+    free = [run for run in source.runs if _shares_out(run) and run.mean(HELD) is not None]
+    if not free:
+        return None
+    shown = list(dict.fromkeys(each for run in free for each in (run, *_beside(source, run))))[: source.limits.rows]
+    return {"layers": free[0].replay.info["trace"]["layers"], "lines": [_line(source, run) for run in shown]}
+
+
+def _shares_out(run: Run) -> bool:
+    return run.kind == "own size" or run.info.get("allocate", "uniform") != "uniform"
+
+
+def _beside(source: ReportInput, run: Run) -> list[Run]:
+    """Return for every usual policy the run of the same protocol that holds about as many keys as `run`."""
+    held = run.mean(HELD)
+    assert held is not None, "asked for above"
+    nearest: dict[str, Run] = {}
+    for other in source.runs:
+        mean = other.mean(HELD)
+        if mean is None or other.protocol != run.protocol or other.kind != "every step" or _shares_out(other):
+            continue
+        best = nearest.get(other.label)
+        if other.label in source.usual and (best is None or abs(mean - held) < abs((best.mean(HELD) or 0) - held)):
+            nearest[other.label] = other
+    return list(nearest.values())
+
+
+def _line(source: ReportInput, run: Run) -> dict[str, Any]:
+    means = source.means(run.replay)
+    share = means.by_head[HELD][means.runs[run.number]] / run.full_keys  # [L, H]
+    rounded = np.round([np.nanmean(share, 1), np.nanmin(share, 1), np.nanmax(share, 1)], 4).tolist()
+    return dict(zip(("run", "mean", "low", "high"), (run.id, *rounded), strict=True))
