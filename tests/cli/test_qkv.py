@@ -18,7 +18,12 @@ def test_trace_info_replay_report(run: Run) -> None:
     assert done.status == 0, done.err
     assert "16 tokens at a time" in done.err
     assert "maps+vectors: " in done.err, "what the other stores would take is said"
-    assert {path.name for path in Path("traces/prompt-demo").iterdir()} == {"trace.json", "tokens.parquet", "states"}
+    assert {path.name for path in Path("traces/prompt-demo").iterdir()} == {
+        "trace.json",
+        "tokens.parquet",
+        "states",
+        "hidden",  # since a gate comes with the bundled model
+    }
 
     told = json.loads(run("info", "--json").out)
     assert told["store"] == "qkv"

@@ -18,6 +18,7 @@ RICH = {
     "snapkv": {"4": 0.7, "8": 0.9},
     "quest": {"4": 0.6, "8": 0.7},
     "belady": {"4": 0.8, "8": 0.95},
+    "attention-gate": {"4": 0.55},
     **{f"a2sf:alpha={alpha}": {"4": alpha, "8": 0.5} for alpha in (0.1, 0.5, 0.9)},
 }
 ALPHAS = {f"a2sf:alpha={alpha}": {"alpha": alpha, "recent": 0} for alpha in (0.1, 0.5, 0.9)}

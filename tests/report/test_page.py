@@ -108,7 +108,8 @@ def test_page_carries_every_panel_with_its_help(page: Path, source: ReportInput)
 
 def test_every_panel_explains_itself_in_two_sentences(rich: ReportInput) -> None:
     data = page_data(rich)
-    assert {each["name"] for each in data["panels"]} == set(PANELS.names())
+    quiet = {"depth"}  # shown where a run shares out its budget unevenly, or has none
+    assert {each["name"] for each in data["panels"]} | quiet == set(PANELS.names())
     assert all(len(re.findall(r"[.](?: |$)", each["help"])) == 2 for each in data["panels"]), "two sentences each"
 
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvscope.report.limits import Limits
 from kvscope.report.page import page_data
 from kvscope.report.panels.budget_curve import budget_curve
+from kvscope.report.panels.depth import depth
 from kvscope.report.panels.outcome import outcome
 from kvscope.report.panels.overview import overview
 from kvscope.report.panels.provenance import BOUNDS, CLOSED_LOOP, GENERATED, MIXED, OPEN_LOOP, provenance
@@ -98,6 +100,7 @@ def test_every_run_has_its_kind(rich: ReportInput) -> None:
         "snapkv": "prompt only",
         "quest": "reads a part",
         "belady": "bound",
+        "attention-gate": "own size",
     }
     assert set(kinds.values()) <= set(KINDS)
 
@@ -343,3 +346,27 @@ def test_what_a_summary_says_beside_its_metrics_is_shown_with_them(replay: Repla
 def test_a_bound_that_is_not_exact_says_so(replay: Replay) -> None:
     info = {**replay.info["runs"][1], "certificate": {"exact": False, "gap": 0.012}}
     assert Run.of("0.0", replay, "small", info, {}).marks == ["at most 0.012 of mass from the optimum"]
+
+
+def test_keys_by_depth_are_shown_for_what_shares_them_out_itself(source: ReportInput, rich: ReportInput) -> None:
+    assert depth(source) is None, "every layer of these holds the same"
+    data = depth(rich)
+    assert data is not None and data["layers"] == [0, 1]
+    shown = {run.id: run for run in rich.runs}
+    lines = {(shown[line["run"]].label, shown[line["run"]].protocol[1]): line for line in data["lines"]}
+    assert {label for label, _ in lines} == {"attention-gate", *({"h2o", "tova", "window", "a2sf"} & set(rich.usual))}
+    for (label, loop), line in lines.items():
+        run = shown[line["run"]]
+        assert loop in ("open", "closed") and run.budget == "4", "as many keys as the gate holds"
+        assert line["mean"] == line["low"] == line["high"] == [round(4 / run.full_keys, 4)] * 2, label
+
+
+def test_keys_by_depth_tell_layers_and_heads_apart(trace: Trace, tmp_path: Path) -> None:
+    replay = make_replay(tmp_path / "replay", trace, mass={"attention-gate": {"2": 0.5}, "h2o": {"2": 0.5}})
+    source = ReportInput((replay,))
+    means = source.means(replay)
+    means.by_head["held_keys"][0] = np.array([[1.0, 3, 1, 3], [2, 2, 2, 2]])
+    data = depth(source)
+    assert data is not None
+    gate, full = data["lines"][0], source.runs[0].full_keys
+    assert np.allclose([gate["mean"], gate["low"], gate["high"]], np.array([[2, 2], [1, 2], [3, 2]]) / full, atol=1e-4)

@@ -27,8 +27,9 @@ def depth(source: ReportInput) -> dict[str, Any] | None:
     free = [run for run in source.runs if _shares_out(run) and run.mean(HELD) is not None]
     if not free:
         return None
-    shown = list(dict.fromkeys(each for run in free for each in (run, *_beside(source, run))))[: source.limits.rows]
-    return {"layers": free[0].replay.info["trace"]["layers"], "lines": [_line(source, run) for run in shown]}
+    shown = {each.id: each for run in free for each in (run, *_beside(source, run))}
+    lines = [_line(source, run) for run in list(shown.values())[: source.limits.rows]]
+    return {"layers": free[0].replay.info["trace"]["layers"], "lines": lines}
 
 
 def _shares_out(run: Run) -> bool:
