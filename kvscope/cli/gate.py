@@ -78,6 +78,7 @@ def train(
     rate: Annotated[float, typer.Option(help="Learning rate, which falls to zero.")] = 0.003,
     every: Annotated[int, typer.Option(help="Steps between two checkpoints, which judge the gate too.", min=1)] = 25,
     patience: Annotated[int, typer.Option(help="Checkpoints without a better gate until it stops.", min=1)] = 6,
+    ramp: Annotated[float, typer.Option(help="Share of the steps over which the target falls from all keys.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint beside the output.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, float16, bfloat16.")] = "auto",
@@ -109,7 +110,7 @@ def train(
         from kvscope.trace.reader import open_trace
 
     design = Design(heads, head_size, form.value, tau, sinks)
-    settings = Settings(target_keep, eviction_loss.value, strength, steps, rate, every, patience)
+    settings = Settings(target_keep, eviction_loss.value, strength, steps, rate, every, patience, ramp)
     common: dict[str, Any] = {"design": design, "settings": settings, "seed": seed, "device": device, "resume": resume}
     with console.bar("training gates", steps, "steps", quiet=quiet) as update:
 

@@ -42,6 +42,9 @@ class Settings:
         Steps between two looks at what is not trained on, each of which leaves a checkpoint.
     patience : int
         Looks without an improvement after which training stops.
+    ramp : float
+        Share of the steps over which the target falls from every key to `target_keep`: gates that are pushed down at
+        once shut together, and where all are shut none has a gradient left.
     """
 
     target_keep: float = 0.5
@@ -51,6 +54,7 @@ class Settings:
     rate: float = 0.003
     every: int = 25
     patience: int = 6
+    ramp: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.target_keep < 1:
@@ -58,6 +62,13 @@ class Settings:
         for name in ("steps", "every", "patience", "rate", "strength"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name}={getattr(self, name)} is not above 0", "Use a larger number.")
+        if not 0 <= self.ramp <= 1:
+            raise UsageError(f"a ramp of {self.ramp} is no share of the steps", "Use --ramp between 0 and 1.")
+
+    def target(self, step: int) -> float:
+        """Return the share of keys that should stay at a step."""
+        left = 1 - step / (self.ramp * self.steps) if self.ramp else 0.0
+        return self.target_keep + (1 - self.target_keep) * max(0.0, left)
 
 
 @dataclass(frozen=True)
@@ -154,7 +165,7 @@ def train(
 def _step(gate: AttentionGate, task: Task, settings: Settings, optimizer: torch.optim.Optimizer, number: int) -> None:
     for group in optimizer.param_groups:
         group["lr"] = settings.rate * 0.5 * (1 + math.cos(math.pi * number / settings.steps))
-    loss = _total(task.step(gate, number), settings)
+    loss = _total(task.step(gate, number), settings, settings.target(number))
     if not bool(torch.isfinite(loss)):
         raise ModelError(f"the loss of step {number} is not finite", "Lower --rate, or use --dtype float32.")
     optimizer.zero_grad(set_to_none=True)
@@ -163,9 +174,9 @@ def _step(gate: AttentionGate, task: Task, settings: Settings, optimizer: torch.
     optimizer.step()
 
 
-def _total(found: Found, settings: Settings) -> Tensor:
+def _total(found: Found, settings: Settings, target: float) -> Tensor:
     loss, flags = found
-    beyond = eviction_loss([layer.to(loss.device) for layer in flags], settings.target_keep, settings.eviction)
+    beyond = eviction_loss([layer.to(loss.device) for layer in flags], target, settings.eviction)
     return loss + settings.strength * beyond
 
 
@@ -175,7 +186,7 @@ def _look(gate: AttentionGate, task: Task, settings: Settings, state: _State) ->
     losses, totals, shares = [], [], []
     for loss, flags in task.held_out(gate):
         losses.append(float(loss))
-        totals.append(float(_total((loss, flags), settings)))
+        totals.append(float(_total((loss, flags), settings, settings.target_keep)))
         shares.append([float(layer.mean()) for layer in flags])
     by_layer = [sum(layer) / len(layer) for layer in zip(*shares, strict=True)]
     total = sum(totals) / len(totals)

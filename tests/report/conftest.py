@@ -18,7 +18,6 @@ RICH = {
     "snapkv": {"4": 0.7, "8": 0.9},
     "quest": {"4": 0.6, "8": 0.7},
     "belady": {"4": 0.8, "8": 0.95},
-    "attention-gate": {"4": 0.55},
     **{f"a2sf:alpha={alpha}": {"4": alpha, "8": 0.5} for alpha in (0.1, 0.5, 0.9)},
 }
 ALPHAS = {f"a2sf:alpha={alpha}": {"alpha": alpha, "recent": 0} for alpha in (0.1, 0.5, 0.9)}
@@ -56,6 +55,14 @@ def rich(rich_trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> ReportI
     feasible = {name: values for name, values in RICH.items() if name != "belady"}
     closed = make_replay(folder / "closed", rich_trace, mass=feasible, params=ALPHAS, loop="closed")
     return ReportInput((opened, closed), {rich_trace.identity: rich_trace})
+
+
+@pytest.fixture(scope="session")
+def gated(trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> ReportInput:
+    """A policy that decides itself how much it keeps, beside others."""
+    mass = {"attention-gate": {"2": 0.5}, "h2o": {"2": 0.5, "4": 0.75}, "tova": {"4": 0.5}}
+    replay = make_replay(tmp_path_factory.mktemp("reports") / "gated", trace, mass=mass)
+    return ReportInput((replay,), {trace.identity: trace})
 
 
 @pytest.fixture

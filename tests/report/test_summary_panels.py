@@ -100,7 +100,6 @@ def test_every_run_has_its_kind(rich: ReportInput) -> None:
         "snapkv": "prompt only",
         "quest": "reads a part",
         "belady": "bound",
-        "attention-gate": "own size",
     }
     assert set(kinds.values()) <= set(KINDS)
 
@@ -348,25 +347,23 @@ def test_a_bound_that_is_not_exact_says_so(replay: Replay) -> None:
     assert Run.of("0.0", replay, "small", info, {}).marks == ["at most 0.012 of mass from the optimum"]
 
 
-def test_keys_by_depth_are_shown_for_what_shares_them_out_itself(source: ReportInput, rich: ReportInput) -> None:
+def test_keys_by_depth_are_shown_for_what_shares_them_out_itself(source: ReportInput, gated: ReportInput) -> None:
     assert depth(source) is None, "every layer of these holds the same"
-    data = depth(rich)
+    data = depth(gated)
     assert data is not None and data["layers"] == [0, 1]
-    shown = {run.id: run for run in rich.runs}
-    lines = {(shown[line["run"]].label, shown[line["run"]].protocol[1]): line for line in data["lines"]}
-    assert {label for label, _ in lines} == {"attention-gate", *({"h2o", "tova", "window", "a2sf"} & set(rich.usual))}
-    for (label, loop), line in lines.items():
-        run = shown[line["run"]]
-        assert loop in ("open", "closed") and run.budget == "4", "as many keys as the gate holds"
-        assert line["mean"] == line["low"] == line["high"] == [round(4 / run.full_keys, 4)] * 2, label
+    held = {"2": 2 / gated.runs[0].full_keys, "4": 4 / gated.runs[0].full_keys}
+    assert {named(gated, line["run"]): line["mean"] for line in data["lines"]} == {
+        ("attention-gate", "2"): [round(held["2"], 4)] * 2,
+        ("h2o", "2"): [round(held["2"], 4)] * 2,  # of its two budgets the nearer
+        ("tova", "4"): [round(held["4"], 4)] * 2,
+    }
 
 
 def test_keys_by_depth_tell_layers_and_heads_apart(trace: Trace, tmp_path: Path) -> None:
-    replay = make_replay(tmp_path / "replay", trace, mass={"attention-gate": {"2": 0.5}, "h2o": {"2": 0.5}})
+    replay = make_replay(tmp_path / "replay", trace, mass={"attention-gate": {"2": 0.5}})
     source = ReportInput((replay,))
-    means = source.means(replay)
-    means.by_head["held_keys"][0] = np.array([[1.0, 3, 1, 3], [2, 2, 2, 2]])
+    source.means(replay).by_head["held_keys"][0] = np.array([[1.0, 3, 1, 3], [2, 2, 2, 2]])
     data = depth(source)
     assert data is not None
-    gate, full = data["lines"][0], source.runs[0].full_keys
-    assert np.allclose([gate["mean"], gate["low"], gate["high"]], np.array([[2, 2], [1, 2], [3, 2]]) / full, atol=1e-4)
+    found = [data["lines"][0][name] for name in ("mean", "low", "high")]
+    assert np.allclose(found, np.array([[2, 2], [1, 2], [3, 2]]) / source.runs[0].full_keys, atol=1e-4)
