@@ -2,11 +2,13 @@
 
 ``python benchmarks/gates.py GATE... [--questions 10] [--output benchmarks/results/gates.json]``
 
-The bundled model reads passages of books that it never saw, with eviction from the first token on (``stream``), and
-episodes in which a fact is stated and asked for 64 to 512 tokens later, of which the prompt up to the question is read
-with the full cache and cut then (``full``). A gate decides how many keys it keeps; each other policy gets the budget at
-which it holds as many, on average over the steps, layers and heads. An answer is right if every token of it is the
-model's first choice. Intervals are 95 %, over passages and over questions.
+The bundled model reads passages of books that it never saw: with eviction from the first token on (``text``), and with
+the first half as a prompt that is read with the full cache and cut at its end, and every later token kept by the gate,
+as published (``continued``). And it reads episodes in which a fact is stated and asked for 64 to 512 tokens later, whose
+prompt up to the question is cut at its end (``recall``). A gate decides how many keys it keeps; each other policy gets
+the budget at which it holds as many, on average over the steps, layers and heads. An answer is right if every token of
+it is the model's first choice. Intervals are 95 %, over passages and over questions; p is an exact sign test against
+the gate.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +83,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gates.json"))
     args = parser.parse_args()
     data, loaded = json.loads(DATA.read_text()), load("demo")
-    passages = [passage(loaded, n, text, "") for n, text in enumerate(data["passages"][: args.passages])]
+    whole = [passage(loaded, n, text, "") for n, text in enumerate(data["passages"][: args.passages])]
+    halves = [replace(one, sequence=replace(one.sequence, prompt=one.sequence.length // 2)) for one in whole]
     asked = [one for d in (64, 128, 256, 512) for one in of_distance(data["recall"], d)[: args.questions]]
     questions = [passage(loaded, n, one["prompt"], one["value"]) for n, one in enumerate(asked)]
     figures: dict[str, Any] = {"machine": machine(), "model": "demo", "questions": len(asked), "gates": []}
     for name in args.gates:
-        facts = load_gate(name).facts
+        facts, gate = load_gate(name).facts, f"attention-gate:gate={name}"
         entry: dict[str, Any] = {"gate": Path(name).name, "form": facts.form, "training": facts.provenance}
         if facts.form == "causal":
-            entry["text"] = text_rows(loaded, passages, name)
-        entry["recall"] = recall_rows(loaded, questions, name, [one["distance"] for one in asked])
+            entry["text"] = text_rows(loaded, whole, "stream", f"{gate},decode=true")
+        entry["continued"] = text_rows(loaded, halves, "full", gate)
+        entry["recall"] = recall_rows(loaded, questions, gate, [one["distance"] for one in asked])
         figures["gates"].append(entry)
-        print(json.dumps({key: entry[key] for key in ("gate", "text", "recall") if key in entry}, indent=1), flush=True)
+        shown = {key: entry[key] for key in ("text", "continued", "recall") if key in entry}
+        print(entry["gate"], *(json.dumps(row) for table in shown.values() for row in table), sep="\n", flush=True)
     args.output.write_text(json.dumps(figures, indent=1) + "\n")
 
 
@@ -140,53 +146,56 @@ def rows(loaded: Loaded, texts: Sequence[Passage], prefill: Prefill, gate: str) 
     return measured(loaded, texts, prefill, specs), specs
 
 
-def text_rows(loaded: Loaded, passages: Sequence[Passage], gate: str) -> list[dict[str, Any]]:
+def text_rows(loaded: Loaded, passages: Sequence[Passage], prefill: Prefill, gate: str) -> list[dict[str, Any]]:
     """Return perplexities of passages, and how that of each other policy compares with the gate's."""
-    kept, specs = rows(loaded, passages, "stream", f"attention-gate:gate={gate},decode=true")
-    steps = np.mean([np.arange(1, one.sequence.length + 1).mean() for one in passages])
-    own = kept.mean(0, "nll_policy")
-    found = []
+    kept, specs = rows(loaded, passages, prefill, gate)
+    own, found = kept.mean(0, "nll_policy"), []
     for number, (spec, share) in enumerate(specs):
         cost = kept.mean(number, "nll_policy") - kept.mean(number, "nll_full")
         low, high = interval(cost)
-        beside = paired(own, kept.mean(number, "nll_policy"))
         found.append(
             {
-                "policy": spec.partition(":")[0],
-                "budget": None if share is None else f"{share / 10}%",
-                "held_keys": round(kept.held_keys(number), 1),
-                "keep": round(kept.held_keys(number) / float(steps), 3),
+                **described(kept, number, spec, share, passages, prefill),
                 "perplexity": round(float(np.exp(kept.mean(number, "nll_policy").mean())), 2),
                 "perplexity_full": round(float(np.exp(kept.mean(number, "nll_full").mean())), 2),
                 "ratio": round(float(np.exp(cost.mean())), 4),
                 "interval": None if low is None or high is None else [round(float(np.exp(x)), 4) for x in (low, high)],
-                "p_against_gate": round(beside.p, 4),
+                "p": round(paired(own, kept.mean(number, "nll_policy")).p, 4),
             }
         )
     return found
+
+
+def described(
+    kept: Kept, number: int, spec: str, share: int | None, texts: Sequence[Passage], prefill: Prefill
+) -> dict[str, Any]:
+    """Return what a run is, and the keys that it held: as a number, and as a share of those that there were."""
+    first = [one.sequence.prompt + 1 if prefill == "full" else 1 for one in texts]
+    there = np.mean([(start + one.sequence.length) / 2 for start, one in zip(first, texts, strict=True)])
+    held = kept.held_keys(number)
+    budget = None if share is None else f"{share / 10}%"
+    name = spec.partition(":")[0]
+    return {"policy": name, "budget": budget, "held_keys": round(held, 1), "keep": round(held / float(there), 3)}
 
 
 def recall_rows(
     loaded: Loaded, questions: Sequence[Passage], gate: str, distances: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Return the shares of right answers, in all and by distance, and how others compare with the gate."""
-    kept, specs = rows(loaded, questions, "full", f"attention-gate:gate={gate}")
+    kept, specs = rows(loaded, questions, "full", gate)
     found = []
     for number, (spec, share) in enumerate(specs):
         right = kept.right(number)
         low, high = interval(right)
         found.append(
             {
-                "policy": spec.partition(":")[0],
-                "budget": None if share is None else f"{share / 10}%",
-                "held_keys": round(kept.held_keys(number), 1),
-                "keep": round(kept.held_keys(number) / float(np.mean([one.sequence.length for one in questions])), 3),
+                **described(kept, number, spec, share, questions, "full"),
                 "recall": round(float(right.mean()), 3),
                 "interval": [low, high],
                 "by_distance": {
                     str(d): round(float(right[np.array(distances) == d].mean()), 3) for d in sorted(set(distances))
                 },
-                "p_against_gate": round(paired(kept.right(0), right).p, 4),
+                "p": round(paired(kept.right(0), right).p, 4),
             }
         )
     return found

@@ -27,7 +27,7 @@ def test_trace_info_replay_report(run: Run) -> None:
 
     told = json.loads(run("info", "--json").out)
     assert told["store"] == "qkv"
-    assert told["stored"] == ["vectors:keys", "vectors:queries", "vectors:values"]
+    assert told["stored"] == ["hidden", "vectors:keys", "vectors:queries", "vectors:values"]
     assert {"maps", "similarity", "value_l1"} <= set(told["derived"])
     table = run("info").out
     assert "qkv" in table

@@ -451,3 +451,16 @@ def test_a_page_without_trace_draws_what_is_left(browser: Any, rich: ReportInput
     canvas.press("ArrowDown")
     assert tab.text("#residency .readout").startswith("token 0 ")
     tab.context.close()
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_keys_by_depth_draw_and_choose_a_run(browser: Any, gated: ReportInput, tmp_path: Path, width: int) -> None:
+    page = report(list(gated.replays), gated.traces, tmp_path / "page.html")
+    tab = Tab(browser, page, viewport={"width": width, "height": 900})
+    assert tab.said == []
+    lines = tab.run("document.querySelector('#depth .plot').data.map(it => [it.name, it.y.length])")
+    assert lines == [["attention-gate · 2", 2], ["h2o · 2", 2], ["tova · 4", 2]]
+    assert tab.run("document.documentElement.scrollWidth <= window.innerWidth")
+    tab.run("document.querySelector('#depth .plot').emit('plotly_click', { points: [{ customdata: '0.3' }] })")
+    assert tab.run("kvscope.state.get('run')") == "0.3"
+    tab.context.close()
