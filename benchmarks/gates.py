@@ -3,12 +3,13 @@
 ``python benchmarks/gates.py GATE... [--questions 10] [--output benchmarks/results/gates.json]``
 
 The bundled model reads passages of books that it never saw: with eviction from the first token on (``text``), and with
-the first half as a prompt that is read with the full cache and cut at its end, and every later token kept by the gate,
-as published (``continued``). And it reads episodes in which a fact is stated and asked for 64 to 512 tokens later, whose
+the first half as a prompt that is read with the full cache and cut at its end, every later token being kept, as
+published (``continued``). And it reads episodes in which a fact is stated and asked for 64 to 512 tokens later, whose
 prompt up to the question is cut at its end (``recall``). A gate decides how many keys it keeps; each other policy gets
-the budget at which it holds as many, on average over the steps, layers and heads. An answer is right if every token of
-it is the model's first choice. Intervals are 95 %, over passages and over questions; p is an exact sign test against
-the gate.
+the budget at which it holds as many, on average over the steps, layers and heads; ``full`` evicts nothing. ``keep`` is
+the share of the keys before the cut that are held. An answer is right if every token of it is the model's first choice.
+Intervals are 95 %, over passages and over questions. ``than_gate`` is a policy's mean loss, or share of right answers,
+minus the gate's, with its interval, and p an exact sign test of the two.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def main() -> None:
     """Measure, print, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gates", nargs="+")
-    parser.add_argument("--questions", type=int, default=10, help="per distance")
+    parser.add_argument("--questions", type=int, default=20, help="per distance")
     parser.add_argument("--passages", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gates.json"))
     args = parser.parse_args()
@@ -116,15 +117,11 @@ def measured(
     loaded: Loaded, texts: Sequence[Passage], prefill: Prefill, specs: Sequence[tuple[str, int | None]]
 ) -> Kept:
     """Return what became of texts under policies and their budgets in thousandths, closed loop."""
-    runs = [
-        Run(
-            number,
-            Plan.published(parse_policy(spec)),
-            None if share is None else Budget.parse(f"{share / 10}%"),
-            "closed",
-        )
-        for number, (spec, share) in enumerate(specs)
-    ]
+    cut = "prefill" if prefill == "full" else None
+    runs = []
+    for number, (spec, share) in enumerate(specs):
+        plan = Plan.make(parse_policy(spec), compress=None if share is None else cut)
+        runs.append(Run(number, plan, None if share is None else Budget.parse(f"{share / 10}%"), "closed"))
     kept = Kept()
     evaluate(loaded.model, texts, runs, [METRICS.get("held_keys")], prefill, kept)
     return kept
@@ -133,17 +130,21 @@ def measured(
 def rows(loaded: Loaded, texts: Sequence[Passage], prefill: Prefill, gate: str) -> tuple[Kept, list[Spec]]:
     """Return what became of texts under a gate and under the others, which hold as many keys."""
     held = measured(loaded, texts, prefill, [(gate, None)]).held_keys(0)
-    steps = [np.arange(p.sequence.prompt if prefill == "full" else 0, p.sequence.length) for p in texts]
-    whole = [p.sequence.prompt if prefill == "full" else p.sequence.length for p in texts]
-
-    def holds(share: int) -> float:
-        """Return the keys that a policy of a budget of so many thousandths holds."""
-        budgets = [max(1, -(-size * share // 1000)) for size in whole]
-        return float(np.mean([np.minimum(own + 1, most).mean() for own, most in zip(steps, budgets, strict=True)]))
-
-    share = min(range(1, 1001), key=lambda share: abs(holds(share) - held))
-    specs: list[Spec] = [(gate, None), *((name, share) for name in OTHERS)]
+    share = min(range(1, 1001), key=lambda share: abs(mean_held(texts, prefill, share) - held))
+    specs: list[Spec] = [(gate, None), ("full", None), *((name, share) for name in OTHERS)]
     return measured(loaded, texts, prefill, specs), specs
+
+
+def mean_held(texts: Sequence[Passage], prefill: Prefill, share: int) -> float:
+    """Return the keys held under a budget in thousandths, mean over the steps of texts that see an eviction."""
+    means = []
+    for prompt, length in ((one.sequence.prompt, one.sequence.length) for one in texts):
+        if prefill == "full":
+            held = -(-prompt * share // 1000) + 1 + np.arange(length - prompt)
+        else:
+            held = np.minimum(np.arange(length) + 1, -(-length * share // 1000))
+        means.append(held.mean())
+    return float(np.mean(means))
 
 
 def text_rows(loaded: Loaded, passages: Sequence[Passage], prefill: Prefill, gate: str) -> list[dict[str, Any]]:
@@ -159,8 +160,8 @@ def text_rows(loaded: Loaded, passages: Sequence[Passage], prefill: Prefill, gat
                 "perplexity": round(float(np.exp(kept.mean(number, "nll_policy").mean())), 2),
                 "perplexity_full": round(float(np.exp(kept.mean(number, "nll_full").mean())), 2),
                 "ratio": round(float(np.exp(cost.mean())), 4),
-                "interval": None if low is None or high is None else [round(float(np.exp(x)), 4) for x in (low, high)],
-                "p": round(paired(own, kept.mean(number, "nll_policy")).p, 4),
+                "interval": None if low is None or high is None else rounded(np.exp(low), np.exp(high)),
+                **beside(own, kept.mean(number, "nll_policy")),
             }
         )
     return found
@@ -169,13 +170,31 @@ def text_rows(loaded: Loaded, passages: Sequence[Passage], prefill: Prefill, gat
 def described(
     kept: Kept, number: int, spec: str, share: int | None, texts: Sequence[Passage], prefill: Prefill
 ) -> dict[str, Any]:
-    """Return what a run is, and the keys that it held: as a number, and as a share of those that there were."""
-    first = [one.sequence.prompt + 1 if prefill == "full" else 1 for one in texts]
-    there = np.mean([(start + one.sequence.length) / 2 for start, one in zip(first, texts, strict=True)])
+    """Return what a run is, the keys that it held, and which share that is of those that could have gone."""
+    none, every = (mean_held(texts, prefill, share) for share in (0, 1000))
     held = kept.held_keys(number)
-    budget = None if share is None else f"{share / 10}%"
-    name = spec.partition(":")[0]
-    return {"policy": name, "budget": budget, "held_keys": round(held, 1), "keep": round(held / float(there), 3)}
+    return {
+        "policy": spec.partition(":")[0],
+        "budget": None if share is None else f"{share / 10}%",
+        "held_keys": round(held, 1),
+        "keep": round((held - none) / (every - none), 3),
+    }
+
+
+def beside(gate: Array, other: Array) -> dict[str, Any]:
+    """Return how a policy compares with the gate on the same sequences."""
+    found = paired(gate.tolist(), other.tolist())
+    assert found.difference is not None
+    return {
+        "than_gate": round(found.difference, 4),
+        "than_gate_interval": rounded(found.low, found.high),
+        "p": round(found.p, 4),
+    }
+
+
+def rounded(low: float | None, high: float | None) -> list[float] | None:
+    """Return an interval with four digits, or None for too few sequences."""
+    return None if low is None or high is None else [round(float(low), 4), round(float(high), 4)]
 
 
 def recall_rows(
@@ -191,11 +210,11 @@ def recall_rows(
             {
                 **described(kept, number, spec, share, questions, "full"),
                 "recall": round(float(right.mean()), 3),
-                "interval": [low, high],
+                "interval": rounded(low, high),
                 "by_distance": {
                     str(d): round(float(right[np.array(distances) == d].mean()), 3) for d in sorted(set(distances))
                 },
-                "p": round(paired(kept.right(0), right).p, 4),
+                **beside(kept.right(0), right),
             }
         )
     return found

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvscope.errors import UsageError
 from kvscope.metrics.heaviest import heaviest
+from kvscope.metrics.moments import Moments, moments, summed
 from kvscope.registry import Registry
 
+T = TypeVar("T")
 Direction = Literal["higher", "lower", "none"]
 RECORDED = frozenset({"values"})  # what a metric may need beside the rows, and a trace may lack
 SIGNALS = RECORDED | {"last_wanted", "prompt_rank"}  # what it may need; the rest follows from the rows
@@ -56,14 +58,15 @@ class Rows:
     steps: Tensor
     missing: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
-    shared: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    shared: dict[tuple[str, tuple[int, ...]], Any] = field(default_factory=dict)
 
-    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+    def once(self, name: str, make: Callable[[], T]) -> T:
         """Return what ``make()`` gives for these rows and budgets; it must not depend on what a policy kept."""
         key = (name, self.budgets)
         if key not in self.shared:
             self.shared[key] = make()
-        return self.shared[key]
+        made: T = self.shared[key]
+        return made
 
     @cached_property
     def budgets(self) -> tuple[int, ...]:
@@ -78,6 +81,31 @@ class Rows:
     def seen(self) -> Tensor:
         """``V`` for query heads, bool ``[R, L, H, b, n]``."""
         return self._per_query_head(self.visible)
+
+    @cached_property
+    def all(self) -> Moments:
+        """Sums over whole rows, ``[L, H, b]``, or ``[R, L, H, b]`` where each run has its own."""
+        return self.once("all", lambda: summed(self.full, self.past.sum(-1).expand(self.full.shape[:-1])))
+
+    @cached_property
+    def kept(self) -> Moments:
+        """Sums over the visible keys, ``[R, L, H, b]``."""
+        return moments(self.full, self.visible, self.steps)
+
+    @cached_property
+    def best(self) -> Moments:
+        """Sums over the ideal keys, ``[R, L, H, b]``."""
+        return self.once("best", lambda: moments(self.full, self.ideal_mask, self.steps))
+
+    @cached_property
+    def both(self) -> Moments:
+        """Sums over the ideal keys that are visible, ``[R, L, H, b]``."""
+        return moments(self.full, self.visible, self.steps, self.ideal_mask)
+
+    def norm(self, keys: Moments) -> Tensor:
+        """Return what rows on some keys are divided by: their mass and what a learned sink takes; 1 where that is 0."""
+        total = keys.mass if self.missing is None else keys.mass + self.missing
+        return torch.where(total > 0, total, 1)
 
     @cached_property
     def live(self) -> Tensor:
@@ -103,11 +131,6 @@ class Rows:
     def ideal_mask(self) -> Tensor:
         """The current key and the ``B`` heaviest others of each row, bool ``[R, L, H, b, n]`` (A2SF section 4.3)."""
         return self.once("ideal mask", lambda: self.heaviest() | self.current)
-
-    @cached_property
-    def ideal(self) -> Tensor:
-        """Ideal rows: full rows on the ideal mask, divided by their sum, ``[R, L, H, b, n]``."""
-        return self.once("ideal", lambda: self._share(self.full * self.ideal_mask))
 
     def _per_query_head(self, mask: Tensor) -> Tensor:
         return mask.repeat_interleave(self.full.shape[-3] // mask.shape[2], dim=2)

@@ -15,24 +15,27 @@ def ideal_cosine(rows: Rows) -> Tensor:
     The ideal row is the full row on the current key and the ``B`` heaviest others, divided by its sum. A row without
     mass has cosine 0.
     """
-    return cosine(rows.live, rows.ideal)
+    return cosine(rows.both.squares, rows.kept.squares, rows.best.squares)
 
 
 @metric("ideal_cosine_flattened", direction="higher", range=(0.0, 1.0), when_nothing_evicted=None, pooled=True)
 def ideal_cosine_flattened(rows: Rows) -> Tensor:
     """The same with all steps of a head as one long vector; the paper leaves open which of the two it reports."""
-    live, ideal = rows.live, rows.ideal.expand_as(rows.live)
-    return torch.stack([(live * ideal).sum(-1), live.square().sum(-1), ideal.square().sum(-1)], dim=-1)
+    live, ideal = rows.norm(rows.kept), rows.norm(rows.best)
+    products = [rows.both.squares / (live * ideal), rows.kept.squares / live**2, rows.best.squares / ideal**2]
+    return torch.stack(products, dim=-1)
 
 
 @metric("full_cosine", direction="higher", range=(0.0, 1.0), when_nothing_evicted=1.0)
 def full_cosine(rows: Rows) -> Tensor:
     """Cosine of the live row and the full row."""
-    return cosine(rows.live, rows.full)
+    return cosine(rows.kept.squares, rows.kept.squares, rows.all.squares)
 
 
-def cosine(one: Tensor, other: Tensor) -> Tensor:
-    """Return the cosine of two rows over the last axis; 0 where one of them is zero."""
-    norms = one.square().sum(-1).sqrt() * other.square().sum(-1).sqrt()
-    value = (one * other).sum(-1) / torch.where(norms > 0, norms, 1)
-    return value.clamp(0.0, 1.0)  # rounding alone can pass 1
+def cosine(product: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return the cosine of two rows from their product and their squares; 0 where one of them is zero.
+
+    A live row is a full row on some keys but for a factor, which no cosine sees.
+    """
+    norms = (one * other).sqrt()
+    return (product / torch.where(norms > 0, norms, 1)).clamp(0.0, 1.0)  # rounding alone can pass 1

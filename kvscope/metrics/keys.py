@@ -10,7 +10,7 @@ from kvscope.metrics.base import Rows, metric
 @metric("read_keys", direction="none", range=(1.0, None), when_nothing_evicted=None, unit="keys")
 def read_keys(rows: Rows) -> Tensor:
     """Number of keys the query attends to, ``|V_t|``."""
-    return rows.seen.sum(-1).to(rows.full.dtype)
+    return rows.kept.keys
 
 
 @metric("held_keys", direction="none", range=(0.0, None), when_nothing_evicted=None, unit="keys")

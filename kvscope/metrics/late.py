@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvscope.metrics.base import Rows, metric
+from kvscope.metrics.moments import moments
 
 LONG = 64  # steps
 LEAST = 0.1  # share of a row
@@ -19,7 +20,13 @@ def late_mass_retained(rows: Rows) -> Tensor:
     So sinks, which are wanted all the time, have no part in it. A row with no more than a tenth of its mass on such
     keys has no value. Tokens that become important again after hundreds of steps: LazyEviction, arXiv:2506.15969.
     """
-    late = rows.once("late", lambda: rows.full * (rows.steps[:, None] - rows.signals["last_wanted"] > LONG))
-    total = late.sum(-1)
-    share = (late * rows.seen).sum(-1) / torch.where(total > 0, total, 1)
-    return torch.where(total > LEAST * rows.full.sum(-1), share.clamp(max=1.0), torch.nan)
+    late, all_late = rows.once("late", lambda: _late(rows))
+    kept = moments(late, rows.visible, rows.steps).mass
+    share = kept / torch.where(all_late > 0, all_late, 1)
+    return torch.where(all_late > LEAST * rows.all.mass, share.clamp(max=1.0), torch.nan)
+
+
+def _late(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return rows with nothing but keys that were not wanted for long, and their mass."""
+    late = rows.full * (rows.steps[:, None] - rows.signals["last_wanted"] > LONG)
+    return late, late.sum(-1, dtype=torch.float64)

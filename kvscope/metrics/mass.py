@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from kvscope.metrics.base import Rows, metric
-
-SINKS = 4  # positions that are left out where a metric says "no sinks" (StreamingLLM, arXiv:2309.17453)
+from kvscope.metrics.moments import SINKS, Moments, moments
 
 
 @metric("retained_mass", direction="higher", range=(0.0, 1.0), when_nothing_evicted=1.0)
@@ -16,7 +15,7 @@ def retained_mass(rows: Rows) -> Tensor:
 
     Rows are recorded in 16 bit, so the sum is divided by the sum of the full row.
     """
-    return share(rows.full, rows.seen)
+    return share(rows.kept, rows.all)
 
 
 @metric("retained_mass_no_sinks", direction="higher", range=(0.0, 1.0), when_nothing_evicted=1.0)
@@ -25,13 +24,13 @@ def retained_mass_no_sinks(rows: Rows) -> Tensor:
 
     A row with no mass beyond those positions has no value.
     """
-    return share_of_rest(rows.full, rows.seen)
+    return share_of_rest(rows.kept, rows.all)
 
 
 @metric("ideal_mass", direction="none", range=(0.0, 1.0), when_nothing_evicted=1.0)
 def ideal_mass(rows: Rows) -> Tensor:
     """Retained mass of the ideal set, chosen anew each step: no policy that holds as many keys retains more."""
-    return rows.once("ideal mass", lambda: share(rows.full, rows.ideal_mask))
+    return rows.once("ideal mass", lambda: share(rows.best, rows.all))
 
 
 @metric("ideal_mass_no_sinks", direction="none", range=(0.0, 1.0), when_nothing_evicted=1.0)
@@ -40,17 +39,20 @@ def ideal_mass_no_sinks(rows: Rows) -> Tensor:
 
     A row with no mass beyond those positions has no value.
     """
-    return rows.once("ideal rest", lambda: share_of_rest(rows.full, rows.heaviest(SINKS) | rows.current))
+
+    def of_rest() -> Tensor:
+        return share_of_rest(moments(rows.full, rows.heaviest(SINKS) | rows.current, rows.steps), rows.all)
+
+    return rows.once("ideal rest", of_rest)
 
 
-def share(full: Tensor, keys: Tensor) -> Tensor:
-    """Return the share of rows that falls on `keys`, over the last axis; 0 of a row without mass."""
-    total = full.sum(-1)
-    part = (full * keys).sum(-1) / torch.where(total > 0, total, 1)
-    return part.clamp(max=1.0)  # rounding alone can pass 1
+def share(part: Moments, whole: Moments) -> Tensor:
+    """Return the share of rows' mass that falls on some keys; 0 of a row without mass."""
+    found = part.mass / torch.where(whole.mass > 0, whole.mass, 1)
+    return found.clamp(max=1.0)  # rounding alone can pass 1
 
 
-def share_of_rest(full: Tensor, keys: Tensor) -> Tensor:
+def share_of_rest(part: Moments, whole: Moments) -> Tensor:
     """Return the same of what lies beyond the first 4 positions; NaN where nothing does."""
-    rest = full[..., SINKS:]
-    return torch.where(rest.sum(-1) > 0, share(rest, keys[..., SINKS:]), torch.nan)
+    found = part.rest / torch.where(whole.rest > 0, whole.rest, torch.nan)
+    return found.clamp(max=1.0)

@@ -17,9 +17,10 @@ def output_error(rows: Rows) -> Tensor:
     zero has no value; a live row without mass gives 1.
     """
     values = rows.signals["values"]  # [., L, G, n, D]
-    full = _output(rows.whole, values)
+    full = rows.once("output", lambda: _output(rows.whole, values))
     size = full.norm(dim=-1)
-    error = (_output(rows.live, values) - full).norm(dim=-1) / torch.where(size > 0, size, 1)
+    live = _output(rows.full * rows.seen, values) / rows.norm(rows.kept)[..., None].to(full.dtype)
+    error = (live - full).norm(dim=-1) / torch.where(size > 0, size, 1)
     return torch.where(size > 0, error, torch.nan)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvscope.metrics.base import Rows, metric
 from kvscope.metrics.mass import share, share_of_rest
+from kvscope.metrics.moments import Moments, moments
 
 _NEEDS = {"prompt_rank"}
 
@@ -19,7 +20,7 @@ def recovered_mass(rows: Rows) -> Tensor:
     equal weights the newer key is taken. It says something of the model and the text, nothing of the policy. Steps of
     the prompt have no value.
     """
-    return rows.once("recovered", lambda: torch.where(_known(rows), share(rows.full, _recovered(rows)), torch.nan))
+    return rows.once("recovered", lambda: torch.where(_known(rows), share(_recovered(rows), rows.all), torch.nan))
 
 
 @metric("recovered_mass_no_sinks", direction="none", range=(0.0, 1.0), when_nothing_evicted=None, needs=_NEEDS)
@@ -29,12 +30,15 @@ def recovered_mass_no_sinks(rows: Rows) -> Tensor:
     A row with no mass beyond those positions has no value.
     """
     return rows.once(
-        "recovered rest", lambda: torch.where(_known(rows), share_of_rest(rows.full, _recovered(rows)), torch.nan)
+        "recovered rest", lambda: torch.where(_known(rows), share_of_rest(_recovered(rows), rows.all), torch.nan)
     )
 
 
-def _recovered(rows: Rows) -> Tensor:
-    return rows.signals["prompt_rank"] < rows.budget[:, None, None, None, None]
+def _recovered(rows: Rows) -> Moments:
+    def found() -> Moments:
+        return moments(rows.full, rows.signals["prompt_rank"] < rows.budget[:, None, None, None, None], rows.steps)
+
+    return rows.once("recovered keys", found)
 
 
 def _known(rows: Rows) -> Tensor:

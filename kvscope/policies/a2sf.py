@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvscope.errors import UsageError
 from kvscope.policies.base import Group, Policy, Protection, Step, Traits, at_least, parameter, policy
+from kvscope.policies.recurrence import Recurrence
 
 
 @policy("a2sf")
@@ -75,6 +76,9 @@ class A2SF(Policy):
 
     def protect(self, budget: int) -> Protection:
         return Protection(sinks=self.sinks, recent=self.recent)
+
+    def recurrence(self) -> Recurrence | None:
+        return Recurrence(self.group, decay=self.alpha) if self.normalise == "none" else None
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         weights = step.weights(self.group)

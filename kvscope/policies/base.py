@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from kvscope.errors import UsageError
+from kvscope.policies.recurrence import Recurrence
 from kvscope.registry import Registry
 
 Scope = Literal["kv_head", "layer"]
@@ -118,19 +120,31 @@ class Step:
 
     def layer_weights(self) -> Tensor:
         """Return the live row averaged over all query heads of the layer, ``[R, L, 1, n]``."""
-        return self._live().mean(2, keepdim=True)
+        live = self._live()
+        return alike(live, lambda rows: rows.mean(2, keepdim=True, dtype=torch.float64).to(rows.dtype))
 
     def grouped(self, rows: Tensor, group: Group = "mean") -> Tensor:
         """Return rows of query heads ``[., L, H, n]`` as rows of key/value heads ``[., L, G, n]``."""
-        runs, layers, _, n = rows.shape
-        grouped = rows.reshape(runs, layers, self.kv_heads, -1, n)
-        if group == "mean":
-            return grouped.mean(3)
-        return grouped.sum(3) if group == "sum" else grouped.amax(3)
+
+        def reduced(rows: Tensor) -> Tensor:
+            grouped = rows.reshape(*rows.shape[:2], self.kv_heads, -1, rows.shape[-1])
+            if group == "max":
+                return grouped.amax(3)
+            exact = torch.float64
+            return (grouped.mean(3, dtype=exact) if group == "mean" else grouped.sum(3, dtype=exact)).to(rows.dtype)
+
+        return alike(rows, reduced)
 
     def _live(self) -> Tensor:
         assert self.live is not None, "the policy reads weights without naming them in `needs`"
         return self.live
+
+
+def alike(rows: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``make(rows)`` for rows ``[R, ...]``, made once where all runs share them: while nothing is evicted."""
+    if len(rows) > 1 and rows.stride(0) == 0:
+        return make(rows[:1]).expand(len(rows), *[-1] * (rows.ndim - 1))
+    return make(rows)
 
 
 @dataclass(frozen=True)
@@ -219,6 +233,13 @@ class Policy:
             ``[R, L, S, n]``, what this method returned at the step before, and 0 for the key that has just arrived.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it scores keys: define observe()")
+
+    def recurrence(self) -> Recurrence | None:
+        """Return the line of arithmetic that `observe` is, where it is one: the engine may then compile it.
+
+        What it says must be what the `observe` of the same class does, to the last bit.
+        """
+        return None
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters by name, in the order of the fields."""

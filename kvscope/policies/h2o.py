@@ -11,6 +11,7 @@ from torch import Tensor
 from kvscope.errors import UsageError
 from kvscope.policies.base import Group, Policy, Protection, Step, Traits, at_least, parameter, policy
 from kvscope.policies.history import wider
+from kvscope.policies.recurrence import Recurrence
 
 
 @policy("h2o")
@@ -83,6 +84,9 @@ class H2O(Policy):
     def read(self, step: Step) -> Tensor:
         heavy = wider(step.memory["heavy"], step.t + 1)
         return heavy | (torch.arange(step.t + 1, device=heavy.device) > step.t - self._recent(step))
+
+    def recurrence(self) -> Recurrence | None:
+        return Recurrence(self.group, decay=1.0) if self.variant == "drop" else None
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         if self.variant == "flexgen":

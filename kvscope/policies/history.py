@@ -77,6 +77,17 @@ class History:
             return rows
         return torch.cat([rows[..., start:, :], rows[..., :start, :]], -2)
 
+    def newest(self, count: int, run: int) -> Tensor:
+        """Return the newest `count` rows or all of one run, in any order, ``[..., count, n]``; not to be written to."""
+        rows = self._buffer[run, ..., : self._n]
+        if count >= self.count:
+            return rows[..., : self.count, :]
+        start = (self._pushed - count) % self.window
+        if start + count <= self.window:
+            return rows[..., start : start + count, :]
+        slots = torch.arange(start, start + count, device=rows.device) % self.window
+        return rows.index_select(-2, slots)
+
     @property
     def sum(self) -> Tensor:
         """The sum of the rows that are kept, ``[..., n]``."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvscope.policies.base import Group, Policy, Protection, Step, at_least, parameter, policy
+from kvscope.policies.base import Group, Policy, Protection, Step, alike, at_least, parameter, policy
 
 
 @policy("keyformer")
@@ -56,15 +56,16 @@ class Keyformer(Policy):
         chosen = step.memory.get("keyformer", torch.zeros_like(step.budget, dtype=torch.bool))  # [R, L, G]
         if step.compresses:
             step.memory["keyformer"] = chosen | (step.visible.sum(-1) > step.budget)
-        total = score + step.grouped(self._noisy(step), self.group).to(score.dtype)
+        assert step.live is not None
+        noisy = alike(step.live, lambda live: self._noisy(step, live))
+        total = score + step.grouped(noisy, self.group).to(score.dtype)
         age = torch.arange(step.t, -1, -1, device=score.device, dtype=score.dtype)
         # Once chosen, the newest key beyond the recent window is the one that has just left it.
         return torch.where(chosen[..., None], age, total)
 
-    def _noisy(self, step: Step) -> Tensor:
+    def _noisy(self, step: Step, live: Tensor) -> Tensor:
         """Return the softmax of the logits with Gumbel noise, ``[R, L, H, n]``; a row without mass stays zero."""
-        assert step.live is not None
         noise = -torch.log(-torch.log(step.draw_row(self.seed)))
         tau = self.tau_init + self.tau_delta * max(step.t - step.prompt + 1, 0)
-        logits = step.live.double().log()  # up to a constant per row, which no softmax sees
+        logits = live.double().log()  # up to a constant per row, which no softmax sees
         return torch.softmax((logits + noise) / tau, -1).nan_to_num(0.0)

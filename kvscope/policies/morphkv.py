@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvscope.policies.base import Policy, Protection, Step, at_least, parameter, policy
+from kvscope.policies.base import Policy, Protection, Step, alike, at_least, parameter, policy
 from kvscope.policies.cache import without_gaps
 from kvscope.policies.history import History
 
@@ -52,14 +52,18 @@ class MorphKV(Policy):
     def observe(self, step: Step, score: Tensor) -> Tensor:
         history = History.of(step.memory, "morphkv", max(1, min(self.window, max(step.budgets) // 2)))
         if step.compresses and history.count:
-            score = self._fused(step, history.rows, score)
+            score = self._fused(step, history, score)
         assert step.live is not None
-        logits = step.grouped(step.live.double().log(), "sum")  # up to a constant per row, which the shares do not see
-        history.push((logits - logits.amax(-1, keepdim=True)).exp().nan_to_num(0.0))  # a row without mass is zero
+        history.push(alike(step.live, lambda live: self._together(step, live)).to(score.dtype))
         return score
 
-    def _fused(self, step: Step, rows: Tensor, score: Tensor) -> Tensor:
-        """Return the score of every key from the rows before this one, oldest first: ``[R, L, G, n]``.
+    def _together(self, step: Step, live: Tensor) -> Tensor:
+        """Return the rows of groups, their query heads' logits added, ``[., L, G, n]``; the largest weight is one."""
+        logits = step.grouped(live.double().log(), "sum")  # up to a constant per row, which the shares do not see
+        return (logits - logits.amax(-1, keepdim=True)).exp().nan_to_num(0.0)  # a row without mass is zero
+
+    def _fused(self, step: Step, history: History, score: Tensor) -> Tensor:
+        """Return the score of every key from the rows before this one, ``[R, L, G, n]``.
 
         Run by run, over what each holds: windows and caches of the runs differ in size.
         """
@@ -69,8 +73,8 @@ class MorphKV(Policy):
             if not window:
                 continue
             index, there = without_gaps(step.visible[run, ..., :-1])  # [L, G, m]
-            older = (there & (index < step.t - window)).to(rows.dtype)
-            asked = rows[run, :, :, -window:]
+            asked = history.newest(window, run)
+            older = (there & (index < step.t - window)).to(asked.dtype)
             asked = asked.gather(-1, index[:, :, None].expand(*asked.shape[:-1], -1))  # [L, G, W, m]
             total = (asked @ older[..., None])[..., 0]  # [L, G, W]
             part = torch.where(total > 0, 1 / total, 0.0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvscope.policies.base import Policy, Protection, Step, at_least, parameter, policy
+from kvscope.policies.recurrence import Recurrence
 
 
 @policy("streaming-llm")
@@ -38,6 +39,9 @@ class StreamingLLM(Policy):
 
     def protect(self, budget: int) -> Protection:
         return Protection(sinks=self.sinks)
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("none")
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         score[..., -1] = step.t

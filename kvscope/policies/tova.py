@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from kvscope.policies.base import Group, Policy, Protection, Scope, Step, Traits, at_least, parameter, policy
+from kvscope.policies.recurrence import Recurrence
 
 
 @policy("tova")
@@ -53,6 +54,9 @@ class TOVA(Policy):
 
     def protect(self, budget: int) -> Protection:
         return Protection(sinks=self.sinks, recent=int(self.variant == "kvpress"))
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("mean" if self.scope == "layer" else self.group)
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         return step.layer_weights() if self.scope == "layer" else step.weights(self.group)

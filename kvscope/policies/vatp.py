@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvscope.errors import UsageError
 from kvscope.policies.base import Policy, Protection, Step, Traits, at_least, parameter, policy
+from kvscope.policies.recurrence import Recurrence, recurrence_of
 from kvscope.policies.spec import parse_policy
 
 HISTORY, LAST = 400, 10  # of the mask variant over scissorhands: rows of the prompt that count, and newest keys
@@ -85,6 +86,12 @@ class VATP(Policy):
         if budget < least:
             raise UsageError(f"{self.label} has no rule for a budget of {budget}", f"Give it at least {least} keys.")
         return Protection()
+
+    def recurrence(self) -> Recurrence | None:
+        base = recurrence_of(self.inner) if self.variant == "plain" else None
+        if base is None or self.norm == "none":
+            return base
+        return replace(base, scale=f"value_{self.norm}") if self.traits.scope == "kv_head" else None
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         scaled = replace(step, live=self._scaled(step))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvscope.policies.base import Policy, Step, policy
+from kvscope.policies.recurrence import Recurrence
 
 
 @policy("window")
@@ -27,6 +28,9 @@ class Window(Policy):
     scope = "layer"
     paper = "arXiv:2401.06104 section 5.1"
     proven = "plain-loop twin"
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("none")
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         score[..., -1] = step.t

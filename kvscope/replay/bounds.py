@@ -20,8 +20,8 @@ from torch import Tensor
 
 from kvscope.budget import Prefill
 from kvscope.policies.base import Scope
-from kvscope.replay.engine import Shape
 from kvscope.replay.matching import match
+from kvscope.replay.rows import Shape
 
 Floats = NDArray[np.float64]
 Read = Callable[[int, int, int], Tensor]  # layer, by its position in the group; start; stop -> [H, stop - start, n]

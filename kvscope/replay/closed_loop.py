@@ -23,9 +23,10 @@ from kvscope.model.attention_hook import Call, Kernel
 from kvscope.model.derotation import Derotation
 from kvscope.policies.allocation import Allocator
 from kvscope.replay.compaction import Compacted
-from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.engine import Scan
 from kvscope.replay.gates import margins
 from kvscope.replay.plan import GATE, Plan
+from kvscope.replay.rows import Block, Shape
 from kvscope.replay.score import Scorer, Scoring
 from kvscope.replay.signals import ROWS
 
@@ -126,8 +127,7 @@ class ClosedLoop:
             rows = call.rows(start, stop, stop)  # [R, H, b, stop]
             missing = self._missing(call, scan, rows, start, stop)
             if renumbered is None:
-                for t in range(start, stop):
-                    scan.step(t, rows[:, None, :, t - start, : t + 1])
+                scan.block(Block(rows[:, None], start, None if missing is None else missing[:, None]))
                 output.append(_attended(call, scan, rows, missing, start, stop))
             else:
                 output.append(renumbered.attend(scan, rows, start))

@@ -19,9 +19,10 @@ from kvscope.model.derotation import derotations
 from kvscope.model.selfcheck import Facts, self_check
 from kvscope.model.short_cache import ShortLayer, short_cache
 from kvscope.policies.base import Step
-from kvscope.replay.engine import VECTORS, Scan, Shape
+from kvscope.replay.engine import VECTORS, Scan
 from kvscope.replay.gates import margins, require_gates
 from kvscope.replay.plan import GATE, Plan
+from kvscope.replay.rows import Shape
 from kvscope.replay.signals import ROWS
 
 Positions = Literal["original", "compacted"]

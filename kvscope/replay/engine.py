@@ -8,57 +8,27 @@ positions. The same scan serves recorded rows (open loop) and rows that are comp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvscope.budget import Prefill
 from kvscope.errors import ReplayError
+from kvscope.kernels import available
+from kvscope.kernels.scan import step_block
 from kvscope.policies.allocation import ALLOCATORS, Allocator, Request
 from kvscope.policies.base import Policy, Step
+from kvscope.policies.recurrence import recurrence_of
 from kvscope.replay.draw import draw, draw_row
 from kvscope.replay.plan import Plan, protection
 from kvscope.replay.residency import NEVER, ReadLog, Stays, from_leave
+from kvscope.replay.rows import Block, Shape, renormalise
 
 VECTORS = ("keys", "values", "queries")  # signals [L, heads, T, D]; all others are [L, ., T] or [L, T, D]
 PER_QUERY = ("queries", "mean_query")  # of which the current query alone is shown
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one group of layers of one sequence, and which layers and sequence they are.
-
-    Attributes
-    ----------
-    layers : tuple of int
-        Layer numbers, ``L`` of them; draws depend on the number, not on the grouping.
-    heads, kv_heads : int
-        ``H`` and ``G``.
-    prompt, length : int
-        ``P`` and ``T``.
-    sequence : int
-        Number of the sequence.
-    windows : tuple of int or None
-        For each layer, the number of newest keys the model itself can see (sliding-window layers), or None.
-    n_layers : int
-        Layers of the model, of which these may be some; 0 where these are all.
-    """
-
-    layers: tuple[int, ...]
-    heads: int
-    kv_heads: int
-    prompt: int
-    length: int
-    sequence: int = 0
-    windows: tuple[int | None, ...] = ()
-    n_layers: int = 0
-
-    def reach(self) -> list[int]:
-        """Return how many keys each layer can see at most, ``L`` numbers."""
-        windows = self.windows or (None,) * len(self.layers)
-        return [self.length if window is None else min(window, self.length) for window in windows]
 
 
 class Scan:
@@ -134,6 +104,8 @@ class Scan:
         self._nan = torch.zeros((), dtype=torch.bool, device=device)
         self._memory: dict[str, Any] = {}
         self._reach = torch.tensor(shape.reach(), device=device)
+        windows = shape.windows or (None,) * len(shape.layers)
+        self._windows = torch.tensor([window or 0 for window in windows], dtype=torch.int64, device=device)
         self._layers = torch.tensor(shape.layers, dtype=torch.int64, device=device)
         self._reads = ReadLog(size, device) if self.traits.reads else None
         self._pressed = torch.zeros((), dtype=torch.int64, device=device)  # most keys that met an eviction
@@ -148,8 +120,19 @@ class Scan:
         )
         start = self._allocator if self._allocator.when == "start" else ALLOCATORS.get("uniform")()
         self.budget = start.share(self._request)
+        self._needs = self.plan.needs
+        self._rule = recurrence_of(self.policy) if self._compiles() else None
 
-    def step(self, t: int, row: Tensor) -> None:
+    def block(self, block: Block) -> None:
+        """Let all queries of a block see, be scored and evict, in order: `step` for each, compiled where it can be."""
+        if self._rule is not None and block.rows.device.type == "cpu":
+            self._step_compiled(block)
+            return
+        for t in range(block.start, block.start + block.rows.shape[-2]):
+            whole = block.whole(t) if t <= self.first_eviction else None
+            self.step(t, block.row(t), whole)
+
+    def step(self, t: int, row: Tensor, whole: Tensor | None = None) -> None:
         """Let query `t` see, be scored and evict.
 
         Parameters
@@ -158,10 +141,12 @@ class Scan:
             Its position; steps come in order from 0.
         row : Tensor
             Full-cache attention of the query, ``[L, H, t + 1]``; a leading ``R`` axis if it differs between runs.
+        whole : Tensor, optional
+            The same divided by its sum, as `renormalise` does, where nothing has been evicted yet.
         """
         row = row if row.ndim == 4 else row[None]
         step = self.see(t, row if self.traits.clairvoyant else None)
-        self.attend(step, row)
+        self.attend(step, row, whole)
 
     def see(self, t: int, row: Tensor | None = None) -> Step:
         """Return what query `t` sees: the first half of a step, before its row is known to any but a clairvoyant."""
@@ -194,13 +179,15 @@ class Scan:
             self.evictions += (self._alive[..., :n] & ~step.visible).sum(-1)
         return step
 
-    def attend(self, step: Step, row: Tensor) -> None:
+    def attend(self, step: Step, row: Tensor, whole: Tensor | None = None) -> None:
         """Score and evict, now that the row is known: the second half of a step."""
         n = step.t + 1
         row = row if row.ndim == 4 else row[None]
-        if "weights" in self.plan.needs:
-            step.live = self._live(step, row)
-        if "full_weights" in self.plan.needs:
+        if "weights" in self._needs:
+            step.live = (
+                self._live(step, row) if whole is None else self._rounded(whole.expand(len(self.budgets), -1, -1, -1))
+            )
+        if "full_weights" in self._needs:
             step.signals["full_weights"] = row
         score = self.policy.observe(step, self._score[..., :n])
         self._score[..., :n] = self._round(score, step.t)
@@ -272,8 +259,44 @@ class Scan:
         missing = None if self.missing_mass is None else self.missing_mass[..., step.t : step.t + 1]
         runs, layers, heads, n = self._alive[..., : step.t + 1].shape
         kept = row.view(-1, layers, heads, self.shape.heads // heads, n) * step.visible[:, :, :, None, :]
-        live = renormalise(kept.expand(runs, -1, -1, -1, -1).reshape(runs, layers, self.shape.heads, n), missing)
+        return self._rounded(
+            renormalise(kept.expand(runs, -1, -1, -1, -1).reshape(runs, layers, self.shape.heads, n), missing)
+        )
+
+    def _rounded(self, live: Tensor) -> Tensor:
         return live if self.plan.accumulate is None else live.to(self.plan.accumulate).to(live.dtype)
+
+    def _compiles(self) -> bool:
+        """Return whether a kernel may step this: what it does not know of stays with torch."""
+        return (
+            available()
+            and self.traits.bounded
+            and not self.traits.reads
+            and self.plan.accumulate is None
+            and self._allocator.when == "start"
+        )
+
+    def _step_compiled(self, block: Block) -> None:
+        assert self._rule is not None
+        rows, shape = block.rows, self.shape
+        steps = range(block.start, block.start + rows.shape[-2])
+        evicts = np.array([self.plan.compresses(t, shape.prompt, self.prefill) for t in steps])
+        state = (self._alive, self._score, self.leave, self._count, self.evictions)
+        limits = (self.budget, self._sinks.flatten(), self._recent.flatten(), self._windows)
+        scale = None if self._rule.scale is None else self.signals[self._rule.scale]
+        self._nan |= step_block(
+            self._rule.weights,
+            self._rule.decay,
+            tuple(tensor.numpy() for tensor in state),
+            tuple(tensor.numpy() for tensor in limits),
+            (rows if rows.ndim == 5 else rows[None]).detach().contiguous().numpy(),
+            block.start,
+            evicts,
+            missing=None if self.missing_mass is None else _with_runs("missing", self.missing_mass).detach().numpy(),
+            scale=None if scale is None else scale.detach().contiguous().numpy(),
+        )
+        if evicts.any():
+            self._pressed.fill_(steps[int(evicts.nonzero()[0][-1])] + 1)
 
     def _round(self, score: Tensor, t: int) -> Tensor:
         """Round sums as half-precision code does: the prompt's sum once, at its end, and then at every step."""
@@ -335,17 +358,6 @@ class Scan:
     def _note(self, evicted: Tensor) -> None:
         self._count -= evicted
         self.evictions += evicted
-
-
-def renormalise(kept: Tensor, missing: Tensor | None = None) -> Tensor:
-    """Return rows divided by their sum over the last axis, plus the mass a learned sink takes.
-
-    A row without any mass stays zero: recorded weights can underflow.
-    """
-    total = kept.sum(-1, keepdim=True)
-    if missing is not None:
-        total = total + missing
-    return kept / torch.where(total > 0, total, 1)
 
 
 def _with_runs(name: str, value: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from kvscope.budget import Prefill
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
 from kvscope.replay.bounds import schedules
-from kvscope.replay.engine import PER_QUERY, VECTORS, Scan, Shape
+from kvscope.replay.engine import PER_QUERY, VECTORS, Scan
+from kvscope.replay.rows import Shape
 
 
 def held(

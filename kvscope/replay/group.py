@@ -16,6 +16,7 @@ from kvscope.replay.bounds import Schedules, schedules
 from kvscope.replay.engine import Scan
 from kvscope.replay.layers import Layers
 from kvscope.replay.plan import Plan
+from kvscope.replay.rows import Block
 from kvscope.replay.score import Scorer, Scoring
 from kvscope.replay.signals import ROWS
 from kvscope.trace.reader import Sequence as TraceSequence
@@ -151,10 +152,10 @@ class Group:
         for start in range(0, self.shape.length, size):
             stop = min(start + size, self.shape.length)
             rows = self.source.rows(start, stop)
-            for scan in (*(scan for _, scan, _ in self.scans), *self.twins.values()):
-                for t in range(start, stop):
-                    scan.step(t, rows[:, :, t - start, : t + 1])
             missing = None if self.source.missing is None else self.source.missing[..., start:stop]
+            block = Block(rows, start, missing)
+            for scan in (*(scan for _, scan, _ in self.scans), *self.twins.values()):
+                scan.block(block)
             self._scoring.add(rows, start, missing)
             for _, scan, _ in self.scans:
                 scan.release(stop)

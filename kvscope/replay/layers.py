@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvscope.errors import ReplayError
-from kvscope.replay.engine import Shape
+from kvscope.replay.rows import Shape
 from kvscope.replay.signals import load
 from kvscope.trace.reader import Sequence as TraceSequence
 from kvscope.trace.reader import Trace

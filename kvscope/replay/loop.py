@@ -35,20 +35,21 @@ class ClosedLoopOptions:
     device_map: str | None = None
 
     def runs(self, open_runs: Sequence[Run]) -> list[Run]:
-        """Return the closed runs that go with open ones.
+        """Return the closed runs that go with open ones; bounds, which know the future, have an open one alone.
 
         Raises
         ------
         UsageError
             If a policy cannot run in the closed loop.
         """
-        for run in open_runs:
+        feasible = [run for run in open_runs if not run.plan.policy.traits.clairvoyant]
+        for run in feasible:
             require_closed(run.plan, self.positions)
         return [
             replace(
-                run, number=len(open_runs) + run.number, loop="closed", positions=self.positions, open_run=run.number
+                run, number=len(open_runs) + place, loop="closed", positions=self.positions, open_run=run.number
             )
-            for run in open_runs
+            for place, run in enumerate(feasible)
         ]
 
 
@@ -58,7 +59,7 @@ def require_closed(plan: Plan, positions: Positions = "original") -> None:
         raise UsageError(f"positions {positions!r} are unknown", "Use --positions original or --positions compacted.")
     traits = plan.policy.traits
     why = None
-    if getattr(traits, "clairvoyant", False):
+    if traits.clairvoyant:
         why = "looks ahead at attention that depends on what it evicts"
     elif "full_weights" in plan.needs and not traits.reads:
         why = "looks at attention on keys that it has evicted"

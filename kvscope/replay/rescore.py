@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvscope.errors import UsageError
 from kvscope.metrics import Metric
-from kvscope.replay.engine import Shape
 from kvscope.replay.info import versions
 from kvscope.replay.layers import Layers
+from kvscope.replay.rows import Shape
 from kvscope.replay.run import torch_device
 from kvscope.replay.score import Scorer, Scoring
 from kvscope.replay.signals import measurable

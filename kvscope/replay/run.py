@@ -15,7 +15,7 @@ from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
 from kvscope.replay.group import Run, step_through
 from kvscope.replay.info import info, of_trace
-from kvscope.replay.loop import ClosedLoopOptions, Positions
+from kvscope.replay.loop import ClosedLoopOptions, Positions, require_closed
 from kvscope.replay.plan import Plan, protection
 from kvscope.replay.signals import measurable, require
 from kvscope.results.store import Replay, ReplayWriter
@@ -100,6 +100,8 @@ def replay(
     check(trace, runs, prefill)
     on = torch_device(device)
     again = [] if closed is None else closed.runs(runs)
+    if closed is not None and not again:
+        require_closed(runs[0].plan, closed.positions)
     started = time.monotonic()
     share = 1.0 if closed is None else OPEN_SHARE
     about = info(of_trace(trace), trace.sequences, [*runs, *again], wanted, prefill, command) | {"left_out": left}

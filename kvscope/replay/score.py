@@ -11,7 +11,7 @@ from torch import Tensor
 from kvscope.metrics import Metric
 from kvscope.metrics.base import Rows
 from kvscope.metrics.past import Past
-from kvscope.replay.engine import Shape
+from kvscope.replay.rows import Shape
 
 ALWAYS = frozenset({"read_keys", "held_keys"})  # counted at every step, also before anything is evicted
 
@@ -79,7 +79,7 @@ class Scorer:
         """Return where the query sees less than the model would show it, bool ``[R, L, H, b]``."""
         reach = torch.tensor(self.scan.shape.reach(), device=rows.full.device)
         could = torch.minimum(rows.steps + 1, reach[:, None])[:, None, :]  # [L, 1, b]
-        return rows.seen.sum(-1) < could
+        return rows.kept.keys < could
 
 
 class Scoring:

@@ -17,6 +17,7 @@ from kvscope.model.attention_hook import Call, Kernel, answering
 from kvscope.policies.allocation import ALLOCATORS, Allocator, Request
 from kvscope.policies.base import Step
 from kvscope.replay.closed_loop import Batch, Text, logits_of, require_whole, rows_of, scan_of
+from kvscope.replay.rows import Block
 
 
 class Given(Allocator):
@@ -70,8 +71,7 @@ def _watch(call: Call, batch: Batch, prompt: Text) -> Request:
     watching = _Watching(ALLOCATORS.get(batch.plan.allocate)())
     scan = scan_of(_repeated(call, len(batch.budgets)), replace(batch, allocators={call.layer: watching}), prompt)
     rows = call.rows(0, prompt.length)
-    for t in range(prompt.length):
-        scan.step(t, rows[:, None, :, t, : t + 1])
+    scan.block(Block(rows[:, None], 0))
     assert watching.request is not None, "asked for at the end of the prompt"
     return watching.request
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kvscope.policies.base import Policy
 from kvscope.replay.bounds import schedules
-from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.engine import Scan
 from kvscope.replay.plan import GATE, Plan
+from kvscope.replay.rows import Shape
 from kvscope.replay.signals import ROWS
 
 

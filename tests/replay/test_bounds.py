@@ -15,9 +15,9 @@ from kvscope.errors import UsageError
 from kvscope.policies import POLICIES
 from kvscope.policies.spec import parse_policy
 from kvscope.replay import bounds, matching
-from kvscope.replay.engine import Shape
 from kvscope.replay.matching import match
 from kvscope.replay.plan import Plan
+from kvscope.replay.rows import Shape
 from kvscope.replay.run import able, replay
 from kvscope.results.store import Replay
 from kvscope.results.summary import bounds as shares

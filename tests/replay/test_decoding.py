@@ -23,9 +23,10 @@ from kvscope.policies import POLICIES
 from kvscope.policies.base import Policy, Step
 from kvscope.policies.spec import parse_policies
 from kvscope.replay.decoding import Decoded, decode
-from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.engine import Scan
 from kvscope.replay.plan import Plan
 from kvscope.replay.residency import NEVER
+from kvscope.replay.rows import Shape
 from tests.model import tiny
 from tests.reference import replay as twin
 

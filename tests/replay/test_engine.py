@@ -9,7 +9,8 @@ from kvscope.errors import ReplayError, UsageError
 from kvscope.policies.base import Policy, Step
 from kvscope.policies.spec import parse_policies
 from kvscope.replay.draw import draw
-from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.engine import Scan
+from kvscope.replay.rows import Shape
 from tests.reference import replay as twin
 from tests.replay.maps import KINDS, attention, run
 

@@ -9,7 +9,8 @@ import torch
 from kvscope.metrics import METRICS
 from kvscope.metrics.base import Rows
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.engine import Scan
+from kvscope.replay.rows import Shape
 from kvscope.replay.score import Scorer, Scoring
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text())

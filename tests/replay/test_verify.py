@@ -126,6 +126,7 @@ def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(step.t)
         return observe(self, step, score if step.t != 9 or calls.count(9) < 3 else score * 0)
 
+    monkeypatch.setattr(A2SF, "recurrence", lambda self: None)  # what the kernels go by is still true of it
     monkeypatch.setattr(A2SF, "observe", forgetful)  # the closed loop asks once for each of two layers, then decoding
     found = verdict(model, "a2sf:alpha=0.5", "stream")
     assert not found.agrees

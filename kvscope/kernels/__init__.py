@@ -1,0 +1,39 @@
+"""Loops compiled for a CPU where numba is there, each the twin of torch code that says the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+
+OFF = "KVSCOPE_NO_KERNELS"  # environment variable: anything but nothing leaves the compiled kernels out
+
+
+@cache
+def available() -> bool:
+    """Return whether kernels can be compiled here."""
+    if os.environ.get(OFF):
+        return False
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def spread(work: Callable[[int, int], None], units: int) -> None:
+    """Call ``work(first, last)`` for shares of `units` on as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), units)
+    if threads <= 1:
+        work(0, units)
+        return
+    edges = [units * part // threads for part in range(threads + 1)]
+    list(_pool(threads).map(work, edges[:-1], edges[1:]))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="kvscope-kernel")

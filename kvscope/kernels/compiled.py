@@ -1,0 +1,23 @@
+"""How loops are compiled. Imported only where numba is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from numba import njit
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(function: F) -> F:
+    """Return a function compiled for whatever it is called with, and kept on disk; other threads run beside it.
+
+    Divisions do not ask for zero each time.
+    """
+    return cast(F, njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+def summing(function: F) -> F:
+    """Do the same for one whose sums may be made in any order, and so several at a time."""
+    return cast(F, njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})(function))
