@@ -18,6 +18,8 @@ from torch import Tensor
 
 from kvscope.budget import Prefill
 from kvscope.errors import ReplayError
+from kvscope.kernels import available
+from kvscope.kernels.kept import kept_rows
 from kvscope.metrics import Metric
 from kvscope.model.attention_hook import Call, Kernel
 from kvscope.model.derotation import Derotation
@@ -131,7 +133,8 @@ class ClosedLoop:
                 output.append(_attended(call, scan, rows, missing, start, stop))
             else:
                 output.append(renumbered.attend(scan, rows, start))
-            scoring.add(rows[:, None], start, None if missing is None else missing[:, None])
+            if self.metrics:
+                scoring.add(rows[:, None], start, None if missing is None else missing[:, None])
             scan.release(stop)
         scan.check()
         self.found(call.layer, number, scan, scorer)
@@ -149,15 +152,23 @@ class ClosedLoop:
 
 def _attended(call: Call, scan: Scan, rows: Tensor, missing: Tensor | None, start: int, stop: int) -> Tensor:
     """Return the output of a block of queries over the keys that they saw, ``[R, b, H, D]``."""
+    kept, total = _kept(scan, rows, start, stop)
+    total = total if missing is None else total + missing
+    groups = call.value.shape[1]
+    grouped = kept.view(len(kept), groups, -1, stop)  # [R, G, Q * b, stop]
+    output = grouped @ call.value[:, :, :stop].to(rows.dtype)
+    output = output.view(*rows.shape[:3], -1) / torch.where(total > 0, total, 1)[..., None]
+    return output.transpose(1, 2)
+
+
+def _kept(scan: Scan, rows: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Return a block of rows without the keys that queries did not see, and what is left of their mass."""
+    if rows.device.type == "cpu" and available() and not scan.traits.reads:
+        kept, total = kept_rows(rows.detach().numpy(), scan.leave[:, 0].numpy(), start)
+        return torch.from_numpy(kept), torch.from_numpy(total)
     visible = scan.visible(start, stop)[:, 0]  # [R, G, b, stop]
-    runs, groups = visible.shape[:2]
-    grouped = rows.view(runs, groups, -1, stop - start, stop) * visible[:, :, None]
-    lost = None if missing is None else missing.view(runs, groups, -1, stop - start, 1)
-    total = grouped.sum(-1, keepdim=True)
-    total = total if lost is None else total + lost
-    output = grouped @ call.value[:, :, None, :stop].to(rows.dtype)  # [R, G, Q, b, D]
-    output = output / torch.where(total > 0, total, 1)
-    return output.flatten(1, 2).transpose(1, 2)
+    part = rows * visible.repeat_interleave(rows.shape[1] // visible.shape[1], 1)
+    return part, part.sum(-1)
 
 
 def require_whole(call: Call, text: Text) -> None:

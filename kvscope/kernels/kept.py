@@ -1,0 +1,37 @@
+"""Rows with what has left the cache taken out, compiled: the twin of the product with `Scan.visible`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvscope.kernels import spread
+
+Array = NDArray[Any]
+
+
+def kept_rows(rows: Array, leave: Array, start: int) -> tuple[Array, Array]:
+    """Return rows that are zero at keys that are gone, and their sums.
+
+    Parameters
+    ----------
+    rows : ndarray
+        ``[R, H, b, n]`` of steps `start` to ``start + b - 1``; zero beyond the query's position.
+    leave : ndarray
+        int32 ``[R, S, T]``: first step at which a key is gone, counted as in `Scan`; ``S`` divides ``H``.
+    start : int
+        First step.
+
+    Returns
+    -------
+    tuple of ndarray
+        ``[R, H, b, n]``, and ``[R, H, b]`` of the same type, summed in double.
+    """
+    from kvscope.kernels.kept_loop import keep_rows
+
+    rows, leave = np.ascontiguousarray(rows), np.ascontiguousarray(leave)
+    kept, total = np.empty_like(rows), np.empty_like(rows[..., 0])
+    spread(lambda first, last: keep_rows(first, last, rows, leave, start, kept, total), rows.shape[0] * rows.shape[1])
+    return kept, total

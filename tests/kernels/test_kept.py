@@ -1,0 +1,26 @@
+"""Rows without what is gone: compiled beside the product with the visible keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kvscope.replay.closed_loop as module
+from kvscope.policies.spec import parse_policies
+from kvscope.replay.engine import Scan
+from kvscope.replay.rows import Block, Shape
+from tests.replay.maps import attention
+
+
+@pytest.mark.parametrize("spec", ["h2o", "tova"])  # decided per head, and per layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_rows(spec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.stack([attention(seed, 1, 4, 30)[0] for seed in (1, 2)]).to(dtype)  # [R, H, T, T]
+    scan = Scan(parse_policies([spec])[0], [6, 9], Shape((0,), 4, 2, 10, 30), "full", dtype=dtype)
+    scan.block(Block(rows[:, None], 0))
+    part = rows[:, :, 12:]
+    kept, total = module._kept(scan, part, 12, 30)
+    monkeypatch.setattr(module, "available", lambda: False)
+    plain, sums = module._kept(scan, part, 12, 30)
+    assert torch.equal(kept, plain) and bool((kept == 0).any(-1).all())
+    assert torch.allclose(total, sums, rtol=1e-6)
