@@ -25,7 +25,7 @@ def compare(
     replays: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[REPLAY] [REPLAY]",
+            metavar="REPLAY",
             help="One replay, or two of the same trace: A is of the first, B of the second. Default: the newest.",
             show_default=False,
         ),

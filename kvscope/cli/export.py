@@ -32,7 +32,7 @@ def export(
     replay: Annotated[
         str | None,
         typer.Argument(
-            metavar="[REPLAY]", help="Name under reports/, or a path. Default: the newest.", show_default=False
+            metavar="REPLAY", help="Name under reports/, or a path. Default: the newest.", show_default=False
         ),
     ] = None,
     output: Annotated[
@@ -41,7 +41,11 @@ def export(
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="csv, parquet, or arrow (Feather).")] = Format.parquet,
     per: Annotated[
-        Per, typer.Option(help="A row of fidelity: a step of a head, or the mean of a head, layer, sequence, run.")
+        Per,
+        typer.Option(
+            metavar="WHAT",
+            help="A row of fidelity: a step of a head, or a mean: step, head, layer, sequence, or run.",
+        ),
     ] = Per.step,
     long: Annotated[
         bool, typer.Option("--long", help="fidelity with a row for each metric instead of a column.")

@@ -62,7 +62,10 @@ def train(
     ),
     target_keep: Annotated[float, typer.Option(help="Share of keys that should stay.")] = 0.5,
     eviction_loss: Annotated[
-        EvictionLoss, typer.Option(help="Beyond the target: max(0, x), |x| or x squared.")
+        EvictionLoss,
+        typer.Option(
+            metavar="FORM", help="Of the distance x to the target: one-sided, max(0, x); absolute, |x|; or square."
+        ),
     ] = EvictionLoss.one_sided,
     strength: Annotated[float, typer.Option(help="Of the eviction loss beside the other.")] = 5.0,
     form: Annotated[

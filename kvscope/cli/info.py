@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 def info(
     trace: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[TRACE]", help="Name under traces/, or a path. Default: the newest.", show_default=False
-        ),
+        typer.Argument(metavar="TRACE", help="Name under traces/, or a path. Default: the newest.", show_default=False),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Also read every file and compare its checksum.")] = False,
     json: Json = False,

@@ -13,7 +13,7 @@ from kvscope.cli.replay import Positions
 
 def perplexity(
     ctx: typer.Context,
-    files: Annotated[list[str], typer.Argument(metavar="TEXT...", help="UTF-8 text files.", show_default=False)],
+    files: Annotated[list[str], typer.Argument(metavar="TEXT", help="UTF-8 text files.", show_default=False)],
     model: Annotated[
         str, typer.Option("--model", "-m", help="demo, an alias (llama2-7b), a Hub id, or a local folder.")
     ],

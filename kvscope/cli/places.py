@@ -12,6 +12,7 @@ from kvscope.registry import nearest
 
 TRACES = Path("traces")
 REPORTS = Path("reports")
+MAKE = {TRACES: "Record one: kvscope trace --model demo prompt.txt", REPORTS: "Make one: kvscope replay --policy a2sf"}
 INCOMPLETE = ".incomplete"  # what the name of something half written ends in
 
 
@@ -108,5 +109,5 @@ def _find(given: str, folder: Path, kind: str, error: type[KvscopeError]) -> Pat
         if path.exists() or path.with_name(path.name + INCOMPLETE).exists():
             return path
     known = [item.name for item in folder.iterdir() if item.is_dir()] if folder.is_dir() else []
-    hint = nearest(given, known) if known else f"There is none under {folder}/ yet."
+    hint = nearest(given, known) if known else f"None is there yet. {MAKE[folder]}"
     raise error(f"no {kind} {given}: neither a path nor a name under {folder}/", hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from kvscope.cli.options import Json
 
 def policies(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Everything about one policy.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="Everything about one policy.", show_default=False)
     ] = None,
     json: Json = False,
 ) -> None:
@@ -42,7 +43,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [
         Column("policy", [row["name"] for row in rows]),
         Column("parameters", ["\n".join(_setting(item) for item in row["parameters"]) or "-" for row in rows]),
-        Column("keeps", [row["summary"] for row in rows], wrap=32),
+        Column("keeps", [_flowing(row["summary"]) for row in rows], wrap=32),
         Column("needs", [", ".join(row["needs"]) or "-" for row in rows], keep=30),
         Column("evicts", [_evicts(row) for row in rows], keep=25),
         Column("scope", [row["scope"].replace("_", " ") for row in rows], keep=20),
@@ -97,9 +98,12 @@ def _evicts(row: Mapping[str, Any]) -> str:
 
 
 def _flowing(doc: str) -> str:
-    """Return a docstring as text for a terminal: paragraphs that flow, without the marks of code."""
-    paragraphs = doc.replace("``", "").split("\n\n")
-    return "\n\n".join(text if text.startswith((" ", "-")) else " ".join(text.split("\n")) for text in paragraphs)
+    """Return a docstring as text for a terminal: paragraphs that flow, code as it is, without the marks of either."""
+    plain = re.sub(r"^(\w+)\n-+$", r"\1:\n", doc.replace("``", ""), flags=re.MULTILINE)
+    paragraphs = re.split(r"\n\n+", plain)
+    return "\n\n".join(
+        text if text.startswith((" ", "-", ">>>")) else " ".join(text.split("\n")) for text in paragraphs
+    )
 
 
 def _setting(item: Mapping[str, Any]) -> str:

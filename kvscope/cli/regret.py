@@ -26,7 +26,7 @@ def regret(
     replay: Annotated[
         str | None,
         typer.Argument(
-            metavar="[REPLAY]", help="Name under reports/, or a path. Default: the newest.", show_default=False
+            metavar="REPLAY", help="Name under reports/, or a path. Default: the newest.", show_default=False
         ),
     ] = None,
     policy: Policy = None,

@@ -19,7 +19,7 @@ def report(
     replays: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[REPLAY]...",
+            metavar="REPLAY",
             help="Names under reports/, or paths. Default: the newest.",
             show_default=False,
         ),

@@ -15,7 +15,7 @@ def score(
     replay: Annotated[
         str | None,
         typer.Argument(
-            metavar="[REPLAY]", help="Name under reports/, or a path. Default: the newest.", show_default=False
+            metavar="REPLAY", help="Name under reports/, or a path. Default: the newest.", show_default=False
         ),
     ] = None,
     metric: Annotated[

@@ -19,7 +19,7 @@ def spans(
     replay: Annotated[
         str | None,
         typer.Argument(
-            metavar="[REPLAY]", help="Name under reports/, or a path. Default: the newest.", show_default=False
+            metavar="REPLAY", help="Name under reports/, or a path. Default: the newest.", show_default=False
         ),
     ] = None,
     span: Annotated[

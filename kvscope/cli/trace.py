@@ -20,7 +20,7 @@ def trace(
     ctx: typer.Context,
     prompts: Annotated[
         list[Path],
-        typer.Argument(metavar="PROMPT...", help="Text files, or JSONL with a prompt per line.", show_default=False),
+        typer.Argument(metavar="PROMPT", help="Text files, or JSONL with a prompt per line.", show_default=False),
     ],
     model: Annotated[
         str, typer.Option("--model", "-m", help="demo, an alias (llama2-7b), a Hub id, or a local folder.")
@@ -84,10 +84,10 @@ def trace(
     from kvscope.cli.info import show
     from kvscope.cli.places import TRACES, place
 
+    path = place(TRACES, output, _name(prompts, model), force=force)
     with console.working("loading transformers", quiet=quiet):
         from kvscope.model.generate import trace as record
 
-    path = place(TRACES, output, _name(prompts, model), force=force)
     recorded = _layers(layers)
     with console.bar(f"tracing {model}", None, "tokens", quiet=quiet) as update:
         made = record(

@@ -26,7 +26,10 @@ class Per(StrEnum):
 
 
 def tune(
-    traces: Annotated[list[str] | None, typer.Argument(metavar="[TRACE]...", show_default=False)] = None,
+    traces: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TRACE", help="Names under traces/, or paths. Default: the newest.", show_default=False),
+    ] = None,
     policy: Annotated[str, typer.Option("--policy", "-p", metavar="POLICY", help="What to tune.")] = "a2sf",
     grid: Annotated[
         list[str] | None,

@@ -25,6 +25,7 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate; any other is one device
 REACH_SECONDS = 5  # how long the Hub may take to say whether it is there
 
 
@@ -89,12 +90,16 @@ def load(
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown", f"Use one of: {', '.join(DTYPES)}.")
     place = _device(device)
+    if device_map is not None and device_map not in DEVICE_MAPS:
+        _device(device_map)
     wanted: Any = DTYPES[dtype]
     if dtype == "auto" and place.type == "cpu" and device_map is None:
         wanted = torch.float32  # half precision on a CPU is slow, and float32 holds every 16-bit weight exactly
     local = Path(source).is_dir()
     if local:
         _require_files(Path(source))
+        if revision is not None:
+            raise UsageError(f"--revision {revision}: folder {source} has no revisions", "Leave --revision out.")
     offline = not local and not _hub_answers(source, revision)
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local or offline}
     transformers_log.disable_progress_bar()  # type: ignore[no-untyped-call]  # the command has its own

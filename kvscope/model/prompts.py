@@ -37,14 +37,19 @@ def read_prompts(prompts: Sequence[Path | str], continuation: Path | None) -> li
         if file.suffix != ".jsonl":
             texts.append((str(file), content, forced))
             continue
-        for number, line in enumerate(content.splitlines(), 1):
-            if line.strip():
-                texts.append((str(file), *_jsonl(file, number, line, forced)))
+        lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+        if not lines:
+            raise UsageError(f"{file} is empty", 'Write a prompt into each line: {"prompt": "..."}')
+        texts.extend((str(file), *_jsonl(file, number, line, forced)) for number, line in lines)
     if not texts:
         raise UsageError("no prompt is named", "Name a text file: kvscope trace --model demo prompt.txt")
-    for name, text, _ in texts:
+    for name, text, own in texts:
         if not text.strip():
             raise UsageError(f"prompt {name} is empty", "Write something into it.")
+        if own == "":
+            raise UsageError(
+                f"the continuation of prompt {name} is empty", "Write something into it, or generate: leave it out."
+            )
     return texts
 
 

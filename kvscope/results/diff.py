@@ -19,6 +19,7 @@ REGRESSIONS = ("worse", "missing")
 DECLARED = ("direction", "range", "when_nothing_evicted")
 PLANNED = ("phase", "allocate", "accumulate")  # with ALIGNED, what makes two runs the same run
 FEW = 50  # rows up to which values that are the same are shown too
+APART = "No run is on both sides; two policies are set side by side by: kvscope compare"
 FIRST = 10  # stays that are named for each run whose decisions differ
 
 
@@ -108,6 +109,8 @@ class Diff:
         told = f"{len(self.rows)} values: {', '.join(f'{count} {name}' for name, count in counts.items() if count)}."
         if self.decisions is not None:
             told += f" Decisions differ in {len(self.redecided)} of {len(self.decisions)} runs."
+        if self.rows and {row.verdict for row in self.rows} <= {"missing", "new"}:
+            told += f" {APART}"
         return told
 
     def to_dict(self) -> dict[str, Any]:

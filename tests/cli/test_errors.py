@@ -52,7 +52,7 @@ def edit_header(trace: Path, **changes: object) -> None:
         (["trace", "--model", "demo"], "PROMPT", "--help"),
         (["trace", "p.txt"], "--model", "--help"),
         (["trace", "--model", "demo", "--layers", "x", "p.txt"], "'x'", "--layers 0,3"),
-        (["trace", "--model", "demo", "--store", "topk", "p.txt"], "'topk'", "maps+vectors"),
+        (["trace", "--model", "demo", "--store", "rows", "p.txt"], "'rows'", "maps+vectors"),
         (["replay", "--policy", "a2sf", "-o", ""], "-o", "-o NAME"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -88,6 +88,19 @@ def test_an_empty_folder(run: Run, arguments: list[str], what: str, status: int)
     assert done.status == status
     assert what in done.two_lines()[0]
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(("command", "make"), [("info", "kvscope trace"), ("report", "kvscope replay")])
+def test_where_nothing_is_yet_the_first_step_is_said(run: Run, command: str, make: str) -> None:
+    assert make in run(command, "nothing").two_lines()[1]
+
+
+def test_an_existing_output_is_refused_before_anything_is_loaded(
+    run: Run, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "kvscope.model.generate", None)
+    Path("p.txt").write_text("Once upon a time")
+    assert "exists" in run("trace", "--model", "demo", "p.txt", "-o", "small").two_lines()[0]
 
 
 def test_the_nearest_trace_is_suggested(run: Run, small: Path) -> None:

@@ -137,6 +137,7 @@ def test_policies(run: Run) -> None:
     one = run("policies", "a2sf").out
     assert "--alpha" in one
     assert "2407.20485" in one
+    assert "\n>>> held(" in one and "---" not in one, "an example is lines of code, its heading no rule of dashes"
     assert "no parameters" in run("policies", "full").out
 
 

@@ -30,6 +30,19 @@ def test_every_command_explains_itself(name: str, run: Run) -> None:
     assert len(COMMANDS[name].help) > 40
 
 
+@pytest.mark.parametrize("name", [*COMMANDS, "gate train"])
+def test_help_fits_a_narrow_terminal(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No list of choices is folded inside a word, and the usage says once that something repeats."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 200)
+    wide = run(*name.split(), "--help").out
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    narrow = run(*name.split(), "--help").out
+    assert max(map(len, narrow.splitlines())) == 80
+    assert [kind for kind in re.findall(r"<\S+>", wide) if kind not in narrow] == []
+    usage = next(line for line in wide.splitlines() if "Usage:" in line)
+    assert "...}..." not in usage and "[[" not in usage
+
+
 def test_help_answers_in_half_a_second() -> None:
     """Counted in processor time, which a busy machine stretches less than the clock on the wall."""
     assert min(_seconds("--help") for _ in range(3)) < 0.5

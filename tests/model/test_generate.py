@@ -131,6 +131,8 @@ def test_some_layers(folder: Path, prompt: Path, tmp_path: Path) -> None:
         ("w1", {"top_k": -1}, "top_k"),
         ("w1", {"dtype": "int8"}, "dtype 'int8' is unknown"),
         ("w1", {"device": "cuda:99"}, "cannot be used"),
+        ("w1", {"device_map": "weird"}, "device 'weird' cannot be used"),
+        ("w1", {"revision": "main"}, "has no revisions"),
     ],
 )
 def test_mistakes(folder: Path, tmp_path: Path, content: str, options: dict, message: str) -> None:
@@ -151,6 +153,19 @@ def test_files_that_are_no_prompts(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "p.jsonl").write_text(line)
         with pytest.raises(UsageError, match="line 1: no prompt"):
             trace(str(folder), [tmp_path / "p.jsonl"])
+    (tmp_path / "p.jsonl").write_text("\n \n")
+    with pytest.raises(UsageError, match=r"p\.jsonl is empty"):
+        trace(str(folder), [tmp_path / "p.jsonl"])
+
+
+def test_a_continuation_of_nothing(folder: Path, prompt: Path, tmp_path: Path) -> None:
+    """It would be a trace of the prompt alone, which no replay with full prefill can use."""
+    (tmp_path / "after.txt").write_text("")
+    with pytest.raises(UsageError, match=r"the continuation of prompt .* is empty"):
+        trace(str(folder), [prompt], output=tmp_path / "t", continuation=tmp_path / "after.txt")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w1", "continuation": ""}')
+    with pytest.raises(UsageError, match=r"the continuation of prompt .* is empty"):
+        trace(str(folder), [tmp_path / "p.jsonl"], output=tmp_path / "t")
 
 
 def test_an_existing_trace_and_a_small_disk(folder: Path, prompt: Path, tmp_path: Path, monkeypatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from kvscope.errors import ResultError, UsageError
 from kvscope.results.baseline import load_summary
-from kvscope.results.diff import Tolerance, diff, parse_tolerance
+from kvscope.results.diff import APART, Tolerance, diff, parse_tolerance
 from tests.results.make import METRICS, make
 
 
@@ -57,6 +57,15 @@ def test_a_run_that_vanished_fails_and_a_new_one_does_not(base: dict) -> None:
     grown = diff(fewer, base)
     assert {row.verdict for row in grown.rows} == {"same", "new"}
     assert not grown.regressed
+
+
+def test_sides_without_a_common_run_say_what_compares_policies(base: dict) -> None:
+    other = copy.deepcopy(base)
+    for run in other["runs"]:
+        run["budget"] = "7%"
+    assert APART in diff(base, other).verdict()
+    other["runs"][0]["budget"] = base["runs"][0]["budget"]
+    assert APART not in diff(base, other).verdict()
 
 
 def test_one_tolerance_for_each_metric(base: dict) -> None:
