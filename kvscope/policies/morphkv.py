@@ -73,7 +73,7 @@ class MorphKV(Policy):
             if not window:
                 continue
             index, there = without_gaps(step.visible[run, ..., :-1])  # [L, G, m]
-            asked = history.newest(window, run)
+            asked = history.newest(window, run).double()  # one over a small float32 may be infinite
             older = (there & (index < step.t - window)).to(asked.dtype)
             asked = asked.gather(-1, index[:, :, None].expand(*asked.shape[:-1], -1))  # [L, G, W, m]
             total = (asked @ older[..., None])[..., 0]  # [L, G, W]
