@@ -64,4 +64,4 @@ def test_tiny_shares_are_no_accident() -> None:
     """One over the smallest float32 is infinite, and infinity times nothing is no number."""
     rows = attention(5, 1, 2, 12)
     rows *= torch.where(torch.eye(12, dtype=torch.bool), 1.0, 3e-20)  # of two heads, a product that float32 just holds
-    run(parse_policy("morphkv"), rows, [6], kv_heads=1, prompt=6, prefill="full")
+    run(parse_policy("morphkv"), rows.float(), [6], kv_heads=1, prompt=6, prefill="full")
