@@ -25,7 +25,8 @@ from machine import machine
 from playwright.sync_api import sync_playwright
 
 from kvscope.report.page import page_data, report, report_input
-from kvscope.results.store import Replay, ReplayWriter
+from kvscope.results.store import Replay
+from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.schema import STORES, LayerAttention, TraceHeader
 from kvscope.trace.writer import TraceWriter

@@ -73,6 +73,12 @@ def describe(trace: Trace, *, verified: bool = False) -> dict[str, Any]:
         "store": header.store,
         "stored": sorted(header.stored),
         "derived": sorted(header.derived),
+        "top": header.top,
+        "loss": trace.loss,
+        "head_numbers": header.head_numbers,
+        "n_heads": header.n_heads,
+        "query_stride": header.query_stride,
+        "approximate": trace.approximate,
         "bytes": sum(file.stat().st_size for file in trace.path.rglob("*") if file.is_file()),
     }
 
@@ -93,7 +99,7 @@ def pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("recorded", recorded),
         ("sequences", _sequences(facts["sequences"])),
         ("continuation", _PROTOCOLS.get(facts["protocol"], facts["protocol"])),
-        ("store", facts["store"]),
+        ("store", facts["store"] if facts["top"] is None else f"{facts['store']}:{facts['top']}"),
         ("stored", ", ".join(facts["stored"])),
         ("size", size(facts["bytes"])),
         ("made", f"{facts['created']} by kvscope {facts['kvscope']} on {facts['device'] or 'another machine'}"),
@@ -102,6 +108,7 @@ def pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts["derived"]:
         lines.insert(7, ("recomputed", ", ".join(facts["derived"])))
+    lines += [("approximate", sentence) for sentence in facts["approximate"]]
     if windows:
         lines.insert(2, ("sliding windows", ", ".join(map(str, windows))))
     if facts["learned_sinks"]:

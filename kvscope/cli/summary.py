@@ -120,6 +120,7 @@ def notes(runs: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> list[st
     kind = sorted({f"{run['loop']} loop, {run['prefill']} prefill" for run in runs})
     trace = info.get("trace", {})
     lines = [f"{'; '.join(kind)}; trace {trace.get('name', '?')}, model {trace.get('model') or 'unknown'}."]
+    lines += trace.get("approximate", [])
     errors = "; of output error, 0" if any("output_error" in run["metrics"] for run in runs) else ""
     lines.append(f"Means over the steps, heads and layers in which something had been evicted; 1 is best{errors}.")
     lines += [f"{name} is left out: {why}" for name, why in info.get("left_out", {}).items()]

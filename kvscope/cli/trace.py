@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvscope.cli.console import Update
-    from kvscope.model.generate import Plan, Progress
+    from kvscope.model.generate import Progress
+    from kvscope.model.plan import Plan
 
 
 def trace(
@@ -35,6 +36,17 @@ def trace(
         typer.Option(metavar="FILE", help="Force this text after the prompt instead of generating."),
     ] = None,
     layers: Annotated[str | None, typer.Option(metavar="LIST", help="Record these layers only: 0,3,8-11.")] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Record these query heads only: 0-3,8-11. Heads that share keys and values go together; policies that "
+            "decide per layer do not replay on such a trace.",
+        ),
+    ] = None,
+    query_stride: Annotated[
+        int, typer.Option(help="Record every n-th row of attention only: to read it, it cannot be replayed.", min=1)
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     do_sample: Annotated[
         bool, typer.Option("--do-sample", help="Sample instead of taking the likeliest token.")
@@ -61,7 +73,8 @@ def trace(
         str,
         typer.Option(
             help="maps; maps+vectors: also every query, key and value; qkv: these alone, for long prompts: rows are "
-            "recomputed when they are read."
+            "recomputed when they are read; topk:K: the K heaviest keys of each row and sums of columns, lossy. What "
+            "waits to be written is at most 256 MB."
         ),
     ] = "maps",
     hidden: Annotated[
@@ -88,14 +101,15 @@ def trace(
     with console.working("loading transformers", quiet=quiet):
         from kvscope.model.generate import trace as record
 
-    recorded = _layers(layers)
     with console.bar(f"tracing {model}", None, "tokens", quiet=quiet) as update:
         made = record(
             model,
             prompts,
             output=path,
             continuation=continuation,
-            layers=recorded,
+            layers=_numbers("--layers", layers),
+            heads=_numbers("--heads", heads),
+            query_stride=query_stride,
             max_new_tokens=max_new_tokens,
             seed=seed,
             do_sample=do_sample,
@@ -127,6 +141,8 @@ def announce(plan: Plan, quiet: bool) -> None:
 
     others = ", ".join(f"{store}: {size(count)}" for store, count in plan.others.items())
     note(f"{plan.path}: about {size(plan.bytes)} to write ({others}), {size(plan.free)} free on the disk", quiet=quiet)
+    if plan.bytes > plan.in_flight:
+        note(f"at most {size(plan.in_flight)} of it wait in memory", quiet=quiet)
     if plan.prefill_chunk is not None:
         note(f"prompts go through the model {plan.prefill_chunk:,} tokens at a time", quiet=quiet)
 
@@ -146,8 +162,8 @@ def _name(prompts: Sequence[Path], model: str) -> str:
     return f"{stems}-{model.rstrip('/').rpartition('/')[2]}"
 
 
-def _layers(text: str | None) -> list[int] | None:
-    """Return the layers of ``0,3,8-11``, in order and without repeats."""
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    """Return the numbers of ``0,3,8-11``, in order and without repeats."""
     from kvscope.errors import UsageError
 
     if text is None:
@@ -157,8 +173,8 @@ def _layers(text: str | None) -> list[int] | None:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise UsageError(
-                f"--layers {text!r}: {part.strip()!r} is no layer",
-                "Write numbers and ranges: --layers 0,3,8-11",
+                f"{option} {text!r}: {part.strip()!r} is no {option.strip('-').removesuffix('s')}",
+                f"Write numbers and ranges: {option} 0,3,8-11",
             )
         chosen.update(range(int(first), int(last if dash else first) + 1))
     return sorted(chosen)

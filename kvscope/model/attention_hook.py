@@ -82,6 +82,17 @@ class Call:
         Rebuilt from queries and keys in float32 or better, in the order of the model's own eager code: scale, cap,
         mask, softmax with the learned sink, which is then left out.
         """
+        return self._softmax(self._logits(start, stop, keys))
+
+    def rows_and_log_sums(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return the same rows and, for each, ln of the sum of exp(logit), learned sink included, ``[batch, H, b]``."""
+        logits = self._logits(start, stop)
+        log_sums = logits.logsumexp(-1)
+        if self.sinks is not None:
+            log_sums = torch.logaddexp(log_sums, self.sinks.to(logits.dtype)[None, :, None])
+        return self._softmax(logits), log_sums
+
+    def _logits(self, start: int, stop: int, keys: int | None = None) -> Tensor:
         batch, heads, _, size = self.query.shape
         groups, keys = self.key.shape[1], self.key.shape[2] if keys is None else keys
         query = self.query[:, :, start:stop].to(self.exact).reshape(batch, groups, -1, size)  # [batch, G, Q * q, D]
@@ -89,10 +100,12 @@ class Call:
         logits = logits.view(batch, heads, stop - start, keys)
         if self.softcap is not None:
             logits = logits.div_(self.softcap).tanh_() * self.softcap  # not in place: gradients need what tanh gave
-        logits = self._masked(logits, start, stop)
+        return self._masked(logits, start, stop)
+
+    def _softmax(self, logits: Tensor) -> Tensor:
         if self.sinks is None:
             return torch.softmax(logits, -1)
-        sink = self.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(batch, -1, stop - start, 1)
+        sink = self.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(len(logits), -1, logits.shape[2], 1)
         return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
 
     def _masked(self, logits: Tensor, start: int, stop: int) -> Tensor:
@@ -106,11 +119,13 @@ class Call:
             return logits
         before = self.key.shape[2] - self.query.shape[2]  # keys that were there before the first query
         own = torch.arange(start, stop, device=logits.device)[:, None] + before
-        key = torch.arange(keys, device=logits.device)
+        first = 0 if self.sliding_window is not None else start + before  # older keys are seen by all
+        key = torch.arange(first, keys, device=logits.device)
         hidden = key > own
         if self.sliding_window is not None:
             hidden |= key <= own - self.sliding_window
-        return logits.masked_fill_(hidden, -torch.inf)
+        logits[..., first:].masked_fill_(hidden, -torch.inf)
+        return logits
 
 
 Observer = Callable[[Call], None]

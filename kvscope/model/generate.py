@@ -18,45 +18,20 @@ from kvscope.model.attention_hook import require_registry, watching
 from kvscope.model.explain import out_of_memory
 from kvscope.model.header import header
 from kvscope.model.loading import Loaded, load
+from kvscope.model.pipeline import Pipeline
+from kvscope.model.plan import Plan, heads_of, layers_of, planned
 from kvscope.model.prefill import chunk_size
 from kvscope.model.prompts import Prompt, encode, read_prompts, token_texts
 from kvscope.model.recorder import Recorder
 from kvscope.model.sampling import Chooser, Sampling
 from kvscope.model.selfcheck import self_check
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.schema import MAPS, STORES, TraceHeader, estimate_bytes
-from kvscope.trace.writer import TraceWriter, free_bytes, require_space
+from kvscope.trace.schema import MAPS, STORES, parse_store
+from kvscope.trace.writer import TraceWriter, require_space
 
 GATE = "gate.safetensors"  # file beside a model whose gates need its layer inputs
 LOGIT_BLOCK = 256  # positions whose logits are normalised at a time
 Score = tuple[NDArray[Any], NDArray[Any]]  # log-probability and entropy of some tokens
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a recording will be.
-
-    Attributes
-    ----------
-    path : Path
-        Where.
-    bytes, free : int
-        Bytes that it takes about, and that are free there.
-    others : dict of str to int
-        Bytes that the other stores would take about.
-    sequences, tokens : int
-        How many, at most.
-    prefill_chunk : int or None
-        Tokens of a prompt that go through the model at a time, where one has more than that.
-    """
-
-    path: Path
-    bytes: int
-    free: int
-    others: dict[str, int]
-    sequences: int
-    tokens: int
-    prefill_chunk: int | None
 
 
 @dataclass(frozen=True)
@@ -75,6 +50,8 @@ def trace(
     output: Path | None = None,
     continuation: Path | None = None,
     layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    query_stride: int = 1,
     max_new_tokens: int = 128,
     seed: int = 0,
     do_sample: bool = False,
@@ -110,6 +87,10 @@ def trace(
         Text that is forced after every prompt instead of generating (teacher forcing).
     layers : sequence of int, optional
         Layers to record; all by default.
+    heads : sequence of int, optional
+        Query heads to record, in whole groups that share keys and values; all by default.
+    query_stride : int
+        Every how many-th row of attention to record. Such a trace can be read, and not be replayed.
     max_new_tokens : int
         Tokens after the prompt, at most.
     seed, do_sample, temperature, top_p, top_k
@@ -125,7 +106,8 @@ def trace(
     store : str
         ``maps``; ``maps+vectors``: also the queries, keys and values of every token, exactly (`Trace.states`); or
         ``qkv``: these alone, which grow with the length and not with its square, and from which the trace recomputes
-        the rest when it is read.
+        the rest when it is read; or ``topk:64``: the 64 heaviest keys of every row and sums of columns, from which the
+        trace rebuilds rows approximately, and says so.
     hidden : bool, optional
         Whether to record layer inputs too, from which gates decide; by default where a gate lies beside the model, as
         it does beside ``demo``.
@@ -149,8 +131,11 @@ def trace(
         raise UsageError(f"query_block={query_block} is below 1", "Use 1 or more.")
     if prefill_chunk is not None and prefill_chunk < 1:
         raise UsageError(f"prefill_chunk={prefill_chunk} is below 1", "Use 1 or more.")
-    if store not in STORES:
-        raise UsageError(f"store {store!r} is unknown", f"Use one of: {', '.join(STORES)}.")
+    if query_stride < 1:
+        raise UsageError(f"query_stride={query_stride} is below 1", "Use 1 or more.")
+    kind, _ = parse_store(store)
+    if query_stride > 1 and "maps" not in STORES[kind]:
+        raise UsageError(f"store {store} has no every n-th row", f"Use --query-stride with --store {MAPS}.")
     sampling = Sampling(do_sample, temperature, top_p, top_k)
     texts = read_prompts(prompts, continuation)
     loaded = load(
@@ -158,12 +143,13 @@ def trace(
     )
     require_registry(loaded.model)
     made = [encode(loaded, *text, chat=chat, max_new_tokens=max_new_tokens) for text in texts]
-    chosen = _layers(loaded, layers)
+    chosen = layers_of(loaded, layers)
     hidden = (Path(loaded.source) / GATE).is_file() if hidden is None else hidden
     path = Path("traces") / f"{Path(texts[0][0]).stem}-{Path(model).name}" if output is None else Path(output)
     with torch.inference_mode(), _memory(model):
         facts = self_check(loaded.model, torch.tensor([made[0].ids], device=loaded.device))
         chunk = chunk_size(loaded, facts, max(len(p.ids) + len(p.forced or []) for p in made), prefill_chunk)
+        part = heads_of(loaded, facts, heads)
         known = header(
             loaded,
             facts,
@@ -172,21 +158,34 @@ def trace(
             sampling,
             store=store,
             hidden=hidden,
+            head_numbers=part,
+            query_stride=query_stride,
             seed=seed,
             command=command,
             prefill_chunk=chunk,
         )
         lengths = [len(p.ids) + (max_new_tokens if p.forced is None else len(p.forced)) for p in made]
-        plan = _plan(path, known, lengths, loaded.text_config.hidden_size)
+        plan = planned(path, known, lengths, loaded.text_config.hidden_size)
         if announce is not None:
             announce(plan)
         require_space(path, plan.bytes)
         with TraceWriter(path, known, force=force) as writer:
-            recorder = Recorder(writer, chosen, query_block, store=store, hidden=hidden)
-            run = _Run(loaded, writer, recorder, plan, progress)
-            writer.finish(
-                [run.sequence(n, prompt, max_new_tokens, sampling.chooser(seed + n)) for n, prompt in enumerate(made)]
-            )
+            with Pipeline() as pipeline:
+                recorder = Recorder(
+                    writer,
+                    chosen,
+                    query_block,
+                    store=store,
+                    hidden=hidden,
+                    heads=part,
+                    query_stride=query_stride,
+                    pipeline=pipeline,
+                )
+                run = _Run(loaded, writer, recorder, plan, progress)
+                done = [
+                    run.sequence(n, prompt, max_new_tokens, sampling.chooser(seed + n)) for n, prompt in enumerate(made)
+                ]
+            writer.finish(done)
     return open_trace(path)
 
 
@@ -207,7 +206,7 @@ class _Run:
 
     def sequence(self, number: int, prompt: Prompt, new: int, choose: Chooser) -> dict[str, Any]:
         """Record one sequence; returns its entry for the header."""
-        self.recorder.begin(number)
+        self.recorder.begin(number, len(prompt.ids))
         with watching(self.loaded.model, self.recorder):
             if prompt.forced is not None:
                 ids, scores = self._forced(prompt.ids + prompt.forced)
@@ -279,33 +278,6 @@ def _scores(logits: Tensor, ids: Tensor) -> list[Score]:
         entropy = -torch.where(share.isneginf(), 0.0, share.exp() * share).sum(-1)
         parts.append((chosen.cpu().numpy(), entropy.cpu().numpy()))
     return parts
-
-
-def _plan(path: Path, known: TraceHeader, lengths: list[int], hidden: int) -> Plan:
-    inputs = ("hidden",) if "hidden" in known.stored else ()
-    sizes = {
-        store: estimate_bytes(
-            layers=len(known.layers),
-            heads=known.heads,
-            kv_heads=known.kv_heads,
-            head_dim=known.head_dim,
-            lengths=lengths,
-            stored=(*stored, *inputs),
-            hidden=hidden,
-            number_bytes=2 if known.model["dtype"] in ("float16", "bfloat16") else 4,
-        )
-        for store, stored in STORES.items()
-    }
-    needed = sizes.pop(known.store)
-    return Plan(path, needed, free_bytes(path), sizes, len(lengths), sum(lengths), known.prefill_chunk)
-
-
-def _layers(loaded: Loaded, wanted: Sequence[int] | None) -> list[int]:
-    count = loaded.text_config.num_hidden_layers
-    for layer in wanted or []:
-        if not 0 <= layer < count:
-            raise UsageError(f"no layer {layer} in {loaded.name}", f"Its layers are 0 to {count - 1}.")
-    return sorted(set(wanted)) if wanted else list(range(count))
 
 
 def _stop_ids(loaded: Loaded) -> frozenset[int]:

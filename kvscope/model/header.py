@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from importlib.metadata import version
 from typing import Any
@@ -16,7 +16,7 @@ from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
 from kvscope.model.sampling import Sampling
 from kvscope.model.selfcheck import Facts
-from kvscope.trace.schema import STORES, TraceHeader
+from kvscope.trace.schema import QKV, STORES, LayerAttention, TraceHeader, parse_store
 
 
 def header(
@@ -33,7 +33,8 @@ def header(
     prompts, sampling
         What it reads, and how it goes on.
     **given
-        ``store`` and ``hidden``; and fields of the header as they are: ``seed``, ``command``, ``prefill_chunk``.
+        ``store``, ``hidden`` and ``head_numbers``; and fields of the header as they are: ``seed``, ``command``,
+        ``prefill_chunk``, ``query_stride``.
 
     Raises
     ------
@@ -46,8 +47,9 @@ def header(
             f"layers {missing} of {loaded.name} have no attention",
             f"Record the others: --layers {','.join(map(str, facts.windows))}",
         )
-    hidden = bool(given.pop("hidden"))
-    stored = [*STORES[given.pop("store")], *(["hidden"] if hidden else [])]
+    hidden, part = bool(given.pop("hidden")), list(given.pop("head_numbers"))
+    store, top = parse_store(given.pop("store"))
+    stored = [*STORES[store], *(["hidden"] if hidden else [])]
     windows = [facts.windows[layer] for layer in layers]
     return TraceHeader(
         source="model",
@@ -55,15 +57,18 @@ def header(
         model=_model(loaded, facts) | ({"weights": sample(loaded.model)} if hidden else {}),
         layers=layers,
         n_layers=loaded.text_config.num_hidden_layers,
-        heads=facts.heads,
-        kv_heads=facts.kv_heads,
+        heads=len(part) or facts.heads,
+        kv_heads=len(part) * facts.kv_heads // facts.heads or facts.kv_heads,
         head_dim=facts.head_dim,
         layer_types=["full" if window is None else "sliding" for window in windows],
         sliding_window=windows,
         learned_sinks=facts.learned_sinks,
         softcap=facts.softcap,
         stored=stored,
-        attention=[] if "maps" in stored else [facts.attention[layer] for layer in layers],
+        attention=[_narrowed(facts.attention[layer], part) for layer in layers] if store == QKV else [],
+        top=top,
+        head_numbers=part,
+        n_heads=facts.heads if part else None,
         prompts=[
             {"file": prompt.file, "sha256": sha256(prompt.text.encode()).hexdigest(), "tokens": len(prompt.ids)}
             for prompt in prompts
@@ -77,6 +82,13 @@ def header(
         },
         **given,
     )
+
+
+def _narrowed(attention: LayerAttention, heads: list[int]) -> LayerAttention:
+    """Return how a layer makes weights of some heads alone; of all where none is named."""
+    if not heads or attention.sinks is None:
+        return attention
+    return replace(attention, sinks=[attention.sinks[head] for head in heads])
 
 
 def _model(loaded: Loaded, facts: Facts) -> dict[str, Any]:

@@ -1,18 +1,18 @@
-"""From attention calls to the blocks of a trace: rows, norms, similarities, mean queries, vectors."""
+"""From attention calls to the blocks of a trace: rows or their heaviest keys, norms, similarities, vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvscope.errors import ModelError
 from kvscope.model.attention_hook import Call
-from kvscope.trace.schema import MAPS, STORES, VECTORS
+from kvscope.model.pipeline import IN_FLIGHT, Pipeline, Write
+from kvscope.trace.schema import MAPS, STORES, STRETCH, TOPK, VECTORS, parse_store
 from kvscope.trace.writer import TraceWriter
 
 HELD_STEPS = 32  # decoding steps of a layer that are rebuilt and written as one block
@@ -28,6 +28,7 @@ class _Layer:
     queries: list[Tensor] = field(default_factory=list)  # of the steps that wait, [1, H, 1, D] each
     hidden: list[Tensor] = field(default_factory=list)  # and their inputs, [1, 1, hidden] each
     newest: Call | None = None  # the call of the last of them; its keys are those of all
+    sums: Tensor | None = None  # [2, H, seen]: what rows since the last stretch put on each key, and outside the top
 
 
 class Recorder:
@@ -42,11 +43,18 @@ class Recorder:
     layers : collection of int
         Layers to record.
     query_block : int
-        Queries whose rows exist at a time; the memory for rows is ``H x query_block x T``.
+        Queries whose rows exist at a time; the memory for rows is ``H x query_block x T``. Fewer where they are many
+        bytes, so that what waits to be written stays within `IN_FLIGHT`.
     store : str
-        One of `STORES`: rows and what follows from vectors, or these themselves, or both.
+        One of `STORES`, or ``topk:K``.
     hidden : bool
         Whether to write layer inputs too.
+    heads : sequence of int
+        Query heads to record, in whole groups; all if empty.
+    query_stride : int
+        Every how many-th row to record.
+    pipeline : Pipeline, optional
+        What writes, beside the model; by default the model waits for it.
     """
 
     def __init__(
@@ -57,22 +65,28 @@ class Recorder:
         *,
         store: str = MAPS,
         hidden: bool = False,
+        heads: Sequence[int] = (),
+        query_stride: int = 1,
+        pipeline: Pipeline | None = None,
     ) -> None:
-        self.writer, self.query_block, self._stored = writer, query_block, frozenset(STORES[store])
-        self._inputs = hidden
+        name, self._top = parse_store(store)
+        self.writer, self.query_block, self._stored = writer, query_block, frozenset(STORES[name])
+        self._inputs, self._heads, self._stride = hidden, list(heads), query_stride
+        self._put = _write_now if pipeline is None else pipeline.put
         self._wanted = frozenset(layers)
         self._layers: dict[int, _Layer] = {}
-        self._sequence = 0
+        self._sequence = self._prompt = 0
 
-    def begin(self, sequence: int) -> None:
-        """Start a sequence; the one before has been finished with `end`."""
-        self._sequence = sequence
+    def begin(self, sequence: int, prompt: int = 0) -> None:
+        """Start a sequence, of which `prompt` tokens are the prompt; the one before has been finished with `end`."""
+        self._sequence, self._prompt = sequence, prompt
         self._layers = {layer: _Layer() for layer in self._wanted}
 
     def end(self) -> None:
         """Write what still waits."""
-        for layer in sorted(self._layers):
-            self._flush(self._layers[layer])
+        for layer, state in sorted(self._layers.items()):
+            self._flush(state)
+            self._write_columns(layer, state)
 
     def __call__(self, call: Call) -> None:
         """Record one attention call of batch size one.
@@ -105,37 +119,90 @@ class Recorder:
     def _write(self, call: Call, state: _Layer) -> None:
         first, count = state.seen, call.query.shape[2]
         state.seen += count
-        for start in range(0, count, self.query_block):
-            stop = min(start + self.query_block, count)
+        part = _narrowed(call, self._heads) if self._heads else call
+        for start, stop in self._blocks(first, count, part):
             if "maps" in self._stored:
-                self._write_rows(call, first, start, stop)
-                self._write_signals(call, state, first, start, stop)
+                self._write_rows(part, first, start, stop)
+            elif TOPK in self._stored:
+                self._write_topk(part, state, first, start, stop)
             else:
                 _require_causal(call, start, stop)
+            if "value_l1" in self._stored:
+                self._write_signals(call, part, state, first, start, stop)
             if "vectors:keys" in self._stored:
-                self._write_vectors(call, first, start, stop)
+                write = partial(self.writer.vectors, call.layer, self._sequence, first + start)
+                self._put(call.layer, write, _vectors(part, start, stop))
             if self._inputs:
                 self._write_hidden(call, first, start, stop)
 
+    def _blocks(self, first: int, count: int, call: Call) -> Iterator[tuple[int, int]]:
+        """Yield first and last query of blocks; none goes beyond a stretch of rows whose columns are summed up."""
+        row = 4 * call.query.shape[1] * max(first + count, 3 * call.query.shape[3])
+        size = max(1, min(self.query_block, IN_FLIGHT // (4 * row)))  # so that four can wait
+        start = 0
+        while start < count:
+            stop = min(start + size, count)
+            if self._top is not None:
+                ends = (self._prompt, (first + start) // STRETCH * STRETCH + STRETCH)
+                stop = min(stop, *(end - first for end in ends if end > first + start))
+            yield start, stop
+            start = stop
+
     def _write_rows(self, call: Call, first: int, start: int, stop: int) -> None:
         """Write the rows of queries `start` to `stop` - 1 of a call whose first query is position `first`."""
-        offset = first + call.query.shape[2] - call.key.shape[2]  # keys that a sliding-window cache has dropped
-        rows = _placed(call.rows(start, stop)[0], offset)[..., : first + stop]
-        sums, half = rows.sum(-1), rows.half()
-        del rows  # twice as large as what is written
-        self.writer.attention(call.layer, self._sequence, first + start, half.cpu().numpy(), row_sum=sums.cpu().numpy())
+        rows = _placed(call.rows(start, stop)[0], call, first)[..., : first + stop]
+        skipped = -(first + start + 1) % self._stride  # rows before the next that is recorded
+        rows = rows[:, skipped :: self._stride]
+        if rows.shape[1]:
+            write = partial(
+                self.writer.attention, call.layer, self._sequence, first + start + skipped, stride=self._stride
+            )
+            tensors = {"row_sum": rows.sum(-1), "rows": rows.half()}
+            del rows  # twice as large as what is written
+            self._put(call.layer, write, tensors)
 
-    def _write_signals(self, call: Call, state: _Layer, first: int, start: int, stop: int) -> None:
-        """Write what follows from the vectors of the same queries."""
-        query, key, value = _vectors(call, start, stop)
-        self.writer.keys(call.layer, self._sequence, first + start, **self._signals(state, key, value, first + start))
-        self.writer.queries(call.layer, self._sequence, first + start, query.mean(0).cpu().numpy())
+    def _write_topk(self, call: Call, state: _Layer, first: int, start: int, stop: int) -> None:
+        """Write the heaviest keys of the same queries, and sums of columns where a stretch of rows ends."""
+        assert self._top is not None
+        rows, log_sums = call.rows_and_log_sums(start, stop)
+        rows, last = _placed(rows[0], call, first)[..., : first + stop], first + stop
+        position = torch.arange(first + start, last, device=rows.device)
+        row_sum, sums = rows.sum(-1), rows.sum(1)
+        rows = rows.masked_fill(torch.arange(last, device=rows.device) > position[:, None], -1)
+        keys = rows.topk(min(self._top, last), sorted=False).indices.sort(-1).values  # those to come are last
+        weights = rows.gather(-1, keys)
+        rows.scatter_(-1, keys, 0).clamp_(min=0)
+        tensors = {
+            "keys": keys.int(),
+            "weights": weights.half(),
+            "row_sum": row_sum,
+            "residual": rows.sum(-1),
+            "log_sum_exp": log_sums[0],
+        }
+        self._put(call.layer, partial(self.writer.topk, call.layer, self._sequence, first + start), tensors)
+        both = torch.stack([sums, rows.sum(1)])
+        if state.sums is not None:
+            both[..., : state.sums.shape[-1]] += state.sums
+        state.sums = both
+        if last == self._prompt or last % STRETCH == 0:
+            self._write_columns(call.layer, state)
 
-    def _write_vectors(self, call: Call, first: int, start: int, stop: int) -> None:
-        """Write the vectors of the same queries, exactly: float32 holds every number of a 16-bit model."""
-        parts = zip(VECTORS, _vectors(call, start, stop), strict=True)
-        given = {name: part.cpu().numpy() for name, part in parts}
-        self.writer.vectors(call.layer, self._sequence, first + start, **given)
+    def _write_columns(self, layer: int, state: _Layer) -> None:
+        if state.sums is not None:
+            write = partial(self.writer.columns, layer, self._sequence, state.sums.shape[-1] - 1)
+            self._put(layer, write, {"sums": state.sums[0], "outside": state.sums[1]})
+            state.sums = None
+
+    def _write_signals(self, call: Call, part: Call, state: _Layer, first: int, start: int, stop: int) -> None:
+        """Write what follows from the vectors of the same queries: of heads in `part`, and the mean query of all."""
+        position = first + start
+        key, value = (tensor.float() for tensor in _own(part, start, stop))
+        signals = {"value_l1": value.abs().sum(-1), "value_l2": value.norm(dim=-1), "key_l2": key.norm(dim=-1)}
+        if "similarity" in self._stored:
+            signals["similarity"] = _cosines(state, key, signals["key_l2"], position)
+        self._put(call.layer, partial(self.writer.keys, call.layer, self._sequence, position), signals)
+        mean = {"mean_query": call.query[0, :, start:stop].float().mean(0)}
+        self._put(call.layer, partial(self.writer.queries, call.layer, self._sequence, position), mean)
 
     def _write_hidden(self, call: Call, first: int, start: int, stop: int) -> None:
         """Write the layer inputs of the same queries, exactly."""
@@ -143,29 +210,46 @@ class Recorder:
             raise ModelError(
                 f"layer {call.layer} does not show the input of its attention", "Record the trace without --hidden."
             )
-        self.writer.hidden(call.layer, self._sequence, first + start, call.hidden[0, start:stop].float().cpu().numpy())
-
-    def _signals(self, state: _Layer, key: Tensor, value: Tensor, first: int) -> dict[str, NDArray[Any]]:
-        """Return norms ``[G, n]`` of new keys and values, and cosines with all keys so far ``[G, n, first + n]``."""
-        norm = key.norm(dim=-1)
-        unit = key / norm.clamp(min=torch.finfo(norm.dtype).tiny)[..., None]
-        last = first + key.shape[1]
-        state.directions = _room(state.directions, unit, last)
-        state.directions[:, first:last] = unit
-        cosines = unit @ state.directions[:, :last].transpose(1, 2)
-        return {
-            "value_l1": value.abs().sum(-1).cpu().numpy(),
-            "value_l2": value.norm(dim=-1).cpu().numpy(),
-            "key_l2": norm.cpu().numpy(),
-            "similarity": cosines.clamp_(-1, 1).half().cpu().numpy(),
-        }
+        write = partial(self.writer.hidden, call.layer, self._sequence, first + start)
+        self._put(call.layer, write, {"inputs": call.hidden[0, start:stop].to(torch.float32, copy=True)})
 
 
-def _vectors(call: Call, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries `start` to `stop` - 1 of a call, and their own keys and values, ``[heads, n, D]`` in float32."""
+def _write_now(layer: int, write: Write, tensors: Mapping[str, Tensor]) -> None:
+    write(**{name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+
+
+def _narrowed(call: Call, heads: list[int]) -> Call:
+    """Return the call with some query heads alone, in whole groups, and their keys and values."""
+    group = call.query.shape[1] // call.key.shape[1]
+    own = sorted({head // group for head in heads})
+    mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask[:, heads]
+    sinks = None if call.sinks is None else call.sinks[heads]
+    key, value = call.key[:, own], call.value[:, own]
+    return replace(call, query=call.query[:, heads], key=key, value=value, mask=mask, sinks=sinks)
+
+
+def _cosines(state: _Layer, key: Tensor, norm: Tensor, first: int) -> Tensor:
+    """Return the cosines of new keys ``[G, n, D]`` with all keys so far, float16 ``[G, n, first + n]``."""
+    unit = key / norm.clamp(min=torch.finfo(norm.dtype).tiny)[..., None]
+    last = first + key.shape[1]
+    state.directions = _room(state.directions, unit, last)
+    state.directions[:, first:last] = unit
+    return (unit @ state.directions[:, :last].transpose(1, 2)).clamp_(-1, 1).half()
+
+
+def _own(call: Call, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values of the positions of queries `start` to `stop` - 1 of a call, ``[G, n, D]``."""
     count = call.query.shape[2]
-    key, value = (part[0, :, -count:][:, start:stop].float() for part in (call.key, call.value))
-    return call.query[0, :, start:stop].float(), key, value
+    return call.key[0, :, -count:][:, start:stop], call.value[0, :, -count:][:, start:stop]
+
+
+def _vectors(call: Call, start: int, stop: int) -> dict[str, Tensor]:
+    """Return queries `start` to `stop` - 1 of a call, and their own keys and values, ``[heads, n, D]``.
+
+    In float32, which holds every number of a 16-bit model, and in memory of their own: the model goes on with its own.
+    """
+    given = (call.query[0, :, start:stop], *_own(call, start, stop))
+    return {name: part.to(torch.float32, copy=True) for name, part in zip(VECTORS, given, strict=True)}
 
 
 def _require_causal(call: Call, start: int, stop: int) -> None:
@@ -187,8 +271,9 @@ def _require_causal(call: Call, start: int, stop: int) -> None:
         )
 
 
-def _placed(rows: Tensor, offset: int) -> Tensor:
-    """Put rows over the newest keys to their positions: zeros for the keys that the cache has dropped."""
+def _placed(rows: Tensor, call: Call, first: int) -> Tensor:
+    """Put rows over the newest keys to their positions: zeros for the keys that a sliding-window cache has dropped."""
+    offset = first + call.query.shape[2] - call.key.shape[2]
     return torch.nn.functional.pad(rows, (offset, 0)) if offset else rows
 
 

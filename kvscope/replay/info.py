@@ -10,6 +10,8 @@ from typing import Any
 from kvscope.budget import Prefill
 from kvscope.metrics import Metric
 from kvscope.replay.group import Run
+from kvscope.replay.signals import ROWS
+from kvscope.trace.loss import BOUNDS
 from kvscope.trace.reader import Sequence as TraceSequence
 from kvscope.trace.reader import Trace
 
@@ -26,6 +28,8 @@ def of_trace(trace: Trace) -> dict[str, Any]:
         "heads": trace.heads,
         "kv_heads": trace.kv_heads,
         "protocol": trace.header.protocol,
+        **({"lossy": {"top": trace.header.top, **trace.loss, "bounds": BOUNDS}} if trace.loss else {}),
+        **({"approximate": trace.approximate} if trace.approximate else {}),
     }
 
 
@@ -58,6 +62,7 @@ def info(
             "published": traits.published,
             "loop": run.loop,
             "scope": traits.scope,
+            **({"lossy": run.loop == "open" and bool(run.plan.needs & ROWS)} if "lossy" in trace else {}),
             **({} if run.loop == "open" else {"positions": run.positions, "open_run": run.open_run}),
         }
 

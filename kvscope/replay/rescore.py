@@ -21,7 +21,8 @@ from kvscope.replay.score import Scorer, Scoring
 from kvscope.replay.signals import measurable
 from kvscope.results.gap import Stays
 from kvscope.results.stays import read_stays
-from kvscope.results.store import Replay, ReplayWriter
+from kvscope.results.store import Replay
+from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace
 
 BLOCK_BYTES = 64 * 2**20  # of the rows of a layer that are in memory at once

@@ -18,7 +18,8 @@ from kvscope.replay.info import info, of_trace
 from kvscope.replay.loop import ClosedLoopOptions, Positions, require_closed
 from kvscope.replay.plan import Plan, protection
 from kvscope.replay.signals import measurable, require
-from kvscope.results.store import Replay, ReplayWriter
+from kvscope.results.store import Replay
+from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace
 
 OPEN_SHARE = 0.3  # of the progress of a replay with a closed loop

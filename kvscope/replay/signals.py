@@ -12,6 +12,7 @@ from kvscope.errors import TraceError, UsageError
 from kvscope.gate.module import load_gate
 from kvscope.metrics import METRICS, Metric
 from kvscope.metrics.base import RECORDED
+from kvscope.policies.allocation import ALLOCATORS
 from kvscope.replay.plan import GATE, Plan
 from kvscope.trace.derive import Floats
 from kvscope.trace.reader import HOW, Trace
@@ -37,8 +38,10 @@ def require(trace: Trace, plan: Plan) -> None:
     UsageError
         For a signal that no trace holds, or a gate of another model.
     TraceError
-        If this one does not; the message names the flag that records it.
+        If this one does not; the message names the flag that records it. If rows were left out, or heads of a plan that
+        decides from all of them.
     """
+    _require_recorded(trace, plan)
     for name in plan.gates:
         _require_gate(trace, plan, name)
     for name in sorted(plan.needs - ROWS):
@@ -88,6 +91,22 @@ def load(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
         return _margins(trace, name.removeprefix(GATE), sequence, layers)
     _, read = _READ[name]
     return torch.from_numpy(np.stack([read(trace, sequence, layer) for layer in layers]))
+
+
+def _require_recorded(trace: Trace, plan: Plan) -> None:
+    """Raise TraceError where only some rows were recorded, or only some heads of a plan that looks at them together."""
+    header = trace.header
+    if header.query_stride > 1:
+        raise TraceError(
+            f"{trace.path} holds every {header.query_stride}th row of attention: fed those alone, a policy is another",
+            "Record it again without --query-stride to replay it.",
+        )
+    across = plan.looks_across or ALLOCATORS.get(plan.allocate).spans == "heads"
+    if header.head_numbers and (across or (plan.policy.traits.scope == "layer" and plan.needs & ROWS)):
+        raise TraceError(
+            f"{plan.label} decides from all heads of a layer, and {trace.path} holds {trace.heads} of {header.n_heads}",
+            "Record it again without --heads, or replay policies that decide per key/value head.",
+        )
 
 
 def _require_gate(trace: Trace, plan: Plan, name: str) -> None:

@@ -25,7 +25,8 @@ from kvscope.replay.loop import Positions, require_closed
 from kvscope.replay.perplexity import Passage, evaluate
 from kvscope.replay.plan import Plan, protection
 from kvscope.replay.run import runs_of
-from kvscope.results.store import Replay, ReplayWriter
+from kvscope.results.store import Replay
+from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Sequence as TraceSequence
 
 DEFAULT_WINDOW = 1024

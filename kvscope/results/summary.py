@@ -17,6 +17,7 @@ from kvscope.results.statistics import interval
 Array = NDArray[Any]
 Level = Literal["run", "sequence", "layer", "head"]
 LEVELS: tuple[Level, ...] = ("run", "sequence", "layer", "head")  # of which each is the mean over the next
+_OF_TRACE = ("name", "identity", "model", "sequences", "lossy", "approximate")
 _SAME_BOUND = ("budget", "prefill", "loop")  # what a run shares with the run that is its bound
 _PLACE = ("run", "sequence", "layer")
 
@@ -84,9 +85,7 @@ class Means:
         return {
             "kind": SUMMARY_KIND,
             "schema": SCHEMA_VERSION,
-            "trace": {
-                key: info["trace"][key] for key in ("name", "identity", "model", "sequences") if key in info["trace"]
-            },
+            "trace": {key: info["trace"][key] for key in _OF_TRACE if key in info["trace"]},
             "metrics": info["metrics"],
             "runs": [run | {"bounds": bounds(run, runs)} for run in runs],
         }

@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 
 from kvscope.errors import TraceError
 from kvscope.folder import checksum
+from kvscope.trace.columns import layer_file
 from kvscope.trace.derive import Derived, Floats, KeptKeys
-from kvscope.trace.schema import MAPS_AND_VECTORS, QKV, VECTORS, TraceHeader, Which, layer_file, read_header
+from kvscope.trace.loss import approximate
+from kvscope.trace.schema import MAPS_AND_VECTORS, QKV, TOPK, VECTORS, TraceHeader, Which, read_header
+from kvscope.trace.topk import KeptRates, Rebuilt
 
 HOW = {
     "maps": "Record it again with kvscope trace, or import it with attention.",
@@ -29,6 +32,7 @@ HOW = {
     "similarity": "Record it again with kvscope trace, or import it with keys.",
     "queries": "Record it again with kvscope trace, or import it with queries.",
     "hidden": "Record it again with --hidden.",
+    TOPK: f"Record it again with --store {TOPK}.",
     **{
         f"vectors:{name}": f"Record it again with --store {MAPS_AND_VECTORS} or {QKV}, or import it with {name}."
         for name in VECTORS
@@ -80,6 +84,7 @@ class Trace:
             for index, entry in enumerate(data["sequences"])
         ]
         self._kept: KeptKeys = OrderedDict()
+        self._kept_rates: KeptRates = OrderedDict()
         self._index: dict[str, list[tuple[int, int, int]]] = {}
 
     @property
@@ -109,8 +114,20 @@ class Trace:
 
     @property
     def stored(self) -> frozenset[str]:
-        """Signals that can be read: those on disk, and those that follow from them."""
-        return frozenset((*self.header.stored, *self.header.derived))
+        """Signals that can be read: those on disk, and those that follow from them, of ``topk`` approximately."""
+        rebuilt = ["maps"] if TOPK in self.header.stored else []
+        return frozenset((*self.header.stored, *self.header.derived, *rebuilt))
+
+    @property
+    def loss(self) -> dict[str, float | None]:
+        """Share of a row's mass outside what store ``topk`` keeps, as `Outside.loss` says it; empty if nothing is."""
+        loss: dict[str, float | None] = self.data.get("loss") or {}
+        return loss if loss.get("worst") else {}
+
+    @property
+    def approximate(self) -> list[str]:
+        """What about it is not the whole, in sentences: rows of store ``topk``, some heads, every n-th row."""
+        return approximate(self.header, self.loss)
 
     @cached_property
     def identity(self) -> str:
@@ -126,8 +143,16 @@ class Trace:
             Number of the sequence; layer of the model.
         start, stop : int
             Positions of the queries; to the end of the sequence by default.
+
+        Raises
+        ------
+        TraceError
+            If only every n-th row was recorded, and others are asked for.
         """
         stop = self.sequences[sequence].length if stop is None else stop
+        self._require_rows(start, stop)
+        if TOPK in self.header.stored:
+            return self._rebuilt.attention(sequence, layer, start, stop)
         if self._is_derived("maps"):
             return self._derived.attention(sequence, layer, start, stop)
         rows = np.zeros((self.heads, stop - start, stop), np.float32)
@@ -141,11 +166,20 @@ class Trace:
         return rows
 
     def row_sums(self, sequence: int, layer: int) -> Floats:
-        """Return the sum of every row before it was rounded to 16 bit, float32 ``[H, T]``."""
-        if self._is_derived("maps"):
+        """Return the sum of every row before it was rounded to 16 bit, float32 ``[H, T]``; NaN if not recorded."""
+        if TOPK not in self.header.stored and self._is_derived("maps"):
             return self._derived.row_sums(sequence, layer)
-        table = self._read(layer_file("attention", layer), sequence, ["head", "position", "row_sum"])
-        return self._grid(table, "head", "row_sum", self.heads, sequence)
+        return self._of_rows("row_sum", sequence, layer)
+
+    def residuals(self, sequence: int, layer: int) -> Floats:
+        """Return what every row of store ``topk`` has outside its stored keys, float32 ``[H, T]``."""
+        self._require(TOPK)
+        return self._of_rows("residual", sequence, layer)
+
+    def positions(self, sequence: int) -> NDArray[np.int64]:
+        """Return the positions whose rows of attention were recorded, all unless every n-th was asked for."""
+        stride = self.header.query_stride
+        return np.arange(stride - 1, self.sequences[sequence].length, stride)
 
     def value_norms(self, sequence: int, layer: int, order: Literal["l1", "l2"] = "l1") -> Floats:
         """Return the norm of every value, float32 ``[G, T]``."""
@@ -220,10 +254,30 @@ class Trace:
         table = self._read(layer_file("keys", layer), sequence, ["kv_head", "position", column])
         return self._grid(table, "kv_head", column, self.kv_heads, sequence)
 
+    def _of_rows(self, column: str, sequence: int, layer: int) -> Floats:
+        name = layer_file("topk" if TOPK in self.header.stored else "attention", layer)
+        return self._grid(
+            self._read(name, sequence, ["head", "position", column]), "head", column, self.heads, sequence
+        )
+
+    def _require_rows(self, start: int, stop: int) -> None:
+        stride, first = self.header.query_stride, range(start, min(stop, start + 2))  # of any two, one is missing
+        missing = [position for position in first if position % stride != stride - 1]
+        if missing:
+            raise TraceError(
+                f"trace {self.path} holds every {stride}th row of attention, and not that of position {missing[0]}",
+                "Read rows of Trace.positions one by one, or record it again without --query-stride.",
+            )
+
     def _grid(self, table: pa.Table, head: str, column: str, heads: int, sequence: int) -> Floats:
         grid = np.full((heads, self.sequences[sequence].length), np.nan, np.float32)
         grid[table[head].to_numpy(), table["position"].to_numpy()] = table[column].to_numpy()
         return grid
+
+    @property
+    def _rebuilt(self) -> Rebuilt:
+        lengths = [(item.prompt, item.length) for item in self.sequences]
+        return Rebuilt(self.header, lengths, self._rows, self._kept_rates)
 
     @property
     def _derived(self) -> Derived:

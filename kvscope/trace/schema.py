@@ -1,7 +1,7 @@
-"""The files of a trace: columns, types, units, and what changed from version to version.
+"""What a trace is: its stores, its header, and what changed from version to version.
 
 A trace is a folder: ``trace.json`` says what it is, Parquet files hold the data, one file per layer. A change of this
-module is a change of the format: raise `SCHEMA_VERSION` and add a line to `HISTORY`.
+module or of `kvscope.trace.columns` is a change of the format: raise `SCHEMA_VERSION` and add a line to `HISTORY`.
 """
 
 from __future__ import annotations
@@ -12,116 +12,37 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-
-from kvscope.errors import TraceError
+from kvscope.errors import TraceError, UsageError
+from kvscope.trace.columns import FILES
+from kvscope.trace.loss import describe_bounds
 
 KIND = "kvscope-trace"
 HEADER = "trace.json"
-MEMBERS = r"trace\.json|tokens\.parquet|(attention|keys|queries|states|hidden)/layer=\d+\.parquet"  # and nothing else
-SCHEMA_VERSION = 3
+_FOLDERS = "|".join(name.partition("/")[0] for name in FILES if "/" in name)
+MEMBERS = rf"trace\.json|tokens\.parquet|({_FOLDERS})/layer=\d+\.parquet"  # and nothing else
+SCHEMA_VERSION = 4
 OLDEST_VERSION = 1  # that can still be read
 HISTORY = {
     1: "first version: store maps (attention rows, norms, similarities, mean queries)",
     2: "store qkv: vectors alone, from which rows are recomputed as `attention` in `trace.json` says; `prefill_chunk`",
     3: "layer inputs in `hidden`; with them a few of the model's weights in `trace.json`, by which it is known again",
+    4: "store topk: the heaviest keys of every row and sums of columns; traces of some heads, or of every n-th row",
 }
 
-
-def _column(name: str, kind: pa.DataType, about: str) -> pa.Field:
-    return pa.field(name, kind, nullable=False, metadata={"about": about})
-
-
-def _list(kind: pa.DataType) -> pa.DataType:
-    return pa.list_(pa.field("item", kind, nullable=False))
-
-
-TOKENS = pa.schema(
-    [
-        _column("sequence", pa.int32(), "number of the sequence, from 0"),
-        _column("position", pa.int32(), "position in the sequence, from 0"),
-        _column("token_id", pa.int64(), "id in the model's vocabulary; -1 where unknown (imported maps)"),
-        _column("text", pa.string(), "what the token adds to the text"),
-        _column("is_prompt", pa.bool_(), "whether the token belongs to the prompt"),
-        _column("logprob", pa.float32(), "log-probability of the token under the full cache, nats; NaN for the first"),
-        _column(
-            "entropy",
-            pa.float32(),
-            "entropy of the distribution that the token was drawn from, nats; NaN for the first",
-        ),
-    ]
-)
-ATTENTION = pa.schema(
-    [
-        _column("sequence", pa.int32(), "number of the sequence"),
-        _column("layer", pa.int32(), "layer of the model, from 0"),
-        _column("head", pa.int32(), "query head"),
-        _column("position", pa.int32(), "position of the query"),
-        _column(
-            "row_sum", pa.float32(), "sum of the weights before rounding; below 1 where a learned sink takes a share"
-        ),
-        _column("weights", _list(pa.float16()), "attention after softmax on keys 0..position"),
-    ]
-)
-KEYS = pa.schema(
-    [
-        _column("sequence", pa.int32(), "number of the sequence"),
-        _column("layer", pa.int32(), "layer of the model"),
-        _column("kv_head", pa.int32(), "key/value head"),
-        _column("position", pa.int32(), "position of the key"),
-        _column("value_l1", pa.float32(), "L1 norm of the value; NaN where not stored"),
-        _column("value_l2", pa.float32(), "L2 norm of the value; NaN where not stored"),
-        _column("key_l2", pa.float32(), "L2 norm of the key; NaN where not stored"),
-        _column("similarity", _list(pa.float16()), "cosine with each earlier key, as cached; empty where not stored"),
-    ]
-)
-QUERIES = pa.schema(
-    [
-        _column("sequence", pa.int32(), "number of the sequence"),
-        _column("layer", pa.int32(), "layer of the model"),
-        _column("position", pa.int32(), "position of the query"),
-        _column(
-            "mean_query", _list(pa.float32()), "query after rotary embedding, mean over the query heads, D numbers"
-        ),
-    ]
-)
-STATES = pa.schema(
-    [
-        _column("sequence", pa.int32(), "number of the sequence"),
-        _column("layer", pa.int32(), "layer of the model"),
-        _column("position", pa.int32(), "position of the token"),
-        _column(
-            "queries",
-            _list(pa.float32()),
-            "queries of all heads, after rotary embedding, H x D numbers, exactly; empty where not stored",
-        ),
-        _column(
-            "keys",
-            _list(pa.float32()),
-            "keys of all key/value heads, as cached, G x D numbers, exactly; empty where not stored",
-        ),
-        _column(
-            "values",
-            _list(pa.float32()),
-            "values of all key/value heads, as cached, G x D numbers, exactly; empty where not stored",
-        ),
-    ]
-)
-HIDDEN = pa.schema(
-    [
-        _column("sequence", pa.int32(), "number of the sequence"),
-        _column("layer", pa.int32(), "layer of the model"),
-        _column("position", pa.int32(), "position of the token"),
-        _column("hidden", _list(pa.float32()), "input of the layer's attention, exactly"),
-    ]
-)
 Which = Literal["queries", "keys", "values"]
 VECTORS: tuple[Which, ...] = ("queries", "keys", "values")
-MAPS, MAPS_AND_VECTORS, QKV = "maps", "maps+vectors", "qkv"
+MAPS, MAPS_AND_VECTORS, QKV, TOPK = "maps", "maps+vectors", "qkv", "topk"
+TOP = 256  # weights of a row that store topk keeps, unless told
+STRETCH = 256  # positions over which it sums columns; a stretch also ends where a prompt or a sequence does
 _OF_MAPS = ("maps", "value_l1", "value_l2", "key_l2", "similarity", "queries")
 _OF_VECTORS = tuple(f"vectors:{name}" for name in VECTORS)
 # What a recording may keep, and the signals that it then holds.
-STORES = {MAPS: _OF_MAPS, MAPS_AND_VECTORS: (*_OF_MAPS, *_OF_VECTORS), QKV: _OF_VECTORS}
+STORES = {
+    MAPS: _OF_MAPS,
+    MAPS_AND_VECTORS: (*_OF_MAPS, *_OF_VECTORS),
+    QKV: _OF_VECTORS,
+    TOPK: (TOPK, "value_l1", "value_l2", "key_l2", "queries"),
+}
 # A signal that is not stored, and the vectors that it follows from.
 DERIVED = {
     "maps": ("queries", "keys"),
@@ -131,19 +52,24 @@ DERIVED = {
     "similarity": ("keys",),
     "queries": ("queries",),
 }
-FILES = {
-    "tokens.parquet": ("one token of one sequence", TOKENS),
-    "attention/layer=NNN.parquet": ("one query of one head", ATTENTION),
-    "keys/layer=NNN.parquet": ("one key of one key/value head", KEYS),
-    "queries/layer=NNN.parquet": ("one query of one layer", QUERIES),
-    "states/layer=NNN.parquet": ("one token of one layer (stores maps+vectors and qkv, or imported vectors)", STATES),
-    "hidden/layer=NNN.parquet": ("one token of one layer (recorded with `--hidden`)", HIDDEN),
-}
 
 
-def layer_file(kind: str, layer: int) -> str:
-    """Return the path of a layer's file inside the trace: ``attention/layer=003.parquet``."""
-    return f"{kind}/layer={layer:03d}.parquet"
+def parse_store(text: str) -> tuple[str, int | None]:
+    """Return the name of a store and how many weights of a row it keeps: ``topk:64``; None is all of them.
+
+    Raises
+    ------
+    UsageError
+        If it is unknown, or the number is none.
+    """
+    name, colon, count = text.partition(":")
+    if name not in STORES or (colon and name != TOPK):
+        raise UsageError(f"store {text!r} is unknown", f"Use one of: {', '.join(STORES)}, topk:K.")
+    if name != TOPK:
+        return name, None
+    if colon and (not count.isdecimal() or int(count) < 1):
+        raise UsageError(f"store {text!r}: {count!r} is no number of weights", f"Write topk:{TOP}, or any from 1 up.")
+    return name, int(count) if colon else TOP
 
 
 @dataclass(frozen=True)
@@ -198,6 +124,13 @@ class TraceHeader:
         Store ``qkv``: of each recorded layer, in the order of `layers`. Empty where rows are stored.
     prefill_chunk : int or None
         Tokens of a prompt that went through the model at a time, where a prompt had more than that.
+    top : int or None
+        Store ``topk``: weights of a row that are kept at most.
+    head_numbers : list of int
+        Where only some query heads were recorded, which of the model's: here they are numbered from 0. `heads` and
+        `kv_heads` count what was recorded; `n_heads` counts the model's query heads.
+    query_stride : int
+        Every how many-th row of attention was recorded: with 4, those of positions 3, 7, 11, ...
     prompts : list of dict
         ``file``, ``sha256`` and ``text`` of each prompt.
     """
@@ -217,6 +150,10 @@ class TraceHeader:
     stored: list[str] = field(default_factory=lambda: ["maps"])
     attention: list[LayerAttention] = field(default_factory=list)
     prefill_chunk: int | None = None
+    top: int | None = None
+    head_numbers: list[int] = field(default_factory=list)
+    n_heads: int | None = None
+    query_stride: int = 1
     prompts: list[dict[str, Any]] = field(default_factory=list)
     device: str = "cpu"
     seed: int | None = None
@@ -228,6 +165,8 @@ class TraceHeader:
     @property
     def store(self) -> str:
         """Which of `STORES` it is, as far as rows and vectors go; an import may hold some vectors only."""
+        if TOPK in self.stored:
+            return TOPK
         if "maps" not in self.stored:
             return QKV
         return MAPS_AND_VECTORS if any(name in self.stored for name in _OF_VECTORS) else MAPS
@@ -241,6 +180,7 @@ class TraceHeader:
             if signal not in self.stored
             and all(f"vectors:{name}" in self.stored for name in vectors)
             and (signal != "maps" or len(self.attention) == len(self.layers))
+            and (signal != "queries" or not self.head_numbers)  # the mean is over all heads of the model
         ]
 
     def attention_of(self, layer: int) -> LayerAttention:
@@ -321,6 +261,8 @@ def estimate_bytes(
     stored: Collection[str] = STORES[MAPS],
     number_bytes: float = 4,
     hidden: int = 0,
+    top: int = TOP,
+    query_stride: int = 1,
 ) -> int:
     """Return about how many bytes a trace of these sizes takes on disk.
 
@@ -332,6 +274,8 @@ def estimate_bytes(
         Of one number of a stored vector: about 2 where the model's dtype has 16 bits.
     hidden : int
         Numbers of a layer's input, where these are stored.
+    top, query_stride : int
+        As in the header.
     """
     vectors = [name for name in VECTORS if f"vectors:{name}" in stored]
     numbers = sum(head_dim * (heads if name == "queries" else kv_heads) for name in vectors)
@@ -339,13 +283,20 @@ def estimate_bytes(
     total = 0.0
     for length in lengths:
         pairs = length * (length + 1) // 2
-        total += layers * heads * (2 * pairs + 24 * length) if "maps" in stored else 0
+        total += layers * heads * (2 * pairs + 24 * length) / query_stride if "maps" in stored else 0
+        total += layers * heads * _topk_bytes(length, top) if TOPK in stored else 0
         total += layers * kv_heads * (28 * length + (2 * pairs if "similarity" in stored else 0)) if norms else 0
         total += layers * length * (4 * head_dim + 12) if "queries" in stored else 0
         total += layers * length * (number_bytes * numbers + 12) if vectors else 0
         total += layers * length * (number_bytes * hidden + 12) if "hidden" in stored else 0
         total += 32 * length
     return int(total) + 4096 * (1 + 3 * layers)
+
+
+def _topk_bytes(length: int, top: int) -> float:
+    """Return about how many bytes a head takes: a weight 2, its position 1, a sum of a column 4 and 4 outside."""
+    kept = sum(min(top, position + 1) for position in range(length))
+    return 3 * kept + 16 * length + 8 * length * (length / STRETCH + 1) / 2
 
 
 def describe() -> str:
@@ -362,5 +313,6 @@ def describe() -> str:
             kind = str(column.type).replace("item: ", "").replace(" not null", "")
             lines.append(f"| `{column.name}` | `{kind}` | {column.metadata[b'about'].decode()} |")
         lines.append("")
+    lines += describe_bounds()
     lines += ["## History", "", *(f"- {version}: {what}" for version, what in HISTORY.items()), ""]
     return "\n".join(lines)

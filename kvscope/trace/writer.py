@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Sequence
@@ -14,37 +13,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kvscope.errors import TraceError
 from kvscope.folder import OutputFolder, checksum
-from kvscope.trace.schema import (
-    ATTENTION,
-    HEADER,
-    HIDDEN,
-    KEYS,
-    KIND,
-    MEMBERS,
-    QUERIES,
-    SCHEMA_VERSION,
-    STATES,
-    TOKENS,
-    VECTORS,
-    TraceHeader,
-    layer_file,
-)
+from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
+from kvscope.trace.loss import Outside
+from kvscope.trace.parquet import LayerFile
+from kvscope.trace.schema import HEADER, KIND, MEMBERS, SCHEMA_VERSION, VECTORS, TraceHeader
 
-# A row group holds about this many list items. An open Parquet file keeps about 18 bytes for each item of its largest
-# row group, and a recording has two files or more open for each layer; smaller groups are no slower to write. A least
-# number of rows keeps the footers of long sequences small.
-ROW_GROUP_VALUES = 2**17
-ROW_GROUP_ROWS = 32
-COMPRESSION = "lz4"
-# The bytes of a vector's numbers lie together by significance: what 16-bit models leave zero takes no space, and what
-# the numbers have in common little; there zstd takes a tenth to a quarter less than lz4, and writes as fast.
-SPLIT = {STATES: [f"{name}.list.element" for name in VECTORS], HIDDEN: ["hidden.list.element"]}
-SPLIT_COMPRESSION = "zstd"
 Array = NDArray[Any]
 
 
@@ -62,8 +39,8 @@ def require_space(path: Path, needed: int) -> None:
     if needed > free:
         raise TraceError(
             f"the trace needs about {needed / 1e9:.2f} GB, and the disk of {path} has {free / 1e9:.2f} GB free",
-            "Record vectors alone (--store qkv), fewer layers (--layers) or a shorter prompt, or name another disk "
-            "(--output).",
+            "Record vectors alone (--store qkv), the heaviest keys (--store topk), fewer layers (--layers) or a "
+            "shorter prompt, or name another disk (--output).",
         )
 
 
@@ -89,7 +66,8 @@ class TraceWriter:
         self.path, self.header = Path(path), header
         self._folder = OutputFolder(self.path, "trace", HEADER, MEMBERS, TraceError, force)
         self.work = self._folder.work
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, LayerFile] = {}
+        self._outside = Outside()
         try:
             self._write_header({"complete": False, "writer": self._folder.begin()})
         except OSError as error:
@@ -107,10 +85,12 @@ class TraceWriter:
     @property
     def bytes_written(self) -> int:
         """Bytes of all files so far, with what waits in memory to become a row group."""
-        return sum(file.size for file in self._files.values())
+        return sum(file.size for file in list(self._files.values()))
 
-    def attention(self, layer: int, sequence: int, first: int, rows: Array, *, row_sum: Array | None = None) -> None:
-        """Write rows ``[H, q, >= first + q]``: query ``i`` is position ``first + i`` and has ``first + i + 1`` weights.
+    def attention(
+        self, layer: int, sequence: int, first: int, rows: Array, *, row_sum: Array | None = None, stride: int = 1
+    ) -> None:
+        """Write rows ``[H, q, n]``: query ``i`` is position ``t = first + stride * i`` and has ``t + 1 <= n`` weights.
 
         Blocks of one layer come in ascending order of sequence and position. `row_sum` ``[H, q]`` is given where the
         rows have been rounded to 16 bit already.
@@ -121,22 +101,55 @@ class TraceWriter:
             If a weight is not a number, negative, or the disk is full.
         """
         heads, count, _ = rows.shape
-        length = first + count
-        flat = _lower(rows, first + 1)
+        position = np.arange(first, first + stride * count, stride, dtype=np.int32)
+        flat = _lower(rows, position + 1)
         if not _are_weights(flat):
-            raise self._bad_weight(layer, first, rows)
-        lengths = np.tile(np.arange(first + 1, length + 1), heads)
+            raise self._bad_weight(layer, position, rows)
         if row_sum is None:
-            row_sum = np.where(np.tri(count, length, first, dtype=bool), rows[:, :, :length], 0).sum(-1, np.float32)
+            row_sum = np.where(_own(position, rows), rows, 0).sum(-1, np.float32)
         columns = {
-            "sequence": np.full(heads * count, sequence, np.int32),
-            "layer": np.full(heads * count, layer, np.int32),
-            "head": np.repeat(np.arange(heads, dtype=np.int32), count),
-            "position": np.tile(np.arange(first, length, dtype=np.int32), heads),
+            **_places(layer, sequence, heads, position),
             "row_sum": row_sum.astype(np.float32).ravel(),
-            "weights": (flat.astype(np.float16, copy=False), lengths),
+            "weights": (flat.astype(np.float16, copy=False), np.tile(position + 1, heads)),
         }
         self._add(layer_file("attention", layer), ATTENTION, columns)
+
+    def topk(self, layer: int, sequence: int, first: int, keys: Array, weights: Array, **sums: Array) -> None:
+        """Write the heaviest keys ``[H, q, K]`` of rows, ascending, and their weights; the row of `first` is the first.
+
+        Of a row with fewer than ``K`` keys the first so many count. `sums` are ``row_sum``, ``residual`` and
+        ``log_sum_exp``, each ``[H, q]``. Blocks come as in `attention`.
+
+        Raises
+        ------
+        TraceError
+            If a weight is not a number, or the disk is full.
+        """
+        heads, count, top = keys.shape
+        position = np.arange(first, first + count, dtype=np.int32)
+        lengths = np.minimum(position + 1, top)
+        stored = np.broadcast_to(np.arange(top) < lengths[:, None], keys.shape)
+        flat = weights[stored].astype(np.float16, copy=False)
+        if not _are_weights(flat):
+            raise _not_finite(layer, first, count, "weights")
+        columns = {
+            **_places(layer, sequence, heads, position),
+            **{name: values.astype(np.float32).ravel() for name, values in sums.items()},
+            "keys": (keys[stored].astype(np.int32), np.tile(lengths, heads)),
+            "weights": (flat, np.tile(lengths, heads)),
+        }
+        self._outside.add(layer, sequence, sums["residual"] / np.maximum(sums["row_sum"], np.finfo(np.float32).tiny))
+        self._add(layer_file("topk", layer), TOP, columns)
+
+    def columns(self, layer: int, sequence: int, last: int, sums: Array, outside: Array) -> None:
+        """Write what the rows since the last time, up to position `last`, put on each key: ``[H, last + 1]`` both."""
+        heads, length = sums.shape
+        columns = {
+            **_places(layer, sequence, heads, np.array([last], np.int32)),
+            "sums": (sums.astype(np.float32).ravel(), np.full(heads, length)),
+            "outside": (outside.astype(np.float32).ravel(), np.full(heads, length)),
+        }
+        self._add(layer_file("columns", layer), COLUMNS, columns)
 
     def keys(
         self,
@@ -154,12 +167,10 @@ class TraceWriter:
         heads, count = given.shape[:2]
         length = first + count
         lengths = np.tile(np.arange(first, length), heads) if similarity is not None else np.zeros(heads * count, int)
-        cosines = np.zeros(0, np.float16) if similarity is None else _lower(similarity, first)
+        position = np.arange(first, length, dtype=np.int32)
+        cosines = np.zeros(0, np.float16) if similarity is None else _lower(similarity, position)
         columns = {
-            "sequence": np.full(heads * count, sequence, np.int32),
-            "layer": np.full(heads * count, layer, np.int32),
-            "kv_head": np.repeat(np.arange(heads, dtype=np.int32), count),
-            "position": np.tile(np.arange(first, length, dtype=np.int32), heads),
+            **_places(layer, sequence, heads, position, "kv_head"),
             "similarity": (cosines.astype(np.float16, copy=False), lengths),
         }
         for name, norm in (("value_l1", value_l1), ("value_l2", value_l2), ("key_l2", key_l2)):
@@ -245,6 +256,7 @@ class TraceWriter:
                     "complete": True,
                     "created": datetime.now(UTC).isoformat(timespec="seconds"),
                     "sequences": list(sequences),
+                    **({"loss": self._outside.loss(sequences)} if "topk" in self.header.stored else {}),
                     "bytes": sum(sizes.values()),
                     "sizes": sizes,
                     "checksums": {name: checksum(self.work / name) for name in sizes},
@@ -271,7 +283,7 @@ class TraceWriter:
         try:
             if name not in self._files:
                 (self.work / name).parent.mkdir(exist_ok=True)
-                self._files[name] = _File(self.work / name, schema)
+                self._files[name] = LayerFile(self.work / name, schema)
             self._files[name].add(columns)
         except OSError as error:
             raise self._folder.unwritable(error) from error
@@ -282,74 +294,29 @@ class TraceWriter:
         text = json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n"
         (self.work / HEADER).write_text(text, encoding="utf-8", errors="surrogatepass")
 
-    def _bad_weight(self, layer: int, first: int, rows: Array) -> TraceError:
-        count, length = rows.shape[1:]
-        bad = np.tri(count, length, first, dtype=bool) & ~(np.isfinite(rows) & (rows >= 0))
+    def _bad_weight(self, layer: int, position: Array, rows: Array) -> TraceError:
+        bad = _own(position, rows) & ~(np.isfinite(rows) & (rows >= 0))
         head, query, key = (int(axis[0]) for axis in np.nonzero(bad))
         return TraceError(
-            f"layer {layer}, head {head}, position {first + query}: weight {rows[head, query, key]} on key {key}",
+            f"layer {layer}, head {head}, position {position[query]}: weight {rows[head, query, key]} on key {key}",
             "Attention weights are finite and not negative: try --dtype float32.",
         )
 
 
-class _File:
-    """One Parquet file that collects blocks until a row group is full."""
+def _places(layer: int, sequence: int, heads: int, position: Array, head: str = "head") -> dict[str, Any]:
+    """Return the columns that say of what a row is, for each head the positions in turn."""
+    count = heads * len(position)
+    return {
+        "sequence": np.full(count, sequence, np.int32),
+        "layer": np.full(count, layer, np.int32),
+        head: np.repeat(np.arange(heads, dtype=np.int32), len(position)),
+        "position": np.tile(position, heads),
+    }
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.schema = schema
-        self._sink = path.open("wb")
-        self._writer = pq.ParquetWriter(
-            self._sink,
-            schema,
-            compression=SPLIT_COMPRESSION if schema in SPLIT else COMPRESSION,
-            use_dictionary=["text"],
-            write_statistics=[column.name for column in schema if not pa.types.is_list(column.type)],
-            use_byte_stream_split=SPLIT.get(schema, False),
-        )
-        self._pending: list[dict[str, Any]] = []
-        self._values = self._waiting = self._reached = 0
 
-    @property
-    def size(self) -> int:
-        """Bytes that reached the file, and bytes that wait."""
-        return self._reached + self._waiting
-
-    def add(self, columns: dict[str, Any]) -> None:
-        """Take a block."""
-        if self._pending and self._pending[-1]["sequence"][0] != columns["sequence"][0]:
-            self._flush()
-        self._pending.append(columns)
-        parts = [column[0] if isinstance(column, tuple) else column for column in columns.values()]
-        self._values += sum(len(part) for part in parts)
-        self._waiting += sum(part.nbytes for part in parts)
-        if self._values >= ROW_GROUP_VALUES:
-            self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-        self._sink.close()
-
-    def abandon(self) -> None:
-        """Let go of the file, without a word about a disk that is full already."""
-        if not self._sink.closed:
-            self._pending = []
-            try:
-                self._writer.close()
-                self._sink.close()
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        arrays = [_join([block[column.name] for block in self._pending], column.type) for column in self.schema]
-        table = pa.Table.from_arrays(arrays, schema=self.schema)
-        rows = max(ROW_GROUP_ROWS, table.num_rows * ROW_GROUP_VALUES // self._values)
-        self._pending, self._values, self._waiting = [], 0, 0
-        self._writer.write_table(table, row_group_size=rows)
-        self._reached = self._sink.tell()
+def _own(position: Array, rows: Array) -> Array:
+    """Return where a key is not later than its query, ``[q, n]``."""
+    return np.arange(rows.shape[-1]) <= position[:, None]
 
 
 def _not_finite(layer: int, first: int, count: int, what: str) -> TraceError:
@@ -359,13 +326,12 @@ def _not_finite(layer: int, first: int, count: int, what: str) -> TraceError:
     )
 
 
-def _lower(rows: Array, shortest: int) -> Array:
-    """Return the first `shortest` numbers of each head's first row, one more of the next, and so on, head by head."""
-    heads, count, _ = rows.shape
-    lengths = range(shortest, shortest + count)
-    flat = np.empty((heads, sum(lengths)), rows.dtype)
+def _lower(rows: Array, lengths: Array) -> Array:
+    """Return the first so many numbers of each row, head by head."""
+    heads = len(rows)
+    flat = np.empty((heads, int(lengths.sum())), rows.dtype)
     stop = 0
-    for row, length in enumerate(lengths):
+    for row, length in enumerate(lengths.tolist()):
         start, stop = stop, stop + length
         flat[:, start:stop] = rows[:, row, :length]
     return flat.ravel()
@@ -375,18 +341,3 @@ def _are_weights(flat: Array) -> bool:
     if flat.dtype == np.float16 and flat.size and flat.view(np.uint16).max() < np.float16(np.inf).view(np.uint16):
         return True  # in 16 bits, what is negative, infinite or no number comes after every finite number
     return bool((np.isfinite(flat) & (flat >= 0)).all())
-
-
-def _join(parts: list[Any], kind: pa.DataType) -> pa.Array:
-    if isinstance(parts[0], tuple):
-        values = _concatenated([values for values, _ in parts])
-        offsets = np.zeros(sum(len(lengths) for _, lengths in parts) + 1, np.int32)
-        np.cumsum(np.concatenate([lengths for _, lengths in parts]), out=offsets[1:])
-        return pa.ListArray.from_arrays(offsets, pa.array(values, kind.value_type), type=kind)
-    if isinstance(parts[0], pa.Array):
-        return pa.concat_arrays(parts)
-    return pa.array(_concatenated(parts), kind)
-
-
-def _concatenated(parts: list[Array]) -> Array:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -35,7 +35,8 @@ class Collector:
         self.rows: dict[tuple[int, int], torch.Tensor] = {}
         self.norms: dict[tuple[int, int], float] = {}
 
-    def attention(self, layer, sequence, first, rows, *, row_sum) -> None:
+    def attention(self, layer, sequence, first, rows, *, row_sum, stride) -> None:
+        assert stride == 1
         for index in range(rows.shape[1]):
             self.rows[layer, first + index] = torch.tensor(rows[:, index, : first + index + 1]).float()
 

@@ -147,6 +147,6 @@ def test_without_vectors(prompt: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_store(prompt: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="store 'topk' is unknown") as caught:
-        trace("no/model", [prompt], output=tmp_path / "t", store="topk")
+    with pytest.raises(UsageError, match="store 'rows' is unknown") as caught:
+        trace("no/model", [prompt], output=tmp_path / "t", store="rows")
     assert "maps, maps+vectors, qkv" in caught.value.todo

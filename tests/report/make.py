@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kvscope.results.store import Replay, ReplayWriter
+from kvscope.results.store import Replay
+from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.schema import TraceHeader
 from kvscope.trace.writer import TraceWriter

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from kvscope.results.store import Replay, ReplayWriter
+from kvscope.results.store import Replay
+from kvscope.results.writer import ReplayWriter
 
 METRICS = {
     "retained_mass": {"direction": "higher", "range": [0, 1], "when_nothing_evicted": 1.0, "summary": ""},

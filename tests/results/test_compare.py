@@ -10,7 +10,8 @@ import pytest
 from kvscope.errors import ResultError, UsageError
 from kvscope.results.compare import compare
 from kvscope.results.schema import TOKENS
-from kvscope.results.store import Replay, ReplayWriter
+from kvscope.results.store import Replay
+from kvscope.results.writer import ReplayWriter
 from tests.results.make import METRICS, info, make, values
 
 LENGTHS = [6, 7, 8, 6, 7, 9]

@@ -13,7 +13,8 @@ from kvscope.results.baseline import load_summary
 from kvscope.results.decisions import Decisions, Moved, compare_decisions
 from kvscope.results.diff import diff
 from kvscope.results.digest import Digests
-from kvscope.results.store import Replay, ReplayWriter
+from kvscope.results.store import Replay
+from kvscope.results.writer import ReplayWriter
 from tests.results.make import info, make, values
 
 LENGTH = 6

@@ -95,7 +95,7 @@ def test_long_has_a_row_for_each_value(tmp_path: Path) -> None:
 
 def test_no_more_than_a_piece_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row groups are gathered up to a size, and written before the next one is read."""
-    monkeypatch.setattr("kvscope.results.store.GROUP_ROWS", 1)
+    monkeypatch.setattr("kvscope.results.writer.GROUP_ROWS", 1)
     replay = make(tmp_path / "r", [40, 40, 40])
     written: list[int] = []
     original = export_module._open

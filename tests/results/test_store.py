@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvscope.errors import ResultError, UsageError
-from kvscope.results import store
+from kvscope.results import writer as writing
 from kvscope.results.schema import RUN
-from kvscope.results.store import ReplayWriter, newest_replay, open_replay
+from kvscope.results.store import newest_replay, open_replay
+from kvscope.results.writer import ReplayWriter
 from tests.reference import residency as twin
 from tests.results.make import info, make, values
 
@@ -119,7 +120,7 @@ def test_what_was_not_replayed_is_not_an_empty_cache(tmp_path: Path, where: tupl
 
 
 def test_a_layer_with_enough_rows_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "GROUP_ROWS", 1)
+    monkeypatch.setattr(writing, "GROUP_ROWS", 1)
     make(tmp_path / "r", [6, 5])
     for name in ("residency", "fidelity"):
         file = pq.ParquetFile(tmp_path / "r" / f"{name}.parquet")
@@ -180,7 +181,7 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
 def test_a_killed_replay_never_passes_for_one(tmp_path: Path) -> None:
     script = (
         "import time; from pathlib import Path; from tests.results.make import info\n"
-        "from kvscope.results.store import ReplayWriter\n"
+        "from kvscope.results.writer import ReplayWriter\n"
         f"w = ReplayWriter(Path({str(tmp_path / 'r')!r}), info([5])); print('writing', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
@@ -205,7 +206,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         def full(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(store, "GROUP_ROWS", 1)
+        monkeypatch.setattr(writing, "GROUP_ROWS", 1)
         monkeypatch.setattr(writer._writers["fidelity"], "write_table", full)
         with pytest.raises(ResultError, match="is full"):
             writer.fidelity(0, 0, 0, np.arange(5), values(0, 5))

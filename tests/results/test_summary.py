@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from kvscope.results.statistics import interval
-from kvscope.results.store import ReplayWriter
 from kvscope.results.stream import batches, means
 from kvscope.results.summary import Means
+from kvscope.results.writer import ReplayWriter
 from tests.results.make import METRICS, info, make, values
 
 
@@ -87,7 +87,7 @@ def test_what_is_read_back_has_the_means_that_were_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     """However the rows lie in the file: a layer in a group of its own, or several runs in one."""
-    monkeypatch.setattr("kvscope.results.store.GROUP_ROWS", rows)
+    monkeypatch.setattr("kvscope.results.writer.GROUP_ROWS", rows)
     replay = make(tmp_path / "r", [9, 5])
     found = means(replay)
     for run in replay.summary["runs"]:

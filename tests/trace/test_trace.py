@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvscope.errors import TraceError
-from kvscope.trace import writer as writer_module
+from kvscope.trace import parquet
 from kvscope.trace.reader import newest_trace, open_trace
 from kvscope.trace.schema import HEADER, estimate_bytes
 from kvscope.trace.writer import TraceWriter, require_space
@@ -34,7 +34,7 @@ from tests.trace.make import header, record, rows_of
 def test_rows_come_back(tmp_path_factory, length, block, heads, group, sequences, values) -> None:
     path = tmp_path_factory.mktemp("t") / "trace"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer_module, "ROW_GROUP_VALUES", values)
+        patch.setattr(parquet, "ROW_GROUP_VALUES", values)
         made = record(
             path, lengths=[length + s for s in range(sequences)], block=block, heads=heads * group, kv_heads=heads
         )
@@ -193,7 +193,7 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
             raise OSError(28, "No space left on device")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(writer_module._File, "add", full)
+            patch.setattr(parquet.LayerFile, "add", full)
             with pytest.raises(TraceError, match="is full"):
                 writer.attention(0, 0, 0, rows_of(0, 2, 4))
     with pytest.raises(TraceError, match="GB free"):

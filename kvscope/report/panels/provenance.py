@@ -144,6 +144,7 @@ def _approximate(source: ReportInput) -> list[str]:
         found.append(FLOAT16)
     if any(header.get("learned_sinks") for header in headers):
         found.append(SINKS)
+    found += dict.fromkeys(line for replay in source.replays for line in replay.info["trace"].get("approximate", []))
     if "retained_mass" in source.metrics:
         found.append(MASS)
     return found

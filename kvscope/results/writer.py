@@ -1,0 +1,238 @@
+"""Writing a replay; only a finished one gets its name."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kvscope.errors import ResultError
+from kvscope.folder import OutputFolder, checksum
+from kvscope.results.digest import NAME as DECISIONS
+from kvscope.results.digest import Digests
+from kvscope.results.gap import Gap, Stays
+from kvscope.results.outcome import OUTCOMES, Outcomes
+from kvscope.results.schema import (
+    KIND,
+    LOSSES,
+    MEMBERS,
+    RECORDED,
+    RESIDENCY,
+    RUN,
+    SCHEMA_VERSION,
+    SUMMARY,
+    TOKENS,
+    fidelity_schema,
+)
+from kvscope.results.store import Replay, open_replay
+from kvscope.results.summary import Means
+from kvscope.results.tails import Tails
+
+Array = NDArray[Any]
+GROUP_ROWS = 4096  # least number in a Parquet row group: about what one layer of a large model has
+
+
+class ReplayWriter:
+    """Writes one replay into ``PATH.incomplete`` and gives it its name at `finish`.
+
+    Parameters
+    ----------
+    path : Path
+        Folder of the replay.
+    info : mapping
+        What ``run.json`` says: ``trace``, ``prefill``, ``loop``, ``metrics``, ``runs``, ``versions``, ``command``.
+    force : bool
+        Whether an existing replay may be replaced, once this one is whole.
+
+    Raises
+    ------
+    ResultError
+        If `path` exists, another process is writing it, or the folder cannot be written; with `force` too, if it
+        holds anything that no replay has.
+    """
+
+    def __init__(self, path: Path, info: Mapping[str, Any], *, force: bool = False) -> None:
+        self.path, self.info = Path(path), dict(info)
+        self._folder = OutputFolder(self.path, "replay", RUN, MEMBERS, ResultError, force)
+        self.work = self._folder.work
+        self.metrics = list(self.info["metrics"])
+        self._means = Means(self.metrics)
+        self._tails = Tails()
+        self._digests = Digests()
+        self._outcomes = Outcomes()
+        self._gap = Gap(self.info)
+        self._writers: dict[str, pq.ParquetWriter] = {}
+        self._waiting: dict[str, list[pa.Table]] = {}
+        try:
+            self._json(RUN, {"complete": False, "writer": self._folder.begin()})
+            for name, schema in (("residency", RESIDENCY), ("fidelity", fidelity_schema(self.metrics))):
+                repeats = name == "residency"  # values of metrics do not: dictionaries make them a third larger
+                file = self.work / f"{name}.parquet"
+                self._writers[name] = pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=repeats)
+        except OSError as error:
+            raise self._folder.unwritable(error) from error
+
+    def __enter__(self) -> ReplayWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._writers.values():
+            try:
+                writer.close()
+            except OSError as full:
+                if full.errno != errno.ENOSPC:
+                    raise
+
+    def residency(
+        self, run: int, sequence: int, layer: int, *, enter: Array, leave: Array, kv_head: Array, key: Array
+    ) -> None:
+        """Write all stays of keys of one layer, one for each element; ``leave`` of -1 is never.
+
+        Raises
+        ------
+        ResultError
+            If they are written a second time, or the disk is full.
+        """
+        self._digests.add(run, sequence, layer, kv_head=kv_head, key=key, enter=enter, leave=leave)
+        self._gap.add(run, sequence, layer, Stays(kv_head, key, enter, leave))
+        count = len(key)
+        columns = {
+            "run": np.full(count, run, np.int32),
+            "sequence": np.full(count, sequence, np.int32),
+            "layer": np.full(count, layer, np.int32),
+            "kv_head": kv_head,
+            "key": key,
+            "enter": enter,
+            "leave": pa.array(leave, pa.int32(), mask=np.asarray(leave) < 0),
+        }
+        self._write("residency", RESIDENCY, columns)
+
+    def fidelity(self, run: int, sequence: int, layer: int, steps: Array, values: Mapping[str, Array]) -> None:
+        """Write metrics, each ``[H, S]``, of the steps ``[S]``; NaN is stored as null.
+
+        Raises
+        ------
+        ResultError
+            If a value is infinite, or the disk is full.
+        """
+        stored = {name: values[name].astype(np.float32) for name in self.metrics}
+        for name, array in stored.items():
+            if np.isinf(array).any():
+                raise ResultError(
+                    f"metric {name} is infinite: run {run}, sequence {sequence}, layer {layer}",
+                    "Look for rows or values of zeros in the trace, or leave the metric out.",
+                )
+        heads, count = stored[self.metrics[0]].shape
+        columns: dict[str, Any] = {
+            "run": np.full(heads * count, run, np.int32),
+            "sequence": np.full(heads * count, sequence, np.int32),
+            "layer": np.full(heads * count, layer, np.int32),
+            "head": np.repeat(np.arange(heads, dtype=np.int32), count),
+            "step": np.tile(np.asarray(steps, np.int32), heads),
+        }
+        for name in self.metrics:
+            columns[name] = pa.array(stored[name].ravel(), from_pandas=True)
+        self._write("fidelity", fidelity_schema(self.metrics), columns)
+        self._means.add(run, sequence, layer, stored)
+        self._tails.add(run, sequence, layer, steps, stored)
+
+    def tokens(self, run: int, sequence: int, position: Array, values: Mapping[str, Array]) -> None:
+        """Write the losses of all scored tokens of one sequence, each ``[S]``: those that `TOKENS` names.
+
+        Raises
+        ------
+        ResultError
+            If the disk is full.
+        """
+        if "tokens" not in self._writers:
+            try:
+                self._writers["tokens"] = pq.ParquetWriter(self.work / LOSSES, TOKENS, compression="zstd")
+            except OSError as error:
+                raise self._folder.unwritable(error) from error
+        place = {"run": run, "sequence": sequence}
+        filled = {name: np.full(len(position), number, np.int32) for name, number in place.items()}
+        self._write("tokens", TOKENS, {**filled, "position": position, **values})
+        self._outcomes.add(run, sequence, values)
+
+    def finish(self, counted: Mapping[int, Mapping[str, Any]] | None = None, **extra: Any) -> Replay:
+        """Close the files, write the summary, note sizes and checksums, and give the replay its name.
+
+        Parameters
+        ----------
+        counted : mapping, optional
+            What is known of each run only at its end, by its number; it joins the run's description.
+        **extra
+            More for ``run.json``.
+        """
+        self.info["runs"] = [
+            run | {DECISIONS: self._digests.of(run["run"])} | dict((counted or {}).get(run["run"], {}))
+            for run in self.info["runs"]
+        ]
+        for name in list(self._waiting):
+            self._flush(name)
+        try:
+            for writer in self._writers.values():
+                writer.close()
+            self._text(SUMMARY, self._summary(), ordered=True)
+            written = [name for name in RECORDED if (self.work / name).exists()]
+            self._json(
+                RUN,
+                {
+                    "complete": True,
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "sizes": {name: (self.work / name).stat().st_size for name in written},
+                    "checksums": {name: checksum(self.work / name) for name in written},
+                    **extra,
+                },
+            )
+            self._folder.finish()
+        except OSError as error:
+            raise self._folder.unwritable(error) from error
+        return open_replay(self.path)
+
+    def _summary(self) -> dict[str, Any]:
+        """Return the content of ``summary.json``: fidelity and its tails, of closed runs also outcome and gap."""
+        summary = self._means.summary(self.info)
+        for run in summary["runs"]:
+            run["metrics"] |= self._outcomes.of(run["run"])
+            run["tails"] = self._tails.of(run["run"])
+        metrics = {run["run"]: run["metrics"] for run in summary["runs"]}
+        for run in summary["runs"]:
+            gap = self._gap.of(run["run"], metrics)
+            if gap is not None:
+                run["gap"] = gap
+        if "tokens" in self._writers:
+            summary["metrics"] = summary["metrics"] | OUTCOMES
+        return summary
+
+    def _write(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
+        arrays = [pa.array(columns[column.name]).cast(column.type) for column in schema]
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(pa.Table.from_arrays(arrays, schema=schema))
+        if sum(table.num_rows for table in waiting) >= GROUP_ROWS:
+            self._flush(name)
+
+    def _flush(self, name: str) -> None:
+        """Write the rows that wait as one row group: one for each layer of a small model would be mostly metadata."""
+        try:
+            self._writers[name].write_table(pa.concat_tables(self._waiting.pop(name)))
+        except OSError as error:
+            raise self._folder.unwritable(error) from error
+
+    def _json(self, name: str, late: Mapping[str, Any]) -> None:
+        self._text(name, {"kind": KIND, "schema": SCHEMA_VERSION, **self.info, **late})
+
+    def _text(self, name: str, data: Mapping[str, Any], ordered: bool = False) -> None:
+        text = json.dumps(data, indent=1, allow_nan=False, sort_keys=ordered) + "\n"
+        (self.work / name).write_text(text, encoding="utf-8")

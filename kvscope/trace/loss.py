@@ -1,0 +1,123 @@
+"""What a trace leaves out, and what that means for what is made of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from kvscope.trace.schema import TraceHeader
+
+Array = NDArray[Any]
+REST = "r / (m + r)"
+NONE = "none"
+# How far a metric of store topk can be from that of all rows, for the same decisions, step by step.
+BOUNDS = {
+    "retained_mass": "r",
+    "retained_mass_no_sinks": REST,
+    "ideal_mass": "r",
+    "ideal_mass_no_sinks": REST,
+    "full_cosine": "r w / (s + r w), of its square",
+    "ideal_cosine": "B < K: both lie from q / sqrt((v + r w)(i + r w)) to (q + r w) / sqrt(v i); otherwise none",
+    "ideal_cosine_flattened": NONE,
+    "mask_cosine": "B < K: 0, but for ties; otherwise none",
+    "ideal_recall": "B < K: 0, but for ties; otherwise none",
+    "recovered_mass": "B < K: r; otherwise none",
+    "recovered_mass_no_sinks": f"B < K: {REST}; otherwise none",
+    "late_mass_retained": NONE,
+    "output_error": "not computed: values are not stored",
+    "read_keys": "0",
+    "held_keys": "0",
+}
+
+
+class Outside:
+    """Collects the share of each row that store ``topk`` leaves out."""
+
+    def __init__(self) -> None:
+        # (layer, sequence) -> blocks of positions in turn: mean and largest share over the heads
+        self._blocks: dict[tuple[int, int], list[tuple[Array, Array]]] = defaultdict(list)
+
+    def add(self, layer: int, sequence: int, share: Array) -> None:
+        """Take the shares ``[H, q]`` of the rows that follow."""
+        self._blocks[layer, sequence].append((share.mean(0), share.max(0)))
+
+    def loss(self, sequences: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+        """Return shares of a row's mass: ``mean``, ``mean_after_prompt`` (None if there is no row), ``worst``.
+
+        Parameters
+        ----------
+        sequences : sequence of mapping
+            ``prompt``, the length ``P`` of each.
+        """
+        shares: list[Array] = []
+        later: list[Array] = []
+        worst = 0.0
+        for (_, sequence), blocks in sorted(self._blocks.items()):
+            mean, largest = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+            shares.append(mean)
+            later.append(mean[sequences[sequence]["prompt"] :])
+            worst = max(worst, float(largest.max()))
+        after = np.concatenate(later)
+        return {
+            "mean": float(np.concatenate(shares).mean()),
+            "mean_after_prompt": float(after.mean()) if after.size else None,
+            "worst": worst,
+        }
+
+
+def approximate(header: TraceHeader, loss: Mapping[str, float | None]) -> list[str]:
+    """Return what about a trace is not the whole, in sentences; none for a trace that is whole.
+
+    Parameters
+    ----------
+    loss : mapping
+        As `Outside.loss` gives it; empty where nothing is lost.
+    """
+    said = []
+    if loss:
+        after = loss["mean"] if loss["mean_after_prompt"] is None else loss["mean_after_prompt"]
+        said.append(
+            f"Lossy: the trace keeps the {header.top} heaviest keys of a row; {after:.1%} of a row's attention after "
+            f"the prompt is on others (mean; {loss['worst']:.1%} at worst). Retained mass is known to within that; "
+            "which of these others a policy keeps is an estimate from exact sums of columns. Policies that read no "
+            "weights decide as on a whole trace."
+        )
+    if header.head_numbers:
+        numbers = ", ".join(map(str, header.head_numbers))
+        said.append(
+            f"Sampled: of the model's {header.n_heads} query heads {numbers} were recorded, numbered here from 0."
+        )
+    if header.query_stride > 1:
+        said.append(f"Sampled: every {header.query_stride}th row of attention was recorded.")
+    return said
+
+
+def describe_bounds() -> list[str]:
+    """Return lines of Markdown: how rows of store ``topk`` are rebuilt, and how far metrics can be off."""
+    return [
+        "## Store `topk`: what is lost",
+        "",
+        "The reader gives whole rows: the stored weights, and on the other keys the residual, in proportion to what",
+        "each got per unit of residual in the stretch of rows that `columns` sums up, but nowhere as much as the",
+        "smallest stored weight. So retained mass lies, as that of the true row, between the stored mass that is kept",
+        "and that plus the residual. For the same decisions a metric of one step is off by at most this, beside the",
+        "rounding to 16 bit:",
+        "",
+        "| metric | bound |",
+        "|---|---|",
+        *(f"| `{name}` | {bound} |" for name, bound in BOUNDS.items()),
+        "",
+        "`r` is the residual's share of the row; `m` what is stored beyond the first 4 positions; `w` the smallest",
+        "stored weight; `s`, `v`, `i`, `q` are sums of squares of stored weights: all, visible, ideal, both. `B` is",
+        "the budget, `K` the weights stored. Weights are shares of their row.",
+        "",
+        "Decisions: policies that read no weights decide the same. Others see exact weights on stored keys and an",
+        "estimate on the others, so that among keys of little weight they may choose otherwise; sums over rows stay",
+        "near the exact ones. `trace.json` says in `loss` how much is outside.",
+        "",
+    ]

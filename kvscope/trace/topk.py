@@ -1,0 +1,151 @@
+"""From the heaviest keys of every row, and sums of columns, to whole rows again.
+
+What a row has outside its stored keys is known as a sum, and so is, over a stretch of rows, what each key got outside.
+A key's share of the residual in these rows is taken to be the same in each of them: in sums over many rows, by which
+most policies decide, little is lost. No weight that is made up reaches the smallest stored one, so that the heaviest
+keys of a row are those that were recorded.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kvscope.errors import TraceError
+from kvscope.trace.columns import layer_file
+from kvscope.trace.derive import CACHE_BYTES, Floats
+from kvscope.trace.schema import STRETCH, TraceHeader
+
+Ints = NDArray[Any]
+Read = Callable[[str, int, int, int, list[str]], pa.Table]  # file, sequence, start, stop, columns; may give more rows
+KeptRates = OrderedDict[tuple[int, int, int], Floats]
+LEAST = 1e-30  # residual mass below which nothing is said of a key
+
+
+def stretches(prompt: int, length: int) -> list[int]:
+    """Return where the stretches of rows end that columns are summed over: the first row that each leaves out."""
+    return sorted({*range(STRETCH, length, STRETCH), prompt, length})
+
+
+class Top(NamedTuple):
+    """Stored keys of some rows, ``[N]`` each, and the residuals and smallest weights of the rows, ``[H, q]``."""
+
+    head: Ints
+    query: Ints
+    key: Ints
+    weight: Floats
+    residual: Floats
+    least: Floats
+
+
+class Rebuilt:
+    """Rows of store ``topk``, block by block.
+
+    Parameters
+    ----------
+    header : TraceHeader
+        Sizes and windows.
+    lengths : list of tuple
+        ``P`` and ``T`` of each sequence.
+    read : callable
+        Reads rows of a file.
+    kept : dict
+        Rates that were used last, by sequence, layer and end of the stretch.
+    """
+
+    def __init__(self, header: TraceHeader, lengths: list[tuple[int, int]], read: Read, kept: KeptRates) -> None:
+        self._header, self._lengths, self._read, self._kept = header, lengths, read, kept
+
+    def attention(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
+        """Return rows `start` to `stop` - 1, ``[H, stop - start, stop]``."""
+        rows = np.zeros((self._header.heads, stop - start, stop), np.float32)
+        ends = stretches(*self._lengths[sequence])
+        first = start
+        while first < stop:
+            number = bisect_right(ends, first)
+            begin, end = ends[number - 1] if number else 0, ends[number]
+            last = min(end, stop)
+            rate = self._rate(sequence, layer, begin, end)
+            block = rows[:, first - start : last - start, :last]
+            _fill(block, first, rate, self.top(sequence, layer, first, last), self._window(layer))
+            first = last
+        return rows
+
+    def top(self, sequence: int, layer: int, start: int, stop: int) -> Top:
+        """Return what is stored of rows `start` to `stop` - 1."""
+        names = ["head", "position", "residual", "keys", "weights"]
+        table = self._read(layer_file("topk", layer), sequence, start, stop, names)
+        position = table["position"].to_numpy()
+        table = table.filter(pa.array((position >= start) & (position < stop))).combine_chunks()
+        head, query = table["head"].to_numpy(), table["position"].to_numpy() - start
+        lists = table["weights"].chunk(0)
+        lengths = np.diff(lists.offsets.to_numpy())
+        weight = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        residual, least = np.zeros((2, self._header.heads, stop - start), np.float32)
+        residual[head, query] = table["residual"].to_numpy()
+        least[head, query] = np.minimum.reduceat(weight, np.cumsum(lengths) - lengths)
+        key = table["keys"].chunk(0).flatten().to_numpy()
+        return Top(np.repeat(head, lengths), np.repeat(query, lengths), key, weight, residual, least)
+
+    def _rate(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
+        """Return what a key got per unit of residual in the rows from `start` on that lack it, ``[H, stop]``."""
+        if (sequence, layer, stop) not in self._kept:
+            self._kept[sequence, layer, stop] = self._made_rate(sequence, layer, start, stop)
+            while len(self._kept) > 1 and sum(rate.nbytes for rate in self._kept.values()) > CACHE_BYTES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end((sequence, layer, stop))
+        return self._kept[sequence, layer, stop]
+
+    def _made_rate(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
+        heads, count = self._header.heads, stop - start
+        top = self.top(sequence, layer, start, stop)
+        residual = top.residual.astype(np.float64)
+        before = np.zeros((heads, count + 1))  # residual of the rows before each
+        np.cumsum(residual, axis=1, out=before[:, 1:])
+        key, window = np.arange(stop), self._window(layer)
+        seen = np.clip(key - start, 0, count)  # first row that sees the key, and the first that no longer does
+        gone = np.full(stop, count) if window is None else np.clip(key + window - start, 0, count)
+        asked = before[:, gone] - before[:, seen]  # [H, stop]
+        own = np.bincount(top.head * stop + top.key, residual[top.head, top.query], heads * stop)
+        asked -= own.reshape(heads, stop)
+        outside = self._outside(sequence, layer, stop)
+        return np.where(asked > LEAST, outside / np.maximum(asked, LEAST), 0).astype(np.float32)
+
+    def _outside(self, sequence: int, layer: int, stop: int) -> Floats:
+        """Return what the stretch that ends before row `stop` has outside on each key, ``[H, stop]``."""
+        table = self._read(layer_file("columns", layer), sequence, stop - 1, stop, ["head", "position", "outside"])
+        table = table.filter(pa.array(table["position"].to_numpy() == stop - 1)).combine_chunks()
+        if table.num_rows < self._header.heads:
+            raise TraceError(
+                f"a trace of store topk lacks the sums of columns up to position {stop - 1} of sequence {sequence}, "
+                f"layer {layer}",
+                "Record it again.",
+            )
+        outside = np.zeros((self._header.heads, stop), np.float32)
+        outside[table["head"].to_numpy()] = table["outside"].chunk(0).flatten().to_numpy().reshape(-1, stop)
+        return outside
+
+    def _window(self, layer: int) -> int | None:
+        return self._header.sliding_window[self._header.layers.index(layer)]
+
+
+def _fill(rows: Floats, first: int, rate: Floats, top: Top, window: int | None) -> None:
+    """Fill in rows ``[H, q, n]`` of which the first is of position `first`."""
+    count, n = rows.shape[1:]
+    key, own = np.arange(n), np.arange(first, first + count)[:, None]
+    unseen = key > own
+    if window is not None:
+        unseen |= key <= own - window
+    rows[:] = rate[:, None, :n]
+    np.copyto(rows, 0, where=unseen)
+    rows[top.head, top.query, top.key] = 0
+    total = rows.sum(-1, dtype=np.float64)  # so that a row is the same however many keys its block has
+    rows *= (top.residual / np.where(total > 0, total, 1)).astype(np.float32)[..., None]
+    np.minimum(rows, np.nextafter(top.least, np.float32(0))[..., None], out=rows)
+    rows[top.head, top.query, top.key] = top.weight
