@@ -25,7 +25,7 @@ def test_the_wheel_holds_the_whole_package(tmp_path: Path) -> None:
     package = {
         str(file.relative_to(ROOT))
         for file in (ROOT / "kvscope").rglob("*")
-        if file.is_file() and file.suffix != ".pyc"
+        if file.is_file() and "__pycache__" not in file.parts
     }
     assert package <= names, package - names
     assert {"kvscope/py.typed", "kvscope/model/demo/prompt.txt"} <= names
