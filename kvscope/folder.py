@@ -115,6 +115,15 @@ def checksum(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def size(count: float) -> str:
+    """Return a number of bytes for people: ``4.2 MB``."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("the last unit returns")
+
+
 def _there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "replay": BASE | {"budget", "gate", "kernels", "metrics", "policies", "results", "trace"},
     "report": BASE | {"registry", "results", "trace"},
     "cli": BASE
-    | {"budget", "gate", "metrics", "model", "policies", "registry", "replay", "report", "results", "trace"},
+    | {"budget", "folder", "gate", "metrics", "model", "policies", "registry", "replay", "report", "results", "trace"},
 }
 
 # Library -> the only rooms that may import it.

@@ -54,15 +54,6 @@ def show_json(value: Any) -> None:
     sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
 
-def size(count: float) -> str:
-    """Return a number of bytes for people: ``4.2 MB``."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError("the last unit returns")
-
-
 @dataclass
 class Column:
     """One column of a table.

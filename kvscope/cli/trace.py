@@ -137,7 +137,8 @@ def trace(
 
 def announce(plan: Plan, quiet: bool) -> None:
     """Say how large a trace will be, before it starts."""
-    from kvscope.cli.console import note, size
+    from kvscope.cli.console import note
+    from kvscope.folder import size
 
     others = ", ".join(f"{store}: {size(count)}" for store, count in plan.others.items())
     note(f"{plan.path}: about {size(plan.bytes)} to write ({others}), {size(plan.free)} free on the disk", quiet=quiet)
@@ -149,7 +150,7 @@ def announce(plan: Plan, quiet: bool) -> None:
 
 def moved(update: Update) -> Callable[[Progress], None]:
     """Return a callback that moves a bar by the tokens done, and shows the bytes written."""
-    from kvscope.cli.console import size
+    from kvscope.folder import size
 
     return lambda now: update(now.done, size(now.bytes), now.total)
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kvscope.errors import TraceError
-from kvscope.folder import OutputFolder, checksum
+from kvscope.folder import OutputFolder, checksum, size
 from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
 from kvscope.trace.loss import Outside
 from kvscope.trace.parquet import LayerFile
@@ -38,9 +38,9 @@ def require_space(path: Path, needed: int) -> None:
     free = free_bytes(path)
     if needed > free:
         raise TraceError(
-            f"the trace needs about {needed / 1e9:.2f} GB, and the disk of {path} has {free / 1e9:.2f} GB free",
-            "Record vectors alone (--store qkv), the heaviest keys (--store topk), fewer layers (--layers) or a "
-            "shorter prompt, or name another disk (--output).",
+            f"the trace needs about {size(needed)}, and the disk of {path} has {size(free)} free",
+            "Write to another disk (--output), or record less: vectors alone (--store qkv), the heaviest keys (--store "
+            "topk), fewer layers (--layers) or a shorter prompt.",
         )
 
 

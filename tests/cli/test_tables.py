@@ -6,8 +6,9 @@ import json
 import pytest
 
 from kvscope.cli import console
-from kvscope.cli.console import ALWAYS, Column, fit, show_json, show_table, size
+from kvscope.cli.console import ALWAYS, Column, fit, show_json, show_table
 from kvscope.cli.summary import columns, notes
+from kvscope.folder import size
 
 NAMES = (
     "retained_mass",

@@ -173,7 +173,7 @@ def test_an_existing_trace_and_a_small_disk(folder: Path, prompt: Path, tmp_path
     with pytest.raises(TraceError, match="exists"):
         trace(str(folder), [prompt], output=tmp_path / "t", max_new_tokens=1)
     monkeypatch.setattr("kvscope.trace.writer.free_bytes", lambda path: 10)
-    with pytest.raises(TraceError, match="GB free"):
+    with pytest.raises(TraceError, match="has 10 bytes free"):
         trace(str(folder), [prompt], output=tmp_path / "u", max_new_tokens=1)
 
 
