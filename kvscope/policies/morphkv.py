@@ -54,7 +54,7 @@ class MorphKV(Policy):
         if step.compresses and history.count:
             score = self._fused(step, history, score)
         assert step.live is not None
-        history.push(alike(step.live, lambda live: self._together(step, live)).to(score.dtype))
+        history.push(alike(step.live, lambda live: self._together(step, live)))
         return score
 
     def _together(self, step: Step, live: Tensor) -> Tensor:
