@@ -65,14 +65,15 @@ def test_policies_that_lose_the_planted_facts_regret_their_tokens(example: Trace
     assert all(each["weights"][0] < 0.5 for each in chosen_anew), "a policy that sees what it wants regrets no fact"
 
 
-def test_the_parts_add_up(found: dict[str, dict]) -> None:
+def test_the_parts_add_up(example: Trace, found: dict[str, dict]) -> None:
+    text = "".join(example.tokens(0)["text"])
     for run in found.values():
         for part in ("kinds", "lags"):
             assert sum(each["mass"] for each in run[part]) == pytest.approx(run["mass"])
         assert len(run["worst"]) <= 20 and len(run["tokens"]) <= 20
         for each in run["worst"]:
             assert each["gone"] < each["wanted"][0] and each["mass"] >= each["weights"][0]
-            assert each["before"].endswith("") and isinstance(each["text"], str)
+            assert each["before"] + each["text"] + each["after"] in text
 
 
 def test_several_sequences_groups_and_readers_equal_the_plain_loop(
