@@ -12,6 +12,7 @@ from kvscope.errors import ResultError
 from kvscope.report.encoding import rounded, visible_everywhere
 from kvscope.report.limits import Limits
 from kvscope.report.panel import PANELS, Panel
+from kvscope.report.panels.overview import answer
 from kvscope.report.parts import Part, spread
 from kvscope.report.runs import KINDS, Run
 from kvscope.report.source import ReportInput
@@ -108,6 +109,7 @@ def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Pa
         "title": title or f"KV-cache eviction: {', '.join(source.names)}",
         "generator": f"kvscope {__version__}",
         "facts": _facts(source),
+        "answer": answer(source),
         "labels": list(dict.fromkeys((*source.usual, *(run.label for run in source.runs)))),  # colours in this order
         "replays": list(source.names),
         "kinds": [{"name": name, "meaning": meaning} for name, meaning in KINDS.items()],

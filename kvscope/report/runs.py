@@ -24,13 +24,15 @@ LAST = ("read_keys", "held_keys")
 TAILED = "retained_mass"  # the metric whose tails are shown
 TAILS = ("share_below_half", "worst_head", "worst_step")
 
+OF_SUMMARY = ("clairvoyant", "gap")  # what is known of a run after the replay only
+
 # What a summary says of a run beside its metrics; here they are metrics as any other.
 BESIDE: dict[str, dict[str, Any]] = {
     "share_of_belady": {
         "direction": "higher",
         "range": [0.0, None],
         "summary": "Retained mass divided by that of the best schedule of evictions for good: how well it predicts; "
-        "above 1 where it holds more keys.",
+        "above 1 where a policy holds more keys, lets them come back, or shares them out among heads.",
     },
     "belady_of_ideal": {
         "direction": "none",
@@ -102,7 +104,7 @@ class Run:
         beside = {**(summary.get("bounds") or {}), "held_overlap": (summary.get("gap") or {}).get("held_overlap")}
         beside |= {name: (summary.get("tails") or {}).get(TAILED, {}).get(name) for name in TAILS}
         metrics |= {name: {"mean": value} for name, value in beside.items() if value is not None}
-        return cls(id, replay, source, {**info, **{k: v for k, v in summary.items() if k == "clairvoyant"}}, metrics)
+        return cls(id, replay, source, {**info, **{k: v for k, v in summary.items() if k in OF_SUMMARY}}, metrics)
 
     @property
     def number(self) -> int:

@@ -19,6 +19,7 @@ from kvscope.report.encoding import packed, packed_floats, packed_halves
 from kvscope.report.limits import Limits
 from kvscope.report.page import page_data, report
 from kvscope.report.source import ReportInput
+from kvscope.trace.reader import Trace
 from tests.report.make import make_replay, make_trace
 from tests.report.test_summary_panels import run_of
 
@@ -316,6 +317,23 @@ def test_a_cell_of_the_map_chooses_its_head_with_mouse_and_keyboard(tab: Tab) ->
     assert (tab.chosen("Layer"), tab.chosen("Query head")) == ("1", "3")
 
 
+def test_the_raster_says_why_a_key_went(tab: Tab, rich: ReportInput) -> None:
+    def said(policy: str, token: int, step: int) -> str:
+        run = run_of(rich, policy, "4").id
+        tab.run(f"kvscope.state.set({{ run: '{run}', layer: 1, head: 0, token: {token}, step: {step} }})")
+        return tab.text("#residency .readout").split("; ", 2)[2]
+
+    assert said("h2o", 21, 22).startswith("held since step 21, to the end; attention of query head 0: ")
+    assert said("h2o", 3, 22).startswith(
+        "gone: left at step 9, held since step 3; of the prompt's 10 keys, h2o chose others at its end; "
+        "it would still have received "
+    )
+    gone = said("h2o", 12, 22)
+    assert gone.startswith("gone: left at step 16, held since step 12; token 16 “,” needed room, and h2o scored it")
+    assert said("quest", 12, 22).startswith("not read: left at step 16, read since step 12; quest chose others to read")
+    assert "the best schedule for the rows to come" in said("belady", 12, 22)
+
+
 def test_the_raster_is_walked_with_the_keyboard(tab: Tab) -> None:
     canvas = tab.page.locator("#residency canvas").first
     canvas.focus()
@@ -463,4 +481,19 @@ def test_keys_by_depth_draw_and_choose_a_run(browser: Any, gated: ReportInput, t
     assert tab.run("document.documentElement.scrollWidth <= window.innerWidth")
     tab.run("document.querySelector('#depth .plot').emit('plotly_click', { points: [{ customdata: '0.3' }] })")
     assert tab.run("kvscope.state.get('run')") == "0.3"
+    tab.context.close()
+
+
+def test_what_was_tuned_and_what_both_loops_hold_is_drawn(browser: Any, trace: Trace, tmp_path: Path) -> None:
+    settings = [{"alpha": 0.1}, {"alpha": 0.9}]
+    tuned = {"settings": settings, "layers": [0, 1], "choice": [[0, 1], [1, 1]]}
+    replay = make_replay(tmp_path / "r", trace, mass={"tuned": {"2": 0.5}}, params={"tuned": tuned}, loop="closed")
+    replay.summary["runs"][0]["gap"] = {"held_overlap": 0.75, "held_overlap_by_layer": {"0": 1.0, "1": 0.5}}
+    tab = Tab(browser, report([replay], {trace.identity: trace}, tmp_path / "page.html"))
+    assert tab.said == []
+    cells = "[...document.querySelectorAll('{} [role=gridcell]')].map(it => it.textContent)"
+    assert tab.run(cells.format("#sweep")) == ["0.1", "0.9", "0.9", "0.9"]
+    assert tab.run(cells.format("#agreement")) == ["0.75", "1.00", "0.50"]
+    tab.page.locator("#sweep [role=gridcell]").nth(3).click()
+    assert (tab.chosen("Layer"), tab.chosen("Query head")) == ("1", "2")
     tab.context.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from kvscope.report.page import page_data
 from kvscope.report.panels.budget_curve import budget_curve
 from kvscope.report.panels.depth import depth
 from kvscope.report.panels.outcome import outcome
-from kvscope.report.panels.overview import overview
+from kvscope.report.panels.overview import answer, overview
 from kvscope.report.panels.provenance import BOUNDS, CLOSED_LOOP, GENERATED, MIXED, OPEN_LOOP, provenance
 from kvscope.report.panels.sweep import sweep
 from kvscope.report.runs import BESIDE, KINDS, Run
@@ -142,6 +143,21 @@ def test_the_closed_loop_stands_for_both_in_the_best_table(rich: ReportInput) ->
     assert "The upper table shows the closed loop where there is one; the lower one shows both." in data["notes"]
 
 
+def test_the_page_begins_with_the_answer(rich: ReportInput, source: ReportInput, trace: Trace, tmp_path: Path) -> None:
+    """A reader who sees nothing else sees which policy is best at which budget, and what that costs."""
+    assert (
+        answer(source)
+        == "At budget 2, 2 of 5 keys held: of 3 policies (kind: every step), tova retains the most attention, 0.625."
+    )
+    said = page_data(rich)["answer"]
+    assert said.startswith("At budget 4, 4 of 18 keys held: of 6 policies (kind: every step), a2sf:alpha=0.9 retains")
+    assert said.endswith(
+        f"a2sf:alpha=0.9 loses the least perplexity, {math.exp(1.1) / math.e:.3f} times that of the full cache."
+    )
+    alone = make_replay(tmp_path / "alone", trace, mass={"full": {None: None}})
+    assert answer(ReportInput((alone,))) == ""
+
+
 def test_runs_of_different_prefill_are_not_compared(trace: Trace, tmp_path: Path) -> None:
     one = {"h2o": {"2": 0.5}}
     replays = [make_replay(tmp_path / prefill, trace, mass=one, prefill=prefill) for prefill in ("full", "stream")]
@@ -221,6 +237,16 @@ def test_sweep_finds_the_parameter_that_alone_differs(rich: ReportInput, source:
     assert (found["policy"], found["parameter"]) == ("a2sf", "alpha")
     assert [line["values"] for line in found["lines"]] == [[0.1, 0.5, 0.9]] * 4, "two budgets, two loops"
     assert [named(rich, id) for id in found["lines"][0]["runs"]] == [(f"a2sf:alpha={a}", "4") for a in (0.1, 0.5, 0.9)]
+
+
+def test_what_was_tuned_is_shown_layer_by_layer(trace: Trace, tmp_path: Path) -> None:
+    settings = [{"alpha": 0.1, "recent": 2}, {"alpha": 0.5, "recent": 2}, {"alpha": 0.9, "recent": 2}]
+    tuned = {"tuned": "tuned.toml", "settings": settings, "layers": [0, 1], "choice": [[2, 0], [1, 1]]}
+    replay = make_replay(tmp_path / "r", trace, mass={"tuned": {"2": 0.5, "4": 0.6}}, params={"tuned": tuned})
+    data = sweep(ReportInput((replay,)))
+    assert data is not None and data["sweeps"] == []
+    # one budget speaks for all, and what is the same everywhere says nothing
+    assert data["tuned"] == [{"run": "0.0", "parameter": "alpha", "layers": [0, 1], "values": [[0.9, 0.1], [0.5, 0.5]]}]
 
 
 def test_outcome_ranks_the_open_metric_against_the_closed_loop(rich: ReportInput, source: ReportInput) -> None:

@@ -347,6 +347,14 @@ def test_agreement_is_keys_in_both_over_keys_in_either(rich_trace: Trace, tmp_pa
     assert f"at {STEPS} evenly spaced steps" in data["notes"][0]
 
 
+def test_what_both_loops_hold_is_shown_by_layer(trace: Trace, tmp_path: Path) -> None:
+    replay = make_replay(tmp_path / "r", trace, mass={"h2o": {"2": 0.5}, "tova": {"4": 0.4}}, loop="closed")
+    replay.summary["runs"][1]["gap"] = {"held_overlap": 0.75, "held_overlap_by_layer": {"0": 1.0, "1": 0.5}}
+    data = agreement(ReportInput((replay,)))
+    assert data is not None and data["groups"] == []
+    assert data["loops"] == [{"run": "0.1", "all": 0.75, "layers": [1.0, 0.5]}]
+
+
 def test_norms_are_those_of_the_trace_beside_what_was_received(rich: ReportInput, source: ReportInput) -> None:
     assert norms(source) is None, "the small trace holds no norms"
     data = norms(rich)

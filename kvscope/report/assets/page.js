@@ -27,7 +27,7 @@ kvscope.show = (() => {
     page.run = (id = state.get("run")) => page.byId.get(id);
     page.kindOf = Object.fromEntries(page.kinds.map((kind, place) => [kind.name, { ...kind, place }]));
     page.byId = new Map(page.runs.map((run) => [run.id, run]));
-    const ways = unique(page.runs.map((run) => `${run.replay} ${run.loop}`));
+    const ways = unique([...page.runs].sort((a, b) => a.loop.localeCompare(b.loop)).map((run) => `${run.replay} ${run.loop}`)); // closed before open
     page.style = (run) => kvscope.lineStyle(page.labels.indexOf(run.label), ways.indexOf(`${run.replay} ${run.loop}`)); // a dash for each way of replaying
     page.part = () => page.parts[state.get("part")];
     const { oneOf, whole } = state;
@@ -101,7 +101,7 @@ kvscope.show = (() => {
     const box = element("div", { class: "body" });
     const made = element("section", { class: "panel", id: panel.name, "aria-labelledby": `${panel.name}-title` },
       element("h2", { id: `${panel.name}-title` }, panel.title),
-      element("details", { class: "how", open: true }, element("summary", {}, "How to read this"), element("p", {}, panel.help)),
+      element("details", { class: "how", open: window.innerWidth > 700 }, element("summary", {}, "How to read this"), element("p", {}, panel.help)),
       panel.notes.length ? element("ul", { class: "notes" }, panel.notes.map((note) => element("li", {}, note))) : null,
       box);
     const draw = async (page) => {
@@ -133,7 +133,8 @@ kvscope.show = (() => {
     });
     document.getElementById("page").append(
       element("header", {},
-        element("div", {}, element("h1", {}, page.title), element("p", { class: "facts" }, page.facts.map((fact) => element("span", {}, fact)))),
+        element("div", {}, element("h1", {}, page.title), element("p", { class: "facts" }, page.facts.map((fact) => element("span", {}, fact))),
+          page.answer ? element("p", { class: "answer" }, page.answer) : null),
         themeSelect()),
       nav,
       element("main", {}, inMain),

@@ -84,7 +84,7 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
       }
     } else for (const key of ticks(k0, k1, height)) context.fillText(`token ${key}`, gutter - 8, Math.max(7, y(key + 0.5)));
     context.textBaseline = "alphabetic";
-    if (prompt > t0 && prompt < t1) drawPrompt(context, x(prompt), width, height);
+    if (prompt > Math.max(1, t0) && prompt < t1) drawPrompt(context, x(prompt), width, height);
   }
   function drawPrompt(context, at, width, height) {
     context.setLineDash([5, 4]);

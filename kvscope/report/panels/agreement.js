@@ -4,6 +4,7 @@ kvscope.drawing("agreement", async (box, data, page) => {
   const area = element("div");
   const said = element("p", { class: "small", role: "status" });
   const behind = element("div");
+  const loops = element("div");
   const draw = kvscope.latest(async () => {
     const { budget } = page.run();
     const group = data.groups.find((each) => each.runs.includes(state.get("run")));
@@ -26,7 +27,27 @@ kvscope.drawing("agreement", async (box, data, page) => {
     area.prepend(scaleBar(scale, percent));
     behind.replaceChildren(kvscope.tableBehind("The numbers behind this matrix", ["Policy", ...runs.map(name)], () => runs.map((run, r) => [name(run), ...runs.map((_, c) => at(r, c).toFixed(3))])));
   });
-  box.append(said, area, behind);
+  /* Open against closed loop: what one budget's policies hold in both. */
+  function drawLoops() {
+    const rows = data.loops.map((each) => ({ ...each, run: page.byId.get(each.run) })).filter(({ run }) => run.budget === page.run().budget && run.parts.includes(state.get("part")));
+    loops.hidden = !rows.length;
+    if (!rows.length) return;
+    const { layers } = page.part();
+    const values = rows.map((row) => [row.all, ...row.layers]);
+    const scale = [Math.min(...values.flat()), 1];
+    const grid = element("div");
+    heat(grid, {
+      label: "Keys held in both loops", corner: "policy / layer", rows: rows.map(({ run }) => run.label), columns: ["all", ...layers.map(String)], scale,
+      value: (r, c) => values[r][c], text: (value) => value.toFixed(2),
+      say: (r, c) => `${rows[r].run.label}, ${c ? `layer ${layers[c - 1]}` : "all layers"}: open and closed loop share ${percent(values[r][c])} of the keys that either holds`,
+      chosen: (r) => rows[r].run.id === state.get("run"), click: (r) => state.set({ run: rows[r].run.id }),
+    });
+    loops.replaceChildren(element("h3", {}, "Open against closed loop"),
+      element("p", { class: "small" }, "Keys held in both loops, of those held in either. Below the first layer the closed loop sees what the evictions before did; where the overlap is small, the open loop says little."), scaleBar(scale, percent), grid);
+  }
+  box.append(said, area, behind, loops);
+  state.on(["run", "part"], drawLoops);
+  drawLoops();
   state.on(["run", "other"], draw);
   await draw();
 });

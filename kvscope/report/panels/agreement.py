@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.report.encoding import packed_floats
+from kvscope.report.encoding import packed_floats, rounded
 from kvscope.report.panel import panel
 from kvscope.report.panels.over_time import bins
 from kvscope.report.parts import Part
@@ -27,7 +27,8 @@ MOST = 40  # runs of one budget
     detail=True,
     help="Each cell is the share of keys that two policies both hold, of those that either holds, over all heads and "
     "layers at evenly spaced steps, under the budget of the chosen run. Policies that agree are one choice under two "
-    "names, and a low number beside equal fidelity means that there is more than one good set.",
+    "names, and a low number beside equal fidelity means that there is more than one good set; where both loops were "
+    "replayed, a second table has the overlap of what a policy holds in the open and in the closed one, by layer.",
 )
 def agreement(source: ReportInput) -> dict[str, Any] | None:
     """Return for each budget the overlap (Jaccard index) of what every two runs hold; of a sparse reader: reads."""
@@ -47,7 +48,19 @@ def agreement(source: ReportInput) -> dict[str, Any] | None:
         if len(shown) > 1 and parts:
             shown = _ordered(source, shown)
             made.append({"runs": [run.id for run in shown], "values": packed_floats(_overlap(source, parts, shown))})
-    return {"groups": made, "notes": notes} if made else None
+    loops = _loops(source)
+    return {"groups": made, "loops": loops, "notes": notes} if made or loops else None
+
+
+def _loops(source: ReportInput) -> list[dict[str, Any]]:
+    """Return for each run of the closed loop its overlap with the open one: over all layers, and in each."""
+    found = []
+    for run in source.ranking:
+        gap = run.info.get("gap")
+        if gap:
+            layers = [rounded(value) for value in gap["held_overlap_by_layer"].values()]
+            found.append({"run": run.id, "all": rounded(gap["held_overlap"]), "layers": layers})
+    return found
 
 
 def _ordered(source: ReportInput, runs: list[Run]) -> list[Run]:

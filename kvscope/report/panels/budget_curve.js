@@ -49,9 +49,9 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
       hovertemplate: "%{text}<extra></extra>",
     };
   }
-  /* The name of a bound stands at its end: it has no place in the list of colours. */
+  /* The name of a reference stands at its end: it has no place in the list of lines. */
   function names(traces) {
-    return traces.filter((trace) => trace.mode === "lines" && trace.x.length).map((trace) => ({
+    return traces.filter((trace) => !trace.customdata && trace.x.length).map((trace) => ({
       x: trace.x[trace.x.length - 1], y: trace.y[trace.y.length - 1], text: trace.name, showarrow: false, xanchor: "right", yanchor: "bottom", font: { color: colour("muted"), size: 12 },
     }));
   }

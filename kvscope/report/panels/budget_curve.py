@@ -82,6 +82,10 @@ def _references(source: ReportInput) -> list[dict[str, Any]]:
             if run.kind == "every step" and run.budget_keys is not None and run.mean(bound) is not None:
                 points[run.protocol].setdefault(run.budget_keys, run.id)
         for (_, loop, prefill), runs in points.items():
-            name = "ideal" if len(points) == 1 else f"ideal ({prefill} prefill, {loop} loop)"
+            ways = (
+                (f"{loop} loop", {each[1] for each in points}),
+                (f"{prefill} prefill", {each[2] for each in points}),
+            )
+            name = " · ".join(["ideal", *(way for way, all_ways in ways if len(all_ways) > 1)])
             made.append({"name": name, "metric": metric, "values": bound, "runs": list(runs.values())})
     return made

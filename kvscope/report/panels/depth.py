@@ -19,12 +19,15 @@ HELD = "held_keys"
     order=24,
     needs=("fidelity",),
     help="Each line is the share of all keys that a run held in each layer, mean over steps and heads; bars reach from "
-    "the head that holds least to the one that holds most. Learned gates and thresholds decide it themselves; beside "
-    "them are runs with a budget that hold about as many keys in all.",
+    "the head that holds least to the one that holds most. Learned gates, thresholds and allocations (these under one "
+    "budget) decide it themselves; beside them are runs with a budget that hold about as many keys in all.",
 )
 def depth(source: ReportInput) -> dict[str, Any] | None:
     """Return the held share of each layer for runs that share keys out themselves, and for those nearest in size."""
     free = [run for run in source.runs if _shares_out(run) and run.mean(HELD) is not None]
+    closed = {(run.protocol[0], run.protocol[2]) for run in free if run.protocol[1] == "closed"}
+    free = [run for run in free if run.protocol[1] == "closed" or (run.protocol[0], run.protocol[2]) not in closed]
+    free = [run for run in free if run.budget in (None, source.first.budget) or run.kind == "own size"]
     if not free:
         return None
     shown = {each.id: each for run in free for each in (run, *_beside(source, run))}

@@ -33,7 +33,7 @@ kvscope.drawing("overview", (box, data, page) => {
         found.near ? element("small", { title: "policies whose mean lies inside the 95 % interval of the best" }, ` +${found.near} within its interval`) : null];
     };
     const ideal = data.best.some((line) => line.ideal !== null);
-    const head = ["Budget", "Kind", ...shown.map((name) => `best by ${metricOf[name].title}`), ...(ideal ? ["ideal mass"] : []), "Keys read", "Keys held, of a full cache"];
+    const head = ["Budget", "Kind", ...shown.map((name) => ["best by", element("br"), metricOf[name].title]), ...(ideal ? [["ideal", element("br"), "mass"]] : []), ["Keys", element("br"), "read"], ["Keys held,", element("br"), "of all"]];
     const apart = varying.filter(([name]) => new Set(data.best.map((line) => runs[line.run][name])).size > 1);
     let last = null;
     const lines = data.best.map((line) => {
@@ -42,14 +42,14 @@ kvscope.drawing("overview", (box, data, page) => {
       last = `${run.budget} ${run.loop} ${run.prefill} ${run.replay}`;
       return element("tr", { class: first ? "starts" : null },
         element("th", { scope: "row", class: "budget" }, first ? [budgetText(run), several ? element("small", { class: "below" }, element("bdi", {}, run.replay)) : null, apart.length ? element("div", {}, chips(protocol(run, apart))) : null] : element("span", { class: "unseen" }, run.budget)),
-        element("td", {}, kindChip(run.kind), element("small", {}, line.of > 1 ? ` best of ${line.of}` : " the only one")),
+        element("td", {}, kindChip(run.kind), element("small", {}, line.of > 1 ? `best of ${line.of}` : "the only one")),
         shown.map((name) => element("td", { class: "winner" }, winner(line.best[name]))),
         ideal ? element("td", { class: "number spare" }, line.ideal === null ? "–" : line.ideal.toFixed(3)) : null,
         element("td", { class: "number" }, span(line.read)),
         element("td", { class: "number" }, span(line.held), line.held && line.full ? element("span", { class: "value" }, percent(line.held[0] / line.full)) : null));
     });
     return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Best of each kind at each budget" },
-      element("table", { class: "bests" }, element("thead", {}, element("tr", {}, head.map((text, index) => element("th", { scope: "col", class: index > 1 + shown.length ? `number ${text === "ideal mass" ? "spare" : ""}` : null }, text)))), element("tbody", {}, lines)));
+      element("table", { class: "bests" }, element("thead", {}, element("tr", {}, head.map((text, index) => element("th", { scope: "col", class: index > 1 + shown.length ? `number ${ideal && index === 2 + shown.length ? "spare" : ""}` : null }, text)))), element("tbody", {}, lines)));
   }
 
   const budgets = [...new Set(data.rows.map((row) => runs[row.run].budget).filter((each) => each !== null))];

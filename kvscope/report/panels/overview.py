@@ -21,6 +21,10 @@ USUAL = (
     "held_keys",
 )
 HEADLINES = ("retained_mass", "ideal_cosine", "output_error", "perplexity_ratio")
+ANSWERS = {
+    "retained_mass": "retains the most attention, {:.3f}",
+    "perplexity_ratio": "loses the least perplexity, {:.3f} times that of the full cache",
+}
 IDEAL = "ideal_mass"  # what the ideal set retains with as many keys
 
 
@@ -54,6 +58,32 @@ def overview(source: ReportInput) -> dict[str, Any]:
         "best": _best(source, [metric for metric in metrics if metric["name"] in HEADLINES]),
         "notes": notes,
     }
+
+
+def answer(source: ReportInput) -> str:
+    """Return in one sentence which policies are the best of the first run's kind and budget, and what they cost."""
+    first = source.first
+    alike = (first.protocol[0], first.protocol[2], first.budget, first.kind, first.phase)
+    groups = [
+        group
+        for group in _shown_groups(source)
+        if (group[0].protocol[0], group[0].protocol[2], group[0].budget, group[0].kind, group[0].phase) == alike
+    ]
+    if not groups:
+        return ""
+    group, said = groups[0], []
+    for name, words in ANSWERS.items():
+        value, best = _winners(
+            group, {"name": name, "direction": source.metrics.get(name, {}).get("direction", "none")}
+        )
+        if value is not None:
+            near = _near(group, best, name)
+            names = " and ".join(run.label for run in best[:2]) + (" and others" if len(best) > 2 else "")
+            said.append(f"{names} {words.format(value)}" + (f" ({near} more within its interval)" if near else ""))
+    keys = _span(group, "held_keys")
+    held = "" if keys is None else f", {keys[0]:.0f} of {group[0].full_keys:.0f} keys held"
+    many = f"of {len(group)} policies (kind: {first.kind}), " if len(group) > 1 else ""
+    return f"At budget {first.budget}{held}: {many}{'; '.join(said)}." if said else ""
 
 
 def _marks(source: ReportInput, metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 kvscope.drawing("residency", async (box, data, page) => {
   const { element, select, button, clamp, raster, state, unique } = kvscope;
   if (!data.rasters.length) return;
+  const regrets = page.panels.find((panel) => panel.name === "regrets");
   const MODES = { two: "side by side", difference: "difference" };
   const index = new Map(data.rasters.map((each) => [JSON.stringify([each.run, each.part, each.layer]), each]));
   const carried = (run, layer = state.get("layer")) => index.get(JSON.stringify([run, state.get("part"), layer]));
@@ -48,7 +49,7 @@ kvscope.drawing("residency", async (box, data, page) => {
 
   /* What one key lives through under one run, in words. */
   function life(run, stays, key, step) {
-    const chosen = chosenHeads(stays);
+    const chosen = stays.alike ? stays.heads.slice(0, 1) : chosenHeads(stays);
     const verb = page.byId.get(run).kind === "reads a part" ? ["read", "reads", "not read"] : ["held", "hold", "gone"];
     if (step < key) return "not there yet";
     if (chosen.length > 1) return `${verb[0]} by ${chosen.filter((head) => raster.holds(head, key, step)).length} of ${chosen.length} key/value heads`;
@@ -56,7 +57,23 @@ kvscope.drawing("residency", async (box, data, page) => {
     const now = spans.find(([from, to]) => from <= step && step < to);
     if (now) return `${verb[0]} since step ${now[0]}, ${now[1] >= part().length ? "to the end" : `leaves at step ${now[1]}`}`;
     const before = spans.filter(([, to]) => to <= step).pop();
-    return before ? `${verb[2]}: left at step ${before[1]}, ${verb[0]} since step ${before[0]}` : `never ${verb[0]}`;
+    return before ? `${verb[2]}: left at step ${before[1]}, ${verb[0]} since step ${before[0]}; ${why(page.byId.get(run), before[1])}${cost(run, key, before[1])}` : `never ${verb[0]}`;
+  }
+  /* Why a key went: what happened at that step, and the rule by which this one was taken. */
+  function why(run, left) {
+    const { prompt, length } = part();
+    if (run.kind === "reads a part") return `${run.label} chose others to read at that step`;
+    if (run.kind === "own size") return `${run.label} judged it not worth keeping`;
+    if (run.prefill === "full" && left < prompt) return `of the prompt's ${prompt} keys, ${run.label} chose others at its end`;
+    if (run.kind === "every N steps") return `${run.label} cut the cache at that step and scored it too low`;
+    if (run.kind === "bound") return "the best schedule for the rows to come lets it go there";
+    return left < length ? `token ${left} ${page.token(left)} needed room, and ${run.label} scored it lowest of the keys not protected` : "";
+  }
+  /* What it cost, where this is among the worst evictions of the run. */
+  function cost(run, key, left) {
+    const worst = regrets?.data.parts[state.get("part")]?.worst[run] || [];
+    const found = state.get("head") === "all" ? null : worst.find(([layer, head, one, gone]) => layer === state.get("layer") && head === Math.floor(state.get("head") / part().group) && one === key && gone === left);
+    return found ? `; it would still have received ${found[4].toPrecision(3)} of attention${found[5] < 0 ? "" : `, most of it at step ${found[5]}`}` : "";
   }
   function words(shown, key, step) {
     const { prompt } = part();

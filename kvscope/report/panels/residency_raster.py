@@ -21,7 +21,7 @@ from kvscope.report.stays import packed_stays_bytes
     help="Each row is a token, each column a step: blue where the token's key is still held after the step (of a "
     "policy that reads a part: where it is read), sand or brown where it has been evicted, empty before it exists. "
     "Long blue rows are tokens that the policy holds on to, and an edge that runs parallel to the diagonal is a "
-    "window moving on.",
+    "window moving on; of a single head, the pointer tells since when a key is held, or why and when it went.",
 )
 def residency_raster(source: ReportInput) -> dict[str, Any]:
     """Return stays of keys per sequence, run and layer as packed integers, as many as the page may carry.

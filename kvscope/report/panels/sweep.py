@@ -1,9 +1,10 @@
-"""Parameter sweep: what one parameter of a policy does, where several of its values were replayed."""
+"""Parameter sweep: what one parameter of a policy does, where several of its values were replayed or tuned."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from kvscope.report.panel import panel
@@ -19,10 +20,14 @@ FEWEST = 3  # values that make a sweep
     order=22,
     help="Each line is one policy at one budget over the values of one of its parameters, everything else being "
     "equal: for A2SF's forgetting factor alpha, 0 is attention of the last step alone and 1 is the plain sum of H2O. "
-    "A flat line means that the parameter does not matter here, a peak inside the range that tuning pays.",
+    "A flat line means that the parameter does not matter here, a peak inside the range that tuning pays; of a run "
+    "that was tuned, a map shows the value that each layer or head got.",
 )
 def sweep(source: ReportInput) -> dict[str, Any] | None:
-    """Return policies of which at least three values of one number were replayed, all else equal; None without any."""
+    """Return policies of which at least three values of a number were replayed, all else equal, and what was tuned.
+
+    None without either.
+    """
     lines: dict[tuple[str, ...], list[tuple[float, Run]]] = defaultdict(list)
     for run in source.runs:
         params = run.info.get("params") or {}
@@ -37,4 +42,21 @@ def sweep(source: ReportInput) -> dict[str, Any] | None:
             ordered = sorted(found, key=lambda each: each[0])
             sweeps[policy, name].append({"values": [v for v, _ in ordered], "runs": [run.id for _, run in ordered]})
     made = [{"policy": policy, "parameter": name, "lines": lines} for (policy, name), lines in sweeps.items()]
-    return {"sweeps": made} if made else None
+    tuned = [each for run in source.runs for each in _tuned(run)]
+    return {"sweeps": made, "tuned": tuned} if made or tuned else None
+
+
+def _tuned(run: Run) -> Iterator[dict[str, Any]]:
+    """Yield for each parameter that a tuned run varies its value in every layer or every head, ``[L, 1 | G]``.
+
+    Budgets of one file share what they got: the first of them has it.
+    """
+    params = run.info.get("params") or {}
+    settings, choice = params.get("settings"), params.get("choice")
+    budgets = [each["budget"] for each in run.replay.info["runs"] if each.get("label") == run.info.get("label")]
+    if not settings or not choice or run.info["budget"] != budgets[0]:
+        return
+    for name in sorted(set().union(*settings)):
+        values = [[settings[at].get(name) for at in heads] for heads in choice]
+        if len({value for setting in settings if (value := setting.get(name)) is not None}) > 1:
+            yield {"run": run.id, "parameter": name, "layers": params["layers"], "values": values}
