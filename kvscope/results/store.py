@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,22 @@ class Replay:
     def summary(self) -> dict[str, Any]:
         """The content of ``summary.json``."""
         return load_json(self.path / SUMMARY, SUMMARY_KIND, "summary")
+
+    def plot(self, name: str = "budget_curve", **options: Any) -> Any:
+        """Return a Plotly figure of this replay; names, options and errors are those of `kvscope.report.plot`."""
+        from kvscope.report.figures import plot  # a replay in a notebook draws itself
+
+        return plot(self, name, **options)
+
+    def _repr_html_(self) -> str:
+        """Return the summary as a table, for notebooks: the mean of every metric of every run."""
+        rows = [
+            {"policy": run["label"], "budget": run["budget"] or "", "loop": run.get("loop", self.info.get("loop", ""))}
+            | {name.replace("_", " "): value.get("mean") for name, value in run["metrics"].items()}
+            for run in self.summary["runs"]
+        ]
+        table = pd.DataFrame(rows).to_html(index=False, na_rep="", float_format="{:.4g}".format, border=0)
+        return f"<p><b>{escape(self.name)}</b>: {len(rows)} runs</p>{table}"
 
     def require_trace(self, identity: str, path: Path) -> None:
         """Raise ResultError unless the replay was made from the trace at `path`, which has this identity."""

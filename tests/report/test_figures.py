@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import kvscope
 from kvscope.errors import ResultError, UsageError
 from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
+from kvscope.trace.reader import Trace
+from tests.report.make import make_replay
 
 
 def test_budget_curve_has_a_line_per_policy_against_the_keys_held(replay: Replay) -> None:
@@ -20,6 +24,20 @@ def test_budget_curve_has_a_line_per_policy_against_the_keys_held(replay: Replay
     assert list(lines["tova"].x) == [2.0, 4.0]
     np.testing.assert_allclose(lines["tova"].y, [0.625, 0.875])
     assert figure.layout.yaxis.title.text == "retained mass (higher is better)"
+
+
+def test_a_replay_draws_itself_in_a_notebook(replay: Replay) -> None:
+    assert replay.plot() == kvscope.report.plot(replay, "budget_curve")
+    assert replay.plot("over_time", run=3) == kvscope.report.plot(replay, "over_time", run=3)
+
+
+def test_a_replay_shows_its_summary_in_a_notebook(trace: Trace, tmp_path: Path) -> None:
+    mass = {"h2o": {"2": 0.5}, "tova": {"4": None}}
+    shown = make_replay(tmp_path / "r", trace, mass=mass, labels={"h2o": "<img src=x>"})._repr_html_()
+    assert "<b>r</b>: 2 runs" in shown and "retained mass" in shown
+    cells = re.findall(r"<td>(.*?)</td>", shown)
+    assert cells[:3] == ["&lt;img src=x&gt;", "2", "open"]
+    assert "0.5" in cells and "nan" not in shown.lower()
 
 
 def test_lines_that_the_page_does_not_show_at_first_wait_in_the_legend(rich: ReportInput) -> None:
