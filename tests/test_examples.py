@@ -1,9 +1,14 @@
 """The examples in git are whole, say what they claim, and are what this code makes of them.
 
-A change of decisions or metrics that nobody meant shows here first. If it was meant: python tools/examples.py
+A change of decisions, metrics or the report that nobody meant shows here first. If it was meant: python
+tools/examples.py, and python tools/screenshots.py
 """
 
+import json
+import math
 import re
+import zlib
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,9 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal, assert_series_equal
 
+from kvscope.replay.loop import ClosedLoopOptions
 from kvscope.replay.run import replay
+from kvscope.report.page import report
 from kvscope.results.store import Replay, open_replay
 from kvscope.trace.reader import Trace, open_trace
 
@@ -31,10 +38,11 @@ def committed() -> Replay:
 
 @pytest.fixture(scope="module")
 def again(trace: Trace, committed: Replay, tmp_path_factory: pytest.TempPathFactory) -> Replay:
-    """Return the same policies and budgets, replayed now; policies that came later are not in the example."""
+    """Return the same policies and budgets, replayed now in both loops; policies that came later are not in them."""
     policies = list(dict.fromkeys(run["label"] for run in committed.info["runs"]))
     budgets = list(dict.fromkeys(run["budget"] for run in committed.info["runs"] if run["budget"] is not None))
-    return replay(trace, policies, budgets, output=tmp_path_factory.mktemp("replay") / "example")
+    output = tmp_path_factory.mktemp("replay") / "example"
+    return replay(trace, policies, budgets, output=output, closed=ClosedLoopOptions(dtype="float32"))
 
 
 def values(run: dict[str, Any]) -> dict[str, Any]:
@@ -64,24 +72,88 @@ def test_the_replay_is_of_this_trace(trace: Trace, committed: Replay) -> None:
     assert committed.info["trace"]["identity"] == trace.identity
 
 
+def of_open(replay: Replay) -> list[int]:
+    return [run["run"] for run in replay.info["runs"] if run["loop"] == "open"]
+
+
 def test_decisions_are_the_same(committed: Replay, again: Replay) -> None:
-    assert [run["decisions"] for run in again.info["runs"]] == [run["decisions"] for run in committed.info["runs"]]
-    assert_frame_equal(again.residency(), committed.residency())
+    runs = of_open(committed)
+    assert of_open(again) == runs and {"belady", "h2o"} <= {committed.info["runs"][run]["policy"] for run in runs}
+    for run in runs:
+        assert again.info["runs"][run]["decisions"] == committed.info["runs"][run]["decisions"]
+        assert_frame_equal(again.residency(run=run), committed.residency(run=run))
 
 
 def test_metrics_are_the_same(committed: Replay, again: Replay) -> None:
-    assert_frame_equal(again.fidelity(), committed.fidelity(), rtol=0, atol=1e-6)
-    for made, kept in zip(again.summary["runs"], committed.summary["runs"], strict=True):
+    for run in of_open(committed):
+        assert_frame_equal(again.fidelity(run=run), committed.fidelity(run=run), rtol=0, atol=1e-6)
+        made, kept = again.summary["runs"][run], committed.summary["runs"][run]
         assert (made["label"], made["budget"]) == (kept["label"], kept["budget"])
         stated = pd.Series(values(kept), dtype=float)
         assert_series_equal(pd.Series(values(made), dtype=float), stated, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("folder", ["traces/example", "reports/example"])
-def test_examples_are_small_and_tell_nothing_of_a_machine(folder: str) -> None:
-    files = [file for file in (ROOT / folder).rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 1.5 * MEGABYTE
-    for file in files:
+def test_perplexities_are_the_same(committed: Replay, again: Replay) -> None:
+    """Up to what the matrix products of another machine change: a tie may tip, and what follows from it."""
+    made, kept = (
+        {
+            (row["label"], row["budget"]): math.log(row["metrics"]["perplexity"]["mean"])
+            for row in each.summary["runs"]
+            if row["loop"] == "closed"
+        }
+        for each in (again, committed)
+    )
+    assert made == pytest.approx(kept, abs=0.05)
+    assert len(kept) > 40 and max(kept.values()) > 1
+
+
+def readable(page: Path) -> tuple[Any, str]:
+    """Return the data of a page with its numbers inflated, and all the rest of it but the version and Plotly.
+
+    So much alone may differ between two machines: how zlib packs, and whose release of Plotly and kvscope this is.
+    """
+
+    def inflated(value: Any) -> Any:
+        if isinstance(value, dict) and value.keys() >= {"dtype", "shape", "data"}:
+            return value | {"data": zlib.decompress(b64decode(value["data"]))}
+        if isinstance(value, dict):
+            return {name: inflated(each) for name, each in value.items()}
+        return [inflated(each) for each in value] if isinstance(value, list) else value
+
+    text = page.read_text(encoding="utf-8")
+    start, end = text.index('id="data">') + len('id="data">'), text.index('</script>\n<script type="text/plain"')
+    data = inflated(json.loads(text[start:end]))
+    data.pop("generator")
+    rest = re.sub(
+        r'(id="plotly">)[^<]*|(script-src )[^;]*|(name="generator" content=")[^"]*', "", text[:start] + text[end:]
+    )
+    return data, rest
+
+
+def test_the_report_is_that_of_the_example(trace: Trace, committed: Replay, tmp_path: Path) -> None:
+    page = ROOT / "reports" / "example.html"
+    assert page.stat().st_size < 3.6 * MEGABYTE
+    made = report([committed], {trace.identity: trace}, tmp_path / "example.html")
+    (data, rest), (kept_data, kept_rest) = readable(made), readable(page)
+    assert data.keys() == kept_data.keys() and len(rest) > 90_000
+    for name, value in data.items():
+        assert value == kept_data[name], f"{name} of the page is no longer that of reports/example.html"
+    assert rest == kept_rest, "style or scripts are no longer those of reports/example.html"
+
+
+def test_the_readme_shows_pictures_of_the_report() -> None:
+    named = re.findall(r"\]\((reports/example-\w+\.png)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sorted(named) == sorted(f"reports/{file.name}" for file in (ROOT / "reports").glob("*.png"))
+    assert len(named) == 3
+    for name in named:
+        assert (ROOT / name).stat().st_size < 0.25 * MEGABYTE
+
+
+@pytest.mark.parametrize(("path", "most"), [("traces/example", 1.5), ("reports/example", 2.2)])
+def test_examples_are_small_and_tell_nothing_of_a_machine(path: str, most: float) -> None:
+    files = [file for file in (ROOT / path).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < most * MEGABYTE
+    for file in [*files, ROOT / "reports" / "example.html"]:
         assert str(ROOT).encode() not in file.read_bytes(), f"{file} names a folder of this machine"
         if file.suffix == ".json":
             assert not re.search(r'"(host|pid)"|"/', file.read_text(encoding="utf-8")), f"{file} holds a path or a host"

@@ -1,10 +1,11 @@
-"""Rebuilds what git holds of data: an example trace, its replay, and the baseline of the fidelity gate.
+"""Rebuilds what git holds of data: an example trace, its replay, its report, and the baseline of the fidelity gate.
 
 python tools/examples.py
 
-traces/example.txt becomes traces/example, and that becomes reports/example and, as .github/workflows/fidelity.yml says,
-tests/data/baseline.json. All are made with the commands that a user has, from the root of the repository, so that no
-path in them tells of the machine. bfloat16 halves the vectors, which are most of a trace this short.
+traces/example.txt becomes traces/example, that becomes reports/example and reports/example.html and, as
+.github/workflows/fidelity.yml says, tests/data/baseline.json. All are made with the commands that a user has, from the
+root of the repository, so that no path in them tells of the machine. bfloat16 halves the vectors, which are most of a
+trace this short; the closed loop runs in float32. Pictures of the report: tools/screenshots.py
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = (
     "trace --model demo traces/example.txt --output example --max-new-tokens 16 --store maps+vectors --dtype bfloat16"
     " --force",
-    "replay example --policy all --budget 20%,40% --output example --force",
+    "replay example --policy all --budget 20%,40% --perplexity --dtype float32 --output example --force",
+    "report example --output example --force",
 )
 
 
