@@ -46,9 +46,7 @@ class ClosedLoopOptions:
         for run in feasible:
             require_closed(run.plan, self.positions)
         return [
-            replace(
-                run, number=len(open_runs) + place, loop="closed", positions=self.positions, open_run=run.number
-            )
+            replace(run, number=len(open_runs) + place, loop="closed", positions=self.positions, open_run=run.number)
             for place, run in enumerate(feasible)
         ]
 

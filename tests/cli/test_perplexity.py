@@ -47,6 +47,24 @@ def test_replay_with_perplexity(run: Run, model: Path) -> None:
     assert "perplexity" in table and "closed" in table and "hold the same keys" in table and "flatters" in table
 
 
+def test_bounds_go_along_in_the_open_loop(run: Run, model: Path) -> None:
+    """What they look ahead at depends on what they evict, but how close the others come to them is wanted there too."""
+    Path("p.txt").write_text(" ".join(WORDS.split()[:24]))
+    assert run("trace", "--model", model, "p.txt", "--max-new-tokens", "12", "-o", "t", "-q").status == 0
+    done = run("replay", "-p", "belady", "-p", "h2o", "-b", "6", "--perplexity", "-o", "r", "--json", "-q")
+    assert done.status == 0, done.err
+    rows = json.loads(done.out)["runs"]
+    assert [(row["label"], row["loop"], row.get("open_run")) for row in rows] == [
+        ("belady", "open", None),
+        ("h2o", "open", None),
+        ("h2o", "closed", 1),
+    ]
+    shares = [row["bounds"]["share_of_belady"] for row in rows]
+    assert shares[0] == 1 and 0 < shares[1] < 1 and shares[2] is None
+    alone = run("replay", "-p", "belady", "-b", "6", "--perplexity", "-o", "none")
+    assert alone.status == 2 and "looks ahead" in alone.two_lines()[0]
+
+
 def test_the_full_cache_has_the_perplexity_of_the_trace(run: Run, model: Path) -> None:
     from kvscope.trace.reader import open_trace
 
