@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvscope.kernels import available
+from kvscope.kernels.top import top_masks
+
 
 def heaviest(full: Tensor, steps: Tensor, budgets: Sequence[int], skip: int = 0) -> Tensor:
     """Return where the ``B`` heaviest keys of each row are, its current key aside; of equal weights the newer is in.
@@ -31,31 +34,42 @@ def heaviest(full: Tensor, steps: Tensor, budgets: Sequence[int], skip: int = 0)
     key = torch.arange(full.shape[-1], device=full.device)
     others = torch.where((key < steps[:, None]) & (key >= skip), full, -1.0)
     if full.ndim == 5:
-        return torch.stack([_top(rows, budget) for rows, budget in zip(others, budgets, strict=True)])
-    found = {budget: _top(others, budget) for budget in dict.fromkeys(budgets)}
-    return torch.stack([found[budget] for budget in budgets])
+        return torch.cat([_tops(rows, [budget]) for rows, budget in zip(others, budgets, strict=True)])
+    different = list(dict.fromkeys(budgets))
+    found = _tops(others, different)
+    return found if different == list(budgets) else found[[different.index(budget) for budget in budgets]]
 
 
-def _top(others: Tensor, budget: int) -> Tensor:
-    """Return where the `budget` heaviest weights of each row are; a key that does not count has weight -1."""
-    n = others.shape[-1]
-    if budget >= n:
-        return others >= 0
-    least = _kth_largest(others, budget)[..., None]
-    above = others > least
-    tie = (others == least) & (least >= 0)
+def _tops(others: Tensor, budgets: Sequence[int]) -> Tensor:
+    """Return where the heaviest weights of each row are, ``[R, ..., n]``; a key that does not count has weight -1."""
+    least = _kth_largest(others, budgets)
+    if others.device.type == "cpu" and available():
+        return torch.from_numpy(top_masks(others.numpy(), least.numpy(), np.array(budgets)))
+    return torch.stack([_top(others, one, budget) for one, budget in zip(least, budgets, strict=True)])
+
+
+def _top(others: Tensor, least: Tensor, budget: int) -> Tensor:
+    """Return where the `budget` heaviest weights of each row are, of which the last is `least`, ``[..., n]``."""
+    above = others > least[..., None]
+    tie = (others == least[..., None]) & (others >= 0)
     room = budget - above.sum(-1, keepdim=True)
-    crowded = tie.sum(-1, keepdim=True) > room
-    if bool(crowded.any()):
-        rows = crowded[..., 0]
-        newest = tie[rows].flip(-1).to(torch.int32).cumsum(-1).flip(-1)  # how many equal ones from here on
-        tie[rows] &= newest <= room[rows]
-    return above | tie
+    newest = tie.flip(-1).to(torch.int32).cumsum(-1).flip(-1)  # how many equal ones from here on
+    return (above | (tie & (newest <= room))) & (others >= 0)
 
 
-def _kth_largest(rows: Tensor, k: int) -> Tensor:
-    """Return the k-th largest of the last axis; NumPy's selection is several times faster than torch's on a CPU."""
+def _kth_largest(rows: Tensor, budgets: Sequence[int]) -> Tensor:
+    """Return the k-th largest of the last axis for each budget, ``[R, ...]``, or -1 where there are fewer.
+
+    NumPy's selection is several times faster than torch's on a CPU.
+    """
     n = rows.shape[-1]
+    least = torch.full((len(budgets), *rows.shape[:-1]), -1.0, dtype=rows.dtype, device=rows.device)
+    inside = [(place, n - budget) for place, budget in enumerate(budgets) if budget <= n]
     if rows.device.type != "cpu":
-        return rows.kthvalue(n - k + 1, dim=-1).values
-    return torch.from_numpy(np.partition(rows.numpy(), n - k, axis=-1)[..., n - k])
+        for place, index in inside:
+            least[place] = rows.kthvalue(index + 1, dim=-1).values
+    elif inside:
+        selected = np.partition(rows.numpy(), sorted({index for _, index in inside}), axis=-1)
+        for place, index in inside:
+            least[place] = torch.from_numpy(selected[..., index])
+    return least

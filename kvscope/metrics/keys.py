@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kvscope.metrics.base import Rows, metric
@@ -17,4 +18,6 @@ def read_keys(rows: Rows) -> Tensor:
 def held_keys(rows: Rows) -> Tensor:
     """Number of keys in the cache after the step, ``|R_t|``."""
     heads = rows.full.shape[-3]
-    return rows.held.sum(-1).to(rows.full.dtype).repeat_interleave(heads // rows.held.shape[2], dim=2)
+    return (
+        rows.held.sum(-1, dtype=torch.int32).to(rows.full.dtype).repeat_interleave(heads // rows.held.shape[2], dim=2)
+    )

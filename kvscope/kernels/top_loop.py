@@ -1,0 +1,28 @@
+"""Loops that numba compiles, imported by `top` alone, when it is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvscope.kernels.compiled import compiled
+
+
+@compiled
+def mark_rows(first: int, last: int, rows: Any, least: Any, budgets: Any, marks: Any) -> None:
+    """Mark the heaviest weights of rows `first` to `last` - 1, under every budget."""
+    n = rows.shape[1]
+    for number in range(len(budgets)):
+        for place in range(first, last):
+            row, mark, edge = rows[place], marks[number, place], least[number, place]
+            above = ties = 0
+            for j in range(n):
+                mark[j] = row[j] >= edge and row[j] >= 0
+                above += row[j] > edge and row[j] >= 0
+                ties += row[j] == edge and row[j] >= 0
+            extra = above + ties - budgets[number]
+            for j in range(n):
+                if extra <= 0:
+                    break
+                if row[j] == edge and row[j] >= 0:  # the oldest of equal weights is out
+                    mark[j] = False
+                    extra -= 1
