@@ -129,6 +129,28 @@ def test_late_keys_equal_the_plain_loop_over_long_rows() -> None:
     assert between > 5
 
 
+def test_late_begins_after_64_steps_and_counts_from_a_tenth_of_the_row() -> None:
+    """Each key is wanted when it arrives and by the next query; then late queries ask for old keys again."""
+    rows = torch.zeros(1, 1, 110, 110, dtype=torch.float64)
+    for t in range(110):
+        rows[0, 0, t, [t, max(t - 1, 0)]] = 0.5
+    for t, row in {
+        100: {100: 0.4, 34: 0.2, 35: 0.4},  # last wanted 65 and 64 steps before: only the first is late
+        101: {101: 0.89, 20: 0.11},
+        102: {102: 0.91, 21: 0.09},
+    }.items():
+        rows[0, 0, t] = 0.0
+        rows[0, 0, t, list(row)] = torch.tensor(list(row.values()), dtype=torch.float64)
+    visible = torch.ones(1, 1, 1, 110, 110, dtype=torch.bool).tril()
+    visible[..., 100:, 34] = False
+    visible[..., 101:, 20] = False
+    scan = Left(visible, visible, [109], 1, 1)
+    got = scored(scan, rows, vectors(1, 1, 1, 110), metrics=[METRICS.get("late_mass_retained")])
+    found = got["late_mass_retained"][0, 0, 0]
+    assert found[100] == 0.0 and found[101] == 0.0
+    assert torch.isnan(found[102]), "less than a tenth of the row"
+
+
 def test_the_recovered_set_is_that_of_the_last_prompt_query_whatever_the_blocks() -> None:
     rows, values = attention(9, 2, 4, 30), vectors(9, 2, 2, 30)
     scan = left(9, 2, 2, 2, 4, 30, 13, 0.5)

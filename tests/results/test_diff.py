@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvscope.errors import ResultError, UsageError
-from kvscope.results.baseline import load_summary
-from kvscope.results.diff import APART, Tolerance, diff, parse_tolerance
+from kvscope.results.baseline import ALIGNED, load_summary
+from kvscope.results.diff import APART, PLANNED, Tolerance, diff, parse_tolerance
 from tests.results.make import METRICS, make
 
 
@@ -95,6 +95,15 @@ def test_another_plan_is_another_run(base: dict, choice: str) -> None:
     new = copy.deepcopy(base)
     new["runs"][0][choice] = "another"
     assert {row.verdict for row in diff(base, new).rows if row.run.startswith("h2o")} == {"missing", "new"}
+
+
+@pytest.mark.parametrize("what", [*ALIGNED, *PLANNED])
+def test_runs_that_differ_in_one_way_stand_side_by_side(base: dict, what: str) -> None:
+    """As an open and a closed run of one policy do in one replay."""
+    base["runs"].append(copy.deepcopy(base["runs"][0]) | {what: {"alpha": 0.5} if what == "params" else "another"})
+    found = diff(base, base)
+    assert len(found.rows) == len(METRICS) * len(base["runs"])
+    assert {row.verdict for row in found.rows} == {"same"}
 
 
 def test_a_long_comparison_shows_what_is_not_the_same(base: dict) -> None:

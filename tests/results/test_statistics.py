@@ -71,6 +71,11 @@ def test_the_interval_is_as_wide_as_its_documentation_says() -> None:
         assert inside == pytest.approx(share, abs=0.04)
 
 
+def test_four_sequences_have_no_interval() -> None:
+    assert interval(np.arange(4.0)) == (None, None)
+    assert None not in interval(np.arange(5.0))
+
+
 def test_unlike_sequences_are_a_defect() -> None:
     with pytest.raises(ValueError, match="not the same sequences"):
         paired([1.0], [1.0, 2.0])
