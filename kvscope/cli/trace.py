@@ -74,7 +74,7 @@ def trace(
         typer.Option(
             help="maps; maps+vectors: also every query, key and value; qkv: these alone, for long prompts: rows are "
             "recomputed when they are read; topk:K: the K heaviest keys of each row and sums of columns, lossy. What "
-            "waits to be written is at most 256 MB."
+            "waits to be written is at most 64 MB."
         ),
     ] = "maps",
     hidden: Annotated[

@@ -18,7 +18,7 @@ from kvscope.model.attention_hook import require_registry, watching
 from kvscope.model.explain import out_of_memory
 from kvscope.model.header import header
 from kvscope.model.loading import Loaded, load
-from kvscope.model.pipeline import Pipeline
+from kvscope.model.pipeline import Pipeline, threads_for
 from kvscope.model.plan import Plan, heads_of, layers_of, planned
 from kvscope.model.prefill import chunk_size
 from kvscope.model.prompts import Prompt, encode, read_prompts, token_texts
@@ -170,7 +170,7 @@ def trace(
             announce(plan)
         require_space(path, plan.bytes)
         with TraceWriter(path, known, force=force) as writer:
-            with Pipeline() as pipeline:
+            with Pipeline(threads_for(loaded.device)) as pipeline:
                 recorder = Recorder(
                     writer,
                     chosen,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IN_FLIGHT = 256 * 10**6  # bytes on the host that wait to be written, at most
+IN_FLIGHT = 64 * 10**6  # bytes on the host that wait to be written, at most
+THREADS = 4  # that write beside a device; beside a model on the CPU one, which takes what the model leaves
 Write = Callable[..., None]  # takes arrays by name
 
 
@@ -22,6 +24,11 @@ class _Job:
     host: dict[str, Tensor]
     copied: torch.cuda.Event | None
     size: int
+
+
+def threads_for(device: torch.device) -> int:
+    """Return how many threads write what a model on this device gives."""
+    return 1 if device.type == "cpu" else max(1, min(THREADS, (os.cpu_count() or 1) // 2))
 
 
 class Pipeline:

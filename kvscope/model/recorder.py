@@ -137,8 +137,8 @@ class Recorder:
 
     def _blocks(self, first: int, count: int, call: Call) -> Iterator[tuple[int, int]]:
         """Yield first and last query of blocks; none goes beyond a stretch of rows whose columns are summed up."""
-        row = 4 * call.query.shape[1] * max(first + count, 3 * call.query.shape[3])
-        size = max(1, min(self.query_block, IN_FLIGHT // (4 * row)))  # so that four can wait
+        room = IN_FLIGHT // 4  # so that four blocks can wait
+        size = max(1, min(self.query_block, room // self._bytes(call, first + count)))
         start = 0
         while start < count:
             stop = min(start + size, count)
@@ -147,6 +147,13 @@ class Recorder:
                 stop = min(stop, *(end - first for end in ends if end > first + start))
             yield start, stop
             start = stop
+
+    def _bytes(self, call: Call, keys: int) -> int:
+        """Return how many bytes a query brings at once, at most."""
+        heads, size = call.query.shape[1], call.query.shape[3]
+        vectors = 4 * size * (heads + 2 * call.key.shape[1])
+        rows = 2 * heads * keys if "maps" in self._stored else 0
+        return max(vectors, rows, 6 * heads * min(self._top or 0, keys))
 
     def _write_rows(self, call: Call, first: int, start: int, stop: int) -> None:
         """Write the rows of queries `start` to `stop` - 1 of a call whose first query is position `first`."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kvscope.model.pipeline import IN_FLIGHT
 from tests.cli.conftest import Run
 
 TEXT = (
@@ -76,6 +77,10 @@ def test_some_heads_replay_where_each_decides_for_itself(run: Run, record) -> No
         what, todo = done.two_lines()
         assert "decides from all heads of a layer, and traces/part holds 2 of 8" in what
         assert "without --heads" in todo
+
+
+def test_help_says_how_much_waits(run: Run) -> None:
+    assert f"at most {IN_FLIGHT // 10**6} MB" in " ".join(run("trace", "--help").out.replace("│", " ").split())
 
 
 def test_every_nth_row_is_for_reading(run: Run, record) -> None:

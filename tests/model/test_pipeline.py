@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from kvscope.model.pipeline import Pipeline
+from kvscope.model.pipeline import THREADS, Pipeline, threads_for
 
 BLOCK = 1000  # bytes
 
@@ -97,6 +97,11 @@ def test_an_error_of_the_caller_ends_the_threads_and_is_the_one_that_is_seen() -
     time.sleep(0.05)
     assert written == [], "what waited is not written any more"
     assert threading.active_count() == before
+
+
+def test_threads_by_device() -> None:
+    assert threads_for(torch.device("cpu")) == 1
+    assert 1 <= threads_for(torch.device("cuda")) <= THREADS
 
 
 @pytest.mark.gpu

@@ -4,17 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kvscope.errors import TraceError, UsageError
 from kvscope.model import recorder as recorder_module
+from kvscope.model.attention_hook import watching
 from kvscope.model.generate import trace
+from kvscope.model.pipeline import Pipeline
 from kvscope.model.plan import Plan
-from kvscope.model.recorder import HELD_STEPS
+from kvscope.model.recorder import HELD_STEPS, Recorder
 from kvscope.trace import topk as topk_module
 from kvscope.trace.columns import layer_file
 from kvscope.trace.parquet import LayerFile
 from kvscope.trace.schema import parse_store
-from tests.model.tiny import saved
+from tests.model.test_hook import Collector
+from tests.model.tiny import build, saved, tokens
 
 PROMPT, NEW = 11, HELD_STEPS + 8
 KEPT = ["llama", "gemma2", "gpt_oss", "mistral"]  # plain, capped, with learned sinks, all windows
@@ -129,6 +133,24 @@ def test_every_nth_row(stride: int, prompt: Path, tmp_path: Path) -> None:
     assert "every" in part.approximate[0]
     with pytest.raises(UsageError, match="has no every n-th row"):
         trace(folder, [prompt], store="qkv", query_stride=2)
+
+
+@torch.inference_mode()
+def test_blocks_are_cut_so_that_what_waits_stays_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, ids, model = 4000, tokens(40), build("llama")
+    monkeypatch.setattr(recorder_module, "IN_FLIGHT", limit)
+    collectors = [Collector(), Collector()]
+    with Pipeline(limit=limit) as pipeline:
+        for collector, own in zip(collectors, (pipeline, None), strict=True):
+            recorder = Recorder(collector, [0, 1], pipeline=own)
+            recorder.begin(0)
+            with watching(model, recorder):
+                model(input_ids=ids)
+            recorder.end()
+    assert limit / 4 < pipeline.peak <= limit
+    piped, plain = (collector.rows for collector in collectors)
+    assert piped.keys() == plain.keys() == {(layer, t) for layer in (0, 1) for t in range(40)}
+    assert all(torch.equal(piped[place], plain[place]) for place in plain)
 
 
 def test_a_disk_that_fills_up_while_it_records(prompt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
