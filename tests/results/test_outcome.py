@@ -42,8 +42,10 @@ def test_outcomes_are_those_of_all_tokens_together() -> None:
 
 def test_five_sequences_have_an_interval() -> None:
     given = Outcomes()
-    for sequence in range(6):
+    for sequence in range(4):
         given.add(0, sequence, losses(sequence, 50))
+    assert {value["low"] for value in given.of(0).values()} == {None}
+    given.add(0, 4, losses(4, 50))
     for value in given.of(0).values():
         assert value["low"] < value["mean"] < value["high"]
 

@@ -51,6 +51,8 @@ def test_spans_of_a_replay(tmp_path: Path) -> None:
     gone = found["runs"][1]["spans"][0]["layers"][0]
     assert gone["at"][1]["held"] == pytest.approx(2 / 3)
     assert spans_of(replay, [Span("c", 3, 4)], [5], [0])["runs"][0]["spans"][0]["layers"][0]["half_gone"] == 4
+    exactly = spans_of(replay, [Span("d", 2, 4)], [5], [0])["runs"][0]["spans"][0]["layers"][0]
+    assert (exactly["at"][0]["held"], exactly["half_gone"]) == (0.5, 4)
     assert len(spans_of(replay, [Span("c", 3, 4)], [5], [1], 1)["runs"]) == 1
 
 
