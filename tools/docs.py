@@ -21,6 +21,7 @@ from kvscope import __version__
 from kvscope.cli.app import app
 from kvscope.policies import POLICIES, spec
 from kvscope.results import schema as results
+from kvscope.results.statistics import LEVEL
 from kvscope.trace import schema as trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "traces/README.md": trace.describe,
     "reports/README.md": results.describe,
 }
-README, OUTCOMES = "README.md", Path("benchmarks/results/outcomes.json")
+README, RESULTS = "README.md", Path("benchmarks/results")
+OUTCOMES, GATES = RESULTS / "outcomes.json", RESULTS / "gates.json"
 SHOWN = "20%"  # budget of the table of outcomes
 PAGES = (README, "CONTRIBUTING.md", "CHANGELOG.md", *GENERATED)
 
@@ -71,6 +73,8 @@ def with_tables(page: str) -> str:
     if (ROOT / OUTCOMES).is_file():
         figures = json.loads((ROOT / OUTCOMES).read_text(encoding="utf-8"))
         tables |= {"outcomes": outcomes_table(figures), "agreement": agreement_table(figures)}
+    if (ROOT / GATES).is_file():
+        tables["gates"] = gates_table(json.loads((ROOT / GATES).read_text(encoding="utf-8")))
     for name, table in tables.items():
         before, begin, rest = page.partition(f"<!-- {name} -->")
         _, end, after = rest.partition(f"<!-- /{name} -->")
@@ -112,6 +116,33 @@ def agreement_table(figures: dict[str, Any]) -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def gates_table(figures: dict[str, Any]) -> str:
+    """Return what each gate costs on text and in recall, and what others cost that hold as many keys."""
+    lines = [
+        "| gate | policy | keeps | text, streamed | text, continued | right answers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in figures["gates"]:
+        parts = {
+            key: {row["policy"]: row for row in entry[key]} for key in ("text", "continued", "recall") if key in entry
+        }
+        for name in (name for name in parts["recall"] if name != "full"):
+            text, continued, recall = (parts.get(key, {}).get(name) for key in ("text", "continued", "recall"))
+            keeps = (text or continued)["keep"]
+            cells = [_beside(text, "ratio"), _beside(continued, "ratio"), _beside(recall, "recall")]
+            lines.append(f"| {Path(entry['gate']).stem} | `{name}` | {keeps:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _beside(row: dict[str, Any] | None, name: str) -> str:
+    """Return a figure with its interval, and with a star where it and the gate's can be told apart."""
+    if row is None:
+        return "-"
+    (low, high), (least, most) = row["interval"], row["than_gate_interval"]
+    apart = row["p"] <= LEVEL and not least <= 0 <= most
+    return f"{row[name]:.2f} ({low:.2f} to {high:.2f}){'*' if apart else ''}"
 
 
 def _outcome(row: dict[str, Any] | None) -> str:

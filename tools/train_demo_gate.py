@@ -1,7 +1,8 @@
 """Train the gate of the bundled model: ``python tools/train_demo_gate.py TEXTS -o gate.safetensors``.
 
 It learns from what the model itself was trained on, books and recall episodes, through the loop behind ``kvscope gate
-train``, whose texts are plain files.
+train``, whose texts are plain files. What judges it is held out of those too, so that neither the gate nor the choice
+of its best step has seen the text that the model was never trained on, with which benchmarks and tests measure.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from kvscope.gate.training import Look, Settings
 from kvscope.model.loading import load
 from kvscope.model.sample import sample
 
-LENGTHS = [256, 256, 256, 512]
+LENGTHS = [256, 256, 256, 256, 512]
 TOKENS = 2048  # of a step
 EPISODES = 0.5  # share of sequences in which facts are asked for
-JUDGED = 4  # batches of held-out sequences
+JUDGED = 6  # batches of sequences that judge
+LAST = 20  # the last of so many parts of each book judges
 
 
 def texts(source: Source, seed: list[int], length: int) -> Texts:
@@ -40,6 +42,15 @@ def texts(source: Source, seed: list[int], length: int) -> Texts:
     return Texts(ids, weights, source.random.randint(length // 4, length * 3 // 4))
 
 
+def apart(books: list[str]) -> tuple[list[str], list[str]]:
+    """Return what of each book is trained on, and what judges."""
+    cuts = [len(book) * (LAST - 1) // LAST for book in books]
+    return (
+        [book[:cut] for book, cut in zip(books, cuts, strict=True)],
+        [book[cut:] for book, cut in zip(books, cuts, strict=True)],
+    )
+
+
 def main() -> None:
     """Parse the command line, train, and write the gate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,7 +59,7 @@ def main() -> None:
     parser.add_argument("--target-keep", type=float, default=0.5)
     parser.add_argument("--eviction-loss", choices=["one-sided", "absolute", "square"], default="square")
     parser.add_argument("--strength", type=float, default=40.0)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rate", type=float, default=0.003)
     parser.add_argument("--form", choices=["causal", "bidirectional"], default="causal")
     parser.add_argument("--seed", type=int, default=0)
@@ -56,11 +67,12 @@ def main() -> None:
     args = parser.parse_args()
     loaded = load("demo")
     config = loaded.text_config
-    trained, held_out = (Source(loaded.tokenizer.backend_tokenizer, part, args.seed) for part in read_books(args.texts))
+    parts = apart(read_books(args.texts)[0])
+    trained, judging = (Source(loaded.tokenizer.backend_tokenizer, part, args.seed) for part in parts)
     task = Reading(
         loaded.model.requires_grad_(False),
         lambda step: texts(trained, [args.seed, step], LENGTHS[step % len(LENGTHS)]),
-        [texts(held_out, [args.seed, 10**6 + number], 256) for number in range(JUDGED)],
+        [texts(judging, [args.seed, 10**6 + number], 256) for number in range(JUDGED)],
     )
     torch.manual_seed(args.seed)
     facts = Facts(
@@ -83,7 +95,11 @@ def main() -> None:
             print(look, flush=True)
 
     gate = AttentionGate(facts, torch.tensor(sample(loaded.model)))
-    about = {"texts": f"first nine tenths of {', '.join(BOOKS)}, and recall episodes", "seed": args.seed}
+    about = {
+        "task": "reading",
+        "texts": f"recall episodes and the first nine tenths of {', '.join(BOOKS)}, whose last twentieth judges",
+        "seed": args.seed,
+    }
     made = finish(gate, task, settings, args.output, about, args.resume, told)
     print("written:", made.best)
 

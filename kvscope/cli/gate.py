@@ -66,8 +66,8 @@ def train(
         typer.Option(
             metavar="FORM", help="Of the distance x to the target: one-sided, max(0, x); absolute, |x|; or square."
         ),
-    ] = EvictionLoss.one_sided,
-    strength: Annotated[float, typer.Option(help="Of the eviction loss beside the other.")] = 5.0,
+    ] = EvictionLoss.square,
+    strength: Annotated[float, typer.Option(help="Of the eviction loss beside the other.")] = 40.0,
     form: Annotated[
         Form, typer.Option(help="A gate looks back, or the gates of a prompt look at all of it.")
     ] = Form.causal,
@@ -77,7 +77,7 @@ def train(
     sinks: Annotated[int, typer.Option(help="First tokens that always stay.", min=0)] = 0,
     window: Annotated[int, typer.Option(metavar="TOKENS", help="With --text: of one sequence.", min=2)] = 256,
     tokens: Annotated[int, typer.Option(help="With --text: of one step.", min=2)] = 2048,
-    steps: Annotated[int, typer.Option(help="At most.", min=1)] = 300,
+    steps: Annotated[int, typer.Option(help="At most.", min=1)] = 400,
     rate: Annotated[float, typer.Option(help="Learning rate, which falls to zero.")] = 0.003,
     every: Annotated[int, typer.Option(help="Steps between two checkpoints, which judge the gate too.", min=1)] = 25,
     patience: Annotated[int, typer.Option(help="Checkpoints without a better gate until it stops.", min=1)] = 6,

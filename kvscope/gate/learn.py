@@ -122,7 +122,7 @@ def train_on_texts(
         {"file": file.name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         for file, text in zip(files, texts, strict=True)
     ]
-    about = {"texts": sources, "window": window, "tokens": tokens, "seed": seed}
+    about = {"task": "reading", "texts": sources, "window": window, "tokens": tokens, "seed": seed}
     task = Reading(loaded.model, windows.draw, windows.held_out)
     return finish(gate, task, settings, output, about, resume, progress)
 
@@ -168,7 +168,8 @@ def train_on_traces(
     )
     torch.manual_seed(seed)
     gate = AttentionGate(facts, torch.tensor(header.model["weights"])).to(device)
-    about = {"traces": [{"name": trace.name, "identity": trace.identity} for trace in traces], "seed": seed}
+    named = [{"name": trace.name, "identity": trace.identity} for trace in traces]
+    about = {"task": "distilled", "traces": named, "seed": seed}
     return finish(gate, task, settings, output, about, resume, progress)
 
 

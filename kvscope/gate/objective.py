@@ -17,7 +17,7 @@ EvictionLoss = Literal["one-sided", "absolute", "square"]
 
 def straight_through(values: Tensor, tau: float) -> Tensor:
     """Return 1 where a gate is above `tau` and 0 elsewhere, with the gradient of the gate itself."""
-    return (values > tau).to(values.dtype) + values - values.detach()
+    return (values > tau).to(values.dtype) + (values - values.detach())
 
 
 def eviction_loss(flags: Sequence[Tensor], target: float, kind: EvictionLoss) -> Tensor:
@@ -45,16 +45,18 @@ def eviction_loss(flags: Sequence[Tensor], target: float, kind: EvictionLoss) ->
 class Gated:
     """Answers attention calls as if evicted keys were gone, in a way that gradients pass.
 
-    A causal gate acts on the whole text: a key that it shuts is seen by its own query alone, as in the paper's prefill
-    (streaming prefill here, with the tokens after the prompt gated too). A bidirectional one acts on a prompt, whose
-    rows see everything; later rows see what it leaves of the prompt, and every later key (full prefill).
+    With streaming prefill a key that is shut is seen by its own query alone, in the whole text, as in the paper's
+    prefill. With full prefill the keys of a prompt are gated, whose rows see everything; later rows see what is left of
+    it, and every later key.
 
     Parameters
     ----------
     gate : AttentionGate
         What decides.
     prompt : int
-        ``P``, for a bidirectional gate.
+        ``P``.
+    prefill : {"full", "stream"}
+        What is gated, and who sees it. A bidirectional gate makes sense with ``full`` alone.
 
     Attributes
     ----------
@@ -62,16 +64,17 @@ class Gated:
         Decisions of every layer on the keys that are gated, ``[batch, G, keys]``.
     """
 
-    def __init__(self, gate: AttentionGate, prompt: int) -> None:
-        self._gate, self._prompt = gate, prompt
+    def __init__(self, gate: AttentionGate, prompt: int, prefill: str) -> None:
+        self._gate, self._prompt, self._full = gate, prompt, prefill == "full"
         self.flags: list[Tensor] = []
 
     def __call__(self, call: Call, kernel: Kernel) -> Tensor:
         """Return the output of a layer, ``[batch, T, H, D]``."""
         assert call.hidden is not None, "attention modules are given their hidden states"
-        facts, length = self._gate.facts, call.query.shape[2]
-        flags = straight_through(self._gate.values(call.layer, call.hidden.to(call.exact), self._prompt), facts.tau)
-        gated = min(self._prompt, length) if facts.form == "bidirectional" else length
+        length = call.query.shape[2]
+        values = self._gate.values(call.layer, call.hidden.to(call.exact), self._prompt)
+        flags = straight_through(values, self._gate.facts.tau)
+        gated = min(self._prompt, length) if self._full else length
         self.flags.append(flags[..., :gated])
         place = torch.arange(length, device=flags.device)
         output = attended(call, torch.where(place < gated, flags, 1.0)).to(call.query.dtype)

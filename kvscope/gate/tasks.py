@@ -43,6 +43,10 @@ class Texts:
 class Reading:
     """Language modelling through the gate: gradients pass the frozen model and reach the gates alone.
 
+    Gates serve both prefills, which take turns: the inputs of later layers differ in what earlier gates have done to
+    them, and a gate that has seen those of one prefill alone keeps another share of its keys under the other. Those of
+    bidirectional gates are read with full prefill alone.
+
     Parameters
     ----------
     model : transformers model
@@ -58,22 +62,26 @@ class Reading:
 
     def step(self, gate: AttentionGate, number: int) -> Found:
         """Return the loss on the texts of a step."""
-        return self.loss(gate, self._draw(number))
+        return self.loss(gate, self._draw(number), _turn(gate, number))
 
     def held_out(self, gate: AttentionGate) -> Iterator[Found]:
         """Yield losses on the texts that are not trained on."""
-        return (self.loss(gate, texts) for texts in self._held_out)
+        return (self.loss(gate, texts, _turn(gate, number)) for number, texts in enumerate(self._held_out))
 
-    def loss(self, gate: AttentionGate, texts: Texts) -> Found:
+    def loss(self, gate: AttentionGate, texts: Texts, prefill: str) -> Found:
         """Return the loss of the tokens of texts that a gate can change, and its decisions."""
         device = self._model.get_input_embeddings().weight.device
         ids, weights = texts.ids.to(device), texts.weights.to(device)
-        answer = Gated(gate, texts.prompt)
+        answer = Gated(gate, texts.prompt, prefill)
         with answering(self._model, answer):
             logits = self._model(input_ids=ids, use_cache=False).logits
-        if gate.facts.form == "bidirectional":
+        if prefill == "full":
             weights = torch.where(torch.arange(ids.shape[1], device=device) > texts.prompt, weights, 0.0)
         return language_loss(logits, ids, weights.to(logits.device)), answer.flags
+
+
+def _turn(gate: AttentionGate, number: int) -> str:
+    return "full" if number % 2 or gate.facts.form == "bidirectional" else "stream"
 
 
 class Recorded:

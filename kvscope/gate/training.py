@@ -48,9 +48,9 @@ class Settings:
     """
 
     target_keep: float = 0.5
-    eviction: EvictionLoss = "one-sided"
-    strength: float = 5.0
-    steps: int = 300
+    eviction: EvictionLoss = "square"
+    strength: float = 40.0
+    steps: int = 400
     rate: float = 0.003
     every: int = 25
     patience: int = 6

@@ -46,7 +46,7 @@ def test_json_has_every_look(run: Run, model: Path) -> None:
     done = run("gate", "train", "--model", model, "--text", "words.txt", "--json", "-o", "g", *QUICK)
     found = json.loads(done.out)
     assert found["file"] == "g" and [look["step"] for look in found["log"]] == [0, 3, 6]
-    assert found["facts"]["provenance"]["eviction"] == "one-sided"
+    assert found["facts"]["provenance"]["eviction"] == "square"
     assert load_gate("g").facts.size == 4
 
 

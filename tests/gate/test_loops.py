@@ -56,15 +56,20 @@ def test_the_gates_do_something(tmp_path: Path) -> None:
     assert len(set(kept.sum(-1).flatten().tolist())) > 1
 
 
-@pytest.mark.parametrize(("form", "prefill"), [("causal", "stream"), ("bidirectional", "full")])
+@pytest.mark.parametrize(("form", "prefill"), [("causal", "stream"), ("causal", "full"), ("bidirectional", "full")])
 def test_training_sees_what_the_closed_loop_does(form: str, prefill: Any, tmp_path: Path) -> None:
     """The loss that a gate is trained on is the loss that it has when it evicts."""
     model = build("llama").double().requires_grad_(False)
     name = written(tmp_path, model, form=form)
     text, sink = passage(), Kept()
-    evaluate(model, [text], runs_of([plan(name, form == "causal")], [], loop="closed"), [], prefill, sink)
+    evaluate(model, [text], runs_of([plan(name, prefill == "stream")], [], loop="closed"), [], prefill, sink)
     ids = text.ids[None]
-    loss, _ = Reading(model, lambda _: Texts(ids, torch.ones(ids.shape), PROMPT), []).step(load_gate(name), 0)
+    texts = Texts(ids, torch.ones(ids.shape), PROMPT)
+    loss, flags = Reading(model, lambda _: texts, []).loss(load_gate(name), texts, prefill)
+    gated = PROMPT if prefill == "full" else LENGTH - 1  # the last key has no later step to leave at
+    for layer, own in enumerate(flags):
+        stays = sink.stays[0, layer]["leave"].reshape(2, LENGTH)[:, :gated] < 0
+        assert (own[0, :, :gated].numpy() == stays).all() and 0 < stays.sum() < stays.size
     losses = sink.losses[0]["nll_policy"]
     assert loss.item() == pytest.approx(losses[1 if prefill == "full" else 0 :].mean(), abs=1e-9)
     full = sink.losses[0]["nll_full"]

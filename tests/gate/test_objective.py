@@ -28,15 +28,16 @@ def test_straight_through_decides_hard_and_differentiates_soft() -> None:
     values = torch.tensor([0.2, 0.5, 0.5001, 0.9], requires_grad=True)
     flags = straight_through(values, 0.5)
     assert flags.tolist() == [0, 0, 1, 1]
+    assert set(straight_through(torch.rand(1000), 0.5).tolist()) == {0, 1}, "with no rounding left over"
     flags.sum().backward()  # type: ignore[no-untyped-call]
     assert values.grad is not None and values.grad.tolist() == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("form", ["causal", "bidirectional"])
-def test_gradients_reach_the_gates_alone(form: str) -> None:
+@pytest.mark.parametrize(("form", "prefill"), [("causal", "stream"), ("causal", "full"), ("bidirectional", "full")])
+def test_gradients_reach_the_gates_alone(form: str, prefill: str) -> None:
     model = frozen()
     made = gate(model, form=form).double().requires_grad_(True)
-    loss, flags = Reading(model, lambda _: texts(), []).step(made, 0)
+    loss, flags = Reading(model, lambda _: texts(), []).loss(made, texts(), prefill)
     (loss + eviction_loss(flags, 0.1, "absolute")).backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, parameter in made.named_parameters():
@@ -123,10 +124,19 @@ def test_hard_flags_are_a_mask(name: str) -> None:
         assert torch.allclose(attended(call, flags), expected, atol=1e-5)
 
 
+def test_both_prefills_take_turns_where_the_gate_serves_both() -> None:
+    model, seen = frozen(), list[int]()
+    for form, expected in (("causal", [LENGTH, 6, LENGTH]), ("bidirectional", [6, 6, 6])):
+        made = gate(model, form=form).double()
+        task = Reading(model, lambda _: texts(), [texts()] * 3)
+        seen = [flags[0].shape[-1] for _, flags in task.held_out(made)]
+        assert seen == expected == [task.step(made, number)[1][0].shape[-1] for number in range(3)]
+
+
 def test_open_gates_are_the_model() -> None:
     model, given = frozen(), texts()
     made = gate(model, sinks=LENGTH)
-    found, flags = Reading(model, lambda _: given, []).loss(made.double(), given)
+    found, flags = Reading(model, lambda _: given, []).loss(made.double(), given, "stream")
     plain = language_loss(model(input_ids=given.ids).logits, given.ids, given.weights)
     assert found.item() == pytest.approx(plain.item(), abs=1e-12)
     assert all((layer == 1).all() for layer in flags)

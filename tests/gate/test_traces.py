@@ -84,6 +84,7 @@ def test_a_gate_learns_it_without_the_model(form: Any, read: Trace, tmp_path: Pa
     assert made.best.loss < made.log[0].loss - 0.05
     assert abs(made.best.keep - 0.4) < 0.1  # one passage judges
     facts = load_gate(str(made.path)).facts
+    assert facts.provenance["task"] == "distilled"
     assert facts.provenance["traces"] == [{"name": "t", "identity": read.identity}]
     found = replay(read, [f"attention-gate:gate={made.path}", "random"], "40%", output=tmp_path / "r")
     gated, random = (run["metrics"]["retained_mass_no_sinks"]["mean"] for run in found.summary["runs"])
