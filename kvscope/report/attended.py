@@ -23,8 +23,9 @@ class Losses:
 
     Attributes
     ----------
-    head, key, start : array
-        Key/value head, position of the key, first step at which it is gone.
+    head, key, start, until : array
+        Key/value head, position of the key, first step at which it is gone, and the one at which it is back, ``T``
+        where that is never.
     mass : array
         Sum of the key's weight in the rows that could not see it, mean over the query heads of the group.
     """
@@ -32,6 +33,7 @@ class Losses:
     head: Whole
     key: Whole
     start: Whole
+    until: Whole
     mass: Floats
 
 
@@ -70,28 +72,29 @@ def attended(trace: Trace, sequence: int, layer: int, stays: Mapping[str, Stays]
             these = order[slice(*np.searchsorted(ordered, [step, step + 1]))]
             found[these] = total[heads[these], keys[these]]
     losses, at = {}, 0
-    for run, (head, key, start, _) in absent.items():
+    for run, (head, key, start, until) in absent.items():
         before, after = found[at : at + len(key)], found[at + len(key) : at + 2 * len(key)]
-        losses[run] = Losses(head, key, start, after - before)
+        losses[run] = Losses(head, key, start, until, after - before)
         at += 2 * len(key)
     return Attended(total, losses)
 
 
 def heaviest(
-    trace: Trace, sequence: int, layer: int, wanted: Sequence[tuple[int, int, int]]
+    trace: Trace, sequence: int, layer: int, wanted: Sequence[tuple[int, int, int, int]]
 ) -> list[tuple[int, float]]:
-    """Return for each (key/value head, key, step) the later query that looked at the key most, and its weight.
+    """Return for each (key/value head, key, step, step) the query between that looked at the key most, and its weight.
 
-    A key that is gone after a step is missed by the queries after that step; -1 where there is none.
+    A key that is gone after a step is missed by the queries after that step, until the one after which it is back; -1
+    where none looked at it.
     """
     best = [(-1, 0.0)] * len(wanted)
-    first = min((gone for _, _, gone in wanted), default=0) + 1  # after a full prefill, this leaves out the prompt
+    first = min((gone for _, _, gone, _ in wanted), default=0) + 1  # after a full prefill, this leaves out the prompt
     for start, rows in _blocks(trace, sequence, layer, first):
-        for place, (head, key, gone) in enumerate(wanted):
-            later = max(gone + 1 - start, 0)
-            if later >= rows.shape[1] or key >= rows.shape[2]:
+        for place, (head, key, gone, back) in enumerate(wanted):
+            later, stop = max(gone + 1 - start, 0), min(back + 1 - start, rows.shape[1])
+            if later >= stop or key >= rows.shape[2]:
                 continue
-            column = rows[head, later:, key]
+            column = rows[head, later:stop, key]
             at = int(column.argmax())
             if column[at] > best[place][1]:
                 best[place] = (start + later + at, float(column[at]))

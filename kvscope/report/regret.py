@@ -14,14 +14,16 @@ from kvscope.trace.reader import Trace
 class Eviction(NamedTuple):
     """One key that was let go.
 
-    ``mass`` is the attention it would still have received, ``missed`` the later query with the largest share of it,
-    ``weight`` that share; ``gone`` is the first step without the key.
+    ``gone`` is the first step without the key, ``back`` the one at which it is there again, ``T`` where that is never.
+    ``mass`` is the attention it would have received between, ``missed`` the query with the largest share of it,
+    ``weight`` that share.
     """
 
     layer: int
     head: int
     key: int
     gone: int
+    back: int
     mass: float
     missed: int
     weight: float
@@ -32,12 +34,12 @@ def worst_evictions(
 ) -> dict[str, list[Eviction]]:
     """Return the evictions of each run with the most regret, the worst first; of equal ones the first layer."""
     found = {run: _of_run(layers, run, most) for run in runs}
-    missed: dict[tuple[int, int, int, int], tuple[int, float]] = {}
+    missed: dict[tuple[int, ...], tuple[int, float]] = {}
     for layer in layers:
-        asked = sorted({each[1:4] for evictions in found.values() for each in evictions if each.layer == layer})
+        asked = sorted({each[1:5] for evictions in found.values() for each in evictions if each.layer == layer})
         steps = heaviest(trace, sequence, layer, asked) if asked else []
         missed |= {(layer, *where): step for where, step in zip(asked, steps, strict=True)}
-    return {run: [Eviction(*each[:5], *missed[each[:4]]) for each in evictions] for run, evictions in found.items()}
+    return {run: [Eviction(*each[:6], *missed[each[:5]]) for each in evictions] for run, evictions in found.items()}
 
 
 def _of_run(layers: Mapping[int, Attended], run: str, most: int) -> list[Eviction]:
@@ -48,6 +50,8 @@ def _of_run(layers: Mapping[int, Attended], run: str, most: int) -> list[Evictio
             continue
         for at in np.argsort(-losses.mass, kind="stable")[:most]:
             if losses.mass[at] > 0:
-                where = (int(losses.head[at]), int(losses.key[at]), int(losses.start[at]))
-                found.append(Eviction(layer, *where, float(losses.mass[at]), -1, 0.0))
+                head, key, gone, back = (
+                    int(each[at]) for each in (losses.head, losses.key, losses.start, losses.until)
+                )
+                found.append(Eviction(layer, head, key, gone, back, float(losses.mass[at]), -1, 0.0))
     return sorted(found, key=lambda each: -each.mass)[:most]

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import kvscope
 from kvscope.report.attended import attended
 from kvscope.report.encoding import packed_bytes, unpacked
 from kvscope.report.limits import Limits
@@ -24,6 +25,7 @@ from kvscope.report.panels.regrets import regrets
 from kvscope.report.panels.residency_raster import residency_raster
 from kvscope.report.panels.text_view import text_view
 from kvscope.report.parts import spread
+from kvscope.report.regret import worst_evictions
 from kvscope.report.source import ReportInput
 from kvscope.report.stays import Stays
 from kvscope.trace.reader import Trace
@@ -290,10 +292,30 @@ def test_a_key_that_comes_back_is_missed_only_in_between(rich: ReportInput) -> N
     head = np.repeat(np.arange(KV_HEADS), 24)
     frame = pd.DataFrame({"kv_head": head, "key": key, "enter": key, "leave": np.where(key == 5, 8, -1)})
     again = pd.DataFrame({"kv_head": [0], "key": [5], "enter": [12], "leave": [-1]})
-    found = attended(trace, 0, 0, {"one": Stays.of(pd.concat([frame, again]), KV_HEADS, 24)}).losses["one"]
+    layer = attended(trace, 0, 0, {"one": Stays.of(pd.concat([frame, again]), KV_HEADS, 24)})
+    found = layer.losses["one"]
     rows = trace.attention(0, 0).reshape(KV_HEADS, 2, 24, 24).mean(1)
     assert list(zip(found.head.tolist(), found.key.tolist(), strict=True)) == [(0, 5), (1, 5)]
     np.testing.assert_allclose(found.mass, [rows[0, 9:13, 5].sum(), rows[1, 9:, 5].sum()], rtol=1e-5)
+    between = 9 + int(rows[0, 9:13, 5].argmax())
+    assert rows[0, 13:, 5].max() > rows[0, between, 5], "later, when it is back, it is looked at more"
+    first = next(each for each in worst_evictions(trace, 0, {0: layer}, ["one"], 5)["one"] if each.head == 0)
+    assert (first.gone, first.missed) == (8, between)
+    assert first.weight == pytest.approx(float(rows[0, between, 5]))
+
+
+def test_the_regret_of_the_page_is_that_of_the_command(rich: ReportInput) -> None:
+    """Both read rows in their own way, the page for many runs at once and the command for lags too."""
+    replay, (trace,) = rich.replays[0], rich.traces.values()
+    run = run_of(rich, "h2o", "4")
+    data = regrets(rich)
+    assert data is not None
+    (of_command,) = kvscope.regrets(replay, trace, [run.number], top=20)["runs"]
+    shown = data["parts"]["0.0"]["worst"][run.id][:20]
+    assert len(shown) == len(of_command["worst"]) == 20
+    for (layer, head, key, gone, mass, missed, weight), each in zip(shown, of_command["worst"], strict=True):
+        assert (layer, head, key, gone) == (each["layer"], each["kv_head"], each["key"], each["gone"])
+        assert (mass, missed, weight) == pytest.approx((each["mass"], each["wanted"][0], each["weights"][0]), rel=1e-3)
 
 
 def test_inspector_carries_rows_as_the_trace_holds_them(rich: ReportInput) -> None:
