@@ -110,7 +110,7 @@ def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Pa
         "generator": f"kvscope {__version__}",
         "facts": _facts(source),
         "answer": answer(source),
-        "labels": list(dict.fromkeys((*source.usual, *(run.label for run in source.runs)))),  # colours in this order
+        "labels": _labels(source),
         "replays": list(source.names),
         "kinds": [{"name": name, "meaning": meaning} for name, meaning in KINDS.items()],
         "metrics": source.metric_list(),
@@ -121,6 +121,14 @@ def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Pa
         "panels": [each for each in built if each is not None],
     }
     return dict(visible_everywhere(page))
+
+
+def _labels(source: ReportInput) -> list[str]:
+    """Return the labels that get colours, in this order: those shown first, then the others; bounds have none."""
+    bounds = {run.label for run in source.runs if run.kind == "bound"}
+    return [
+        label for label in dict.fromkeys((*source.usual, *(run.label for run in source.runs))) if label not in bounds
+    ]
 
 
 def _panel_data(each: Panel, source: ReportInput) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ const kvscope = (() => {
     dark: ["#56b4e9", "#f08a4b", "#2fc795", "#e59ac6", "#e6b23c", "#9fd3f5", "#b7a3f0", "#c9c9c9"],
   };
   const MARKERS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star"];
-  const DASHES = ["solid", "dash", "dot", "dashdot"];
+  const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 
   function element(tag, attributes = {}, ...children) {
     const made = document.createElement(tag);
@@ -106,12 +106,12 @@ const kvscope = (() => {
     return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   }
 
-  /* Colour and marker by policy; the dash changes with the way of replaying, and when the colours begin again. */
+  /* Colour and marker by policy; the dash changes with the way of replaying, and by two when the colours begin again. */
   function lineStyle(index, way = 0) {
     const palette = PALETTE[isDark() ? "dark" : "light"];
     const at = index < 0 ? 0 : index;
     const round = Math.floor(at / palette.length);
-    return { color: palette[at % palette.length], symbol: MARKERS[(at + round) % MARKERS.length], dash: DASHES[(round + way) % DASHES.length] };
+    return { color: palette[at % palette.length], symbol: MARKERS[(at + round) % MARKERS.length], dash: DASHES[(2 * round + way) % DASHES.length] };
   }
 
   /* A drawing that waits for something, once at a time: what is asked for meanwhile is drawn after it, and only the last. */

@@ -28,7 +28,9 @@ kvscope.show = (() => {
     page.kindOf = Object.fromEntries(page.kinds.map((kind, place) => [kind.name, { ...kind, place }]));
     page.byId = new Map(page.runs.map((run) => [run.id, run]));
     const ways = unique([...page.runs].sort((a, b) => a.loop.localeCompare(b.loop)).map((run) => `${run.replay} ${run.loop}`)); // closed before open
-    page.style = (run) => kvscope.lineStyle(page.labels.indexOf(run.label), ways.indexOf(`${run.replay} ${run.loop}`)); // a dash for each way of replaying
+    page.style = (run) => (run.kind === "bound"
+      ? { color: kvscope.colour("muted"), symbol: "circle", dash: run.policy === "ideal" ? "dot" : "dash" }
+      : kvscope.lineStyle(page.labels.indexOf(run.label), ways.indexOf(`${run.replay} ${run.loop}`))); // a dash for each way of replaying
     page.part = () => page.parts[state.get("part")];
     const { oneOf, whole } = state;
     state.declare("run", () => page.first, oneOf(() => ids));

@@ -50,11 +50,17 @@ Object.assign(kvscope, (() => {
   }
 
   /* A line as it is drawn, for lists beside a plot: its dash, its marker, its colour. */
-  function sample(style, bound = false, marker = true) {
+  function sample(style, marker = true) {
+    const { element } = kvscope;
     const glyph = { circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", "triangle-down": "▼", cross: "✚", x: "✖", star: "★" }[style.symbol];
-    const made = kvscope.element("span", { class: "sample", "aria-hidden": "true" }, kvscope.element("i"), bound || !marker ? "" : glyph, kvscope.element("i"));
-    made.style.color = bound ? kvscope.colour("muted") : style.color;
-    for (const dash of made.querySelectorAll("i")) dash.style.borderTopStyle = { solid: "solid", dash: "dashed", dot: "dotted", dashdot: "double" }[bound ? "dash" : style.dash];
+    const drawn = { solid: ["solid", "solid"], dash: ["dashed", "dashed"], dot: ["dotted", "dotted"], dashdot: ["dashed", "dotted"], longdash: ["solid", "dashed"], longdashdot: ["solid", "dotted"] };
+    const halves = drawn[style.dash].map((dash) => {
+      const half = element("i");
+      half.style.borderTopStyle = dash;
+      return half;
+    });
+    const made = element("span", { class: "sample", "aria-hidden": "true" }, halves[0], marker ? glyph : "", halves[1]);
+    made.style.color = style.color;
     return made;
   }
 

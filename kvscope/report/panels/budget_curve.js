@@ -25,10 +25,10 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
     const bound = line.kind === "bound";
     const values = line.runs.map((id) => value(id, metric.name));
     const bars = values.some((each) => each[1] !== null);
-    const color = bound ? colour("muted") : style.color;
+    const { color } = style;
     return {
       type: "scatter", mode: bound ? "lines" : "lines+markers", name: plain(line.name), x: line.runs.map(place), y: values.map((each) => each[0]), showlegend: false,
-      line: { color, dash: bound ? "dash" : style.dash, width: 2 },
+      line: { color, dash: style.dash, width: 2 },
       marker: { symbol: style.symbol, size: 9, color },
       error_y: bars ? {
         type: "data", symmetric: false, thickness: 1, width: 4, color,
@@ -57,14 +57,16 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
   }
   const draw = kvscope.latest(async () => {
     const metric = usable.find((each) => each.name === state.get("curve"));
-    const shown = data.lines.filter((_, index) => chosen().has(index));
+    const shown = data.lines.filter((line, index) => chosen().has(index) && line.runs.some((id) => value(id, metric.name)[0] !== null));
     const traces = [...shown.map((line) => lineTrace(line, metric)), ...data.references.filter((each) => each.metric === metric.name && shown.some((line) => way(line.runs[0]) === way(each.runs[0]))).map((each) => referenceTrace(each, metric))];
-    legend.replaceChildren(...shown.map((line) => element("span", {}, sample(styleOf(line), line.kind === "bound"), element("bdi", {}, line.name))));
+    legend.replaceChildren(...shown.map((line) => element("span", {}, sample(styleOf(line), line.kind !== "bound"), element("bdi", {}, line.name))));
     behind.replaceChildren(kvscope.tableBehind("The numbers behind this plot", ["Policy", "Kind", "Budget", "Keys held", "Keys read", metric.title, "low", "high"],
       () => shown.flatMap((line) => line.runs.map((id) => [line.name, line.kind, page.byId.get(id).budget, number(value(id, "held_keys")[0], { name: "keys" }), number(value(id, "read_keys")[0], { name: "keys" }), ...value(id, metric.name).slice(0, 3).map((each) => number(each, metric))]))));
+    const drawn = traces.flatMap((trace) => trace.y).filter((each) => each !== null);
+    const wide = metric.range[1] === null && Math.min(...drawn) > 0 && Math.max(...drawn) > 10 * Math.min(...drawn); // a policy that breaks the model would flatten all others
     await plot(area, traces, {
       xaxis: { title: { text: AXES[state.get("axis")][1] }, rangemode: "tozero" },
-      yaxis: { title: { text: axisTitle(metric) } },
+      yaxis: { title: { text: axisTitle(metric) }, ...(wide ? { type: "log", dtick: 1, tickformat: "~g" } : {}) },
       annotations: names(traces),
     });
   });
@@ -81,7 +83,7 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
     list.replaceChildren(...rows.flatMap(({ line, index }) => {
       const heading = line.kind === kind ? [] : [element("h4", { title: page.kindOf[line.kind].meaning }, line.kind)];
       kind = line.kind;
-      const row = checkbox([sample(styleOf(line), line.kind === "bound"), " ", element("bdi", {}, line.name)], now.has(index), (on) => {
+      const row = checkbox([sample(styleOf(line), line.kind !== "bound"), " ", element("bdi", {}, line.name)], now.has(index), (on) => {
         const next = chosen();
         if (on) next.add(index); else next.delete(index);
         state.set({ lines: [...next].sort((a, b) => a - b).join(".") });

@@ -31,7 +31,7 @@ kvscope.drawing("over-time", async (box, data, page) => {
       part.runs[state.get("run")] ? "" : "The chosen run is not carried in this page.",
       width > 1 ? `Each point is the mean of about ${width.toFixed(1)} steps.` : "",
     ].join(" ");
-    legend.replaceChildren(...shown.map((id) => element("span", { class: id === state.get("run") ? "front" : null }, sample(page.style(page.byId.get(id)), false, false), element("bdi", {}, page.byId.get(id).name))));
+    legend.replaceChildren(...shown.map((id) => element("span", { class: id === state.get("run") ? "front" : null }, sample(page.style(page.byId.get(id)), false), element("bdi", {}, page.byId.get(id).name))));
     const rows = [];
     const traces = [];
     for (const id of shown) {

@@ -17,6 +17,7 @@ kvscope.drawing("text", async (box, data, page) => {
   const life = element("div", { class: "life" });
   let spans = [];
   let drawnPart = null;
+  let shaded = null;
 
   /* A token as it is read: its spaces are spaces again, a line break breaks the line after its sign. */
   function build() {
@@ -72,6 +73,8 @@ kvscope.drawing("text", async (box, data, page) => {
       const how = await colouring(state.get("step"));
       paint(how);
       sayLegend(how);
+      if (shaded !== state.get("shade") && state.get("shade") === "loss") text.scrollTop = spans[Math.min(page.part().prompt, spans.length - 1)].offsetTop - 120; // the prompt has none
+      shaded = state.get("shade");
       if (how.at !== undefined && how.at !== state.get("step")) said.textContent = `Step ${how.at}, the nearest of ${part().steps.length} carried steps.`;
       await drawLife(how);
     } else paint({ value: () => null, share: () => 0, hue: "loss" });
