@@ -54,6 +54,11 @@ def passages_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu") -
             f"{trace.path} holds {len(trace.layers)} of {trace.header.n_layers} layers, and policies act in all",
             "Record it again without --layers.",
         )
+    if trace.header.head_numbers:
+        raise TraceError(
+            f"{trace.path} holds {trace.heads} of {trace.header.n_heads} query heads, and policies act in all",
+            "Record it again without --heads.",
+        )
     revision = None if options.model else trace.header.model.get("revision")
     loaded = load(str(name), revision=revision, dtype=options.dtype, device=device, device_map=options.device_map)
     vocabulary = loaded.text_config.vocab_size

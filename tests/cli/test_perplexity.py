@@ -174,3 +174,12 @@ def test_verify_tells_a_difference_by_its_status(run: Run, model: Path, monkeypa
     done = run("verify", "-p", "tova", "-b", "5")
     assert done.status == 3
     assert "same keys, other logits" in done.out
+
+
+def test_some_heads_alone_have_no_closed_loop(run: Run, model: Path) -> None:
+    Path("p.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8")
+    part = ("--heads", "0-1", "--max-new-tokens", "4", "-o", "part", "-q")
+    assert run("trace", "--model", model, "p.txt", *part).status == 0
+    done = run("replay", "-p", "h2o", "-b", "6", "--perplexity")
+    assert done.status == 2 or done.status == 1
+    assert "holds 2 of 4 query heads" in done.err and "without --heads" in done.err

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvscope.metrics import METRICS, Metric
-from kvscope.replay.engine import Shape
+from kvscope.replay.rows import Shape
 from kvscope.replay.score import Scorer, Scoring
 
 OURS = [metric for _, metric in METRICS.items() if metric.compute.__module__.startswith("kvscope.metrics.")]

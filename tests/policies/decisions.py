@@ -11,7 +11,8 @@ import torch
 
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.engine import Scan
+from kvscope.replay.rows import Shape
 from tests.replay.maps import attention, run
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text())

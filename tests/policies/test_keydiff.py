@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvscope.policies.keydiff import KeyDiff
-from kvscope.replay.engine import Shape
 from kvscope.replay.plan import Plan
+from kvscope.replay.rows import Shape
 from tests.policies.vectors import scanned, sets, vectors
 from tests.reference.policies.keydiff import scores
 from tests.reference.policies.loop import evict

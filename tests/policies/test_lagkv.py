@@ -7,8 +7,9 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.policies.lagkv import LagKV
-from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.engine import Scan
 from kvscope.replay.plan import Plan
+from kvscope.replay.rows import Shape
 from tests.policies.vectors import scanned, sets, vectors
 from tests.reference.policies.lagkv import scores
 from tests.reference.policies.loop import evict

@@ -8,7 +8,7 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.policies.quest import Quest
-from kvscope.replay.engine import Shape
+from kvscope.replay.rows import Shape
 from tests.policies.vectors import scanned, sets, vectors
 from tests.reference.policies.quest import read
 

@@ -8,8 +8,8 @@ import torch
 import kvscope.policies.r_kv as module
 from kvscope.errors import UsageError
 from kvscope.policies.r_kv import RKV, redundancy
-from kvscope.replay.engine import Shape
 from kvscope.replay.plan import Plan
+from kvscope.replay.rows import Shape
 from tests.policies.vectors import scanned, sets, vectors
 from tests.reference.policies.loop import evict
 from tests.reference.policies.r_kv import scores

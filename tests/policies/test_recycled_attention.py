@@ -8,7 +8,8 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.policies.recycled_attention import RecycledAttention, RefreshKV
-from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.engine import Scan
+from kvscope.replay.rows import Shape
 from tests.policies.vectors import scanned, sets, vectors
 from tests.reference.policies.recycled_attention import full_by_queries, read
 from tests.replay.maps import attention

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kvscope.policies.base import Policy
-from kvscope.replay.engine import Scan, Shape
+from kvscope.replay.engine import Scan
 from kvscope.replay.plan import Plan
+from kvscope.replay.rows import Shape
 from tests.replay.maps import attention
 
 
