@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from machine import machine
-from transformers import LlamaConfig, LlamaForCausalLM
+from shapes import SHAPES, random_model
 
 from kvscope.budget import parse_budgets
 from kvscope.model.loading import load
@@ -36,17 +36,6 @@ from kvscope.replay.run import runs_of
 from kvscope.trace.reader import Sequence
 
 EIGHT = ["h2o", "tova", "a2sf", "streaming-llm"]  # at two budgets
-SHAPES = {
-    "llama2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-    }
-}
 
 
 def main() -> None:
@@ -60,21 +49,12 @@ def main() -> None:
     parser.add_argument("--decoded", type=int, help="tokens really decoded; the rest is extrapolated, and said")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/closed_loop.json"))
     args = parser.parse_args()
-    model = load("demo", device=args.device).model if args.shape == "demo" else random_model(args)
+    model = load("demo", device=args.device).model if args.shape == "demo" else random_model(args.shape, args.device)
     ids = torch.randint(3, model.config.vocab_size, (args.tokens,), generator=torch.Generator().manual_seed(0))
     figures = measured(model, ids.to(args.device), args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
-
-
-def random_model(args: argparse.Namespace) -> Any:
-    """Return a model of a known shape with random weights, made on the device."""
-    with torch.device(args.device):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[args.shape])).eval()
-        torch.set_default_dtype(torch.float32)
-    return model
 
 
 def measured(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:

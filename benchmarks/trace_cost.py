@@ -1,12 +1,13 @@
-"""What tracing costs: time beside plain generate, and memory as the prompt grows.
+"""What tracing costs: time beside plain generate and beside eager attention, and memory as the prompt grows.
 
-``python benchmarks/trace_cost.py [--model demo] [--output benchmarks/results/trace_cost.json]``
+``python benchmarks/trace_cost.py [--output benchmarks/results/trace_cost.json]``
 
-Time: plain greedy decoding with the model's own kernel, and the same while every row is recorded to disk, in turn
-in one process; medians and the ratio pair by pair, by the clock and in processor time. Memory: how far the resident
-size of a fresh process rises above what it was before the prompt, with and without recording, for a random model of
-the demo model's shape with a longer context. All rows of one layer at 4,096 tokens would be 512 MiB in float32, and
-four times less at 2,048. One thread, unless told: several wait for each other where other work runs.
+Time: plain greedy decoding with the model's own kernel (sdpa), the same while attention is recorded to disk in either
+store, and decoding as one gets attention from transformers itself (``attn_implementation="eager"`` with
+``output_attentions=True``, kept in memory), all in turn in one process; medians and the ratios lap by lap, by the clock
+and in processor time. Memory: how far the resident size of a fresh process rises above what it was before the prompt,
+for a random model of the demo model's shape with a longer context. All rows of one layer at 4,096 tokens would be 512
+MiB in float32, and four times less at 2,048. One thread, unless told: several wait for each other where others work.
 """
 
 from __future__ import annotations
@@ -19,22 +20,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import machine
+from shapes import SHAPES, random_loaded
 
 from kvscope.model.attention_hook import watching
 from kvscope.model.loading import Loaded, load
+from kvscope.model.pipeline import Pipeline, threads_for
 from kvscope.model.recorder import Recorder
 from kvscope.model.selfcheck import self_check
+from kvscope.trace.schema import STORES as SIGNALS
 from kvscope.trace.schema import TraceHeader
 from kvscope.trace.writer import TraceWriter
 
 PROMPTS = (512, 1024, 2048, 4096)
+STORES = ("maps", "qkv")
+KINDS = ("plain", "eager", *STORES)
 HOW = (
-    "Seconds and MiB; medians. Plain and traced decoding alternate, and each ratio is of one pair: the one to quote is "
+    "Seconds and MiB; medians. The kinds take turns, and each ratio is of one lap: the one to quote is "
     "the median of the ratios. Where other work runs on the machine, trust processor time (cpu) more than the clock."
 )
 
@@ -42,59 +49,91 @@ HOW = (
 def main() -> None:
     """Measure, print, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--prompt", type=int, default=1024)
+    parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shape", choices=SHAPES, help="a random model of this shape in place of --model")
+    parser.add_argument("--device", default="cpu", help="with --shape; memory is then what torch allocated")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/trace_cost.json"))
-    parser.add_argument("--peak", choices=["plain", "traced"], help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.peak:
-        print(peak(args.model, args.prompt, args.peak == "traced"))
+        print(peak(args.model, args.prompt, args.peak))
         return
-    figures = {"how": HOW, "machine": machine(), "time": times(args), "memory": memory()}
+    figures: dict[str, Any] = {"how": HOW, "machine": machine()}
+    if args.shape:
+        loaded = random_loaded(args.shape, args.device)
+        figures |= {"model": loaded.name, "device": args.device, "time": times(loaded, args)}
+        if args.device != "cpu":
+            figures |= {"gpu": torch.cuda.get_device_name(), "memory": gpu_memory(loaded, args)}
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            long_context(Path(folder))
+            figures |= {"model": "random, the demo model's shape"}
+            figures |= {"time": times(load(folder), args), "memory": memory(folder)}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
 
 
-def times(args: argparse.Namespace) -> dict[str, Any]:
-    """Return seconds of plain and of traced decoding, in turn, by the clock and of processor time, and their ratios."""
-    loaded = load(args.model)
-    plain, traced = [], []
+def action(kind: str, loaded: Loaded) -> Callable[[int, int], None]:
+    """Return what decodes with the kernel that this kind takes: ``action(kind, loaded)(prompt, new)``."""
+    loaded.model.set_attn_implementation("eager" if kind == "eager" else "sdpa")
+    if kind in ("plain", "eager"):
+        return partial(decode, loaded, attentions=kind == "eager")
+    return partial(record, loaded, store=kind)
+
+
+def times(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+    """Return seconds of decoding of each kind, in turn, by the clock and of processor time, and ratios to plain."""
+    laps: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     with torch.inference_mode():
-        for _ in range(args.runs + 1):  # the first pair is a warm-up
-            plain.append(timed(lambda: decode(loaded, args.prompt, args.new)))
-            traced.append(timed(lambda: record(loaded, args.prompt, args.new)))
-    figures = {"prompt": args.prompt, "new": args.new, "runs": args.runs}
+        for _ in range(args.runs + 1):  # the first lap is a warm-up
+            for kind in KINDS:
+                laps[kind].append(timed(partial(action(kind, loaded), args.prompt, args.new)))
+    figures: dict[str, Any] = {"prompt": args.prompt, "new": args.new, "runs": args.runs}
     for number, clock in enumerate(("wall", "cpu")):
-        before, after = ([pair[number] for pair in runs[1:]] for runs in (plain, traced))
-        ratios = [late / early for early, late in zip(before, after, strict=True)]
-        figures[clock] = {
-            "plain_seconds_median": round(statistics.median(before), 4),
-            "traced_seconds_median": round(statistics.median(after), 4),
-            "ratio_median": round(statistics.median(ratios), 3),
-            "ratio_min": round(min(ratios), 3),
-            "ratio_max": round(max(ratios), 3),
-        }
+        seconds = {kind: [lap[number] for lap in laps[kind][1:]] for kind in KINDS}
+        figures[clock] = {"seconds": {kind: round(statistics.median(own), 4) for kind, own in seconds.items()}}
+        for kind in KINDS[1:]:
+            ratios = [late / early for early, late in zip(seconds["plain"], seconds[kind], strict=True)]
+            figures[clock][f"{kind}_over_plain"] = {
+                "median": round(statistics.median(ratios), 3),
+                "range": [round(min(ratios), 3), round(max(ratios), 3)],
+            }
     return figures
 
 
-def memory() -> list[dict[str, float]]:
-    """Return the rise in MiB of fresh processes, plain and traced, for each prompt length; medians of three."""
+def memory(model: str) -> list[dict[str, float]]:
+    """Return the rise in MiB of fresh processes of each kind for each prompt length; medians of three."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        long_context(Path(folder))
-        for prompt in PROMPTS:
-            both = {}
-            for kind in ("plain", "traced"):
-                command = [sys.executable, __file__, "--model", folder, "--prompt", str(prompt), "--peak", kind]
-                runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(3)]
-                both[kind] = statistics.median(float(run.stdout) for run in runs)
-            rows.append({"prompt": prompt, **both, "extra": round(both["traced"] - both["plain"], 1)})
+    for prompt in PROMPTS:
+        row: dict[str, float] = {"prompt": prompt}
+        for kind in KINDS:
+            command = [sys.executable, __file__, "--model", model, "--prompt", str(prompt), "--peak", kind]
+            runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(3)]
+            row[kind] = statistics.median(float(run.stdout) for run in runs)
+        added = row["eager"] - row["plain"]
+        row |= {f"{kind}_of_eager": round((row[kind] - row["plain"]) / added, 3) for kind in STORES}
+        rows.append(row)
     return rows
+
+
+def gpu_memory(loaded: Loaded, args: argparse.Namespace) -> dict[str, float]:
+    """Return what torch allocated at most above the model, in MiB, for each kind."""
+    found = {}
+    for kind in KINDS:
+        run = action(kind, loaded)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.inference_mode():
+            run(args.prompt, args.new)
+        found[kind] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    return found
 
 
 def long_context(folder: Path) -> None:
@@ -105,15 +144,14 @@ def long_context(folder: Path) -> None:
     demo.tokenizer.save_pretrained(folder)
 
 
-def peak(model: str, prompt: int, traced: bool) -> float:
+def peak(model: str, prompt: int, kind: str) -> float:
     """Return by how many MiB the resident size rises in a prefill and a few steps."""
-    loaded = load(model)
-    action = record if traced else decode
+    run = action(kind, load(model))
     with torch.inference_mode():
-        action(loaded, 64, 2)  # whatever is allocated once
+        run(64, 2)  # whatever is allocated once
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
         before = resident("VmRSS")
-        action(loaded, prompt, 8)
+        run(prompt, 8)
     return round(resident("VmHWM") - before, 1)
 
 
@@ -123,20 +161,27 @@ def resident(which: str) -> float:
     return float(next(line.split()[1] for line in lines if line.startswith(which))) / 1024
 
 
-def decode(loaded: Loaded, prompt: int, new: int) -> None:
-    """Generate greedily, as transformers does."""
+def decode(loaded: Loaded, prompt: int, new: int, *, attentions: bool = False) -> None:
+    """Generate greedily, as transformers does; with `attentions` it returns all rows."""
     loaded.model.generate(
-        prompt_ids(loaded, prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+        prompt_ids(loaded, prompt),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=attentions,
+        output_attentions=attentions,
     )
 
 
 def prompt_ids(loaded: Loaded, prompt: int) -> torch.Tensor:
     """Return random tokens ``[1, P]``, the same every time."""
-    return torch.randint(1, loaded.model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(1, loaded.model.config.vocab_size, (1, prompt), generator=draw).to(loaded.device)
 
 
-def record(loaded: Loaded, prompt: int, new: int) -> None:
-    """Decode the same while every row is written to disk."""
+def record(loaded: Loaded, prompt: int, new: int, *, store: str) -> None:
+    """Decode the same while attention is written to disk."""
     facts = self_check(loaded.model, torch.ones(1, 8, dtype=torch.long))
     layers = list(facts.windows)
     header = TraceHeader(
@@ -148,15 +193,18 @@ def record(loaded: Loaded, prompt: int, new: int) -> None:
         heads=facts.heads,
         kv_heads=facts.kv_heads,
         head_dim=facts.head_dim,
+        stored=sorted(SIGNALS[store]),
+        attention=[facts.attention[layer] for layer in layers] if store == "qkv" else [],
         layer_types=["full"] * len(layers),
         sliding_window=[None] * len(layers),
     )
     with tempfile.TemporaryDirectory() as folder, TraceWriter(Path(folder) / "trace", header) as writer:
-        recorder = Recorder(writer, layers)
-        recorder.begin(0)
-        with watching(loaded.model, recorder):
-            decode(loaded, prompt, new)
-        recorder.end()
+        with Pipeline(threads_for(loaded.device)) as pipeline:
+            recorder = Recorder(writer, layers, store=store, pipeline=pipeline)
+            recorder.begin(0, prompt)
+            with watching(loaded.model, recorder):
+                decode(loaded, prompt, new)
+            recorder.end()
         writer.finish([{"prompt": prompt, "length": prompt + new + 1, "forced": False}])
 
 
@@ -164,6 +212,8 @@ def timed(action: Callable[[], object]) -> tuple[float, float]:
     """Return the seconds that an action takes by the clock, and of processor time."""
     start, busy = time.perf_counter(), time.process_time()
     action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start, time.process_time() - busy
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from speed import speed_table
 
 from kvscope import __version__
 from kvscope.cli.app import app
@@ -75,6 +76,8 @@ def with_tables(page: str) -> str:
         tables |= {"outcomes": outcomes_table(figures), "agreement": agreement_table(figures)}
     if (ROOT / GATES).is_file():
         tables["gates"] = gates_table(json.loads((ROOT / GATES).read_text(encoding="utf-8")))
+    if (speed := speed_table(ROOT / RESULTS)) is not None:
+        tables["speed"] = speed
     for name, table in tables.items():
         before, begin, rest = page.partition(f"<!-- {name} -->")
         _, end, after = rest.partition(f"<!-- /{name} -->")

@@ -1,11 +1,13 @@
 """The closed loop against plain passes of the model: masks made by hand, and nothing evicted."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from numpy.typing import NDArray
 
 from kvscope.budget import Budget
@@ -201,6 +203,22 @@ class LooksBack(Policy):
 def test_policies_without_a_closed_loop() -> None:
     with pytest.raises(UsageError, match="keys that it has evicted"):
         ClosedLoopOptions().runs([Run(0, Plan.published(LooksBack()), Budget.parse("20%"))])
+
+
+@pytest.mark.parametrize("positions", ["original", "compacted"])
+def test_layers_on_several_devices(positions: str, tmp_path: Path) -> None:
+    """One layer waits on disk, as another device would, and is put in place by accelerate's hooks."""
+    together, apart, model = Kept(), Kept(), build("llama").double()
+    chosen = runs(("h2o", "8"), ("cake", "8"), ("tova", "6"), positions=positions)
+    evaluate(model, [passage()], chosen, [], "full", together)
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
+    model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / "offload")
+    assert {weight.device.type for weight in model.parameters()} == {"cpu", "meta"}
+    evaluate(model, [passage()], chosen, [], "full", apart)
+    for run, values in together.losses.items():
+        assert np.array_equal(values["nll_policy"], apart.losses[run]["nll_policy"])
+        assert not np.array_equal(values["nll_policy"], values["nll_full"])
 
 
 def test_the_self_check_finds_a_model_that_is_not_what_it_says() -> None:
