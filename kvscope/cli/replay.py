@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvscope.cli.options import Device, Force, Json, Quiet, command_line
 from kvscope.cli.parameters import PARAMETERS
+
+if TYPE_CHECKING:
+    from kvscope.replay.memory import Footprint
 
 EPILOG = f"{PARAMETERS} Without TRACE, the newest whole one under traces/ is taken."
 
@@ -98,6 +101,7 @@ def replay(
     from kvscope.cli.parameters import named_policies, options_of, split
     from kvscope.cli.summary import show
     from kvscope.errors import UsageError
+    from kvscope.folder import size
 
     with console.working("loading torch", quiet=quiet):
         from kvscope.replay.loop import ClosedLoopOptions
@@ -126,6 +130,10 @@ def replay(
     names = "all" if policy == ["all"] else places.joined(list(dict.fromkeys(item.name for item in chosen)))
     path = places.place(places.REPORTS, output, f"{trace.name}-{names}", force=force)
     tokens = sum(sequence.length for sequence in trace.sequences)
+
+    def say(needs: Footprint) -> None:
+        console.note(f"about {size(needs.bytes)} of memory for {needs.layers} layers at a time", quiet=quiet)
+
     with console.bar("replaying", tokens, "tokens", quiet=quiet) as update:
         made = run(
             trace,
@@ -137,6 +145,7 @@ def replay(
             allocate=allocate,
             accumulate=accumulate,
             closed=closed,
+            announce=say,
             device=device,
             progress=lambda share: update(share * tokens),
             command=command_line(ctx),

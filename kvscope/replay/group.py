@@ -15,6 +15,7 @@ from kvscope.metrics import Metric
 from kvscope.replay.bounds import Schedules, schedules
 from kvscope.replay.engine import Scan
 from kvscope.replay.layers import Layers
+from kvscope.replay.memory import footprint
 from kvscope.replay.plan import Plan
 from kvscope.replay.rows import Block
 from kvscope.replay.score import Scorer, Scoring
@@ -23,8 +24,6 @@ from kvscope.trace.reader import Sequence as TraceSequence
 from kvscope.trace.reader import Trace
 
 Array = NDArray[Any]
-BLOCK_STEPS = 64
-BLOCK_BYTES = 256 * 2**20  # of one tensor of rows for all budgets of a policy
 EXACT = 1e-9  # retained mass of a step: what is nearer than this to the best is the best, up to rounding
 
 
@@ -119,8 +118,9 @@ class Group:
         metrics: Sequence[Metric],
         prefill: Prefill,
         device: torch.device,
+        block_steps: int,
     ) -> None:
-        self.sequence, self.layers = sequence, layers
+        self.sequence, self.layers, self._block_steps = sequence, layers, block_steps
         self.source = Layers(trace, sequence, layers, device)
         self.shape = self.source.shape
         self.first = sequence.prompt if prefill == "full" else 0
@@ -148,9 +148,8 @@ class Group:
 
     def step_all(self) -> Iterator[float]:
         """Step every scan over the whole sequence, and score it; yields the share that is done."""
-        size = self._block_steps()
-        for start in range(0, self.shape.length, size):
-            stop = min(start + size, self.shape.length)
+        for start in range(0, self.shape.length, self._block_steps):
+            stop = min(start + self._block_steps, self.shape.length)
             rows = self.source.rows(start, stop)
             missing = None if self.source.missing is None else self.source.missing[..., start:stop]
             block = Block(rows, start, missing)
@@ -193,11 +192,6 @@ class Group:
         if index in self.twins:
             tally.add_changed(run.number, int((scan.leave[number] != self.twins[index].leave[number]).sum()))
 
-    def _block_steps(self) -> int:
-        most = max(len(own) for own, _, _ in self.scans)
-        per_step = most * len(self.layers) * self.shape.heads * self.shape.length * 4
-        return max(1, min(BLOCK_STEPS, BLOCK_BYTES // per_step))
-
 
 def step_through(
     trace: Trace,
@@ -218,24 +212,15 @@ def step_through(
         Of the trace; all by default.
     """
     tally = Tally()
-    groups = list(_groups(trace, runs, trace.sequences if sequences is None else sequences))
-    for number, (sequence, layers) in enumerate(groups):
-        group = Group(trace, sequence, layers, runs, metrics, prefill, device)
+    groups = []
+    for sequence in trace.sequences if sequences is None else sequences:
+        needs = footprint(trace, sequence, [run.plan for run in runs], len(metrics))
+        starts = range(0, len(trace.layers), needs.layers)
+        groups += [(sequence, trace.layers[start : start + needs.layers], needs.steps) for start in starts]
+    for number, (sequence, layers, steps) in enumerate(groups):
+        group = Group(trace, sequence, layers, runs, metrics, prefill, device, steps)
         for share in group.step_all():
             if progress is not None:
                 progress((number + share) / len(groups))
         group.write(sink, tally)
     return tally
-
-
-def _groups(
-    trace: Trace, runs: Sequence[Run], sequences: Sequence[TraceSequence]
-) -> Iterator[tuple[TraceSequence, list[int]]]:
-    """Yield sequences and as many of their layers as fit a block of rows of `BLOCK_STEPS` steps."""
-    most = max(sum(run.plan == other.plan for other in runs) for run in runs)
-    together = any(run.plan.looks_across for run in runs)
-    for sequence in sequences:
-        per_layer = most * trace.heads * BLOCK_STEPS * sequence.length * 4
-        size = len(trace.layers) if together else max(1, BLOCK_BYTES // per_layer)
-        for start in range(0, len(trace.layers), size):
-            yield sequence, trace.layers[start : start + size]

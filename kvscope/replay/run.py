@@ -16,6 +16,7 @@ from kvscope.policies.spec import parse_policies
 from kvscope.replay.group import Run, step_through
 from kvscope.replay.info import info, of_trace
 from kvscope.replay.loop import ClosedLoopOptions, Positions, require_closed
+from kvscope.replay.memory import Footprint, footprint
 from kvscope.replay.plan import Plan, protection
 from kvscope.replay.signals import measurable, require
 from kvscope.results.store import Replay
@@ -40,6 +41,7 @@ def replay(
     closed: ClosedLoopOptions | None = None,
     device: str = "cpu",
     progress: Callable[[float], None] | None = None,
+    announce: Callable[[Footprint], None] | None = None,
     command: str | None = None,
     force: bool = False,
 ) -> Replay:
@@ -74,6 +76,8 @@ def replay(
         Where to compute: ``cpu``, ``cuda``.
     progress : callable, optional
         Called with the share that is done.
+    announce : callable, optional
+        Called before the work begins, with the largest `Footprint` that it has in memory.
     command : str, optional
         Command line, for the provenance.
     force : bool
@@ -103,6 +107,9 @@ def replay(
     again = [] if closed is None else closed.runs(runs)
     if closed is not None and not again:
         require_closed(runs[0].plan, closed.positions)
+    if announce is not None:
+        needs = [footprint(trace, one, [run.plan for run in runs], len(wanted)) for one in trace.sequences]
+        announce(max(needs, key=lambda one: one.bytes))
     started = time.monotonic()
     share = 1.0 if closed is None else OPEN_SHARE
     about = info(of_trace(trace), trace.sequences, [*runs, *again], wanted, prefill, command) | {"left_out": left}

@@ -73,7 +73,7 @@ class Scorer:
                 terms = torch.where(scored[..., None], value, 0).to(torch.float64).sum(3)  # [R, L, H, 3]
                 self._pooled[metric.name] = self._pooled.get(metric.name, torch.zeros_like(terms)) + terms
             else:
-                self._blocks[metric.name].append(value.expand(scored.shape))
+                self._blocks[metric.name].append(value.expand(scored.shape).to(torch.float32))
 
     def _evicted(self, rows: Rows) -> Tensor:
         """Return where the query sees less than the model would show it, bool ``[R, L, H, b]``."""

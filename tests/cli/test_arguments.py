@@ -3,7 +3,7 @@
 import pytest
 
 from kvscope.cli.parameters import split
-from kvscope.cli.trace import _layers as layers
+from kvscope.cli.trace import _numbers as numbers
 from kvscope.errors import UsageError
 
 
@@ -41,13 +41,13 @@ def test_split_refuses(words: list[str], what: str) -> None:
     assert caught.value.todo
 
 
-def test_layers() -> None:
-    assert layers(None) is None
-    assert layers("0") == [0]
-    assert layers("3, 0,8-10,9") == [0, 3, 8, 9, 10]
+def test_numbers() -> None:
+    assert numbers("--layers", None) is None
+    assert numbers("--layers", "0") == [0]
+    assert numbers("--heads", "3, 0,8-10,9") == [0, 3, 8, 9, 10]
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,", "3-1", "1-", "-1", "1.5"])
-def test_layers_refuses(text: str) -> None:
+def test_numbers_refuses(text: str) -> None:
     with pytest.raises(UsageError, match="is no layer"):
-        layers(text)
+        numbers("--layers", text)
