@@ -16,8 +16,12 @@ import argparse
 import json
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ from kvscope.replay.plan import Plan
 from kvscope.replay.run import runs_of
 from kvscope.trace.reader import Sequence
 
+DATA = Path(__file__).parents[1] / "tests" / "data" / "demo_heldout.json"
 EIGHT = ["h2o", "tova", "a2sf", "streaming-llm"]  # at two budgets
 
 
@@ -83,6 +88,8 @@ def measured(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> dict[st
         "8_mixed_over_1": [a / b for a, b in zip(seconds["closed_8_mixed"], seconds["closed"], strict=True)],
         "8_budgets_over_1": [a / b for a, b in zip(seconds["closed_8_budgets"], seconds["closed"], strict=True)],
     }
+    if args.shape == "demo":
+        ratios["8_mixed_over_1_as_commands"] = commands(args.runs)
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
     return {
         "machine": {**machine(), "device": device},
@@ -96,6 +103,28 @@ def measured(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> dict[st
         "ratios": {name: summary(values) for name, values in ratios.items()},
         "memory_mib": memory,
     }
+
+
+def commands(runs: int) -> list[float]:
+    """Return how long ``kvscope perplexity`` takes with the eight beside one, start of the program included."""
+    passages = json.loads(DATA.read_text())["passages"]
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "text.txt").write_text(" ".join(passages[:2]))
+        for _ in range(runs):
+            one, eight = (
+                timed(partial(command, folder, names, budgets), "cpu")
+                for names, budgets in (([EIGHT[0]], "20%"), (EIGHT, "20%,40%"))
+            )
+            ratios.append(eight / one)
+    return ratios
+
+
+def command(folder: str, names: list[str], budgets: str) -> None:
+    """Score a text from the command line."""
+    chosen = [part for name in names for part in ("--policy", name)]
+    words = ["perplexity", "--model", "demo", "text.txt", *chosen, "--budget", budgets, "-q", "--force", "-o", "run"]
+    subprocess.run([sys.executable, "-m", "kvscope", *words], cwd=folder, check=True, capture_output=True)
 
 
 class Nothing:

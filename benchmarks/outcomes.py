@@ -142,7 +142,19 @@ def compared(text: Replay, recall: Replay, distances: Sequence[int]) -> dict[str
             "recall_of_its_own": rounded(spearmanr(of_recall, share).statistic),
             "pairs": len(ratio),
         }
-    return {"rows": rows, "rank_agreement": agreement}
+    return {"rows": rows, "rank_agreement": agreement, "within_a_budget": within_a_budget(rows)}
+
+
+def within_a_budget(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Return the rank agreement among policies of one budget, where the budget itself cannot agree, by budget."""
+    found: dict[str, dict[str, float | None]] = {}
+    for name in SHOWN:
+        for budget in BUDGETS.split(","):
+            own = [row for row in rows if row["budget"] == budget and row[name] is not None]
+            if len(own) > 2:
+                ratio = spearmanr([row[name] for row in own], [row["perplexity_ratio"] for row in own]).statistic
+                found.setdefault(name, {})[budget] = rounded(ratio)
+    return found
 
 
 def cheap_metrics(run: Mapping[str, Any]) -> dict[str, float | None]:

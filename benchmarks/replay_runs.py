@@ -53,6 +53,7 @@ def measured(trace: Trace, folder: Path, args: argparse.Namespace) -> dict[str, 
     fit, _ = able(trace, every, parse_budgets(BUDGETS), "full")
     many = fit[: args.policies]
     one, all_ = [], []
+    seconds(trace, [args.one], "20%", folder / "first")  # loads what is compiled
     for number in range(args.runs):
         one.append(seconds(trace, [args.one], "20%", folder / f"one-{number}"))
         all_.append(seconds(trace, many, BUDGETS, folder / f"all-{number}"))

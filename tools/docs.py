@@ -107,17 +107,17 @@ def outcomes_table(figures: dict[str, Any]) -> str:
 def agreement_table(figures: dict[str, Any]) -> str:
     """Return the rank agreement of every cheap metric with the outcomes, under both prefills."""
     lines = [
-        "| metric | text, stream | answers, stream | text, full | answers, full |",
-        "|---|---|---|---|---|",
+        "| metric | text, stream | at 20 % alone | answers, stream | text, full | at 20 % alone | answers, full |",
+        "|---|---|---|---|---|---|---|",
     ]
-    both = [figures[prefill]["rank_agreement"] for prefill in ("stream", "full")]
-    for name in sorted(both[0], key=lambda name: abs(both[0][name]["perplexity_ratio"] or 0), reverse=True):
-        cells = [
-            "-" if name not in found or found[name][what] is None else f"{found[name][what]:+.2f}"
-            for found in both
-            for what in ("perplexity_ratio", "recall")
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    both = [(figures[prefill]["rank_agreement"], figures[prefill]["within_a_budget"]) for prefill in ("stream", "full")]
+    first = both[0][0]
+    for name in sorted(first, key=lambda name: abs(first[name]["perplexity_ratio"] or 0), reverse=True):
+        cells = []
+        for found, within in both:
+            of = found.get(name, {})
+            cells += [of.get("perplexity_ratio"), within.get(name, {}).get(SHOWN), of.get("recall_of_its_own")]
+        lines.append(f"| {name} | {' | '.join('-' if cell is None else f'{cell:+.2f}' for cell in cells)} |")
     return "\n".join(lines)
 
 

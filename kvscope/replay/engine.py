@@ -26,6 +26,7 @@ from kvscope.replay.draw import draw, draw_row
 from kvscope.replay.plan import Plan, protection
 from kvscope.replay.residency import NEVER, ReadLog, Stays, from_leave
 from kvscope.replay.rows import Block, Shape, renormalise
+from kvscope.replay.threads import few_threads
 
 VECTORS = ("keys", "values", "queries")  # signals [L, heads, T, D]; all others are [L, ., T] or [L, T, D]
 PER_QUERY = ("queries", "mean_query")  # of which the current query alone is shown
@@ -128,9 +129,11 @@ class Scan:
         if self._rule is not None and block.rows.device.type == "cpu":
             self._step_compiled(block)
             return
-        for t in range(block.start, block.start + block.rows.shape[-2]):
-            whole = block.whole(t) if t <= self.first_eviction else None
-            self.step(t, block.row(t), whole)
+        largest = self._score.numel() * self.shape.heads // self._heads
+        with few_threads(largest):
+            for t in range(block.start, block.start + block.rows.shape[-2]):
+                whole = block.whole(t) if t <= self.first_eviction else None
+                self.step(t, block.row(t), whole)
 
     def step(self, t: int, row: Tensor, whole: Tensor | None = None) -> None:
         """Let query `t` see, be scored and evict.

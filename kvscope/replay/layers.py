@@ -63,13 +63,15 @@ class Layers:
         Raises
         ------
         ReplayError
-            If a weight is not a finite number.
+            If a weight is negative, or not a finite number.
         """
         rows = torch.from_numpy(self._trace.attention(self._sequence, self._layers[position], start, stop))
-        if not bool(torch.isfinite(rows).all()):
+        low, high = (float(edge) for edge in torch.aminmax(rows))
+        if not (low >= 0 and high < torch.inf):  # false of NaN too
+            what = "negative weights" if low < 0 else "weights that are not numbers"
             raise ReplayError(
-                f"{self._trace.path} holds weights that are not numbers between steps {start} and {stop - 1}",
-                "Check it with: kvscope info TRACE --verify, or record it again.",
+                f"{self._trace.path} holds {what} between steps {start} and {stop - 1}",
+                f"Check it with: kvscope info {self._trace.path} --verify, or record it again.",
             )
         return rows.to(self._device)
 

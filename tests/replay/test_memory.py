@@ -65,5 +65,10 @@ def test_a_long_sequence_takes_shorter_blocks(example: Trace) -> None:
     from dataclasses import replace
 
     sequence = replace(example.sequences[0], length=200_000)
-    needs = footprint(example, sequence, [Plan.published(policy) for policy in parse_policies([f"a2sf:alpha=0.{n}" for n in range(4)])], 10)
+    needs = footprint(
+        example,
+        sequence,
+        [Plan.published(policy) for policy in parse_policies([f"a2sf:alpha=0.{n}" for n in range(4)])],
+        10,
+    )
     assert needs.layers == 1 and needs.steps < module.BLOCK_STEPS
