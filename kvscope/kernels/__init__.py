@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 OFF = "KVSCOPE_NO_KERNELS"  # environment variable: anything but nothing leaves the compiled kernels out
 
 
@@ -32,6 +34,12 @@ def spread(work: Callable[[int, int], None], units: int) -> None:
         return
     edges = [units * part // threads for part in range(threads + 1)]
     list(_pool(threads).map(work, edges[:-1], edges[1:]))
+
+
+def shared(work: Callable[[int], T], items: Sequence[int]) -> Iterable[T]:
+    """Return ``work(item)`` for each, made on as many threads as torch uses, in order."""
+    threads = min(torch.get_num_threads(), len(items))
+    return map(work, items) if threads <= 1 else _pool(threads).map(work, items)
 
 
 @cache

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvscope.errors import ReplayError
+from kvscope.kernels import shared
 from kvscope.replay.rows import Shape
 from kvscope.replay.signals import load
 from kvscope.trace.reader import Sequence as TraceSequence
@@ -55,7 +56,8 @@ class Layers:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return full rows of steps `start` to `stop` - 1, ``[L, H, stop - start, stop]``; see `layer_rows`."""
-        return torch.stack([self.layer_rows(position, start, stop) for position in range(len(self._layers))])
+        places = range(len(self._layers))
+        return torch.stack(list(shared(lambda place: self.layer_rows(place, start, stop), places)))
 
     def layer_rows(self, position: int, start: int, stop: int) -> Tensor:
         """Return the rows of one layer of the group, ``[H, stop - start, stop]``.

@@ -378,13 +378,12 @@ def _ranges(metadata: pq.FileMetaData) -> list[tuple[int, int, int]]:
 
 
 def _scatter(target: Floats, head: NDArray[Any], query: NDArray[Any], lists: pa.ListArray) -> None:
-    """Put list rows into ``target[head, query, :len]``, without a loop over rows."""
-    lengths = np.diff(lists.offsets.to_numpy())
-    values = lists.flatten().to_numpy(zero_copy_only=False)
+    """Put list rows into ``target[head, query, :len]``; copying slices is faster than an index of all numbers."""
+    edges = lists.offsets.to_numpy() - lists.offsets[0].as_py()
+    values, flat = lists.flatten().to_numpy(zero_copy_only=False), target.reshape(-1)
     starts = (head.astype(np.int64) * target.shape[1] + query) * target.shape[2]
-    before = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    where = np.repeat(starts - before, lengths) + np.arange(len(values))
-    target.reshape(-1)[where] = values
+    for start, first, last in zip(starts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        flat[start : start + last - first] = values[first:last]
 
 
 def _damaged(path: Path, file: Path, why: str) -> TraceError:
