@@ -3,7 +3,7 @@
 ``python benchmarks/outcomes.py [--questions 10] [--output benchmarks/results/outcomes.json]``
 
 The bundled model reads passages of books that it never saw, and episodes in which a fact is stated and asked for 64 to
-768 tokens later. Both are recorded once and replayed under every policy at four budgets, open and closed loop, under
+512 tokens later. Both are recorded once and replayed under every policy at four budgets, open and closed loop, under
 both prefills: ``stream`` holds the cache to the budget from the first token on, ``full`` reads the prompt (half of a
 passage, or all of an episode but the answer) with the full cache and compresses it then. An answer is right if every
 token of it is the model's first choice. Rank agreement is Spearman's, over all pairs of policy and budget: each metric

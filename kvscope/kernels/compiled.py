@@ -15,9 +15,17 @@ def compiled(function: F) -> F:
 
     Divisions do not ask for zero each time.
     """
-    return cast(F, njit(nogil=True, cache=True, error_model="numpy")(function))
+    return _made(function)
 
 
 def summing(function: F) -> F:
     """Do the same for one whose sums may be made in any order, and so several at a time."""
-    return cast(F, njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})(function))
+    return _made(function, fastmath={"reassoc", "nsz", "contract"})
+
+
+def _made(function: F, **options: Any) -> F:
+    options |= {"nogil": True, "error_model": "numpy"}
+    try:
+        return cast(F, njit(cache=True, **options)(function))
+    except RuntimeError:  # neither the package nor the user's own cache can be written to: compile in every process
+        return cast(F, njit(**options)(function))
