@@ -145,15 +145,23 @@ def compared(text: Replay, recall: Replay, distances: Sequence[int]) -> dict[str
     return {"rows": rows, "rank_agreement": agreement, "within_a_budget": within_a_budget(rows)}
 
 
-def within_a_budget(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Return the rank agreement among policies of one budget, where the budget itself cannot agree, by budget."""
-    found: dict[str, dict[str, float | None]] = {}
+def within_a_budget(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return rank agreement with both outcomes among the policies of one budget, which itself cannot agree, by budget.
+
+    Metrics are those of the passages.
+    """
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
     for name in SHOWN:
         for budget in BUDGETS.split(","):
             own = [row for row in rows if row["budget"] == budget and row[name] is not None]
             if len(own) > 2:
-                ratio = spearmanr([row[name] for row in own], [row["perplexity_ratio"] for row in own]).statistic
-                found.setdefault(name, {})[budget] = rounded(ratio)
+                values = [row[name] for row in own]
+                outcomes = {
+                    "perplexity_ratio": [row["perplexity_ratio"] for row in own],
+                    "recall": [row["recall"]["all"] for row in own],
+                }
+                agrees = {what: rounded(spearmanr(values, other).statistic) for what, other in outcomes.items()}
+                found.setdefault(name, {})[budget] = agrees
     return found
 
 
