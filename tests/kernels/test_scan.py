@@ -128,20 +128,16 @@ def test_uneven_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     same(scans)
 
 
-def test_weights_that_are_no_numbers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_weights_that_are_no_numbers_are_found(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = attention(1, 1, 2, 12).float()
-    rows[0, 1, 7, 3] = torch.nan
+    rows[0, 1, 7, 7] = torch.nan
+    monkeypatch.setattr(engine, "available", lambda: compiled)
+    scan = Scan(parse_policies(["h2o"])[0], [4], Shape((0,), 2, 1, 1, 12), "stream")
+    assert (scan._rule is not None) == compiled
+    scan.block(Block(rows, 0))
     with pytest.raises(ReplayError, match="not numbers"):
-        both(
-            monkeypatch,
-            Plan.published(parse_policies(["h2o"])[0]),
-            rows,
-            [],
-            kv_heads=1,
-            prompt=1,
-            prefill="stream",
-            budgets=[4],
-        )
+        scan.check()
 
 
 def test_a_class_that_scores_anew_is_not_compiled() -> None:
