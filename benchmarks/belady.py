@@ -25,10 +25,10 @@ from machine import machine
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from kvscope.bounds.schedules import schedule
 from kvscope.model.generate import trace
 from kvscope.model.loading import load
 from kvscope.model.names import demo_folder
-from kvscope.replay.bounds import schedule
 
 Floats = NDArray[np.float64]
 REAL, RANDOM = (512, 1024), (512, 1024, 2048, 4096)

@@ -29,15 +29,14 @@ import torch
 from machine import machine
 from shapes import SHAPES, random_model
 
-from kvscope.budget import parse_budgets
+from kvscope.closed_loop.decode import decode
+from kvscope.closed_loop.evaluate import Passage, evaluate
+from kvscope.core.budget import parse_budgets
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.runs import RunSpec, runs_of
 from kvscope.model.loading import load
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.decoding import decode
-from kvscope.replay.group import Run
-from kvscope.replay.perplexity import Passage, evaluate
-from kvscope.replay.plan import Plan
-from kvscope.replay.run import runs_of
-from kvscope.trace.reader import Sequence
+from kvscope.trace.reader import TokenSequence
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "demo_heldout.json"
 EIGHT = ["h2o", "tova", "a2sf", "streaming-llm"]  # at two budgets
@@ -140,19 +139,19 @@ class Nothing:
         """Take losses."""
 
 
-def plans(names: list[str]) -> list[Plan]:
+def plans(names: list[str]) -> list[EvictionPlan]:
     """Return plans as published."""
-    return [Plan.published(policy) for policy in parse_policies(names)]
+    return [EvictionPlan.published(policy) for policy in parse_policies(names)]
 
 
-def closed(model: Any, ids: torch.Tensor, runs: list[Run]) -> None:
+def closed(model: Any, ids: torch.Tensor, runs: list[RunSpec]) -> None:
     """Score a text under some runs."""
-    evaluate(model, [Passage(Sequence(0, 1, len(ids)), ids)], runs, [], "stream", Nothing())
+    evaluate(model, [Passage(TokenSequence(0, 1, len(ids)), ids)], runs, [], "stream", Nothing())
 
 
-def real(model: Any, ids: torch.Tensor, run: Run) -> None:
+def real(model: Any, ids: torch.Tensor, run: RunSpec) -> None:
     """Decode a text under one run, token by token."""
-    keys = run.keys(Sequence(0, 1, len(ids)), "stream")
+    keys = run.keys(TokenSequence(0, 1, len(ids)), "stream")
     decode(model, ids, run.plan, keys, prompt=1, prefill="stream")
 
 

@@ -27,16 +27,16 @@ import torch
 from machine import machine
 from numpy.typing import NDArray
 
-from kvscope.budget import Budget, Prefill
-from kvscope.gate.module import load_gate
+from kvscope.closed_loop.evaluate import Passage, evaluate
+from kvscope.core.budget import Budget, Prefill
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.runs import RunSpec
+from kvscope.gates.module import load_gate
 from kvscope.metrics import METRICS
 from kvscope.model.loading import Loaded, load
 from kvscope.policies.spec import parse_policy
-from kvscope.replay.group import Run
-from kvscope.replay.perplexity import Passage, evaluate
-from kvscope.replay.plan import Plan
 from kvscope.results.statistics import interval, paired
-from kvscope.trace.reader import Sequence as TraceSequence
+from kvscope.trace.reader import TokenSequence
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "demo_heldout.json"
 Spec = tuple[str, int | None]  # a policy, and its budget in thousandths
@@ -110,7 +110,7 @@ def of_distance(questions: Sequence[Mapping[str, Any]], distance: int) -> list[M
 def passage(loaded: Loaded, number: int, prompt: str, value: str) -> Passage:
     """Return a text of which what follows the prompt is scored; a text alone is scored from its second token on."""
     first, rest = (loaded.tokenizer(text)["input_ids"] if text else [] for text in (prompt, value))
-    return Passage(TraceSequence(number, len(first) if rest else 1, len(first) + len(rest)), torch.tensor(first + rest))
+    return Passage(TokenSequence(number, len(first) if rest else 1, len(first) + len(rest)), torch.tensor(first + rest))
 
 
 def measured(
@@ -120,8 +120,8 @@ def measured(
     cut = "prefill" if prefill == "full" else None
     runs = []
     for number, (spec, share) in enumerate(specs):
-        plan = Plan.make(parse_policy(spec), compress=None if share is None else cut)
-        runs.append(Run(number, plan, None if share is None else Budget.parse(f"{share / 10}%"), "closed"))
+        plan = EvictionPlan.make(parse_policy(spec), compress=None if share is None else cut)
+        runs.append(RunSpec(number, plan, None if share is None else Budget.parse(f"{share / 10}%"), "closed"))
     kept = Kept()
     evaluate(loaded.model, texts, runs, [METRICS.get("held_keys")], prefill, kept)
     return kept

@@ -26,12 +26,12 @@ from machine import machine
 from scipy.stats import spearmanr
 
 import kvscope
-from kvscope.budget import parse_budgets
+from kvscope.closed_loop.options import ClosedLoopOptions
+from kvscope.core.budget import parse_budgets
 from kvscope.model.loading import load
 from kvscope.policies import POLICIES
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.loop import ClosedLoopOptions
-from kvscope.replay.run import able
+from kvscope.replay.run import supported_policies
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 
@@ -92,7 +92,9 @@ def record(folder: Path, name: str, parts: Sequence[tuple[str, str]]) -> Trace:
 def replayed(trace: Trace, prefill: Any, folder: Path, names: Sequence[str] | None) -> Replay:
     """Return every policy that this prefill allows, at all budgets, in both loops."""
     closed = ClosedLoopOptions()
-    chosen, left = able(trace, parse_policies(names or POLICIES.names()), parse_budgets(BUDGETS), prefill, closed)
+    chosen, left = supported_policies(
+        trace, parse_policies(names or POLICIES.names()), parse_budgets(BUDGETS), prefill, closed
+    )
     for why in left.values():
         print("left out:", why)
     print(f"{trace.name}, {prefill}: {len(chosen)} policies", flush=True)

@@ -19,11 +19,11 @@ from typing import Any
 from machine import machine
 
 import kvscope
-from kvscope.budget import parse_budgets
+from kvscope.core.budget import parse_budgets
 from kvscope.model.names import demo_folder
 from kvscope.policies import POLICIES
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.run import able
+from kvscope.replay.run import supported_policies
 from kvscope.trace.reader import Trace
 
 BUDGETS = "10%,20%,40%"
@@ -50,7 +50,7 @@ def main() -> None:
 def measured(trace: Trace, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Return the figures."""
     every = [policy for policy in parse_policies(POLICIES.names()) if not getattr(policy.traits, "clairvoyant", False)]
-    fit, _ = able(trace, every, parse_budgets(BUDGETS), "full")
+    fit, _ = supported_policies(trace, every, parse_budgets(BUDGETS), "full")
     many = fit[: args.policies]
     one, all_ = [], []
     seconds(trace, [args.one], "20%", folder / "first")  # loads what is compiled

@@ -25,13 +25,13 @@ import torch
 from machine import machine
 
 import kvscope
-import kvscope.replay.engine as engine
-from kvscope.budget import parse_budgets
+import kvscope.engine.scan as engine
+from kvscope.core.budget import parse_budgets
+from kvscope.engine.layers import Layers
+from kvscope.engine.rows import Block
+from kvscope.engine.scan import Scan
 from kvscope.model.loading import load
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.engine import Scan
-from kvscope.replay.layers import Layers
-from kvscope.replay.rows import Block
 from kvscope.trace.reader import Trace
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "demo_heldout.json"

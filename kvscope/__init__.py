@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import inspect
 
-    from kvscope.budget import Budget as Budget
-    from kvscope.errors import KvscopeError as KvscopeError
-    from kvscope.errors import ModelError as ModelError
-    from kvscope.errors import ReplayError as ReplayError
-    from kvscope.errors import ResultError as ResultError
-    from kvscope.errors import TraceError as TraceError
-    from kvscope.errors import UsageError as UsageError
+    from kvscope.analysis.compare import compare as compare
+    from kvscope.analysis.find_regrets import regrets as regrets
+    from kvscope.analysis.spans import Span as Span
+    from kvscope.analysis.spans import spans_of as spans_of
+    from kvscope.core.budget import Budget as Budget
+    from kvscope.core.errors import KvscopeError as KvscopeError
+    from kvscope.core.errors import ModelError as ModelError
+    from kvscope.core.errors import ReplayError as ReplayError
+    from kvscope.core.errors import ResultError as ResultError
+    from kvscope.core.errors import TraceError as TraceError
+    from kvscope.core.errors import UsageError as UsageError
     from kvscope.metrics.base import Metric as Metric
     from kvscope.metrics.base import Rows as Rows
     from kvscope.metrics.base import metric as metric
@@ -31,17 +35,14 @@ if TYPE_CHECKING:
     from kvscope.policies.base import Step as Step
     from kvscope.policies.base import parameter as parameter
     from kvscope.policies.base import policy as policy
-    from kvscope.replay.regrets import regrets as regrets
     from kvscope.replay.rescore import rescore as rescore
     from kvscope.replay.run import replay as replay
+    from kvscope.report.figures import plot as plot
     from kvscope.report.page import report as report
     from kvscope.report.panel import panel as panel
-    from kvscope.results.compare import compare as compare
     from kvscope.results.diff import Diff as Diff
     from kvscope.results.diff import diff as diff
     from kvscope.results.export import export as export
-    from kvscope.results.spans import Span as Span
-    from kvscope.results.spans import spans_of as spans_of
     from kvscope.results.store import Replay as Replay
     from kvscope.results.store import open_replay as open_replay
     from kvscope.trace.importer import import_maps as import_maps
@@ -52,23 +53,23 @@ __version__ = "0.1.0"
 
 # Public name -> where it is defined.
 _PUBLIC = {
-    "Budget": "kvscope.budget:Budget",
+    "Budget": "kvscope.core.budget:Budget",
     "Diff": "kvscope.results.diff:Diff",
-    "KvscopeError": "kvscope.errors:KvscopeError",
+    "KvscopeError": "kvscope.core.errors:KvscopeError",
     "Metric": "kvscope.metrics.base:Metric",
-    "ModelError": "kvscope.errors:ModelError",
+    "ModelError": "kvscope.core.errors:ModelError",
     "Policy": "kvscope.policies.base:Policy",
     "Protection": "kvscope.policies.base:Protection",
     "Replay": "kvscope.results.store:Replay",
-    "ReplayError": "kvscope.errors:ReplayError",
-    "ResultError": "kvscope.errors:ResultError",
+    "ReplayError": "kvscope.core.errors:ReplayError",
+    "ResultError": "kvscope.core.errors:ResultError",
     "Rows": "kvscope.metrics.base:Rows",
-    "Span": "kvscope.results.spans:Span",
+    "Span": "kvscope.analysis.spans:Span",
     "Step": "kvscope.policies.base:Step",
     "Trace": "kvscope.trace.reader:Trace",
-    "TraceError": "kvscope.errors:TraceError",
-    "UsageError": "kvscope.errors:UsageError",
-    "compare": "kvscope.results.compare:compare",
+    "TraceError": "kvscope.core.errors:TraceError",
+    "UsageError": "kvscope.core.errors:UsageError",
+    "compare": "kvscope.analysis.compare:compare",
     "diff": "kvscope.results.diff:diff",
     "export": "kvscope.results.export:export",
     "import_maps": "kvscope.trace.importer:import_maps",
@@ -77,10 +78,11 @@ _PUBLIC = {
     "open_replay": "kvscope.results.store:open_replay",
     "panel": "kvscope.report.panel:panel",
     "parameter": "kvscope.policies.base:parameter",
+    "plot": "kvscope.report.figures:plot",
     "policy": "kvscope.policies.base:policy",
-    "regrets": "kvscope.replay.regrets:regrets",
+    "regrets": "kvscope.analysis.find_regrets:regrets",
     "rescore": "kvscope.replay.rescore:rescore",
-    "spans_of": "kvscope.results.spans:spans_of",
+    "spans_of": "kvscope.analysis.spans:spans_of",
 }
 
 # Public functions that have the name of a room: the room itself is called.
@@ -117,6 +119,7 @@ __all__ = [
     "open_replay",
     "panel",
     "parameter",
+    "plot",
     "policy",
     "regrets",
     "replay",

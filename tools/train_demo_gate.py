@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from demo_data import BOOKS, Sample, Source, read_books
 
-from kvscope.gate.file import Facts
-from kvscope.gate.learn import finish
-from kvscope.gate.module import AttentionGate
-from kvscope.gate.tasks import Reading, Texts
-from kvscope.gate.training import Look, Settings
+from kvscope.gates.file import GateFacts
+from kvscope.gates.module import LearnedGate
 from kvscope.model.loading import load
 from kvscope.model.sample import sample
+from kvscope.training.fit import Look, Settings
+from kvscope.training.tasks import Reading, Texts
+from kvscope.training.train_gate import finish
 
 LENGTHS = [256, 256, 256, 256, 512]
 TOKENS = 2048  # of a step
@@ -75,7 +75,7 @@ def main() -> None:
         [texts(judging, [args.seed, 10**6 + number], 256) for number in range(JUDGED)],
     )
     torch.manual_seed(args.seed)
-    facts = Facts(
+    facts = GateFacts(
         model="demo",
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -94,7 +94,7 @@ def main() -> None:
         if step == look.step:
             print(look, flush=True)
 
-    gate = AttentionGate(facts, torch.tensor(sample(loaded.model)))
+    gate = LearnedGate(facts, torch.tensor(sample(loaded.model)))
     about = {
         "task": "reading",
         "texts": f"recall episodes and the first nine tenths of {', '.join(BOOKS)}, whose last twentieth judges",

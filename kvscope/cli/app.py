@@ -35,7 +35,7 @@ from kvscope.cli import (
     verify,
 )
 from kvscope.cli.parameters import PARAMETERS
-from kvscope.errors import KvscopeError
+from kvscope.core.errors import KvscopeError
 
 INTERRUPTED = 130
 

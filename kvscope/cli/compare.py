@@ -11,8 +11,8 @@ from kvscope.cli.options import Json, Quiet
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvscope.analysis.compare import ComparisonRow
     from kvscope.cli.console import Column
-    from kvscope.results.compare import Row
     from kvscope.results.store import Replay
 
 NOTE = (
@@ -50,9 +50,9 @@ def compare(
 
     The sign test counts the sequences in which B is above A; a warning says when they are too few to carry any claim.
     """
+    from kvscope.analysis.compare import compare as run
     from kvscope.cli import console, places
-    from kvscope.errors import UsageError
-    from kvscope.results.compare import compare as run
+    from kvscope.core.errors import UsageError
     from kvscope.results.store import open_replay
 
     if len(replays or ()) > 2:
@@ -71,7 +71,7 @@ def compare(
         console.warn(warning)
 
 
-def columns(rows: Sequence[Row]) -> list[Column]:
+def columns(rows: Sequence[ComparisonRow]) -> list[Column]:
     """Return the columns of the comparison; a budget is named once."""
     from kvscope.cli.console import Column
     from kvscope.results.render import number
@@ -96,8 +96,8 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
 def _policies(replays: Sequence[Replay], given: Sequence[str]) -> tuple[str, str]:
     """Return A and B: those named, or the only two there are."""
-    from kvscope.errors import UsageError
-    from kvscope.results.compare import policies
+    from kvscope.analysis.compare import policies
+    from kvscope.core.errors import UsageError
 
     if len(given) == 2:
         return given[0], given[1]

@@ -15,7 +15,7 @@ def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
     """Trace the bundled model, replay every policy at three budgets, write the report: under a minute, offline."""
     from kvscope.cli import console, places
     from kvscope.cli.summary import show
-    from kvscope.cli.trace import announce, moved
+    from kvscope.cli.trace import announce, progress_callback
 
     with console.working("loading torch and transformers", quiet=quiet):
         from kvscope.model.generate import trace as record
@@ -33,7 +33,7 @@ def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
             max_new_tokens=NEW_TOKENS,
             store=STORE,
             command=command_line(ctx),
-            progress=moved(update),
+            progress=progress_callback(update),
             announce=lambda plan: announce(plan, quiet),
         )
     tokens = sum(sequence.length for sequence in trace.sequences)

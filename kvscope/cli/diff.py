@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvscope.cli.console import Column
-    from kvscope.results.diff import Diff, Row
+    from kvscope.results.diff import Diff, DiffRow
 
 REGRESSION = 3
 
@@ -64,7 +64,7 @@ def diff(
     In a GitHub workflow the result is added to the job summary as well.
     """
     from kvscope.cli import console, places
-    from kvscope.errors import ResultError
+    from kvscope.core.errors import ResultError
     from kvscope.results.baseline import accept, load_summary
     from kvscope.results.diff import diff as compare
     from kvscope.results.diff import parse_tolerance
@@ -107,7 +107,7 @@ def show(found: Diff, form: Format, *, everything: bool, quiet: bool) -> None:
     console.note(found.verdict(), quiet=quiet)
 
 
-def columns(rows: Sequence[Row]) -> list[Column]:
+def columns(rows: Sequence[DiffRow]) -> list[Column]:
     """Return the columns of the comparison; a run is named once."""
     from kvscope.cli.console import ALWAYS, Column
     from kvscope.results.render import number
@@ -149,7 +149,7 @@ def _show_tables(found: Diff, everything: bool) -> None:
 
 
 def _format(form: Format, json: bool) -> Format:
-    from kvscope.errors import UsageError
+    from kvscope.core.errors import UsageError
 
     if json and form not in (Format.text, Format.json):
         raise UsageError(f"--json and --format {form}", "Give one of the two.")

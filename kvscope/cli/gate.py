@@ -11,8 +11,8 @@ import typer
 from kvscope.cli.options import Device, Force, Json, Quiet
 
 if TYPE_CHECKING:
-    from kvscope.gate.learn import Trained
-    from kvscope.gate.training import Look
+    from kvscope.training.fit import Look
+    from kvscope.training.train_gate import Trained
 
 app = typer.Typer(
     help="Train gates for attention-gate: small modules that say, at each layer, which keys are worth keeping.",
@@ -97,7 +97,7 @@ def train(
     to the target. With --distill nothing of the model runs: gates learn which keys later queries looked at most.
     """
     from kvscope.cli import console, places
-    from kvscope.errors import UsageError
+    from kvscope.core.errors import UsageError
 
     if bool(text) == bool(distill):
         raise UsageError("name either texts or traces", "Write --model M --text FILE, or --distill TRACE")
@@ -108,9 +108,9 @@ def train(
     if output.exists() and not force:
         raise UsageError(f"{output} exists", "Choose another name with -o, or replace it with --force.")
     with console.working("loading transformers", quiet=quiet):
-        from kvscope.gate.learn import Design, train_on_texts, train_on_traces
-        from kvscope.gate.training import Settings
         from kvscope.trace.reader import open_trace
+        from kvscope.training.fit import Settings
+        from kvscope.training.train_gate import Design, train_on_texts, train_on_traces
 
     design = Design(heads, head_size, form.value, tau, sinks)
     settings = Settings(target_keep, eviction_loss.value, strength, steps, rate, every, patience, ramp)

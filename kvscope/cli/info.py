@@ -85,7 +85,7 @@ def describe(trace: Trace, *, verified: bool = False) -> dict[str, Any]:
 
 def pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the facts as lines of a name and a text."""
-    from kvscope.folder import size
+    from kvscope.core.output import size
 
     model = facts["model"]
     heads = f"{facts['heads']} query heads, {facts['kv_heads']} key/value heads"

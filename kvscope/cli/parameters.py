@@ -30,7 +30,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     UsageError
         For a flag without a value, or a flag given twice.
     """
-    from kvscope.errors import UsageError
+    from kvscope.core.errors import UsageError
 
     words: list[str] = []
     params: dict[str, str] = {}
@@ -58,7 +58,7 @@ def named_policies(specs: Sequence[str], params: dict[str, str], own: Sequence[s
     """Return the policies that the command line names; a misspelt option, one of `own`, is told from a parameter."""
     import difflib
 
-    from kvscope.errors import UsageError
+    from kvscope.core.errors import UsageError
     from kvscope.policies import POLICIES
     from kvscope.policies.spec import parse_policies
 

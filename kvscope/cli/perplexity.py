@@ -60,13 +60,13 @@ def perplexity(
     Every token is scored in the closed loop while the cache is held to the budget from the first token on. Many
     policies and budgets ride in one pass of the model.
     """
-    from kvscope.budget import parse_budgets
     from kvscope.cli import console, places
     from kvscope.cli.parameters import named_policies, options_of, split
     from kvscope.cli.summary import show
+    from kvscope.core.budget import parse_budgets
 
     with console.working("loading transformers", quiet=quiet):
-        from kvscope.replay.text import perplexity as run
+        from kvscope.closed_loop.perplexity import perplexity as run
 
     words, params = split([*files, *ctx.args])  # what Typer does not know lands among the files
     texts = [Path(word) for word in words]

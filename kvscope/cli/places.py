@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvscope.cli.console import note
-from kvscope.errors import KvscopeError, ResultError, TraceError, UsageError
-from kvscope.registry import nearest
+from kvscope.core.errors import KvscopeError, ResultError, TraceError, UsageError
+from kvscope.core.registry import nearest
 
 TRACES = Path("traces")
 REPORTS = Path("reports")

@@ -41,9 +41,9 @@ def regret(
     Of one run the worst evictions are listed, with the tokens, kinds of tokens and lags that its loss is made of; of
     several runs, a line each.
     """
+    from kvscope.analysis.find_regrets import regrets
     from kvscope.cli import console, places
     from kvscope.cli.runs import chosen, title, trace_of
-    from kvscope.replay.regrets import regrets
     from kvscope.results.store import open_replay
 
     opened = open_replay(places.find_replay(replay, quiet=quiet))

@@ -11,7 +11,7 @@ from kvscope.cli.options import Device, Force, Json, Quiet, command_line
 from kvscope.cli.parameters import PARAMETERS
 
 if TYPE_CHECKING:
-    from kvscope.replay.memory import Footprint
+    from kvscope.replay.footprint import Footprint
 
 EPILOG = f"{PARAMETERS} Without TRACE, the newest whole one under traces/ is taken."
 
@@ -96,17 +96,17 @@ def replay(
     what an eviction would do to later layers and tokens is not part of it; --perplexity adds the closed loop, in which
     it is.
     """
-    from kvscope.budget import parse_budgets
     from kvscope.cli import console, places
     from kvscope.cli.parameters import named_policies, options_of, split
     from kvscope.cli.summary import show
-    from kvscope.errors import UsageError
-    from kvscope.folder import size
+    from kvscope.core.budget import parse_budgets
+    from kvscope.core.errors import UsageError
+    from kvscope.core.output import size
 
     with console.working("loading torch", quiet=quiet):
-        from kvscope.replay.loop import ClosedLoopOptions
-        from kvscope.replay.run import able
+        from kvscope.closed_loop.options import ClosedLoopOptions
         from kvscope.replay.run import replay as run
+        from kvscope.replay.run import supported_policies
         from kvscope.trace.reader import open_trace
 
     words, params = split(ctx.args)
@@ -124,7 +124,7 @@ def replay(
         )
     if "all" in (policy or []):
         plan = {"compress": compress, "allocate": allocate, "accumulate": accumulate}
-        chosen, left = able(trace, chosen, budgets, prefill.value, closed, **plan)
+        chosen, left = supported_policies(trace, chosen, budgets, prefill.value, closed, **plan)
         for why in left.values():
             console.warn(f"left out of all: {why}")
     names = "all" if policy == ["all"] else places.joined(list(dict.fromkeys(item.name for item in chosen)))

@@ -57,7 +57,7 @@ def report(
 def traces_of(replays: Sequence[Replay]) -> dict[str, Trace]:
     """Return the traces that replays were made from, by identity, as far as they are still where they were."""
     from kvscope.cli.console import warn
-    from kvscope.errors import TraceError
+    from kvscope.core.errors import TraceError
     from kvscope.trace.reader import open_trace
 
     traces: dict[str, Trace] = {}

@@ -46,8 +46,8 @@ def chosen(replay: Replay, policies: Sequence[str] | None, budgets: Sequence[str
     UsageError
         If there is none.
     """
-    from kvscope.errors import UsageError
-    from kvscope.results.compare import runs_named
+    from kvscope.analysis.compare import runs_named
+    from kvscope.core.errors import UsageError
 
     numbers = {run["run"] for policy in policies or () for run in runs_named(replay, policy)}
     wanted = {part.strip() for budget in budgets or () for part in budget.split(",")}
@@ -73,7 +73,7 @@ def trace_of(replay: Replay, given: str | None) -> Trace:
         If there is no trace any more.
     """
     from kvscope.cli import places
-    from kvscope.errors import ResultError, TraceError
+    from kvscope.core.errors import ResultError, TraceError
     from kvscope.trace.reader import open_trace
 
     source = replay.info["trace"]

@@ -50,10 +50,10 @@ def spans(
 
     One run is shown layer by layer; of several, all layers as one.
     """
+    from kvscope.analysis.spans import parse_spans, spans_of
     from kvscope.cli import console, places
     from kvscope.cli.runs import chosen, title, trace_of
-    from kvscope.errors import UsageError
-    from kvscope.results.spans import parse_spans, spans_of
+    from kvscope.core.errors import UsageError
     from kvscope.results.store import open_replay
 
     if not span:

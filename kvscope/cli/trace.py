@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kvscope.cli.console import Update
     from kvscope.model.generate import Progress
-    from kvscope.model.plan import Plan
+    from kvscope.model.plan import RecordingPlan
 
 
 def trace(
@@ -128,17 +128,17 @@ def trace(
             hidden=hidden,
             force=force,
             command=command_line(ctx),
-            progress=moved(update),
+            progress=progress_callback(update),
             announce=lambda plan: announce(plan, quiet),
         )
     show(made, as_json=json)
     console.note("next: kvscope replay --policy a2sf", quiet=quiet)
 
 
-def announce(plan: Plan, quiet: bool) -> None:
+def announce(plan: RecordingPlan, quiet: bool) -> None:
     """Say how large a trace will be, before it starts."""
     from kvscope.cli.console import note
-    from kvscope.folder import size
+    from kvscope.core.output import size
 
     others = ", ".join(f"{store}: {size(count)}" for store, count in plan.others.items())
     note(f"{plan.path}: about {size(plan.bytes)} to write ({others}), {size(plan.free)} free on the disk", quiet=quiet)
@@ -148,9 +148,9 @@ def announce(plan: Plan, quiet: bool) -> None:
         note(f"prompts go through the model {plan.prefill_chunk:,} tokens at a time", quiet=quiet)
 
 
-def moved(update: Update) -> Callable[[Progress], None]:
+def progress_callback(update: Update) -> Callable[[Progress], None]:
     """Return a callback that moves a bar by the tokens done, and shows the bytes written."""
-    from kvscope.folder import size
+    from kvscope.core.output import size
 
     return lambda now: update(now.done, size(now.bytes), now.total)
 
@@ -165,7 +165,7 @@ def _name(prompts: Sequence[Path], model: str) -> str:
 
 def _numbers(option: str, text: str | None) -> list[int] | None:
     """Return the numbers of ``0,3,8-11``, in order and without repeats."""
-    from kvscope.errors import UsageError
+    from kvscope.core.errors import UsageError
 
     if text is None:
         return None

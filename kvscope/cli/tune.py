@@ -13,8 +13,8 @@ from kvscope.cli.options import Device, Json, Quiet
 from kvscope.cli.replay import Prefill
 
 if TYPE_CHECKING:
-    from kvscope.replay.tune import Tuning
     from kvscope.results.statistics import Paired
+    from kvscope.tune.search import Tuning
 
 
 class Per(StrEnum):
@@ -57,16 +57,16 @@ def tune(
     The file is read with --policy a2sf:@tuned.toml. Without TRACE, the newest whole one under traces/ is taken.
     """
     from kvscope.cli import console, places
-    from kvscope.errors import UsageError
+    from kvscope.core.errors import UsageError
 
     if output.is_dir() or not output.parent.is_dir():
         raise UsageError(f"{output} cannot be a file here", "Name a file in a folder that exists: -o tuned.toml")
     if output.exists() and not force:
         raise UsageError(f"{output} exists", "Choose another name with -o, or replace it with --force.")
     with console.working("loading torch", quiet=quiet):
-        from kvscope.replay.tune import to_toml
-        from kvscope.replay.tune import tune as run
         from kvscope.trace.reader import open_trace
+        from kvscope.tune.search import to_toml
+        from kvscope.tune.search import tune as run
 
     opened = [open_trace(places.find_trace(name, quiet=quiet)) for name in traces or ()]
     opened = opened or [open_trace(places.find_trace(None, quiet=quiet))]
@@ -92,8 +92,8 @@ def tune(
 
 
 def _grid(policy: str, given: list[str]) -> dict[str, list[str]]:
-    from kvscope.errors import UsageError
-    from kvscope.replay.tune import usual_grid
+    from kvscope.core.errors import UsageError
+    from kvscope.tune.search import usual_grid
 
     if not given:
         return usual_grid(policy)

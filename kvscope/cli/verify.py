@@ -12,7 +12,7 @@ from kvscope.cli.replay import Positions, Prefill
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvscope.replay.verify import Verdict
+    from kvscope.closed_loop.verify import Verdict
 
 DIFFERENCE = 3
 
@@ -48,14 +48,14 @@ def verify(
     Both must hold the same keys at every step and give the same logits: this is what makes the perplexities of the
     closed loop those of real decoding. Any policy that evicts can be verified, your own included.
     """
-    from kvscope.budget import parse_budgets
     from kvscope.cli import console, places
     from kvscope.cli.parameters import named_policies, options_of, split
-    from kvscope.errors import UsageError
+    from kvscope.core.budget import parse_budgets
+    from kvscope.core.errors import UsageError
 
     with console.working("loading transformers", quiet=quiet):
-        from kvscope.replay.loop import ClosedLoopOptions
-        from kvscope.replay.verify import verify as run
+        from kvscope.closed_loop.options import ClosedLoopOptions
+        from kvscope.closed_loop.verify import verify as run
         from kvscope.trace.reader import open_trace
 
     words, params = split(ctx.args)

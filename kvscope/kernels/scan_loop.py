@@ -12,7 +12,7 @@ import numpy as np
 
 from kvscope.kernels.compiled import compiled
 
-NEVER = 2**31 - 1  # as in `kvscope.replay.residency`
+NEVER = 2**31 - 1  # as in `kvscope.engine.residency`
 NONE, MEAN, MAX, SUM = range(4)  # how query heads become one
 
 

@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.core.registry import Registry
 from kvscope.metrics.heaviest import heaviest
 from kvscope.metrics.moments import Moments, moments, summed
-from kvscope.registry import Registry
 
 T = TypeVar("T")
 Direction = Literal["higher", "lower", "none"]

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvscope.errors import ModelError
+from kvscope.core.errors import ModelError
 
 PREFIX = "kvscope-watch-"
 KERNELS = ("sdpa", "eager")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvscope.errors import ModelError
+from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call, watching
 
 PROBES = (3, 8)  # positions at which one token is looked at

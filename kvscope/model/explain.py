@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from kvscope.errors import ModelError
+from kvscope.core.errors import ModelError
 
 # What the Hub's HTTP client raises without an answer; the client is httpx in huggingface_hub 1, and httpx2 in 2.
 HttpError: type[Exception] = HfHubHTTPError.__bases__[0]

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.model.attention_hook import require_registry, watching
 from kvscope.model.explain import out_of_memory
 from kvscope.model.header import header
 from kvscope.model.loading import Loaded, load
 from kvscope.model.pipeline import Pipeline, threads_for
-from kvscope.model.plan import Plan, heads_of, layers_of, planned
+from kvscope.model.plan import RecordingPlan, heads_of, layers_of, planned
 from kvscope.model.prefill import chunk_size
 from kvscope.model.prompts import Prompt, encode, read_prompts, token_texts
 from kvscope.model.recorder import Recorder
@@ -71,7 +71,7 @@ def trace(
     force: bool = False,
     command: str | None = None,
     progress: Callable[[Progress], None] | None = None,
-    announce: Callable[[Plan], None] | None = None,
+    announce: Callable[[RecordingPlan], None] | None = None,
 ) -> Trace:
     """Return the recorded trace of a model that reads prompts and continues them.
 
@@ -114,7 +114,7 @@ def trace(
     force : bool
         Whether to replace an existing trace.
     progress, announce : callable, optional
-        Called with `Progress` while it runs, and with the `Plan` before it starts.
+        Called with `Progress` while it runs, and with the `RecordingPlan` before it starts.
 
     Raises
     ------
@@ -197,7 +197,7 @@ class _Run:
         loaded: Loaded,
         writer: TraceWriter,
         recorder: Recorder,
-        plan: Plan,
+        plan: RecordingPlan,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self.loaded, self.writer, self.recorder, self.chunk = loaded, writer, recorder, plan.prefill_chunk

@@ -10,17 +10,22 @@ from hashlib import sha256
 from importlib.metadata import version
 from typing import Any
 
-from kvscope.errors import ModelError
+from kvscope.core.errors import ModelError
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
 from kvscope.model.sampling import Sampling
-from kvscope.model.selfcheck import Facts
+from kvscope.model.selfcheck import AttentionFacts
 from kvscope.trace.schema import QKV, STORES, LayerAttention, TraceHeader, parse_store
 
 
 def header(
-    loaded: Loaded, facts: Facts, layers: list[int], prompts: Sequence[Prompt], sampling: Sampling, **given: Any
+    loaded: Loaded,
+    facts: AttentionFacts,
+    layers: list[int],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    **given: Any,
 ) -> TraceHeader:
     """Return the header of a recording.
 
@@ -91,7 +96,7 @@ def _narrowed(attention: LayerAttention, heads: list[int]) -> LayerAttention:
     return replace(attention, sinks=[attention.sinks[head] for head in heads])
 
 
-def _model(loaded: Loaded, facts: Facts) -> dict[str, Any]:
+def _model(loaded: Loaded, facts: AttentionFacts) -> dict[str, Any]:
     config = loaded.model.config
     described = config.to_dict()
     described.pop("_name_or_path", None)  # a path would tell of the machine, and "id" names the model

@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from kvscope.errors import ModelError, UsageError
-from kvscope.registry import nearest
+from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.registry import nearest
 
 DEMO = "demo"
 ALIASES = {

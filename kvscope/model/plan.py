@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.model.loading import Loaded
 from kvscope.model.pipeline import IN_FLIGHT
-from kvscope.model.selfcheck import Facts
+from kvscope.model.selfcheck import AttentionFacts
 from kvscope.trace.schema import STORES, TOP, TraceHeader, estimate_bytes
 from kvscope.trace.writer import free_bytes
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecordingPlan:
     """What a recording will be.
 
     Attributes
@@ -44,7 +44,7 @@ class Plan:
     in_flight: int = IN_FLIGHT
 
 
-def planned(path: Path, known: TraceHeader, lengths: list[int], hidden: int) -> Plan:
+def planned(path: Path, known: TraceHeader, lengths: list[int], hidden: int) -> RecordingPlan:
     """Return what a recording will be: sequences of at most so many tokens, layer inputs of so many numbers."""
     inputs = ("hidden",) if "hidden" in known.stored else ()
     sizes = {
@@ -63,7 +63,7 @@ def planned(path: Path, known: TraceHeader, lengths: list[int], hidden: int) -> 
         for store, stored in STORES.items()
     }
     needed = sizes.pop(known.store)
-    return Plan(path, needed, free_bytes(path), sizes, len(lengths), sum(lengths), known.prefill_chunk)
+    return RecordingPlan(path, needed, free_bytes(path), sizes, len(lengths), sum(lengths), known.prefill_chunk)
 
 
 def layers_of(loaded: Loaded, wanted: Sequence[int] | None) -> list[int]:
@@ -75,7 +75,7 @@ def layers_of(loaded: Loaded, wanted: Sequence[int] | None) -> list[int]:
     return sorted(set(wanted)) if wanted else list(range(count))
 
 
-def heads_of(loaded: Loaded, facts: Facts, wanted: Sequence[int] | None) -> list[int]:
+def heads_of(loaded: Loaded, facts: AttentionFacts, wanted: Sequence[int] | None) -> list[int]:
     """Return the query heads to record, none for all.
 
     Raises

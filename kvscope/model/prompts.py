@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.model.loading import Loaded
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvscope.errors import ModelError
+from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call
 from kvscope.model.pipeline import IN_FLIGHT, Pipeline, Write
 from kvscope.trace.schema import MAPS, STORES, STRETCH, TOPK, VECTORS, parse_store

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 
 Chooser = Callable[[Tensor, Tensor], int]  # from ids [1, t] and logits [1, vocabulary] to the next token
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvscope.errors import ModelError
+from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call, watching
 from kvscope.trace.schema import LayerAttention
 
@@ -17,7 +17,7 @@ TOLERANCE = 1e-4  # of a row's sum, in float32
 
 
 @dataclass(frozen=True)
-class Facts:
+class AttentionFacts:
     """What the attention calls of a model show: sizes, windows by layer, scaling, cap, learned sinks, all by layer."""
 
     heads: int
@@ -30,7 +30,7 @@ class Facts:
     attention: dict[int, LayerAttention]
 
 
-def self_check(model: Any, ids: Tensor) -> Facts:
+def self_check(model: Any, ids: Tensor) -> AttentionFacts:
     """Return the facts of the model's attention, after a look at a few tokens of the prompt, ``[1, P]``.
 
     Raises
@@ -62,7 +62,7 @@ def self_check(model: Any, ids: Tensor) -> Facts:
             "Record layers of one kind: --layers.",
         )
     (heads, kv_heads, head_dim), first = shapes.pop(), calls[0]
-    return Facts(
+    return AttentionFacts(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvscope.errors import ReplayError
+from kvscope.core.errors import ReplayError
 from kvscope.model.derotation import Derotation
 
 

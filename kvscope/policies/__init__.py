@@ -3,7 +3,6 @@
 from kvscope.policies import (
     a2sf,
     ada_kv,
-    allocations,
     attention_gate,
     belady,
     cake,

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.policies.base import Group, Policy, Protection, Step, Traits, at_least, parameter, policy
 from kvscope.policies.recurrence import Recurrence
 

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.core.registry import Registry
 from kvscope.policies.recurrence import Recurrence
-from kvscope.registry import Registry
 
 Scope = Literal["kv_head", "layer"]
 Group = Literal["mean", "max", "sum"]
@@ -121,7 +121,7 @@ class Step:
     def layer_weights(self) -> Tensor:
         """Return the live row averaged over all query heads of the layer, ``[R, L, 1, n]``."""
         live = self._live()
-        return alike(live, lambda rows: rows.mean(2, keepdim=True, dtype=torch.float64).to(rows.dtype))
+        return compute_once_if_shared(live, lambda rows: rows.mean(2, keepdim=True, dtype=torch.float64).to(rows.dtype))
 
     def grouped(self, rows: Tensor, group: Group = "mean") -> Tensor:
         """Return rows of query heads ``[., L, H, n]`` as rows of key/value heads ``[., L, G, n]``."""
@@ -133,14 +133,14 @@ class Step:
             exact = torch.float64
             return (grouped.mean(3, dtype=exact) if group == "mean" else grouped.sum(3, dtype=exact)).to(rows.dtype)
 
-        return alike(rows, reduced)
+        return compute_once_if_shared(rows, reduced)
 
     def _live(self) -> Tensor:
         assert self.live is not None, "the policy reads weights without naming them in `needs`"
         return self.live
 
 
-def alike(rows: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+def compute_once_if_shared(rows: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
     """Return ``make(rows)`` for rows ``[R, ...]``, made once where all runs share them: while nothing is evicted."""
     if len(rows) > 1 and rows.stride(0) == 0:
         return make(rows[:1]).expand(len(rows), *[-1] * (rows.ndim - 1))

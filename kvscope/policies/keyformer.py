@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvscope.policies.base import Group, Policy, Protection, Step, alike, at_least, parameter, policy
+from kvscope.policies.base import Group, Policy, Protection, Step, at_least, compute_once_if_shared, parameter, policy
 
 
 @policy("keyformer")
@@ -57,7 +57,7 @@ class Keyformer(Policy):
         if step.compresses:
             step.memory["keyformer"] = chosen | (step.visible.sum(-1) > step.budget)
         assert step.live is not None
-        noisy = alike(step.live, lambda live: self._noisy(step, live))
+        noisy = compute_once_if_shared(step.live, lambda live: self._noisy(step, live))
         total = score + step.grouped(noisy, self.group).to(score.dtype)
         age = torch.arange(step.t, -1, -1, device=score.device, dtype=score.dtype)
         # Once chosen, the newest key beyond the recent window is the one that has just left it.

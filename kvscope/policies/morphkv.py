@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvscope.policies.base import Policy, Protection, Step, alike, at_least, parameter, policy
+from kvscope.policies.base import Policy, Protection, Step, at_least, compute_once_if_shared, parameter, policy
 from kvscope.policies.cache import without_gaps
 from kvscope.policies.history import History
 
@@ -54,7 +54,7 @@ class MorphKV(Policy):
         if step.compresses and history.count:
             score = self._fused(step, history, score)
         assert step.live is not None
-        history.push(alike(step.live, lambda live: self._together(step, live)))
+        history.push(compute_once_if_shared(step.live, lambda live: self._together(step, live)))
         return score
 
     def _together(self, step: Step, live: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.policies.base import Policy, Protection, Step, at_least, parameter, policy
 from kvscope.policies.cache import at, without_gaps
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.policies.base import Group, Policy, Step, Traits, at_least, parameter, policy
 
 Schedule = Literal["fixed", "dynamic"]

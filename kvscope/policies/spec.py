@@ -13,10 +13,10 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.core.registry import nearest
 from kvscope.policies.base import POLICIES, Policy, Traits
 from kvscope.policies.tuned import read_tuned
-from kvscope.registry import nearest
 
 # name:setting=... or name(setting=...), as labels have it; a setting may hold the path of a file, a name may not
 _NAMED = re.compile(r"^\s*(?P<name>[\w-]+)\s*(?::(?P<rest>\s*[\w-]+\s*=.*)|\((?P<inside>.*)\)\s*)$")

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from kvscope.budget import Prefill
+from kvscope.bounds.schedules import schedules
+from kvscope.core.budget import Prefill
+from kvscope.engine.rows import Shape
+from kvscope.engine.scan import PER_QUERY, VECTORS, Scan
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.bounds import schedules
-from kvscope.replay.engine import PER_QUERY, VECTORS, Scan
-from kvscope.replay.rows import Shape
 
 
 def held(

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.device import torch_device
+from kvscope.engine.layers import Layers
+from kvscope.engine.provenance import versions
+from kvscope.engine.rows import Shape
+from kvscope.engine.scoring import Scorer, Scoring
+from kvscope.engine.signals import measurable
 from kvscope.metrics import Metric
-from kvscope.replay.info import versions
-from kvscope.replay.layers import Layers
-from kvscope.replay.rows import Shape
-from kvscope.replay.run import torch_device
-from kvscope.replay.score import Scorer, Scoring
-from kvscope.replay.signals import measurable
-from kvscope.results.gap import Stays
-from kvscope.results.stays import read_stays
+from kvscope.results.loop_gap import Stays
+from kvscope.results.residency import read_stays
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace

@@ -5,20 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
-import torch
-
-from kvscope.budget import Budget, Prefill, parse_budgets
-from kvscope.errors import ReplayError, TraceError, UsageError
+from kvscope.closed_loop.options import ClosedLoopOptions, require_closed
+from kvscope.core.budget import Budget, Prefill, parse_budgets
+from kvscope.core.errors import ReplayError, TraceError, UsageError
+from kvscope.engine.device import torch_device
+from kvscope.engine.plan import EvictionPlan, protection
+from kvscope.engine.provenance import info, of_trace
+from kvscope.engine.runs import RunSpec, runs_of
+from kvscope.engine.signals import measurable, require
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.group import Run, step_through
-from kvscope.replay.info import info, of_trace
-from kvscope.replay.loop import ClosedLoopOptions, Positions, require_closed
-from kvscope.replay.memory import Footprint, footprint
-from kvscope.replay.plan import Plan, protection
-from kvscope.replay.signals import measurable, require
+from kvscope.replay.footprint import Footprint, footprint
+from kvscope.replay.layer_group import step_through
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace
@@ -99,7 +98,7 @@ def replay(
     chosen = parse_policies(policies, params)
     if not chosen:
         raise UsageError("no policy is named", "Name one or more: --policy h2o --policy tova")
-    plans = [Plan.make(policy, compress, allocate, accumulate) for policy in chosen]
+    plans = [EvictionPlan.make(policy, compress, allocate, accumulate) for policy in chosen]
     runs = runs_of(plans, parse_budgets(budgets))
     wanted, left = measurable(trace, metrics)
     check(trace, runs, prefill)
@@ -117,7 +116,7 @@ def replay(
         tally = step_through(trace, runs, wanted, prefill, on, writer, progress=_part(progress, 0, share))
         counted = {run.number: tally.of(run.number) for run in runs}
         if closed is not None:
-            from kvscope.replay.trace_loop import score_trace  # loads transformers
+            from kvscope.closed_loop.trace_loop import score_trace  # loads transformers
 
             tally = score_trace(
                 trace, again, wanted, prefill, writer, closed, device=device, progress=_part(progress, share, 1)
@@ -131,22 +130,7 @@ def _part(progress: Callable[[float], None] | None, low: float, high: float) -> 
     return None if progress is None else lambda share: progress(low + share * (high - low))
 
 
-def runs_of(
-    plans: Sequence[Plan],
-    budgets: Sequence[Budget],
-    loop: Literal["open", "closed"] = "open",
-    positions: Positions = "original",
-) -> list[Run]:
-    """Return every plan under every budget, those without a budget once."""
-    pairs = [
-        (plan, budget)
-        for plan in plans
-        for budget in (budgets if plan.policy.traits.bounded or plan.policy.traits.reads else [None])
-    ]
-    return [Run(number, plan, budget, loop, positions) for number, (plan, budget) in enumerate(pairs)]
-
-
-def able(
+def supported_policies(
     trace: Trace,
     policies: Sequence[Policy],
     budgets: Sequence[Budget],
@@ -164,7 +148,7 @@ def able(
     fit, left = [], {}
     for policy in policies:
         try:
-            runs = runs_of([Plan.make(policy, **choices)], budgets)
+            runs = runs_of([EvictionPlan.make(policy, **choices)], budgets)
             check(trace, runs, prefill)
             if closed is not None:
                 closed.runs(runs)
@@ -174,7 +158,7 @@ def able(
     return fit, left
 
 
-def check(trace: Trace, runs: Sequence[Run], prefill: Prefill) -> None:
+def check(trace: Trace, runs: Sequence[RunSpec], prefill: Prefill) -> None:
     """Raise before any work what would make the runs impossible on this trace: signals, room, steps."""
     for plan in dict.fromkeys(run.plan for run in runs):
         require(trace, plan)
@@ -183,7 +167,7 @@ def check(trace: Trace, runs: Sequence[Run], prefill: Prefill) -> None:
     _require_steps(trace, prefill)
 
 
-def _require_room(trace: Trace, runs: Sequence[Run], prefill: Prefill) -> None:
+def _require_room(trace: Trace, runs: Sequence[RunSpec], prefill: Prefill) -> None:
     for run in runs:
         run.plan.require(prefill)
         for sequence in trace.sequences:
@@ -197,13 +181,3 @@ def _require_steps(trace: Trace, prefill: Prefill) -> None:
                 f"sequence {sequence.index} of {trace.path} is all prompt: full prefill leaves no step to score",
                 "Use --prefill stream, or record tokens after the prompt.",
             )
-
-
-def torch_device(name: str) -> torch.device:
-    """Return the device called `name`; raises UsageError if it cannot be used."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used: {error}".splitlines()[0], "Use --device cpu.") from error
-    return device

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvscope.errors import ResultError, UsageError
-from kvscope.registry import nearest
+from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.registry import nearest
 from kvscope.report.page import report_input
 from kvscope.report.panels.budget_curve import budget_curve
-from kvscope.report.runs import Run
+from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
@@ -65,7 +65,7 @@ def plot(
     return figure
 
 
-def _run(source: ReportInput, number: int | None) -> Run:
+def _run(source: ReportInput, number: int | None) -> RunView:
     if number is None:
         return source.first
     found = [run for run in source.runs if run.replay is source.replays[0] and run.number == number]
@@ -74,7 +74,7 @@ def _run(source: ReportInput, number: int | None) -> Run:
     return found[0]
 
 
-def _budget_curve(source: ReportInput, metric: Mapping[str, Any], _: Run) -> Figure:
+def _budget_curve(source: ReportInput, metric: Mapping[str, Any], _: RunView) -> Figure:
     """Return one line per policy; those that the page does not show at first wait in the legend."""
     data = budget_curve(source)
     runs = {run.id: run for run in source.runs}
@@ -96,7 +96,7 @@ def _budget_curve(source: ReportInput, metric: Mapping[str, Any], _: Run) -> Fig
     return figure
 
 
-def _head_map(source: ReportInput, metric: Mapping[str, Any], run: Run) -> Figure:
+def _head_map(source: ReportInput, metric: Mapping[str, Any], run: RunView) -> Figure:
     """Return the mean over steps and sequences of every query head."""
     means = source.means(run.replay)
     figure = _figure(f"{metric['title']}, {source.name_of(run)}", "query head", "layer")
@@ -109,7 +109,7 @@ def _head_map(source: ReportInput, metric: Mapping[str, Any], run: Run) -> Figur
     return figure
 
 
-def _over_time(source: ReportInput, metric: Mapping[str, Any], run: Run) -> Figure:
+def _over_time(source: ReportInput, metric: Mapping[str, Any], run: RunView) -> Figure:
     """Return the mean over layers and heads at every step of the first sequence."""
     figure = _figure(f"{metric['title']}, budget {run.budget or 'none'}", "step", _axis(metric))
     for each in source.runs:
@@ -137,7 +137,7 @@ def _axis(metric: Mapping[str, Any]) -> str:
     return f"{metric['title']}{better}"
 
 
-_FIGURES: dict[str, Callable[[ReportInput, Mapping[str, Any], Run], Figure]] = {
+_FIGURES: dict[str, Callable[[ReportInput, Mapping[str, Any], RunView], Figure]] = {
     "budget_curve": _budget_curve,
     "head_map": _head_map,
     "over_time": _over_time,

@@ -8,13 +8,13 @@ from typing import Any
 
 import kvscope.report.panels  # noqa: F401  registers the panels
 from kvscope import __version__
-from kvscope.errors import ResultError
+from kvscope.core.errors import ResultError
 from kvscope.report.encoding import rounded, visible_everywhere
 from kvscope.report.limits import Limits
 from kvscope.report.panel import PANELS, Panel
 from kvscope.report.panels.overview import answer
 from kvscope.report.parts import Part, spread
-from kvscope.report.runs import KINDS, Run
+from kvscope.report.runs import KINDS, RunView
 from kvscope.report.source import ReportInput
 from kvscope.report.template import document, inert_json
 from kvscope.results.store import Replay
@@ -146,7 +146,7 @@ def _panel_data(each: Panel, source: ReportInput) -> dict[str, Any] | None:
     }
 
 
-def _run(source: ReportInput, run: Run) -> dict[str, Any]:
+def _run(source: ReportInput, run: RunView) -> dict[str, Any]:
     identity, loop, prefill = run.protocol
     return {
         "id": run.id,

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kvscope.errors import UsageError
-from kvscope.registry import Registry
+from kvscope.core.errors import UsageError
+from kvscope.core.registry import Registry
 from kvscope.report.source import OFFERS, ReportInput
 
 Build = Callable[[ReportInput], dict[str, Any] | None]

@@ -74,7 +74,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class RunView:
     """One policy under one budget, from one of the replays.
 
     Attributes
@@ -98,7 +98,7 @@ class Run:
     metrics: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def of(cls, id: str, replay: Replay, source: str, info: Mapping[str, Any], summary: Mapping[str, Any]) -> Run:
+    def of(cls, id: str, replay: Replay, source: str, info: Mapping[str, Any], summary: Mapping[str, Any]) -> RunView:
         """Return a run with what its row of the summary says; its bounds, gap and tails become metrics."""
         metrics = dict(summary.get("metrics") or {})
         beside = {**(summary.get("bounds") or {}), "held_overlap": (summary.get("gap") or {}).get("held_overlap")}
@@ -196,7 +196,7 @@ class Run:
         return None if value is None else float(value)
 
 
-def ends(runs: Sequence[Run], metric: Mapping[str, Any]) -> tuple[float, float] | None:
+def ends(runs: Sequence[RunView], metric: Mapping[str, Any]) -> tuple[float, float] | None:
     """Return the best and the last value of some runs; None where there is no best, or all are equal."""
     values = [value for run in runs if (value := rounded(run.mean(metric["name"]))) is not None]
     if metric["direction"] == "none" or len(values) < 2 or min(values) == max(values):

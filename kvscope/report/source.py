@@ -16,7 +16,7 @@ from kvscope.report.fidelity import Means, read_means
 from kvscope.report.limits import Limits
 from kvscope.report.parts import Part, sequences_of, spread
 from kvscope.report.regret import Eviction, worst_evictions
-from kvscope.report.runs import BESIDE, FIRST, LAST, Run
+from kvscope.report.runs import BESIDE, FIRST, LAST, RunView
 from kvscope.report.stays import Stays, read_stays
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
@@ -65,7 +65,7 @@ class ReportInput:
         )
 
     @cached_property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[RunView, ...]:
         """Every run of every replay."""
         return tuple(self._runs())
 
@@ -83,21 +83,21 @@ class ReportInput:
         return {name: found[name] for name in (*FIRST, *middle, *LAST) if name in found}
 
     @cached_property
-    def ranking(self) -> tuple[Run, ...]:
+    def ranking(self) -> tuple[RunView, ...]:
         """Every run, the smallest budget first, within a budget by the first metric that has a best end."""
         return tuple(sorted(self.runs, key=self._place))
 
     @cached_property
-    def groups(self) -> dict[tuple[str, ...], list[Run]]:
+    def groups(self) -> dict[tuple[str, ...], list[RunView]]:
         """Runs that compare with each other, in the order of `ranking`."""
-        groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+        groups: dict[tuple[str, ...], list[RunView]] = defaultdict(list)
         for run in self.ranking:
             if run.comparable is not None:
                 groups[run.comparable].append(run)
         return dict(groups)
 
     @cached_property
-    def detailed(self) -> tuple[Run, ...]:
+    def detailed(self) -> tuple[RunView, ...]:
         """Every run, the best of each group first, then the second of each: what comes first fits into the page."""
         place = {run.id: at for group in self.groups.values() for at, run in enumerate(group)}
         order = {run.id: at for at, run in enumerate(self.ranking)}
@@ -119,7 +119,7 @@ class ReportInput:
         return tuple(dict.fromkeys(chosen + baselines))
 
     @cached_property
-    def first(self) -> Run:
+    def first(self) -> RunView:
         """The run that a page shows at first: the best that decides at every step, under the middle budget."""
         stepping = [run for run in self.ranking if run.kind == "every step" and run.budget is not None]
         for runs in (stepping, [run for run in self.ranking if run.budget is not None], list(self.ranking)):
@@ -158,7 +158,7 @@ class ReportInput:
         """Return the sequences of a replay that the page shows."""
         return [part for part in self.parts.values() if part.identity == replay.info["trace"]["identity"]]
 
-    def runs_of(self, part: Part) -> list[Run]:
+    def runs_of(self, part: Part) -> list[RunView]:
         """Return the runs of a sequence, in the order of `detailed`."""
         return [run for run in self.detailed if run.replay.info["trace"]["identity"] == part.identity]
 
@@ -222,7 +222,7 @@ class ReportInput:
             self._means[index] = read_means(replay, present, [part.number for part in self.parts_of(replay)])
         return self._means[index]
 
-    def scored(self, run: Run, part: Part) -> pd.DataFrame | None:
+    def scored(self, run: RunView, part: Part) -> pd.DataFrame | None:
         """Return the scored tokens of a run of the closed loop: the columns of ``tokens.parquet``; None of another."""
         if run.protocol[1] != "closed":
             return None
@@ -232,12 +232,12 @@ class ReportInput:
         frame = self._scored[index]
         return frame[(frame["run"] == run.number) & (frame["sequence"] == part.number)]
 
-    def title_of(self, run: Run) -> str:
+    def title_of(self, run: RunView) -> str:
         """Return the policy and, where they differ among the runs, the loop and the replay."""
         loop = [f"{run.protocol[1]} loop"] if len({each.protocol[1] for each in self.runs}) > 1 else []
         return " · ".join([run.label, *loop, *([run.source] if len(self.replays) > 1 else [])])
 
-    def name_of(self, run: Run) -> str:
+    def name_of(self, run: RunView) -> str:
         """Return the title and the budget."""
         return self.title_of(run) if run.budget is None else f"{self.title_of(run)} · {run.budget}"
 
@@ -284,7 +284,7 @@ class ReportInput:
             self._stored[key] = found
         return found
 
-    def _place(self, run: Run) -> tuple[float, float]:
+    def _place(self, run: RunView) -> tuple[float, float]:
         keys = math.inf if run.budget_keys is None else run.budget_keys
         directions = {name: declaration.get("direction", "none") for name, declaration in self.metrics.items()}
         ranked = next((name for name, direction in directions.items() if direction != "none"), None)
@@ -293,8 +293,10 @@ class ReportInput:
             return keys, math.inf
         return keys, -value if directions[ranked] == "higher" else value
 
-    def _runs(self) -> Iterator[Run]:
+    def _runs(self) -> Iterator[RunView]:
         for index, replay in enumerate(self.replays):
             summaries = {row["run"]: row for row in replay.summary["runs"]}
             for info in replay.info["runs"]:
-                yield Run.of(f"{index}.{info['run']}", replay, self.names[index], info, summaries.get(info["run"], {}))
+                yield RunView.of(
+                    f"{index}.{info['run']}", replay, self.names[index], info, summaries.get(info["run"], {})
+                )

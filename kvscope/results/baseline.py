@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvscope.errors import ResultError, UsageError
+from kvscope.core.errors import ResultError, UsageError
 from kvscope.results.schema import SUMMARY, SUMMARY_KIND, load_json
 from kvscope.results.store import open_replay
 

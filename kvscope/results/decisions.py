@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kvscope.errors import ResultError
+from kvscope.core.errors import ResultError
 from kvscope.results.digest import NAME
 from kvscope.results.store import Replay, open_replay
 

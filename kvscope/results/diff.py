@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from kvscope.errors import ResultError, UsageError
-from kvscope.registry import nearest
+from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.registry import nearest
 from kvscope.results.baseline import ALIGNED
 from kvscope.results.decisions import Decisions, compare_decisions
 
@@ -50,7 +50,7 @@ DEFAULT_TOLERANCE = Tolerance(0.001)
 
 
 @dataclass(frozen=True)
-class Row:
+class DiffRow:
     """One metric of one run on both sides.
 
     `verdict` is ``worse`` for a fall by more than the tolerance, ``changed`` for a metric without a better direction
@@ -79,11 +79,11 @@ class Diff:
 
     base: str
     new: str
-    rows: list[Row]
+    rows: list[DiffRow]
     decisions: list[Decisions] | None = None
 
     @property
-    def regressions(self) -> list[Row]:
+    def regressions(self) -> list[DiffRow]:
         """Rows that fail a build: worse, missing."""
         return [row for row in self.rows if row.fails]
 
@@ -97,7 +97,7 @@ class Diff:
         """Whether anything fails a build."""
         return bool(self.regressions or self.redecided)
 
-    def shown(self, everything: bool = False) -> list[Row]:
+    def shown(self, everything: bool = False) -> list[DiffRow]:
         """Return the rows for a reader: all if they are few, otherwise those that are not the same."""
         if everything or len(self.rows) <= FEW:
             return self.rows
@@ -163,7 +163,7 @@ def diff(
             raise UsageError(f"tolerance for {name!r}, which no run has", nearest(name, declared))
     sources = str(base.get("source", "base")), str(new.get("source", "new"))
     before, after = _by_key(base, sources[0]), _by_key(new, sources[1])
-    rows: list[Row] = []
+    rows: list[DiffRow] = []
     decided: list[Decisions] = []
     for key in [*before, *(key for key in after if key not in before)]:
         old, later = before.get(key), after.get(key)
@@ -230,7 +230,7 @@ def _rows(
     after: Mapping[str, Any] | None,
     declared: Mapping[str, Any],
     allowed: Mapping[str, Tolerance],
-) -> list[Row]:
+) -> list[DiffRow]:
     run = before or after
     assert run is not None, "the key is from one of the two sides"
     return [
@@ -247,7 +247,7 @@ def _row(
     after: Mapping[str, Any] | None,
     direction: str,
     tolerance: Tolerance,
-) -> Row:
+) -> DiffRow:
     old, new = _mean(before, name), _mean(after, name)
     change = None if old is None or new is None else new - old
     verdict: Verdict
@@ -261,7 +261,7 @@ def _row(
         verdict = "changed"
     else:
         verdict = "better" if (change > 0) == (direction == "higher") else "worse"
-    return Row(label, name, old, new, change, tolerance.of(old), str(tolerance), verdict)
+    return DiffRow(label, name, old, new, change, tolerance.of(old), str(tolerance), verdict)
 
 
 def _label(run: Mapping[str, Any]) -> str:

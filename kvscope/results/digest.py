@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.errors import ResultError
+from kvscope.core.errors import ResultError
 
 Array = NDArray[Any]
 NAME = "decisions"  # of the digest, in every run of run.json and summary.json

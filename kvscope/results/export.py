@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from kvscope.errors import ResultError, UsageError
-from kvscope.folder import OutputFolder
-from kvscope.registry import nearest
+from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.output import OutputFolder
+from kvscope.core.registry import nearest
 from kvscope.results.schema import LOSSES, SCHEMA_VERSION, fidelity_schema
 from kvscope.results.store import Replay
 from kvscope.results.stream import batches, means

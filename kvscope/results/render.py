@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from xml.etree import ElementTree as xml
 
 from kvscope.results.decisions import Decisions, Moved
-from kvscope.results.diff import Diff, Row
+from kvscope.results.diff import Diff, DiffRow
 
 MOST = 1000  # rows of a Markdown table: a job summary may have 1 MiB
 MOVED = ("sequence", "layer", "kv_head", "key", "base", "new")
@@ -77,11 +77,11 @@ def number(value: float | None, sign: bool = False) -> str:
     return "-" if value is None else f"{value:+.4f}" if sign else f"{value:.4f}"
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: DiffRow) -> list[str]:
     return [row.run, row.metric, number(row.base), number(row.new), number(row.change, True), row.stated, row.verdict]
 
 
-def _said(row: Row) -> str:
+def _said(row: DiffRow) -> str:
     if row.verdict == "missing":
         return "is missing: the base has it, the new side does not"
     return f"went from {number(row.base)} to {number(row.new)} ({number(row.change, True)}; tolerance {row.stated})"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kvscope.errors import ResultError
+from kvscope.core.errors import ResultError
 
 KIND = "kvscope-replay"
 SUMMARY_KIND = "kvscope-summary"

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kvscope.errors import ResultError, UsageError
-from kvscope.folder import checksum
+from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.output import checksum
 from kvscope.results.schema import LOSSES, SUMMARY, SUMMARY_KIND, load_json, read_header
 
 
@@ -43,10 +43,10 @@ class Replay:
         return load_json(self.path / SUMMARY, SUMMARY_KIND, "summary")
 
     def plot(self, name: str = "budget_curve", **options: Any) -> Any:
-        """Return a Plotly figure of this replay; names, options and errors are those of `kvscope.report.plot`."""
-        from kvscope.report.figures import plot  # a replay in a notebook draws itself
+        """Return a Plotly figure of this replay; names, options and errors are those of `kvscope.plot`."""
+        import kvscope  # the public name: this room does not know who draws
 
-        return plot(self, name, **options)
+        return kvscope.plot(self, name, **options)
 
     def _repr_html_(self) -> str:
         """Return the summary as a table, for notebooks: the mean of every metric of every run."""

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kvscope.errors import ResultError
-from kvscope.folder import OutputFolder, checksum
+from kvscope.core.errors import ResultError
+from kvscope.core.output import OutputFolder, checksum
 from kvscope.results.digest import NAME as DECISIONS
 from kvscope.results.digest import Digests
-from kvscope.results.gap import Gap, Stays
+from kvscope.results.loop_gap import Gap, Stays
 from kvscope.results.outcome import OUTCOMES, Outcomes
 from kvscope.results.schema import (
     KIND,

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.errors import TraceError, UsageError
-from kvscope.folder import checksum
+from kvscope.core.errors import TraceError, UsageError
+from kvscope.core.output import checksum
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.schema import VECTORS, TraceHeader, estimate_bytes
 from kvscope.trace.writer import TraceWriter, require_space

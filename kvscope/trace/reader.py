@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kvscope.errors import TraceError
-from kvscope.folder import checksum
+from kvscope.core.errors import TraceError
+from kvscope.core.output import checksum
 from kvscope.trace.columns import layer_file
 from kvscope.trace.derive import Derived, Floats, KeptKeys
 from kvscope.trace.loss import approximate
 from kvscope.trace.schema import MAPS_AND_VECTORS, QKV, TOPK, VECTORS, TraceHeader, Which, read_header
 from kvscope.trace.topk import KeptRates, Rebuilt
 
-HOW = {
+REMEDIES = {
     "maps": "Record it again with kvscope trace, or import it with attention.",
     "value_l1": "Record it again with kvscope trace, or import it with value_l1 or values.",
     "value_l2": "Record it again with kvscope trace, or import it with value_l2 or values.",
@@ -41,7 +41,7 @@ HOW = {
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """One sequence of a trace: its number, ``P``, ``T``, and whether its continuation was given."""
 
     index: int
@@ -72,7 +72,7 @@ class Trace:
         What was recorded, and how.
     data : dict
         All of ``trace.json``.
-    sequences : list of Sequence
+    sequences : list of TokenSequence
         Lengths.
     """
 
@@ -80,7 +80,7 @@ class Trace:
         self.path, self.data = path, data
         self.header = TraceHeader.from_json(data, path)
         self.sequences = [
-            Sequence(index, entry["prompt"], entry["length"], bool(entry.get("forced")))
+            TokenSequence(index, entry["prompt"], entry["length"], bool(entry.get("forced")))
             for index, entry in enumerate(data["sequences"])
         ]
         self._kept: KeptKeys = OrderedDict()
@@ -290,7 +290,9 @@ class Trace:
 
     def _require(self, signal: str) -> None:
         if signal not in self.stored:
-            raise TraceError(f"trace {self.path} does not hold {signal}", HOW.get(signal, "Import it with that array."))
+            raise TraceError(
+                f"trace {self.path} does not hold {signal}", REMEDIES.get(signal, "Import it with that array.")
+            )
 
     def _read(self, name: str, sequence: int, columns: list[str]) -> pa.Table:
         return self._table(self.path / name, columns=columns, filters=[("sequence", "=", sequence)])

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from kvscope.errors import TraceError, UsageError
+from kvscope.core.errors import TraceError, UsageError
 from kvscope.trace.columns import FILES
 from kvscope.trace.loss import describe_bounds
 

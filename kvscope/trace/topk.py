@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kvscope.errors import TraceError
+from kvscope.core.errors import TraceError
 from kvscope.trace.columns import layer_file
 from kvscope.trace.derive import CACHE_BYTES, Floats
 from kvscope.trace.schema import STRETCH, TraceHeader

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kvscope.errors import TraceError
-from kvscope.folder import OutputFolder, checksum, size
+from kvscope.core.errors import TraceError
+from kvscope.core.output import OutputFolder, checksum, size
 from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
 from kvscope.trace.loss import Outside
 from kvscope.trace.parquet import LayerFile

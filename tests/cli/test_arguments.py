@@ -4,7 +4,7 @@ import pytest
 
 from kvscope.cli.parameters import split
 from kvscope.cli.trace import _numbers as numbers
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kvscope.gate.module import load_gate
+from kvscope.gates.module import load_gate
 from tests.cli.conftest import Run
-from tests.gate.test_training import corpus
 from tests.model.tiny import saved
+from tests.training.test_training import corpus
 
 QUICK = ("--steps", "6", "--every", "3", "--window", "16", "--tokens", "32", "--head-size", "4", "-q")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kvscope.cli.places import TRACES, joined, place, readable
-from kvscope.errors import KvscopeError, UsageError
+from kvscope.core.errors import KvscopeError, UsageError
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 from kvscope.cli import console
 from kvscope.cli.console import ALWAYS, Column, fit, show_json, show_table
 from kvscope.cli.summary import columns, notes
-from kvscope.folder import size
+from kvscope.core.output import size
 
 NAMES = (
     "retained_mass",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import kvscope.replay.closed_loop as module
+import kvscope.closed_loop.forward as module
+from kvscope.engine.rows import Block, Shape
+from kvscope.engine.scan import Scan
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.engine import Scan
-from kvscope.replay.rows import Block, Shape
-from tests.replay.maps import attention
+from tests.engine.maps import attention
 
 
 @pytest.mark.parametrize("spec", ["h2o", "tova"])  # decided per head, and per layer

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import kvscope.metrics.moments as module
 from kvscope.metrics.moments import moments
-from tests.replay.maps import KINDS, attention
+from tests.engine.maps import KINDS, attention
 
 
 @settings(max_examples=60, deadline=None)

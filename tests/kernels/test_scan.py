@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kvscope.replay.engine as engine
-from kvscope.errors import ReplayError
+import kvscope.engine.scan as engine
+from kvscope.core.errors import ReplayError
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.rows import Block, Shape
+from kvscope.engine.scan import Scan
 from kvscope.kernels import OFF, available
 from kvscope.policies.a2sf import A2SF
 from kvscope.policies.base import Policy, Step
 from kvscope.policies.recurrence import recurrence_of
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.engine import Scan
-from kvscope.replay.plan import Plan
-from kvscope.replay.rows import Block, Shape
-from tests.replay.maps import KINDS, attention, signals
+from tests.engine.maps import KINDS, attention, signals
 
 SPECS = [
     "h2o",
@@ -42,7 +42,7 @@ SPECS = [
 
 
 def both(
-    monkeypatch: pytest.MonkeyPatch, plan: Plan, rows: Tensor, blocks: list[int], windows: Any = (), **how: Any
+    monkeypatch: pytest.MonkeyPatch, plan: EvictionPlan, rows: Tensor, blocks: list[int], windows: Any = (), **how: Any
 ) -> list[Scan]:
     """Return the scans of a plan stepped block by block: compiled, and not."""
     layers, heads, length = rows.shape[-4:-1]
@@ -91,7 +91,7 @@ def test_the_same_keys_leave(
         same(
             both(
                 patch,
-                Plan.published(parse_policies([spec])[0]),
+                EvictionPlan.published(parse_policies([spec])[0]),
                 rows,
                 blocks,
                 kv_heads=kv_heads,
@@ -107,7 +107,7 @@ def test_windows_sinks_and_rows_of_their_own(spec: str, monkeypatch: pytest.Monk
     rows = torch.stack([attention(seed, 2, 4, 40, "half").float() for seed in (1, 2)])  # [R, L, H, T, T]
     rows[:, 1] = rows[:, 1].triu(-8)  # the second layer sees nine keys
     missing = torch.rand(2, 2, 4, 40, generator=torch.Generator().manual_seed(3))
-    plan = Plan.published(parse_policies([spec])[0])
+    plan = EvictionPlan.published(parse_policies([spec])[0])
     for prefill in ("full", "stream"):
         how = {"kv_heads": 2, "prompt": 20, "prefill": prefill, "budgets": [6, 11], "missing": missing}
         same(both(monkeypatch, plan, rows, [13, 29], (None, 9), **how))
@@ -115,13 +115,13 @@ def test_windows_sinks_and_rows_of_their_own(spec: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("compress", ["prefill", "every:3"])
 def test_phases(compress: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan.make(parse_policies(["h2o"])[0], compress=compress)
+    plan = EvictionPlan.make(parse_policies(["h2o"])[0], compress=compress)
     rows = attention(5, 2, 4, 40).float()
     same(both(monkeypatch, plan, rows, [25], kv_heads=2, prompt=22, prefill="full", budgets=[8, 16]))
 
 
 def test_uneven_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan.make(parse_policies(["a2sf"])[0], allocate="pyramid")
+    plan = EvictionPlan.make(parse_policies(["a2sf"])[0], allocate="pyramid")
     rows = attention(5, 3, 4, 60).float()
     scans = both(monkeypatch, plan, rows, [31], kv_heads=2, prompt=40, prefill="full", budgets=[16])
     assert len(scans[0].budget.unique()) > 1

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvscope.metrics.heaviest as module
-from tests.replay.maps import KINDS, attention
+from tests.engine.maps import KINDS, attention
 
 
 @settings(max_examples=80, deadline=None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvscope.engine.rows import Shape
+from kvscope.engine.scoring import Scorer, Scoring
 from kvscope.metrics import METRICS, Metric
-from kvscope.replay.rows import Shape
-from kvscope.replay.score import Scorer, Scoring
 
 OURS = [metric for _, metric in METRICS.items() if metric.compute.__module__.startswith("kvscope.metrics.")]
 

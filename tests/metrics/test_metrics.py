@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.scoring import ALWAYS
 from kvscope.metrics import METRICS, metric
-from kvscope.replay.score import ALWAYS
+from tests.engine.maps import KINDS, attention
 from tests.metrics.make import OURS, Left, left, scored
 from tests.reference import metrics as twin
-from tests.replay.maps import KINDS, attention
 
 NAMES = [item.name for item in OURS]
 SIZE = 3  # D

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kvscope.model.generate as generate_module
-from kvscope.errors import ModelError, TraceError, UsageError
+from kvscope.core.errors import ModelError, TraceError, UsageError
 from kvscope.model.generate import Progress, trace
 from kvscope.model.prompts import token_texts
 from kvscope.trace.reader import open_trace

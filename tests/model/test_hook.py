@@ -16,7 +16,7 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvscope.errors import ModelError
+from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call, watching
 from kvscope.model.loading import UNSUPPORTED
 from kvscope.model.recorder import Recorder

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from kvscope.errors import KvscopeError, ModelError, UsageError
+from kvscope.core.errors import KvscopeError, ModelError, UsageError
 from kvscope.model import explain, loading, names
 from kvscope.model.loading import load
 from kvscope.model.names import ALIASES, resolve

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.model import prefill
-from kvscope.model.generate import Plan, _Run, trace
+from kvscope.model.generate import RecordingPlan, _Run, trace
 from kvscope.model.prefill import chunk_size
 from kvscope.model.selfcheck import self_check
 from kvscope.trace.reader import Trace
@@ -104,7 +104,7 @@ def test_no_more_than_a_chunk_goes_through_the_model(prompt: Path, tmp_path: Pat
 
 
 def test_long_prompts_go_in_chunks_that_bound_the_logits(prompt: Path, tmp_path: Path, monkeypatch) -> None:
-    folder, plans = saved(tmp_path / "llama"), list[Plan]()
+    folder, plans = saved(tmp_path / "llama"), list[RecordingPlan]()
     record(folder, prompt, tmp_path / "whole", announce=plans.append)
     assert plans[0].prefill_chunk is None
     monkeypatch.setattr(prefill, "LEAST", 1)

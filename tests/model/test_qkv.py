@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvscope.errors import ModelError
+from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call
-from kvscope.model.generate import Plan, trace
+from kvscope.model.generate import RecordingPlan, trace
 from kvscope.model.recorder import HELD_STEPS, Recorder
 from kvscope.trace.reader import Trace
 from kvscope.trace.schema import STORES
@@ -94,7 +94,7 @@ def test_some_layers(prompt: Path, tmp_path: Path) -> None:
 
 
 def test_every_store_is_estimated(prompt: Path, tmp_path: Path) -> None:
-    folder, plans = saved(tmp_path / "llama"), list[Plan]()
+    folder, plans = saved(tmp_path / "llama"), list[RecordingPlan]()
     for store in STORES:
         trace(str(folder), [prompt], output=tmp_path / store, max_new_tokens=2, store=store, announce=plans.append)
     sizes = {store: plan.bytes for store, plan in zip(STORES, plans, strict=True)}

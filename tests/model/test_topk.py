@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from kvscope.errors import TraceError, UsageError
+from kvscope.core.errors import TraceError, UsageError
 from kvscope.model import recorder as recorder_module
 from kvscope.model.attention_hook import watching
 from kvscope.model.generate import trace
 from kvscope.model.pipeline import Pipeline
-from kvscope.model.plan import Plan
+from kvscope.model.plan import RecordingPlan
 from kvscope.model.recorder import HELD_STEPS, Recorder
 from kvscope.trace import topk as topk_module
 from kvscope.trace.columns import layer_file
@@ -117,7 +117,7 @@ def test_heads_that_cannot_be_recorded(prompt: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stride", [2, 3, 50])
 def test_every_nth_row(stride: int, prompt: Path, tmp_path: Path) -> None:
-    folder, plans = str(saved(tmp_path / "llama")), list[Plan]()
+    folder, plans = str(saved(tmp_path / "llama")), list[RecordingPlan]()
     options = {"max_new_tokens": NEW, "query_block": 4, "announce": plans.append}
     whole = trace(folder, [prompt], output=tmp_path / "whole", **options)
     part = trace(folder, [prompt], output=tmp_path / "part", query_stride=stride, **options)

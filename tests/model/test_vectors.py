@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvscope.errors import TraceError, UsageError
+from kvscope.core.errors import TraceError, UsageError
 from kvscope.model.attention_hook import Call, watching
 from kvscope.model.generate import trace
 from kvscope.model.recorder import HELD_STEPS, Recorder

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvscope.engine.rows import Shape
+from kvscope.engine.scan import Scan
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.engine import Scan
-from kvscope.replay.rows import Shape
-from tests.replay.maps import attention, run
+from tests.engine.maps import attention, run
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text())
 Sets = list[set[int]]

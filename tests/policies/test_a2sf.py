@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import kvscope.policies.a2sf  # noqa: F401
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policies
+from tests.engine.maps import attention, run
 from tests.policies.decisions import LENGTH, golden, golden_scan, heads_at, scans
 from tests.reference.policies import a2sf as twin
-from tests.replay.maps import attention, run
 
 WIDE = [(1, 5), (4, 9), (9, 9), (17, 6), (LENGTH - 1, 4), (20, LENGTH), (3, LENGTH - 1)]  # room for 1 sink and 2 recent
 

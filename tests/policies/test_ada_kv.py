@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kvscope.policies.spec import parse_policy
+from tests.engine.maps import attention, run
 from tests.policies.decisions import groups, head_sets
 from tests.reference.policies import allocations, snapkv
-from tests.replay.maps import attention, run
 
 LENGTH, LAYERS = 40, 2
 HEADS = [(4, 2), (3, 3), (8, 4), (4, 1)]

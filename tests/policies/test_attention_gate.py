@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.plan import EvictionPlan
 from kvscope.policies.spec import parse_policy
-from kvscope.replay.plan import Plan
+from tests.engine.maps import attention, run, signals
 from tests.policies.decisions import HEADS, LENGTH, head_sets
 from tests.reference.policies import attention_gate as twin
-from tests.replay.maps import attention, run, signals
 
 PROMPTS = [1, 9, LENGTH - 1]
 
@@ -19,7 +19,7 @@ PROMPTS = [1, 9, LENGTH - 1]
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("margin", [0.0, 0.2, -0.3])
 def test_decisions_equal_the_plain_sets(prefill: str, decode: bool, margin: float) -> None:
-    plan = Plan.published(parse_policy(f"attention-gate:decode={decode},margin={margin}"))
+    plan = EvictionPlan.published(parse_policy(f"attention-gate:decode={decode},margin={margin}"))
     counts = set()
     for seed, ((heads, groups), prompt) in enumerate(itertools.product(HEADS, PROMPTS)):
         given = signals(plan, 2, heads, groups, LENGTH, seed)
@@ -33,14 +33,14 @@ def test_decisions_equal_the_plain_sets(prefill: str, decode: bool, margin: floa
 
 
 def test_a_gate_that_is_wide_open_is_the_full_cache() -> None:
-    plan = Plan.published(parse_policy("attention-gate:decode=true,margin=-1"))
+    plan = EvictionPlan.published(parse_policy("attention-gate:decode=true,margin=-1"))
     scan = run(plan, attention(0, 2, 4, LENGTH), [1], kv_heads=2, prompt=5, prefill="stream")
     assert torch.equal(scan.held(0, LENGTH)[0, 0, 0], torch.ones(LENGTH, LENGTH).tril().bool())
     assert (scan.evictions == 0).all()
 
 
 def test_a_gate_at_its_threshold_is_shut() -> None:
-    plan = Plan.published(parse_policy("attention-gate:decode=true"))
+    plan = EvictionPlan.published(parse_policy("attention-gate:decode=true"))
     at = {"gate:demo": torch.tensor([[[0.0, 1e-9, 0.0]]])}
     scan = run(plan, attention(0, 1, 1, 3), [1], kv_heads=1, prompt=1, prefill="stream", given=at)
     assert head_sets(scan, 0, 0) == ([{0}, {1}, {1, 2}], [set(), {1}, {1}])
@@ -51,8 +51,8 @@ def test_traits_and_mistakes() -> None:
     assert policy.traits.needs == {"gate:some/file.safetensors"}
     assert not policy.traits.bounded
     with pytest.raises(UsageError, match="no gate some/file"):
-        Plan.published(policy).require("full")
+        EvictionPlan.published(policy).require("full")
     with pytest.raises(UsageError, match="decides itself how much it evicts"):
-        Plan.make(parse_policy("attention-gate"), compress="prefill")
+        EvictionPlan.make(parse_policy("attention-gate"), compress="prefill")
     with pytest.raises(UsageError, match="out of range"):
         parse_policy("attention-gate:margin=2")

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvscope.engine.plan import EvictionPlan
 from kvscope.policies import POLICIES
 from kvscope.policies.spec import parse_policy
-from kvscope.replay.plan import Plan
+from tests.engine.maps import KINDS, attention, run
 from tests.reference.policies.belady import best_by_assignment, best_of_all
-from tests.replay.maps import KINDS, attention, run
 
 PREFILLS = ["full", "stream"]
 BELADY, PER_LAYER = parse_policy("belady"), parse_policy("belady:scope=layer")
@@ -94,14 +94,14 @@ def test_it_retains_what_an_assignment_by_scipy_does(seed, kind, length, prefill
     assert retained(PER_LAYER, rows, budget, **at).mean().item() == pytest.approx(most, abs=1e-9)
 
 
-def irreversible() -> list[Plan]:
+def irreversible() -> list[EvictionPlan]:
     """Return every registered policy that can be made to hold ``B`` keys in each head at every step."""
     plans = []
     for _, cls in POLICIES.items():
         policy = cls()
         free = policy.traits.bounded and not policy.traits.reads and not policy.traits.published
         if free and not policy.traits.clairvoyant:
-            plans.append(Plan.make(policy, "step", "uniform"))
+            plans.append(EvictionPlan.make(policy, "step", "uniform"))
     return plans
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kvscope.policies.spec import parse_policy
+from tests.engine.maps import attention, run
 from tests.policies.decisions import LENGTH, PROMPTS_BUDGETS, groups, head_sets, scans
 from tests.reference.policies import allocations
 from tests.reference.policies.cake import cake
-from tests.replay.maps import attention, run
 
 LAYERS = 3
 LONG, LONG_CASES = 52, [(45, 12), (45, 30), (40, 3), (36, 2), (34, 33), (45, 45), (33, 1), (40, 52)]

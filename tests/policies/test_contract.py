@@ -11,13 +11,13 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.allocation import ALLOCATORS
+from kvscope.engine.plan import EvictionPlan
 from kvscope.policies import POLICIES
-from kvscope.policies.allocation import ALLOCATORS
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import describe, parse_policies
-from kvscope.replay.plan import Plan
-from tests.replay.maps import attention, run, signals
+from tests.engine.maps import attention, run, signals
 
 PREFILLS = ["full", "stream"]
 LENGTH, PROMPT, BUDGET = 49, 20, 12
@@ -37,15 +37,15 @@ def specs() -> Iterator[str]:
                 yield from (f"{name}:{field.name}={value}" for value in values if value not in (field.default, None))
 
 
-def plan(spec: str) -> Plan:
-    return Plan.published(parse_policies([spec])[0])
+def plan(spec: str) -> EvictionPlan:
+    return EvictionPlan.published(parse_policies([spec])[0])
 
 
 def budget(spec: str) -> int:
     return ROOMY.get(spec, BUDGET)
 
 
-def goes(made: Plan, prefill: str) -> bool:
+def goes(made: EvictionPlan, prefill: str) -> bool:
     try:
         made.require(prefill)
     except UsageError:
@@ -200,9 +200,9 @@ def test_every_phase_and_allocation_runs_or_says_why_not(spec: str, phase: str, 
     per_layer = policy.traits.scope == "layer" and ALLOCATORS.get(allocate).spans == "heads"
     if policy.traits.phase != "none" and (not free or per_layer):
         with pytest.raises(UsageError):
-            Plan.make(policy, phase, allocate)
+            EvictionPlan.make(policy, phase, allocate)
         return
-    made = Plan.make(policy, phase, allocate)
+    made = EvictionPlan.make(policy, phase, allocate)
     scan = (
         run(made, attention(10, 3, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill="full")
         if goes(made, "full")

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import kvscope.policies.h2o  # noqa: F401
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policies
+from tests.engine.maps import attention, run
 from tests.policies.decisions import LENGTH, golden, golden_scan, heads_at, scans
 from tests.reference.policies import h2o as twin
-from tests.replay.maps import attention, run
 
 ODD = [(1, 5), (4, 9), (9, 9), (17, 7), (LENGTH - 1, 3), (12, 3), (20, LENGTH + 1), (3, LENGTH - 1), (11, 13)]
 

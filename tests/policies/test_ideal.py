@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvscope.engine.scoring import Scorer, Scoring
 from kvscope.metrics import METRICS
 from kvscope.policies.spec import parse_policy
-from kvscope.replay.score import Scorer, Scoring
+from tests.engine.maps import KINDS, attention, run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, golden, golden_rows, groups, head_sets
 from tests.reference.policies.ideal import ideal
-from tests.replay.maps import KINDS, attention, run
 
 PREFILLS = ["full", "stream"]
 IDEAL = parse_policy("ideal")

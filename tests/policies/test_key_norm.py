@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.plan import EvictionPlan
 from kvscope.policies.spec import parse_policy
-from kvscope.replay.plan import Plan
+from tests.engine.maps import attention, run, signals
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, sets
 from tests.reference.policies import key_norm as twin
-from tests.replay.maps import attention, run, signals
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
@@ -19,7 +19,7 @@ def test_the_smallest_norms_stay(prefill: str) -> None:
     policy = parse_policy("key-norm")
     for seed, ((heads, groups), (prompt, budget)) in enumerate(itertools.product(HEADS, PROMPTS_BUDGETS)):
         rows = attention(seed, 2, heads, LENGTH)
-        norms = signals(Plan.published(policy), 2, heads, groups, LENGTH, seed)["key_l2"]
+        norms = signals(EvictionPlan.published(policy), 2, heads, groups, LENGTH, seed)["key_l2"]
         scan = run(policy, rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill, seed=seed)
         for layer, group in itertools.product(range(2), range(groups)):
             visible, held = twin.plain(rows[layer].numpy(), norms[layer, group].tolist(), budget, prompt, prefill)
@@ -29,7 +29,7 @@ def test_the_smallest_norms_stay(prefill: str) -> None:
 
 @pytest.mark.parametrize(("prompt", "budget"), [(18, 6), (5, 9), (25, 1)])
 def test_one_choice_at_the_end_of_the_prompt(prompt: int, budget: int) -> None:
-    plan = Plan.make(parse_policy("key-norm"), "prefill")
+    plan = EvictionPlan.make(parse_policy("key-norm"), "prefill")
     norms = signals(plan, 2, 3, 3, LENGTH)["key_l2"]
     scan = run(plan, attention(0, 2, 3, LENGTH), [budget], kv_heads=3, prompt=prompt, prefill="full")
     for layer, head in itertools.product(range(2), range(3)):

@@ -5,9 +5,9 @@ from itertools import product
 import pytest
 import torch
 
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.rows import Shape
 from kvscope.policies.keydiff import KeyDiff
-from kvscope.replay.plan import Plan
-from kvscope.replay.rows import Shape
 from tests.policies.vectors import scanned, sets, vectors
 from tests.reference.policies.keydiff import scores
 from tests.reference.policies.loop import evict
@@ -20,7 +20,7 @@ from tests.reference.policies.loop import evict
 def test_decisions_equal_the_plain_loop(kv_heads: int, prompt: int, prefill: str, phase: str) -> None:
     shape = Shape((0, 1), 4, kv_heads, prompt, 30)
     signals = vectors(11, shape)
-    plan, budgets = Plan(KeyDiff(), phase, "uniform"), [2, 6, 30]
+    plan, budgets = EvictionPlan(KeyDiff(), phase, "uniform"), [2, 6, 30]
     scan, _ = scanned(plan, budgets, shape, prefill, signals)
     held = scan.held(0, 30)
     for (run, budget), layer, head in product(enumerate(budgets), range(2), range(kv_heads)):

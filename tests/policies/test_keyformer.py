@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.draw import draw_row
 from kvscope.policies.spec import parse_policy
-from kvscope.replay.draw import draw_row
+from tests.engine.maps import attention, run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, sets
 from tests.reference.policies import keyformer as twin
-from tests.replay.maps import attention, run
 
 CASES = [(prompt, budget) for prompt, budget in [*PROMPTS_BUDGETS, (14, 4), (22, 13), (8, 16)] if budget >= 4]
 

@@ -5,11 +5,11 @@ from itertools import product
 import pytest
 import torch
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.rows import Shape
+from kvscope.engine.scan import Scan
 from kvscope.policies.lagkv import LagKV
-from kvscope.replay.engine import Scan
-from kvscope.replay.plan import Plan
-from kvscope.replay.rows import Shape
 from tests.policies.vectors import scanned, sets, vectors
 from tests.reference.policies.lagkv import scores
 from tests.reference.policies.loop import evict
@@ -23,7 +23,7 @@ def test_decisions_equal_the_plain_loop(kv_heads: int, prompt: int, phase: str) 
     shape = Shape((0, 1), 4, kv_heads, prompt, 32)
     signals = vectors(5, shape)
     policy, budgets = LagKV(lag=4, sinks=2), [2, 7, 15, 32]
-    plan = Plan(policy, phase, "uniform")
+    plan = EvictionPlan(policy, phase, "uniform")
     scan, _ = scanned(plan, budgets, shape, "full", signals)
     held = scan.held(0, 32)
     for (run, budget), layer, head in product(enumerate(budgets), range(2), range(kv_heads)):
@@ -50,7 +50,7 @@ def test_heads_that_hold_different_numbers_of_keys() -> None:
     """Cuts follow what each head holds; a budget that differs between heads must not shift another head's parts."""
     shape = Shape((0,), 2, 2, 26, 40)
     signals = vectors(8, shape)
-    plan = Plan(LagKV(lag=4, sinks=0), "every:7", "uniform")
+    plan = EvictionPlan(LagKV(lag=4, sinks=0), "every:7", "uniform")
     both, rows = scanned(plan, [16], shape, "full", signals)
     uneven = Scan(plan, [16], shape, "full", signals, dtype=torch.float64)
     uneven.budget = torch.tensor([[[16, 9]]])

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kvscope.policies.spec import parse_policy
+from tests.engine.maps import attention, run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, sets
 from tests.reference.policies import morphkv as twin
-from tests.replay.maps import attention, run
 
 CASES = [*[case for case in PROMPTS_BUDGETS if case[1] >= 2], (2, 3), (23, 14)]
 

@@ -5,10 +5,10 @@ import itertools
 import pytest
 
 from kvscope.policies.spec import parse_policy
+from tests.engine.maps import run
 from tests.policies.decisions import HEADS, groups, head_sets
 from tests.reference.policies import allocations
 from tests.reference.policies.snapkv import snapkv
-from tests.replay.maps import run
 
 LENGTH, LAYERS = 48, 4
 # all of the line; a first layer that would hold more than there is; too short for a pyramid; one that fits; the ends

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.rows import Shape
 from kvscope.policies.quest import Quest
-from kvscope.replay.rows import Shape
 from tests.policies.vectors import scanned, sets, vectors
 from tests.reference.policies.quest import read
 

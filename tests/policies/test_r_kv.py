@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import kvscope.policies.r_kv as module
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.rows import Shape
 from kvscope.policies.r_kv import RKV, redundancy
-from kvscope.replay.plan import Plan
-from kvscope.replay.rows import Shape
 from tests.policies.vectors import scanned, sets, vectors
 from tests.reference.policies.loop import evict
 from tests.reference.policies.r_kv import scores
@@ -24,7 +24,7 @@ def test_decisions_equal_the_plain_loop(kv_heads: int, prompt: int, prefill: str
     shape = Shape((0, 1), 4, kv_heads, prompt, length)
     signals = vectors(21, shape)
     policy, budgets = RKV(window=window, mix_lambda=mix, pooling=pooling), [2, 5, 12, length]
-    plan = Plan(policy, phase, "uniform")
+    plan = EvictionPlan(policy, phase, "uniform")
     scan, _ = scanned(plan, budgets, shape, prefill, signals)
     held, group = scan.held(0, length), 4 // kv_heads
     for (run, budget), layer, head in product(enumerate(budgets), range(2), range(kv_heads)):
@@ -62,7 +62,7 @@ def test_the_published_settings_at_their_own_size() -> None:
 def test_a_budget_of_one_key_holds_one() -> None:
     """Of two keys each is as redundant, and pooling levels their attention: which stays is up to rounding."""
     shape = Shape((0,), 2, 2, 4, 20)
-    scan, _ = scanned(Plan(RKV(), "step", "uniform"), [1], shape, "full", vectors(1, shape))
+    scan, _ = scanned(EvictionPlan(RKV(), "step", "uniform"), [1], shape, "full", vectors(1, shape))
     assert (scan.held(0, 20).sum(-1)[..., 3:] == 1).all()
     scan.check()
 

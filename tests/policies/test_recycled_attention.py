@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.rows import Shape
+from kvscope.engine.scan import Scan
 from kvscope.policies.recycled_attention import RecycledAttention, RefreshKV
-from kvscope.replay.engine import Scan
-from kvscope.replay.rows import Shape
+from tests.engine.maps import attention
 from tests.policies.vectors import scanned, sets, vectors
 from tests.reference.policies.recycled_attention import full_by_queries, read
-from tests.replay.maps import attention
 
 REDUCE = {"max": max, "mean": np.mean, "sum": sum}
 LENGTH = 34

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policy
+from tests.engine.maps import attention, run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, scans, sets
 from tests.reference.policies import roco as twin
-from tests.replay.maps import attention, run
 
 # where deviations matter: budgets at which more keys are out of reach than are protected
 CASES = [*PROMPTS_BUDGETS, (1, 12), (10, 15), (23, 16), (24, 20)]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import kvscope.policies.scissorhands  # noqa: F401
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policies
+from tests.engine.maps import attention, run
 from tests.policies.decisions import HEADS, LENGTH, golden, golden_scan, heads_at, scans, sets
 from tests.reference.policies import scissorhands as twin
-from tests.replay.maps import attention, run
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])

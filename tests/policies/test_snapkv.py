@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.plan import EvictionPlan
 from kvscope.policies.spec import parse_policy
-from kvscope.replay.plan import Plan
+from tests.engine.maps import run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, groups, head_sets, scans
 from tests.reference.policies import snapkv as twin
-from tests.replay.maps import run
 
 # also: a window of half of the budget, fewer older keys than the kernel, a prompt of one key more than fits
 CASES = [*PROMPTS_BUDGETS, (24, 13), (22, 4), (8, 7), (10, 9)]
@@ -34,7 +34,7 @@ def test_decisions_equal_the_plain_loop(spec: str, settings: dict) -> None:
 @pytest.mark.parametrize("phase", ["step", "every:4"])
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 def test_told_to_go_on_it_pools_over_what_is_left(phase: str, pooling: str) -> None:
-    plan = Plan.make(parse_policy(f"snapkv:window=3,kernel=3,pooling={pooling}"), phase)
+    plan = EvictionPlan.make(parse_policy(f"snapkv:window=3,kernel=3,pooling={pooling}"), phase)
     for seed, (prompt, budget) in enumerate([(12, 6), (17, 9), (4, 5), (9, 1)]):
         rows, cut = groups(seed, 4, 2, 2, LENGTH)
         scan = run(plan, rows, [budget], kv_heads=2, prompt=prompt, prefill="full")

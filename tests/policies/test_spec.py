@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.policies import POLICIES, Policy, policy
 from kvscope.policies.spec import describe, parse_policies, parse_policy
 

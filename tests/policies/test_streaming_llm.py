@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policy
 from tests.policies.decisions import LENGTH, PROMPTS_BUDGETS, scans
 from tests.reference.policies import streaming_llm as twin

@@ -3,11 +3,11 @@
 import pytest
 
 import kvscope.policies.tova  # noqa: F401
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policies
+from tests.engine.maps import attention, run
 from tests.policies.decisions import LENGTH, golden, golden_scan, heads_at, scans
 from tests.reference.policies import tova as twin
-from tests.replay.maps import attention, run
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])

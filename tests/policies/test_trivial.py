@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
+from kvscope.engine.draw import draw
 from kvscope.policies.spec import parse_policy
-from kvscope.replay.draw import draw
+from tests.engine.maps import run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, groups, head_sets, scans
 from tests.reference.policies.evict import loop
-from tests.replay.maps import run
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])

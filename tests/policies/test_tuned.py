@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.scan import Scan
 from kvscope.policies.base import Policy, Step
 from kvscope.policies.spec import parse_policies, parse_policy
 from kvscope.policies.tuned import Tuned
-from kvscope.replay.engine import Scan
-from kvscope.replay.plan import Plan
-from tests.replay.maps import attention, run, signals
+from tests.engine.maps import attention, run, signals
 
 LAYERS, HEADS, GROUPS, LENGTH, PROMPT = 3, 4, 2, 46, 36
 CHOICE = ((0, 1), (2, 0), (1, 1))
@@ -38,7 +38,7 @@ def tuned(specs: list[str], choice: tuple[tuple[int, ...], ...] = CHOICE) -> Tun
 
 
 def scan(policy: Policy, budget: int, prefill: str, given: Mapping[str, torch.Tensor], accumulate: str | None) -> Scan:
-    plan = Plan.make(policy, accumulate=accumulate)
+    plan = EvictionPlan.make(policy, accumulate=accumulate)
     rows = attention(4, LAYERS, HEADS, LENGTH)
     at = {"kv_heads": GROUPS, "prompt": PROMPT, "prefill": prefill}
     return run(plan, rows, [budget], given=dict(given), **at)
@@ -48,12 +48,12 @@ def scan(policy: Policy, budget: int, prefill: str, given: Mapping[str, torch.Te
 @pytest.mark.parametrize("specs", GRIDS, ids=lambda specs: specs[0])
 def test_every_head_follows_its_setting(specs: list[str], accumulate: str | None) -> None:
     policies = [parse_policy(spec) for spec in specs]
-    given = signals(Plan.published(policies[0]), LAYERS, HEADS, GROUPS, LENGTH)
+    given = signals(EvictionPlan.published(policies[0]), LAYERS, HEADS, GROUPS, LENGTH)
     differs = 0
     for prefill in sorted(policies[0].traits.prefills):
         for budget in (5, 13):
             try:
-                Plan.published(policies[0]).require(prefill)
+                EvictionPlan.published(policies[0]).require(prefill)
             except UsageError:
                 continue  # compresses at the end of the prompt alone
             alone = [scan(policy, budget, prefill, given, accumulate).leave[0] for policy in policies]

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from kvscope.errors import UsageError
+from kvscope.core.errors import UsageError
+from kvscope.engine.plan import EvictionPlan
 from kvscope.policies.spec import parse_policies, parse_policy
-from kvscope.replay.plan import Plan
+from tests.engine.maps import attention, run, signals
 from tests.policies.decisions import GOLDEN, HEADS, LENGTH, PROMPTS_BUDGETS, golden, golden_rows, heads_at, sets
 from tests.reference.policies import vatp as twin
-from tests.replay.maps import attention, run, signals
 
 BASES = ["h2o", "tova", "a2sf(alpha=0.7)", "scissorhands"]
 USER = """
@@ -41,7 +41,7 @@ def test_the_base_sees_weights_times_norms(base: str, norm: str, prefill: str) -
         whole = policy.traits.scope == "layer"
         for seed, (prompt, budget) in enumerate(PROMPTS_BUDGETS):
             rows = attention(seed, 2, heads, LENGTH)
-            given = signals(Plan.published(policy), 2, heads, groups, LENGTH, seed)
+            given = signals(EvictionPlan.published(policy), 2, heads, groups, LENGTH, seed)
             scan = run(policy, rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill, given=given)
             norms = given[f"value_{norm}"].repeat_interleave(heads // groups, 1).numpy()
             for layer, group in itertools.product(range(2), range(groups)):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.rows import Shape
+from kvscope.engine.scan import Scan
 from kvscope.policies.base import Policy
-from kvscope.replay.engine import Scan
-from kvscope.replay.plan import Plan
-from kvscope.replay.rows import Shape
-from tests.replay.maps import attention
+from tests.engine.maps import attention
 
 
 def vectors(seed: int, shape: Shape, size: int = 4) -> dict[str, Tensor]:
@@ -27,7 +27,12 @@ def vectors(seed: int, shape: Shape, size: int = 4) -> dict[str, Tensor]:
 
 
 def scanned(
-    policy: Policy | Plan, budgets: list[int], shape: Shape, prefill: str, signals: dict[str, Tensor], seed: int = 0
+    policy: Policy | EvictionPlan,
+    budgets: list[int],
+    shape: Shape,
+    prefill: str,
+    signals: dict[str, Tensor],
+    seed: int = 0,
 ) -> tuple[Scan, Tensor]:
     """Return a scan stepped to the end over random rows, and the rows ``[L, H, T, T]``."""
     rows = attention(seed, len(shape.layers), shape.heads, shape.length)

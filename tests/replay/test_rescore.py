@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kvscope.errors import ResultError, TraceError, UsageError
+from kvscope.closed_loop.options import ClosedLoopOptions
+from kvscope.core.errors import ResultError, TraceError, UsageError
 from kvscope.metrics import METRICS
 from kvscope.model.generate import trace as record
-from kvscope.replay.loop import ClosedLoopOptions
 from kvscope.replay.rescore import rescore
 from kvscope.replay.run import replay
 from kvscope.results.store import Replay

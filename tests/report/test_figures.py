@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import kvscope
-from kvscope.errors import ResultError, UsageError
+from kvscope.core.errors import ResultError, UsageError
 from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from kvscope.errors import ResultError, UsageError
+from kvscope.core.errors import ResultError, UsageError
 from kvscope.report.encoding import packed, packed_floats, packed_halves, unpacked, visible, visible_token
 from kvscope.report.limits import Limits
 from kvscope.report.page import ordered_panels, page_data, report, report_data

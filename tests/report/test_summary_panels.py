@@ -18,7 +18,7 @@ from kvscope.report.panels.outcome import outcome
 from kvscope.report.panels.overview import answer, overview
 from kvscope.report.panels.provenance import BOUNDS, CLOSED_LOOP, GENERATED, MIXED, OPEN_LOOP, provenance
 from kvscope.report.panels.sweep import sweep
-from kvscope.report.runs import BESIDE, KINDS, Run
+from kvscope.report.runs import BESIDE, KINDS, RunView
 from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
@@ -30,7 +30,7 @@ def named(source: ReportInput, id: str) -> tuple[str, str | None]:
     return run.label, run.budget
 
 
-def run_of(source: ReportInput, label: str, budget: str | None, loop: str = "open") -> Run:
+def run_of(source: ReportInput, label: str, budget: str | None, loop: str = "open") -> RunView:
     return next(run for run in source.runs if (run.label, run.budget, run.protocol[1]) == (label, budget, loop))
 
 
@@ -356,7 +356,7 @@ def test_what_a_summary_says_beside_its_metrics_is_shown_with_them(replay: Repla
         "gap": {"held_overlap": 0.8},
         "tails": {"retained_mass": {"share_below_half": 0.25, "worst_head": 0.1, "worst_step": 0.05}},
     }
-    run = Run.of("0.0", replay, "small", replay.info["runs"][1], summary)
+    run = RunView.of("0.0", replay, "small", replay.info["runs"][1], summary)
     assert {name: run.mean(name) for name in run.metrics} == {
         "retained_mass": 0.5,
         "share_of_belady": 0.9,
@@ -370,7 +370,7 @@ def test_what_a_summary_says_beside_its_metrics_is_shown_with_them(replay: Repla
 
 def test_a_bound_that_is_not_exact_says_so(replay: Replay) -> None:
     info = {**replay.info["runs"][1], "certificate": {"exact": False, "gap": 0.012}}
-    assert Run.of("0.0", replay, "small", info, {}).marks == ["at most 0.012 of mass from the optimum"]
+    assert RunView.of("0.0", replay, "small", info, {}).marks == ["at most 0.012 of mass from the optimum"]
 
 
 def test_keys_by_depth_are_shown_for_what_shares_them_out_itself(source: ReportInput, gated: ReportInput) -> None:

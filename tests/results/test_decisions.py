@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvscope.errors import ResultError
+from kvscope.core.errors import ResultError
 from kvscope.results.baseline import load_summary
 from kvscope.results.decisions import Decisions, Moved, compare_decisions
 from kvscope.results.diff import diff

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvscope.errors import ResultError, UsageError
+from kvscope.core.errors import ResultError, UsageError
 from kvscope.results.baseline import ALIGNED, load_summary
 from kvscope.results.diff import APART, PLANNED, Tolerance, diff, parse_tolerance
 from tests.results.make import METRICS, make

@@ -11,7 +11,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
 
-from kvscope.errors import ResultError, UsageError
+from kvscope.core.errors import ResultError, UsageError
 from kvscope.results import export as export_module
 from kvscope.results.export import FORMATS, JOINED, Format, export
 from tests.results.make import METRICS, make, values

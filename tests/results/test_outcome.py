@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvscope.results.gap import Gap, Stays
+from kvscope.results.loop_gap import Gap, Stays
 from kvscope.results.outcome import OUTCOMES, Outcomes
 
 
@@ -87,7 +87,7 @@ def info(prefill: str, heads: int, length: int) -> dict:
 @pytest.mark.parametrize(("prefill", "first"), [("full", 4), ("stream", 0)])
 def test_the_gap_is_the_mean_overlap(monkeypatch: pytest.MonkeyPatch, prefill: str, first: int) -> None:
     heads, length = 2, 19
-    monkeypatch.setattr("kvscope.results.gap.BLOCK", 3 * heads * length)  # several blocks
+    monkeypatch.setattr("kvscope.results.loop_gap.BLOCK", 3 * heads * length)  # several blocks
     gap = Gap(info(prefill, heads, length))
     layers = []
     for layer in (0, 1):

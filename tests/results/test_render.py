@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 
 from kvscope.results.baseline import load_summary
 from kvscope.results.decisions import Decisions, Moved
-from kvscope.results.diff import Diff, Row, diff
+from kvscope.results.diff import Diff, DiffRow, diff
 from kvscope.results.render import MOST, junit, markdown
 from tests.results.make import make
 
@@ -65,7 +65,7 @@ def test_the_markdown_table_renders(found: Diff) -> None:
 
 
 def test_names_cannot_break_the_markdown_nor_the_xml() -> None:
-    row = Row(NASTY, NASTY, 1.0, 0.5, -0.5, 0.1, "0.1", "worse")
+    row = DiffRow(NASTY, NASTY, 1.0, 0.5, -0.5, 0.1, "0.1", "worse")
     moved = Moved(0, 1, 2, 3, 4, base=(3, None), new=(3, 4))
     found = Diff(NASTY, NASTY, [row], [Decisions(NASTY, False, 1, 9, [moved])])
     first, second = cells(markdown(found))
@@ -78,7 +78,7 @@ def test_names_cannot_break_the_markdown_nor_the_xml() -> None:
 
 
 def test_a_long_table_is_cut_and_says_so() -> None:
-    rows = [Row(f"run {index}", "m", 1.0, 0.5, -0.5, 0.1, "0.1", "worse") for index in range(MOST + 7)]
+    rows = [DiffRow(f"run {index}", "m", 1.0, 0.5, -0.5, 0.1, "0.1", "worse") for index in range(MOST + 7)]
     text = markdown(Diff("a", "b", rows))
     assert len(cells(text)[0]) == 1 + MOST
     assert "7 more rows are not shown." in text
@@ -111,7 +111,7 @@ def test_junit_has_the_form_that_test_reporters_know(found: Diff) -> None:
 
 
 def test_junit_names_the_evictions_that_changed() -> None:
-    row = Row("h2o", "m", 1.0, 1.0, 0.0, 0.1, "0.1", "same")
+    row = DiffRow("h2o", "m", 1.0, 1.0, 0.0, 0.1, "0.1", "same")
     moved = Moved(0, 1, 2, 3, 4, base=(3, 9), new=(3, 4))
     root = xml.fromstring(junit(Diff("a", "b", [row], [Decisions("h2o", False, 1, 9, [moved])])).encode())
     check(root)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvscope.errors import ResultError, UsageError
+from kvscope.core.errors import ResultError, UsageError
 from kvscope.results import writer as writing
 from kvscope.results.schema import RUN
 from kvscope.results.store import newest_replay, open_replay

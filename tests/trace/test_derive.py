@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvscope.errors import TraceError
+from kvscope.core.errors import TraceError
 from kvscope.trace import derive
 from kvscope.trace.importer import import_maps
 from kvscope.trace.reader import Trace, open_trace

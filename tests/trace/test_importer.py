@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from kvscope.errors import KvscopeError, TraceError, UsageError
+from kvscope.core.errors import KvscopeError, TraceError, UsageError
 from kvscope.trace.importer import import_maps
 from tests.trace.make import rows_of
 

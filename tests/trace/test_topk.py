@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvscope.errors import TraceError
+from kvscope.core.errors import TraceError
 from kvscope.metrics import METRICS
 from kvscope.metrics.base import Rows
 from kvscope.metrics.mass import SINKS

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvscope.errors import TraceError
+from kvscope.core.errors import TraceError
 from kvscope.trace import parquet
 from kvscope.trace.reader import newest_trace, open_trace
 from kvscope.trace.schema import HEADER, estimate_bytes

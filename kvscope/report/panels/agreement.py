@@ -12,7 +12,7 @@ from kvscope.report.encoding import packed_floats, rounded
 from kvscope.report.panel import panel
 from kvscope.report.panels.over_time import bins
 from kvscope.report.parts import Part
-from kvscope.report.runs import KINDS, Run
+from kvscope.report.runs import KINDS, RunView
 from kvscope.report.source import ReportInput
 
 STEPS = 32  # evenly spaced steps at which the sets are compared
@@ -32,7 +32,7 @@ MOST = 40  # runs of one budget
 )
 def agreement(source: ReportInput) -> dict[str, Any] | None:
     """Return for each budget the overlap (Jaccard index) of what every two runs hold; of a sparse reader: reads."""
-    groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[RunView]] = defaultdict(list)
     for run in source.detailed:
         if run.budget is not None:
             groups[(*run.protocol, run.budget)].append(run)
@@ -63,12 +63,12 @@ def _loops(source: ReportInput) -> list[dict[str, Any]]:
     return found
 
 
-def _ordered(source: ReportInput, runs: list[Run]) -> list[Run]:
+def _ordered(source: ReportInput, runs: list[RunView]) -> list[RunView]:
     place = {run.id: at for at, run in enumerate(source.ranking)}
     return sorted(runs, key=lambda run: (list(KINDS).index(run.kind), place[run.id]))
 
 
-def _overlap(source: ReportInput, parts: list[Part], runs: list[Run]) -> NDArray[np.float64]:
+def _overlap(source: ReportInput, parts: list[Part], runs: list[RunView]) -> NDArray[np.float64]:
     """Return keys in both sets over keys in either, summed over sequences, layers, heads and steps, ``[R, R]``."""
     both = np.zeros((len(runs), len(runs)))
     for part in parts:

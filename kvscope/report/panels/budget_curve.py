@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvscope.report.panel import panel
-from kvscope.report.runs import Run
+from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
 
 # Metric -> the metric that bounds it for the same number of keys; drawn where no run is that bound itself.
@@ -47,21 +47,21 @@ def budget_curve(source: ReportInput) -> dict[str, Any]:
     }
 
 
-def _lines(runs: Sequence[Run]) -> dict[Line, list[Run]]:
-    lines: dict[Line, list[Run]] = defaultdict(list)
+def _lines(runs: Sequence[RunView]) -> dict[Line, list[RunView]]:
+    lines: dict[Line, list[RunView]] = defaultdict(list)
     for run in runs:
         if run.budget_keys is not None:
             lines[(run.label, run.source, *run.protocol)].append(run)
     return {name: sorted(line, key=lambda run: run.budget_keys or 0.0) for name, line in lines.items()}
 
 
-def _superseded(name: Line, lines: Mapping[Line, Sequence[Run]]) -> bool:
+def _superseded(name: Line, lines: Mapping[Line, Sequence[RunView]]) -> bool:
     """Return whether a line of the open loop has one of the closed loop, which knows all that it knows and more."""
     label, _, identity, loop, prefill = name
     return loop == "open" and any((other[0], *other[2:]) == (label, identity, "closed", prefill) for other in lines)
 
 
-def _line(source: ReportInput, runs: Sequence[Run]) -> dict[str, Any]:
+def _line(source: ReportInput, runs: Sequence[RunView]) -> dict[str, Any]:
     first = runs[0]
     return {
         "name": source.title_of(first),

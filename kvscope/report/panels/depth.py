@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvscope.report.panel import panel
-from kvscope.report.runs import Run
+from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
 
 HELD = "held_keys"
@@ -35,15 +35,15 @@ def depth(source: ReportInput) -> dict[str, Any] | None:
     return {"layers": free[0].replay.info["trace"]["layers"], "lines": lines}
 
 
-def _shares_out(run: Run) -> bool:
+def _shares_out(run: RunView) -> bool:
     return run.kind == "own size" or run.info.get("allocate", "uniform") != "uniform"
 
 
-def _beside(source: ReportInput, run: Run) -> list[Run]:
+def _beside(source: ReportInput, run: RunView) -> list[RunView]:
     """Return for every usual policy the run of the same protocol that holds about as many keys as `run`."""
     held = run.mean(HELD)
     assert held is not None, "asked for above"
-    nearest: dict[str, Run] = {}
+    nearest: dict[str, RunView] = {}
     for other in source.runs:
         mean = other.mean(HELD)
         if mean is None or other.protocol != run.protocol or other.kind != "every step" or _shares_out(other):
@@ -54,7 +54,7 @@ def _beside(source: ReportInput, run: Run) -> list[Run]:
     return list(nearest.values())
 
 
-def _line(source: ReportInput, run: Run) -> dict[str, Any]:
+def _line(source: ReportInput, run: RunView) -> dict[str, Any]:
     means = source.means(run.replay)
     share = means.by_head[HELD][means.runs[run.number]] / run.full_keys  # [L, H]
     rounded = np.round([np.nanmean(share, 1), np.nanmin(share, 1), np.nanmax(share, 1)], 4).tolist()

@@ -19,7 +19,7 @@ WORST = 5  # evictions of each run whose missed rows are wanted
 HEAVY = 20  # keys of a head that received the most attention
 SINKS = 4  # first positions, where surplus attention gathers
 
-Row = tuple[int, int, int]  # layer, query head, step
+RowIndex = tuple[int, int, int]  # layer, query head, step
 
 
 @panel(
@@ -71,7 +71,7 @@ def _rows(source: ReportInput, part: Part) -> Iterator[dict[str, Any]]:
         yield {"layer": layer, "head": head, "step": step, "missing": missing, "weights": packed_halves(weights)}
 
 
-def _wanted(source: ReportInput, part: Part) -> Iterator[Row]:
+def _wanted(source: ReportInput, part: Part) -> Iterator[RowIndex]:
     """Yield layer, query head and step of rows, the most telling first."""
     trace = source.traces[part.identity]
     group = trace.heads // trace.kv_heads

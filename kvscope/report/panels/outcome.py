@@ -10,7 +10,7 @@ import pandas as pd
 
 from kvscope.report.encoding import rounded
 from kvscope.report.panel import panel
-from kvscope.report.runs import Run
+from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
 
 OUTCOME = "perplexity_ratio"
@@ -33,7 +33,7 @@ def outcome(source: ReportInput) -> dict[str, Any] | None:
     runs = [run for run in source.ranking if run.mean(OUTCOME) is not None]
     if not runs:
         return None
-    groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[RunView]] = defaultdict(list)
     for run in runs:
         groups[run.protocol].append(run)
     cheap = [name for name in source.metrics if name not in COSTLY]
@@ -55,15 +55,15 @@ def outcome(source: ReportInput) -> dict[str, Any] | None:
     return {"groups": made, "notes": notes if alone else []}
 
 
-def _same(run: Run) -> tuple[str | None, ...]:
+def _same(run: RunView) -> tuple[str | None, ...]:
     return (run.label, run.budget, run.protocol[0], run.protocol[2])
 
 
-def _value(run: Run, counterpart: Run | None, metric: str) -> float | None:
+def _value(run: RunView, counterpart: RunView | None, metric: str) -> float | None:
     return rounded(run.mean(metric) if counterpart is None else counterpart.mean(metric))
 
 
-def _agreement(values: list[float | None], runs: list[Run]) -> dict[str, Any]:
+def _agreement(values: list[float | None], runs: list[RunView]) -> dict[str, Any]:
     """Return the rank agreement of a metric with the outcome over all runs, and its mean within a budget and kind.
 
     Over all runs, any number that grows with the budget agrees; only within a budget a metric shows what it knows.

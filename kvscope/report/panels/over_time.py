@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kvscope.report.encoding import packed_bytes, packed_floats
 from kvscope.report.panel import panel
 from kvscope.report.parts import Part
-from kvscope.report.runs import Run
+from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
 
 RATIO = "perplexity_ratio"  # of a bin: exp of the mean loss change of its tokens
@@ -63,7 +63,7 @@ def bins(start: int, stop: int, most: int) -> NDArray[np.int64]:
     return np.asarray(start + (np.arange(count + 1) * (stop - start)) // count)
 
 
-def _lines(source: ReportInput, run: Run, part: Part) -> dict[str, NDArray[np.float64]]:
+def _lines(source: ReportInput, run: RunView, part: Part) -> dict[str, NDArray[np.float64]]:
     """Return metric -> ``[T]``: at every step the mean over layers and heads, or the outcome of the token after it."""
     means = source.means(run.replay)
     lines = {name: values[means.runs[run.number]] for name, values in means.by_step[part.number].items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvscope.report.encoding import rounded
 from kvscope.report.panel import panel
-from kvscope.report.runs import KINDS, Run, ends
+from kvscope.report.runs import KINDS, RunView, ends
 from kvscope.report.source import ReportInput
 
 # What stands in the table until the reader asks for all metrics.
@@ -128,26 +128,26 @@ def _best(source: ReportInput, wanted: Sequence[dict[str, Any]]) -> list[dict[st
     return lines
 
 
-def _shown_groups(source: ReportInput) -> list[list[Run]]:
+def _shown_groups(source: ReportInput) -> list[list[RunView]]:
     """Return groups by trace and prefill, then budget and kind; no bounds, and no open one that has a closed one."""
     groups = [group for group in source.groups.values() if group[0].kind != "bound"]
     closed = {_apart_from_loop(group[0]) for group in groups if group[0].protocol[1] == "closed"}
     shown = [group for group in groups if group[0].protocol[1] != "open" or _apart_from_loop(group[0]) not in closed]
     kinds = list(KINDS)
 
-    def place(group: Sequence[Run]) -> tuple[Any, ...]:
+    def place(group: Sequence[RunView]) -> tuple[Any, ...]:
         identity, loop, prefill = group[0].protocol
         return identity, prefill, group[0].budget_keys, loop, kinds.index(group[0].kind), group[0].phase
 
     return sorted(shown, key=place)
 
 
-def _apart_from_loop(run: Run) -> tuple[str, ...]:
+def _apart_from_loop(run: RunView) -> tuple[str, ...]:
     identity, _, prefill = run.protocol
     return (identity, prefill, run.phase, run.kind, run.budget or "")
 
 
-def _winners(group: Sequence[Run], metric: dict[str, Any]) -> tuple[float | None, list[Run]]:
+def _winners(group: Sequence[RunView], metric: dict[str, Any]) -> tuple[float | None, list[RunView]]:
     """Return the best value and who has it; a run without rivals is named as it is."""
     found = ends(group, metric)
     value = found[0] if found else (rounded(group[0].mean(metric["name"])) if len(group) == 1 else None)
@@ -156,7 +156,7 @@ def _winners(group: Sequence[Run], metric: dict[str, Any]) -> tuple[float | None
     return value, [run for run in group if rounded(run.mean(metric["name"])) == value]
 
 
-def _near(group: Sequence[Run], best: Sequence[Run], metric: str) -> int:
+def _near(group: Sequence[RunView], best: Sequence[RunView], metric: str) -> int:
     """Return how many other runs lie inside the interval of the best one: sequences do not tell these apart."""
     value = best[0].metrics[metric] if best else {}
     low, high = value.get("low"), value.get("high")
@@ -166,7 +166,7 @@ def _near(group: Sequence[Run], best: Sequence[Run], metric: str) -> int:
     return sum(mean is not None and low <= mean <= high for mean in others)
 
 
-def _span(runs: Sequence[Run], metric: str) -> list[float] | None:
+def _span(runs: Sequence[RunView], metric: str) -> list[float] | None:
     """Return the smallest and the largest mean of some runs."""
     values = [value for run in runs if (value := rounded(run.mean(metric), 4)) is not None]
     return [min(values), max(values)] if values else None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvscope.report.panel import panel
-from kvscope.report.runs import Run
+from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
 
 FEWEST = 3  # values that make a sweep
@@ -28,7 +28,7 @@ def sweep(source: ReportInput) -> dict[str, Any] | None:
 
     None without either.
     """
-    lines: dict[tuple[str, ...], list[tuple[float, Run]]] = defaultdict(list)
+    lines: dict[tuple[str, ...], list[tuple[float, RunView]]] = defaultdict(list)
     for run in source.runs:
         params = run.info.get("params") or {}
         for name, value in params.items():
@@ -46,7 +46,7 @@ def sweep(source: ReportInput) -> dict[str, Any] | None:
     return {"sweeps": made, "tuned": tuned} if made or tuned else None
 
 
-def _tuned(run: Run) -> Iterator[dict[str, Any]]:
+def _tuned(run: RunView) -> Iterator[dict[str, Any]]:
     """Yield for each parameter that a tuned run varies its value in every layer or every head, ``[L, 1 | G]``.
 
     Budgets of one file share what they got: the first of them has it.

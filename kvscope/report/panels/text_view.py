@@ -11,7 +11,7 @@ from kvscope.report.encoding import packed, packed_bytes, packed_floats
 from kvscope.report.panel import panel
 from kvscope.report.panels.over_time import bins
 from kvscope.report.parts import Part
-from kvscope.report.runs import Run
+from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
 
 ALL = 255  # a byte: the token is held by every head of every layer
@@ -60,7 +60,7 @@ def text_view(source: ReportInput) -> dict[str, Any] | None:
     return {"parts": parts, "notes": notes if missing else []}
 
 
-def _steps(part: Part, runs: list[Run], most: int) -> NDArray[np.int64]:
+def _steps(part: Part, runs: list[RunView], most: int) -> NDArray[np.int64]:
     """Return the steps whose shares are carried: from the first at which anything can have been evicted."""
     start = max(part.prompt - 1, 0) if all(run.protocol[2] == "full" for run in runs) else 0
     return bins(start, part.length, most)[1:] - 1
@@ -71,7 +71,9 @@ def _heads(source: ReportInput, part: Part) -> int:
     return len(source.layers_of(part)) * next(iter(stays.values())).heads
 
 
-def _shares(source: ReportInput, part: Part, runs: list[Run], steps: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+def _shares(
+    source: ReportInput, part: Part, runs: list[RunView], steps: NDArray[np.int64]
+) -> dict[str, NDArray[np.int64]]:
     """Return for each run the share of all heads of all layers that hold each token, ``[S, T]`` in parts of 255."""
     holding = {run.id: np.zeros((len(steps), part.length), np.int64) for run in runs}
     for layer in source.layers_of(part):
@@ -88,7 +90,7 @@ def _surprise(source: ReportInput, part: Part) -> dict[str, Any] | None:
     return None if np.isnan(losses).all() else packed_floats(losses)
 
 
-def _loss(source: ReportInput, part: Part, run: Run) -> dict[str, Any] | None:
+def _loss(source: ReportInput, part: Part, run: RunView) -> dict[str, Any] | None:
     """Return by how much the loss of every token rises under a run, nats; None without a closed loop."""
     scored = source.scored(run, part)
     if scored is None:

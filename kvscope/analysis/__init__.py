@@ -1,0 +1,1 @@
+"""From results and traces to answers."""

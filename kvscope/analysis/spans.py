@@ -1,0 +1,191 @@
+"""Spans of tokens: how much of a question, a fact or an instruction the heads still hold, and when half was gone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvscope.core.errors import UsageError
+from kvscope.results.loop_gap import Stays
+from kvscope.results.residency import read_stays
+from kvscope.results.store import Replay
+
+_RANGE = re.compile(r"(?P<start>\d+):(?P<stop>\d+)")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `start` to `stop` - 1 of a sequence, under a name."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def parse_spans(given: Sequence[str], length: int, texts: Callable[[], Sequence[str]]) -> list[Span]:
+    """Return the spans that a command line names, in order.
+
+    ``NAME=120:140`` is a range of positions, without the last. ``NAME=text:WORDS`` are the tokens that the words lie
+    in, which may begin and end within a token; every place where they stand is a span of its own: ``NAME``,
+    ``NAME-2``, ``NAME-3``, ...
+
+    Parameters
+    ----------
+    given : sequence of str
+        As they were typed.
+    length : int
+        ``T`` of the sequence.
+    texts : callable
+        Returns the text of every token; called only where it is needed.
+
+    Raises
+    ------
+    UsageError
+        For what is neither of these, positions beyond the sequence, words that are not there, a name given twice.
+    """
+    spans: list[Span] = []
+    for item in given:
+        name, equals, what = item.partition("=")
+        name = name.strip()
+        if not name or not equals:
+            raise UsageError(f"span {item!r} has no name", "Write NAME=120:140 or NAME=text:WORDS.")
+        if what.startswith("text:"):
+            found = _places(what.removeprefix("text:"), texts())
+            spans += [Span(f"{name}-{nth}" if nth > 1 else name, *place) for nth, place in enumerate(found, 1)]
+        else:
+            spans.append(Span(name, *_range(item, what, length)))
+    names = [span.name for span in spans]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"span {name!r} is given twice", "Give each span a name of its own.")
+    return spans
+
+
+def spans_of(
+    replay: Replay, spans: Sequence[Span], steps: Sequence[int], runs: Sequence[int] | None = None, sequence: int = 0
+) -> dict[str, Any]:
+    """Return how much of each span each run holds, as plain data; of a sparse reader, how much it reads.
+
+    At a step, of a layer and of all: ``held``, the share of the span's tokens that a head holds, the mean over heads;
+    ``whole``, the share of heads that hold all of them. Both are None before the span is complete. ``half_gone`` is the
+    first step from then on at which ``held`` is no more than a half; None if there is none.
+
+    Parameters
+    ----------
+    replay : Replay
+        What was kept when.
+    spans : sequence of Span
+        Of one sequence.
+    steps : sequence of int
+        After which to look.
+    runs : sequence of int, optional
+        Their numbers; all by default.
+    sequence : int
+        Number of the sequence.
+
+    Raises
+    ------
+    UsageError
+        If there is no such sequence or step.
+    """
+    trace = replay.info["trace"]
+    lengths = [each["length"] for each in trace["sequences"]]
+    if sequence not in range(len(lengths)):
+        raise UsageError(f"{replay.path} has no sequence {sequence}", f"It has {len(lengths)}, from 0 on.")
+    length, heads = lengths[sequence], trace["kv_heads"]
+    for step in steps:
+        if not 0 <= step < length:
+            raise UsageError(f"sequence {sequence} has no step {step}", f"Its steps are 0 to {length - 1}.")
+    chosen = [run for run in replay.info["runs"] if runs is None or run["run"] in runs]
+    counts: dict[tuple[int, str], list[NDArray[np.int64]]] = {}  # (run, span) -> [G, T] of each layer
+    for layer in trace["layers"]:
+        for run, stays in read_stays(replay, sequence, layer, [run["run"] for run in chosen]).items():
+            for span in spans:
+                counts.setdefault((run, span.name), []).append(held_tokens(stays, span, heads, length))
+    return {
+        "kind": "kvscope-spans",
+        "schema": 1,
+        "replay": str(replay.path),
+        "trace": trace["name"],
+        "sequence": sequence,
+        "runs": [
+            {name: run[name] for name in ("run", "policy", "label", "budget", "prefill", "loop")}
+            | {"reads": bool(run.get("reads"))}
+            | {"spans": [_described(span, counts[run["run"], span.name], trace["layers"], steps) for span in spans]}
+            for run in chosen
+        ],
+    }
+
+
+def held_tokens(stays: Stays, span: Span, heads: int, length: int) -> NDArray[np.int64]:
+    """Return how many tokens of a span each head holds after each step, ``[G, T]``."""
+    inside = (stays.key >= span.start) & (stays.key < span.stop)
+    head, enter, leave = stays.kv_head[inside], stays.enter[inside], stays.leave[inside]
+    change = np.zeros((heads, length + 1), np.int64)
+    np.add.at(change, (head, enter), 1)
+    np.add.at(change, (head, np.where(leave < 0, length, leave)), -1)
+    held: NDArray[np.int64] = change[:, :-1].cumsum(1)
+    return held
+
+
+def _described(
+    span: Span, counts: Sequence[NDArray[np.int64]], layers: Iterable[int], steps: Sequence[int]
+) -> dict[str, Any]:
+    size, every = span.stop - span.start, np.stack(counts)  # [L, G, T]
+    parts = [("all", every), *((layer, part[None]) for layer, part in zip(layers, every, strict=True))]
+    return {
+        "name": span.name,
+        "start": span.start,
+        "stop": span.stop,
+        "layers": [
+            {"layer": layer, "at": [_at(part, step, span) for step in steps], "half_gone": _half_gone(part, span)}
+            for layer, part in parts
+        ],
+        "tokens": size,
+    }
+
+
+def _at(counts: NDArray[np.int64], step: int, span: Span) -> dict[str, Any]:
+    if step < span.stop - 1:
+        return {"step": step, "held": None, "whole": None}
+    size, now = span.stop - span.start, counts[..., step]
+    return {"step": step, "held": float(now.mean()) / size, "whole": float((now == size).mean())}
+
+
+def _half_gone(counts: NDArray[np.int64], span: Span) -> int | None:
+    first, size = span.stop - 1, span.stop - span.start
+    half = np.flatnonzero(2 * counts[..., first:].mean((0, 1)) <= size)
+    return int(half[0]) + first if len(half) else None
+
+
+def _range(item: str, what: str, length: int) -> tuple[int, int]:
+    found = _RANGE.fullmatch(what.strip())
+    if found is None:
+        raise UsageError(f"span {item!r} is neither a range nor a text", "Write NAME=120:140 or NAME=text:WORDS.")
+    start, stop = int(found["start"]), int(found["stop"])
+    if not start < stop <= length:
+        raise UsageError(f"span {item!r} is no range of {length} tokens", "Write NAME=START:STOP, without the last.")
+    return start, stop
+
+
+def _places(words: str, texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the tokens of every place where the words stand, the earliest first; places do not overlap."""
+    if not words:
+        raise UsageError("a span has no text", "Write NAME=text:WORDS.")
+    whole = "".join(texts)
+    ends = np.cumsum([len(text) for text in texts])
+    found = []
+    for match in re.finditer(re.escape(words), whole):
+        first = int(np.searchsorted(ends, match.start(), "right"))
+        found.append((first, int(np.searchsorted(ends, match.end(), "left")) + 1))
+    if not found:
+        raise UsageError(
+            f"{words!r} does not stand in the sequence",
+            "Write it as it stands there, with its spaces and line ends; or give positions: NAME=120:140.",
+        )
+    return found

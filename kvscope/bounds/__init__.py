@@ -1,0 +1,1 @@
+"""Clairvoyant schedules: the best that any policy could do."""

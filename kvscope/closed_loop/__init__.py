@@ -1,0 +1,1 @@
+"""The model runs again, with policies inside its attention."""

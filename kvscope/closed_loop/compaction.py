@@ -1,0 +1,105 @@
+"""Attention with compacted positions: the keys of a shortened cache are numbered anew at every step.
+
+As StreamingLLM's code does it: keys are kept without their rotation and get the position that they have in the cache,
+oldest first; the query is the newest. What a query then sees is no part of its full row: it is computed step by step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvscope.engine.scan import Scan
+from kvscope.model.attention_hook import Call
+from kvscope.model.derotation import Derotation
+
+
+class Compacted:
+    """One layer's vectors without their rotation, made once for all blocks of queries.
+
+    Parameters
+    ----------
+    call : Call
+        Of one layer, whose batch are the runs.
+    rotary : Derotation
+        Its rotation.
+    """
+
+    def __init__(self, call: Call, rotary: Derotation) -> None:
+        self.call, self.rotary = call, rotary
+        places = torch.arange(call.query.shape[2], device=call.query.device)
+        self.query = rotary.off(call.query, places)  # [R, H, T, D]
+        self.key = rotary.off(call.key, places)  # [R, G, T, D]
+        self.value = call.value.to(call.exact)
+
+    def attend(self, scan: Scan, rows: Tensor, start: int) -> Tensor:
+        """Step a scan through a block of queries, and return their output ``[R, b, H, D]``.
+
+        Parameters
+        ----------
+        scan : Scan
+            Of this layer.
+        rows : Tensor
+            Full rows of the block ``[R, H, b, stop]``, at the original positions.
+        start : int
+            First query of the block.
+        """
+        groups = self.key.shape[1]
+        outputs = []
+        for t in range(start, start + rows.shape[2]):
+            step = scan.see(t)
+            visible = step.visible[:, 0].expand(-1, groups, -1)  # [R, G, n]
+            if bool(visible.all()):  # nothing is gone: positions are the original ones
+                row = rows[:, :, t - start, : t + 1]
+                grouped = row.reshape(row.shape[0], groups, -1, t + 1)
+                output = grouped @ self.value[:, :, : t + 1]
+            else:
+                row, output = self._live(t, visible)
+                if scan.missing_mass is not None:
+                    scan.missing_mass[:, 0, :, t] = (1 - row.sum(-1)).clamp(min=0)
+            scan.attend(step, row[:, None])
+            outputs.append(output.flatten(1, 2))  # [R, H, D]
+        return torch.stack(outputs, 1)
+
+    def _live(self, t: int, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the live row ``[R, H, n]`` of query `t` and its output ``[R, G, Q, D]``."""
+        runs, _, n = visible.shape
+        count = visible.sum(-1)  # [R, G]
+        most = int(count.max())
+        index = _cached(visible, most)[..., None]  # [R, G, m, 1]
+        places = torch.arange(most, device=index.device)
+        keys = self.rotary.on(self.key.gather(2, index.expand(-1, -1, -1, self.key.shape[-1])), places)
+        query = self._newest(t, count - 1)
+        logits = query @ keys.to(query.dtype).transpose(2, 3) * self.call.scaling  # [R, G, Q, m]
+        if self.call.softcap is not None:
+            logits = (logits / self.call.softcap).tanh() * self.call.softcap
+        logits = logits.masked_fill((places >= count[..., None])[:, :, None], -torch.inf)
+        live = self._softmax(logits)
+        output = live @ self.value.gather(2, index.expand(-1, -1, -1, self.value.shape[-1]))
+        row = live.new_zeros(*live.shape[:3], n)
+        row.scatter_add_(-1, index[..., 0][:, :, None].expand(live.shape), live)
+        return row.reshape(runs, -1, n), output
+
+    def _newest(self, t: int, position: Tensor) -> Tensor:
+        """Return query `t`, ``[R, G, Q, D]``, of each cache turned to its own position ``[R, G]``."""
+        query = self.query[:, :, t]
+        _, heads, size = query.shape
+        flat = query.reshape(position.numel(), -1, size).transpose(0, 1)[None]  # [1, Q, R * G, D]
+        turned = self.rotary.on(flat, position.flatten()).to(self.call.exact)
+        return turned[0].transpose(0, 1).reshape(*position.shape, heads // position.shape[1], size)
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        if self.call.sinks is None:
+            return torch.softmax(logits, -1)
+        runs, groups = logits.shape[:2]
+        sink = self.call.sinks.to(logits.dtype).view(1, groups, -1, 1).expand(runs, -1, -1, 1)
+        return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
+
+
+def _cached(visible: Tensor, most: int) -> Tensor:
+    """Return the place in the text of the i-th key of each cache, ``[R, G, most]``; 0 beyond its end."""
+    n = visible.shape[-1]
+    place = torch.where(visible, visible.cumsum(-1) - 1, most)
+    index = torch.zeros(*visible.shape[:2], most + 1, dtype=torch.int64, device=visible.device)
+    index.scatter_(-1, place, torch.arange(n, device=visible.device).expand(place.shape))
+    return index[..., :most]

@@ -1,0 +1,255 @@
+"""The closed loop: policies inside the model's attention, many in one teacher-forced pass.
+
+A layer's keys and values never change once computed, and what a policy decides in a layer at step ``t`` depends on that
+layer's rows up to ``t`` alone. So each layer computes all its queries, keys and values at once, steps every policy
+through its rows, applies what they left visible, and passes on: the numbers of token-by-token decoding with a really
+shortened cache, at the price of one forward pass. Runs ride along as a batch; row 0 is the full cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvscope.closed_loop.compaction import Compacted
+from kvscope.closed_loop.gates import margins
+from kvscope.core.budget import Prefill
+from kvscope.core.errors import ReplayError
+from kvscope.engine.allocation import Allocator
+from kvscope.engine.plan import GATE, EvictionPlan
+from kvscope.engine.rows import Block, Shape
+from kvscope.engine.scan import Scan
+from kvscope.engine.scoring import Scorer, Scoring
+from kvscope.engine.signals import ROWS
+from kvscope.kernels import available
+from kvscope.kernels.kept import kept_rows
+from kvscope.metrics import Metric
+from kvscope.model.attention_hook import Call, Kernel
+from kvscope.model.derotation import Derotation
+
+BLOCK_BYTES = 128 * 2**20  # of one tensor of rows for all runs of a batch
+BLOCK_QUERIES = 128  # queries of a block, so that little of it lies above the diagonal
+
+
+@dataclass(frozen=True)
+class RunBatch:
+    """Runs of one plan that ride together.
+
+    Attributes
+    ----------
+    plan : EvictionPlan
+        Their policy.
+    budgets : list of int
+        ``B`` of each.
+    allocators : mapping of int to Allocator
+        For each layer what shares out the budget, where that had to be found beforehand (`survey`).
+    """
+
+    plan: EvictionPlan
+    budgets: list[int]
+    allocators: Mapping[int, Allocator] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """What a pass reads: ``P``, ``T``, number of the sequence, number of the model's layers, prefill."""
+
+    prompt: int
+    length: int
+    sequence: int
+    n_layers: int
+    prefill: Prefill
+
+
+Found = Callable[[int, int, Scan, Scorer], None]  # layer, number of the batch, its scan, its scorer
+
+
+class ClosedLoop:
+    """Answers the attention calls of one pass over a batch of ``1 + R`` equal sequences.
+
+    Parameters
+    ----------
+    batches : sequence of RunBatch
+        In the order of the rows ``1..R`` of the input.
+    text : PassShape
+        Sizes.
+    metrics : sequence of Metric
+        Fidelity of the closed loop: of what a row keeps of its own run's attention.
+    found : callable
+        Called for each layer and batch when its scan is done.
+    rotary : sequence of Derotation, optional
+        Rotation of each layer. With it positions are compacted: the keys that a query sees lie at 0, 1, 2, ...
+
+    Attributes
+    ----------
+    layers : list of int
+        Layers that were really called, in order.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[RunBatch],
+        text: PassShape,
+        metrics: Sequence[Metric],
+        found: Found,
+        rotary: Sequence[Derotation] | None = None,
+    ) -> None:
+        self.batches, self.text, self.metrics, self.found = list(batches), text, list(metrics), found
+        self.rotary = rotary
+        self.layers: list[int] = []
+
+    def __call__(self, call: Call, kernel: Kernel) -> Tensor:
+        """Return the output of one layer, ``[1 + R, T, H, D]``."""
+        self.layers.append(call.layer)
+        require_whole(call, self.text)
+        output = [kernel(1)]
+        start = 1
+        for number, batch in enumerate(self.batches):
+            stop = start + len(batch.budgets)
+            output.append(self._attend(rows_of(call, start, stop), number, batch).to(output[0].dtype))
+            start = stop
+        return torch.cat(output)
+
+    def _attend(self, call: Call, number: int, batch: RunBatch) -> Tensor:
+        scan = scan_of(call, batch, self.text)
+        first = self.text.prompt if self.text.prefill == "full" else 0
+        scorer = Scorer(scan, self.metrics, first)
+        scoring = Scoring([scorer], call.value[:, None])
+        most = BLOCK_BYTES // (4 * self.text.length * call.query.shape[0] * call.query.shape[1])
+        size = max(1, min(BLOCK_QUERIES, most))
+        renumbered = None if self.rotary is None else Compacted(call, self.rotary[call.layer])
+        output = []
+        for start in range(0, self.text.length, size):
+            stop = min(start + size, self.text.length)
+            rows = call.rows(start, stop, stop)  # [R, H, b, stop]
+            missing = self._missing(call, scan, rows, start, stop)
+            if renumbered is None:
+                scan.block(Block(rows[:, None], start, None if missing is None else missing[:, None]))
+                output.append(_attended(call, scan, rows, missing, start, stop))
+            else:
+                output.append(renumbered.attend(scan, rows, start))
+            if self.metrics:
+                scoring.add(rows[:, None], start, None if missing is None else missing[:, None])
+            scan.release(stop)
+        scan.check()
+        self.found(call.layer, number, scan, scorer)
+        return torch.cat(output, 1)
+
+    @staticmethod
+    def _missing(call: Call, scan: Scan, rows: Tensor, start: int, stop: int) -> Tensor | None:
+        """Return the mass that a learned sink takes from rows, ``[R, H, b]``, and tell the scan of it."""
+        if call.sinks is None or scan.missing_mass is None:
+            return None
+        missing = (1 - rows.sum(-1)).clamp(min=0)
+        scan.missing_mass[:, 0, :, start:stop] = missing
+        return missing
+
+
+def _attended(call: Call, scan: Scan, rows: Tensor, missing: Tensor | None, start: int, stop: int) -> Tensor:
+    """Return the output of a block of queries over the keys that they saw, ``[R, b, H, D]``."""
+    kept, total = _kept(scan, rows, start, stop)
+    total = total if missing is None else total + missing
+    groups = call.value.shape[1]
+    grouped = kept.view(len(kept), groups, -1, stop)  # [R, G, Q * b, stop]
+    output = grouped @ call.value[:, :, :stop].to(rows.dtype)
+    output = output.view(*rows.shape[:3], -1) / torch.where(total > 0, total, 1)[..., None]
+    return output.transpose(1, 2)
+
+
+def _kept(scan: Scan, rows: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Return a block of rows without the keys that queries did not see, and what is left of their mass."""
+    if rows.device.type == "cpu" and available() and not scan.traits.reads:
+        kept, total = kept_rows(rows.detach().numpy(), scan.leave[:, 0].numpy(), start)
+        return torch.from_numpy(kept), torch.from_numpy(total)
+    visible = scan.visible(start, stop)[:, 0]  # [R, G, b, stop]
+    part = rows * visible.repeat_interleave(rows.shape[1] // visible.shape[1], 1)
+    return part, part.sum(-1)
+
+
+def require_whole(call: Call, text: PassShape) -> None:
+    """Raise ReplayError unless a call attends to the whole text at once."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    if queries != text.length or keys != queries:
+        raise ReplayError(
+            f"layer {call.layer} got {queries} queries on {keys} keys, not the whole text at once",
+            "The closed loop needs a model that attends to its whole input in one call.",
+        )
+
+
+def scan_of(call: Call, batch: RunBatch, text: PassShape) -> Scan:
+    """Return the scan of one layer for the runs of a batch, which are the rows of `call`."""
+    runs, heads, length, _ = call.query.shape
+    shape = Shape(
+        layers=(call.layer,),
+        heads=heads,
+        kv_heads=call.key.shape[1],
+        prompt=text.prompt,
+        length=text.length,
+        sequence=text.sequence,
+        windows=() if call.sliding_window is None else (call.sliding_window,),
+        n_layers=text.n_layers,
+    )
+    missing = None
+    if call.sinks is not None:
+        missing = torch.zeros(runs, 1, heads, length, dtype=call.exact, device=call.query.device)
+    return Scan(
+        batch.plan,
+        batch.budgets,
+        shape,
+        text.prefill,
+        {name: signal(call, name, text.prompt) for name in sorted(batch.plan.needs - ROWS)},
+        missing_mass=missing,
+        allocator=batch.allocators.get(call.layer),
+        device=call.query.device,
+        dtype=call.exact,
+    )
+
+
+def signal(call: Call, name: str, prompt: int) -> Tensor:
+    """Return a signal of a call for a scan, with its leading axis of runs and one layer; gates may look at the prompt.
+
+    Raises
+    ------
+    ModelError
+        If a gate needs the input of the layer, which its module does not show.
+    """
+    if name.startswith(GATE):
+        return margins(name.removeprefix(GATE), call, call.hidden, prompt)[:, None]
+    if name in ("value_l1", "value_l2", "key_l2"):
+        of = call.value if name.startswith("value") else call.key
+        norm: Tensor = of.to(call.exact).norm(p=1 if name.endswith("l1") else 2, dim=-1)
+        return norm[:, None]
+    if name == "mean_query":
+        return call.query.to(call.exact).mean(1)[:, None]
+    return {"keys": call.key, "values": call.value, "queries": call.query}[name].to(call.exact)[:, None]
+
+
+def rows_of(call: Call, start: int, stop: int) -> Call:
+    """Return a call with rows `start` to `stop` - 1 of its batch alone."""
+    mask = call.mask
+    if mask is not None and mask.shape[0] > 1:
+        mask = mask[start:stop]
+    return replace(
+        call,
+        query=call.query[start:stop],
+        key=call.key[start:stop],
+        value=call.value[start:stop],
+        mask=mask,
+        hidden=None if call.hidden is None else call.hidden[start:stop],
+    )
+
+
+def logits_of(model: Any, ids: Tensor, keep: slice) -> Tensor:
+    """Return logits ``[batch, S, V]`` of some positions of ids ``[batch, T]``, from one pass without a cache.
+
+    Where the model can, the others are never computed. A slice goes with every device that its parts may be on.
+    """
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits  # type: ignore[no-any-return]
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[:, keep]

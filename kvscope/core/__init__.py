@@ -1,0 +1,1 @@
+"""What every room may know: errors, budgets, options, records, output folders, registries. No torch."""

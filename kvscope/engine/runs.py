@@ -1,0 +1,112 @@
+"""A run is one plan under one budget: what it is, who takes its results, and what is counted beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from numpy.typing import NDArray
+
+from kvscope.core.budget import Budget, Prefill
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.scan import Scan
+from kvscope.trace.reader import TokenSequence
+
+Array = NDArray[Any]
+Positions = Literal["original", "compacted"]
+EXACT = 1e-9  # retained mass of a step: what is nearer than this to the best is the best, up to rounding
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One plan under one budget; `budget` is None for a policy that the engine holds to none.
+
+    `loop` and `positions` say how it is made; `open_run` is the number of the open run of the same plan and budget.
+    """
+
+    number: int
+    plan: EvictionPlan
+    budget: Budget | None
+    loop: Literal["open", "closed"] = "open"
+    positions: Literal["original", "compacted"] = "original"
+    open_run: int | None = None
+
+    def keys(self, sequence: TokenSequence, prefill: Prefill) -> int:
+        """Return ``B`` for a sequence."""
+        if self.budget is None:
+            return sequence.length
+        return self.budget.keys(prompt=sequence.prompt, length=sequence.length, prefill=prefill)
+
+
+class Sink(Protocol):
+    """Who takes what a group found: a `ReplayWriter`, or whoever wants the numbers alone."""
+
+    def residency(
+        self, run: int, sequence: int, layer: int, *, enter: Array, leave: Array, kv_head: Array, key: Array
+    ) -> None:
+        """Take stays of keys."""
+
+    def fidelity(self, run: int, sequence: int, layer: int, steps: Array, values: Mapping[str, Array]) -> None:
+        """Take metrics, each ``[H, S]``."""
+
+
+@dataclass
+class Tally:
+    """What a replay counts beside its metrics, by number of the run.
+
+    Attributes
+    ----------
+    allocated : dict of int to list of int
+        Keys handed out to heads and, beside it, those of the uniform share.
+    changed : dict of int to int
+        Keys that leave at another step than they would with sums in float32.
+    planned : dict of int to list of float
+        Mass that a schedule loses, the least that any could lose, and the number of steps and heads they are sums over.
+    """
+
+    allocated: dict[int, list[int]] = field(default_factory=dict)
+    changed: dict[int, int] = field(default_factory=dict)
+    planned: dict[int, list[float]] = field(default_factory=dict)
+
+    def add_budget(self, run: int, scan: Scan, number: int) -> None:
+        """Count the keys that run `run`, which is the scan's `number`, handed out to its heads."""
+        share = scan.budget[number]  # [L, S]
+        handed, uniform = self.allocated.get(run, [0, 0])
+        self.allocated[run] = [handed + int(share.sum()), uniform + scan.budgets[number] * share.numel()]
+
+    def add_changed(self, run: int, keys: int) -> None:
+        """Count keys that left at another step than with sums in float32."""
+        self.changed[run] = self.changed.get(run, 0) + keys
+
+    def add_planned(self, run: int, lost: float, least: float, steps: int) -> None:
+        """Count what the schedule of a run loses over so many steps of heads, and the least that it could lose."""
+        before = self.planned.get(run, [0.0, 0.0, 0])
+        self.planned[run] = [old + new for old, new in zip(before, (lost, least, steps), strict=True)]
+
+    def of(self, run: int) -> dict[str, Any]:
+        """Return what is known of a run, for its description."""
+        handed, uniform = self.allocated[run]
+        counted: dict[str, Any] = {"allocated_keys": handed, "uniform_keys": uniform}
+        if run in self.changed:
+            counted["decisions_changed"] = self.changed[run]
+        if run in self.planned:
+            lost, least, steps = self.planned[run]
+            gap = max(0.0, lost - least) / steps
+            counted["certificate"] = {"exact": gap < EXACT, "gap": gap}
+        return counted
+
+
+def runs_of(
+    plans: Sequence[EvictionPlan],
+    budgets: Sequence[Budget],
+    loop: Literal["open", "closed"] = "open",
+    positions: Positions = "original",
+) -> list[RunSpec]:
+    """Return every plan under every budget, those without a budget once."""
+    pairs = [
+        (plan, budget)
+        for plan in plans
+        for budget in (budgets if plan.policy.traits.bounded or plan.policy.traits.reads else [None])
+    ]
+    return [RunSpec(number, plan, budget, loop, positions) for number, (plan, budget) in enumerate(pairs)]

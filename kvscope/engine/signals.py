@@ -1,0 +1,132 @@
+"""Signals that a trace gives to policies and metrics, beside its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvscope.core.errors import TraceError, UsageError
+from kvscope.engine.allocation import ALLOCATORS
+from kvscope.engine.plan import GATE, EvictionPlan
+from kvscope.gates.module import load_gate
+from kvscope.metrics import METRICS, Metric
+from kvscope.metrics.base import RECORDED
+from kvscope.trace.derive import Floats
+from kvscope.trace.reader import REMEDIES, Trace
+
+ROWS = frozenset({"weights", "full_weights", "schedule"})  # what the rows themselves give, which every trace has
+# name -> (what the trace calls it, how to read one layer)
+_READ: dict[str, tuple[str, Callable[[Trace, int, int], Floats]]] = {
+    "value_l1": ("value_l1", lambda trace, sequence, layer: trace.value_norms(sequence, layer, "l1")),
+    "value_l2": ("value_l2", lambda trace, sequence, layer: trace.value_norms(sequence, layer, "l2")),
+    "key_l2": ("key_l2", lambda trace, sequence, layer: trace.key_norms(sequence, layer)),
+    "mean_query": ("queries", lambda trace, sequence, layer: trace.mean_queries(sequence, layer)),
+    "queries": ("vectors:queries", lambda trace, sequence, layer: trace.vectors(sequence, layer, "queries")),
+    "keys": ("vectors:keys", lambda trace, sequence, layer: trace.vectors(sequence, layer, "keys")),
+    "values": ("vectors:values", lambda trace, sequence, layer: trace.vectors(sequence, layer, "values")),
+}
+
+
+def require(trace: Trace, plan: EvictionPlan) -> None:
+    """Raise where the plan needs what the trace does not hold.
+
+    Raises
+    ------
+    UsageError
+        For a signal that no trace holds, or a gate of another model.
+    TraceError
+        If this one does not; the message names the flag that records it. If rows were left out, or heads of a plan that
+        decides from all of them.
+    """
+    _require_recorded(trace, plan)
+    for name in plan.gates:
+        _require_gate(trace, plan, name)
+    for name in sorted(plan.needs - ROWS):
+        if name.startswith(GATE):
+            continue
+        if name not in _READ:
+            raise UsageError(
+                f"{plan.policy.label} needs a signal called {name!r}, which no trace holds",
+                f"Signals: {', '.join((*sorted(ROWS), *_READ))}.",
+            )
+        stored, _ = _READ[name]
+        if stored not in trace.stored:
+            raise TraceError(f"{plan.policy.label} needs {name}, which {trace.path} does not hold", REMEDIES[stored])
+
+
+def measurable(trace: Trace, names: Sequence[str] | None = None) -> tuple[list[Metric], dict[str, str]]:
+    """Return the metrics to compute on a trace, and why others of them cannot be.
+
+    Parameters
+    ----------
+    names : sequence of str, optional
+        All by default, of which those that the trace has no signal for are left out.
+
+    Raises
+    ------
+    UsageError
+        For an unknown name.
+    TraceError
+        If the trace lacks what a metric that is named needs.
+    """
+    chosen, left = [], {}
+    for metric in [METRICS.get(name) for name in dict.fromkeys(names or METRICS.names())]:
+        lacking = [name for name in sorted(metric.needs & RECORDED) if _READ[name][0] not in trace.stored]
+        if not lacking:
+            chosen.append(metric)
+            continue
+        todo = REMEDIES[_READ[lacking[0]][0]]
+        if names:
+            raise TraceError(f"{metric.name} needs {lacking[0]}, which {trace.path} does not hold", todo)
+        left[metric.name] = f"it needs {lacking[0]}, which the trace does not hold. {todo}"
+    return chosen, left
+
+
+def load(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
+    """Return a signal: norms and gates ``[L, G, T]``, vectors ``[L, heads, T, D]``; ``mean_query`` ``[L, T, D]``."""
+    if name.startswith(GATE):
+        return _margins(trace, name.removeprefix(GATE), sequence, layers)
+    _, read = _READ[name]
+    return torch.from_numpy(np.stack([read(trace, sequence, layer) for layer in layers]))
+
+
+def _require_recorded(trace: Trace, plan: EvictionPlan) -> None:
+    """Raise TraceError where only some rows were recorded, or only some heads of a plan that looks at them together."""
+    header = trace.header
+    if header.query_stride > 1:
+        raise TraceError(
+            f"{trace.path} holds every {header.query_stride}th row of attention: fed those alone, a policy is another",
+            "Record it again without --query-stride to replay it.",
+        )
+    across = plan.looks_across or ALLOCATORS.get(plan.allocate).spans == "heads"
+    if header.head_numbers and (across or (plan.policy.traits.scope == "layer" and plan.needs & ROWS)):
+        raise TraceError(
+            f"{plan.label} decides from all heads of a layer, and {trace.path} holds {trace.heads} of {header.n_heads}",
+            "Record it again without --heads, or replay policies that decide per key/value head.",
+        )
+
+
+def _require_gate(trace: Trace, plan: EvictionPlan, name: str) -> None:
+    if "hidden" not in trace.stored:
+        raise TraceError(
+            f"{plan.policy.label} needs layer inputs, which {trace.path} does not hold", REMEDIES["hidden"]
+        )
+    header = trace.header
+    load_gate(name).require(
+        name,
+        layers=header.n_layers,
+        hidden=trace.hidden(0, trace.layers[0]).shape[-1],
+        kv_heads=header.kv_heads,
+        weights=header.model["weights"],
+    )
+
+
+@torch.no_grad()
+def _margins(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
+    """Return by how much gates are above their thresholds, ``[L, G, T]``, from recorded layer inputs."""
+    gate, prompt = load_gate(name), trace.sequences[sequence].prompt
+    inputs = ((layer, torch.from_numpy(trace.hidden(sequence, layer))[None]) for layer in layers)
+    return torch.cat([gate.margins(layer, hidden, prompt) for layer, hidden in inputs])

@@ -1,1 +1,0 @@
-"""Attention gates: small learned modules that say which keys are worth keeping. Their definition, file and training."""

@@ -1,0 +1,146 @@
+"""A group of layers of one sequence: every run stepped over it together, then scored and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvscope.bounds.schedules import Schedules, schedules
+from kvscope.core.budget import Prefill
+from kvscope.engine.layers import Layers
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.rows import Block
+from kvscope.engine.runs import RunSpec, Sink, Tally
+from kvscope.engine.scan import Scan
+from kvscope.engine.scoring import Scorer, Scoring
+from kvscope.engine.signals import ROWS
+from kvscope.metrics import Metric
+from kvscope.replay.footprint import footprint
+from kvscope.trace.reader import TokenSequence, Trace
+
+Array = NDArray[Any]
+
+
+class LayerGroup:
+    """All runs over one group of layers of one sequence, stepped together through blocks of rows."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        sequence: TokenSequence,
+        layers: list[int],
+        runs: Sequence[RunSpec],
+        metrics: Sequence[Metric],
+        prefill: Prefill,
+        device: torch.device,
+        block_steps: int,
+    ) -> None:
+        self.sequence, self.layers, self._block_steps = sequence, layers, block_steps
+        self.source = Layers(trace, sequence, layers, device)
+        self.shape = self.source.shape
+        self.first = sequence.prompt if prefill == "full" else 0
+        self.scans: list[tuple[list[RunSpec], Scan, Scorer]] = []
+        self.twins: dict[int, Scan] = {}  # by index in `scans`: the same in float32, where that is not what is asked
+        self.plans: dict[int, Schedules] = {}  # by index in `scans`: what a clairvoyant policy follows
+        for plan in dict.fromkeys(run.plan for run in runs):
+            own = [run for run in runs if run.plan == plan]
+            keys = [run.keys(sequence, prefill) for run in own]
+
+            def scan(plan: EvictionPlan, keys: list[int] = keys) -> Scan:
+                signals = {name: self.source.signal(name) for name in sorted(plan.needs - ROWS)}
+                if "schedule" in plan.needs:
+                    best = schedules(self.source.layer_rows, self.shape, keys, prefill, plan.policy.traits.scope)
+                    self.plans[len(self.scans)] = best
+                    signals["schedule"] = best.leaves.to(device)
+                return Scan(plan, keys, self.shape, prefill, signals, missing_mass=self.source.missing, device=device)
+
+            if plan.accumulate is not None:
+                self.twins[len(self.scans)] = scan(replace(plan, accumulate=None))
+            made = scan(plan)
+            self.scans.append((own, made, Scorer(made, metrics, self.first)))
+        values = self.source.signal("values") if any("values" in metric.needs for metric in metrics) else None
+        self._scoring = Scoring([scorer for _, _, scorer in self.scans], values)
+
+    def step_all(self) -> Iterator[float]:
+        """Step every scan over the whole sequence, and score it; yields the share that is done."""
+        for start in range(0, self.shape.length, self._block_steps):
+            stop = min(start + self._block_steps, self.shape.length)
+            rows = self.source.rows(start, stop)
+            missing = None if self.source.missing is None else self.source.missing[..., start:stop]
+            block = Block(rows, start, missing)
+            for scan in (*(scan for _, scan, _ in self.scans), *self.twins.values()):
+                scan.block(block)
+            self._scoring.add(rows, start, missing)
+            for _, scan, _ in self.scans:
+                scan.release(stop)
+            yield stop / self.shape.length
+        for _, scan, _ in self.scans:
+            scan.check()
+
+    def write(self, sink: Sink, tally: Tally) -> None:
+        """Hand on residency and fidelity of every run and layer, and add to the tally."""
+        steps = np.arange(self.first, self.shape.length)
+        for index, (own, scan, scorer) in enumerate(self.scans):
+            values = {name: value.cpu().numpy() for name, value in scorer.values().items()}
+            for number, run in enumerate(own):
+                self._count(index, number, run, tally)
+                for position, layer in enumerate(self.layers):
+                    stays = scan.stays(number, position)
+                    sink.residency(
+                        run.number,
+                        self.sequence.index,
+                        layer,
+                        enter=stays.enter.cpu().numpy(),
+                        leave=stays.leave.cpu().numpy(),
+                        kv_head=stays.kv_head.cpu().numpy(),
+                        key=stays.key.cpu().numpy(),
+                    )
+                    one = {name: value[number, position] for name, value in values.items()}
+                    sink.fidelity(run.number, self.sequence.index, layer, steps, one)
+
+    def _count(self, index: int, number: int, run: RunSpec, tally: Tally) -> None:
+        scan = self.scans[index][1]
+        tally.add_budget(run.number, scan, number)
+        if index in self.plans:
+            best, steps = self.plans[index], (self.shape.length - self.first) * scan.budget[number].numel()
+            tally.add_planned(run.number, float(best.lost[number]), float(best.least[number]), steps)
+        if index in self.twins:
+            tally.add_changed(run.number, int((scan.leave[number] != self.twins[index].leave[number]).sum()))
+
+
+def step_through(
+    trace: Trace,
+    runs: Sequence[RunSpec],
+    metrics: Sequence[Metric],
+    prefill: Prefill,
+    device: torch.device,
+    sink: Sink,
+    *,
+    sequences: Sequence[TokenSequence] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Tally:
+    """Step all runs through a trace, which is read once; `sink` gets what they left and how faithful that is.
+
+    Parameters
+    ----------
+    sequences : sequence, optional
+        Of the trace; all by default.
+    """
+    tally = Tally()
+    groups = []
+    for sequence in trace.sequences if sequences is None else sequences:
+        needs = footprint(trace, sequence, [run.plan for run in runs], len(metrics))
+        starts = range(0, len(trace.layers), needs.layers)
+        groups += [(sequence, trace.layers[start : start + needs.layers], needs.steps) for start in starts]
+    for number, (sequence, layers, steps) in enumerate(groups):
+        group = LayerGroup(trace, sequence, layers, runs, metrics, prefill, device, steps)
+        for share in group.step_all():
+            if progress is not None:
+                progress((number + share) / len(groups))
+        group.write(sink, tally)
+    return tally

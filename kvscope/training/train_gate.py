@@ -1,0 +1,254 @@
+"""From names of models, texts and traces to the file of a trained gate."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvscope.core.errors import ModelError, UsageError
+from kvscope.gates.file import Form, GateFacts
+from kvscope.gates.module import LearnedGate
+from kvscope.model.attention_hook import require_registry
+from kvscope.model.loading import Loaded, load
+from kvscope.model.prompts import read_text
+from kvscope.model.sample import sample
+from kvscope.model.selfcheck import self_check
+from kvscope.trace.reader import Trace
+from kvscope.training.fit import Look, Settings, train
+from kvscope.training.tasks import Reading, Recorded, Task, Texts
+
+JUDGED = 8  # windows of held-out text that a gate is judged by
+CHECKPOINT = ".checkpoint"  # what the name of a training that is not at its end ends in
+
+Progress = Callable[[int, Look], None]
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a gate is, apart from its model: see `GateFacts`."""
+
+    heads: int = 2
+    size: int = 16
+    form: Form = "causal"
+    tau: float = 0.5
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.size < 1 or self.sinks < 0 or not 0 < self.tau < 1:
+            raise UsageError(
+                f"a gate of {self.heads} heads of size {self.size}, threshold {self.tau}, {self.sinks} sinks makes no "
+                "sense",
+                "Use heads and sizes of 1 or more, a threshold between 0 and 1, 0 sinks or more.",
+            )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained gate: its file, what it is, and every look at held-out data, the first of them before training."""
+
+    path: Path
+    facts: GateFacts
+    log: list[Look]
+
+    @property
+    def best(self) -> Look:
+        """The look at the gate that was written."""
+        return min(self.log, key=lambda look: look.total)
+
+
+def train_on_texts(
+    model: str,
+    files: Sequence[Path],
+    output: Path,
+    *,
+    design: Design | None = None,
+    settings: Settings | None = None,
+    window: int = 256,
+    tokens: int = 2048,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train the gates of a model on texts that it reads through them; the model itself stays as it is.
+
+    Parameters
+    ----------
+    model, dtype, device, revision
+        As for a trace.
+    files : sequence of Path
+        UTF-8 texts; the last tenth of each is not trained on, and judges.
+    output : Path
+        File to write; what is there is replaced.
+    design, settings : optional
+        What the gate is, and how it is trained.
+    window, tokens : int
+        Tokens of one sequence, and of one step.
+    seed : int
+        Of the first parameters and of the windows.
+    resume : bool
+        Whether to go on from the checkpoint of a training that was interrupted, with the same arguments.
+    progress : callable, optional
+        Called after every step with its number and the last look.
+
+    Raises
+    ------
+    UsageError
+        A text that is too short, a setting out of range, a checkpoint of other settings.
+    ModelError
+        The model cannot be loaded or watched, or a loss is not finite.
+    """
+    design, settings = design or Design(), settings or Settings()
+    if window < 2 or tokens < window:
+        raise UsageError(
+            f"windows of {window} tokens, {tokens} a step, make no sense", "Use --tokens of --window or more."
+        )
+    texts = [read_text(file) for file in files]
+    loaded = load(model, revision=revision, dtype=dtype, device=device)
+    require_registry(loaded.model)
+    loaded.model.requires_grad_(False)
+    windows = _Windows(loaded, texts, window, tokens // window, seed)
+    gate = _made(loaded, design, windows.held_out[0].ids, seed)
+    sources = [
+        {"file": file.name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for file, text in zip(files, texts, strict=True)
+    ]
+    about = {"task": "reading", "texts": sources, "window": window, "tokens": tokens, "seed": seed}
+    task = Reading(loaded.model, windows.draw, windows.held_out)
+    return finish(gate, task, settings, output, about, resume, progress)
+
+
+def train_on_traces(
+    traces: Sequence[Trace],
+    output: Path,
+    *,
+    design: Design | None = None,
+    settings: Settings | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train gates to keep what the best gate would have kept of recorded attention; the model does not run.
+
+    Parameters
+    ----------
+    traces : sequence of Trace
+        Of one model, with layer inputs and two sequences or more in all, of which every fifth is not trained on.
+    output, design, settings, seed, device, resume, progress
+        As in `train_on_texts`.
+
+    Raises
+    ------
+    TraceError
+        If a trace lacks what a gate learns from.
+    UsageError, ModelError
+        As `train_on_texts`.
+    """
+    design, settings = design or Design(), settings or Settings()
+    if not traces:
+        raise UsageError("no trace is named", "Name one or more that were recorded with --hidden.")
+    task = Recorded(traces, settings.target_keep, design.form, seed, device)
+    header = traces[0].header
+    facts = GateFacts(
+        model=str(header.model["id"]),
+        layers=header.n_layers,
+        hidden=traces[0].hidden(0, traces[0].layers[0]).shape[-1],
+        kv_heads=header.kv_heads,
+        **asdict(design),
+    )
+    torch.manual_seed(seed)
+    gate = LearnedGate(facts, torch.tensor(header.model["weights"])).to(device)
+    named = [{"name": trace.name, "identity": trace.identity} for trace in traces]
+    about = {"task": "distilled", "traces": named, "seed": seed}
+    return finish(gate, task, settings, output, about, resume, progress)
+
+
+def finish(
+    gate: LearnedGate,
+    task: Task,
+    settings: Settings,
+    output: Path,
+    about: dict[str, Any],
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train a gate on a task and write it, with what it was trained on (`about`) and how, and what came of it."""
+    log = train(gate, task, settings, output.with_name(output.name + CHECKPOINT), resume=resume, progress=progress)
+    best = min(log, key=lambda look: look.total)
+    versions = {name: version(name) for name in ("kvscope", "torch", "transformers")}
+    found = {"keep": best.keep, "keep_by_layer": best.by_layer, "loss": best.loss, "best_step": best.step}
+    gate.facts = replace(gate.facts, provenance={**asdict(settings), **about, **found, "versions": versions})
+    gate.write(output)
+    return Trained(output, gate.facts, log)
+
+
+def _made(loaded: Loaded, design: Design, ids: Tensor, seed: int) -> LearnedGate:
+    """Return an untrained gate of a model, after a look at a few tokens ``[batch, T]``."""
+    with torch.inference_mode():
+        facts = self_check(loaded.model, ids[:1].to(loaded.device))
+    config = loaded.text_config
+    if list(facts.windows) != list(range(config.num_hidden_layers)):
+        raise ModelError(f"{loaded.name} has layers without attention", "Gates need a model whose every layer has it.")
+    torch.manual_seed(seed)
+    shape = GateFacts(
+        model=loaded.name,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        kv_heads=facts.kv_heads,
+        **asdict(design),
+    )
+    return LearnedGate(shape, torch.tensor(sample(loaded.model))).to(loaded.device)
+
+
+class _Windows:
+    """Windows of texts: drawn from the first nine tenths of each, evenly spaced in the last."""
+
+    def __init__(self, loaded: Loaded, texts: Sequence[str], window: int, batch: int, seed: int) -> None:
+        tokenizer = loaded.tokenizer
+        self._first = [tokenizer.bos_token_id] if tokenizer("", verbose=False)["input_ids"][:1] else []
+        self._window, self._batch, self._seed = window, batch, seed
+        size = window - len(self._first)
+        ids = [torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+        cuts = [len(one) * 9 // 10 for one in ids]
+        self._trained = [one[:cut] for one, cut in zip(ids, cuts, strict=True) if cut >= size]
+        left = [one[cut:] for one, cut in zip(ids, cuts, strict=True) if len(one) - cut >= size]
+        if not self._trained or not left:
+            raise UsageError(
+                f"the last tenth of no text has a window of {window} tokens to judge by",
+                "Name longer texts, or lower --window.",
+            )
+        starts = [(one, start) for one in left for start in range(0, len(one) - size + 1, size)]
+        chosen = starts[:: max(1, len(starts) // JUDGED)][:JUDGED]
+        self.held_out = [self._texts([one[start : start + size]], window // 2) for one, start in chosen]
+
+    def draw(self, step: int) -> Texts:
+        """Return the windows of a step, drawn by its number alone."""
+        random = torch.Generator().manual_seed(1_000_003 * self._seed + step)
+        size = self._window - len(self._first)
+        room = torch.tensor([len(one) - size + 1 for one in self._trained])
+        places = [int(torch.randint(int(room.sum()), (1,), generator=random)) for _ in range(self._batch)]
+        prompt = int(torch.randint(self._window // 4, self._window * 3 // 4 + 1, (1,), generator=random))
+        return self._texts([self._at(place, room, size) for place in places], max(1, prompt))
+
+    def _at(self, place: int, room: Tensor, size: int) -> Tensor:
+        """Return the window at one of all places at which a window of any text can start."""
+        for one, count in zip(self._trained, room.tolist(), strict=True):
+            if place < count:
+                return one[place : place + size]
+            place -= count
+        raise AssertionError("a place within the sum of all")
+
+    def _texts(self, parts: Sequence[Tensor], prompt: int) -> Texts:
+        first = torch.tensor(self._first, dtype=torch.int64)
+        ids = torch.stack([torch.cat([first, part]) for part in parts])
+        return Texts(ids, torch.ones(ids.shape), prompt)

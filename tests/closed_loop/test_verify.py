@@ -1,0 +1,141 @@
+"""The closed loop beside real decoding: the same keys at every step, the same logits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvscope.closed_loop.evaluate import Passage
+from kvscope.closed_loop.options import require_closed
+from kvscope.closed_loop.verify import TOLERANCE, Verdict, _compared, _require_decodable
+from kvscope.core.budget import parse_budgets
+from kvscope.core.errors import UsageError
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.runs import runs_of
+from kvscope.policies import POLICIES
+from kvscope.policies.base import Policy, Step
+from kvscope.policies.spec import parse_policy
+from kvscope.trace.reader import TokenSequence
+from tests.model.tiny import build, tokens
+
+LENGTH, PROMPT, BUDGET = 26, 12, "7"
+# Parameters that suit so small a text; a policy that is not here runs with its defaults.
+SMALL = {
+    "snapkv": "snapkv:window=3",
+    "pyramidkv": "pyramidkv:window=3",
+    "ada-kv": "ada-kv:window=3",
+    "lagkv": "lagkv:lag=3,sinks=2",
+    "r-kv": "r-kv:window=3",
+}
+OTHER_MODELS = ["qwen3", "gemma3", "gpt_neox", "phi3"]
+SOME = ["h2o", "tova", "a2sf", "keyformer", "ada-kv:window=3"]
+
+
+def specs() -> list[str]:
+    """Return every registered policy that holds less than everything, in a form that fits."""
+    found = []
+    for name in POLICIES.names():
+        if name == "attention-gate":
+            continue  # needs a gate of the model: tests/gates/test_loops.py
+        spec = SMALL.get(name, name)
+        plan = EvictionPlan.published(parse_policy(spec))
+        try:
+            require_closed(plan)
+            _require_decodable(plan)
+            if name == "attention-gate":  # its gate belongs to one model; tests/gate decodes with one of its own
+                continue
+        except UsageError:
+            continue
+        found.append(spec)
+    return [*found, "tova:scope=kv_head", "vatp:base=tova", "h2o:group=max"]
+
+
+def verdict(model: Any, spec: str, prefill: str, positions: str = "original", budget: str = BUDGET) -> Verdict:
+    return compared(model, EvictionPlan.published(parse_policy(spec)), prefill, positions, budget)
+
+
+def compared(
+    model: Any, plan: EvictionPlan, prefill: str, positions: str = "original", budget: str = BUDGET
+) -> Verdict:
+    (run,) = runs_of([plan], parse_budgets(budget), loop="closed", positions=positions)  # type: ignore[arg-type]
+    passage = Passage(TokenSequence(0, PROMPT, LENGTH), tokens(LENGTH)[0])
+    layers = list(range(model.config.num_hidden_layers))
+    with torch.inference_mode():
+        return _compared(model, passage, run, prefill, layers)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_every_policy_that_evicts(spec: str) -> None:
+    model, plan = build("llama").double(), EvictionPlan.published(parse_policy(spec))
+    for prefill in sorted(plan.policy.traits.prefills):
+        if prefill == "stream" and plan.phase == "prefill":
+            continue
+        found = verdict(model, spec, prefill)
+        assert found.decided and found.agrees, found
+        assert found.different == 0 and found.logit_difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("spec", SOME)
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_other_architectures(name: str, spec: str) -> None:
+    found = verdict(build(name).double(), spec, "full")
+    assert found.agrees, found
+
+
+@pytest.mark.parametrize("name", ["llama", *OTHER_MODELS])
+def test_compacted_positions(name: str) -> None:
+    for spec in ("streaming-llm:sinks=2", "h2o"):
+        found = verdict(build(name).double(), spec, "stream", "compacted")
+        assert found.agrees, found
+
+
+@dataclass(frozen=True)
+class Threshold(Policy):
+    """Drop what got less than a share of the attention: heads hold different numbers of keys."""
+
+    name = "threshold"
+    bounded = False
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        weights = step.weights()
+        weights[..., -1] = 1  # the newest has had no chance
+        return torch.where(weights < 0.08, -torch.inf, weights)
+
+
+def test_a_policy_without_a_budget() -> None:
+    plan = EvictionPlan.published(Threshold())
+    for prefill in ("full", "stream"):
+        found = compared(build("llama").double(), plan, prefill)
+        assert found.agrees and found.largest_cache < LENGTH, found
+
+
+def test_the_cache_is_really_short() -> None:
+    found = verdict(build("llama").double(), "h2o", "stream")
+    assert found.largest_cache == found.keys == 7
+
+
+def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder whose policy forgets one step is told apart."""
+    from kvscope.policies.a2sf import A2SF
+
+    model = build("llama").double()
+    assert verdict(model, "a2sf:alpha=0.5", "stream").agrees
+    observe, calls = A2SF.observe, []
+
+    def forgetful(self: A2SF, step: Any, score: torch.Tensor) -> torch.Tensor:
+        calls.append(step.t)
+        return observe(self, step, score if step.t != 9 or calls.count(9) < 3 else score * 0)
+
+    monkeypatch.setattr(A2SF, "recurrence", lambda self: None)  # what the kernels go by is still true of it
+    monkeypatch.setattr(A2SF, "observe", forgetful)  # the closed loop asks once for each of two layers, then decoding
+    found = verdict(model, "a2sf:alpha=0.5", "stream")
+    assert not found.agrees
+    assert found.first_difference is not None and found.first_difference >= 9
+
+
+def test_float32_is_measured_and_not_judged() -> None:
+    found = verdict(build("llama"), "tova", "full")
+    assert not found.decided
+    assert found.logit_difference < 1e-3 or found.different

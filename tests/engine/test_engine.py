@@ -1,0 +1,117 @@
+"""The tensor engine against its plain-loop twin: a wrong axis or tie would show up as another decision."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvscope.core.errors import ReplayError, UsageError
+from kvscope.engine.draw import draw
+from kvscope.engine.rows import Shape
+from kvscope.engine.scan import Scan
+from kvscope.policies.base import Policy, Step
+from kvscope.policies.spec import parse_policies
+from tests.engine.maps import KINDS, attention, run
+from tests.reference import replay as twin
+
+TWINS = {
+    "h2o": (twin.h2o, lambda budget: (0, budget // 2)),
+    "h2o:recent=0": (twin.h2o, lambda budget: (0, 0)),
+    "a2sf:alpha=0.5": (twin.a2sf(0.5), lambda budget: (0, 0)),
+    "a2sf:alpha=0,recent=1": (twin.a2sf(0.0), lambda budget: (0, 1)),
+    "tova": (twin.tova, lambda budget: (0, 0)),
+    "window": (twin.newest, lambda budget: (0, 0)),
+    "streaming-llm:sinks=2": (twin.newest, lambda budget: (2, 0)),
+}
+
+
+@given(
+    spec=st.sampled_from(sorted(TWINS)),
+    seed=st.integers(0, 10_000),
+    kind=KINDS,
+    length=st.integers(1, 14),
+    data=st.data(),
+    prefill=st.sampled_from(["full", "stream"]),
+)
+@settings(max_examples=120, deadline=None)
+def test_decisions_equal_the_plain_loop(spec, seed, kind, length, data, prefill) -> None:
+    prompt = data.draw(st.integers(1, length))
+    budget = data.draw(st.integers(3, length + 2))
+    groups = data.draw(st.sampled_from([1, 2]))
+    rows = attention(seed, 2, 2 * groups, length, kind)
+    policy = parse_policies([spec])[0]
+    scan = run(policy, rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill)
+    observe, protection = TWINS[spec]
+    sinks, recent = protection(budget)
+    for layer in range(2):
+        for group in range(groups):
+            shared = rows[layer] if policy.scope == "layer" else rows[layer, 2 * group : 2 * group + 2]
+            visible, held = twin.replay(shared.tolist(), observe, budget, prompt, prefill, sinks, recent)
+            seen, kept = scan.visible(0, length)[0, layer, group], scan.held(0, length)[0, layer, group]
+            assert [set(row.nonzero().flatten().tolist()) for row in seen] == visible
+            assert [set(row.nonzero().flatten().tolist()) for row in kept] == held
+
+
+def test_budgets_in_one_scan_equal_one_by_one() -> None:
+    rows = attention(3, 2, 4, 40)
+    policy = parse_policies(["h2o"])[0]
+    together = run(policy, rows, [4, 9, 60], kv_heads=2, prompt=10, prefill="full")
+    for index, budget in enumerate([4, 9, 60]):
+        alone = run(policy, rows, [budget], kv_heads=2, prompt=10, prefill="full")
+        assert torch.equal(together.leave[index], alone.leave[0])
+
+
+def test_layers_in_one_scan_equal_one_by_one() -> None:
+    rows = attention(4, 3, 4, 30)
+    policy = parse_policies(["random:seed=5"])[0]
+    together = run(policy, rows, [6], kv_heads=2, prompt=1, prefill="stream")
+    for layer in range(3):
+        alone = Scan(policy, [6], Shape((layer,), 4, 2, 1, 30), "stream", dtype=torch.float64)
+        for t in range(30):
+            alone.step(t, rows[layer : layer + 1, :, t, : t + 1])
+        assert torch.equal(together.leave[:, layer : layer + 1], alone.leave)
+
+
+def test_protection_beyond_the_budget_is_an_error() -> None:
+    with pytest.raises(UsageError, match="protects 4 first and 0 last keys, more than the budget of 3"):
+        Scan(parse_policies(["streaming-llm"])[0], [3], Shape((0,), 1, 1, 1, 8))
+
+
+class _Nan(Policy):
+    name = "nan"
+
+    def observe(self, step: Step, score: torch.Tensor) -> torch.Tensor:
+        return step.weights() * torch.nan
+
+
+def test_nan_scores_are_no_result() -> None:
+    with pytest.raises(ReplayError, match="not numbers"):
+        run(_Nan(), attention(1, 1, 2, 8), [3], kv_heads=2, prompt=1, prefill="stream")
+
+
+def test_infinite_scores_never_touch_protected_keys() -> None:
+    class Infinite(Policy):
+        name = "infinite"
+
+        def observe(self, step: Step, score: torch.Tensor) -> torch.Tensor:
+            return step.weights() + torch.inf
+
+    scan = run(Infinite(), attention(1, 1, 2, 8), [3], kv_heads=2, prompt=1, prefill="stream")
+    assert (scan.held(0, 8).sum(-1)[..., 3:] == 3).all()
+
+
+def test_a_sliding_window_forgets_without_counting_as_eviction() -> None:
+    rows = attention(5, 2, 2, 12)
+    scan = run(parse_policies(["tova"])[0], rows, [6], kv_heads=2, prompt=1, prefill="stream", windows=(4, None))
+    counts = scan.visible(0, 12).sum(-1)
+    assert counts[0, 0, 0].tolist() == [1, 2, 3] + [4] * 9
+    assert scan.evictions[0, :, 0].tolist() == [0, 6]
+    assert counts[0, 1, 0].max() == 7
+
+
+def test_draws_are_uniform_and_fixed() -> None:
+    many = torch.stack([draw(1, 0, torch.arange(4), 8, position) for position in range(2000)])
+    assert many.min() >= 0 and many.max() < 1
+    assert abs(many.mean().item() - 0.5) < 0.005
+    assert torch.equal(draw(1, 2, torch.tensor([3]), 8, 9), draw(1, 2, torch.arange(5), 8, 9)[3:4])
+    assert not torch.equal(draw(1, 0, torch.arange(4), 8, 3), draw(2, 0, torch.arange(4), 8, 3))

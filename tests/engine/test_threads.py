@@ -1,0 +1,30 @@
+"""Small steps take one thread, and the rest of the program gets its threads back."""
+
+import pytest
+import torch
+
+from kvscope.engine.threads import SMALL, few_threads
+
+
+@pytest.fixture
+def _two() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield None
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two")
+def test_only_small_steps() -> None:
+    with few_threads(SMALL - 1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    with few_threads(SMALL):
+        assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("_two")
+def test_threads_come_back_after_an_error() -> None:
+    with pytest.raises(ValueError, match="a step"), few_threads(1):
+        raise ValueError("a step failed")
+    assert torch.get_num_threads() == 2

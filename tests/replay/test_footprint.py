@@ -1,0 +1,75 @@
+"""How many layers are replayed together, and whether what is stated of memory holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import kvscope.replay.footprint as module
+from kvscope.core.budget import parse_budgets
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.runs import runs_of
+from kvscope.metrics import METRICS
+from kvscope.policies.spec import parse_policies
+from kvscope.replay.footprint import Footprint, footprint
+from kvscope.replay.layer_group import LayerGroup
+from kvscope.replay.run import replay
+from kvscope.trace.reader import Trace, open_trace
+
+POLICIES = ["h2o", "tova", "lru", "streaming-llm"]
+
+
+@pytest.fixture(scope="module")
+def example() -> Trace:
+    return open_trace(Path(__file__).parents[2] / "traces" / "example")
+
+
+def test_layers_one_by_one_give_what_all_together_give(
+    example: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Footprint] = []
+    together = replay(example, POLICIES, "20%,40%", output=tmp_path / "together", announce=said.append)
+    monkeypatch.setattr(module, "GROUP_BYTES", 2**20)
+    apart = replay(example, POLICIES, "20%,40%", output=tmp_path / "apart", announce=said.append)
+    assert [needs.layers for needs in said] == [len(example.layers), 1]
+    assert said[1].bytes < said[0].bytes
+    for file in ("residency.parquet", "fidelity.parquet"):
+        one, other = (pd.read_parquet(made.path / file) for made in (together, apart))
+        order = [
+            name for name in ("run", "sequence", "layer", "head", "kv_head", "step", "key", "enter") if name in one
+        ]
+        one, other = (frame.sort_values(order).reset_index(drop=True) for frame in (one, other))
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
+@pytest.mark.parametrize("prefill", ["full", "stream"])
+def test_what_is_stated_covers_what_is_kept(example: Trace, prefill: str) -> None:
+    runs = runs_of([EvictionPlan.published(policy) for policy in parse_policies(POLICIES)], parse_budgets("20%,40%"))
+    metrics = [METRICS.get(name) for name in METRICS.names() if not METRICS.get(name).needs]
+    sequence = example.sequences[0]
+    needs = footprint(example, sequence, [run.plan for run in runs], len(metrics))
+    assert needs.layers == len(example.layers)
+    group = LayerGroup(example, sequence, example.layers, runs, metrics, prefill, torch.device("cpu"), needs.steps)  # type: ignore[arg-type]
+    for _ in group.step_all():
+        pass
+    kept = 0
+    for _, scan, scorer in group.scans:
+        tensors = [scan.leave, scan._alive, scan._score, *(part for parts in scorer._blocks.values() for part in parts)]
+        kept += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert needs.bytes / (20 if prefill == "stream" else 100) < kept < needs.bytes
+
+
+def test_a_long_sequence_takes_shorter_blocks(example: Trace) -> None:
+    from dataclasses import replace
+
+    sequence = replace(example.sequences[0], length=200_000)
+    needs = footprint(
+        example,
+        sequence,
+        [EvictionPlan.published(policy) for policy in parse_policies([f"a2sf:alpha=0.{n}" for n in range(4)])],
+        10,
+    )
+    assert needs.layers == 1 and needs.steps < module.BLOCK_STEPS
