@@ -15,26 +15,7 @@ from typing import Annotated
 import typer
 
 from kvscope import __version__
-from kvscope.cli import (
-    compare,
-    demo,
-    diff,
-    export,
-    gate,
-    import_,
-    info,
-    perplexity,
-    policies,
-    regret,
-    replay,
-    report,
-    score,
-    spans,
-    trace,
-    tune,
-    verify,
-)
-from kvscope.cli.parameters import PARAMETERS
+from kvscope.cli.command import add_commands
 from kvscope.core.errors import KvscopeError
 
 INTERRUPTED = 130
@@ -49,37 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("trace")(trace.trace)
-app.command(
-    "replay",
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    options_metavar="[TRACE] [OPTIONS]",
-    epilog=replay.EPILOG,
-)(replay.replay)
-app.command(
-    "perplexity",
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    epilog=PARAMETERS,
-)(perplexity.perplexity)
-app.command(
-    "verify",
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    options_metavar="[TRACE] [OPTIONS]",
-    epilog=PARAMETERS,
-)(verify.verify)
-app.command("tune")(tune.tune)
-app.command("score")(score.score)
-app.command("regret")(regret.regret)
-app.command("spans")(spans.spans)
-app.command("report")(report.report)
-app.command("diff")(diff.diff)
-app.command("compare")(compare.compare)
-app.command("export")(export.export)
-app.command("info")(info.info)
-app.command("policies")(policies.policies)
-app.add_typer(gate.app, name="gate")
-app.command("import")(import_.import_maps)
-app.command("demo")(demo.demo)
+add_commands(app)
 
 
 def _version(wanted: bool) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ NOTE = (
 )
 
 
+@command("compare", order=110)
 def compare(
     replays: Annotated[
         list[str] | None,

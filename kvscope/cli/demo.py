@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet, command_line
 
 BUDGETS = "10%,20%,40%"
@@ -11,6 +12,7 @@ NEW_TOKENS = 128
 STORE = "maps+vectors"  # so that policies which look at keys and queries are there too
 
 
+@command("demo", order=170)
 def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
     """Trace the bundled model, replay every policy at three budgets, write the report: under a minute, offline."""
     from kvscope.cli import console, places

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Format(StrEnum):
     junit = "junit"
 
 
+@command("diff", order=100)
 def diff(
     base: Annotated[str, typer.Argument(metavar="BASE", help="A replay (name or folder), or a summary.json.")],
     new: Annotated[str, typer.Argument(metavar="NEW", help="The same, later.")],

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Force, Json, Quiet
 
 
@@ -28,6 +29,7 @@ class Per(StrEnum):
     run = "run"
 
 
+@command("export", order=120)
 def export(
     replay: Annotated[
         str | None,

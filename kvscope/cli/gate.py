@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvscope.cli.command import command_group
 from kvscope.cli.options import Device, Force, Json, Quiet
 
 if TYPE_CHECKING:
     from kvscope.training.fit import Look
     from kvscope.training.train_gate import Trained
 
-app = typer.Typer(
+app = command_group(
+    "gate",
+    order=150,
     help="Train gates for attention-gate: small modules that say, at each layer, which keys are worth keeping.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
 )
 
 

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Force, Json, Quiet
 
 
+@command("import", order=160)
 def import_maps(
     maps: Annotated[
         Path,

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
     from kvscope.trace.reader import Trace
 
 
+@command("info", order=130)
 def info(
     trace: Annotated[
         str | None,

@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Device, Force, Json, Quiet, command_line
+from kvscope.cli.parameters import PARAMETERS
 from kvscope.cli.replay import Positions
 
 
+@command("perplexity", order=30, epilog=PARAMETERS, extra_arguments=True)
 def perplexity(
     ctx: typer.Context,
     files: Annotated[list[str], typer.Argument(metavar="TEXT", help="UTF-8 text files.", show_default=False)],

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Json
 
 
+@command("policies", order=140)
 def policies(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Everything about one policy.", show_default=False)

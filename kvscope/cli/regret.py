@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet
 from kvscope.cli.runs import Budget, Policy, TraceOption
 
@@ -22,6 +23,7 @@ NOTE = (
 )
 
 
+@command("regret", order=70)
 def regret(
     replay: Annotated[
         str | None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Device, Force, Json, Quiet, command_line
 from kvscope.cli.parameters import PARAMETERS
 
@@ -30,6 +31,7 @@ class Prefill(StrEnum):
     stream = "stream"
 
 
+@command("replay", order=20, options_metavar="[TRACE] [OPTIONS]", epilog=EPILOG, extra_arguments=True)
 def replay(
     ctx: typer.Context,
     policy: Annotated[

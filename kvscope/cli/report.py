@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Force, Json, Quiet
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from kvscope.trace.reader import Trace
 
 
+@command("report", order=90)
 def report(
     replays: Annotated[
         list[str] | None,

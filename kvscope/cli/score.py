@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Device, Force, Json, Quiet, command_line
 from kvscope.cli.runs import TraceOption
 
 
+@command("score", order=60)
 def score(
     ctx: typer.Context,
     replay: Annotated[

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet
 from kvscope.cli.runs import Budget, Policy, TraceOption
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from kvscope.cli.console import Column
 
 
+@command("spans", order=80)
 def spans(
     replay: Annotated[
         str | None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Device, Force, Json, Quiet, command_line
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from kvscope.model.plan import RecordingPlan
 
 
+@command("trace", order=10)
 def trace(
     ctx: typer.Context,
     prompts: Annotated[

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Device, Json, Quiet
 from kvscope.cli.replay import Prefill
 
@@ -25,6 +26,7 @@ class Per(StrEnum):
     head = "head"
 
 
+@command("tune", order=50)
 def tune(
     traces: Annotated[
         list[str] | None,

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvscope.cli.command import command
 from kvscope.cli.options import Device, Json, Quiet
+from kvscope.cli.parameters import PARAMETERS
 from kvscope.cli.replay import Positions, Prefill
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 DIFFERENCE = 3
 
 
+@command("verify", order=40, options_metavar="[TRACE] [OPTIONS]", epilog=PARAMETERS, extra_arguments=True)
 def verify(
     ctx: typer.Context,
     policy: Annotated[

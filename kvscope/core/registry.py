@@ -1,13 +1,12 @@
-"""Named things that a user can add to: policies, metrics, panels."""
+"""Named things that a user can add to: policies, metrics, panels, allocations, commands."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from kvscope.core.errors import UsageError
 
@@ -24,14 +23,18 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Classes or functions by name, from the package and from installed entry points.
+    """Classes, functions or records by name, from the package and from installed entry points.
+
+    The names are listed by the module that defines them: first the built-in ones in the alphabetical order of their
+    modules, then those of other packages and files, as they came. A module's own are in the order of its lines. A
+    class comes before the classes derived from it. Which module was imported first makes no difference.
 
     Parameters
     ----------
     kind : str
         What it holds, for messages: ``policy``.
-    group : str
-        Entry-point group that other packages use: ``kvscope.policies``.
+    group : str, optional
+        Entry-point group that other packages use: ``kvscope.policies``. Without one they cannot add to it.
     package : str, optional
         Module, or package of modules, whose import registers the built-in members: imported at the first look-up, so
         that a new member is one new file.
@@ -42,30 +45,46 @@ class Registry(Generic[T]):
         Installed entry points that failed to load, by name, and why: left out, and named where they are missed.
     """
 
-    def __init__(self, kind: str, group: str, package: str | None = None) -> None:
+    def __init__(self, kind: str, group: str | None = None, package: str | None = None) -> None:
         self.kind = kind
         self.group = group
         self.package = package
         self._members: dict[str, T] = {}
+        self._sources: dict[str, object] = {}
         self._discovered = False
         self.broken: dict[str, str] = {}
 
-    def register(self, name: str, member: T) -> T:
+    def register(self, name: str, member: T, source: object = None) -> T:
         """Return `member`, now known as `name`.
+
+        Parameters
+        ----------
+        name : str
+            What users call it.
+        member : object
+            What `get` returns.
+        source : function or class, optional
+            What defines the member, if it is a record made from a function.
 
         Raises
         ------
         UsageError
             If another member has that name.
         """
-        present = self._members.get(name)
-        if present is not None and not _same_source(present, member):
+        definition = member if source is None else source
+        present = self._sources.get(name)
+        if present is not None and _where(present) != _where(definition):
             raise UsageError(
-                f"{self.kind} {name!r} is registered twice: {_where(present)} and {_where(member)}",
+                f"{self.kind} {name!r} is registered twice: {_where(present)} and {_where(definition)}",
                 "Give one of them another name.",
             )
         self._members[name] = member
+        self._sources[name] = definition
         return member
+
+    def remove(self, name: str) -> None:
+        """Forget the member called `name`: for tests and notebooks that define one for a while."""
+        del self._members[name], self._sources[name]
 
     def get(self, name: str) -> T:
         """Return the member called `name`.
@@ -82,28 +101,49 @@ class Registry(Generic[T]):
             if name in self.broken:
                 raise UsageError(
                     f"{self.kind} {name!r} is installed and broken: {self.broken[name]}",
-                    "Mend or remove the package that brings it.",
+                    "Repair or remove the package that brings it.",
                 ) from None
             raise UsageError(f"no {self.kind} is called {name!r}", nearest(name, self._members)) from None
 
     def names(self) -> list[str]:
-        """Return every name, in the order of registration."""
+        """Return every name, in the order that the class describes."""
         self._discover()
-        return list(self._members)
+        return self._ordered()
 
     def items(self) -> list[tuple[str, T]]:
-        """Return every name and member, in the order of registration."""
-        self._discover()
-        return list(self._members.items())
+        """Return every name and member, in the order that the class describes."""
+        return [(name, self._members[name]) for name in self.names()]
+
+    def _ordered(self) -> list[str]:
+        names = {id(source): name for name, source in self._sources.items()}
+        ordered: dict[str, None] = {}
+        for name in sorted(self._members, key=self._module):  # stable: a module registers in the order of its lines
+            source = self._sources[name]
+            for base in reversed(getattr(source, "__mro__", (source,))):  # the last is the class itself
+                if id(base) in names:
+                    ordered.setdefault(names[id(base)])
+        return list(ordered)
+
+    def _module(self, name: str) -> tuple[bool, str]:
+        """Return what built-in members are sorted by: their module. The others stay behind them, as they came."""
+        module = str(getattr(self._sources[name], "__module__", ""))
+        built_in = self.package is not None and f"{module}.".startswith(f"{self.package}.")
+        return (False, module) if built_in else (True, "")
 
     def _discover(self) -> None:
         if self._discovered:
             return
-        self._discovered = True
         if self.package is not None:
             _import_all(self.package)
-        for point in entry_points(group=self.group):
-            load: Callable[[], Any] = point.load
+        self._discovered = True
+        if self.group is not None:
+            self._load_entry_points(self.group)
+
+    def _load_entry_points(self, group: str) -> None:
+        from importlib.metadata import entry_points  # slow to import, and the command line needs none for its help
+
+        for point in entry_points(group=group):
+            load: Callable[[], object] = point.load
             try:
                 load()  # importing the module runs its decorator
             except Exception as error:  # whatever somebody else's module raises must not stop all commands
@@ -112,15 +152,10 @@ class Registry(Generic[T]):
 
 
 def _import_all(name: str) -> None:
-    """Import a module, and if it is a package every module in it, by name."""
+    """Import a module, and if it is a package every module in it, in alphabetical order."""
     module = import_module(name)
-    for found in iter_modules(getattr(module, "__path__", [])):
-        import_module(f"{name}.{found.name}")
-
-
-def _same_source(one: object, other: object) -> bool:
-    """Return whether both are the same definition, imported once more (a file given twice)."""
-    return _where(one) == _where(other)
+    for found in sorted(item.name for item in iter_modules(getattr(module, "__path__", []))):
+        import_module(f"{name}.{found}")
 
 
 def _where(member: object) -> str:

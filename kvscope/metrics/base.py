@@ -203,7 +203,7 @@ class Metric:
         }
 
 
-METRICS: Registry[Metric] = Registry("metric", "kvscope.metrics")
+METRICS: Registry[Metric] = Registry("metric", "kvscope.metrics", "kvscope.metrics")
 
 
 def metric(
@@ -231,7 +231,7 @@ def metric(
     def register(function: Callable[[Rows], Tensor]) -> Callable[[Rows], Tensor]:
         summary = (function.__doc__ or "").strip().split("\n", 1)[0]
         made = Metric(name, direction, range, when_nothing_evicted, function, pooled, summary, unit, wanted)
-        METRICS.register(name, made)
+        METRICS.register(name, made, source=function)
         return function
 
     return register

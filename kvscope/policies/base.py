@@ -256,7 +256,7 @@ def _own_traits(policy: Policy) -> Traits:
     return Traits(**{item.name: getattr(policy, item.name) for item in fields(Traits)})
 
 
-POLICIES: Registry[type[Policy]] = Registry("policy", "kvscope.policies")
+POLICIES: Registry[type[Policy]] = Registry("policy", "kvscope.policies", "kvscope.policies")
 P = TypeVar("P", bound=Policy)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import kvscope.report.panels  # noqa: F401  registers the panels
 from kvscope import __version__
 from kvscope.core.errors import ResultError
 from kvscope.report.encoding import rounded, visible_everywhere

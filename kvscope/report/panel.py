@@ -59,7 +59,7 @@ class Panel:
     detail: bool = False
 
 
-PANELS: Registry[Panel] = Registry("panel", "kvscope.panels")
+PANELS: Registry[Panel] = Registry("panel", "kvscope.panels", "kvscope.report.panels")
 
 
 def panel(
@@ -86,7 +86,8 @@ def panel(
                 f"panel {name!r} has no drawing: {script} does not exist",
                 f"Write one that calls kvscope.drawing({name!r}, (box, data, page) => ...).",
             )
-        PANELS.register(name, Panel(name, title, order, wanted, help, function, script, detail))
+        made = Panel(name, title, order, wanted, help, function, script, detail)
+        PANELS.register(name, made, source=function)
         return function
 
     return register

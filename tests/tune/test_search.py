@@ -43,7 +43,7 @@ def lost() -> Iterator[str]:
         return 1 - METRICS.get("retained_mass").compute(rows)
 
     yield "lost_mass"
-    del METRICS._members["lost_mass"]
+    METRICS.remove("lost_mass")
 
 
 def measured(trace: Trace, spec: str, sequences: range, output: Path, name: str = "retained_mass") -> np.ndarray:

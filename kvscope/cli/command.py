@@ -1,0 +1,88 @@
+"""How a file of this folder becomes a command: ``@command("name", order=...)`` above its function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import typer
+
+from kvscope.core.registry import Registry
+
+Run = TypeVar("Run", bound=Callable[..., None])
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of ``kvscope``.
+
+    Attributes
+    ----------
+    name : str
+        What the user types.
+    order : int
+        The help lists commands from the smallest to the largest, and groups of commands after them.
+    run : callable or typer.Typer
+        The function with its options, or a group of commands.
+    settings : dict
+        Further arguments of `typer.Typer.command`: ``epilog``, ``options_metavar``, ``context_settings``.
+    """
+
+    name: str
+    order: int
+    run: Callable[..., None] | typer.Typer
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+COMMANDS: Registry[Command] = Registry("command", package="kvscope.cli")
+
+
+def command(
+    name: str,
+    *,
+    order: int,
+    epilog: str | None = None,
+    options_metavar: str = "[OPTIONS]",
+    extra_arguments: bool = False,
+) -> Callable[[Run], Run]:
+    """Return a decorator that makes a function a command.
+
+    Parameters
+    ----------
+    name : str
+        What the user types.
+    order : int
+        Place in the help; leave gaps of ten.
+    epilog : str, optional
+        Text below the options in the command's help.
+    options_metavar : str
+        What the usage line shows for the options.
+    extra_arguments : bool
+        Whether options that it does not declare are left in ``ctx.args``, as for parameters of policies.
+    """
+    settings: dict[str, object] = {"epilog": epilog, "options_metavar": options_metavar}
+    if extra_arguments:
+        settings["context_settings"] = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+    def register(run: Run) -> Run:
+        COMMANDS.register(name, Command(name, order, run, settings), source=run)
+        return run
+
+    return register
+
+
+def command_group(name: str, *, order: int, help: str) -> typer.Typer:
+    """Return a new group of commands, ``kvscope NAME COMMAND``; its file adds the commands to it."""
+    group = typer.Typer(help=help, no_args_is_help=True, rich_markup_mode="markdown")
+    COMMANDS.register(name, Command(name, order, group))
+    return group
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add every command of this folder to `app`, in their order."""
+    for each in sorted((member for _, member in COMMANDS.items()), key=lambda member: member.order):
+        if isinstance(each.run, typer.Typer):
+            app.add_typer(each.run, name=each.name)
+        else:
+            app.command(each.name, **each.settings)(each.run)  # type: ignore[arg-type]
