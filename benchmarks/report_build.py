@@ -24,6 +24,7 @@ import numpy as np
 from machine import machine
 from playwright.sync_api import sync_playwright
 
+from kvscope.core.residency import ResidencyIntervals
 from kvscope.report.page import page_data, report, report_input
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
@@ -157,13 +158,12 @@ def synthetic_replay(path: Path, trace: Trace, length: int) -> Replay:
     }
     info = {"trace": about, "prefill": "full", "loop": "open", "metrics": declared, "runs": runs, "versions": {}}
     random = np.random.default_rng(1)
-    key = np.tile(np.arange(length), HEADS)
-    place = {"enter": key, "kv_head": np.repeat(np.arange(HEADS), length), "key": key}
     with ReplayWriter(path, {**info, "command": None}) as writer:
         for run in runs:
             budget = int(run["budget_keys"][0])
             for layer in range(LAYERS):
-                writer.residency(run["run"], 0, layer, leave=leaving(random, length, budget).ravel(), **place)
+                intervals = ResidencyIntervals.from_eviction_steps(leaving(random, length, budget))
+                writer.residency(run["run"], 0, layer, intervals)
                 values = {name: random.random((HEADS, NEW)) for name in METRICS}
                 values |= {name: np.full((HEADS, NEW), float(budget)) for name in KEYS}
                 writer.fidelity(run["run"], 0, layer, np.arange(prompt, length), values)
@@ -178,7 +178,6 @@ def leaving(random: np.random.Generator, length: int, budget: int) -> np.ndarray
     later = random.integers(prompt, length + NEW, scattered.shape)
     leave[:, : prompt - recent] = np.where(scattered, later, prompt - 1)
     leave[:, :4] = length
-    leave[leave >= length] = -1
     return leave
 
 

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "core": set(),
     "trace": {"core"},
-    "kernels": set(),
+    "kernels": {"core"},
     "gates": {"core"},
     "policies": {"core", "gates"},
     "metrics": {"core", "kernels"},

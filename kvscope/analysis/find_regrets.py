@@ -1,4 +1,4 @@
-"""The regret of the runs of a replay, from their stays and the trace: every row is read once."""
+"""The regret of the runs of a replay, from their residency intervals and the trace: every row is read once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvscope.analysis.regret import Missing, Regrets, Tokens
-from kvscope.results.residency import read_stays
+from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 
@@ -29,7 +29,7 @@ def regrets(
     Parameters
     ----------
     replay : Replay
-        What was kept when. Of a closed loop too: its stays, and the attention of the full cache.
+        What was kept when. Of a closed loop too: its residency, and the attention of the full cache.
     trace : Trace
         That it was made from.
     runs : sequence of int, optional
@@ -49,8 +49,8 @@ def regrets(
     collected = {run["run"]: Regrets(top) for run in chosen}
     parts = [(sequence, layer) for sequence in trace.sequences for layer in trace.layers]
     for number, (sequence, layer) in enumerate(parts):
-        stays = read_stays(replay, sequence.index, layer, list(collected))
-        missing = {run: Missing(of_run, trace.kv_heads, sequence.length) for run, of_run in stays.items()}
+        residency = read_residency(replay, sequence.index, layer, list(collected))
+        missing = {run: Missing(intervals) for run, intervals in residency.items()}
         for start, rows in blocks(trace, sequence.index, layer):
             for of_run in missing.values():
                 of_run.add(start, rows)

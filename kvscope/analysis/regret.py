@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.results.loop_gap import Stays
+from kvscope.core.residency import ResidencyIntervals
 
 Array = NDArray[Any]
 MOST = 3  # steps that are kept of each key: those at which it was wanted most
@@ -52,14 +52,13 @@ class Missing:
 
     Parameters
     ----------
-    stays : Stays
+    intervals : ResidencyIntervals
         Of the layer.
-    heads, length : int
-        ``G`` and ``T``.
     """
 
-    def __init__(self, stays: Stays, heads: int, length: int) -> None:
-        self._stays, self._heads, self._length = stays, heads, length
+    def __init__(self, intervals: ResidencyIntervals) -> None:
+        self._intervals = intervals
+        heads, length = intervals.heads, intervals.length
         self._gone = np.full((heads, length), -1, np.int64)  # last step at which each key went
         self._mass = np.zeros((heads, length))
         self._best = np.zeros((3, MOST, heads, length))  # weight, step, gone
@@ -70,7 +69,7 @@ class Missing:
         """Take full rows of steps from `start` on, mean over each group, ``[G, b, n]`` with ``n = start + b``."""
         count, n = rows.shape[1:]
         step, key = np.arange(start, start + count)[:, None], np.arange(n)
-        held = self._stays.held(start - 1, start + count - 1, self._heads, self._length)[..., :n]
+        held = self._intervals.held(start - 1, start + count - 1)[..., :n]
         gone = self._went(start, count, n)  # [G, b, n]
         lost = np.where(~held & (key < step), rows, 0).astype(np.float64)
         if not lost.any():
@@ -88,10 +87,10 @@ class Missing:
 
     def _went(self, start: int, count: int, n: int) -> NDArray[np.int64]:
         """Return the last step before each query at which each key went, ``[G, b, n]``; -1 for none."""
-        leave = self._stays.leave
-        these = (leave >= max(start - 1, 0)) & (leave < start + count - 1)  # below 0 is never
-        gone = np.full((self._heads, count, n), -1, np.int64)
-        gone[self._stays.kv_head[these], leave[these] + 1 - start, self._stays.key[these]] = leave[these]
+        own = self._intervals
+        these = (own.leave >= max(start - 1, 0)) & (own.leave < start + count - 1)
+        gone = np.full((own.heads, count, n), -1, np.int64)
+        gone[own.kv_head[these], own.leave[these] + 1 - start, own.key[these]] = own.leave[these]
         gone[:, 0] = np.maximum(gone[:, 0], self._gone[:, :n])
         gone = np.maximum.accumulate(gone, axis=1)
         self._gone[:, :n] = gone[:, -1]

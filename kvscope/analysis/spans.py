@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvscope.core.errors import UsageError
-from kvscope.results.loop_gap import Stays
-from kvscope.results.residency import read_stays
+from kvscope.core.residency import ResidencyIntervals
+from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay
 
 _RANGE = re.compile(r"(?P<start>\d+):(?P<stop>\d+)")
@@ -97,16 +97,16 @@ def spans_of(
     lengths = [each["length"] for each in trace["sequences"]]
     if sequence not in range(len(lengths)):
         raise UsageError(f"{replay.path} has no sequence {sequence}", f"It has {len(lengths)}, from 0 on.")
-    length, heads = lengths[sequence], trace["kv_heads"]
+    length = lengths[sequence]
     for step in steps:
         if not 0 <= step < length:
             raise UsageError(f"sequence {sequence} has no step {step}", f"Its steps are 0 to {length - 1}.")
     chosen = [run for run in replay.info["runs"] if runs is None or run["run"] in runs]
     counts: dict[tuple[int, str], list[NDArray[np.int64]]] = {}  # (run, span) -> [G, T] of each layer
     for layer in trace["layers"]:
-        for run, stays in read_stays(replay, sequence, layer, [run["run"] for run in chosen]).items():
+        for run, intervals in read_residency(replay, sequence, layer, [run["run"] for run in chosen]).items():
             for span in spans:
-                counts.setdefault((run, span.name), []).append(held_tokens(stays, span, heads, length))
+                counts.setdefault((run, span.name), []).append(held_tokens(intervals, span))
     return {
         "kind": "kvscope-spans",
         "schema": 1,
@@ -122,13 +122,13 @@ def spans_of(
     }
 
 
-def held_tokens(stays: Stays, span: Span, heads: int, length: int) -> NDArray[np.int64]:
+def held_tokens(intervals: ResidencyIntervals, span: Span) -> NDArray[np.int64]:
     """Return how many tokens of a span each head holds after each step, ``[G, T]``."""
-    inside = (stays.key >= span.start) & (stays.key < span.stop)
-    head, enter, leave = stays.kv_head[inside], stays.enter[inside], stays.leave[inside]
-    change = np.zeros((heads, length + 1), np.int64)
+    inside = (intervals.key >= span.start) & (intervals.key < span.stop)
+    head, enter, leave = (column[inside] for column in (intervals.kv_head, intervals.enter, intervals.leave))
+    change = np.zeros((intervals.heads, intervals.length + 1), np.int64)
     np.add.at(change, (head, enter), 1)
-    np.add.at(change, (head, np.where(leave < 0, length, leave)), -1)
+    np.add.at(change, (head, leave), -1)
     held: NDArray[np.int64] = change[:, :-1].cumsum(1)
     return held
 

@@ -237,16 +237,7 @@ class ForwardPass:
         values = {name: value.cpu().numpy() for name, value in scorer.values().items()} if self.metrics else {}
         for place, run in enumerate(self.runs[number]):
             self.tally.add_budget(run.number, scan, place)
-            stays = scan.stays(place, 0)
-            self.sink.residency(
-                run.number,
-                self.text.sequence,
-                layer,
-                enter=stays.enter.cpu().numpy(),
-                leave=stays.leave.cpu().numpy(),
-                kv_head=stays.kv_head.cpu().numpy(),
-                key=stays.key.cpu().numpy(),
-            )
+            self.sink.residency(run.number, self.text.sequence, layer, scan.residency(place, 0))
             one = {name: value[place, 0] for name, value in values.items()}
             self.sink.fidelity(run.number, self.text.sequence, layer, steps, one)
 

@@ -16,8 +16,8 @@ from kvscope.closed_loop.options import ClosedLoopOptions, require_closed
 from kvscope.closed_loop.trace_loop import passages_of
 from kvscope.core.budget import Budget, Prefill, parse_budgets
 from kvscope.core.errors import UsageError
+from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.plan import EvictionPlan
-from kvscope.engine.residency import NEVER
 from kvscope.engine.runs import RunSpec, Tally, runs_of
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
@@ -153,9 +153,9 @@ class _Leaves:
     def __init__(self) -> None:
         self.layers: dict[int, Array] = {}
 
-    def residency(self, run: int, sequence: int, layer: int, **stays: Array) -> None:
-        """Keep ``leave`` of every key of a layer, `NEVER` where it stays."""
-        self.layers[layer] = np.where(stays["leave"] < 0, NEVER, stays["leave"])
+    def residency(self, run: int, sequence: int, layer: int, intervals: ResidencyIntervals) -> None:
+        """Keep the step at which every key of a layer was evicted, `NEVER` where it was not."""
+        self.layers[layer] = intervals.eviction_steps
 
     def fidelity(self, *_: Any, **__: Any) -> None:
         """Take nothing of it."""

@@ -1,42 +1,20 @@
-"""Which keys stood when: the stays of a run, from the steps at which keys left or from the sets that were read."""
+"""What sparse readers read, step by step, and the residency intervals that follow from it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import numpy as np
 import torch
 from torch import Tensor
 
-NEVER = 2**31 - 1  # the `leave` of a key that is held to the end
-
-
-@dataclass(frozen=True)
-class Stays:
-    """Stays of one run and layer, as they are written: key `key` of head `kv_head` from `enter` up to before `leave`.
-
-    Each is int64 ``[N]``; `leave` is -1 where the stay lasts to the end.
-    """
-
-    kv_head: Tensor
-    key: Tensor
-    enter: Tensor
-    leave: Tensor
-
-
-def from_leave(leave: Tensor) -> Stays:
-    """Return the stays of keys that enter at their position and leave once, from ``[G, T]``."""
-    heads, length = leave.shape
-    key = torch.arange(length, device=leave.device).expand(heads, length).reshape(-1)
-    head = torch.arange(heads, device=leave.device)[:, None].expand(heads, length).reshape(-1)
-    gone = leave.reshape(-1).to(torch.int64)
-    return Stays(head, key, key, torch.where(gone == NEVER, -1, gone))
+from kvscope.core.residency import ResidencyIntervals
 
 
 class ReadLog:
-    """What a sparse reader read, step by step: masks of the newest steps, and every stay.
+    """What a sparse reader read: masks of the newest steps, and every residency interval.
 
-    A key that is read at steps ``a`` to ``b`` stays from ``a - 1`` (its own position, if it was just born) up to before
-    ``b``: so ``V_t = {t} and what stays at t - 1``, exactly as for a cache that holds what is visible.
+    A key that is read at steps ``a`` to ``b`` has the interval from ``a - 1`` (its own position, if it was just
+    appended) up to before ``b``. So ``V_t`` is key ``t`` and what is held after step ``t - 1``, exactly as for a cache
+    that holds what is visible.
 
     Parameters
     ----------
@@ -78,8 +56,8 @@ class ReadLog:
             result[..., t - start, : t + 1] = self._masks[t]
         return result
 
-    def stays(self, run: int, layer: int) -> Stays:
-        """Return the stays of one run and layer."""
+    def residency(self, run: int, layer: int, kv_heads: int) -> ResidencyIntervals:
+        """Return the intervals of one run and layer for all key/value heads, which may decide as one."""
         open_ = self._last[run, layer].nonzero()
         since = self._since[run, layer][self._last[run, layer]].to(torch.int64)
         rows = [torch.cat([open_, since[:, None], torch.full_like(since, -1)[:, None]], dim=1)]
@@ -88,7 +66,13 @@ class ReadLog:
             rows.append(closed[(closed[:, 0] == run) & (closed[:, 1] == layer)][:, 2:])
         every = torch.cat(rows)
         every = every[(every[:, 0] * (self._size[3] + 1) + every[:, 1]).argsort(stable=True)]
-        return Stays(*every.unbind(1))
+        head, key, enter, leave = every.cpu().numpy().T
+        if self._size[2] != kv_heads:
+            head = np.repeat(np.arange(kv_heads), len(key))
+            key, enter, leave = (np.tile(column, kv_heads) for column in (key, enter, leave))
+        return ResidencyIntervals.of(
+            kv_head=head, key=key, enter=enter, leave=leave, heads=kv_heads, length=self._size[3]
+        )
 
     def _close(self, gone: Tensor, t: int) -> None:
         where = gone.nonzero()  # [N, 4]: run, layer, head, key

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from numpy.typing import NDArray
 
 from kvscope.core.budget import Budget, Prefill
+from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.scan import Scan
 from kvscope.trace.reader import TokenSequence
@@ -42,10 +43,8 @@ class RunSpec:
 class Sink(Protocol):
     """Who takes what a group found: a `ReplayWriter`, or whoever wants the numbers alone."""
 
-    def residency(
-        self, run: int, sequence: int, layer: int, *, enter: Array, leave: Array, kv_head: Array, key: Array
-    ) -> None:
-        """Take stays of keys."""
+    def residency(self, run: int, sequence: int, layer: int, intervals: ResidencyIntervals) -> None:
+        """Take the residency intervals of a layer."""
 
     def fidelity(self, run: int, sequence: int, layer: int, steps: Array, values: Mapping[str, Array]) -> None:
         """Take metrics, each ``[H, S]``."""

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from kvscope.core.budget import Prefill
 from kvscope.core.errors import ReplayError
+from kvscope.core.residency import NEVER, ResidencyIntervals
 from kvscope.engine.allocation import ALLOCATORS, Allocator, Request
 from kvscope.engine.draw import draw, draw_row
 from kvscope.engine.plan import EvictionPlan, protection
-from kvscope.engine.residency import NEVER, ReadLog, Stays, from_leave
+from kvscope.engine.residency import ReadLog
 from kvscope.engine.rows import Block, Shape, renormalise
 from kvscope.engine.threads import few_threads
 from kvscope.kernels import available
@@ -217,12 +218,12 @@ class Scan:
         if self._reads is not None:
             self._reads.forget_before(stop)
 
-    def stays(self, run: int, layer: int) -> Stays:
-        """Return which keys stood when, for one run and one layer of the group; what was read, for a sparse reader."""
+    def residency(self, run: int, layer: int) -> ResidencyIntervals:
+        """Return when keys were held in one run and one layer of the group; of a sparse reader, when they were read."""
         if self._reads is not None:
-            stays = self._reads.stays(run, layer)
-            return stays if self._heads == self.shape.kv_heads else _for_heads(stays, self.shape.kv_heads)
-        return from_leave(self.leave[run, layer].expand(self.shape.kv_heads, -1))
+            return self._reads.residency(run, layer, self.shape.kv_heads)
+        leave = self.leave[run, layer].expand(self.shape.kv_heads, -1)
+        return ResidencyIntervals.from_eviction_steps(leave.cpu().numpy())
 
     def check(self) -> None:
         """Raise ReplayError if what was done is not a result: nothing evicted, too much held, or a score of NaN."""
@@ -374,10 +375,3 @@ def _until(name: str, values: Tensor, t: int) -> Tensor:
     if name in PER_QUERY:
         return values[..., t, :]
     return values[..., : t + 1, :] if name in VECTORS else values[..., : t + 1]
-
-
-def _for_heads(stays: Stays, heads: int) -> Stays:
-    """Return the stays of a layer that decides as one, for each of its key/value heads."""
-    count = len(stays.key)
-    head = torch.arange(heads, device=stays.key.device).repeat_interleave(count)
-    return Stays(head, stays.key.repeat(heads), stays.enter.repeat(heads), stays.leave.repeat(heads))

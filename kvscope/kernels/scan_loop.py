@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from kvscope.core.residency import NEVER
 from kvscope.kernels.compiled import compiled
 
-NEVER = 2**31 - 1  # as in `kvscope.engine.residency`
 NONE, MEAN, MAX, SUM = range(4)  # how query heads become one
 
 

@@ -90,16 +90,7 @@ class LayerGroup:
             for number, run in enumerate(own):
                 self._count(index, number, run, tally)
                 for position, layer in enumerate(self.layers):
-                    stays = scan.stays(number, position)
-                    sink.residency(
-                        run.number,
-                        self.sequence.index,
-                        layer,
-                        enter=stays.enter.cpu().numpy(),
-                        leave=stays.leave.cpu().numpy(),
-                        kv_head=stays.kv_head.cpu().numpy(),
-                        key=stays.key.cpu().numpy(),
-                    )
+                    sink.residency(run.number, self.sequence.index, layer, scan.residency(number, position))
                     one = {name: value[number, position] for name, value in values.items()}
                     sink.fidelity(run.number, self.sequence.index, layer, steps, one)
 

@@ -1,4 +1,4 @@
-"""Metrics of a replay computed again, from its stays and its trace: nothing is decided a second time."""
+"""Metrics of a replay computed again, from its residency intervals and its trace: nothing is decided a second time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvscope.core.errors import UsageError
+from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.device import torch_device
 from kvscope.engine.layers import Layers
 from kvscope.engine.provenance import versions
@@ -19,8 +21,7 @@ from kvscope.engine.rows import Shape
 from kvscope.engine.scoring import Scorer, Scoring
 from kvscope.engine.signals import measurable
 from kvscope.metrics import Metric
-from kvscope.results.loop_gap import Stays
-from kvscope.results.residency import read_stays
+from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace
@@ -29,45 +30,44 @@ BLOCK_BYTES = 64 * 2**20  # of the rows of a layer that are in memory at once
 
 
 class Recorded:
-    """What one run left visible and held in one layer, from its stays: a scan that has been made.
+    """What one run left visible and held in one layer, as its residency intervals say.
 
     Parameters
     ----------
-    stays : Stays
+    intervals : ResidencyIntervals
         Of the layer.
     shape : Shape
         Of that one layer.
     budget : int
         ``B``.
     reads : bool
-        Whether the stays are those of a sparse reader: what it read, while it held whatever the layer can see.
+        Whether they are those of a sparse reader: what it read, while it held whatever the layer can see.
     device : torch.device
         Where the masks go.
     """
 
-    def __init__(self, stays: Stays, shape: Shape, budget: int, reads: bool, device: torch.device) -> None:
+    def __init__(
+        self, intervals: ResidencyIntervals, shape: Shape, budget: int, reads: bool, device: torch.device
+    ) -> None:
         self.shape, self.budgets = shape, [budget]
-        self._stays, self._reads, self._device = stays, reads, device
+        self._intervals, self._reads, self._device = intervals, reads, device
 
     def visible(self, start: int, stop: int) -> Tensor:
         """Return ``V_t`` for steps `start` to `stop` - 1, bool ``[1, 1, G, stop - start, stop]``."""
-        mask = self._resident(start - 1, stop - 1, stop)
-        mask[..., torch.arange(stop - start), torch.arange(start, stop)] = True
-        return mask
+        return self._on_device(self._intervals.visible(start, stop), stop)
 
     def held(self, start: int, stop: int) -> Tensor:
         """Return ``R_t`` for steps `start` to `stop` - 1, bool ``[1, 1, G, stop - start, stop]``."""
         if not self._reads:
-            return self._resident(start, stop, stop)
+            return self._on_device(self._intervals.held(start, stop), stop)
         step, key = torch.arange(start, stop)[:, None], torch.arange(stop)
         reach, length = self.shape.reach()[0], self.shape.length
         leave = torch.where(key + reach < length, key + reach - 1, length)  # when a sliding window forgets it
         mask = ((key <= step) & (step < leave)).to(self._device)
         return mask.expand(1, 1, self.shape.kv_heads, -1, -1)
 
-    def _resident(self, start: int, stop: int, keys: int) -> Tensor:
-        held = self._stays.held(start, stop, self.shape.kv_heads, self.shape.length)[None, None, ..., :keys]
-        return torch.from_numpy(held).to(self._device)
+    def _on_device(self, mask: NDArray[np.bool_], keys: int) -> Tensor:
+        return torch.from_numpy(mask[None, None, ..., :keys]).to(self._device)
 
 
 def rescore(
@@ -88,7 +88,7 @@ def rescore(
     Parameters
     ----------
     replay : Replay
-        Whose stays to score.
+        Whose decisions to score.
     trace : Trace
         That it was made from.
     metrics : sequence of str, optional
@@ -152,10 +152,12 @@ def _score(
     of = trace.sequences[sequence]
     source = Layers(trace, of, [layer], device)
     first = of.prompt if replay.info["prefill"] == "full" else 0
-    stays = read_stays(replay, sequence, layer)
+    residency = read_residency(replay, sequence, layer)
     scorers = []
     for run in runs:
-        kept = Recorded(stays[run["run"]], source.shape, run["budget_keys"][sequence], bool(run.get("reads")), device)
+        kept = Recorded(
+            residency[run["run"]], source.shape, run["budget_keys"][sequence], bool(run.get("reads")), device
+        )
         scorers.append(Scorer(kept, metrics, first))
     values = source.signal("values") if any("values" in metric.needs for metric in metrics) else None
     scoring = Scoring(scorers, values)
@@ -166,15 +168,7 @@ def _score(
         scoring.add(source.rows(start, stop), start, missing)
     steps = np.arange(first, of.length)
     for run, scorer in zip(runs, scorers, strict=True):
-        number, kept_stays = run["run"], stays[run["run"]]
-        writer.residency(
-            number,
-            sequence,
-            layer,
-            enter=kept_stays.enter,
-            leave=kept_stays.leave,
-            kv_head=kept_stays.kv_head,
-            key=kept_stays.key,
-        )
+        number = run["run"]
+        writer.residency(number, sequence, layer, residency[number])
         values_of = {name: value[0, 0].cpu().numpy() for name, value in scorer.values().items()}
         writer.fidelity(number, sequence, layer, steps, values_of)

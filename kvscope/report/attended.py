@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.report.stays import Stays
+from kvscope.core.residency import Absences, ResidencyIntervals
 from kvscope.trace.reader import Trace
 
 Floats = NDArray[np.float64]
@@ -46,18 +46,18 @@ class Attended:
     received : array
         Sum of the weights that each key received from its own row on, mean over the group, ``[G, T]``.
     losses : dict of str to Losses
-        By what the stays are called.
+        By the name of the residency intervals that they follow from.
     """
 
     received: Floats
     losses: dict[str, Losses]
 
 
-def attended(trace: Trace, sequence: int, layer: int, stays: Mapping[str, Stays]) -> Attended:
+def attended(trace: Trace, sequence: int, layer: int, residency: Mapping[str, ResidencyIntervals]) -> Attended:
     """Return what keys received and what was lost, reading every row of the layer once."""
     length = trace.sequences[sequence].length
-    absent = {run: each.gone() for run, each in stays.items()}
-    asked = [_asked(head, key, start, until, length) for head, key, start, until in absent.values()]
+    absent = {run: intervals.absences() for run, intervals in residency.items()}
+    asked = [_asked(each, length) for each in absent.values()]
     steps, heads, keys = (np.concatenate(parts) for parts in zip(*asked, strict=True)) if asked else [_NONE] * 3
     found = np.zeros(len(steps))
     order = np.argsort(steps, kind="stable")
@@ -72,10 +72,11 @@ def attended(trace: Trace, sequence: int, layer: int, stays: Mapping[str, Stays]
             these = order[slice(*np.searchsorted(ordered, [step, step + 1]))]
             found[these] = total[heads[these], keys[these]]
     losses, at = {}, 0
-    for run, (head, key, start, until) in absent.items():
-        before, after = found[at : at + len(key)], found[at + len(key) : at + 2 * len(key)]
-        losses[run] = Losses(head, key, start, until, after - before)
-        at += 2 * len(key)
+    for run, each in absent.items():
+        count = len(each.key)
+        before, after = found[at : at + count], found[at + count : at + 2 * count]
+        losses[run] = Losses(each.head, each.key, each.start, each.until, after - before)
+        at += 2 * count
     return Attended(total, losses)
 
 
@@ -101,10 +102,10 @@ def heaviest(
     return best
 
 
-def _asked(head: Whole, key: Whole, start: Whole, until: Whole, length: int) -> tuple[Whole, Whole, Whole]:
+def _asked(absences: Absences, length: int) -> tuple[Whole, Whole, Whole]:
     """Return where sums are needed: at the first step without the key, then at the last query that misses it."""
-    steps = np.concatenate([start, np.minimum(until, length - 1)])
-    return steps, np.concatenate([head, head]), np.concatenate([key, key])
+    steps = np.concatenate([absences.start, np.minimum(absences.until, length - 1)])
+    return steps, np.tile(absences.head, 2), np.tile(absences.key, 2)
 
 
 def _blocks(trace: Trace, sequence: int, layer: int, first: int = 0) -> Iterator[tuple[int, NDArray[np.float32]]]:

@@ -11,20 +11,21 @@ from typing import Any
 
 import pandas as pd
 
+from kvscope.core.residency import ResidencyIntervals
 from kvscope.report.attended import Attended, attended
 from kvscope.report.fidelity import Means, read_means
 from kvscope.report.limits import Limits
 from kvscope.report.parts import Part, sequences_of, spread
 from kvscope.report.regret import Eviction, worst_evictions
 from kvscope.report.runs import BESIDE, FIRST, LAST, RunView
-from kvscope.report.stays import Stays, read_stays
+from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 
 BASELINES = ("random", "window")  # shown from the start: a policy that does not beat them is none
 FEW = 3  # policies of the largest kind that are shown from the start
 OFFERS = frozenset({"summary", "fidelity", "residency", "trace", "outcome"})
-CACHED = 500_000_000  # bytes of stays that are kept between panels
+CACHED = 500_000_000  # bytes of residency intervals that are kept between panels
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,12 @@ class ReportInput:
         replay = next(each for each in self.replays if each.info["trace"]["identity"] == part.identity)
         return [int(layer) for layer in replay.info["trace"]["layers"]]
 
-    def stays(self, part: Part, layer: int) -> dict[str, Stays]:
-        """Return the stays of every run in one layer of one sequence, by the run's id."""
-        found: dict[str, Stays] = {}
+    def residency(self, part: Part, layer: int) -> dict[str, ResidencyIntervals]:
+        """Return the residency intervals of every run in one layer of one sequence, by the run's id."""
+        found: dict[str, ResidencyIntervals] = {}
         for index, replay in enumerate(self.replays):
             if replay.info["trace"]["identity"] == part.identity:
-                found |= {f"{index}.{run}": each for run, each in self._stays(index, part.number, layer).items()}
+                found |= {f"{index}.{run}": each for run, each in self._residency(index, part.number, layer).items()}
         return found
 
     @cached_property
@@ -202,7 +203,7 @@ class ReportInput:
         """Return what the keys of a readable layer received, and what every run lost there, by its id."""
         if (part.name, layer) not in self._attended:
             trace = self.traces[part.identity]
-            self._attended[part.name, layer] = attended(trace, part.number, layer, self.stays(part, layer))
+            self._attended[part.name, layer] = attended(trace, part.number, layer, self.residency(part, layer))
         return self._attended[part.name, layer]
 
     def worst(self, part: Part) -> dict[str, list[Eviction]]:
@@ -255,7 +256,7 @@ class ReportInput:
         ]
 
     @cached_property
-    def _stored(self) -> dict[tuple[int, int, int], dict[int, Stays]]:
+    def _stored(self) -> dict[tuple[int, int, int], dict[int, ResidencyIntervals]]:
         return {}
 
     @cached_property
@@ -274,12 +275,13 @@ class ReportInput:
     def _means(self) -> dict[int, Means]:
         return {}
 
-    def _stays(self, index: int, sequence: int, layer: int) -> dict[int, Stays]:
+    def _residency(self, index: int, sequence: int, layer: int) -> dict[int, ResidencyIntervals]:
         key = (index, sequence, layer)
         if key in self._stored:
             return self._stored[key]
-        found = read_stays(self.replays[index], sequence, layer)
-        size = sum(16 * len(each.key) for every in (*self._stored.values(), found) for each in every.values())
+        read = read_residency(self.replays[index], sequence, layer)
+        found = {run: each.ordered for run, each in read.items()}
+        size = sum(each.bytes for every in (*self._stored.values(), found) for each in every.values())
         if size <= CACHED:
             self._stored[key] = found
         return found

@@ -18,9 +18,9 @@ NAME = "decisions"  # of the digest, in every run of run.json and summary.json
 class Digests:
     """SHA-256 of the residency of each run, taken while it is written.
 
-    Every layer of a sequence gives the hash of its stays ``(kv_head, key, enter, leave)``, sorted, as 32-bit
-    little-endian numbers, -1 for a stay without an end. The digest of a run is the hash over ``(sequence, layer)`` and
-    these hashes, by number. So neither the order of writing nor the form of the file matters.
+    Every layer of a sequence gives the hash of its residency intervals ``(kv_head, key, enter, leave)``, sorted, as
+    32-bit little-endian numbers, -1 for a ``leave`` that never comes. The digest of a run is the hash over
+    ``(sequence, layer)`` and these hashes, by number. So neither the order of writing nor the form of the file matters.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Digests:
     def add(
         self, run: int, sequence: int, layer: int, *, kv_head: Array, key: Array, enter: Array, leave: Array
     ) -> None:
-        """Take all stays of one layer, one for each element; ``leave`` below 0 is never.
+        """Take all residency intervals of one layer; ``leave`` below 0 is never.
 
         Raises
         ------
@@ -40,7 +40,7 @@ class Digests:
         if (sequence, layer) in of_run:
             raise ResultError(
                 f"residency of run {run}, sequence {sequence}, layer {layer} is written twice",
-                "Write all stays of a layer at once.",
+                "Write all residency intervals of a layer at once.",
             )
         rows = np.stack([kv_head, key, enter, np.maximum(leave, -1)]).astype("<i4")  # [4, N]
         order = np.lexsort(rows[2::-1])  # no key enters twice at one step, so `leave` need not decide

@@ -64,7 +64,7 @@ class Replay:
             raise ResultError(f"{self.path} was not made from {path}", "Name the trace that it was made from: --trace.")
 
     def residency(self, run: int | None = None, sequence: int | None = None, layer: int | None = None) -> pd.DataFrame:
-        """Return stays of keys: the columns of ``residency.parquet``; ``leave`` is a nullable integer."""
+        """Return residency intervals: the columns of ``residency.parquet``; ``leave`` is a nullable integer."""
         return self._frame("residency", run, sequence, layer).astype({"leave": "Int32"})
 
     def fidelity(self, run: int | None = None, sequence: int | None = None, layer: int | None = None) -> pd.DataFrame:
@@ -104,8 +104,8 @@ class Replay:
         length = trace["sequences"][sequence]["length"]
         mask = np.zeros((trace["kv_heads"], length, length), bool)
         leave = frame["leave"].fillna(length).to_numpy(int)
-        stays = zip(frame["kv_head"], frame["key"], frame["enter"] + shift, leave + shift, strict=True)
-        for head, key, start, stop in stays:
+        intervals = zip(frame["kv_head"], frame["key"], frame["enter"] + shift, leave + shift, strict=True)
+        for head, key, start, stop in intervals:
             mask[head, start:stop, key] = True
         if shift:
             steps = np.arange(length)

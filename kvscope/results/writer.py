@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from kvscope.core.errors import ResultError
 from kvscope.core.output import OutputFolder, checksum
+from kvscope.core.residency import ResidencyIntervals
 from kvscope.results.digest import NAME as DECISIONS
 from kvscope.results.digest import Digests
-from kvscope.results.loop_gap import Gap, Stays
+from kvscope.results.loop_gap import LoopGap
 from kvscope.results.outcome import OUTCOMES, Outcomes
 from kvscope.results.schema import (
     KIND,
@@ -69,7 +70,7 @@ class ReplayWriter:
         self._tails = Tails()
         self._digests = Digests()
         self._outcomes = Outcomes()
-        self._gap = Gap(self.info)
+        self._gap = LoopGap(self.info)
         self._writers: dict[str, pq.ParquetWriter] = {}
         self._waiting: dict[str, list[pa.Table]] = {}
         try:
@@ -94,27 +95,26 @@ class ReplayWriter:
                 if full.errno != errno.ENOSPC:
                     raise
 
-    def residency(
-        self, run: int, sequence: int, layer: int, *, enter: Array, leave: Array, kv_head: Array, key: Array
-    ) -> None:
-        """Write all stays of keys of one layer, one for each element; ``leave`` of -1 is never.
+    def residency(self, run: int, sequence: int, layer: int, intervals: ResidencyIntervals) -> None:
+        """Write all residency intervals of one layer.
 
         Raises
         ------
         ResultError
             If they are written a second time, or the disk is full.
         """
-        self._digests.add(run, sequence, layer, kv_head=kv_head, key=key, enter=enter, leave=leave)
-        self._gap.add(run, sequence, layer, Stays(kv_head, key, enter, leave))
+        head, key, enter, leave = intervals.kv_head, intervals.key, intervals.enter, intervals.stored_leave
+        self._digests.add(run, sequence, layer, kv_head=head, key=key, enter=enter, leave=leave)
+        self._gap.add(run, sequence, layer, intervals)
         count = len(key)
         columns = {
             "run": np.full(count, run, np.int32),
             "sequence": np.full(count, sequence, np.int32),
             "layer": np.full(count, layer, np.int32),
-            "kv_head": kv_head,
+            "kv_head": head,
             "key": key,
             "enter": enter,
-            "leave": pa.array(leave, pa.int32(), mask=np.asarray(leave) < 0),
+            "leave": pa.array(leave, pa.int32(), mask=leave < 0),
         }
         self._write("residency", RESIDENCY, columns)
 

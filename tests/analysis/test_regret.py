@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvscope.analysis.regret import BINS, KINDS, MOST, Missed, Missing, Regrets, Tokens
-from kvscope.results.loop_gap import Stays
+from kvscope.core.residency import ResidencyIntervals
 from tests.reference import regret as twin
 from tests.reference.residency import Stay
 
@@ -27,14 +27,15 @@ def stays_of(seed: int, heads: int, length: int, back: bool) -> list[Stay]:
     return found
 
 
-def numbers(stays: list[Stay]) -> Stays:
+def intervals_of(stays: list[Stay], heads: int, length: int) -> ResidencyIntervals:
     columns = np.array([(h, k, e, -1 if gone is None else gone) for h, k, e, gone in stays], np.int64).T
-    return Stays(*columns)
+    head, key, enter, leave = columns
+    return ResidencyIntervals.of(kv_head=head, key=key, enter=enter, leave=leave, heads=heads, length=length)
 
 
 def missed(rows: np.ndarray, stays: list[Stay], block: int) -> Missed:
     heads, length = rows.shape[:2]
-    found = Missing(numbers(stays), heads, length)
+    found = Missing(intervals_of(stays, heads, length))
     for start in range(0, length, block):
         stop = min(start + block, length)
         found.add(start, rows[:, start:stop, :stop])

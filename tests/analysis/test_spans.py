@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvscope.analysis.spans import Span, held_tokens, parse_spans, spans_of
 from kvscope.core.errors import UsageError
-from tests.analysis.test_regret import numbers, stays_of
+from tests.analysis.test_regret import intervals_of, stays_of
 from tests.reference import spans as twin
 from tests.results.make import make
 
@@ -26,7 +26,7 @@ def test_held_tokens_equal_the_plain_loop(seed, heads, length, back) -> None:
     stays = stays_of(seed, heads, length, back)
     start = seed % length
     stop = start + 1 + (seed // 7) % (length - start)
-    counts = held_tokens(numbers(stays), Span("x", start, stop), heads, length)
+    counts = held_tokens(intervals_of(stays, heads, length), Span("x", start, stop))
     for t, expected in enumerate(twin.held(stays, heads, length, start, stop)):
         if expected is not None:
             assert counts[:, t].mean() / (stop - start) == pytest.approx(expected[0])
@@ -104,5 +104,5 @@ def test_steps_and_sequences_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_the_counts_are_whole_numbers() -> None:
-    counts = held_tokens(numbers([(0, 0, 0, 2), (0, 1, 1, None), (0, 0, 4, None)]), Span("x", 0, 2), 1, 6)
+    counts = held_tokens(intervals_of([(0, 0, 0, 2), (0, 1, 1, None), (0, 0, 4, None)], 1, 6), Span("x", 0, 2))
     assert counts.dtype == np.int64 and counts.tolist() == [[1, 2, 1, 1, 2, 2]]

@@ -14,6 +14,7 @@ from kvscope.closed_loop.evaluate import Passage, evaluate, self_check
 from kvscope.closed_loop.options import ClosedLoopOptions, require_closed
 from kvscope.core.budget import Budget
 from kvscope.core.errors import ReplayError, UsageError
+from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec
 from kvscope.metrics import METRICS
@@ -31,11 +32,11 @@ class Kept:
 
     def __init__(self) -> None:
         self.losses: dict[int, Mapping[str, NDArray[Any]]] = {}
-        self.stays: dict[tuple[int, int], dict[str, NDArray[Any]]] = {}
+        self.intervals: dict[tuple[int, int], ResidencyIntervals] = {}
         self.fidelities: dict[tuple[int, int], Mapping[str, NDArray[Any]]] = {}
 
-    def residency(self, run: int, sequence: int, layer: int, **stays: NDArray[Any]) -> None:
-        self.stays[run, layer] = stays
+    def residency(self, run: int, sequence: int, layer: int, intervals: ResidencyIntervals) -> None:
+        self.intervals[run, layer] = intervals
 
     def fidelity(self, run: int, sequence: int, layer: int, steps: NDArray[Any], values: Mapping[str, Any]) -> None:
         self.fidelities[run, layer] = values
@@ -154,8 +155,9 @@ def test_the_order_of_runs_does_not_matter() -> None:
         for name, values in alone.losses[0].items():
             assert np.abs(values.astype(float) - together.losses[number][name].astype(float)).max() < 1e-9
         for layer in range(2):
-            for name, stay in alone.stays[0, layer].items():
-                assert (stay == together.stays[number, layer][name]).all()
+            one, other = alone.intervals[0, layer], together.intervals[number, layer]
+            for name in ("kv_head", "key", "enter", "leave"):
+                assert (getattr(one, name) == getattr(other, name)).all()
             for name, value in alone.fidelities[0, layer].items():
                 np.testing.assert_allclose(value, together.fidelities[number, layer][name], atol=1e-6)
 
@@ -172,7 +174,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, posit
     for number in range(2):
         np.testing.assert_allclose(whole.losses[number]["nll_policy"], parts.losses[number]["nll_policy"], atol=1e-12)
         for layer in range(2):
-            assert (whole.stays[number, layer]["leave"] == parts.stays[number, layer]["leave"]).all()
+            assert (whole.intervals[number, layer].leave == parts.intervals[number, layer].leave).all()
             for name, value in whole.fidelities[number, layer].items():
                 np.testing.assert_allclose(value, parts.fidelities[number, layer][name], atol=1e-6)
 
@@ -189,8 +191,8 @@ def test_the_first_layer_is_that_of_the_open_loop() -> None:
     rows = calls[0].rows(0, LENGTH)
     evaluate(model, [text], runs(("a2sf", "8")), [], "full", sink)
     scan = open_run(parse_policy("a2sf"), rows, [8], kv_heads=2, prompt=PROMPT, prefill="full")
-    stays = scan.stays(0, 0)
-    assert (sink.stays[0, 0]["leave"] == stays.leave.numpy()).all()
+    intervals = scan.residency(0, 0)
+    assert (sink.intervals[0, 0].leave == intervals.leave).all()
 
 
 class LooksBack(Policy):

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 from kvscope.closed_loop.decode import Decoded, decode
 from kvscope.core.errors import ModelError, ReplayError, UsageError
+from kvscope.core.residency import NEVER
 from kvscope.engine.plan import EvictionPlan
-from kvscope.engine.residency import NEVER
 from kvscope.engine.rows import Shape
 from kvscope.engine.scan import Scan
 from kvscope.model.attention_hook import Call, watching

@@ -69,8 +69,8 @@ def test_training_sees_what_the_closed_loop_does(form: str, prefill: Any, tmp_pa
     loss, flags = Reading(model, lambda _: texts, []).loss(load_gate(name), texts, prefill)
     gated = PROMPT if prefill == "full" else LENGTH - 1  # the last key has no later step to leave at
     for layer, own in enumerate(flags):
-        stays = sink.stays[0, layer]["leave"].reshape(2, LENGTH)[:, :gated] < 0
-        assert (own[0, :, :gated].numpy() == stays).all() and 0 < stays.sum() < stays.size
+        kept = sink.intervals[0, layer].leave.reshape(2, LENGTH)[:, :gated] == LENGTH
+        assert (own[0, :, :gated].numpy() == kept).all() and 0 < kept.sum() < kept.size
     losses = sink.losses[0]["nll_policy"]
     assert loss.item() == pytest.approx(losses[1 if prefill == "full" else 0 :].mean(), abs=1e-9)
     full = sink.losses[0]["nll_full"]
@@ -125,9 +125,9 @@ def test_the_first_layer_decides_as_in_the_closed_loop(form: str, recorded: tupl
     evaluate(build("llama"), [text], runs, [], "full", sink)
     for layer in range(2):
         own = opened[opened["layer"] == layer].sort_values(["kv_head", "key"])
-        stays = sink.stays[0, layer]
+        closed = sink.intervals[0, layer]
         leave = own["leave"].fillna(-1).to_numpy(np.int64)
-        assert (leave == stays["leave"]).all() and (leave >= 0).any() and (leave < 0).any()
+        assert (leave == closed.stored_leave).all() and (leave >= 0).any() and (leave < 0).any()
 
 
 def test_what_a_trace_gives_is_what_the_gate_says(recorded: tuple[Path, Trace]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kvscope.core.residency import ResidencyIntervals
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace, open_trace
@@ -165,11 +166,12 @@ def make_replay(
             for sequence in range(len(trace.sequences)):
                 scored = np.arange(shape.prompt, shape.length)
                 for layer in range(LAYERS):
-                    stays = newest(run["budget"], shape.prompt, shape.length)
+                    columns = newest(run["budget"], shape.prompt, shape.length)
                     if run["policy"] == "first-keys":
-                        stays["leave"] = np.where(stays["key"] < int(run["budget"]), -1, stays["key"] + 4)
-                        stays["leave"][stays["leave"] >= shape.length] = -1
-                    writer.residency(run["run"], sequence, layer, **stays)
+                        columns["leave"] = np.where(columns["key"] < int(run["budget"]), -1, columns["key"] + 4)
+                        columns["leave"][columns["leave"] >= shape.length] = -1
+                    intervals = ResidencyIntervals.of(**columns, heads=KV_HEADS, length=shape.length)
+                    writer.residency(run["run"], sequence, layer, intervals)
                     writer.fidelity(run["run"], sequence, layer, scored, _values(run, value, layer, len(scored)))
                 if loop == "closed":
                     loss = 1.0 if value is None else 2.0 - value
@@ -183,7 +185,7 @@ def make_replay(
 
 
 def newest(budget: str | None, prompt: int = PROMPT, length: int = LENGTH) -> dict[str, np.ndarray]:
-    """Return stays of the newest `budget` keys after a full prefill."""
+    """Return the residency of the newest `budget` keys after a full prefill."""
     keys = np.tile(np.arange(length), KV_HEADS)
     heads = np.repeat(np.arange(KV_HEADS), length)
     leave = np.full(len(keys), -1)

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 import kvscope
+from kvscope.core.residency import ResidencyIntervals
 from kvscope.report.attended import attended
 from kvscope.report.encoding import packed_bytes, unpacked
 from kvscope.report.limits import Limits
@@ -26,8 +27,8 @@ from kvscope.report.panels.residency_raster import residency_raster
 from kvscope.report.panels.text_view import text_view
 from kvscope.report.parts import spread
 from kvscope.report.regret import worst_evictions
+from kvscope.report.residency import packed_intervals
 from kvscope.report.source import ReportInput
-from kvscope.report.stays import Stays
 from kvscope.trace.reader import Trace
 from tests.report.make import HEADS, KV_HEADS, LENGTH, make_replay, make_trace
 from tests.report.test_summary_panels import run_of
@@ -92,25 +93,32 @@ def test_parts_carry_texts_with_nothing_hidden(source: ReportInput) -> None:
     }
 
 
+def intervals_of(frame: pd.DataFrame, heads: int, length: int) -> ResidencyIntervals:
+    columns = {name: frame[name].to_numpy() for name in ("kv_head", "key", "enter")}
+    leave = frame["leave"].fillna(-1).to_numpy(np.int32)
+    return ResidencyIntervals.of(**columns, leave=leave, heads=heads, length=length)
+
+
 def test_heads_that_agree_are_carried_once_and_only_leaving_steps_are_needed(source: ReportInput) -> None:
     raster = residency_raster(source)["rasters"][0]
     assert (raster["stored"], raster["heads"], raster["counts"]) == (1, 2, None)
     assert set(raster) == {"run", "part", "layer", "heads", "stored", "counts", "leave"}
 
 
-def test_keys_that_come_back_keep_every_stay() -> None:
+def test_keys_that_come_back_keep_every_interval() -> None:
     frame, expected = coming_back()
-    stays = Stays.of(frame, 2, 3)
-    raster = stays.packed()
+    intervals = intervals_of(frame, 2, 3)
+    raster = packed_intervals(intervals)
     np.testing.assert_array_equal(resident(raster, 3), expected)
     assert raster["counts"] == [3, 4]
     for step in range(3):
-        np.testing.assert_array_equal(stays.held(step), expected[:, step].reshape(-1))
-    np.testing.assert_array_equal(stays.holding(np.arange(3)), expected.sum(0))
+        np.testing.assert_array_equal(intervals.held_after(step), expected[:, step].reshape(-1))
+    np.testing.assert_array_equal(intervals.holding_heads(np.arange(3)), expected.sum(0))
 
 
-def test_absences_are_what_lies_between_stays_and_after_the_last() -> None:
-    head, key, start, until = (each.tolist() for each in Stays.of(coming_back()[0], 2, 3).gone())
+def test_absences_are_what_lies_between_intervals_and_after_the_last() -> None:
+    found = intervals_of(coming_back()[0], 2, 3).absences()
+    head, key, start, until = (each.tolist() for each in (found.head, found.key, found.start, found.until))
     # head 0 drops key 1 at birth, head 1 misses key 0 at step 1 only and key 1 from step 2 on
     assert list(zip(head, key, start, until, strict=True)) == [(0, 1, 1, 3), (1, 0, 1, 2), (1, 1, 2, 3)]
 
@@ -119,7 +127,7 @@ def test_long_sequences_need_more_than_16_bit() -> None:
     length = 70_000
     keys = np.arange(length)
     frame = pd.DataFrame({"kv_head": 0, "key": keys, "enter": keys, "leave": np.where(keys < 9, length - 1, -1)})
-    raster = Stays.of(frame, 1, length).packed()
+    raster = packed_intervals(intervals_of(frame, 1, length))
     assert raster["leave"]["dtype"] == "int32"
     assert unpacked(raster["leave"]).tolist() == [length - 1] * 9 + [length] * (length - 9)
 
@@ -292,7 +300,7 @@ def test_a_key_that_comes_back_is_missed_only_in_between(rich: ReportInput) -> N
     head = np.repeat(np.arange(KV_HEADS), 24)
     frame = pd.DataFrame({"kv_head": head, "key": key, "enter": key, "leave": np.where(key == 5, 8, -1)})
     again = pd.DataFrame({"kv_head": [0], "key": [5], "enter": [12], "leave": [-1]})
-    layer = attended(trace, 0, 0, {"one": Stays.of(pd.concat([frame, again]), KV_HEADS, 24)})
+    layer = attended(trace, 0, 0, {"one": intervals_of(pd.concat([frame, again]), KV_HEADS, 24)})
     found = layer.losses["one"]
     rows = trace.attention(0, 0).reshape(KV_HEADS, 2, 24, 24).mean(1)
     assert list(zip(found.head.tolist(), found.key.tolist(), strict=True)) == [(0, 5), (1, 5)]

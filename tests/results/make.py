@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvscope.core.residency import ResidencyIntervals
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 
@@ -72,7 +73,10 @@ def make(path: Path, lengths: list[int], *, shift: float = 0.0, force: bool = Fa
                     key = np.tile(np.arange(length), 2)
                     head = np.repeat([0, 1], length)
                     leave = np.where(key % 3 == run % 3, key + 1, -1)
-                    writer.residency(run, sequence, layer, enter=key, leave=leave, kv_head=head, key=key)
+                    intervals = ResidencyIntervals.of(
+                        kv_head=head, key=key, enter=key, leave=leave, heads=2, length=length
+                    )
+                    writer.residency(run, sequence, layer, intervals)
                     of_layer = values(100 * run + 10 * sequence + layer, length)
                     writer.fidelity(
                         run, sequence, layer, np.arange(length), {n: v + np.float32(shift) for n, v in of_layer.items()}

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvscope.core.errors import ResultError
+from kvscope.core.residency import ResidencyIntervals
 from kvscope.results.baseline import load_summary
 from kvscope.results.decisions import Decisions, Moved, compare_decisions
 from kvscope.results.diff import diff
@@ -26,10 +27,14 @@ def record(path: Path, of_layers: dict[tuple[int, int], list[Stay]], length: int
     sequences = 1 + max(sequence for sequence, _ in of_layers)
     with ReplayWriter(path, info([length] * sequences, policies=("h2o",))) as writer:
         for (sequence, layer), stays in of_layers.items():
-            head, key, enter, leave = np.array(stays, int).reshape(-1, 4).T
-            writer.residency(0, sequence, layer, enter=enter, leave=leave, kv_head=head, key=key)
+            writer.residency(0, sequence, layer, intervals_of(stays, length))
             writer.fidelity(0, sequence, layer, np.arange(length), values(0, length))
         return writer.finish()
+
+
+def intervals_of(stays: list[Stay], length: int = LENGTH) -> ResidencyIntervals:
+    head, key, enter, leave = np.array(stays, int).reshape(-1, 4).T
+    return ResidencyIntervals.of(kv_head=head, key=key, enter=enter, leave=leave, heads=2, length=length)
 
 
 def compared(base: Path, new: Path, most: int = 10) -> Decisions:
@@ -72,7 +77,7 @@ def test_keys_that_come_back_are_paired_in_order(tmp_path: Path) -> None:
 
 CHANGES = st.dictionaries(
     st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 1), st.integers(0, LENGTH - 1)),
-    st.integers(1, LENGTH),
+    st.integers(1, LENGTH - 1),
     max_size=5,
 )
 
@@ -85,11 +90,11 @@ def test_the_digest_and_the_comparison_agree_with_plain_loops(tmp_path_factory, 
         layers = {(s, layer): [] for s in (0, 1) for layer in (0, 1)}
         for sequence, layer, head, key in np.ndindex(2, 2, 2, LENGTH):
             leave = changes.get((sequence, layer, head, key), -1)
-            layers[sequence, layer].append((head, key, key, max(leave, key + 1) if leave > 0 else -1))
+            layers[sequence, layer].append((head, key, key, max(leave, key) if leave > 0 else -1))
         record(folder / name, layers)
 
     def left(changes: dict, place: tuple[int, ...]) -> int:
-        return max(changes[place], place[3] + 1) if place in changes else LENGTH + 1
+        return max(changes[place], place[3]) if place in changes else LENGTH + 1
 
     different = {place for place in {*one, *other} if left(one, place) != left(other, place)}
     found = compared(folder / "a", folder / "b")
@@ -135,10 +140,9 @@ def test_the_digest_is_what_its_documentation_says() -> None:
 
 def test_a_layer_written_twice_is_refused(tmp_path: Path) -> None:
     with ReplayWriter(tmp_path / "r", info([LENGTH], policies=("h2o",))) as writer:
-        head, key, enter, leave = np.array(kept()).T
-        writer.residency(0, 0, 0, enter=enter, leave=leave, kv_head=head, key=key)
+        writer.residency(0, 0, 0, intervals_of(kept()))
         with pytest.raises(ResultError, match="run 0, sequence 0, layer 0 is written twice"):
-            writer.residency(0, 0, 0, enter=enter, leave=leave, kv_head=head, key=key)
+            writer.residency(0, 0, 0, intervals_of(kept()))
 
 
 def test_of_a_committed_summary_it_is_said_that_it_differs_and_not_which(tmp_path: Path) -> None:

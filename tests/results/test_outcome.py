@@ -1,9 +1,10 @@
-"""Perplexity and its kin from losses, and the gap between the loops from stays."""
+"""Perplexity and its kin from losses, and the gap between the loops from residency intervals."""
 
 import numpy as np
 import pytest
 
-from kvscope.results.loop_gap import Gap, Stays
+from kvscope.core.residency import ResidencyIntervals
+from kvscope.results.loop_gap import LoopGap
 from kvscope.results.outcome import OUTCOMES, Outcomes
 
 
@@ -50,8 +51,8 @@ def test_five_sequences_have_an_interval() -> None:
         assert value["low"] < value["mean"] < value["high"]
 
 
-def random_stays(seed: int, heads: int, length: int) -> Stays:
-    """Return stays of which some keys come back."""
+def random_intervals(seed: int, heads: int, length: int) -> ResidencyIntervals:
+    """Return residency intervals of which some keys come back."""
     random = np.random.default_rng(seed)
     rows = []
     for head in range(heads):
@@ -61,19 +62,22 @@ def random_stays(seed: int, heads: int, length: int) -> Stays:
                 leave = t + int(random.integers(0, 6))
                 rows.append((head, key, t, leave if leave < length else -1))
                 t = leave + int(random.integers(1, 9))
-    return Stays(*np.array(rows).T)
+    head, key, enter, leave = np.array(rows).T
+    return ResidencyIntervals.of(kv_head=head, key=key, enter=enter, leave=leave, heads=heads, length=length)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_held_sets_are_those_of_the_definition(seed: int) -> None:
     heads, length = 2, 17
-    stays = random_stays(seed, heads, length)
+    intervals = random_intervals(seed, heads, length)
     expected = np.zeros((heads, length, length), bool)
-    for head, key, enter, leave in zip(stays.kv_head, stays.key, stays.enter, stays.leave, strict=True):
+    for head, key, enter, leave in zip(
+        intervals.kv_head, intervals.key, intervals.enter, intervals.stored_leave, strict=True
+    ):
         for t in range(length):
             expected[head, t, key] |= enter <= t and (leave < 0 or leave > t)
-    assert (stays.held(0, length, heads, length) == expected).all()
-    assert (stays.held(4, 9, heads, length) == expected[:, 4:9]).all()
+    assert (intervals.held(0, length) == expected).all()
+    assert (intervals.held(4, 9) == expected[:, 4:9]).all()
 
 
 def info(prefill: str, heads: int, length: int) -> dict:
@@ -88,13 +92,13 @@ def info(prefill: str, heads: int, length: int) -> dict:
 def test_the_gap_is_the_mean_overlap(monkeypatch: pytest.MonkeyPatch, prefill: str, first: int) -> None:
     heads, length = 2, 19
     monkeypatch.setattr("kvscope.results.loop_gap.BLOCK", 3 * heads * length)  # several blocks
-    gap = Gap(info(prefill, heads, length))
+    gap = LoopGap(info(prefill, heads, length))
     layers = []
     for layer in (0, 1):
-        pair = [random_stays(10 * layer + side, heads, length) for side in (0, 1)]
-        for run, stays in enumerate(pair):
-            gap.add(run, 0, layer, stays)
-        a, b = (stays.held(first, length, heads, length) for stays in pair)
+        pair = [random_intervals(10 * layer + side, heads, length) for side in (0, 1)]
+        for run, intervals in enumerate(pair):
+            gap.add(run, 0, layer, intervals)
+        a, b = (intervals.held(first, length) for intervals in pair)
         layers.append(np.mean((a & b).sum(-1) / np.maximum((a | b).sum(-1), 1)))
     found = gap.of(1, {0: {"retained_mass": {"mean": 0.5}}, 1: {"retained_mass": {"mean": 0.4}}})
     assert found is not None
@@ -105,8 +109,8 @@ def test_the_gap_is_the_mean_overlap(monkeypatch: pytest.MonkeyPatch, prefill: s
 
 
 def test_equal_decisions_overlap_wholly() -> None:
-    gap = Gap(info("full", 2, 19))
+    gap = LoopGap(info("full", 2, 19))
     for run in (0, 1):
-        gap.add(run, 0, 0, random_stays(3, 2, 19))
+        gap.add(run, 0, 0, random_intervals(3, 2, 19))
     found = gap.of(1, {0: {}, 1: {}})
     assert found is not None and found["held_overlap"] == 1 and found["retained_mass"] is None

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.residency import ResidencyIntervals
 from kvscope.results import writer as writing
 from kvscope.results.schema import RUN
 from kvscope.results.store import newest_replay, open_replay
 from kvscope.results.writer import ReplayWriter
-from tests.reference import residency as twin
+from tests.reference import residency as reference
 from tests.results.make import info, make, values
 
 # Steps at which a key comes and goes in turn; an odd number of them ends in a stay without an end.
@@ -29,19 +30,20 @@ STAYS = st.dictionaries(st.tuples(st.integers(0, 1), st.integers(0, 7)), TURNS, 
 @given(STAYS)
 @settings(max_examples=40, deadline=None)
 def test_residency_comes_back(tmp_path_factory, drawn) -> None:
-    stays = [
+    intervals_drawn = [
         (head, key, max(turns[at], key), max(turns[at + 1], key) if at + 1 < len(turns) else None)
         for (head, key), turns in drawn.items()
         for at in range(0, len(turns), 2)
     ]
     path = tmp_path_factory.mktemp("r") / "replay"
     with ReplayWriter(path, info([8], policies=("h2o",))) as writer:
-        written = [(head, key, enter, -1 if left is None else left) for head, key, enter, left in stays]
+        written = [(head, key, enter, -1 if left is None else left) for head, key, enter, left in intervals_drawn]
         head, key, enter, leave = np.array(written, int).reshape(-1, 4).T
-        writer.residency(0, 0, 0, enter=enter, leave=leave, kv_head=head, key=key)
+        intervals = ResidencyIntervals.of(kv_head=head, key=key, enter=enter, leave=leave, heads=2, length=8)
+        writer.residency(0, 0, 0, intervals)
         writer.fidelity(0, 0, 0, np.arange(8), values(0, 8))
         made = writer.finish()
-    expected = twin.resident(stays, 2, 8)
+    expected = reference.resident(intervals_drawn, 2, 8)
     mask, visible = made.resident(0, 0, 0), made.visible(0, 0, 0)
     for head in range(2):
         for t in range(8):

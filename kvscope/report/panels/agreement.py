@@ -76,9 +76,9 @@ def _overlap(source: ReportInput, parts: list[Part], runs: list[RunView]) -> NDA
         if any(run.protocol[2] == "stream" for run in runs):
             steps = bins(0, part.length, STEPS)[1:] - 1
         for layer in source.layers_of(part):
-            stays = source.stays(part, layer)
+            residency = source.residency(part, layer)
             for step in steps:
-                held = np.stack([stays[run.id].held(step) for run in runs]).astype(np.float32)  # [R, G * T]
+                held = np.stack([residency[run.id].held_after(step) for run in runs]).astype(np.float32)  # [R, G * T]
                 both += held @ held.T
     size = both.diagonal()
     either = size[:, None] + size[None] - both

@@ -8,8 +8,8 @@ from typing import Any
 
 from kvscope.report.panel import panel
 from kvscope.report.parts import Part, spread
+from kvscope.report.residency import packed_intervals, packed_intervals_bytes
 from kvscope.report.source import ReportInput
-from kvscope.report.stays import packed_stays_bytes
 
 
 @panel(
@@ -24,7 +24,7 @@ from kvscope.report.stays import packed_stays_bytes
     "window moving on; of a single head, the pointer tells since when a key is held, or why and when it went.",
 )
 def residency_raster(source: ReportInput) -> dict[str, Any]:
-    """Return stays of keys per sequence, run and layer as packed integers, as many as the page may carry.
+    """Return residency intervals per sequence, run and layer as packed integers, as many as the page may carry.
 
     Layers are added for all runs at a time, spread over the depth of the model, sequence by sequence, so that what
     fits can be compared. Where not even one layer fits, it has the runs that do.
@@ -33,14 +33,14 @@ def residency_raster(source: ReportInput) -> dict[str, Any]:
     rasters: list[dict[str, Any]] = []
     layers = list(_order(source))
     for shown, (part, layer) in enumerate(layers):
-        stays = source.stays(part, layer)
+        residency = source.residency(part, layer)
         made = [
-            {"run": run.id, "part": part.name, "layer": layer, **stays[run.id].packed()}
+            {"run": run.id, "part": part.name, "layer": layer, **packed_intervals(residency[run.id])}
             for run in source.runs_of(part)
-            if run.id in stays
+            if run.id in residency
         ]
-        fitting = sum(total <= left for total in accumulate(packed_stays_bytes(each) for each in made))
-        left -= sum(packed_stays_bytes(each) for each in made[:fitting])
+        fitting = sum(total <= left for total in accumulate(packed_intervals_bytes(each) for each in made))
+        left -= sum(packed_intervals_bytes(each) for each in made[:fitting])
         if fitting == len(made) or (not rasters and fitting):
             rasters += made[:fitting]
         if fitting < len(made):

@@ -67,8 +67,8 @@ def _steps(part: Part, runs: list[RunView], most: int) -> NDArray[np.int64]:
 
 
 def _heads(source: ReportInput, part: Part) -> int:
-    stays = source.stays(part, source.layers_of(part)[0])
-    return len(source.layers_of(part)) * next(iter(stays.values())).heads
+    residency = source.residency(part, source.layers_of(part)[0])
+    return len(source.layers_of(part)) * next(iter(residency.values())).heads
 
 
 def _shares(
@@ -77,8 +77,8 @@ def _shares(
     """Return for each run the share of all heads of all layers that hold each token, ``[S, T]`` in parts of 255."""
     holding = {run.id: np.zeros((len(steps), part.length), np.int64) for run in runs}
     for layer in source.layers_of(part):
-        for run, stays in source.stays(part, layer).items():
-            holding[run] += stays.holding(steps)
+        for run, intervals in source.residency(part, layer).items():
+            holding[run] += intervals.holding_heads(steps)
     heads = _heads(source, part)
     return {run: (ALL * counts + heads // 2) // heads for run, counts in holding.items()}
 

@@ -1,0 +1,39 @@
+"""Residency intervals as the page carries them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvscope.core.residency import ResidencyIntervals
+from kvscope.report.encoding import packed, packed_bytes
+
+
+def packed_intervals(intervals: ResidencyIntervals) -> dict[str, Any]:
+    """Return residency intervals as plain data of packed integers.
+
+    Where every key has one interval, ``leave`` alone is given, head by head and key by key. Otherwise ``counts`` says
+    how many intervals each head has, and ``key``, ``enter`` and ``leave`` give them. If all heads agree, one of them
+    is given; ``stored`` says how many are.
+    """
+    own = intervals.ordered
+    counts = np.bincount(own.kv_head, minlength=own.heads)
+    columns = {"key": own.key, "enter": own.enter, "leave": own.leave}
+    if (counts == counts[0]).all():
+        parts = {name: column.reshape(own.heads, -1) for name, column in columns.items()}
+        if all((part == part[0]).all() for part in parts.values()):
+            columns, counts = {name: part[0] for name, part in parts.items()}, counts[:1]
+    if own.one_per_key:
+        columns = {"leave": columns["leave"]}
+    return {
+        "heads": own.heads,
+        "stored": len(counts),
+        "counts": None if own.one_per_key else counts.tolist(),
+        **{name: packed(column) for name, column in columns.items()},
+    }
+
+
+def packed_intervals_bytes(value: dict[str, Any]) -> int:
+    """Return the size of packed intervals in the page."""
+    return sum(packed_bytes(value[name]) for name in ("key", "enter", "leave") if name in value)
