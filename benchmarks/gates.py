@@ -28,7 +28,8 @@ from machine import machine
 from numpy.typing import NDArray
 
 from kvscope.closed_loop.evaluate import Passage, evaluate
-from kvscope.core.budget import Budget, Prefill
+from kvscope.core.budget import Budget
+from kvscope.core.options import Prefill
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec
 from kvscope.gates.module import load_gate

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvscope.bounds.matching import match
-from kvscope.core.budget import Prefill
+from kvscope.core.options import Prefill
 from kvscope.engine.rows import Shape
 from kvscope.policies.base import Scope
 

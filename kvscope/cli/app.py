@@ -16,9 +16,7 @@ import typer
 
 from kvscope import __version__
 from kvscope.cli.command import add_commands
-from kvscope.core.errors import KvscopeError
-
-INTERRUPTED = 130
+from kvscope.core.errors import ExitStatus, KvscopeError
 
 app = typer.Typer(
     name="kvscope",
@@ -70,19 +68,19 @@ def run(arguments: Sequence[str]) -> int:
             console.fail(error.format_message(), _help_hint(error))
         return int(error.exit_code)
     except KeyboardInterrupt:
-        status = INTERRUPTED
+        status = ExitStatus.interrupted
     except BrokenPipeError:  # the reader of a pipe left early; nobody is there to be told, also not at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return ExitStatus.error
     except OSError as error:
         explained = _explain(error)
         if explained is None:
             raise
         console.fail(*explained)
-        return 1
-    if status == INTERRUPTED:
+        return ExitStatus.error
+    if status == ExitStatus.interrupted:
         console.fail("interrupted", "What was half written ends in .incomplete and can be deleted.")
-    return status if isinstance(status, int) else 0
+    return status if isinstance(status, int) else ExitStatus.ok
 
 
 _OS_ERRORS = {

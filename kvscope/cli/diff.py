@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,23 +10,14 @@ import typer
 
 from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet
+from kvscope.core.errors import ExitStatus
+from kvscope.core.options import DiffFormat
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvscope.cli.console import Column
     from kvscope.results.diff import Diff, DiffRow
-
-REGRESSION = 3
-
-
-class Format(StrEnum):
-    """How a comparison is printed."""
-
-    text = "text"
-    markdown = "markdown"
-    json = "json"
-    junit = "junit"
 
 
 @command("diff", order=100)
@@ -55,8 +45,8 @@ def diff(
         bool, typer.Option("--update", help="Accept NEW: write its summary to BASE, a .json file, and end with 0.")
     ] = False,
     form: Annotated[
-        Format, typer.Option("--format", help="text, markdown, json, or junit (XML for test reports).")
-    ] = Format.text,
+        DiffFormat, typer.Option("--format", help="text, markdown, json, or junit (XML for test reports).")
+    ] = DiffFormat.text,
     everything: Annotated[bool, typer.Option("--all", help="Show the values that are the same too.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -91,21 +81,21 @@ def diff(
     if update:
         console.note(f"{before} is now the summary of {after}", quiet=quiet)
     elif found.regressed:
-        raise typer.Exit(REGRESSION)
+        raise typer.Exit(ExitStatus.difference)
 
 
-def show(found: Diff, form: Format, *, everything: bool, quiet: bool) -> None:
+def show(found: Diff, form: DiffFormat, *, everything: bool, quiet: bool) -> None:
     """Print a comparison; where it is not for people, its verdict goes to stderr as well."""
     from kvscope.cli import console
     from kvscope.results.render import junit, markdown
 
-    if form is Format.text:
+    if form is DiffFormat.text:
         _show_tables(found, everything)
         return
-    if form is Format.json:
+    if form is DiffFormat.json:
         console.show_json(found.to_dict())
     else:
-        console.show_raw(junit(found) if form is Format.junit else markdown(found))
+        console.show_raw(junit(found) if form is DiffFormat.junit else markdown(found))
     console.note(found.verdict(), quiet=quiet)
 
 
@@ -150,12 +140,12 @@ def _show_tables(found: Diff, everything: bool) -> None:
     console.show_text(found.verdict() + more, style="bold" if found.regressed else "")
 
 
-def _format(form: Format, json: bool) -> Format:
+def _format(form: DiffFormat, json: bool) -> DiffFormat:
     from kvscope.core.errors import UsageError
 
-    if json and form not in (Format.text, Format.json):
+    if json and form not in (DiffFormat.text, DiffFormat.json):
         raise UsageError(f"--json and --format {form}", "Give one of the two.")
-    return Format.json if json else form
+    return DiffFormat.json if json else form
 
 
 def _add_to_job_summary(found: Diff) -> None:

@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Force, Json, Quiet
-
-
-class Format(StrEnum):
-    """What the files are."""
-
-    csv = "csv"
-    parquet = "parquet"
-    arrow = "arrow"
-
-
-class Per(StrEnum):
-    """What a row of the fidelity is."""
-
-    step = "step"
-    head = "head"
-    layer = "layer"
-    sequence = "sequence"
-    run = "run"
+from kvscope.cli.options import Force, Json, Quiet, ReplayName, ReportOutput
+from kvscope.core.options import ExportFormat, ExportLevel
 
 
 @command("export", order=120)
 def export(
-    replay: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="REPLAY", help="Name under reports/, or a path. Default: the newest.", show_default=False
-        ),
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", "--name", metavar="FOLDER", help="Name under reports/, or a path."),
-    ] = None,
-    form: Annotated[Format, typer.Option("--format", help="csv, parquet, or arrow (Feather).")] = Format.parquet,
+    replay: ReplayName = None,
+    output: ReportOutput = None,
+    form: Annotated[
+        ExportFormat, typer.Option("--format", help="Write csv, parquet, or arrow (Feather).")
+    ] = ExportFormat.parquet,
     per: Annotated[
-        Per,
+        ExportLevel,
         typer.Option(
             metavar="WHAT",
-            help="A row of fidelity: a step of a head, or a mean: step, head, layer, sequence, or run.",
+            help="Write fidelity of each step, or means of each head, layer, sequence or run.",
         ),
-    ] = Per.step,
+    ] = ExportLevel.step,
     long: Annotated[
-        bool, typer.Option("--long", help="fidelity with a row for each metric instead of a column.")
+        bool, typer.Option("--long", help="Give each metric a row of fidelity instead of a column.")
     ] = False,
     force: Force = False,
     json: Json = False,
@@ -65,10 +41,10 @@ def export(
     from kvscope.results.store import open_replay
 
     opened = open_replay(places.find_replay(replay, quiet=quiet))
-    path = places.place(places.REPORTS, output, f"{opened.name}-{form.value}", force=force)
+    path = places.place(places.REPORTS, output, f"{opened.name}-{form}", force=force)
     with console.working(f"exporting {opened.path}", quiet=quiet):
-        made = write(opened, path, form=form.value, per=per.value, long=long, force=force)
-    tables = sorted(str(file) for file in made.glob(f"*.{form.value}"))
+        made = write(opened, path, form=form, per=per, long=long, force=force)
+    tables = sorted(str(file) for file in made.glob(f"*.{form}"))
     if json:
         console.show_json({"export": str(made), "replay": str(opened.path), "tables": tables})
     else:

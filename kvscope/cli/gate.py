@@ -99,6 +99,7 @@ def train(
     """
     from kvscope.cli import console, places
     from kvscope.core.errors import UsageError
+    from kvscope.core.output import require_free
 
     if bool(text) == bool(distill):
         raise UsageError("name either texts or traces", "Write --model M --text FILE, or --distill TRACE")
@@ -106,8 +107,7 @@ def train(
         raise UsageError("--text needs a model", "Name it: --model demo")
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UsageError(f"{output} cannot be a file here", "Name a file in a folder that exists: -o gate.safetensors")
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists", "Choose another name with -o, or replace it with --force.")
+    require_free(output, force=force)
     with console.working("loading transformers", quiet=quiet):
         from kvscope.trace.reader import open_trace
         from kvscope.training.fit import Settings

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Force, Json, Quiet
+from kvscope.cli.options import Force, Json, Quiet, TraceOutput
 
 
 @command("import", order=160)
@@ -29,10 +29,7 @@ def import_maps(
     learned_sinks: Annotated[
         bool, typer.Option("--learned-sinks", help="Rows may sum to less than one: a learned sink takes a share.")
     ] = False,
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under traces/, or a path."),
-    ] = None,
+    output: TraceOutput = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,

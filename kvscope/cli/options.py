@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Every command line option that more than one command has, defined once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,120 @@ from typing import Annotated
 
 import typer
 
+from kvscope.core.options import Positions, Prefill
+
+# What is replayed.
+Policy = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        "-p",
+        metavar="POLICY",
+        help="Run a policy: NAME, NAME:param=value,..., path/to/file.py:Class, or all. Repeatable.",
+        show_default=False,
+    ),
+]
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        metavar="LIST",
+        help="Limit the cache to keys or shares: 20%,40%,256. Default: 20%.",
+        show_default=False,
+    ),
+]
+PrefillMode = Annotated[
+    Prefill,
+    typer.Option("--prefill", help="Evict once, at the end of the prompt (full), or from the first token on (stream)."),
+]
+Compress = Annotated[
+    str | None,
+    typer.Option(
+        "--compress", metavar="WHEN", help="Evict at prefill, step or every:N. Default: each policy as published."
+    ),
+]
+Allocate = Annotated[
+    str | None,
+    typer.Option(
+        "--allocate", metavar="NAME", help="Share the budget among layers and heads: uniform, pyramid, ada, cake."
+    ),
+]
+Accumulate = Annotated[
+    str | None, typer.Option("--accumulate", metavar="DTYPE", help="Sum in float32, float16 or bfloat16.")
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        help="Compute a metric. Repeatable. Default: all that the trace allows.",
+        show_default=False,
+    ),
+]
+
+# The model.
+Model = Annotated[str, typer.Option("--model", "-m", help="Load demo, an alias (llama2-7b), a Hub id, or a folder.")]
+TracedModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME", help="Load the model from here instead of from where the trace had it."),
+]
+PositionsMode = Annotated[
+    Positions,
+    typer.Option("--positions", help="Let keys keep their place in the text, or take that in the cache."),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="Load the model in auto, float64, float32, float16 or bfloat16.")]
+Device = Annotated[str, typer.Option("--device", help="Compute on cpu, cuda, cuda:1, mps or auto.")]
+DeviceMap = Annotated[
+    str | None, typer.Option("--device-map", help="Place the parts of the model as in transformers; needs accelerate.")
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Load a branch, tag or commit of a Hub model.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the model bring Python code of its own.")
+]
+
+# What is read.
+TraceSource = Annotated[
+    str | None,
+    typer.Option("--trace", metavar="TRACE", help="Read the trace here. Default: where it was.", show_default=False),
+]
+ReplayName = Annotated[
+    str | None,
+    typer.Argument(metavar="REPLAY", help="Name under reports/, or a path. Default: the newest.", show_default=False),
+]
+RunPolicy = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        "-p",
+        metavar="POLICY",
+        help="Select runs by label, name or number. Repeatable. Default: all.",
+        show_default=False,
+    ),
+]
+RunBudget = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        metavar="LIST",
+        help="Select runs by their budgets as given: 20%,256. Default: all.",
+        show_default=False,
+    ),
+]
+
+# What is written.
+TraceOutput = Annotated[
+    str | None,
+    typer.Option("-o", "--output", "--name", metavar="NAME", help="Write here: a name under traces/, or a path."),
+]
+ReportOutput = Annotated[
+    str | None,
+    typer.Option("-o", "--output", "--name", metavar="NAME", help="Write here: a name under reports/, or a path."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, auto.")]
 
 
 def command_line(ctx: typer.Context) -> str:

@@ -8,26 +8,35 @@ from typing import Annotated
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Device, Force, Json, Quiet, command_line
+from kvscope.cli.options import (
+    Allocate,
+    Budget,
+    Compress,
+    Device,
+    DeviceMap,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    Policy,
+    PositionsMode,
+    Quiet,
+    ReportOutput,
+    Revision,
+    TrustRemoteCode,
+    command_line,
+)
 from kvscope.cli.parameters import PARAMETERS
-from kvscope.cli.replay import Positions
+from kvscope.core.options import Positions
 
 
 @command("perplexity", order=30, epilog=PARAMETERS, extra_arguments=True)
 def perplexity(
     ctx: typer.Context,
     files: Annotated[list[str], typer.Argument(metavar="TEXT", help="UTF-8 text files.", show_default=False)],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="demo, an alias (llama2-7b), a Hub id, or a local folder.")
-    ],
-    policy: Annotated[
-        list[str] | None,
-        typer.Option("--policy", "-p", metavar="POLICY", help="As in kvscope replay. Repeatable."),
-    ] = None,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option("--budget", "-b", metavar="LIST", help="Keys or shares of a window. Default: 20%."),
-    ] = None,
+    model: Model,
+    policy: Policy = None,
+    budget: Budget = None,
     window: Annotated[
         int | None,
         typer.Option(metavar="TOKENS", help="Each starts with an empty cache. Default: 1024, or the context.", min=2),
@@ -38,22 +47,15 @@ def perplexity(
     prompt_length: Annotated[
         int, typer.Option(metavar="TOKENS", help="Read with the full cache first in each window, unscored.", min=1)
     ] = 1,
-    compress: Annotated[str | None, typer.Option(metavar="WHEN", help="As in kvscope replay.")] = None,
-    allocate: Annotated[str | None, typer.Option(metavar="NAME", help="As in kvscope replay.")] = None,
-    positions: Annotated[
-        Positions, typer.Option(help="Keys keep their place in the text, or get that in the cache.")
-    ] = Positions.original,
-    dtype: Annotated[str, typer.Option(help="auto, float64, float32, float16, bfloat16.")] = "auto",
+    compress: Compress = None,
+    allocate: Allocate = None,
+    positions: PositionsMode = Positions.original,
+    dtype: Dtype = "auto",
     device: Device = "cpu",
-    device_map: Annotated[str | None, typer.Option(help="As in transformers; needs accelerate.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model bring Python code of its own.")
-    ] = False,
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under reports/, or a path."),
-    ] = None,
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    output: ReportOutput = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -92,7 +94,7 @@ def perplexity(
             prompt=prompt_length,
             compress=compress,
             allocate=allocate,
-            positions=positions.value,
+            positions=positions,
             dtype=dtype,
             device=device,
             device_map=device_map,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvscope.cli.console import note
 from kvscope.core.errors import KvscopeError, ResultError, TraceError, UsageError
+from kvscope.core.output import require_free
 from kvscope.core.registry import nearest
 
 TRACES = Path("traces")
@@ -68,7 +69,7 @@ def place(folder: Path, given: str | None, name: str, *, force: bool, suffix: st
 
     Raises
     ------
-    KvscopeError
+    OutputExists
         If what the user gave exists and `force` is off.
     """
     if given is None:
@@ -84,8 +85,7 @@ def place(folder: Path, given: str | None, name: str, *, force: bool, suffix: st
     path = folder / given if bare else Path(given)
     if suffix and path.suffix != suffix:
         path = path.with_name(path.name + suffix)
-    if path.exists() and not force:
-        raise KvscopeError(f"{path} exists already", "Give another name with -o, or replace it with --force.")
+    require_free(path, force=force)
     return path
 
 

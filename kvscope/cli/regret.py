@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Json, Quiet
-from kvscope.cli.runs import Budget, Policy, TraceOption
+from kvscope.cli.options import Json, Quiet, ReplayName, RunBudget, RunPolicy, TraceSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,16 +24,11 @@ NOTE = (
 
 @command("regret", order=70)
 def regret(
-    replay: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="REPLAY", help="Name under reports/, or a path. Default: the newest.", show_default=False
-        ),
-    ] = None,
-    policy: Policy = None,
-    budget: Budget = None,
+    replay: ReplayName = None,
+    policy: RunPolicy = None,
+    budget: RunBudget = None,
     top: Annotated[int, typer.Option(metavar="N", help="Evictions to list.", min=1)] = 20,
-    trace: TraceOption = None,
+    trace: TraceSource = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

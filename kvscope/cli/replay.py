@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Device, Force, Json, Quiet, command_line
+from kvscope.cli.options import (
+    Accumulate,
+    Allocate,
+    Budget,
+    Compress,
+    Device,
+    DeviceMap,
+    Dtype,
+    Force,
+    Json,
+    Policy,
+    PositionsMode,
+    PrefillMode,
+    Quiet,
+    ReportOutput,
+    TracedModel,
+    command_line,
+)
 from kvscope.cli.parameters import PARAMETERS
+from kvscope.core.options import Positions, Prefill
 
 if TYPE_CHECKING:
     from kvscope.replay.footprint import Footprint
@@ -17,76 +34,24 @@ if TYPE_CHECKING:
 EPILOG = f"{PARAMETERS} Without TRACE, the newest whole one under traces/ is taken."
 
 
-class Positions(StrEnum):
-    """Which positions keys have in a shortened cache."""
-
-    original = "original"
-    compacted = "compacted"
-
-
-class Prefill(StrEnum):
-    """What happens during the prompt."""
-
-    full = "full"
-    stream = "stream"
-
-
 @command("replay", order=20, options_metavar="[TRACE] [OPTIONS]", epilog=EPILOG, extra_arguments=True)
 def replay(
     ctx: typer.Context,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--policy",
-            "-p",
-            metavar="POLICY",
-            help="NAME, NAME:param=value,..., path/to/file.py:Class, or all. Repeatable.",
-        ),
-    ] = None,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--budget",
-            "-b",
-            metavar="LIST",
-            help="Keys or shares: 20%,40%,256. Default: 20%.",
-            show_default=False,
-        ),
-    ] = None,
-    prefill: Annotated[
-        Prefill,
-        typer.Option(help="full: one choice at the end of the prompt. stream: evict from the first token on."),
-    ] = Prefill.full,
-    compress: Annotated[
-        str | None,
-        typer.Option(metavar="WHEN", help="prefill, step or every:N. Default: each policy as published."),
-    ] = None,
-    allocate: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Budget of layers and heads: uniform, pyramid, ada, cake."),
-    ] = None,
-    accumulate: Annotated[
-        str | None,
-        typer.Option(metavar="DTYPE", help="Precision of sums: float32, float16, bfloat16."),
-    ] = None,
+    policy: Policy = None,
+    budget: Budget = None,
+    prefill: PrefillMode = Prefill.full,
+    compress: Compress = None,
+    allocate: Allocate = None,
+    accumulate: Accumulate = None,
     perplexity: Annotated[
         bool,
         typer.Option("--perplexity", help="Run the model again with the policies inside: the closed loop."),
     ] = False,
-    positions: Annotated[
-        Positions,
-        typer.Option(help="With --perplexity: keys keep their place in the text, or get that in the cache."),
-    ] = Positions.original,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="With --perplexity: where the model of the trace is now."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="With --perplexity: auto, float64, float32, float16, bfloat16.")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help="With --perplexity: as in transformers.")] = None,
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under reports/, or a path."),
-    ] = None,
+    positions: PositionsMode = Positions.original,
+    model: TracedModel = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    output: ReportOutput = None,
     device: Device = "cpu",
     force: Force = False,
     json: Json = False,
@@ -119,14 +84,14 @@ def replay(
     if not budget:
         console.note("budget: 20% (the default)", quiet=quiet)
     trace = open_trace(places.find_trace(words[0] if words else None, quiet=quiet))
-    closed = ClosedLoopOptions(positions.value, model, dtype, device_map) if perplexity else None
+    closed = ClosedLoopOptions(positions, model, dtype, device_map) if perplexity else None
     if closed is None and (model or device_map or dtype != "auto" or positions is not Positions.original):
         raise UsageError(
             "--model, --dtype, --device-map and --positions are about the closed loop", "Add --perplexity."
         )
     if "all" in (policy or []):
         plan = {"compress": compress, "allocate": allocate, "accumulate": accumulate}
-        chosen, left = supported_policies(trace, chosen, budgets, prefill.value, closed, **plan)
+        chosen, left = supported_policies(trace, chosen, budgets, prefill, closed, **plan)
         for why in left.values():
             console.warn(f"left out of all: {why}")
     names = "all" if policy == ["all"] else places.joined(list(dict.fromkeys(item.name for item in chosen)))
@@ -142,7 +107,7 @@ def replay(
             chosen,
             budgets,
             output=path,
-            prefill=prefill.value,
+            prefill=prefill,
             compress=compress,
             allocate=allocate,
             accumulate=accumulate,

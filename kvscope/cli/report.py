@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Force, Json, Quiet
+from kvscope.cli.options import Force, Json, Quiet, ReportOutput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,10 +26,7 @@ def report(
             show_default=False,
         ),
     ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under reports/, or a path."),
-    ] = None,
+    output: ReportOutput = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     data_only: Annotated[bool, typer.Option("--data-only", help="Write the JSON behind the page instead.")] = False,
     force: Force = False,

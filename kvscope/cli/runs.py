@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from kvscope.results.store import Replay
     from kvscope.trace.reader import Trace
-
-Policy = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--policy",
-        "-p",
-        metavar="POLICY",
-        help="Label, name, or number of a run. Repeatable. Default: all.",
-        show_default=False,
-    ),
-]
-Budget = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--budget",
-        "-b",
-        metavar="LIST",
-        help="Of the runs, as it was given: 20%,256. Default: all.",
-        show_default=False,
-    ),
-]
-TraceOption = Annotated[
-    str | None,
-    typer.Option("--trace", metavar="TRACE", help="Where the trace is now. Default: where it was.", show_default=False),
-]
 
 
 def chosen(replay: Replay, policies: Sequence[str] | None, budgets: Sequence[str] | None) -> list[dict[str, Any]]:

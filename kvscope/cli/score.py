@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Device, Force, Json, Quiet, command_line
-from kvscope.cli.runs import TraceOption
+from kvscope.cli.options import (
+    Device,
+    Force,
+    Json,
+    Metrics,
+    Quiet,
+    ReplayName,
+    ReportOutput,
+    TraceSource,
+    command_line,
+)
 
 
 @command("score", order=60)
 def score(
     ctx: typer.Context,
-    replay: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="REPLAY", help="Name under reports/, or a path. Default: the newest.", show_default=False
-        ),
-    ] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Repeatable. Default: all that the trace allows.", show_default=False),
-    ] = None,
-    trace: TraceOption = None,
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under reports/, or a path."),
-    ] = None,
+    replay: ReplayName = None,
+    metric: Metrics = None,
+    trace: TraceSource = None,
+    output: ReportOutput = None,
     device: Device = "cpu",
     force: Force = False,
     json: Json = False,

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Json, Quiet
-from kvscope.cli.runs import Budget, Policy, TraceOption
+from kvscope.cli.options import Json, Quiet, ReplayName, RunBudget, RunPolicy, TraceSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,12 +17,7 @@ if TYPE_CHECKING:
 
 @command("spans", order=80)
 def spans(
-    replay: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="REPLAY", help="Name under reports/, or a path. Default: the newest.", show_default=False
-        ),
-    ] = None,
+    replay: ReplayName = None,
     span: Annotated[
         list[str] | None,
         typer.Option(
@@ -41,10 +35,10 @@ def spans(
             show_default=False,
         ),
     ] = None,
-    policy: Policy = None,
-    budget: Budget = None,
+    policy: RunPolicy = None,
+    budget: RunBudget = None,
     sequence: Annotated[int, typer.Option(metavar="N", help="Sequence of the trace.", min=0)] = 0,
-    trace: TraceOption = None,
+    trace: TraceSource = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

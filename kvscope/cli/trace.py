@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Device, Force, Json, Quiet, command_line
+from kvscope.cli.options import Device, Force, Json, Quiet, TraceOutput, command_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,10 +28,7 @@ def trace(
     model: Annotated[
         str, typer.Option("--model", "-m", help="demo, an alias (llama2-7b), a Hub id, or a local folder.")
     ],
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", "--name", metavar="NAME", help="Name under traces/, or a path."),
-    ] = None,
+    output: TraceOutput = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.", min=0)] = 128,
     continuation: Annotated[
         Path | None,

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import re
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Device, Json, Quiet
-from kvscope.cli.replay import Prefill
+from kvscope.cli.options import Device, Force, Json, PrefillMode, Quiet
+from kvscope.core.options import Prefill, TuneLevel
 
 if TYPE_CHECKING:
     from kvscope.results.statistics import Paired
     from kvscope.tune.search import Tuning
-
-
-class Per(StrEnum):
-    """What gets a setting of its own."""
-
-    model = "model"
-    layer = "layer"
-    head = "head"
 
 
 @command("tune", order=50)
@@ -41,16 +32,18 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    per: Annotated[Per, typer.Option(help="What gets a setting of its own; a head is a key/value head.")] = Per.head,
+    per: Annotated[
+        TuneLevel, typer.Option(help="Choose a setting for the model, each layer or key/value head.")
+    ] = TuneLevel.head,
     budget: Annotated[str, typer.Option("--budget", "-b", metavar="BUDGET", help="Keys or a share.")] = "20%",
     metric: Annotated[str, typer.Option(metavar="NAME", help="What to improve.")] = "retained_mass",
-    prefill: Annotated[Prefill, typer.Option(help="As in kvscope replay.")] = Prefill.full,
+    prefill: PrefillMode = Prefill.full,
     held_out: Annotated[
         int | None, typer.Option(metavar="N", help="Sequences kept for the reported gain. Default: a quarter.")
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="TOML file.")] = Path("tuned.toml"),
     device: Device = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -60,11 +53,11 @@ def tune(
     """
     from kvscope.cli import console, places
     from kvscope.core.errors import UsageError
+    from kvscope.core.output import require_free
 
     if output.is_dir() or not output.parent.is_dir():
         raise UsageError(f"{output} cannot be a file here", "Name a file in a folder that exists: -o tuned.toml")
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists", "Choose another name with -o, or replace it with --force.")
+    require_free(output, force=force)
     with console.working("loading torch", quiet=quiet):
         from kvscope.trace.reader import open_trace
         from kvscope.tune.search import to_toml
@@ -79,9 +72,9 @@ def tune(
             policy,
             _grid(policy, grid or []),
             budget,
-            per=per.value,
+            per=per,
             metric=metric,
-            prefill=prefill.value,
+            prefill=prefill,
             held_out=held_out,
             source=output.name,
             device=device,

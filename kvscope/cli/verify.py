@@ -7,41 +7,44 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Device, Json, Quiet
+from kvscope.cli.options import (
+    Allocate,
+    Budget,
+    Compress,
+    Device,
+    Dtype,
+    Json,
+    Policy,
+    PositionsMode,
+    PrefillMode,
+    Quiet,
+    TracedModel,
+)
 from kvscope.cli.parameters import PARAMETERS
-from kvscope.cli.replay import Positions, Prefill
+from kvscope.core.errors import ExitStatus
+from kvscope.core.options import Positions, Prefill
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvscope.closed_loop.verify import Verdict
 
-DIFFERENCE = 3
-
 
 @command("verify", order=40, options_metavar="[TRACE] [OPTIONS]", epilog=PARAMETERS, extra_arguments=True)
 def verify(
     ctx: typer.Context,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option("--policy", "-p", metavar="POLICY", help="As in kvscope replay. Repeatable."),
-    ] = None,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option("--budget", "-b", metavar="LIST", help="Keys or shares. Default: 20%."),
-    ] = None,
-    prefill: Annotated[Prefill, typer.Option(help="As in kvscope replay.")] = Prefill.full,
-    compress: Annotated[str | None, typer.Option(metavar="WHEN", help="As in kvscope replay.")] = None,
-    allocate: Annotated[str | None, typer.Option(metavar="NAME", help="As in kvscope replay.")] = None,
-    positions: Annotated[
-        Positions, typer.Option(help="Keys keep their place in the text, or get that in the cache.")
-    ] = Positions.original,
+    policy: Policy = None,
+    budget: Budget = None,
+    prefill: PrefillMode = Prefill.full,
+    compress: Compress = None,
+    allocate: Allocate = None,
+    positions: PositionsMode = Positions.original,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens to decode of each sequence. Default: 128.", min=1)
     ] = 128,
     sequences: Annotated[int, typer.Option(metavar="N", help="Sequences of the trace.", min=1)] = 1,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Where the model of the trace is now.")] = None,
-    dtype: Annotated[str, typer.Option(help="float64 decides; float32, bfloat16, float16 measure.")] = "float64",
+    model: TracedModel = None,
+    dtype: Dtype = "float64",
     device: Device = "cpu",
     json: Json = False,
     quiet: Quiet = False,
@@ -72,10 +75,10 @@ def verify(
             trace,
             chosen,
             budgets,
-            prefill=prefill.value,
+            prefill=prefill,
             compress=compress,
             allocate=allocate,
-            options=ClosedLoopOptions(positions.value, model, dtype),
+            options=ClosedLoopOptions(positions, model, dtype),
             tokens=tokens,
             sequences=sequences,
             device=device,
@@ -83,7 +86,7 @@ def verify(
         )
     _show(found, str(trace.path), as_json=json)
     if any(item.decided and not item.agrees for item in found):
-        raise typer.Exit(DIFFERENCE)
+        raise typer.Exit(ExitStatus.difference)
 
 
 def _show(found: Sequence[Verdict], title: str, *, as_json: bool) -> None:

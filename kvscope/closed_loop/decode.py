@@ -7,14 +7,14 @@ at a step is what the model computed at that step from the shortened cache. It d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvscope.closed_loop.gates import margins, require_gates
-from kvscope.core.budget import Prefill
 from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.options import Positions, Prefill
 from kvscope.engine.plan import GATE, EvictionPlan
 from kvscope.engine.rows import Shape
 from kvscope.engine.scan import VECTORS, Scan
@@ -25,7 +25,6 @@ from kvscope.model.selfcheck import AttentionFacts, self_check
 from kvscope.model.short_cache import ShortLayer, short_cache
 from kvscope.policies.base import Step
 
-Positions = Literal["original", "compacted"]
 SIGNALS = frozenset({*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2"})
 KINDS = {"full_attention", "sliding_attention"}  # layer types whose visible keys a window describes
 
@@ -59,8 +58,8 @@ def decode(
     budget: int,
     *,
     prompt: int,
-    prefill: Prefill = "full",
-    positions: Positions = "original",
+    prefill: Prefill = Prefill.full,
+    positions: Positions = Positions.original,
     sequence: int = 0,
 ) -> Decoded:
     """Return what a model computes along given tokens when a policy really shortens its cache.
@@ -301,8 +300,8 @@ def _moved(layer: ShortLayer, query: Tensor, place: int) -> Tensor:
 
 
 def _require(plan: EvictionPlan, positions: str) -> None:
-    if positions not in get_args(Positions):
-        raise UsageError(f"positions {positions!r} are unknown", f"Use one of: {', '.join(get_args(Positions))}.")
+    if positions not in list(Positions):
+        raise UsageError(f"positions {positions!r} are unknown", f"Use one of: {', '.join(Positions)}.")
     if plan.policy.traits.reads or "full_weights" in plan.needs:
         why = "reads" if plan.policy.traits.reads else "looks at the attention on"
         raise UsageError(

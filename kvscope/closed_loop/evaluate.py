@@ -15,8 +15,8 @@ from kvscope.closed_loop.forward import ClosedLoop, PassShape, RunBatch, logits_
 from kvscope.closed_loop.gates import require_gates
 from kvscope.closed_loop.options import require_closed
 from kvscope.closed_loop.survey import surveyed
-from kvscope.core.budget import Prefill
 from kvscope.core.errors import ModelError, ReplayError
+from kvscope.core.options import Prefill
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec, Sink, Tally
 from kvscope.engine.scan import Scan

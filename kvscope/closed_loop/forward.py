@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kvscope.closed_loop.compaction import Compacted
 from kvscope.closed_loop.gates import margins
-from kvscope.core.budget import Prefill
 from kvscope.core.errors import ReplayError
+from kvscope.core.options import Prefill
 from kvscope.engine.allocation import Allocator
 from kvscope.engine.plan import GATE, EvictionPlan
 from kvscope.engine.rows import Block, Shape

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from kvscope.core.errors import UsageError
+from kvscope.core.options import Loop, Positions
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec
-
-Positions = Literal["original", "compacted"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class ClosedLoopOptions:
         How its parts are placed.
     """
 
-    positions: Positions = "original"
+    positions: Positions = Positions.original
     model: str | None = None
     dtype: str = "auto"
     device_map: str | None = None
@@ -46,12 +44,12 @@ class ClosedLoopOptions:
         for run in feasible:
             require_closed(run.plan, self.positions)
         return [
-            replace(run, number=len(open_runs) + place, loop="closed", positions=self.positions, open_run=run.number)
+            replace(run, number=len(open_runs) + place, loop=Loop.closed, positions=self.positions, open_run=run.number)
             for place, run in enumerate(feasible)
         ]
 
 
-def require_closed(plan: EvictionPlan, positions: Positions = "original") -> None:
+def require_closed(plan: EvictionPlan, positions: Positions = Positions.original) -> None:
     """Raise UsageError if a plan has no meaning where attention is really computed over the keys that are held."""
     if positions not in ("original", "compacted"):
         raise UsageError(f"positions {positions!r} are unknown", "Use --positions original or --positions compacted.")

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from kvscope.closed_loop.evaluate import Passage, evaluate
-from kvscope.closed_loop.options import Positions, require_closed
-from kvscope.core.budget import Budget, Prefill, parse_budgets
+from kvscope.closed_loop.options import require_closed
+from kvscope.core.budget import Budget, parse_budgets
 from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.options import Loop, Positions, Prefill
 from kvscope.engine.plan import EvictionPlan, protection
 from kvscope.engine.provenance import info
 from kvscope.engine.runs import RunSpec, runs_of
@@ -46,7 +47,7 @@ def perplexity(
     params: Mapping[str, str] | None = None,
     compress: str | None = None,
     allocate: str | None = None,
-    positions: Positions = "original",
+    positions: Positions = Positions.original,
     dtype: str = "auto",
     device: str = "cpu",
     device_map: str | None = None,
@@ -99,7 +100,7 @@ def perplexity(
         raise UsageError("no policy is named", "Name one or more: --policy h2o --policy tova")
     for plan in plans:
         require_closed(plan, positions)
-    runs = runs_of(plans, parse_budgets(budgets), loop="closed", positions=positions)
+    runs = runs_of(plans, parse_budgets(budgets), loop=Loop.closed, positions=positions)
     wanted = [METRICS.get(name) for name in (metrics or METRICS.names())]
     if not files:
         raise UsageError("no text is named", "Name one or more text files.")
@@ -110,7 +111,7 @@ def perplexity(
     require_registry(loaded.model)
     size = _window(loaded, window, prompt)
     passages = _passages(loaded, files, texts, size, max_windows, prompt)
-    prefill: Prefill = "stream" if prompt == 1 else "full"
+    prefill = Prefill.stream if prompt == 1 else Prefill.full
     _require_room(runs, passages, prefill)
     about = _about(loaded, files, texts, passages, size)
     for plan in plans:

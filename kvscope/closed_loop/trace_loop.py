@@ -9,8 +9,8 @@ import torch
 
 from kvscope.closed_loop.evaluate import Passage, TokenSink, evaluate
 from kvscope.closed_loop.options import ClosedLoopOptions
-from kvscope.core.budget import Prefill
 from kvscope.core.errors import ModelError, TraceError
+from kvscope.core.options import Prefill
 from kvscope.engine.runs import RunSpec, Tally
 from kvscope.metrics import Metric
 from kvscope.model.loading import load

@@ -14,8 +14,9 @@ from kvscope.closed_loop.decode import decode
 from kvscope.closed_loop.evaluate import ForwardPass, Passage, self_check
 from kvscope.closed_loop.options import ClosedLoopOptions, require_closed
 from kvscope.closed_loop.trace_loop import passages_of
-from kvscope.core.budget import Budget, Prefill, parse_budgets
+from kvscope.core.budget import Budget, parse_budgets
 from kvscope.core.errors import UsageError
+from kvscope.core.options import Loop, Prefill
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec, Tally, runs_of
@@ -73,7 +74,7 @@ def verify(
     policies: Sequence[str | Policy],
     budgets: str | Sequence[str | int | Budget] = "20%",
     *,
-    prefill: Prefill = "full",
+    prefill: Prefill = Prefill.full,
     params: Mapping[str, str] | None = None,
     compress: str | None = None,
     allocate: str | None = None,
@@ -113,7 +114,7 @@ def verify(
         plan.policy.fit(trace.layers, trace.kv_heads, trace.header.n_layers)
         require_closed(plan, chosen.positions)
         _require_decodable(plan)
-    runs = runs_of(plans, parse_budgets(budgets), loop="closed", positions=chosen.positions)
+    runs = runs_of(plans, parse_budgets(budgets), loop=Loop.closed, positions=chosen.positions)
     model, passages = passages_of(trace, chosen, device)
     passages = [_cut(passage, tokens, prefill) for passage in passages[:sequences]]
     verdicts = []

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
-from typing import Literal
 
 from kvscope.core.errors import UsageError
+from kvscope.core.options import Prefill
 
-Prefill = Literal["full", "stream"]
 _TODO = "Write a whole number of keys (256) or a share with a percent sign (20%)."
 
 

@@ -5,10 +5,23 @@
     ├── TraceError          a trace is missing, damaged, incomplete, of another version, or lacks a signal
     ├── ModelError          a model cannot be found, loaded or observed
     ├── ReplayError         a replay that would not be a result
-    └── ResultError         a results file is missing, damaged, or not comparable
+    ├── ResultError         a results file is missing, damaged, or not comparable
+    └── OutputExists        what would be written is there already
 
 Anything else that escapes is a defect of kvscope and shows its traceback.
 """
+
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """Exit status of the command line."""
+
+    ok = 0
+    error = 1
+    usage = 2
+    difference = 3  # `diff` found a regression, `verify` a difference
+    interrupted = 130
 
 
 class KvscopeError(Exception):
@@ -22,21 +35,21 @@ class KvscopeError(Exception):
         What the user can do.
     """
 
-    exit_status = 1
+    exit_status = ExitStatus.error
 
     def __init__(self, what: str, todo: str = "") -> None:
         super().__init__(what if not todo else f"{what}\n{todo}")
         self.what = what
         self.todo = todo
 
-    def __reduce__(self) -> tuple[type["KvscopeError"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type["KvscopeError"], tuple[str, ...]]:
         return type(self), (self.what, self.todo)
 
 
 class UsageError(KvscopeError):
     """An unknown name, a bad parameter, a bad budget: exit status 2."""
 
-    exit_status = 2
+    exit_status = ExitStatus.usage
 
 
 class TraceError(KvscopeError):
@@ -53,3 +66,20 @@ class ReplayError(KvscopeError):
 
 class ResultError(KvscopeError):
     """A results file that is missing, damaged, or not comparable."""
+
+
+class OutputExists(KvscopeError):
+    """What would be written is there already.
+
+    Parameters
+    ----------
+    path : str
+        The folder or file.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path} exists already", "Give another name with -o, or replace it with --force.")
+        self.path = path
+
+    def __reduce__(self) -> tuple[type[KvscopeError], tuple[str, ...]]:
+        return type(self), (self.path,)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from kvscope.core.errors import UsageError
 
@@ -32,6 +32,67 @@ class Loop(StrEnum):
 
     open = "open"
     closed = "closed"
+
+
+class ExportFormat(StrEnum):
+    """File format of exported tables."""
+
+    csv = "csv"
+    parquet = "parquet"
+    arrow = "arrow"
+
+
+class ExportLevel(StrEnum):
+    """What a row of an exported fidelity table is: a step of a head, or a mean over steps, then heads, and so on."""
+
+    step = "step"
+    head = "head"
+    layer = "layer"
+    sequence = "sequence"
+    run = "run"
+
+
+class DiffFormat(StrEnum):
+    """How the comparison of two replays is printed."""
+
+    text = "text"
+    markdown = "markdown"
+    json = "json"
+    junit = "junit"
+
+
+class TuneLevel(StrEnum):
+    """What gets a setting of its own; a head is a key/value head."""
+
+    model = "model"
+    layer = "layer"
+    head = "head"
+
+
+C = TypeVar("C", bound=StrEnum)
+
+
+def choice(kind: type[C], value: str, option: str) -> C:
+    """Return the member of an enum that `value` names.
+
+    Parameters
+    ----------
+    kind : type
+        One of the enums of this module.
+    value : str
+        A member, or its name.
+    option : str
+        Name of the argument, for the message: ``prefill``.
+
+    Raises
+    ------
+    UsageError
+        If there is no such member.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise UsageError(f"{option} {value!r} is unknown", f"Use one of: {', '.join(kind)}.") from None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvscope.core.errors import KvscopeError
+from kvscope.core.errors import KvscopeError, OutputExists
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,11 @@ class OutputFolder:
     def begin(self) -> dict[str, object]:
         """Make the folder to write into; returns what the header says of the writer.
 
-        What a killed run left there is removed. Raises `error` if the path is taken, another process writes it, or
-        what would be removed is something else.
+        What a killed run left there is removed. Raises `OutputExists` if the path is taken, and `error` if another
+        process writes it or what would be removed is something else.
         """
         if _there(self.path):
-            if not self.force:
-                raise self.error(f"{self.path} exists", "Name another with --output, or replace it with --force.")
+            require_free(self.path, force=self.force)
             self.require_own(self.path)
         if _there(self.work):
             self.require_own(self.work)
@@ -107,6 +106,12 @@ class OutputFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return pid if host == socket.gethostname() and pid != os.getpid() and _runs(pid) else None
+
+
+def require_free(path: Path, *, force: bool) -> None:
+    """Raise OutputExists if something is at `path` and may not be replaced."""
+    if _there(path) and not force:
+        raise OutputExists(str(path))
 
 
 def checksum(file: Path) -> str:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvscope.core.budget import Prefill
 from kvscope.core.errors import UsageError
+from kvscope.core.options import Prefill
 from kvscope.engine.allocation import ALLOCATORS
 from kvscope.gates.module import load_gate
 from kvscope.policies.base import Phase, Policy

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from kvscope.core.budget import Budget, Prefill
+from kvscope.core.budget import Budget
+from kvscope.core.options import Loop, Positions, Prefill
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.scan import Scan
 from kvscope.trace.reader import TokenSequence
 
 Array = NDArray[Any]
-Positions = Literal["original", "compacted"]
 EXACT = 1e-9  # retained mass of a step: what is nearer than this to the best is the best, up to rounding
 
 
@@ -29,8 +29,8 @@ class RunSpec:
     number: int
     plan: EvictionPlan
     budget: Budget | None
-    loop: Literal["open", "closed"] = "open"
-    positions: Literal["original", "compacted"] = "original"
+    loop: Loop = Loop.open
+    positions: Positions = Positions.original
     open_run: int | None = None
 
     def keys(self, sequence: TokenSequence, prefill: Prefill) -> int:
@@ -99,8 +99,8 @@ class Tally:
 def runs_of(
     plans: Sequence[EvictionPlan],
     budgets: Sequence[Budget],
-    loop: Literal["open", "closed"] = "open",
-    positions: Positions = "original",
+    loop: Loop = Loop.open,
+    positions: Positions = Positions.original,
 ) -> list[RunSpec]:
     """Return every plan under every budget, those without a budget once."""
     pairs = [

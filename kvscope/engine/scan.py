@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvscope.core.budget import Prefill
 from kvscope.core.errors import ReplayError
+from kvscope.core.options import Prefill
 from kvscope.core.residency import NEVER, ResidencyIntervals
 from kvscope.engine.allocation import ALLOCATORS, Allocator, Request
 from kvscope.engine.draw import draw, draw_row
@@ -79,7 +79,7 @@ class Scan:
         policy: Policy | EvictionPlan,
         budgets: Sequence[int],
         shape: Shape,
-        prefill: Prefill = "full",
+        prefill: Prefill = Prefill.full,
         signals: Mapping[str, Tensor] | None = None,
         *,
         missing_mass: Tensor | None = None,

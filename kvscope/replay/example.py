@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvscope.bounds.schedules import schedules
-from kvscope.core.budget import Prefill
+from kvscope.core.options import Prefill
 from kvscope.engine.rows import Shape
 from kvscope.engine.scan import PER_QUERY, VECTORS, Scan
 from kvscope.policies.base import Policy
@@ -20,7 +20,7 @@ def held(
     budget: int,
     *,
     prompt: int = 1,
-    prefill: Prefill = "full",
+    prefill: Prefill = Prefill.full,
     **signals: Sequence[float] | Sequence[Sequence[float]],
 ) -> list[list[int]]:
     """Return the keys held after each step, on one layer with one head; of a sparse reader, the keys read at each step.

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvscope.bounds.schedules import Schedules, schedules
-from kvscope.core.budget import Prefill
+from kvscope.core.options import Prefill
 from kvscope.engine.layers import Layers
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Block

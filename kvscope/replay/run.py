@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kvscope.closed_loop.options import ClosedLoopOptions, require_closed
-from kvscope.core.budget import Budget, Prefill, parse_budgets
+from kvscope.core.budget import Budget, parse_budgets
 from kvscope.core.errors import ReplayError, TraceError, UsageError
+from kvscope.core.options import Prefill
 from kvscope.engine.device import torch_device
 from kvscope.engine.plan import EvictionPlan, protection
 from kvscope.engine.provenance import info, of_trace
@@ -31,7 +32,7 @@ def replay(
     budgets: str | Sequence[str | int | Budget] = "20%",
     *,
     output: Path,
-    prefill: Prefill = "full",
+    prefill: Prefill = Prefill.full,
     metrics: Sequence[str] | None = None,
     params: Mapping[str, str] | None = None,
     compress: str | None = None,

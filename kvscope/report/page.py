@@ -8,6 +8,7 @@ from typing import Any
 
 from kvscope import __version__
 from kvscope.core.errors import ResultError
+from kvscope.core.output import require_free
 from kvscope.report.encoding import rounded, visible_everywhere
 from kvscope.report.limits import Limits
 from kvscope.report.panel import PANELS, Panel
@@ -230,8 +231,7 @@ def _count(number: int, what: str) -> str:
 def _require_free(output: Path, force: bool) -> None:
     if output.is_dir():
         raise ResultError(f"{output} is a folder", "Name a file, for instance reports/NAME.html.")
-    if output.exists() and not force:
-        raise ResultError(f"{output} exists already", "Give another name, or replace it with --force.")
+    require_free(output, force=force)
 
 
 def _write(output: Path, content: bytes) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,22 +13,19 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.errors import ResultError
+from kvscope.core.options import ExportFormat, ExportLevel, choice
 from kvscope.core.output import OutputFolder
-from kvscope.core.registry import nearest
 from kvscope.results.schema import LOSSES, SCHEMA_VERSION, fidelity_schema
 from kvscope.results.store import Replay
 from kvscope.results.stream import batches, means
 from kvscope.results.summary import LEVELS, Level
 
-Format = Literal["csv", "parquet", "arrow"]
-Per = Level | Literal["step"]
-FORMATS: tuple[Format, ...] = ("csv", "parquet", "arrow")
-PER: tuple[Per, ...] = ("step", *reversed(LEVELS))
+LEVEL_OF = {ExportLevel(level): level for level in LEVELS}
 KIND = "kvscope-export"
 HEADER = "export.json"
 TABLES = ("runs", "fidelity", "residency", "tokens")
-MEMBERS = rf"export\.json|({'|'.join(TABLES)})\.({'|'.join(FORMATS)})"  # what such a folder holds, and nothing else
+MEMBERS = rf"export\.json|({'|'.join(TABLES)})\.({'|'.join(ExportFormat)})"  # all that it may hold
 ROWS = 2**17  # written at a time: small row groups make every reader slow
 
 # What every table says of the run that a row is of.
@@ -54,8 +51,8 @@ def export(
     replay: Replay,
     output: Path,
     *,
-    form: Format = "parquet",
-    per: Per = "step",
+    form: str = ExportFormat.parquet,
+    per: str = ExportLevel.step,
     long: bool = False,
     force: bool = False,
 ) -> Path:
@@ -84,19 +81,19 @@ def export(
     ------
     UsageError
         If the format or what a row is has an unknown name.
+    OutputExists
+        If there is one and `force` is off.
     ResultError
-        If the output exists, holds something else, or cannot be written; if the replay cannot be read.
+        If the output holds something else, or cannot be written; if the replay cannot be read.
     """
-    for given, known in ((form, FORMATS), (per, PER)):
-        if given not in known:
-            raise UsageError(f"no table is written as or per {given!r}", nearest(given, known))
+    kind, level = choice(ExportFormat, form, "format"), choice(ExportLevel, per, "per")
     folder = OutputFolder(Path(output), "export", HEADER, MEMBERS, ResultError, force)
-    about = {"replay": str(replay.path), "trace": replay.summary["trace"], "format": form, "per": per, "long": long}
+    about = {"replay": str(replay.path), "trace": replay.summary["trace"], "format": kind, "per": level, "long": long}
     try:
         _header(folder.work, about, complete=False, writer=folder.begin())
         described = {}
-        for name, tables in _tables(replay, per, long).items():
-            rows, schema = _write(folder.work / f"{name}.{form}", form, tables)
+        for name, tables in _tables(replay, level, long).items():
+            rows, schema = _write(folder.work / f"{name}.{kind}", kind, tables)
             described[name] = {"rows": rows, "columns": {field.name: _meaning(field, replay) for field in schema}}
         _header(folder.work, about, complete=True, tables=described)
         folder.finish()
@@ -105,9 +102,9 @@ def export(
     return folder.path
 
 
-def _tables(replay: Replay, per: Per, long: bool) -> dict[str, Iterator[pa.Table]]:
+def _tables(replay: Replay, level: ExportLevel, long: bool) -> dict[str, Iterator[pa.Table]]:
     """Return every table of a replay, in pieces."""
-    fidelity = batches(replay, "fidelity") if per == "step" else _means(replay, per)
+    fidelity = batches(replay, "fidelity") if level is ExportLevel.step else _means(replay, LEVEL_OF[level])
     joined = _Joined(replay)
     tables = {"fidelity": joined.tables(fidelity), "residency": joined.tables(batches(replay, "residency"))}
     if long:
@@ -193,7 +190,7 @@ def _long(tables: Iterable[pa.Table], metrics: Sequence[str]) -> Iterator[pa.Tab
             yield pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
-def _write(file: Path, form: Format, tables: Iterator[pa.Table]) -> tuple[int, pa.Schema]:
+def _write(file: Path, form: ExportFormat, tables: Iterator[pa.Table]) -> tuple[int, pa.Schema]:
     """Write a table, gathered into larger pieces; returns its rows and columns."""
     first = next(tables)
     rows, held, waiting = 0, [first], first.num_rows
@@ -208,7 +205,7 @@ def _write(file: Path, form: Format, tables: Iterator[pa.Table]) -> tuple[int, p
     return rows + waiting, first.schema
 
 
-def _open(file: Path, form: Format, schema: pa.Schema) -> Any:
+def _open(file: Path, form: ExportFormat, schema: pa.Schema) -> Any:
     if form == "csv":
         return csv.CSVWriter(file, schema)
     if form == "arrow":

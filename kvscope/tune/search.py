@@ -7,14 +7,15 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvscope.core.budget import Budget, Prefill
+from kvscope.core.budget import Budget
 from kvscope.core.errors import ReplayError, UsageError
+from kvscope.core.options import Prefill, TuneLevel, choice
 from kvscope.engine.allocation import ALLOCATORS
 from kvscope.engine.device import torch_device
 from kvscope.engine.plan import EvictionPlan
@@ -29,7 +30,6 @@ from kvscope.results.statistics import Paired, paired
 from kvscope.trace.reader import TokenSequence, Trace
 
 Array = NDArray[Any]
-Per = Literal["model", "layer", "head"]
 Place = tuple[int, int]  # number of the trace, number of its sequence
 
 
@@ -68,9 +68,9 @@ def tune(
     grid: Mapping[str, Sequence[str]],
     budget: str | int | Budget = "20%",
     *,
-    per: Per = "head",
+    per: str = TuneLevel.head,
     metric: str = "retained_mass",
-    prefill: Prefill = "full",
+    prefill: Prefill = Prefill.full,
     held_out: int | None = None,
     source: str = "tuned.toml",
     device: str = "cpu",
@@ -111,32 +111,31 @@ def tune(
     ReplayError
         If nothing is evicted.
     """
-    if per not in get_args(Per):
-        raise UsageError(f"per={per!r} is unknown", "Tune per model, layer or head.")
+    level = choice(TuneLevel, per, "per")
     measure = METRICS.get(metric)
     if measure.direction == "none" or measure.pooled:
         raise UsageError(f"metric {metric} has no best value for a step", "Tune by retained_mass or ideal_cosine.")
     settings = _settings(policy, grid)
-    _require_own_heads(settings, per)
+    _require_own_heads(settings, level)
     searched, kept = _split(traces, held_out)
     at = _Bench(traces, Budget.parse(budget), measure, prefill, torch_device(device), progress)
     layers = tuple(traces[0].layers)
-    at.check(Tuned(source, tuple(settings if per != "model" else settings[:1]), layers, ((0,),) * len(layers)))
+    at.check(Tuned(source, tuple(settings if level != "model" else settings[:1]), layers, ((0,),) * len(layers)))
     sign = 1.0 if measure.direction == "higher" else -1.0
     scores = sign * at.measure(settings, searched, 0.0)  # [settings, sequences, layers, heads]
     best = int(scores.mean((1, 2, 3)).argmax())
-    choice = _choice(scores.mean(1), per, best)
-    tuned = _tuned(source, settings, layers, choice, per)
+    chosen = _choice(scores.mean(1), level, best)
+    tuned = _tuned(source, settings, layers, chosen, level)
     later = sign * at.measure([*settings, tuned], kept, 0.5)
     means = later.mean((2, 3))  # [settings + 1, sequences]
     hindsight = int(means[:-1].mean(1).argmax())
-    layer, head = np.indices(choice.shape)
+    layer, head = np.indices(chosen.shape)
     return Tuning(
         policy=tuned,
         best=settings[best],
         hindsight=settings[hindsight],
         searched={
-            "tuned": (sign * scores[choice, :, layer, head].mean((0, 1))).tolist(),
+            "tuned": (sign * scores[chosen, :, layer, head].mean((0, 1))).tolist(),
             "best": (sign * scores[best].mean((1, 2))).tolist(),
         },
         held_out={
@@ -148,7 +147,7 @@ def tune(
         about={
             "policy": settings[0].name,
             "parameters": list(grid),
-            "per": per,
+            "per": level,
             "metric": metric,
             "budget": str(Budget.parse(budget)),
             "prefill": prefill,
@@ -294,12 +293,12 @@ def _settings(policy: str, grid: Mapping[str, Sequence[str]]) -> list[Policy]:
     return distinct
 
 
-def _require_own_heads(settings: Sequence[Policy], per: Per) -> None:
+def _require_own_heads(settings: Sequence[Policy], level: TuneLevel) -> None:
     """Raise UsageError where heads do not decide for themselves and are to be tuned one by one."""
     for policy in settings:
-        if per == "head" and policy.traits.scope == "layer":
+        if level == "head" and policy.traits.scope == "layer":
             raise UsageError(f"{policy.label} decides per layer", "Use --per layer or --per model.")
-        if per == "head" and ALLOCATORS.get(policy.traits.allocate).spans == "heads":
+        if level == "head" and ALLOCATORS.get(policy.traits.allocate).spans == "heads":
             raise UsageError(f"the heads of {policy.label} share a budget", "Use --per layer or --per model.")
 
 
@@ -319,23 +318,23 @@ def _split(traces: Sequence[Trace], held_out: int | None) -> tuple[list[Place], 
     return every[:-count], every[-count:]
 
 
-def _choice(scores: Array, per: Per, best: int) -> Array:
+def _choice(scores: Array, level: TuneLevel, best: int) -> Array:
     """Return the number of the setting of each head, ``[layers, heads]``, from ``[settings, layers, heads]``.
 
     Heads of a layer or model that are tuned together have the same. Of settings that do equally well it is the first.
     """
     shape = scores.shape[1:]
-    if per == "model":
+    if level == "model":
         return np.full(shape, best)
-    if per == "layer":
+    if level == "layer":
         return np.broadcast_to(scores.mean(2).argmax(0)[:, None], shape)
     return np.asarray(scores.argmax(0))
 
 
-def _tuned(source: str, settings: Sequence[Policy], layers: tuple[int, ...], choice: Array, per: Per) -> Tuned:
+def _tuned(source: str, settings: Sequence[Policy], layers: tuple[int, ...], chosen: Array, level: TuneLevel) -> Tuned:
     """Return the policy that follows a choice, with the settings that somebody follows alone."""
-    used, place = np.unique(choice, return_inverse=True)
-    rows = place.reshape(choice.shape)[:, : None if per == "head" else 1]
+    used, place = np.unique(chosen, return_inverse=True)
+    rows = place.reshape(chosen.shape)[:, : None if level == "head" else 1]
     return Tuned(
         source, tuple(settings[number] for number in used), layers, tuple(tuple(map(int, row)) for row in rows)
     )

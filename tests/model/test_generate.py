@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kvscope.model.generate as generate_module
-from kvscope.core.errors import ModelError, TraceError, UsageError
+from kvscope.core.errors import ModelError, OutputExists, TraceError, UsageError
 from kvscope.model.generate import Progress, trace
 from kvscope.model.prompts import token_texts
 from kvscope.trace.reader import open_trace
@@ -170,7 +170,7 @@ def test_a_continuation_of_nothing(folder: Path, prompt: Path, tmp_path: Path) -
 
 def test_an_existing_trace_and_a_small_disk(folder: Path, prompt: Path, tmp_path: Path, monkeypatch) -> None:
     trace(str(folder), [prompt], output=tmp_path / "t", max_new_tokens=1)
-    with pytest.raises(TraceError, match="exists"):
+    with pytest.raises(OutputExists, match="exists"):
         trace(str(folder), [prompt], output=tmp_path / "t", max_new_tokens=1)
     monkeypatch.setattr("kvscope.trace.writer.free_bytes", lambda path: 10)
     with pytest.raises(TraceError, match="has 10 bytes free"):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from kvscope.closed_loop.options import ClosedLoopOptions
-from kvscope.core.errors import ResultError, TraceError, UsageError
+from kvscope.core.errors import OutputExists, ResultError, TraceError, UsageError
 from kvscope.metrics import METRICS
 from kvscope.model.generate import trace as record
 from kvscope.replay.rescore import rescore
@@ -84,7 +84,7 @@ def test_some_metrics_in_another_folder(small: Trace, tmp_path: Path) -> None:
     assert again.info["scored"]["replay"] == "r"
     assert seen == [0.25, 0.5, 0.75, 1.0]
     assert {file.name: file.read_bytes() for file in made.path.iterdir()} == before
-    with pytest.raises(ResultError, match="exists"):
+    with pytest.raises(OutputExists, match="exists"):
         rescore(made, small, output=tmp_path / "s")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.errors import OutputExists, ResultError, UsageError
 from kvscope.report.encoding import packed, packed_floats, packed_halves, unpacked, visible, visible_token
 from kvscope.report.limits import Limits
 from kvscope.report.page import ordered_panels, page_data, report, report_data
@@ -263,7 +263,7 @@ def test_size_is_that_of_the_library_and_little_more(page: Path) -> None:
 
 def test_existing_page_stays_unless_forced(replay: Replay, empty: Path) -> None:
     empty.write_text("mine")
-    with pytest.raises(ResultError, match="exists already") as caught:
+    with pytest.raises(OutputExists, match="exists already") as caught:
         report([replay], {}, empty)
     assert "--force" in caught.value.todo
     assert empty.read_text() == "mine"
@@ -321,7 +321,7 @@ def test_the_data_behind_the_page_can_be_had_alone(
     path = report_data([replay], {trace.identity: trace}, tmp_path / "page.json")
     assert json.loads(path.read_text()) == page_data(source)
     assert path.read_text().isascii()
-    with pytest.raises(ResultError, match="exists already"):
+    with pytest.raises(OutputExists, match="exists already"):
         report_data([replay], {}, path)
 
 

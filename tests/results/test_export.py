@@ -11,9 +11,10 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
 
-from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.errors import OutputExists, ResultError, UsageError
+from kvscope.core.options import ExportFormat
 from kvscope.results import export as export_module
-from kvscope.results.export import FORMATS, JOINED, Format, export
+from kvscope.results.export import JOINED, export
 from tests.results.make import METRICS, make, values
 
 LENGTHS = [7, 5]
@@ -27,8 +28,8 @@ def read(folder: Path, name: str, form: str) -> pd.DataFrame:
     return table.to_pandas()
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_every_format_holds_the_same(tmp_path: Path, form: Format) -> None:
+@pytest.mark.parametrize("form", ExportFormat)
+def test_every_format_holds_the_same(tmp_path: Path, form: ExportFormat) -> None:
     replay = make(tmp_path / "r", LENGTHS)
     folder = export(replay, tmp_path / "out", form=form)
     assert {file.name for file in folder.iterdir()} == {
@@ -140,7 +141,7 @@ def test_the_header_says_what_it_is_and_what_the_columns_are(tmp_path: Path) -> 
 def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     replay = make(tmp_path / "r", LENGTHS)
     folder = export(replay, tmp_path / "out")
-    with pytest.raises(ResultError, match="exists"):
+    with pytest.raises(OutputExists, match="exists"):
         export(replay, tmp_path / "out")
     export(replay, tmp_path / "out", form="csv", force=True)
     assert not list(folder.glob("*.parquet"))
@@ -154,7 +155,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"form": "parkett"}, {"per": "heads"}])
 def test_unknown_names_are_refused(tmp_path: Path, wrong: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match="no table is written as or per"):
+    with pytest.raises(UsageError, match="is unknown\nUse one of: "):
         export(make(tmp_path / "r", LENGTHS), tmp_path / "out", **wrong)
     assert not list(tmp_path.glob("out*"))
 

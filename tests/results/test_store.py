@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.errors import OutputExists, ResultError, UsageError
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.results import writer as writing
 from kvscope.results.schema import RUN
@@ -175,7 +175,7 @@ def test_an_infinite_value_is_refused_where_it_is(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     make(tmp_path / "r", [5])
-    with pytest.raises(ResultError, match="exists"):
+    with pytest.raises(OutputExists, match="exists"):
         ReplayWriter(tmp_path / "r", info([5]))
     assert make(tmp_path / "r", [7], force=True).info["trace"]["sequences"][0]["length"] == 7
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvscope.core.errors import TraceError
+from kvscope.core.errors import OutputExists, TraceError
 from kvscope.trace import parquet
 from kvscope.trace.reader import newest_trace, open_trace
 from kvscope.trace.schema import HEADER, estimate_bytes
@@ -133,7 +133,7 @@ def test_a_trace_cut_in_half_is_damaged(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     record(tmp_path / "t", lengths=[4])
     before = open_trace(tmp_path / "t").identity
-    with pytest.raises(TraceError, match="exists") as caught:
+    with pytest.raises(OutputExists, match="exists") as caught:
         TraceWriter(tmp_path / "t", header())
     assert "--force" in caught.value.todo
     record(tmp_path / "t", lengths=[6], force=True)
