@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.analysis.regret import Missing, Regrets, Tokens
+from kvscope.analysis.missed_attention import MissedAttentionCounter
+from kvscope.analysis.regret import Regret, RegretCollector, TokenKinds
 from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 
 BLOCK_BYTES = 64 * 2**20  # of the rows of a layer that are in memory at once
+
+
+class RunRegret(Regret):
+    """Regret of one run, and which run it is."""
+
+    run: int
+    policy: str
+    label: str
+    budget: str | None
+    prefill: str
+    loop: str
+
+
+class RegretReport(TypedDict):
+    """Regret of the runs of a replay, as ``kvscope regret --json`` prints it."""
+
+    kind: str
+    schema: int
+    replay: str
+    trace: str
+    runs: list[RunRegret]
 
 
 def regrets(
@@ -23,19 +45,19 @@ def regrets(
     *,
     top: int = 20,
     progress: Callable[[float], None] | None = None,
-) -> dict[str, Any]:
-    """Return what the runs of a replay would have wanted of the keys that they let go, as plain data.
+) -> RegretReport:
+    """Return the regret of runs of a replay: the attention that their evicted keys would still have received.
 
     Parameters
     ----------
     replay : Replay
-        What was kept when. Of a closed loop too: its residency, and the attention of the full cache.
+        Which keys were held when. For a closed run: its residency, and the attention of the full cache.
     trace : Trace
         That it was made from.
     runs : sequence of int, optional
         Their numbers; all by default.
     top : int
-        How many evictions and tokens to name for each run.
+        How many evictions and tokens to list for each run.
     progress : callable, optional
         Called with the share that is done.
 
@@ -46,11 +68,11 @@ def regrets(
     """
     replay.require_trace(trace.identity, trace.path)
     chosen = [run for run in replay.info["runs"] if runs is None or run["run"] in runs]
-    collected = {run["run"]: Regrets(top) for run in chosen}
+    collected = {run["run"]: RegretCollector(top) for run in chosen}
     parts = [(sequence, layer) for sequence in trace.sequences for layer in trace.layers]
     for number, (sequence, layer) in enumerate(parts):
         residency = read_residency(replay, sequence.index, layer, list(collected))
-        missing = {run: Missing(intervals) for run, intervals in residency.items()}
+        missing = {run: MissedAttentionCounter(intervals) for run, intervals in residency.items()}
         for start, rows in blocks(trace, sequence.index, layer):
             for of_run in missing.values():
                 of_run.add(start, rows)
@@ -60,7 +82,7 @@ def regrets(
             progress((number + 1) / len(parts))
     first = [of.prompt if replay.info["prefill"] == "full" else 0 for of in trace.sequences]
     steps = sum(of.length - start for of, start in zip(trace.sequences, first, strict=True))
-    tokens = {of.index: Tokens(trace.tokens(of.index)["text"].tolist()) for of in trace.sequences}
+    tokens = {of.index: TokenKinds(trace.tokens(of.index)["text"].tolist()) for of in trace.sequences}
     rows_of_run = len(trace.layers) * trace.kv_heads * steps
     return {
         "kind": "kvscope-regret",
@@ -68,8 +90,15 @@ def regrets(
         "replay": str(replay.path),
         "trace": replay.info["trace"]["name"],
         "runs": [
-            {name: run[name] for name in ("run", "policy", "label", "budget", "prefill", "loop")}
-            | collected[run["run"]].result(tokens, rows_of_run)
+            {
+                "run": run["run"],
+                "policy": run["policy"],
+                "label": run["label"],
+                "budget": run["budget"],
+                "prefill": run["prefill"],
+                "loop": run["loop"],
+                **collected[run["run"]].result(tokens, rows_of_run),
+            }
             for run in chosen
         ],
     }

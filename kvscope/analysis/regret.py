@@ -1,119 +1,87 @@
-"""Regret: the attention that evicted keys would still have received, key by key, and where and when it was missed.
+"""Regret: the attention that evicted keys would still have received, by key, token, kind of token and lag.
 
-The regret of a key is the sum of its full-cache weights at the steps that could not see it, the mean over the query
-heads of its group. For a policy that evicts for good these are all steps after the eviction; for a sparse reader, whose
-keys come back, those at which it was not read.
+The regret of a key is the sum of its full-cache weights at the steps that could not see it; see
+`kvscope.analysis.missed_attention`. The lag of an eviction is the number of steps from it to the step of the largest
+weight that was missed.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.core.residency import ResidencyIntervals
+from kvscope.analysis.missed_attention import BINS, MissedAttention
 
-Array = NDArray[Any]
-MOST = 3  # steps that are kept of each key: those at which it was wanted most
 KINDS = ("first", "digits", "punctuation", "rare", "other")
-BINS = 32  # of lags: bin b is 2**b to 2**(b+1) - 1 steps
 CONTEXT = 4  # tokens on either side that are shown of a token
 
 
-@dataclass(frozen=True)
-class Missed:
-    """What a run could not see of one layer of one sequence.
+class TokenInContext(TypedDict):
+    """Text and kind of a token, and the text around it."""
 
-    Attributes
-    ----------
-    mass : array
-        Regret of each key, ``[G, T]``.
-    step, weight, gone : array
-        ``[MOST, G, T]``, the heaviest first: steps at which the key was wanted most while it was out of sight, its
-        weight then, and the first step without it; -1, 0, -1 where there is none. Of equal weights the earlier step
-        comes first.
-    lags : array
-        Mass by the number of steps since the key had gone, ``[BINS]``.
-    """
-
-    mass: NDArray[np.float64]
-    step: NDArray[np.int64]
-    weight: NDArray[np.float64]
-    gone: NDArray[np.int64]
-    lags: NDArray[np.float64]
+    text: str
+    kind: str
+    before: str
+    after: str
 
 
-class Missing:
-    """Adds up what a run could not see, over blocks of rows that come in order.
+class EvictionRegret(TokenInContext):
+    """An `Eviction` with its lag and its token."""
 
-    Parameters
-    ----------
-    intervals : ResidencyIntervals
-        Of the layer.
-    """
+    sequence: int
+    layer: int
+    kv_head: int
+    key: int
+    mass: float
+    gone: int
+    wanted: tuple[int, ...]
+    weights: tuple[float, ...]
+    lag: int
 
-    def __init__(self, intervals: ResidencyIntervals) -> None:
-        self._intervals = intervals
-        heads, length = intervals.heads, intervals.length
-        self._gone = np.full((heads, length), -1, np.int64)  # last step at which each key went
-        self._mass = np.zeros((heads, length))
-        self._best = np.zeros((3, MOST, heads, length))  # weight, step, gone
-        self._best[1:] = -1
-        self._lags = np.zeros(BINS)
 
-    def add(self, start: int, rows: Array) -> None:
-        """Take full rows of steps from `start` on, mean over each group, ``[G, b, n]`` with ``n = start + b``."""
-        count, n = rows.shape[1:]
-        step, key = np.arange(start, start + count)[:, None], np.arange(n)
-        held = self._intervals.held(start - 1, start + count - 1)[..., :n]
-        gone = self._went(start, count, n)  # [G, b, n]
-        lost = np.where(~held & (key < step), rows, 0).astype(np.float64)
-        if not lost.any():
-            return
-        self._mass[:, :n] += lost.sum(1)
-        there = lost > 0
-        lag = (step - gone)[there]
-        self._lags += np.bincount(np.frexp(lag)[1] - 1, lost[there], BINS)
-        self._keep_best(start, lost, gone)
+class TokenRegret(TokenInContext):
+    """Regret of a token, summed over layers and heads, and how many heads missed it."""
 
-    def result(self) -> Missed:
-        """Return what was missed in all blocks."""
-        weight, step, gone = self._best
-        return Missed(self._mass, step.astype(np.int64), weight, gone.astype(np.int64), self._lags)
+    sequence: int
+    key: int
+    mass: float
+    share: float
+    heads: int
 
-    def _went(self, start: int, count: int, n: int) -> NDArray[np.int64]:
-        """Return the last step before each query at which each key went, ``[G, b, n]``; -1 for none."""
-        own = self._intervals
-        these = (own.leave >= max(start - 1, 0)) & (own.leave < start + count - 1)
-        gone = np.full((own.heads, count, n), -1, np.int64)
-        gone[own.kv_head[these], own.leave[these] + 1 - start, own.key[these]] = own.leave[these]
-        gone[:, 0] = np.maximum(gone[:, 0], self._gone[:, :n])
-        gone = np.maximum.accumulate(gone, axis=1)
-        self._gone[:, :n] = gone[:, -1]
-        return gone
 
-    def _keep_best(self, start: int, lost: NDArray[np.float64], gone: NDArray[np.int64]) -> None:
-        n = lost.shape[-1]
-        found = [self._best[..., :n]]
-        for _ in range(MOST):
-            at = lost.argmax(1)[:, None]  # [G, 1, n]: the first of equal weights
-            weight = np.take_along_axis(lost, at, 1)
-            of = np.stack([weight, at + start, np.take_along_axis(gone, at, 1)])  # [3, G, 1, n]
-            of[1:, weight == 0] = -1
-            found.append(of.transpose(0, 2, 1, 3))
-            np.put_along_axis(lost, at, 0, 1)
-        every = np.concatenate(found, 1)  # [3, 2 * MOST, G, n], earlier steps first
-        order = np.argsort(-every[0], axis=0, kind="stable")[:MOST]
-        self._best[..., :n] = np.take_along_axis(every, order[None], 1)
+class KindRegret(TypedDict):
+    """Regret of all tokens of one kind."""
+
+    kind: str
+    tokens: int
+    mass: float
+    share: float
+    mass_per_token: float
+
+
+# Regret by the steps since the eviction; `keys` counts those whose largest missed weight has that lag.
+LagRegret = TypedDict("LagRegret", {"from": int, "to": int, "mass": float, "share": float, "keys": int})
+
+
+class Regret(TypedDict):
+    """All regret of one run."""
+
+    mass: float
+    per_step: float
+    worst: list[EvictionRegret]
+    tokens: list[TokenRegret]
+    kinds: list[KindRegret]
+    lags: list[LagRegret]
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """One key of one head and what it cost to be without it.
+    """One key of one head, and the attention that was missed without it.
 
     Attributes
     ----------
@@ -122,11 +90,11 @@ class Eviction:
     mass : float
         Its regret.
     gone : int
-        First step without it: of the absence in which it was wanted most.
+        First step without the key, of the absence with the largest missed weight.
     wanted : tuple of int
-        Steps at which it was wanted most, the most first.
+        Steps of the largest missed weights, the largest first.
     weights : tuple of float
-        Its full-cache weights at these steps.
+        Full-cache weights of the key at these steps.
     """
 
     sequence: int
@@ -140,12 +108,12 @@ class Eviction:
 
     @property
     def lag(self) -> int:
-        """Steps between its going and the one at which it was wanted most."""
+        """Steps from the eviction to the largest missed weight."""
         return self.wanted[0] - self.gone
 
 
-class Regrets:
-    """Collects what one run missed, layer by layer, and keeps the worst of it.
+class RegretCollector:
+    """Adds up the regret of one run, layer by layer.
 
     Parameters
     ----------
@@ -156,10 +124,12 @@ class Regrets:
     def __init__(self, top: int) -> None:
         self._top = top
         self._worst: list[Eviction] = []
-        self._tokens: dict[int, list[Array]] = defaultdict(list)  # sequence -> [2, T]: mass, heads that missed it
-        self._lags = np.zeros((2, BINS))  # mass, and keys by the lag at which they were wanted most
+        self._tokens: dict[int, list[NDArray[np.float64]]] = defaultdict(
+            list
+        )  # sequence -> [2, T]: mass, heads that missed it
+        self._lags = np.zeros((2, BINS))  # mass, and keys by their lag
 
-    def add(self, sequence: int, layer: int, missed: Missed) -> None:
+    def add(self, sequence: int, layer: int, missed: MissedAttention) -> None:
         """Take one layer of one sequence."""
         mass = missed.mass
         self._tokens[sequence].append(np.stack([mass.sum(0), (mass > 0).sum(0)]))
@@ -173,12 +143,12 @@ class Regrets:
         self._worst.sort(key=lambda each: -each.mass)
         del self._worst[self._top :]
 
-    def result(self, tokens: Mapping[int, Tokens], steps: int) -> dict[str, Any]:
-        """Return plain data: totals, the worst evictions and tokens, kinds of tokens, lags.
+    def result(self, tokens: Mapping[int, TokenKinds], steps: int) -> Regret:
+        """Return the totals, the worst evictions and tokens, and the regret by kind of token and by lag.
 
         Parameters
         ----------
-        tokens : mapping of int to Tokens
+        tokens : mapping of int to TokenKinds
             Of every sequence.
         steps : int
             Steps of key/value heads at which something may have been missed, of all layers and sequences.
@@ -194,12 +164,12 @@ class Regrets:
             "lags": self._by_lag(total),
         }
 
-    def _named(self, each: Eviction, tokens: Tokens) -> dict[str, Any]:
-        return {**vars(each), "lag": each.lag, **tokens.named(each.key)}
+    def _named(self, each: Eviction, tokens: TokenKinds) -> EvictionRegret:
+        return {**asdict(each), "lag": each.lag, **tokens.named(each.key)}  # type: ignore[typeddict-item]
 
     def _by_token(
-        self, by_token: Mapping[int, Array], tokens: Mapping[int, Tokens], total: float
-    ) -> list[dict[str, Any]]:
+        self, by_token: Mapping[int, NDArray[np.float64]], tokens: Mapping[int, TokenKinds], total: float
+    ) -> list[TokenRegret]:
         found = [
             (float(mass[key]), sequence, int(key), int(heads[key]))
             for sequence, (mass, heads) in by_token.items()
@@ -208,12 +178,18 @@ class Regrets:
         ]
         found.sort(key=lambda each: (-each[0], *each[1:]))
         return [
-            {"sequence": sequence, "key": key, "mass": mass, "share": mass / total, "heads": heads}
-            | tokens[sequence].named(key)
+            {
+                "sequence": sequence,
+                "key": key,
+                "mass": mass,
+                "share": mass / total,
+                "heads": heads,
+                **tokens[sequence].named(key),
+            }
             for mass, sequence, key, heads in found[: self._top]
         ]
 
-    def _by_lag(self, total: float) -> list[dict[str, Any]]:
+    def _by_lag(self, total: float) -> list[LagRegret]:
         last = int(np.flatnonzero(self._lags.any(0)).max(initial=-1))
         return [
             {"from": 2**b, "to": 2 ** (b + 1) - 1, "mass": mass, "share": mass / total, "keys": int(keys)}
@@ -221,7 +197,7 @@ class Regrets:
         ]
 
 
-class Tokens:
+class TokenKinds:
     """The tokens of one sequence, with their kinds.
 
     A token's kind is the first of these that it is: the ``first`` of the sequence; with ``digits``; ``punctuation``,
@@ -239,7 +215,7 @@ class Tokens:
         often = Counter(text.strip() for text in self.texts)
         self.kinds = [_kind(key, text, often[text.strip()]) for key, text in enumerate(self.texts)]
 
-    def named(self, key: int) -> dict[str, Any]:
+    def named(self, key: int) -> TokenInContext:
         """Return text, kind and context of a token."""
         before, after = self.texts[max(0, key - CONTEXT) : key], self.texts[key + 1 : key + 1 + CONTEXT]
         return {
@@ -260,7 +236,9 @@ def _kind(key: int, text: str, often: int) -> str:
     return "rare" if text and often == 1 else "other"
 
 
-def _by_kind(by_token: Mapping[int, Array], tokens: Mapping[int, Tokens], total: float) -> list[dict[str, Any]]:
+def _by_kind(
+    by_token: Mapping[int, NDArray[np.float64]], tokens: Mapping[int, TokenKinds], total: float
+) -> list[KindRegret]:
     mass: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     count: dict[str, int] = dict.fromkeys(KINDS, 0)
     for sequence, (masses, _) in by_token.items():
@@ -279,7 +257,7 @@ def _by_kind(by_token: Mapping[int, Array], tokens: Mapping[int, Tokens], total:
     ]
 
 
-def _eviction(sequence: int, layer: int, head: int, key: int, missed: Missed) -> Eviction:
+def _eviction(sequence: int, layer: int, head: int, key: int, missed: MissedAttention) -> Eviction:
     steps, weights = missed.step[:, head, key], missed.weight[:, head, key]
     there = steps >= 0
     return Eviction(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,62 @@ class Span:
     stop: int
 
 
+class SpanAtStep(TypedDict):
+    """How much of a span is held after a step; None before the span is complete."""
+
+    step: int
+    held: float | None
+    whole: float | None
+
+
+class SpanInLayer(TypedDict):
+    """A span in one layer, or in all; `half_gone` is the first step after which no more than half of it is held."""
+
+    layer: int | Literal["all"]
+    at: list[SpanAtStep]
+    half_gone: int | None
+
+
+class SpanResidency(TypedDict):
+    """A span in all layers together and in each."""
+
+    name: str
+    start: int
+    stop: int
+    layers: list[SpanInLayer]
+    tokens: int
+
+
+class RunSpans(TypedDict):
+    """What one run holds of every span; of a sparse reader, what it reads."""
+
+    run: int
+    policy: str
+    label: str
+    budget: str | None
+    prefill: str
+    loop: str
+    reads: bool
+    spans: list[SpanResidency]
+
+
+class SpanReport(TypedDict):
+    """What the runs of a replay hold of every span, as ``kvscope spans --json`` prints it."""
+
+    kind: str
+    schema: int
+    replay: str
+    trace: str
+    sequence: int
+    runs: list[RunSpans]
+
+
 def parse_spans(given: Sequence[str], length: int, texts: Callable[[], Sequence[str]]) -> list[Span]:
     """Return the spans that a command line names, in order.
 
-    ``NAME=120:140`` is a range of positions, without the last. ``NAME=text:WORDS`` are the tokens that the words lie
-    in, which may begin and end within a token; every place where they stand is a span of its own: ``NAME``,
-    ``NAME-2``, ``NAME-3``, ...
+    ``NAME=120:140`` is a range of positions, the last excluded. ``NAME=text:WORDS`` are the tokens that contain
+    the words, which may begin and end within a token; every occurrence is a span of its own: ``NAME``, ``NAME-2``,
+    ``NAME-3``, ...
 
     Parameters
     ----------
@@ -46,7 +96,7 @@ def parse_spans(given: Sequence[str], length: int, texts: Callable[[], Sequence[
     Raises
     ------
     UsageError
-        For what is neither of these, positions beyond the sequence, words that are not there, a name given twice.
+        For anything else, positions beyond the sequence, words that do not occur, or a name given twice.
     """
     spans: list[Span] = []
     for item in given:
@@ -68,8 +118,8 @@ def parse_spans(given: Sequence[str], length: int, texts: Callable[[], Sequence[
 
 def spans_of(
     replay: Replay, spans: Sequence[Span], steps: Sequence[int], runs: Sequence[int] | None = None, sequence: int = 0
-) -> dict[str, Any]:
-    """Return how much of each span each run holds, as plain data; of a sparse reader, how much it reads.
+) -> SpanReport:
+    """Return how much of each span each run holds; of a sparse reader, how much it reads.
 
     At a step, of a layer and of all: ``held``, the share of the span's tokens that a head holds, the mean over heads;
     ``whole``, the share of heads that hold all of them. Both are None before the span is complete. ``half_gone`` is the
@@ -78,7 +128,7 @@ def spans_of(
     Parameters
     ----------
     replay : Replay
-        What was kept when.
+        Which keys were held when.
     spans : sequence of Span
         Of one sequence.
     steps : sequence of int
@@ -114,9 +164,16 @@ def spans_of(
         "trace": trace["name"],
         "sequence": sequence,
         "runs": [
-            {name: run[name] for name in ("run", "policy", "label", "budget", "prefill", "loop")}
-            | {"reads": bool(run.get("reads"))}
-            | {"spans": [_described(span, counts[run["run"], span.name], trace["layers"], steps) for span in spans]}
+            {
+                "run": run["run"],
+                "policy": run["policy"],
+                "label": run["label"],
+                "budget": run["budget"],
+                "prefill": run["prefill"],
+                "loop": run["loop"],
+                "reads": bool(run.get("reads")),
+                "spans": [_described(span, counts[run["run"], span.name], trace["layers"], steps) for span in spans],
+            }
             for run in chosen
         ],
     }
@@ -135,9 +192,10 @@ def held_tokens(intervals: ResidencyIntervals, span: Span) -> NDArray[np.int64]:
 
 def _described(
     span: Span, counts: Sequence[NDArray[np.int64]], layers: Iterable[int], steps: Sequence[int]
-) -> dict[str, Any]:
+) -> SpanResidency:
     size, every = span.stop - span.start, np.stack(counts)  # [L, G, T]
-    parts = [("all", every), *((layer, part[None]) for layer, part in zip(layers, every, strict=True))]
+    parts: list[tuple[int | Literal["all"], NDArray[np.int64]]] = [("all", every)]
+    parts += [(layer, part[None]) for layer, part in zip(layers, every, strict=True)]
     return {
         "name": span.name,
         "start": span.start,
@@ -150,7 +208,7 @@ def _described(
     }
 
 
-def _at(counts: NDArray[np.int64], step: int, span: Span) -> dict[str, Any]:
+def _at(counts: NDArray[np.int64], step: int, span: Span) -> SpanAtStep:
     if step < span.stop - 1:
         return {"step": step, "held": None, "whole": None}
     size, now = span.stop - span.start, counts[..., step]
@@ -169,12 +227,14 @@ def _range(item: str, what: str, length: int) -> tuple[int, int]:
         raise UsageError(f"span {item!r} is neither a range nor a text", "Write NAME=120:140 or NAME=text:WORDS.")
     start, stop = int(found["start"]), int(found["stop"])
     if not start < stop <= length:
-        raise UsageError(f"span {item!r} is no range of {length} tokens", "Write NAME=START:STOP, without the last.")
+        raise UsageError(
+            f"span {item!r} is not a range within {length} tokens", "Write NAME=START:STOP, with STOP excluded."
+        )
     return start, stop
 
 
 def _places(words: str, texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the tokens of every place where the words stand, the earliest first; places do not overlap."""
+    """Return the tokens of every occurrence of the words, the earliest first; occurrences do not overlap."""
     if not words:
         raise UsageError("a span has no text", "Write NAME=text:WORDS.")
     whole = "".join(texts)
@@ -185,7 +245,7 @@ def _places(words: str, texts: Sequence[str]) -> list[tuple[int, int]]:
         found.append((first, int(np.searchsorted(ends, match.end(), "left")) + 1))
     if not found:
         raise UsageError(
-            f"{words!r} does not stand in the sequence",
-            "Write it as it stands there, with its spaces and line ends; or give positions: NAME=120:140.",
+            f"{words!r} is not in the sequence",
+            "Write it exactly as in the text, with spaces and line ends, or give positions: NAME=120:140.",
         )
     return found

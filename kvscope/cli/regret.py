@@ -1,8 +1,8 @@
-"""``kvscope regret``: the evictions that cost most, and what kind of tokens and lags they were."""
+"""``kvscope regret``: the evictions that lost most attention, by token, kind of token and lag."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,15 +10,17 @@ from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet, ReplayName, RunBudget, RunPolicy, TraceSource
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
+    from kvscope.analysis.find_regrets import RunRegret
+    from kvscope.analysis.regret import EvictionRegret, KindRegret, LagRegret, TokenInContext, TokenRegret
     from kvscope.cli.console import Column
 
-LATE = 64  # steps: a lag above it is a key that came back late
-SHOWN = 8  # tokens that are named where there is a list of evictions too
+LATE = 64  # steps from an eviction to its peak missed attention, from which it counts as late
+SHOWN = 8  # tokens listed below the list of evictions
 NOTE = (
-    "mass: full-cache attention of the steps that could not see the key, the mean over the query heads of its group. "
-    "lag: steps from its going to the one at which it was wanted most."
+    "mass: full-cache attention that the key would have received after its eviction, mean over the query heads of its "
+    "group. lag: steps from the eviction to its peak missed attention."
 )
 
 
@@ -32,10 +34,10 @@ def regret(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the evictions that cost most attention: which key went when, and when it was wanted again.
+    """List the evictions that lost most attention: which key, when it was evicted, when it was missed most.
 
-    Of one run the worst evictions are listed, with the tokens, kinds of tokens and lags that its loss is made of; of
-    several runs, a line each.
+    For one run: its worst evictions, then the lost attention by token, by kind of token and by lag. For several runs:
+    one line each.
     """
     from kvscope.analysis.find_regrets import regrets
     from kvscope.cli import console, places
@@ -58,25 +60,25 @@ def regret(
         console.show_table(summary(found["runs"]), title=str(opened.path), notes=[NOTE, hint])
 
 
-def _show_run(run: Mapping[str, Any], heading: str, *, several: bool) -> None:
+def _show_run(run: RunRegret, heading: str, *, several: bool) -> None:
     from kvscope.cli import console
 
     if not run["worst"]:
-        console.show_text(f"{heading}: no key that went was wanted again.")
+        console.show_text(f"{heading}: no evicted key was attended to again.")
         return
     console.show_table(worst(run["worst"], several=several), title=heading, notes=[NOTE])
     console.show_table(by_token(run["tokens"][:SHOWN], several=several), title="tokens, over all layers and heads")
     console.show_table(by_kind(run["kinds"]), title="kinds of tokens")
     console.show_table(by_lag(run["lags"]), title="lags")
-    console.show_text(f"Of all attention after the first eviction could be made, {run['per_step']:.2%} was lost.")
+    console.show_text(f"{run['per_step']:.2%} of all attention at the scored steps was on evicted keys.")
 
 
-def summary(runs: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """Return a row for each run: how much was lost, to what, and how late it was wanted."""
+def summary(runs: Sequence[RunRegret]) -> list[Column]:
+    """Return a row for each run: how much attention was lost, to which kinds of tokens, and how much of it late."""
     from kvscope.cli.console import Column
     from kvscope.cli.runs import title
 
-    def share(run: Mapping[str, Any], kind: str) -> str:
+    def share(run: RunRegret, kind: str) -> str:
         return f"{next(each['share'] for each in run['kinds'] if each['kind'] == kind):.0%}"
 
     late = [sum(each["share"] for each in run["lags"] if each["from"] > LATE - 1) for run in runs]
@@ -88,13 +90,13 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[Column]:
             Column(f"to\n{kind}", [share(run, kind) for run in runs], keep=keep, numeric=True)
             for kind, keep in (("digits", 80), ("rare", 78), ("punctuation", 70), ("other", 60), ("first", 50))
         ),
-        Column(f"wanted {LATE}\nor more later", [f"{value:.0%}" for value in late], keep=85, numeric=True),
-        Column("most regretted token", ["-" if each is None else in_context(each) for each in most], keep=40),
+        Column(f"lag {LATE}\nor more", [f"{value:.0%}" for value in late], keep=85, numeric=True),
+        Column("token with\nmost regret", ["-" if each is None else in_context(each) for each in most], keep=40),
     ]
 
 
-def worst(evictions: Sequence[Mapping[str, Any]], *, several: bool = False) -> list[Column]:
-    """Return a row for each eviction, the worst first."""
+def worst(evictions: Sequence[EvictionRegret], *, several: bool = False) -> list[Column]:
+    """Return a row for each eviction, the one with most regret first."""
     from kvscope.cli.console import Column
 
     wanted = [", ".join(map(str, each["wanted"])) for each in evictions]
@@ -104,16 +106,16 @@ def worst(evictions: Sequence[Mapping[str, Any]], *, several: bool = False) -> l
         Column("kv\nhead", [str(each["kv_head"]) for each in evictions], numeric=True),
         Column("key", [str(each["key"]) for each in evictions], numeric=True),
         Column("token", [in_context(each) for each in evictions], wrap=24),
-        Column("gone\nafter", [str(each["gone"]) for each in evictions], numeric=True),
-        Column("wanted\nmost at", wanted, keep=80, numeric=True),
+        Column("evicted\nafter", [str(each["gone"]) for each in evictions], numeric=True),
+        Column("missed\nmost at", wanted, keep=80, numeric=True),
         Column("weight\nthen", [f"{each['weights'][0]:.3f}" for each in evictions], keep=70, numeric=True),
         Column("lag", [str(each["lag"]) for each in evictions], keep=90, numeric=True),
         Column("mass", [f"{each['mass']:.3f}" for each in evictions], numeric=True),
     ]
 
 
-def by_token(tokens: Sequence[Mapping[str, Any]], *, several: bool = False) -> list[Column]:
-    """Return a row for each token, that with most regret first."""
+def by_token(tokens: Sequence[TokenRegret], *, several: bool = False) -> list[Column]:
+    """Return a row for each token, the one with most regret first."""
     from kvscope.cli.console import Column
 
     return [
@@ -126,7 +128,7 @@ def by_token(tokens: Sequence[Mapping[str, Any]], *, several: bool = False) -> l
     ]
 
 
-def by_kind(kinds: Sequence[Mapping[str, Any]]) -> list[Column]:
+def by_kind(kinds: Sequence[KindRegret]) -> list[Column]:
     """Return a row for each kind of token."""
     from kvscope.cli.console import Column
 
@@ -138,31 +140,31 @@ def by_kind(kinds: Sequence[Mapping[str, Any]]) -> list[Column]:
     ]
 
 
-def by_lag(lags: Sequence[Mapping[str, Any]]) -> list[Column]:
+def by_lag(lags: Sequence[LagRegret]) -> list[Column]:
     """Return a row for each range of lags."""
     from kvscope.cli.console import Column
 
     return [
-        Column("steps since it went", [f"{each['from']}-{each['to']}" for each in lags], numeric=True),
+        Column("steps since\neviction", [f"{each['from']}-{each['to']}" for each in lags], numeric=True),
         *_amount(lags),
-        Column("keys wanted\nmost then", [str(each["keys"]) for each in lags], keep=70, numeric=True),
+        Column("keys missed\nmost then", [str(each["keys"]) for each in lags], keep=70, numeric=True),
     ]
 
 
-def in_context(each: Mapping[str, Any]) -> str:
+def in_context(each: TokenInContext) -> str:
     """Return a token between two marks, with the text around it, on one line."""
     text = f"{each['before']}\N{LEFT-POINTING DOUBLE ANGLE QUOTATION MARK}{each['text']}"
     text += f"\N{RIGHT-POINTING DOUBLE ANGLE QUOTATION MARK}{each['after']}"
     return text.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
 
 
-def _sequence(rows: Sequence[Mapping[str, Any]], several: bool) -> list[Column]:
+def _sequence(rows: Sequence[EvictionRegret | TokenRegret], several: bool) -> list[Column]:
     from kvscope.cli.console import Column
 
     return [Column("sequence", [str(each["sequence"]) for each in rows], numeric=True)] if several else []
 
 
-def _amount(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+def _amount(rows: Sequence[TokenRegret | KindRegret | LagRegret]) -> list[Column]:
     from kvscope.cli.console import Column
 
     return [

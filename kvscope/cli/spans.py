@@ -1,8 +1,8 @@
-"""``kvscope spans``: how long a question, a fact or an instruction stays in the cache."""
+"""``kvscope spans``: how long the tokens of a question, a fact or an instruction are held."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,8 +10,9 @@ from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet, ReplayName, RunBudget, RunPolicy, TraceSource
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
+    from kvscope.analysis.spans import RunSpans, SpanReport
     from kvscope.cli.console import Column
 
 
@@ -24,31 +25,31 @@ def spans(
             "--span",
             "-s",
             metavar="NAME=WHAT",
-            help="question=120:140, without the last, or fact=text:WORDS: each place where they stand. Repeatable.",
+            help="Name a span: question=120:140 (140 excluded), or fact=text:WORDS for every occurrence. Repeatable.",
         ),
     ] = None,
     at: Annotated[
         list[int] | None,
         typer.Option(
             metavar="STEP",
-            help="After which step to look. Repeatable. Default: end of prompt, end.",
+            help="Report what is held after this step. Repeatable. Default: end of the prompt, end.",
             show_default=False,
         ),
     ] = None,
     policy: RunPolicy = None,
     budget: RunBudget = None,
-    sequence: Annotated[int, typer.Option(metavar="N", help="Sequence of the trace.", min=0)] = 0,
+    sequence: Annotated[int, typer.Option(metavar="N", help="Use this sequence of the trace.", min=0)] = 0,
     trace: TraceSource = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say how much of some tokens is still held: by the mean head, by how many heads whole, and when half was gone.
+    """Report how much of a span of tokens the heads hold, and when half of it had been evicted.
 
-    One run is shown layer by layer; of several, all layers as one.
+    One run is shown layer by layer; several runs one line each, all layers together.
     """
     from kvscope.analysis.spans import parse_spans, spans_of
     from kvscope.cli import console, places
-    from kvscope.cli.runs import chosen, title, trace_of
+    from kvscope.cli.runs import chosen, trace_of
     from kvscope.core.errors import UsageError
     from kvscope.results.store import open_replay
 
@@ -71,21 +72,28 @@ def spans(
         console.show_json(found)
         return
     where = ", ".join(f"{one.name} = {one.start}:{one.stop}" for one in named)
-    notes = [f"Sequence {sequence}: prompt {prompt}, length {length}. {where}.", NOTE]
-    if any(run["reads"] for run in found["runs"]):
-        notes.append("Of a sparse reader: what it reads. It holds everything.")
-    single = len(found["runs"]) == 1
-    heading = f"{opened.path}: {title(found['runs'][0])}" if single else str(opened.path)
-    console.show_table(columns(found["runs"], steps, by_layer=single), title=heading, notes=notes)
+    _show(found, steps, f"Sequence {sequence}: prompt {prompt}, length {length}. {where}.")
 
 
 NOTE = (
-    "held: share of the span's tokens that the mean head holds after a step. whole: share of heads that hold all of "
+    "held: share of the span's tokens held after a step, mean over heads. whole: share of heads that hold all of "
     "them. half gone: first step after which the mean head holds no more than half."
 )
 
 
-def columns(runs: Sequence[Mapping[str, Any]], steps: Sequence[int], *, by_layer: bool) -> list[Column]:
+def _show(report: SpanReport, steps: Sequence[int], about: str) -> None:
+    from kvscope.cli import console
+    from kvscope.cli.runs import title
+
+    runs, notes = report["runs"], [about, NOTE]
+    if any(run["reads"] for run in runs):
+        notes.append("For a sparse reader: what it reads; it holds every key.")
+    single = len(runs) == 1
+    heading = f"{report['replay']}: {title(runs[0])}" if single else report["replay"]
+    console.show_table(columns(runs, steps, by_layer=single), title=heading, notes=notes)
+
+
+def columns(runs: Sequence[RunSpans], steps: Sequence[int], *, by_layer: bool) -> list[Column]:
     """Return the columns: a row for each layer of one run, or for each run."""
     from kvscope.cli.console import Column
     from kvscope.cli.runs import title

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvscope.analysis.regret import BINS, KINDS, MOST, Missed, Missing, Regrets, Tokens
+from kvscope.analysis.missed_attention import BINS, MOST, MissedAttention, MissedAttentionCounter
+from kvscope.analysis.regret import KINDS, RegretCollector, TokenKinds
 from kvscope.core.residency import ResidencyIntervals
 from tests.reference import regret as twin
 from tests.reference.residency import Stay
@@ -33,9 +34,9 @@ def intervals_of(stays: list[Stay], heads: int, length: int) -> ResidencyInterva
     return ResidencyIntervals.of(kv_head=head, key=key, enter=enter, leave=leave, heads=heads, length=length)
 
 
-def missed(rows: np.ndarray, stays: list[Stay], block: int) -> Missed:
+def missed(rows: np.ndarray, stays: list[Stay], block: int) -> MissedAttention:
     heads, length = rows.shape[:2]
-    found = Missing(intervals_of(stays, heads, length))
+    found = MissedAttentionCounter(intervals_of(stays, heads, length))
     for start in range(0, length, block):
         stop = min(start + block, length)
         found.add(start, rows[:, start:stop, :stop])
@@ -74,16 +75,16 @@ def test_a_policy_that_keeps_everything_regrets_nothing() -> None:
     got = missed(rows, [(head, key, key, None) for head in range(2) for key in range(9)], 4)
     assert not got.mass.any() and not got.lags.any()
     assert (got.step == -1).all()
-    collected = Regrets(5)
+    collected = RegretCollector(5)
     collected.add(0, 0, got)
-    found = collected.result({0: Tokens(["a"] * 9)}, 18)
+    found = collected.result({0: TokenKinds(["a"] * 9)}, 18)
     assert found["mass"] == 0 and found["worst"] == found["tokens"] == found["lags"] == []
     assert [each["kind"] for each in found["kinds"]] == list(KINDS)
 
 
 def test_the_worst_of_all_layers_and_what_they_add_up_to() -> None:
     length, texts = 12, ["The", " king", "\n", " said", " 4", "821", ".", " said", "", " Ünder", "  ", "½"]
-    collected, every = Regrets(4), []
+    collected, every = RegretCollector(4), []
     for sequence in (0, 1):
         for layer in (0, 3):
             rows = causal(10 * sequence + layer, 2, length, False)
@@ -91,7 +92,7 @@ def test_the_worst_of_all_layers_and_what_they_add_up_to() -> None:
             collected.add(sequence, layer, missed(rows, stays, 5))
             for head, keys in enumerate(twin.regret(rows.tolist(), stays)):
                 every += [(own.mass, sequence, layer, head, key, own) for key, own in enumerate(keys) if own.mass > 0]
-    found = collected.result({0: Tokens(texts), 1: Tokens(texts)}, 100)
+    found = collected.result({0: TokenKinds(texts), 1: TokenKinds(texts)}, 100)
     total = sum(each[0] for each in every)
     assert found["mass"] == pytest.approx(total)
     assert found["per_step"] == pytest.approx(total / 100)
@@ -116,14 +117,14 @@ def test_the_worst_of_all_layers_and_what_they_add_up_to() -> None:
 
 def test_kinds_of_tokens() -> None:
     texts = ["4", " king", "\n", " said", " 4", "821", ".", "said", "", " Ünder", "  ", "½"]
-    assert Tokens(texts).kinds == [
+    assert TokenKinds(texts).kinds == [
         "first", "rare", "punctuation", "other", "digits", "digits", "punctuation", "other", "other", "rare",
         "punctuation", "punctuation",
     ]  # fmt: skip
 
 
 def test_a_token_is_shown_with_its_neighbours() -> None:
-    tokens = Tokens(list("abcdefghij"))
+    tokens = TokenKinds(list("abcdefghij"))
     assert tokens.named(5) == {"text": "f", "kind": "rare", "before": "bcde", "after": "ghij"}
     assert tokens.named(0)["before"] == "" and tokens.named(9)["after"] == ""
 

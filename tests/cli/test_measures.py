@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvscope.analysis.regret import TokenInContext
 from kvscope.cli.regret import in_context
 from kvscope.metrics import METRICS
 from kvscope.trace.reader import open_trace
@@ -54,7 +55,7 @@ def test_a_trace_without_values_says_which_metric_is_left_out(run: Run, small: P
 def test_regret_of_one_run_lists_evictions(run: Run, example: None) -> None:
     done = run("regret", "two", "--policy", "window", "--budget", "20%", "--top", "3")
     assert done.status == 0, done.err
-    for part in ("window 20% open", "lag", "digits", "kinds of tokens", "lags", "was lost"):
+    for part in ("window 20% open", "lag", "digits", "kinds of tokens", "lags", "on evicted keys"):
         assert part in done.out
     assert "\N{LEFT-POINTING DOUBLE ANGLE QUOTATION MARK}" in done.out
     found = json.loads(run("regret", "two", "-p", "window", "-b", "20%", "--json", "-q").out)
@@ -67,7 +68,7 @@ def test_regret_of_several_runs_is_a_line_each(run: Run, example: None) -> None:
     done = run("regret", "two")
     assert done.status == 0, done.err
     assert all(f"{policy} {budget} open" in done.out for policy in ("window", "tova") for budget in ("20%", "40%"))
-    assert "most regretted token" in done.out
+    assert "most regret" in done.out
     assert len(json.loads(run("regret", "two", "--json", "-q").out)["runs"]) == 4
 
 
@@ -75,7 +76,7 @@ def test_regret_where_nothing_is_missed(run: Run, example: None) -> None:
     assert run("replay", "example", "-p", "full", "-o", "all", "-q").status == 0
     done = run("regret", "all")
     assert done.status == 0, done.err
-    assert "no key that went was wanted again" in done.out
+    assert "no evicted key was attended to again" in done.out
 
 
 def test_spans_of_one_run_layer_by_layer(run: Run, example: None) -> None:
@@ -106,8 +107,8 @@ def test_spans_of_several_runs_at_chosen_steps(run: Run, example: None) -> None:
     [
         (["spans", "two"], "no span", "--span"),
         (["spans", "two", "--span", "5:9"], "no name", "NAME=120:140"),
-        (["spans", "two", "--span", "a=text:nowhere"], "does not stand", "positions"),
-        (["spans", "two", "--span", "a=0:900"], f"no range of {SEQUENCE.length} tokens", "START:STOP"),
+        (["spans", "two", "--span", "a=text:nowhere"], "is not in the sequence", "positions"),
+        (["spans", "two", "--span", "a=0:900"], f"not a range within {SEQUENCE.length} tokens", "START:STOP"),
         (["spans", "two", "--span", "a=0:9", "--at", "900"], "no step 900", str(LAST)),
         (["spans", "two", "--span", "a=0:9", "--sequence", "3"], "no sequence 3", "has 1"),
         (["spans", "two", "--span", "a=0:9", "-p", "h2o"], "no policy 'h2o'", "tova"),
@@ -141,5 +142,5 @@ def test_a_trace_that_has_moved(run: Run, example: None) -> None:
 
 
 def test_a_token_in_context_is_one_line() -> None:
-    each = {"before": "a\n", "text": " b", "after": "\nc"}
-    assert "\n" not in in_context(each) and " b" in in_context(each)
+    token: TokenInContext = {"text": " b", "kind": "other", "before": "a\n", "after": "\nc"}
+    assert "\n" not in in_context(token) and " b" in in_context(token)
