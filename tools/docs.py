@@ -19,7 +19,8 @@ import typer
 
 from kvscope import __version__
 from kvscope.cli.app import app
-from kvscope.policies import POLICIES, spec
+from kvscope.policies import POLICIES
+from kvscope.policies.describe import describe
 from kvscope.results import schema as results
 from kvscope.results.statistics import LEVEL
 from kvscope.trace import schema as trace
@@ -238,7 +239,7 @@ def _keys(row: dict[str, Any] | None, name: str) -> str:
 
 def policies_table() -> str:
     """Return the table of the package's policies."""
-    rows = sorted((row for row in spec.describe() if _is_ours(row["name"])), key=lambda row: str(row["name"]))
+    rows = sorted((row for row in describe() if _is_ours(row["name"])), key=lambda row: str(row["name"]))
     head = "| policy | decides per | evicts | needs | variants | proven against |\n|---|---|---|---|---|---|"
     return "\n".join([head, *(f"| {' | '.join(_cells(row))} |" for row in rows)])
 
@@ -278,7 +279,7 @@ def _commands(text: str) -> Iterator[str]:
     # parameters of classes that the page itself defines
     own = {name.replace("_", "-") for name in re.findall(r"^    (\w+): .* = parameter\(", text, re.MULTILINE)}
     known: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    parameters = {item["name"].replace("_", "-") for row in spec.describe() for item in row["parameters"]}
+    parameters = {item["name"].replace("_", "-") for row in describe() for item in row["parameters"]}
     for line in [*blocks, *quoted]:
         words = shlex.split(line, comments=True)
         if len(words) < 2 or words[0] != "kvscope":

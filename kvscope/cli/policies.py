@@ -22,7 +22,7 @@ def policies(
     """List the policies, or say everything about one."""
     from kvscope.cli import console
     from kvscope.policies import POLICIES
-    from kvscope.policies.spec import describe
+    from kvscope.policies.describe import describe
 
     rows = describe(name)
     for broken, why in POLICIES.broken.items():

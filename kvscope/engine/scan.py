@@ -26,8 +26,7 @@ from kvscope.engine.rows import Block, Shape, renormalise
 from kvscope.engine.threads import few_threads
 from kvscope.kernels import available
 from kvscope.kernels.scan import step_block
-from kvscope.policies.base import Policy, Step
-from kvscope.policies.recurrence import recurrence_of
+from kvscope.policies.base import Policy, Step, recurrence_of
 
 VECTORS = ("keys", "values", "queries")  # signals [L, heads, T, D]; all others are [L, ., T] or [L, T, D]
 PER_QUERY = ("queries", "mean_query")  # of which the current query alone is shown

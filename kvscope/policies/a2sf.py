@@ -8,24 +8,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvscope.core.errors import UsageError
-from kvscope.policies.base import Group, Policy, Protection, Step, Traits, at_least, parameter, policy
-from kvscope.policies.recurrence import Recurrence
+from kvscope.policies.base import (
+    GroupReduction,
+    Policy,
+    Protection,
+    Recurrence,
+    Step,
+    at_least,
+    parameter,
+    policy,
+    variant_parameter,
+)
 
 
 @policy("a2sf")
 @dataclass(frozen=True)
 class A2SF(Policy):
-    """Keep the keys with the largest attention sum in which older rows count less and less.
+    """Retain the keys with the largest attention sum in which older rows count less and less.
 
     ``A_t[j] = w_t[j] + alpha * A_{t-1}[j]``, with ``w_t`` the live row. ``alpha = 1`` is H2O's score, ``alpha = 0`` the
     newest row alone. arXiv:2407.20485, section 3.3, equations 5 and 6; code Dirac-Notation/A2SF, ``utils_real_drop``.
-    No key is protected by default (section 4.1); that code's default keeps 128 recent ones. It scores query heads, here
-    `group` reduces them.
-
-    ``variant=streaming-mask`` is the paper's mask evaluation, ``utils_lm_eval`` at fd63e32. It evicts inside the prompt
-    as well, hence streaming prefill, and scores per query head. Its decisions are those of the plain rule with
-    streaming prefill; the code treats ``alpha = 0`` apart only because its evicted keys have infinite sums.
+    No key is protected by default (section 4.1); that code's default protects the 128 newest. It scores query heads;
+    here `group` reduces them.
 
     ``normalise=lifetime`` divides ``A_t[j]`` by the rows that could see the key, ``t - j + 1``, old or forgotten alike.
     With ``alpha = 1`` that is the mean attention since arrival, as kvpress (ObservedAttention) and OpenVINO rank keys;
@@ -33,7 +37,7 @@ class A2SF(Policy):
 
     Example
     -------
-    Step 2 leaves 0.26 for key 0, which began as the heaviest, and 0.28 for key 1.
+    After step 2 key 0, which began as the heaviest, has a score of 0.26, and key 1 of 0.28.
 
     >>> from kvscope.replay.example import held
     >>> held(A2SF(alpha=0.2), [[1], [0.6, 0.4], [0.1, 0.2, 0.7]], 2)
@@ -43,36 +47,23 @@ class A2SF(Policy):
     """
 
     paper = "arXiv:2407.20485 section 3.3"
-    proven = "authors' decisions, plain-loop twin"
+    proven = "authors' decisions, plain-loop reference"
 
     alpha: float = parameter(
         0.2,
         "forgetting factor: 0 is the newest row alone, 1 is a plain sum",
         search=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0),
     )
-    recent: int = parameter(0, "newest keys that always stay")
-    group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")
-    sinks: int = parameter(0, "keys at the start that always stay")
+    recent: int = parameter(0, "newest keys that are never evicted")
+    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
+    sinks: int = parameter(0, "first keys that are never evicted")
     normalise: Literal["none", "lifetime"] = parameter("none", "lifetime: divide a key's sum by its age in rows")
-    variant: Literal["plain", "streaming-mask"] = parameter(
-        "plain", "streaming-mask: the paper's evaluation, defined for streaming prefill alone"
-    )
+    variant: str = variant_parameter()
 
     def __post_init__(self) -> None:
         at_least("alpha", self.alpha, 0, 1)
         at_least("recent", self.recent, 0)
         at_least("sinks", self.sinks, 0)
-        if self.variant == "streaming-mask" and self.normalise != "none":
-            raise UsageError(
-                f"a2sf: normalise={self.normalise} does not go with variant=streaming-mask",
-                "The paper's evaluation does not divide sums: leave one of the two out.",
-            )
-
-    @property
-    def traits(self) -> Traits:
-        if self.variant == "plain":
-            return self.with_traits()
-        return self.with_traits(prefills=frozenset({"stream"}), published=True)
 
     def protect(self, budget: int) -> Protection:
         return Protection(sinks=self.sinks, recent=self.recent)

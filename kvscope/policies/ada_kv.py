@@ -26,7 +26,7 @@ class AdaKV(SnapKV):
 
     allocate: ClassVar[str] = "ada"
     paper: ClassVar[str] = "arXiv:2407.11550 algorithm 1"
-    proven: ClassVar[str] = "plain-loop twin of the authors' code"
+    proven: ClassVar[str] = "plain-loop reference of the authors' code"
 
     window: int = parameter(32, "rows at the end that vote, and keys that stay; at most half of the budget")
     kernel: int = parameter(7, "neighbouring keys that are pooled, an odd number")

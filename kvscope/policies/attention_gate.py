@@ -40,7 +40,7 @@ class AttentionGate(Policy):
 
     bounded = False
     paper = "arXiv:2410.12876; our reading of its abstract and reviews"
-    proven = "plain-loop twin of our reading, real decoding"
+    proven = "plain-loop reference of our reading, real decoding"
 
     gate: str = parameter("demo", "file of the gate, or demo for that of the bundled model")
     decode: bool = parameter(False, "whether tokens after the prompt are gated too")

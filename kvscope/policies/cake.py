@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvscope.policies.base import Group, Policy, Protection, Step, at_least, parameter, policy
+from kvscope.policies.base import GroupReduction, Policy, Protection, Step, at_least, parameter, policy
 from kvscope.policies.history import History
 from kvscope.policies.snapkv import Pooling, odd, pooled, voting
 
@@ -32,13 +32,13 @@ class CAKE(Policy):
     allocate: ClassVar[str] = "cake"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
     paper: ClassVar[str] = "arXiv:2503.12491 sections 4.1, 4.2"
-    proven: ClassVar[str] = "plain-loop twin of the authors' code"
+    proven: ClassVar[str] = "plain-loop reference of the authors' code"
 
     window: int = parameter(32, "rows at the end that vote, and keys that stay; at most half of the budget")
     gamma: float = parameter(200.0, "how much the variance counts beside the mean")
     kernel: int = parameter(5, "neighbouring keys that are pooled, an odd number")
     pooling: Pooling = parameter("avg", "how they are pooled: avg, max or none")
-    group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")
+    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
 
     def __post_init__(self) -> None:
         at_least("window", self.window, 1)

@@ -31,7 +31,7 @@ class KeyDiff(Policy):
 
     needs = frozenset({"keys"})
     paper = "arXiv:2504.15364 section 3"
-    proven = "plain-loop twin of kvpress's code"
+    proven = "plain-loop reference of kvpress's code"
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         if not step.compresses:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvscope.policies.base import Group, Policy, Protection, Step, at_least, compute_once_if_shared, parameter, policy
+from kvscope.policies.base import (
+    GroupReduction,
+    Policy,
+    Protection,
+    Step,
+    at_least,
+    compute_once_if_shared,
+    parameter,
+    policy,
+)
 
 
 @policy("keyformer")
@@ -36,13 +45,13 @@ class Keyformer(Policy):
 
     prefills = frozenset({"full"})
     paper = "arXiv:2403.09054"
-    proven = "plain-loop twin of the authors' code"
+    proven = "plain-loop reference of the authors' code"
 
     recent_ratio: float = parameter(0.3, "share of the budget for the newest keys")
     tau_init: float = parameter(1.0, "temperature in the prompt")
     tau_delta: float = parameter(0.01, "by how much the temperature grows at each decoding step")
     seed: int = parameter(0, "seed of the noise")
-    group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")
+    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
 
     def __post_init__(self) -> None:
         at_least("recent_ratio", self.recent_ratio, 0, 1)

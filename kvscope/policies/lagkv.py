@@ -40,7 +40,7 @@ class LagKV(Policy):
     needs = frozenset({"keys", "values"})
     phase = "prefill"
     paper = "arXiv:2504.04704 section 2"
-    proven = "plain-loop twin of kvpress's code"
+    proven = "plain-loop reference of kvpress's code"
 
     lag: int = parameter(128, "keys of one part")
     sinks: int = parameter(4, "first keys, which always stay")

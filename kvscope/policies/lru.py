@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvscope.policies.base import Group, Policy, Step, parameter, policy
+from kvscope.policies.base import GroupReduction, Policy, Step, parameter, policy
 
 
 @policy("lru")
@@ -29,9 +29,9 @@ class LRU(Policy):
     """
 
     paper = "baseline: least recently used"
-    proven = "plain-loop twin"
+    proven = "plain-loop reference"
 
-    group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")
+    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         weights = step.weights(self.group)

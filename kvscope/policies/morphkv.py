@@ -38,7 +38,7 @@ class MorphKV(Policy):
     """
 
     paper = "arXiv:2503.00979"
-    proven = "plain-loop twin of the authors' code"
+    proven = "plain-loop reference of the authors' code"
 
     window: int = parameter(200, "queries before the current one that are asked, at most half of the budget")
     fuse: Literal["max", "sum"] = parameter("max", "how their rows become one: max or sum")

@@ -26,4 +26,4 @@ class PyramidKV(SnapKV):
 
     allocate: ClassVar[str] = "pyramid"
     paper: ClassVar[str] = "arXiv:2406.02069 section 4.2"
-    proven: ClassVar[str] = "plain-loop twin of the authors' code"
+    proven: ClassVar[str] = "plain-loop reference of the authors' code"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvscope.policies.base import Group, Policy, Step, at_least, parameter, policy
+from kvscope.policies.base import GroupReduction, Policy, Step, at_least, parameter, policy
 
 
 @policy("quest")
@@ -39,12 +39,12 @@ class Quest(Policy):
     reads = True
     needs = frozenset({"keys", "queries"})
     paper = "arXiv:2406.10774 section 3.3"
-    proven = "plain-loop twin of the authors' code"
+    proven = "plain-loop reference of the authors' code"
 
     page_size: int = parameter(16, "keys of one page")
     fewest_pages: int = parameter(3, "pages that are read whatever the budget")
     skip_layers: int = parameter(2, "first layers of the model, which read everything")
-    group: Group = parameter("max", "how the bounds of the query heads of a group become one: mean, max or sum")
+    group: GroupReduction = parameter("max", "how the bounds of a group's query heads are reduced: mean, max or sum")
 
     def __post_init__(self) -> None:
         at_least("page_size", self.page_size, 1)

@@ -44,7 +44,7 @@ class RKV(Policy):
     needs = frozenset({"keys", "queries"})
     phase = "every:128"
     paper = "arXiv:2505.24133 section 3"
-    proven = "plain-loop twin of the authors' code"
+    proven = "plain-loop reference of the authors' code"
 
     window: int = parameter(8, "newest keys that always stay and whose queries are asked; at most half of the budget")
     mix_lambda: float = parameter(0.07, "share of attention in the score; the rest is redundancy")

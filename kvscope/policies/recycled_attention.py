@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvscope.core.errors import UsageError
-from kvscope.policies.base import Group, Policy, Step, Traits, at_least, parameter, policy
+from kvscope.policies.base import GroupReduction, Policy, Step, Traits, at_least, parameter, policy
 
 Schedule = Literal["fixed", "dynamic"]
 
@@ -46,14 +46,14 @@ class RecycledAttention(Policy):
     reads = True
     needs = frozenset({"weights"})
     paper = "arXiv:2411.05787 (first version)"
-    proven = "plain-loop twin of the paper's rule"
+    proven = "plain-loop reference of the paper's rule"
 
     stride: int = parameter(50, "steps from one full step to the next, with schedule=fixed")
     schedule: Schedule = parameter("fixed", "when all keys are read: fixed (every stride steps) or dynamic")
     compare_every: int = parameter(5, "steps from one comparison of queries to the next, with schedule=dynamic")
     threshold: float = parameter(0.8, "cosine of queries above which a compared step stays partial")
     pooling: int = parameter(1, "kernel of the max-pooling of the full row, odd; 1: none")
-    group: Group = parameter("max", "how the query heads of a group become one: mean, max or sum")
+    group: GroupReduction = parameter("max", "how the query heads of a group are reduced to one: mean, max or sum")
 
     def __post_init__(self) -> None:
         at_least("stride", self.stride, 1)
@@ -152,7 +152,7 @@ class RefreshKV(RecycledAttention):
 
     needs = frozenset({"weights", "mean_query"})
     paper = "RefreshKV, ACL 2025 (arXiv:2411.05787) section 2.2"
-    proven = "plain-loop twin of the paper's rule"
+    proven = "plain-loop reference of the paper's rule"
 
     schedule: Schedule = parameter("dynamic", "when all keys are read: fixed (every stride steps) or dynamic")
     compare_every: int = parameter(10, "steps from one comparison of queries to the next, with schedule=dynamic")

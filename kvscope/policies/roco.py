@@ -1,16 +1,24 @@
-"""RoCo: robust cache omission. The smallest mean goes, among keys whose weight varies little."""
+"""RoCo: robust cache omission. The key with the smallest mean is evicted, among those whose weight varies little."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kvscope.policies.base import Group, Policy, Protection, Step, Traits, at_least, parameter, policy
+from kvscope.policies.base import (
+    GroupReduction,
+    Policy,
+    Protection,
+    Step,
+    at_least,
+    parameter,
+    policy,
+    variant_parameter,
+)
 
-NEWEST, UNKNOWN = 1e9, 2e9  # deviations beyond any weight's: of the newest keys, and where rounding left no number
+NEWEST = 1e9  # deviation beyond any weight's: of the newest keys
 
 
 @policy("roco")
@@ -20,18 +28,15 @@ class RoCo(Policy):
 
     Over the rows that saw key ``j``: mean ``m[j]`` and standard deviation ``s[j]`` of its weight. With
     ``w = int(std_ratio * B)``, the ``w + 1`` visible keys with the largest ``s`` are out of reach, and of the others
-    (at a step that evicts one, the ``B - w`` with the smallest ``s``) the one with the smallest ``m`` goes. The newest
-    `recent` keys stay, at most half of the budget. Where several keys go at once, as at the end of a prompt, that many
-    of the smallest ``m`` go, which is how the authors' code thins out a prompt in chunks.
+    (at a step that evicts one, the ``B - w`` with the smallest ``s``) the one with the smallest ``m`` is evicted. The
+    newest `recent` keys are protected, at most half of the budget. Where several keys are evicted at once, as at the
+    end of a prompt, that many of the smallest ``m`` are, which is how the authors' code thins out a prompt in chunks.
+    Of equal deviations the older key counts as the smaller, where that code leaves the choice open.
 
-    Ren and Zhu, arXiv:2402.06262; code DRSY/EasyKV, ``easykv.py``. ``variant=easykv`` is its decoding mode: the prompt
-    stays and has no part in the rule; ``B`` is the prompt plus that code's budget ``b``, and ``w`` comes from ``b``.
-    There the newest 10 count as varying most instead of being protected, so with ``b`` under 30 some of them may go,
-    and a variance that rounds below zero counts as the largest of all. Of equal deviations the older key counts as the
-    smaller, where the code leaves the choice open.
+    Ren and Zhu, arXiv:2402.06262; code DRSY/EasyKV, ``easykv.py``, whose decoding mode is the variant.
 
     Example: budget 3, ``std_ratio=0.4`` (``w = 1``), ``recent=1``. After row 3 the means of keys 0 to 2 are .65, .2 and
-    .275, the deviations .23, .28 and .03. Key 1 has varied most and key 3 is the newest: key 2 goes, not key 1.
+    .275, the deviations .23, .28 and .03. Key 1 has varied most and key 3 is the newest: key 2 is evicted, not key 1.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1.0], [0.4, 0.6], [0.7, 0.0, 0.3], [0.5, 0.0, 0.25, 0.25]]
@@ -40,47 +45,26 @@ class RoCo(Policy):
     """
 
     paper = "arXiv:2402.06262; code DRSY/EasyKV"
-    proven = "plain-loop twin of the authors' code"
+    proven = "plain-loop reference of the authors' code"
 
     std_ratio: float = parameter(0.3, "share of the budget for the keys whose weight varies most")
-    recent: int = parameter(10, "newest keys that stay, at most half of the budget")
-    group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")
-    variant: Literal["plain", "easykv"] = parameter(
-        "plain", "easykv: the authors' decoding mode, which keeps the prompt"
-    )
+    recent: int = parameter(10, "newest keys that are never evicted, at most half of the budget")
+    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
+    variant: str = variant_parameter()
 
     def __post_init__(self) -> None:
         at_least("std_ratio", self.std_ratio, 0, 1)
         at_least("recent", self.recent, 0)
 
-    @property
-    def traits(self) -> Traits:
-        if self.variant == "plain":
-            return self.with_traits()
-        return self.with_traits(prefills=frozenset({"full"}), published=True)
-
     def protect(self, budget: int) -> Protection:
-        if self.variant == "easykv":
-            return Protection(prompt=True)
         return Protection(recent=min(self.recent, budget // 2))
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         mean, variance = self._moments(step)
         if not step.compresses:
             return mean
-        first = step.prompt if self.variant == "easykv" else 0
-        key = torch.arange(step.t + 1, device=mean.device)
-        candidate = step.visible & (key >= first)
-        budget = step.budget - first  # [R, L, G]
-        newest = (
-            torch.full_like(budget, self.recent) if self.variant == "easykv" else (budget // 2).clamp(max=self.recent)
-        )
-        spread = self._deviation(variance).masked_fill(key >= step.t + 1 - newest[..., None], NEWEST)
-        order = spread.masked_fill(~candidate, torch.inf).argsort(dim=-1, stable=True)
-        place = torch.empty_like(order).scatter_(-1, order, key.expand_as(order))
-        varying = (self.std_ratio * budget.double()).long()
-        feasible = place < (candidate.sum(-1) - varying - 1)[..., None]
-        return torch.where(feasible, mean, mean + mean.amax(-1, keepdim=True) + 1)
+        newest = (step.budget // 2).clamp(max=self.recent)
+        return self._varying_last(step, mean, variance.clamp(min=0).sqrt(), newest, first=0)
 
     def _moments(self, step: Step) -> tuple[Tensor, Tensor]:
         """Return mean and variance of every key's weight over the rows that saw it, ``[R, L, G, n]``."""
@@ -94,7 +78,16 @@ class RoCo(Policy):
         mean = sums[0] / rows
         return mean, sums[1] / rows - mean**2
 
-    def _deviation(self, variance: Tensor) -> Tensor:
-        if self.variant == "plain":
-            return variance.clamp(min=0).sqrt()
-        return variance.sqrt().nan_to_num(nan=UNKNOWN)
+    def _varying_last(self, step: Step, mean: Tensor, deviation: Tensor, newest: Tensor, first: int) -> Tensor:
+        """Return the means, those of the keys that vary most raised above all others, ``[R, L, G, n]``.
+
+        Keys before `first` have no part in the choice; the `newest` ``[R, L, G]`` count as varying most.
+        """
+        key = torch.arange(step.t + 1, device=mean.device)
+        candidate = step.visible & (key >= first)
+        spread = deviation.masked_fill(key >= step.t + 1 - newest[..., None], NEWEST)
+        order = spread.masked_fill(~candidate, torch.inf).argsort(dim=-1, stable=True)
+        place = torch.empty_like(order).scatter_(-1, order, key.expand_as(order))
+        varying = (self.std_ratio * (step.budget - first).double()).long()  # [R, L, G]
+        feasible = place < (candidate.sum(-1) - varying - 1)[..., None]
+        return torch.where(feasible, mean, mean + mean.amax(-1, keepdim=True) + 1)

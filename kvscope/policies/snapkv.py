@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvscope.policies.base import Group, Phase, Policy, Protection, Step, at_least, parameter, policy
+from kvscope.policies.base import GroupReduction, Phase, Policy, Protection, Step, at_least, parameter, policy
 from kvscope.policies.cache import without_gaps
 from kvscope.policies.history import History
 
@@ -36,12 +36,12 @@ class SnapKV(Policy):
     phase: ClassVar[Phase] = "prefill"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
     paper: ClassVar[str] = "arXiv:2404.14469 section 4.2"
-    proven: ClassVar[str] = "plain-loop twin of the authors' code"
+    proven: ClassVar[str] = "plain-loop reference of the authors' code"
 
     window: int = parameter(64, "rows at the end that vote, and keys that stay; at most half of the budget")
     kernel: int = parameter(5, "neighbouring keys that are pooled, an odd number")
     pooling: Pooling = parameter("avg", "how they are pooled: avg, max or none")
-    group: Group = parameter("mean", "how the query heads of a group become one: mean, max or sum")
+    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
 
     def __post_init__(self) -> None:
         at_least("window", self.window, 1)

@@ -1,21 +1,29 @@
-"""From the words of a command line to policies, and from policies to their description."""
+"""From the words of a command line to policies."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import inspect
 import re
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from kvscope.core.errors import UsageError
 from kvscope.core.registry import nearest
-from kvscope.policies.base import POLICIES, Policy, Traits
+from kvscope.policies.base import POLICIES, Policy
+from kvscope.policies.parameters import (
+    all_parameters_of,
+    default_of,
+    not_of_type,
+    parameters_of,
+    rule_of,
+    rules_of,
+    type_name,
+)
 from kvscope.policies.tuned import read_tuned
 
 # name:setting=... or name(setting=...), as labels have it; a setting may hold the path of a file, a name may not
@@ -32,7 +40,8 @@ def parse_policies(specs: Sequence[str | Policy], params: Mapping[str, str] | No
     specs : sequence of str or Policy
         ``a2sf``, ``a2sf:alpha=0.7,recent=16``, ``my_file.py:MyPolicy``, or ready policies, which are kept as they are.
         ``a2sf(alpha=0.7, recent=16)`` is the same; inside a setting it is the only form: ``vatp:base=a2sf(alpha=0.7)``.
-        ``a2sf:@tuned.toml`` has the settings that ``kvscope tune`` wrote.
+        ``h2o:variant=mask`` is the published code that goes by that name. ``a2sf:@tuned.toml`` has the settings that
+        ``kvscope tune`` wrote.
     params : mapping of str to str
         Parameters for every policy of `specs` that has them; a policy's own settings win.
 
@@ -46,7 +55,7 @@ def parse_policies(specs: Sequence[str | Policy], params: Mapping[str, str] | No
     parsed = [spec if isinstance(spec, Policy) else _split(spec) for spec in specs]
     classes = [item[0] for item in parsed if not isinstance(item, Policy)]
     for name in shared:
-        if not any(name in _parameters(cls) for cls in classes):
+        if not any(name in all_parameters_of(cls) for cls in classes):
             raise UsageError(f"none of the named policies has a parameter {_flag(name)}", _who_has(name))
     policies = []
     for item in parsed:
@@ -54,7 +63,8 @@ def parse_policies(specs: Sequence[str | Policy], params: Mapping[str, str] | No
             policies.append(item)
             continue
         cls, own = item
-        settings = {name: value for name, value in shared.items() if name in _parameters(cls)} | own
+        rule = rule_of(cls, shared | own)
+        settings = {name: value for name, value in shared.items() if name in parameters_of(rule)} | own
         policies.append(_build(cls, settings))
     for index, policy in enumerate(policies):
         if policy in policies[:index]:
@@ -66,40 +76,6 @@ def parse_policy(spec: str) -> Policy:
     """Return the policy that `spec` names; raises UsageError as `parse_policies` does."""
     parsed = _split(spec)
     return parsed if isinstance(parsed, Policy) else _build(*parsed)
-
-
-def describe(name: str | None = None) -> list[dict[str, Any]]:
-    """Return what there is to know about one policy or all.
-
-    Each row has ``name``, ``summary``, ``doc``, ``parameters``, ``paper``, ``proven``, every trait of the policy with
-    its default parameters (``needs``, ``scope``, ``phase``, ``bounded``, ``reads``, ``clairvoyant``, ``allocate``,
-    ``prefills``, ``published``), and ``variants``: the choices of its parameter ``variant``, if it has one.
-    """
-    classes = [POLICIES.get(name)] if name else [cls for _, cls in POLICIES.items()]
-    rows = []
-    for cls in classes:
-        doc = inspect.getdoc(cls) or ""
-        rows.append(
-            {
-                "name": cls.name,
-                "summary": doc.split("\n", 1)[0],
-                "doc": doc,
-                "parameters": [
-                    {
-                        "name": field.name,
-                        "type": _type_name(kind),
-                        "default": _default(field),
-                        "help": str(field.metadata.get("help", "")),
-                    }
-                    for field, kind in _parameters(cls).values()
-                ],
-                "paper": cls.paper,
-                "proven": cls.proven,
-                "variants": _variants(cls),
-                **_traits(cls),
-            }
-        )
-    return rows
 
 
 def load_class(file: Path, name: str) -> type[Policy]:
@@ -185,28 +161,26 @@ def _pieces(text: str, spec: str) -> Iterator[str]:
             start = index + 1
 
 
-def _parameters(cls: type[Policy]) -> dict[str, tuple[Field[Any], Any]]:
-    hints = get_type_hints(cls)
-    return {field.name: (field, hints[field.name]) for field in fields(cls)}
-
-
 def _build(cls: type[Policy], settings: Mapping[str, str]) -> Policy:
-    known = _parameters(cls)
+    rule, several = rule_of(cls, settings), len(rules_of(cls)) > 1
+    known = parameters_of(rule)
     values: dict[str, Any] = {}
     for name, text in settings.items():
+        if name == "variant" and several:
+            continue  # it chose the class
         if name not in known:
             own = nearest(name, known) if known else f"{cls.name} has no parameters."
             raise UsageError(f"policy {cls.name} has no parameter {name!r}", own)
         values[name] = _convert(cls.name, name, text, known[name][1])
-    missing = [n for n, (field, _) in known.items() if _default(field) is MISSING and n not in values]
+    missing = [n for n, (field, _) in known.items() if default_of(field) is MISSING and n not in values]
     if missing:
         raise UsageError(f"policy {cls.name} needs {', '.join(missing)}", f"Write {cls.name}:{missing[0]}=VALUE")
-    return cls(**values)
+    return rule(**{name: value for name, value in values.items() if known[name][0].init})
 
 
 def _convert(policy: str, name: str, text: str, kind: Any) -> Any:
     """Return the text as a value of the field's type: int, float, bool, str, a Literal, or one of these or None."""
-    wrong = UsageError(f"{policy}: {name}={text!r} is not {_type_name(kind)}", f"See: kvscope policies {policy}")
+    wrong = not_of_type(policy, name, text, kind)
     if get_origin(kind) in (Union, types.UnionType):
         choices = get_args(kind)
         if type(None) in choices and text.lower() == "none":
@@ -226,33 +200,8 @@ def _convert(policy: str, name: str, text: str, kind: Any) -> Any:
         except ValueError:
             raise wrong from None
     raise UsageError(
-        f"{policy}: parameter {name} of type {_type_name(kind)} cannot be set from text", "Set it in Python."
+        f"{policy}: parameter {name} of type {type_name(kind)} cannot be set from text", "Set it in Python."
     )
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not MISSING else field.default
-
-
-def _traits(cls: type[Policy]) -> dict[str, Any]:
-    """Return the traits with the default parameters; those of the class where a parameter has no default."""
-    complete = all(_default(field) is not MISSING for field, _ in _parameters(cls).values())
-    source = cls().traits if complete else cls
-    traits = {item.name: getattr(source, item.name) for item in fields(Traits)}
-    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in traits.items()}
-
-
-def _variants(cls: type[Policy]) -> list[str]:
-    kind = _parameters(cls).get("variant", (None, None))[1]
-    return [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
-
-
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " | ".join(map(str, get_args(kind)))
-    if get_origin(kind) in (Union, types.UnionType):
-        return " | ".join(_type_name(part) for part in get_args(kind))
-    return "none" if kind is type(None) else getattr(kind, "__name__", str(kind))
 
 
 def _flag(name: str) -> str:
@@ -260,8 +209,8 @@ def _flag(name: str) -> str:
 
 
 def _who_has(name: str) -> str:
-    having = [policy for policy, cls in POLICIES.items() if name in _parameters(cls)]
+    having = [policy for policy, cls in POLICIES.items() if name in all_parameters_of(cls)]
     if having:
         return f"{_flag(name)} belongs to: {', '.join(having)}."
-    known = sorted({parameter for _, cls in POLICIES.items() for parameter in _parameters(cls)})
+    known = sorted({parameter for _, cls in POLICIES.items() for parameter in all_parameters_of(cls)})
     return f"No policy has it. {nearest(name, known)}"

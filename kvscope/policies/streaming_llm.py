@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvscope.policies.base import Policy, Protection, Step, at_least, parameter, policy
-from kvscope.policies.recurrence import Recurrence
+from kvscope.policies.base import Policy, Protection, Recurrence, Step, at_least, parameter, policy
 
 
 @policy("streaming-llm")
@@ -30,7 +29,7 @@ class StreamingLLM(Policy):
     needs = frozenset()
     scope = "layer"
     paper = "arXiv:2309.17453 section 3.2"
-    proven = "plain-loop twin of the authors' code"
+    proven = "plain-loop reference of the authors' code"
 
     sinks: int = parameter(4, "keys at the start that always stay")
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvscope.policies.base import Policy, Step, policy
-from kvscope.policies.recurrence import Recurrence
+from kvscope.policies.base import Policy, Recurrence, Step, policy
 
 
 @policy("window")
@@ -27,7 +26,7 @@ class Window(Policy):
     needs = frozenset()
     scope = "layer"
     paper = "arXiv:2401.06104 section 5.1"
-    proven = "plain-loop twin"
+    proven = "plain-loop reference"
 
     def recurrence(self) -> Recurrence:
         return Recurrence("none")

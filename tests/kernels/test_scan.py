@@ -18,8 +18,7 @@ from kvscope.engine.rows import Block, Shape
 from kvscope.engine.scan import Scan
 from kvscope.kernels import OFF, available
 from kvscope.policies.a2sf import A2SF
-from kvscope.policies.base import Policy, Step
-from kvscope.policies.recurrence import recurrence_of
+from kvscope.policies.base import Policy, Step, recurrence_of
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import KINDS, attention, signals
 

@@ -4,9 +4,8 @@ A new policy is tested by being registered; a `variant` or `schedule` with choic
 """
 
 from collections.abc import Iterator
-from dataclasses import fields
 from itertools import product
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +15,9 @@ from kvscope.engine.allocation import ALLOCATORS
 from kvscope.engine.plan import EvictionPlan
 from kvscope.policies import POLICIES
 from kvscope.policies.base import Policy
-from kvscope.policies.spec import describe, parse_policies
+from kvscope.policies.describe import describe
+from kvscope.policies.parameters import all_parameters_of
+from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention, run, signals
 
 PREFILLS = ["full", "stream"]
@@ -30,10 +31,9 @@ ROOMY = {"roco:variant=easykv": 30, "h2o:variant=flexgen": 13}  # holds the whol
 def specs() -> Iterator[str]:
     for name, cls in POLICIES.items():
         yield SMALL.get(name, name)
-        hints = get_type_hints(cls)
-        for field in fields(cls):
+        for field, kind in all_parameters_of(cls).values():
             if field.name in CHOICES:
-                values = BASES if field.name == "base" else get_args(hints[field.name])
+                values = BASES if field.name == "base" else get_args(kind)
                 yield from (f"{name}:{field.name}={value}" for value in values if value not in (field.default, None))
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from kvscope.core.errors import UsageError
 from kvscope.policies import POLICIES, Policy, policy
-from kvscope.policies.spec import describe, parse_policies, parse_policy
+from kvscope.policies.describe import describe
+from kvscope.policies.spec import parse_policies, parse_policy
 
 USER = """
 from dataclasses import dataclass

@@ -1,0 +1,36 @@
+"""A2SF's mask evaluation: the plain rule under streaming prefill, as the authors measured it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvscope.core.errors import UsageError
+from kvscope.policies.a2sf import A2SF
+from kvscope.policies.base import variant
+
+
+@variant("a2sf", "streaming-mask")
+@dataclass(frozen=True)
+class A2SFStreamingMask(A2SF):
+    """Reproduce the paper's mask evaluation, ``utils_lm_eval`` at fd63e32.
+
+    It evicts inside the prompt as well, hence streaming prefill, and scores per query head. Its decisions are those of
+    the plain rule with streaming prefill; the code treats ``alpha = 0`` apart only because its evicted keys have
+    infinite sums.
+
+    >>> from kvscope.replay.example import held
+    >>> held("a2sf:variant=streaming-mask", [[1], [0.6, 0.4], [0.1, 0.2, 0.7]], 2, prefill="stream")
+    [[0], [0, 1], [1, 2]]
+    """
+
+    prefills = frozenset({"stream"})
+    published = True
+    proven = "authors' decisions, plain-loop reference"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalise != "none":
+            raise UsageError(
+                f"a2sf: normalise={self.normalise} does not go with variant=streaming-mask",
+                "The paper's evaluation does not divide sums: leave one of the two out.",
+            )

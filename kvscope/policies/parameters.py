@@ -1,0 +1,69 @@
+"""The parameters of a policy and its variants: fields of their classes, read by name and type."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from kvscope.core.errors import UsageError
+from kvscope.policies.base import POLICIES, VARIANTS, Policy
+
+
+def rules_of(cls: type[Policy]) -> dict[str, type[Policy]]:
+    """Return the classes of a policy by the name of the variant, its own first; of a class from a file itself alone."""
+    registered = dict(POLICIES.items()).get(cls.name, cls)
+    rules = [registered, *(other for _, other in VARIANTS.items() if other.name == cls.name)]
+    return {_variant_name(rule): rule for rule in (rules if cls in rules else [cls])}
+
+
+def _variant_name(cls: type[Policy]) -> str:
+    return str(getattr(cls, "variant", "plain"))
+
+
+def rule_of(cls: type[Policy], settings: Mapping[str, str]) -> type[Policy]:
+    """Return the class of the variant that the settings of a policy name, or its own."""
+    rules = rules_of(cls)
+    name = settings.get("variant")
+    if name is None or len(rules) == 1:
+        return cls
+    if name not in rules:
+        raise not_of_type(cls.name, "variant", name, Literal[tuple(rules)])
+    return rules[name]
+
+
+def parameters_of(cls: type[Policy]) -> dict[str, tuple[Field[Any], Any]]:
+    """Return the parameters of one class, by name: field and type."""
+    hints = get_type_hints(cls)
+    known = {field.name: (field, hints[field.name]) for field in fields(cls)}
+    if "variant" in known and not known["variant"][0].init:
+        known["variant"] = (known["variant"][0], Literal[tuple(rules_of(cls))])
+    return known
+
+
+def all_parameters_of(cls: type[Policy]) -> dict[str, tuple[Field[Any], Any]]:
+    """Return the parameters of a policy and its variants."""
+    found: dict[str, tuple[Field[Any], Any]] = {}
+    for rule in rules_of(cls).values():
+        found = parameters_of(rule) | found
+    return found
+
+
+def default_of(field: Field[Any]) -> Any:
+    """Return the default of a parameter, or `dataclasses.MISSING`."""
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def not_of_type(policy: str, name: str, text: str, kind: Any) -> UsageError:
+    """Return the error for text that is no value of a parameter's type."""
+    return UsageError(f"{policy}: {name}={text!r} is not {type_name(kind)}", f"See: kvscope policies {policy}")
+
+
+def type_name(kind: Any) -> str:
+    """Return a type as users read it: ``int``, ``mean | max | sum``."""
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (Union, types.UnionType):
+        return " | ".join(type_name(part) for part in get_args(kind))
+    return "none" if kind is type(None) else getattr(kind, "__name__", str(kind))

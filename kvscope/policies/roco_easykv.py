@@ -1,0 +1,45 @@
+"""RoCo in EasyKV's decoding mode: the authors' code, which retains the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvscope.policies.base import Protection, Step, variant
+from kvscope.policies.roco import RoCo
+
+UNKNOWN = 2e9  # deviation above that of the newest keys: where rounding left no number
+
+
+@variant("roco", "easykv")
+@dataclass(frozen=True)
+class RoCoEasyKV(RoCo):
+    """Reproduce the decoding mode of DRSY/EasyKV, ``easykv.py``: the prompt is retained and has no part in the rule.
+
+    ``B`` is the prompt plus that code's budget ``b``, and ``w`` comes from ``b``. The newest 10 count as varying most
+    instead of being protected, so with ``b`` under 30 some of them may be evicted, and a variance that rounds below
+    zero counts as the largest of all.
+
+    Example: a prompt of one key, and two more. Key 1 has varied most and key 3 is the newest: key 2 is evicted.
+
+    >>> from kvscope.replay.example import held
+    >>> rows = [[1.0], [0.4, 0.6], [0.7, 0.0, 0.3], [0.5, 0.0, 0.25, 0.25]]
+    >>> held(RoCoEasyKV(std_ratio=0.5, recent=1), rows, budget=3, prompt=1)[3]
+    [0, 1, 3]
+    """
+
+    prefills = frozenset({"full"})
+    published = True
+    proven = "plain-loop reference of the authors' code"
+
+    def protect(self, budget: int) -> Protection:
+        return Protection(prompt=True)
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        mean, variance = self._moments(step)
+        if not step.compresses:
+            return mean
+        deviation = variance.sqrt().nan_to_num(nan=UNKNOWN)
+        return self._varying_last(step, mean, deviation, torch.full_like(step.budget, self.recent), first=step.prompt)

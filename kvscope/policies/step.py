@@ -1,0 +1,104 @@
+"""What a policy may look at when one query has attended.
+
+Axes of every tensor, in this order: ``R`` runs (budgets of one policy), ``L`` layers, then heads (``H`` query heads,
+``G`` key/value heads, or 1 where a whole layer decides as one), then ``n`` keys by position, oldest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+GroupReduction = Literal["mean", "max", "sum"]
+
+
+@dataclass
+class Step:
+    """What a policy may look at when query `t` has attended.
+
+    Attributes
+    ----------
+    t : int
+        Position of the query; keys ``0..t`` exist, so ``n = t + 1``.
+    prompt, length : int
+        ``P`` and ``T``.
+    kv_heads : int
+        ``G``.
+    layers : Tensor
+        int64 ``[L]``, the numbers of the layers.
+    budget : Tensor
+        int64 ``[R, L, S]``, the keys that each deciding head may hold.
+    budgets : list of int
+        ``B`` of each run, ``R`` numbers: what `budget` is on average.
+    compresses : bool
+        Whether the engine evicts at the end of this step.
+    visible : Tensor
+        bool ``[R, L, S, n]``, the keys the query saw (``V_t``); ``S`` is ``G``, or 1 where the layer decides as one.
+    signals : dict of str to Tensor
+        Those that the policy asked for in `needs`, each with a leading axis of ``R`` or 1: ``value_l1``, ``value_l2``,
+        ``key_l2``: ``[., L, G, n]``; ``keys``, ``values``: ``[., L, G, n, D]`` as cached; ``queries``: ``[., L, H, D]``
+        of the current query, ``mean_query``: ``[., L, D]``, its mean over query heads; ``full_weights``:
+        ``[., L, H, n]``, the row before anything was evicted; ``schedule``: ``[R, L, S, n]``, the step after which each
+        key leaves in the schedule that retains most; ``gate:FILE``: ``[., L, G, n]``, by how much the gate of each key
+        is above its threshold.
+    live : Tensor or None
+        float ``[R, L, H, n]``, the live row: attention over the visible keys, summing to one. None unless needed.
+    memory : dict of str to anything
+        Whatever the policy wants to remember between the steps of one sequence, apart from its scores.
+    draw : callable
+        ``draw(seed)`` gives one uniform number in [0, 1) for key `t`, ``[L, S]``; it depends on the seed, the sequence,
+        the layer, the head and the position alone.
+    draw_row : callable
+        ``draw_row(seed)`` gives one for every key at this step, ``[L, H, n]``, of each query head.
+    """
+
+    t: int
+    prompt: int
+    length: int
+    kv_heads: int
+    layers: Tensor
+    budget: Tensor
+    budgets: list[int]
+    compresses: bool
+    visible: Tensor
+    signals: dict[str, Tensor]
+    live: Tensor | None
+    memory: dict[str, Any]
+    draw: Callable[[int], Tensor]
+    draw_row: Callable[[int], Tensor]
+
+    def weights(self, group: GroupReduction = "mean") -> Tensor:
+        """Return the live row per key/value head, ``[R, L, G, n]``; `group` makes its query heads one."""
+        return self.grouped(self._live(), group)
+
+    def layer_weights(self) -> Tensor:
+        """Return the live row averaged over all query heads of the layer, ``[R, L, 1, n]``."""
+        live = self._live()
+        return compute_once_if_shared(live, lambda rows: rows.mean(2, keepdim=True, dtype=torch.float64).to(rows.dtype))
+
+    def grouped(self, rows: Tensor, group: GroupReduction = "mean") -> Tensor:
+        """Return rows of query heads ``[., L, H, n]`` as rows of key/value heads ``[., L, G, n]``."""
+
+        def reduced(rows: Tensor) -> Tensor:
+            grouped = rows.reshape(*rows.shape[:2], self.kv_heads, -1, rows.shape[-1])
+            if group == "max":
+                return grouped.amax(3)
+            exact = torch.float64
+            return (grouped.mean(3, dtype=exact) if group == "mean" else grouped.sum(3, dtype=exact)).to(rows.dtype)
+
+        return compute_once_if_shared(rows, reduced)
+
+    def _live(self) -> Tensor:
+        assert self.live is not None, "the policy reads weights without naming them in `needs`"
+        return self.live
+
+
+def compute_once_if_shared(rows: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``make(rows)`` for rows ``[R, ...]``, made once where all runs share them: while nothing is evicted."""
+    if len(rows) > 1 and rows.stride(0) == 0:
+        return make(rows[:1]).expand(len(rows), *[-1] * (rows.ndim - 1))
+    return make(rows)
