@@ -29,8 +29,9 @@ import torch
 from machine import machine
 from shapes import SHAPES, random_model
 
+from kvscope.closed_loop.compile import evaluate
 from kvscope.closed_loop.decode import decode
-from kvscope.closed_loop.evaluate import Passage, evaluate
+from kvscope.closed_loop.passage import Passage
 from kvscope.core.budget import parse_budgets
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec, runs_of

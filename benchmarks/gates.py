@@ -27,7 +27,8 @@ import torch
 from machine import machine
 from numpy.typing import NDArray
 
-from kvscope.closed_loop.evaluate import Passage, evaluate
+from kvscope.closed_loop.compile import evaluate
+from kvscope.closed_loop.passage import Passage
 from kvscope.core.budget import Budget
 from kvscope.core.options import Prefill
 from kvscope.engine.plan import EvictionPlan

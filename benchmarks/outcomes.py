@@ -26,12 +26,10 @@ from machine import machine
 from scipy.stats import spearmanr
 
 import kvscope
-from kvscope.closed_loop.options import ClosedLoopOptions
-from kvscope.core.budget import parse_budgets
+from kvscope.core.options import ClosedLoopOptions, OutputOptions, Prefill, ReplayOptions
 from kvscope.model.loading import load
 from kvscope.policies import POLICIES
-from kvscope.policies.spec import parse_policies
-from kvscope.replay.run import supported_policies
+from kvscope.replay.compile import compile_replay
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 
@@ -91,16 +89,12 @@ def record(folder: Path, name: str, parts: Sequence[tuple[str, str]]) -> Trace:
 
 def replayed(trace: Trace, prefill: Any, folder: Path, names: Sequence[str] | None) -> Replay:
     """Return every policy that this prefill allows, at all budgets, in both loops."""
-    closed = ClosedLoopOptions()
-    chosen, left = supported_policies(
-        trace, parse_policies(names or POLICIES.names()), parse_budgets(BUDGETS), prefill, closed
-    )
-    for why in left.values():
-        print("left out:", why)
-    print(f"{trace.name}, {prefill}: {len(chosen)} policies", flush=True)
-    return kvscope.replay(
-        trace, chosen, BUDGETS, output=folder / f"{trace.name}-{prefill}", prefill=prefill, closed=closed
-    )
+    options = ReplayOptions(Prefill(prefill), closed=ClosedLoopOptions(), skip_unsupported=True)
+    job = compile_replay(trace, names or POLICIES.names(), BUDGETS, options)
+    for why in job.skipped.values():
+        print("skipped:", why)
+    print(f"{trace.name}, {prefill}: {len(job.plans)} policies", flush=True)
+    return job.execute(OutputOptions(folder / f"{trace.name}-{prefill}"))
 
 
 def compared(text: Replay, recall: Replay, distances: Sequence[int]) -> dict[str, Any]:

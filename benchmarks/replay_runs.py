@@ -19,11 +19,11 @@ from typing import Any
 from machine import machine
 
 import kvscope
-from kvscope.core.budget import parse_budgets
+from kvscope.core.options import ReplayOptions
 from kvscope.model.names import demo_folder
 from kvscope.policies import POLICIES
 from kvscope.policies.spec import parse_policies
-from kvscope.replay.run import supported_policies
+from kvscope.replay.compile import compile_replay
 from kvscope.trace.reader import Trace
 
 BUDGETS = "10%,20%,40%"
@@ -50,8 +50,8 @@ def main() -> None:
 def measured(trace: Trace, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Return the figures."""
     every = [policy for policy in parse_policies(POLICIES.names()) if not getattr(policy.traits, "clairvoyant", False)]
-    fit, _ = supported_policies(trace, every, parse_budgets(BUDGETS), "full")
-    many = fit[: args.policies]
+    job = compile_replay(trace, every, BUDGETS, ReplayOptions(skip_unsupported=True))
+    many = [plan.policy for plan in job.plans][: args.policies]
     one, all_ = [], []
     seconds(trace, [args.one], "20%", folder / "first")  # loads what is compiled
     for number in range(args.runs):

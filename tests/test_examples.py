@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal, assert_series_equal
 
-from kvscope.closed_loop.options import ClosedLoopOptions
+from kvscope.core.options import ClosedLoopOptions
 from kvscope.replay.run import replay
 from kvscope.report.page import report
 from kvscope.results.store import Replay, open_replay

@@ -6,6 +6,7 @@ import typer
 
 from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet, command_line
+from kvscope.core.options import OutputOptions
 
 BUDGETS = "10%,20%,40%"
 NEW_TOKENS = 128
@@ -23,7 +24,7 @@ def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
         from kvscope.model.generate import trace as record
         from kvscope.model.names import demo_folder
         from kvscope.policies import POLICIES
-        from kvscope.replay.run import replay as run
+        from kvscope.replay.compile import compile_replay
         from kvscope.report.page import report as write
 
     path = places.place(places.TRACES, None, "demo", force=False)
@@ -40,14 +41,9 @@ def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
         )
     tokens = sum(sequence.length for sequence in trace.sequences)
     with console.bar(f"replaying {len(POLICIES.names())} policies", tokens, "tokens", quiet=quiet) as update:
-        made = run(
-            trace,
-            POLICIES.names(),
-            BUDGETS,
-            output=places.place(places.REPORTS, None, path.name, force=False),
-            progress=lambda share: update(share * tokens),
-            command=command_line(ctx),
-        )
+        output = OutputOptions(places.place(places.REPORTS, None, path.name, force=False), command=command_line(ctx))
+        job = compile_replay(trace, POLICIES.names(), BUDGETS)
+        made = job.execute(output, lambda share: update(share * tokens))
     page = places.place(places.REPORTS, None, made.path.name, force=False, suffix=".html")
     with console.working("drawing", quiet=quiet):
         write([made], {trace.identity: trace}, page)

@@ -60,6 +60,9 @@ Metrics = Annotated[
 
 # The model.
 Model = Annotated[str, typer.Option("--model", "-m", help="Load demo, an alias (llama2-7b), a Hub id, or a folder.")]
+ClosedLoop = Annotated[
+    bool, typer.Option("--perplexity", help="Run the model again with the policies inside: the closed loop.")
+]
 TracedModel = Annotated[
     str | None,
     typer.Option("--model", metavar="NAME", help="Load the model from here instead of from where the trace had it."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,12 +10,76 @@ if TYPE_CHECKING:
 
     import typer
 
+    from kvscope.core.budget import Budget
     from kvscope.policies import Policy
 
 PARAMETERS = (
     "Any other --NAME VALUE sets a parameter of every named policy that has it, as in --alpha 0.7; "
     "'kvscope policies' lists them. --policy a2sf:alpha=0.7,recent=16 sets it for one."
 )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a command line selects.
+
+    Attributes
+    ----------
+    words : list of str
+        Arguments that are neither options nor parameters of policies.
+    policies : list of Policy
+        Ready, with their parameters.
+    budgets : list of Budget
+        Every policy runs under every one.
+    name : str
+        For the folder of the results: names of the policies, or ``all``.
+    everything : bool
+        Whether ``all`` was asked for: policies that cannot run are then skipped.
+    """
+
+    words: list[str]
+    policies: list[Policy]
+    budgets: list[Budget]
+    name: str
+    everything: bool
+
+
+def select(
+    ctx: typer.Context,
+    words: Sequence[str],
+    policies: Sequence[str] | None,
+    budgets: Sequence[str] | None,
+    *,
+    quiet: bool = False,
+) -> Selection:
+    """Return what a command line selects, from the options and the words that Typer did not know.
+
+    Raises
+    ------
+    UsageError
+        For an unknown name, parameter or budget, or if no policy is named.
+    """
+    from kvscope.cli import places
+    from kvscope.cli.console import note
+    from kvscope.core.budget import parse_budgets
+
+    own, params = split(words)
+    specs = list(policies or ())
+    chosen = named_policies(specs, params, options_of(ctx))
+    limits = parse_budgets(",".join(budgets) if budgets else "20%")
+    if not budgets:
+        note("budget: 20% (the default)", quiet=quiet)
+    name = "all" if "all" in specs else places.joined(list(dict.fromkeys(item.name for item in chosen)))
+    return Selection(own, chosen, limits, name, "all" in specs)
+
+
+def only_word(words: Sequence[str]) -> str | None:
+    """Return the one trace that is named, or None; raises UsageError for two."""
+    from kvscope.core.errors import UsageError
+
+    if len(words) > 1:
+        raise UsageError(f"two traces: {words[0]} and {words[1]}", "Name one trace at a time.")
+    return words[0] if words else None
 
 
 def options_of(ctx: typer.Context) -> list[str]:

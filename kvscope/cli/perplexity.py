@@ -27,7 +27,7 @@ from kvscope.cli.options import (
     command_line,
 )
 from kvscope.cli.parameters import PARAMETERS
-from kvscope.core.options import Positions
+from kvscope.core.options import ModelSource, OutputOptions, PerplexityOptions, PlanOptions, Positions
 
 
 @command("perplexity", order=30, epilog=PARAMETERS, extra_arguments=True)
@@ -66,43 +66,27 @@ def perplexity(
     policies and budgets ride in one pass of the model.
     """
     from kvscope.cli import console, places
-    from kvscope.cli.parameters import named_policies, options_of, split
+    from kvscope.cli.parameters import select
     from kvscope.cli.summary import show
-    from kvscope.core.budget import parse_budgets
 
     with console.working("loading transformers", quiet=quiet):
-        from kvscope.closed_loop.perplexity import perplexity as run
+        from kvscope.closed_loop.compile import compile_perplexity
 
-    words, params = split([*files, *ctx.args])  # what Typer does not know lands among the files
-    texts = [Path(word) for word in words]
-    chosen = named_policies(policy or [], params, options_of(ctx))
-    budgets = parse_budgets(",".join(budget) if budget else "20%")
-    if not budget:
-        console.note("budget: 20% (the default)", quiet=quiet)
-    names = "all" if policy == ["all"] else places.joined(list(dict.fromkeys(item.name for item in chosen)))
+    selected = select(ctx, [*files, *ctx.args], policy, budget, quiet=quiet)  # what Typer does not know lands in files
+    texts = [Path(word) for word in selected.words]
+    source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code)
+    options = PerplexityOptions(
+        plan=PlanOptions(compress=compress, allocate=allocate),
+        positions=positions,
+        window=window,
+        max_windows=max_windows,
+        prompt=prompt_length,
+    )
     stems = places.joined([text.stem for text in texts], most=1)
-    path = places.place(places.REPORTS, output, f"{stems}-{names}", force=force)
-    with console.bar(f"reading with {len(chosen)} policies", 100, "%", quiet=quiet) as update:
-        made = run(
-            model,
-            texts,
-            chosen,
-            budgets,
-            output=path,
-            window=window,
-            max_windows=max_windows,
-            prompt=prompt_length,
-            compress=compress,
-            allocate=allocate,
-            positions=positions,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=lambda share: update(share * 100),
-            command=command_line(ctx),
-            force=force,
-        )
+    path = places.place(places.REPORTS, output, f"{stems}-{selected.name}", force=force)
+    with console.working(f"loading {model}", quiet=quiet):
+        job = compile_perplexity(source, texts, selected.policies, selected.budgets, options)
+    with console.bar(f"reading with {len(selected.policies)} policies", 100, "%", quiet=quiet) as update:
+        made = job.execute(OutputOptions(path, force, command_line(ctx)), lambda share: update(share * 100))
     show(made.summary, made.info, title=str(path), as_json=json)
     console.note("next: kvscope report", quiet=quiet)

@@ -10,11 +10,11 @@ import typer
 
 from kvscope.cli.command import command
 from kvscope.cli.options import Device, Force, Json, PrefillMode, Quiet
-from kvscope.core.options import Prefill, TuneLevel
+from kvscope.core.options import Prefill, TuneLevel, TuneOptions
 
 if TYPE_CHECKING:
     from kvscope.results.statistics import Paired
-    from kvscope.tune.search import Tuning
+    from kvscope.tune.result import Tuning
 
 
 @command("tune", order=50)
@@ -60,26 +60,16 @@ def tune(
     require_free(output, force=force)
     with console.working("loading torch", quiet=quiet):
         from kvscope.trace.reader import open_trace
-        from kvscope.tune.search import to_toml
-        from kvscope.tune.search import tune as run
+        from kvscope.tune.compile import compile_tune
+        from kvscope.tune.result import to_toml
 
     opened = [open_trace(places.find_trace(name, quiet=quiet)) for name in traces or ()]
     opened = opened or [open_trace(places.find_trace(None, quiet=quiet))]
     tokens = 2 * sum(sequence.length for trace in opened for sequence in trace.sequences)
+    options = TuneOptions(per, metric, prefill, held_out, output.name, device)
+    job = compile_tune(opened, policy, _grid(policy, grid or []), budget, options)
     with console.bar("tuning", tokens, "tokens", quiet=quiet) as update:
-        found = run(
-            opened,
-            policy,
-            _grid(policy, grid or []),
-            budget,
-            per=per,
-            metric=metric,
-            prefill=prefill,
-            held_out=held_out,
-            source=output.name,
-            device=device,
-            progress=lambda share: update(share * tokens),
-        )
+        found = job.execute(lambda share: update(share * tokens))
     output.write_text(to_toml(found), encoding="utf-8")
     _show(found, output, as_json=json)
     if not json:
@@ -88,7 +78,7 @@ def tune(
 
 def _grid(policy: str, given: list[str]) -> dict[str, list[str]]:
     from kvscope.core.errors import UsageError
-    from kvscope.tune.search import usual_grid
+    from kvscope.tune.compile import usual_grid
 
     if not given:
         return usual_grid(policy)

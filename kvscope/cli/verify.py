@@ -22,7 +22,7 @@ from kvscope.cli.options import (
 )
 from kvscope.cli.parameters import PARAMETERS
 from kvscope.core.errors import ExitStatus
-from kvscope.core.options import Positions, Prefill
+from kvscope.core.options import ClosedLoopOptions, PlanOptions, Positions, Prefill, VerifyOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,35 +55,26 @@ def verify(
     closed loop those of real decoding. Any policy that evicts can be verified, your own included.
     """
     from kvscope.cli import console, places
-    from kvscope.cli.parameters import named_policies, options_of, split
-    from kvscope.core.budget import parse_budgets
-    from kvscope.core.errors import UsageError
+    from kvscope.cli.parameters import only_word, select
 
     with console.working("loading transformers", quiet=quiet):
-        from kvscope.closed_loop.options import ClosedLoopOptions
-        from kvscope.closed_loop.verify import verify as run
+        from kvscope.closed_loop.compile import compile_verify
         from kvscope.trace.reader import open_trace
 
-    words, params = split(ctx.args)
-    if len(words) > 1:
-        raise UsageError(f"two traces: {words[0]} and {words[1]}", "Verify on one trace at a time.")
-    chosen = named_policies(policy or [], params, options_of(ctx))
-    budgets = parse_budgets(",".join(budget) if budget else "20%")
-    trace = open_trace(places.find_trace(words[0] if words else None, quiet=quiet))
+    selected = select(ctx, ctx.args, policy, budget, quiet=quiet)
+    trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet))
+    options = VerifyOptions(
+        prefill=prefill,
+        plan=PlanOptions(compress=compress, allocate=allocate),
+        closed=ClosedLoopOptions(positions, model, dtype),
+        tokens=tokens,
+        sequences=sequences,
+        device=device,
+    )
+    with console.working("loading the model", quiet=quiet):
+        job = compile_verify(trace, selected.policies, selected.budgets, options)
     with console.bar("decoding", 100, "%", quiet=quiet) as update:
-        found = run(
-            trace,
-            chosen,
-            budgets,
-            prefill=prefill,
-            compress=compress,
-            allocate=allocate,
-            options=ClosedLoopOptions(positions, model, dtype),
-            tokens=tokens,
-            sequences=sequences,
-            device=device,
-            progress=lambda share: update(share * 100),
-        )
+        found = job.execute(lambda share: update(share * 100))
     _show(found, str(trace.path), as_json=json)
     if any(item.decided and not item.agrees for item in found):
         raise typer.Exit(ExitStatus.difference)

@@ -5,26 +5,20 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvscope.closed_loop.evaluate import Passage, evaluate
-from kvscope.closed_loop.options import require_closed
-from kvscope.core.budget import Budget, parse_budgets
+from kvscope.closed_loop.job import ClosedLoopJob
+from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import ModelError, UsageError
-from kvscope.core.options import Loop, Positions, Prefill
-from kvscope.engine.plan import EvictionPlan, protection
+from kvscope.core.options import OutputOptions, PerplexityOptions
 from kvscope.engine.provenance import info
-from kvscope.engine.runs import RunSpec, runs_of
-from kvscope.metrics import METRICS
-from kvscope.model.attention_hook import require_registry
-from kvscope.model.loading import Loaded, load
-from kvscope.model.prompts import read_text
+from kvscope.engine.runs import RunSpec
+from kvscope.model.loading import Loaded
 from kvscope.model.selfcheck import self_check
-from kvscope.policies.base import Policy
-from kvscope.policies.spec import parse_policies
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import TokenSequence
@@ -33,143 +27,73 @@ DEFAULT_WINDOW = 1024
 FEWEST = 8  # tokens of a last window that is shorter than the others
 
 
-def perplexity(
-    model: str,
-    files: Sequence[Path],
-    policies: Sequence[str | Policy],
-    budgets: str | Sequence[str | int | Budget] = "20%",
-    *,
-    output: Path,
-    window: int | None = None,
-    max_windows: int | None = None,
-    prompt: int = 1,
-    metrics: Sequence[str] | None = None,
-    params: Mapping[str, str] | None = None,
-    compress: str | None = None,
-    allocate: str | None = None,
-    positions: Positions = Positions.original,
-    dtype: str = "auto",
-    device: str = "cpu",
-    device_map: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Callable[[float], None] | None = None,
-    command: str | None = None,
-    force: bool = False,
-) -> Replay:
-    """Return what policies cost in perplexity on text files, in the closed loop.
+@dataclass(frozen=True)
+class PerplexityJob:
+    """A measurement of perplexity in which nothing is left to check.
 
-    The tokens of each file are cut into windows, each of which begins with the tokenizer's first token, if it has one,
-    and an empty cache. All other tokens are scored while the cache is held to the budget: streaming prefill. With a
-    `prompt`, that many tokens of each window are read with the full cache first, and are not scored.
-
-    Parameters
+    Attributes
     ----------
-    model : str
-        As for a trace: an alias, a Hub id, a local folder.
-    files : sequence of Path
-        UTF-8 texts.
-    policies, budgets, metrics, params, compress, allocate, progress, command, force
-        As in `replay`.
-    output : Path
-        Folder to write: ``reports/NAME``.
-    window : int, optional
-        Tokens of a window; by default the model's context, at most 1,024.
-    max_windows : int, optional
-        Windows of each file; all by default.
-    prompt : int
-        Tokens of each window that are read before any choice is made.
-    positions : {"original", "compacted"}
-        Whether keys keep the rotation of their place in the text, or get that of their place in the cache.
-    dtype, device, device_map, revision, trust_remote_code
-        As for a trace.
+    closed : ClosedLoopJob
+        The runs over the windows of all texts.
+    about : mapping
+        What ``run.json`` says of the texts.
+    """
+
+    closed: ClosedLoopJob
+    about: Mapping[str, Any]
+
+    @property
+    def runs(self) -> Sequence[RunSpec]:
+        """Every run."""
+        return self.closed.runs
+
+    def execute(self, output: OutputOptions, progress_callback: Callable[[float], None] | None = None) -> Replay:
+        """Return what policies cost in perplexity, written to `output`.
+
+        Raises
+        ------
+        ReplayError
+            If a loss is not finite.
+        OutputExists, ResultError
+            If the output exists, or cannot be written.
+        """
+        started, job = time.monotonic(), self.closed
+        sequences = [passage.sequence for passage in job.passages]
+        about = info(self.about, sequences, job.runs, job.metrics, job.prefill, output.command)
+        with ReplayWriter(output.path, about, force=output.force) as writer:
+            tally = job.execute(writer, progress_callback)
+            counted = {run.number: tally.of(run.number) for run in job.runs}
+            return writer.finish(counted, seconds=round(time.monotonic() - started, 3))
+
+
+def passages_of_texts(
+    loaded: Loaded, texts: Mapping[Path, str], options: PerplexityOptions
+) -> tuple[list[Passage], int]:
+    """Return the windows of all texts, and how many tokens a window has.
 
     Raises
     ------
     UsageError
-        Unknown names, parameters or budgets; a text too short; a window beyond the context.
-    ModelError
-        The model cannot be loaded or watched.
-    ReplayError
-        If a self-check fails.
-    ResultError
-        If the output exists, or cannot be written.
+        If a text is too short, or a window is larger than the context or the prompt fills it.
     """
-    plans = [EvictionPlan.make(policy, compress, allocate) for policy in parse_policies(policies, params)]
-    if not plans:
-        raise UsageError("no policy is named", "Name one or more: --policy h2o --policy tova")
-    for plan in plans:
-        require_closed(plan, positions)
-    runs = runs_of(plans, parse_budgets(budgets), loop=Loop.closed, positions=positions)
-    wanted = [METRICS.get(name) for name in (metrics or METRICS.names())]
-    if not files:
-        raise UsageError("no text is named", "Name one or more text files.")
-    texts = [read_text(file) for file in files]
-    loaded = load(
-        model, revision=revision, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
-    )
-    require_registry(loaded.model)
-    size = _window(loaded, window, prompt)
-    passages = _passages(loaded, files, texts, size, max_windows, prompt)
-    prefill = Prefill.stream if prompt == 1 else Prefill.full
-    _require_room(runs, passages, prefill)
-    about = _about(loaded, files, texts, passages, size)
-    for plan in plans:
-        plan.policy.fit(about["layers"], about["kv_heads"], len(about["layers"]))
-    started = time.monotonic()
-    sequences = [passage.sequence for passage in passages]
-    with ReplayWriter(output, info(about, sequences, runs, wanted, prefill, command), force=force) as writer:
-        tally = evaluate(loaded.model, passages, runs, wanted, prefill, writer, progress=progress)
-        counted = {run.number: tally.of(run.number) for run in runs}
-        return writer.finish(counted, seconds=round(time.monotonic() - started, 3))
-
-
-def _window(loaded: Loaded, window: int | None, prompt: int) -> int:
-    context = loaded.context
-    size = window or min(DEFAULT_WINDOW, context or DEFAULT_WINDOW)
-    if context is not None and size > context:
-        raise UsageError(f"a window of {size} tokens is more than the model's context of {context}", "Lower --window.")
-    if not 1 <= prompt < size:
-        raise UsageError(f"a prompt of {prompt} tokens leaves nothing of a window of {size}", "Lower --prompt-length.")
-    return size
-
-
-def _passages(
-    loaded: Loaded, files: Sequence[Path], texts: Sequence[str], size: int, most: int | None, prompt: int
-) -> list[Passage]:
-    """Return the windows of all texts."""
+    size, prompt = _window(loaded, options.window, options.prompt), options.prompt
     found: list[Passage] = []
-    for file, text in zip(files, texts, strict=True):
+    for file, text in texts.items():
         for number, ids in enumerate(_windows(loaded, text, size)):
-            if most is not None and number >= most:
+            if options.max_windows is not None and number >= options.max_windows:
                 break
             if len(ids) > max(prompt, FEWEST):
                 found.append(Passage(TokenSequence(len(found), prompt, len(ids), True), torch.tensor(ids)))
         if not found or len(found[-1].ids) <= prompt:
             raise UsageError(f"text {file} has too few tokens", f"Give it more than {max(prompt, FEWEST)}.")
-    return found
+    return found, size
 
 
-def _windows(loaded: Loaded, text: str, size: int) -> Iterator[list[int]]:
-    tokenizer = loaded.tokenizer
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    first = [tokenizer.bos_token_id] if tokenizer("", verbose=False)["input_ids"][:1] else []
-    step = size - len(first)
-    for start in range(0, len(ids), step):
-        yield first + ids[start : start + step]
-
-
-def _require_room(runs: Sequence[RunSpec], passages: Sequence[Passage], prefill: Prefill) -> None:
-    for run in runs:
-        run.plan.require(prefill)
-        for passage in passages:
-            protection(run.plan.policy, run.keys(passage.sequence, prefill), passage.sequence.prompt)
-
-
-def _about(
-    loaded: Loaded, files: Sequence[Path], texts: Sequence[str], passages: Sequence[Passage], size: int
+def describe_texts(
+    loaded: Loaded, texts: Mapping[Path, str], passages: Sequence[Passage], window: int
 ) -> dict[str, Any]:
-    """Return what ``run.json`` says of the texts."""
+    """Return what ``run.json`` says of the texts; raises ModelError if the model's attention cannot be observed."""
+    files = list(texts)
     with torch.inference_mode():
         facts = self_check(loaded.model, passages[0].ids[None].to(loaded.device))
     if facts.heads % facts.kv_heads:
@@ -187,9 +111,27 @@ def _about(
         "heads": facts.heads,
         "kv_heads": facts.kv_heads,
         "protocol": "text",
-        "window": size,
+        "window": window,
         "texts": [
-            {"file": str(file), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-            for file, text in zip(files, texts, strict=True)
+            {"file": str(file), "sha256": hashlib.sha256(text.encode()).hexdigest()} for file, text in texts.items()
         ],
     }
+
+
+def _window(loaded: Loaded, window: int | None, prompt: int) -> int:
+    context = loaded.context
+    size = window or min(DEFAULT_WINDOW, context or DEFAULT_WINDOW)
+    if context is not None and size > context:
+        raise UsageError(f"a window of {size} tokens is more than the model's context of {context}", "Lower --window.")
+    if not 1 <= prompt < size:
+        raise UsageError(f"a prompt of {prompt} tokens leaves nothing of a window of {size}", "Lower --prompt-length.")
+    return size
+
+
+def _windows(loaded: Loaded, text: str, size: int) -> Iterator[list[int]]:
+    tokenizer = loaded.tokenizer
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    first = [tokenizer.bos_token_id] if tokenizer("", verbose=False)["input_ids"][:1] else []
+    step = size - len(first)
+    for start in range(0, len(ids), step):
+        yield first + ids[start : start + step]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,19 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvscope.closed_loop.decode import decode
-from kvscope.closed_loop.evaluate import ForwardPass, Passage, self_check
-from kvscope.closed_loop.options import ClosedLoopOptions, require_closed
-from kvscope.closed_loop.trace_loop import passages_of
-from kvscope.core.budget import Budget, parse_budgets
+from kvscope.closed_loop.decode import DecodeJob
+from kvscope.closed_loop.job import ClosedLoopJob, ForwardPass
+from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import UsageError
-from kvscope.core.options import Loop, Prefill
+from kvscope.core.options import Prefill
 from kvscope.core.residency import ResidencyIntervals
-from kvscope.engine.plan import EvictionPlan
-from kvscope.engine.runs import RunSpec, Tally, runs_of
-from kvscope.policies.base import Policy
-from kvscope.policies.spec import parse_policies
-from kvscope.trace.reader import Trace
+from kvscope.engine.runs import RunSpec, Tally
+from kvscope.model.selfcheck import AttentionFacts
+from kvscope.trace.reader import TokenSequence
 
 Array = NDArray[Any]
 TOLERANCE = 1e-9  # of logits in float64, where both ways differ in the order of sums alone
@@ -69,74 +65,77 @@ class Verdict:
         return not self.different and self.logit_difference <= TOLERANCE
 
 
-def verify(
-    trace: Trace,
-    policies: Sequence[str | Policy],
-    budgets: str | Sequence[str | int | Budget] = "20%",
-    *,
-    prefill: Prefill = Prefill.full,
-    params: Mapping[str, str] | None = None,
-    compress: str | None = None,
-    allocate: str | None = None,
-    options: ClosedLoopOptions | None = None,
-    tokens: int | None = None,
-    sequences: int = 1,
-    device: str = "cpu",
-    progress: Callable[[float], None] | None = None,
-) -> list[Verdict]:
-    """Decode a trace's tokens for real under each policy and budget, and compare with the closed loop.
+@dataclass(frozen=True)
+class VerifyJob:
+    """A comparison of real decoding with the closed loop, in which nothing is left to check.
 
-    Parameters
+    Attributes
     ----------
-    trace : Trace
-        Whose model and tokens are used.
-    policies, budgets, prefill, params, compress, allocate, device, progress
-        As in `replay`.
-    options : ClosedLoopOptions, optional
-        Positions, model, and dtype: float64 unless it says otherwise.
-    tokens : int, optional
-        Tokens to decode of each sequence at most; all by default.
-    sequences : int
-        How many of the trace's sequences, from the first.
-
-    Raises
-    ------
-    UsageError
-        If a policy holds every key (sparse readers), or cannot run in the closed loop.
+    closed : ClosedLoopJob
+        The runs over the texts, without metrics.
+    facts : AttentionFacts
+        Of the model's attention.
     """
-    chosen = options or ClosedLoopOptions()
-    chosen = replace(chosen, dtype="float64") if chosen.dtype == "auto" else chosen
-    plans = [EvictionPlan.make(policy, compress, allocate) for policy in parse_policies(policies, params)]
-    if not plans:
-        raise UsageError("no policy is named", "Name one or more: --policy h2o --policy tova")
-    for plan in plans:
-        plan.require(prefill)
-        plan.policy.fit(trace.layers, trace.kv_heads, trace.header.n_layers)
-        require_closed(plan, chosen.positions)
-        _require_decodable(plan)
-    runs = runs_of(plans, parse_budgets(budgets), loop=Loop.closed, positions=chosen.positions)
-    model, passages = passages_of(trace, chosen, device)
-    passages = [_cut(passage, tokens, prefill) for passage in passages[:sequences]]
-    verdicts = []
-    for passage in passages:
-        with torch.inference_mode():
-            layers = self_check(model, passage.ids, prefill)
-            for run in runs:
-                verdicts.append(_compared(model, passage, run, prefill, layers))
-                if progress is not None:
-                    progress(len(verdicts) / (len(runs) * len(passages)))
-    return verdicts
 
+    closed: ClosedLoopJob
+    facts: AttentionFacts
 
-def _require_decodable(plan: EvictionPlan) -> None:
-    if plan.policy.traits.reads:
-        raise UsageError(
-            f"{plan.label} holds every key and reads some, so no cache is shortened", "Verify a policy that evicts."
+    @property
+    def runs(self) -> Sequence[RunSpec]:
+        """Every run."""
+        return self.closed.runs
+
+    @torch.inference_mode()
+    def execute(self, progress_callback: Callable[[float], None] | None = None) -> list[Verdict]:
+        """Return how both agree, for each sequence and run.
+
+        Raises
+        ------
+        ModelError
+            If a layer does not attend to the keys and values that it caches.
+        ReplayError
+            If a policy that should have evicted did not.
+        """
+        pairs = [(passage, run) for passage in self.closed.passages for run in self.closed.runs]
+        verdicts = []
+        for passage, run in pairs:
+            verdicts.append(self._compare(passage, run))
+            if progress_callback is not None:
+                progress_callback(len(verdicts) / len(pairs))
+        return verdicts
+
+    def _compare(self, passage: Passage, run: RunSpec) -> Verdict:
+        sequence, found, job = passage.sequence, _Leaves(), self.closed
+        made = ForwardPass(job, passage, [run], found, Tally())
+        closed = made.logits()[1]
+        keys = run.keys(sequence, job.prefill)
+        ids = passage.ids[None].to(closed.device)
+        real = DecodeJob(
+            job.model, ids, run.plan, keys, sequence.prompt, job.prefill, sequence.index, self.facts, job.rotary
+        ).execute()
+        one = np.stack([found.layers[layer] for layer in sorted(found.layers)])  # [L, G * T]
+        other = np.stack([leave.reshape(-1).cpu().numpy() for leave in real.leave])
+        unlike = one != other
+        first = int(np.minimum(one, other)[unlike].min()) if unlike.any() else None
+        start = sequence.prompt - 1 if job.prefill == "full" else 0
+        logits = real.logits[torch.from_numpy(made.scored - 1)]
+        return Verdict(
+            label=run.plan.label,
+            budget=None if run.budget is None else str(run.budget),
+            keys=keys,
+            sequence=sequence.index,
+            tokens=len(made.scored),
+            largest_cache=max(real.held[start:]),
+            decisions=one.size,
+            different=int(unlike.sum()),
+            first_difference=first,
+            logit_difference=float((logits.to(closed.dtype) - closed).abs().max()),
+            decided=closed.dtype == torch.float64,
         )
 
 
-def _cut(passage: Passage, tokens: int | None, prefill: Prefill) -> Passage:
-    sequence = passage.sequence
+def shortened(sequence: TokenSequence, tokens: int | None, prefill: Prefill) -> TokenSequence:
+    """Return a sequence with at most so many tokens to decode; raises UsageError if there is none."""
     most = sequence.length if tokens is None else tokens + (sequence.prompt if prefill == "full" else 0)
     length = min(sequence.length, most)
     prompt = min(sequence.prompt, length)
@@ -145,7 +144,7 @@ def _cut(passage: Passage, tokens: int | None, prefill: Prefill) -> Passage:
             f"sequence {sequence.index} has nothing to decode under {prefill} prefill",
             "Use --prefill stream, or a trace with tokens after the prompt.",
         )
-    return Passage(replace(sequence, prompt=prompt, length=length), passage.ids[:length])
+    return replace(sequence, prompt=prompt, length=length)
 
 
 class _Leaves:
@@ -163,39 +162,3 @@ class _Leaves:
 
     def tokens(self, *_: Any, **__: Any) -> None:
         """Take nothing of it."""
-
-
-def _compared(model: Any, passage: Passage, run: RunSpec, prefill: Prefill, layers: Sequence[int]) -> Verdict:
-    sequence, found = passage.sequence, _Leaves()
-    made = ForwardPass(model, passage, [run], [], prefill, layers, found, Tally())
-    closed = made.logits()[1]
-    keys = run.keys(sequence, prefill)
-    real = decode(
-        model,
-        passage.ids.to(closed.device),
-        run.plan,
-        keys,
-        prompt=sequence.prompt,
-        prefill=prefill,
-        positions=run.positions,
-        sequence=sequence.index,
-    )
-    one = np.stack([found.layers[layer] for layer in sorted(found.layers)])  # [L, G * T]
-    other = np.stack([leave.reshape(-1).cpu().numpy() for leave in real.leave])
-    unlike = one != other
-    first = int(np.minimum(one, other)[unlike].min()) if unlike.any() else None
-    start = sequence.prompt - 1 if prefill == "full" else 0
-    logits = real.logits[torch.from_numpy(made.scored - 1)]
-    return Verdict(
-        label=run.plan.label,
-        budget=None if run.budget is None else str(run.budget),
-        keys=keys,
-        sequence=sequence.index,
-        tokens=len(made.scored),
-        largest_cache=max(real.held[start:]),
-        decisions=one.size,
-        different=int(unlike.sum()),
-        first_difference=first,
-        logit_difference=float((logits.to(closed.dtype) - closed).abs().max()),
-        decided=closed.dtype == torch.float64,
-    )

@@ -6,8 +6,10 @@ check. No torch here: the records are read before anything heavy is loaded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from kvscope.core.errors import UsageError
@@ -145,3 +147,178 @@ class Sampling:
             raise UsageError(f"top_p={self.top_p} is out of range", "top_p is above 0 and at most 1.")
         if self.top_k < 0:
             raise UsageError(f"top_k={self.top_k} is negative", "top_k is 0 (all tokens) or above.")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Choices that hold for every policy of a command; what is None stays as each policy was published.
+
+    Attributes
+    ----------
+    params : mapping of str to str
+        Parameters for every policy that has them.
+    compress : str or None
+        When to evict: ``prefill``, ``step`` or ``every:N``.
+    allocate : str or None
+        How the budget is shared out among layers and heads: ``uniform``, ``pyramid``, ``ada``, ``cake``.
+    accumulate : str or None
+        Precision of live rows and sums: ``float32``, ``float16``, ``bfloat16``.
+    """
+
+    params: Mapping[str, str] = field(default_factory=dict)
+    compress: str | None = None
+    allocate: str | None = None
+    accumulate: str | None = None
+
+
+@dataclass(frozen=True)
+class ClosedLoopOptions:
+    """How the model of a trace runs again.
+
+    Attributes
+    ----------
+    positions : Positions
+        RoPE positions of the keys of a shortened cache.
+    model : str or None
+        Name or folder of the model, where it is no longer what the trace calls it.
+    dtype : str
+        As for a trace: ``auto``, ``float32``, ``float64``, ``float16``, ``bfloat16``.
+    device_map : str or None
+        How accelerate places the parts of the model.
+    """
+
+    positions: Positions = Positions.original
+    model: str | None = None
+    dtype: str = "auto"
+    device_map: str | None = None
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """What a replay may choose beside policies and budgets.
+
+    Attributes
+    ----------
+    prefill : Prefill
+        What happens during the prompt.
+    plan : PlanOptions
+        Choices for every policy.
+    metrics : tuple of str, or None
+        Names; None is every metric that the trace has the signals for.
+    closed : ClosedLoopOptions or None
+        Runs the model of the trace too, with the policies inside its attention.
+    device : str
+        Where to compute: ``cpu``, ``cuda``.
+    skip_unsupported : bool
+        Whether a policy that the trace or another choice does not allow is skipped, instead of refused.
+    """
+
+    prefill: Prefill = Prefill.full
+    plan: PlanOptions = PlanOptions()
+    metrics: tuple[str, ...] | None = None
+    closed: ClosedLoopOptions | None = None
+    device: str = "cpu"
+    skip_unsupported: bool = False
+
+
+@dataclass(frozen=True)
+class PerplexityOptions:
+    """What a measurement of perplexity on text files may choose.
+
+    Attributes
+    ----------
+    plan : PlanOptions
+        Choices for every policy.
+    positions : Positions
+        RoPE positions of the keys of a shortened cache.
+    metrics : tuple of str, or None
+        Names; None is all.
+    window : int or None
+        Tokens of a window; None is the model's context, at most 1,024.
+    max_windows : int or None
+        Windows of each file; None is all.
+    prompt : int
+        Tokens of each window that are read with the full cache first, and are not scored.
+    """
+
+    plan: PlanOptions = PlanOptions()
+    positions: Positions = Positions.original
+    metrics: tuple[str, ...] | None = None
+    window: int | None = None
+    max_windows: int | None = None
+    prompt: int = 1
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What a comparison of the closed loop with real decoding may choose.
+
+    Attributes
+    ----------
+    prefill : Prefill
+        What happens during the prompt.
+    plan : PlanOptions
+        Choices for every policy.
+    closed : ClosedLoopOptions
+        Positions and model; its dtype ``auto`` is float64.
+    tokens : int or None
+        Tokens to decode of each sequence at most; None is all.
+    sequences : int
+        How many of the trace's sequences, from the first.
+    device : str
+        Where to compute: ``cpu``, ``cuda``.
+    """
+
+    prefill: Prefill = Prefill.full
+    plan: PlanOptions = PlanOptions()
+    closed: ClosedLoopOptions = ClosedLoopOptions()
+    tokens: int | None = None
+    sequences: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What a search of parameters may choose.
+
+    Attributes
+    ----------
+    level : TuneLevel
+        What gets a setting of its own.
+    metric : str
+        What to improve.
+    prefill : Prefill
+        What happens during the prompt.
+    held_out : int or None
+        How many sequences, the last ones, are kept for the reported gain; None is a quarter, at least one.
+    source : str
+        Name of the file that will hold the choice, for labels.
+    device : str
+        Where to compute: ``cpu``, ``cuda``.
+    """
+
+    level: TuneLevel = TuneLevel.head
+    metric: str = "retained_mass"
+    prefill: Prefill = Prefill.full
+    held_out: int | None = None
+    source: str = "tuned.toml"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where results go.
+
+    Attributes
+    ----------
+    path : Path
+        Folder to write: ``reports/NAME``.
+    force : bool
+        Whether to replace an existing one.
+    command : str or None
+        The command line, for the provenance.
+    """
+
+    path: Path
+    force: bool = False
+    command: str | None = None

@@ -138,16 +138,20 @@ def parse_phase(text: str) -> Phase:
 
 
 def protection(policy: Policy, budget: int, prompt: int) -> tuple[int, int]:
-    """Return how many first and last keys stay; raises UsageError if they alone exceed the budget."""
+    """Return how many first and last keys are never evicted."""
     kept = policy.protect(budget)
-    sinks = max(kept.sinks, prompt) if kept.prompt else kept.sinks
-    if sinks + kept.recent > budget:
-        what = f"the prompt of {prompt}" if kept.prompt else f"{sinks} first"
+    return max(kept.sinks, prompt) if kept.prompt else kept.sinks, kept.recent
+
+
+def require_room(policy: Policy, budget: int, prompt: int) -> None:
+    """Raise UsageError if protected keys alone exceed the budget."""
+    sinks, recent = protection(policy, budget, prompt)
+    if sinks + recent > budget:
+        what = f"the prompt of {prompt}" if policy.protect(budget).prompt else f"{sinks} first"
         raise UsageError(
-            f"{policy.label} protects {what} and {kept.recent} last keys, more than the budget of {budget}",
+            f"{policy.label} protects {what} and {recent} last keys, more than the budget of {budget}",
             "Raise the budget, or protect fewer keys.",
         )
-    return sinks, kept.recent
 
 
 def _fixed(policy: Policy) -> str:

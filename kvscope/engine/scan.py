@@ -67,10 +67,9 @@ class Scan:
     budget : Tensor
         int64 ``[R, L, S]``: keys that each deciding head may hold.
 
-    Raises
-    ------
-    UsageError
-        If protected keys alone exceed a budget, or the plan does not go with the prefill.
+    Notes
+    -----
+    Nothing is checked here: `kvscope.engine.feasible` has said that plan, budgets and prefill go together.
     """
 
     def __init__(
@@ -88,7 +87,6 @@ class Scan:
     ) -> None:
         self.plan = policy if isinstance(policy, EvictionPlan) else EvictionPlan.published(policy)
         self.policy, self.traits = self.plan.policy, self.plan.policy.traits
-        self.plan.require(prefill)
         self.shape, self.prefill, self.budgets = shape, prefill, list(budgets)
         self.signals = {name: _with_runs(name, value) for name, value in (signals or {}).items()}
         self.missing_mass = missing_mass

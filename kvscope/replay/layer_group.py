@@ -7,11 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kvscope.bounds.schedules import Schedules, schedules
-from kvscope.core.options import Prefill
 from kvscope.engine.layers import Layers
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Block
@@ -19,9 +17,8 @@ from kvscope.engine.runs import RunSpec, Sink, Tally
 from kvscope.engine.scan import Scan
 from kvscope.engine.scoring import Scorer, Scoring
 from kvscope.engine.signals import ROWS
-from kvscope.metrics import Metric
-from kvscope.replay.footprint import footprint
-from kvscope.trace.reader import TokenSequence, Trace
+from kvscope.replay.open_loop import OpenLoop
+from kvscope.trace.reader import TokenSequence
 
 Array = NDArray[Any]
 
@@ -29,19 +26,10 @@ Array = NDArray[Any]
 class LayerGroup:
     """All runs over one group of layers of one sequence, stepped together through blocks of rows."""
 
-    def __init__(
-        self,
-        trace: Trace,
-        sequence: TokenSequence,
-        layers: list[int],
-        runs: Sequence[RunSpec],
-        metrics: Sequence[Metric],
-        prefill: Prefill,
-        device: torch.device,
-        block_steps: int,
-    ) -> None:
+    def __init__(self, work: OpenLoop, sequence: TokenSequence, layers: list[int], block_steps: int) -> None:
+        runs, metrics, prefill, device = work.runs, work.metrics, work.prefill, work.device
         self.sequence, self.layers, self._block_steps = sequence, layers, block_steps
-        self.source = Layers(trace, sequence, layers, device)
+        self.source = Layers(work.trace, sequence, layers, device)
         self.shape = self.source.shape
         self.first = sequence.prompt if prefill == "full" else 0
         self.scans: list[tuple[list[RunSpec], Scan, Scorer]] = []
@@ -105,31 +93,34 @@ class LayerGroup:
 
 
 def step_through(
-    trace: Trace,
-    runs: Sequence[RunSpec],
-    metrics: Sequence[Metric],
-    prefill: Prefill,
-    device: torch.device,
+    work: OpenLoop,
     sink: Sink,
     *,
     sequences: Sequence[TokenSequence] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Tally:
-    """Step all runs through a trace, which is read once; `sink` gets what they left and how faithful that is.
+    """Step all runs through a trace, which is read once; `sink` gets what they kept and how faithful that is.
 
     Parameters
     ----------
+    work : OpenLoop
+        Trace, runs and metrics.
+    sink : Sink
+        Takes residency and fidelity of each run, sequence and layer.
     sequences : sequence, optional
         Of the trace; all by default.
+    progress : callable, optional
+        Called with the share that is done.
     """
     tally = Tally()
     groups = []
-    for sequence in trace.sequences if sequences is None else sequences:
-        needs = footprint(trace, sequence, [run.plan for run in runs], len(metrics))
-        starts = range(0, len(trace.layers), needs.layers)
-        groups += [(sequence, trace.layers[start : start + needs.layers], needs.steps) for start in starts]
-    for number, (sequence, layers, steps) in enumerate(groups):
-        group = LayerGroup(trace, sequence, layers, runs, metrics, prefill, device, steps)
+    layers = work.trace.layers
+    for sequence in work.trace.sequences if sequences is None else sequences:
+        needs = work.footprints[sequence.index]
+        starts = range(0, len(layers), needs.layers)
+        groups += [(sequence, layers[start : start + needs.layers], needs.steps) for start in starts]
+    for number, (sequence, own, steps) in enumerate(groups):
+        group = LayerGroup(work, sequence, own, steps)
         for share in group.step_all():
             if progress is not None:
                 progress((number + share) / len(groups))

@@ -14,13 +14,14 @@ from kvscope.bounds import matching
 from kvscope.bounds import schedules as module
 from kvscope.bounds.matching import match
 from kvscope.bounds.schedules import Schedules, schedules
-from kvscope.core.budget import parse_budgets
 from kvscope.core.errors import UsageError
+from kvscope.core.options import PlanOptions, ReplayOptions
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Shape
 from kvscope.policies import POLICIES
 from kvscope.policies.spec import parse_policy
-from kvscope.replay.run import replay, supported_policies
+from kvscope.replay.compile import compile_replay
+from kvscope.replay.run import replay
 from kvscope.results.store import Replay
 from kvscope.results.summary import bounds as shares
 from kvscope.trace.reader import Trace, open_trace
@@ -194,10 +195,9 @@ def test_without_bounds_there_is_nothing_to_set_beside(replayed: Replay) -> None
 def test_a_bound_of_other_choices_would_bound_nothing(name: str, choice: dict[str, str], trace: Trace) -> None:
     with pytest.raises(UsageError, match=f"--{next(iter(choice))} does not go with {name}: it is a bound"):
         EvictionPlan.make(parse_policy(name), **choice)
-    fit, left = supported_policies(
-        trace, [parse_policy(name), parse_policy("h2o")], parse_budgets("20%"), "full", **choice
-    )
-    assert list(left) == [name] and "h2o" in [policy.name for policy in fit]
+    options = ReplayOptions(plan=PlanOptions(**choice), skip_unsupported=True)
+    job = compile_replay(trace, [name, "h2o"], options=options)
+    assert list(job.skipped) == [name] and [plan.policy.name for plan in job.plans] == ["h2o"]
 
 
 def test_all_includes_the_bounds() -> None:

@@ -68,7 +68,7 @@ def test_every_policy_and_several_budgets(run: Run, small: Path) -> None:
     from kvscope.policies import POLICIES
 
     replayed = {row["policy"] for row in summary["runs"]}
-    left = [line for line in done.err.splitlines() if line.startswith("warning: left out of all: ")]
+    left = [line for line in done.err.splitlines() if line.startswith("warning: skipped: ")]
     assert len(left) == len(done.err.splitlines()) == len(set(POLICIES.names()) - replayed)
     assert {"full", "window", "h2o", "tova", "a2sf", "scissorhands"} <= replayed
     assert any("keydiff needs keys" in line for line in left)

@@ -10,8 +10,10 @@ import torch
 from accelerate import dispatch_model
 from numpy.typing import NDArray
 
-from kvscope.closed_loop.evaluate import Passage, evaluate, self_check
-from kvscope.closed_loop.options import ClosedLoopOptions, require_closed
+from kvscope.closed_loop.compile import evaluate
+from kvscope.closed_loop.feasible import require_closed
+from kvscope.closed_loop.passage import Passage
+from kvscope.closed_loop.self_check import self_check
 from kvscope.core.budget import Budget
 from kvscope.core.errors import ReplayError, UsageError
 from kvscope.core.residency import ResidencyIntervals
@@ -130,8 +132,6 @@ def test_a_compacted_window_is_the_text_cut_off() -> None:
 def test_positions_that_cannot_be_compacted() -> None:
     with pytest.raises(UsageError, match="holds every key"):
         require_closed(EvictionPlan.published(parse_policy("quest")), "compacted")
-    with pytest.raises(UsageError, match="unknown"):
-        require_closed(EvictionPlan.published(parse_policy("tova")), "shifted")  # type: ignore[arg-type]
     with pytest.raises(Exception, match="no rotary embedding"):
         evaluate(build("gpt2"), [passage()], runs(("tova", "6"), positions="compacted"), [], "stream", Kept())
 
@@ -204,7 +204,7 @@ class LooksBack(Policy):
 
 def test_policies_without_a_closed_loop() -> None:
     with pytest.raises(UsageError, match="keys that it has evicted"):
-        ClosedLoopOptions().runs([RunSpec(0, EvictionPlan.published(LooksBack()), Budget.parse("20%"))])
+        require_closed(EvictionPlan.published(LooksBack()))
 
 
 @pytest.mark.parametrize("positions", ["original", "compacted"])
@@ -250,7 +250,7 @@ def test_many_runs_are_split_where_logits_would_be_too_large(monkeypatch: pytest
     whole = Kept()
     chosen = runs(("h2o", "8"), ("tova", "8"), ("h2o", "6"))
     evaluate(model, [text], chosen, [], "full", whole)
-    monkeypatch.setattr("kvscope.closed_loop.evaluate.PASS_BYTES", 1)
+    monkeypatch.setattr("kvscope.closed_loop.job.PASS_BYTES", 1)
     parts, seen = Kept(), []
     evaluate(model, [text], chosen, [], "full", parts, progress=seen.append)
     assert seen == [1 / 3, 2 / 3, 1]

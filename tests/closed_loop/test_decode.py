@@ -349,7 +349,7 @@ def test_a_batch_of_one_is_one_sequence() -> None:
     [
         ({"spec": "quest"}, "reads keys that a shortened cache does not hold"),
         ({"spec": "scissorhands:variant=released", "prefill": "stream"}, "looks at the attention on keys"),
-        ({"positions": "renamed"}, "positions 'renamed' are unknown"),
+        ({"positions": "renamed"}, "positions 'renamed' is unknown"),
         ({"prompt": LENGTH + 1}, "cannot be decoded"),
         ({"prompt": 0}, "cannot be decoded"),
         ({"budget": 0}, "cannot be decoded"),

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvscope.closed_loop.evaluate import Passage
-from kvscope.closed_loop.options import require_closed
-from kvscope.closed_loop.verify import TOLERANCE, Verdict, _compared, _require_decodable
+from kvscope.closed_loop.compile import compile_closed_loop
+from kvscope.closed_loop.decode import attention_facts, require_decodable
+from kvscope.closed_loop.feasible import require_closed
+from kvscope.closed_loop.passage import Passage
+from kvscope.closed_loop.verify import TOLERANCE, Verdict, VerifyJob
 from kvscope.core.budget import parse_budgets
 from kvscope.core.errors import UsageError
+from kvscope.core.options import Prefill
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import runs_of
 from kvscope.policies import POLICIES
@@ -43,7 +46,7 @@ def specs() -> list[str]:
         plan = EvictionPlan.published(parse_policy(spec))
         try:
             require_closed(plan)
-            _require_decodable(plan)
+            require_decodable(plan)
             if name == "attention-gate":  # its gate belongs to one model; tests/gate decodes with one of its own
                 continue
         except UsageError:
@@ -61,9 +64,9 @@ def compared(
 ) -> Verdict:
     (run,) = runs_of([plan], parse_budgets(budget), loop="closed", positions=positions)  # type: ignore[arg-type]
     passage = Passage(TokenSequence(0, PROMPT, LENGTH), tokens(LENGTH)[0])
-    layers = list(range(model.config.num_hidden_layers))
-    with torch.inference_mode():
-        return _compared(model, passage, run, prefill, layers)  # type: ignore[arg-type]
+    job = compile_closed_loop(model, [passage], [run], [], Prefill(prefill))
+    (found,) = VerifyJob(job, attention_facts(model, passage.ids[None])).execute()
+    return found
 
 
 @pytest.mark.parametrize("spec", specs())

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvscope.bounds.schedules import schedules
-from kvscope.engine.plan import GATE, EvictionPlan
+from kvscope.core.options import Prefill
+from kvscope.engine.plan import GATE, EvictionPlan, require_room
 from kvscope.engine.rows import Shape
 from kvscope.engine.scan import Scan
 from kvscope.engine.signals import ROWS
@@ -45,6 +46,9 @@ def run(
 ) -> Scan:
     """Return the scan of a policy over ``[L, H, T, T]`` rows, stepped to the end and checked."""
     plan = policy if isinstance(policy, EvictionPlan) else EvictionPlan.published(policy)
+    plan.require(Prefill(prefill))
+    for budget in budgets:
+        require_room(plan.policy, budget, prompt)
     layers, heads, length, _ = rows.shape
     shape = Shape(tuple(range(layers)), heads, kv_heads, prompt, length, windows=windows)
     given = signals(plan, layers, heads, kv_heads, length, seed) if given is None else given

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kvscope.core.errors import ReplayError, UsageError
 from kvscope.engine.draw import draw
+from kvscope.engine.plan import require_room
 from kvscope.engine.rows import Shape
 from kvscope.engine.scan import Scan
 from kvscope.policies.base import Policy, Step
@@ -74,7 +75,7 @@ def test_layers_in_one_scan_equal_one_by_one() -> None:
 
 def test_protection_beyond_the_budget_is_an_error() -> None:
     with pytest.raises(UsageError, match="protects 4 first and 0 last keys, more than the budget of 3"):
-        Scan(parse_policies(["streaming-llm"])[0], [3], Shape((0,), 1, 1, 1, 8))
+        require_room(parse_policies(["streaming-llm"])[0], 3, 1)
 
 
 class _Nan(Policy):

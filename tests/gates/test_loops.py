@@ -7,18 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from kvscope.closed_loop.decode import decode
-from kvscope.closed_loop.evaluate import Passage, evaluate
+from kvscope.closed_loop.compile import compile_closed_loop, evaluate
+from kvscope.closed_loop.decode import attention_facts, decode
 from kvscope.closed_loop.gates import margins
-from kvscope.closed_loop.verify import _compared
+from kvscope.closed_loop.passage import Passage
+from kvscope.closed_loop.verify import VerifyJob
 from kvscope.core.errors import TraceError, UsageError
+from kvscope.core.options import ReplayOptions
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import runs_of
 from kvscope.gates.module import load_gate
 from kvscope.model.attention_hook import Call, watching
 from kvscope.model.generate import trace
 from kvscope.policies.spec import parse_policy
-from kvscope.replay.run import replay, supported_policies
+from kvscope.replay.compile import compile_replay
+from kvscope.replay.run import replay
 from kvscope.trace.reader import TokenSequence, Trace
 from kvscope.training.tasks import Reading, Texts
 from tests.closed_loop.test_closed_loop import Kept
@@ -43,8 +46,8 @@ def passage() -> Passage:
 def test_the_closed_loop_is_real_decoding(name: str, form: str, prefill: Any, decode: bool, tmp_path: Path) -> None:
     model = build(name).double()
     (run,) = runs_of([plan(written(tmp_path, model, form=form, sinks=1), decode)], [], loop="closed")
-    with torch.inference_mode():
-        found = _compared(model, passage(), run, prefill, [0, 1])
+    job = compile_closed_loop(model, [passage()], [run], [], prefill)
+    (found,) = VerifyJob(job, attention_facts(model, passage().ids[None])).execute()
     assert found.decided and found.agrees, found
     assert found.largest_cache <= LENGTH
 
@@ -149,8 +152,8 @@ def test_a_gate_of_another_model_is_refused(recorded: tuple[Path, Trace], tmp_pa
         replay(made, [f"attention-gate:gate={other}"], output=tmp_path / "r")
     with pytest.raises(UsageError, match="gate demo is for demo: 4 layers"):
         replay(made, ["attention-gate"], output=tmp_path / "r")
-    left = supported_policies(made, [parse_policy("attention-gate")], [], "full")[1]
-    assert "gate demo is for demo" in left["attention-gate"]
+    job = compile_replay(made, ["attention-gate", "h2o"], options=ReplayOptions(skip_unsupported=True))
+    assert "gate demo is for demo" in job.skipped["attention-gate"]
     for work in (
         lambda: evaluate(build("llama"), [passage()], runs_of([plan(other)], [], loop="closed"), [], "full", Kept()),
         lambda: decode(build("llama"), passage().ids, plan(other), 1, prompt=PROMPT),

@@ -10,12 +10,14 @@ import torch
 
 import kvscope.replay.footprint as module
 from kvscope.core.budget import parse_budgets
+from kvscope.core.options import Prefill
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import runs_of
 from kvscope.metrics import METRICS
 from kvscope.policies.spec import parse_policies
 from kvscope.replay.footprint import Footprint, footprint
 from kvscope.replay.layer_group import LayerGroup
+from kvscope.replay.open_loop import OpenLoop
 from kvscope.replay.run import replay
 from kvscope.trace.reader import Trace, open_trace
 
@@ -50,9 +52,10 @@ def test_what_is_stated_covers_what_is_kept(example: Trace, prefill: str) -> Non
     runs = runs_of([EvictionPlan.published(policy) for policy in parse_policies(POLICIES)], parse_budgets("20%,40%"))
     metrics = [METRICS.get(name) for name in METRICS.names() if not METRICS.get(name).needs]
     sequence = example.sequences[0]
-    needs = footprint(example, sequence, [run.plan for run in runs], len(metrics))
+    work = OpenLoop(example, runs, metrics, Prefill(prefill), torch.device("cpu"))
+    needs = work.footprints[sequence.index]
     assert needs.layers == len(example.layers)
-    group = LayerGroup(example, sequence, example.layers, runs, metrics, prefill, torch.device("cpu"), needs.steps)  # type: ignore[arg-type]
+    group = LayerGroup(work, sequence, example.layers, needs.steps)
     for _ in group.step_all():
         pass
     kept = 0

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kvscope.closed_loop.options import ClosedLoopOptions
 from kvscope.core.errors import OutputExists, ResultError, TraceError, UsageError
+from kvscope.core.options import ClosedLoopOptions
 from kvscope.metrics import METRICS
 from kvscope.model.generate import trace as record
 from kvscope.replay.rescore import rescore

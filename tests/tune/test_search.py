@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from kvscope.core.errors import KvscopeError, ReplayError, UsageError
+from kvscope.core.options import Prefill, TuneLevel, TuneOptions
 from kvscope.metrics import METRICS, metric
 from kvscope.metrics.base import Rows
 from kvscope.policies.spec import parse_policy
 from kvscope.replay.run import replay
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.tune import search as module
-from kvscope.tune.search import Tuning, to_toml, tune, usual_grid
+from kvscope.tune.compile import compile_tune, usual_grid
+from kvscope.tune.result import Tuning, to_toml
 from tests.trace import make
 from tests.trace.make import rows_of
 
@@ -61,6 +63,12 @@ def brute(trace: Trace, output: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array(every)[:, :-HELD_OUT], np.array(every)[:, -HELD_OUT:]
 
 
+def tune(traces: list[Trace], policy: str, grid: Any, budget: str, *, progress: Any = None, **choices: Any) -> Tuning:
+    kinds = {"level": TuneLevel, "prefill": Prefill}
+    options = TuneOptions(**{name: kinds.get(name, lambda same: same)(value) for name, value in choices.items()})
+    return compile_tune(traces, policy, grid, budget, options).execute(progress)
+
+
 def run(trace: Trace, **choices: Any) -> Tuning:
     return tune([trace], "a2sf", GRID, "40%", **{"held_out": HELD_OUT} | choices)
 
@@ -76,7 +84,7 @@ def alphas(found: Tuning) -> list[list[float]]:
 @pytest.mark.parametrize("per", ["head", "layer", "model"])
 def test_the_choice_equals_one_replay_per_setting(trace: Trace, tmp_path: Path, per: str) -> None:
     searched, held_out = brute(trace, tmp_path / "r")
-    found = run(trace, per=per)
+    found = run(trace, level=per)
     scores = searched.mean(1)
     best = int(scores.mean((1, 2)).argmax())
     expected = {
@@ -189,7 +197,7 @@ def test_the_file_is_the_policy(trace: Trace, tmp_path: Path) -> None:
 
 def test_what_a_file_may_hold(trace: Trace, tmp_path: Path) -> None:
     """Other text than ASCII, booleans, and a parameter whose usual value a file cannot name."""
-    found = tune([trace], "h2o", {"group": ["mean", "max"]}, "40%", held_out=HELD_OUT, per="model")
+    found = tune([trace], "h2o", {"group": ["mean", "max"]}, "40%", held_out=HELD_OUT, level="model")
     odd = replace(found, about=found.about | {"traces": ['a "b" é 😀']})
     file = tmp_path / "tuned.toml"
     file.write_text(to_toml(odd), encoding="utf-8")
@@ -200,16 +208,18 @@ def test_what_a_file_may_hold(trace: Trace, tmp_path: Path) -> None:
 
 def test_a_setting_for_the_whole_model_may_change_anything(trace: Trace) -> None:
     """Settings that are never side by side may protect different keys and decide by head or by layer."""
-    found = tune([trace], "tova", {"scope": ["layer", "kv_head"], "sinks": ["0", "2"]}, "40%", per="model")
+    found = tune([trace], "tova", {"scope": ["layer", "kv_head"], "sinks": ["0", "2"]}, "40%", level="model")
     assert len(found.policy.settings) == 1
     assert found.held_out["tuned"] == found.held_out["best"]
     assert found.gain.difference == 0
 
 
 def test_a_policy_per_layer(trace: Trace) -> None:
-    found = tune([trace], "vatp:base=tova,sinks=0", {"norm": ["l1", "none"]}, "40%", per="model")
+    found = tune([trace], "vatp:base=tova,sinks=0", {"norm": ["l1", "none"]}, "40%", level="model")
     assert found.policy.traits.scope == "layer"
-    found = tune([trace], "scissorhands:recent=0", {"history": ["1", "3", "40"]}, "40%", prefill="stream", per="layer")
+    found = tune(
+        [trace], "scissorhands:recent=0", {"history": ["1", "3", "40"]}, "40%", prefill="stream", level="layer"
+    )
     assert all(len(row) == 1 for row in found.policy.choice)
 
 
@@ -266,14 +276,12 @@ def test_the_usual_grid() -> None:
         ("a2sf", GRID, {"metric": "retained"}, "no metric is called 'retained'"),
         ("a2sf", GRID, {"held_out": 0}, "0 of 6 sequences cannot be held out"),
         ("a2sf", GRID, {"held_out": 6}, "6 of 6 sequences cannot be held out"),
-        ("a2sf", GRID, {"per": "token"}, "per='token' is unknown"),
-        ("a2sf", GRID, {"prefill": "half"}, "half prefill"),
         ("a2sf", GRID, {"budget": "120%"}, "120%"),
         ("a2sf", GRID, {"device": "abacus"}, "abacus"),
         ("tova", {"sinks": ["0", "1"]}, {}, "tova decides per layer"),
         ("ada-kv", {"kernel": ["3", "5"]}, {}, "the heads of ada-kv(kernel=3) share a budget"),
         ("a2sf", {"recent": ["0", "2"]}, {}, "at 6 keys the settings protect different keys"),
-        ("a2sf", {"recent": ["4", "20"]}, {"per": "model"}, "more than the budget of 6"),
+        ("a2sf", {"recent": ["4", "20"]}, {"level": "model"}, "more than the budget of 6"),
         ("tova:scope=kv_head", {"variant": ["plain", "kvpress"]}, {}, "not of one kind"),
         ("quest", {"page_size": ["1", "2"]}, {}, "held to no budget"),
         ("scissorhands:variant=released", {"start": ["1", "2"]}, {"prefill": "stream"}, "held to no budget"),

@@ -1,0 +1,62 @@
+"""Which plans can run on which model and sequences: checked once, when a job is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kvscope.core.budget import Budget
+from kvscope.core.errors import UsageError
+from kvscope.core.options import PlanOptions, Prefill
+from kvscope.engine.plan import EvictionPlan, require_room
+from kvscope.engine.runs import runs_of
+from kvscope.policies.base import Policy
+from kvscope.policies.spec import parse_policies
+from kvscope.trace.reader import TokenSequence
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a plan is run on.
+
+    Attributes
+    ----------
+    sequences : sequence of TokenSequence
+        Their prompts and lengths.
+    prefill : Prefill
+        What happens during the prompt.
+    layers : tuple of int
+        Numbers of the layers at hand.
+    kv_heads : int
+        ``G``.
+    n_layers : int
+        Layers of the model.
+    """
+
+    sequences: Sequence[TokenSequence]
+    prefill: Prefill
+    layers: tuple[int, ...]
+    kv_heads: int
+    n_layers: int
+
+
+def named_policies(policies: Sequence[str | Policy], params: Mapping[str, str] | None = None) -> list[Policy]:
+    """Return the policies that are named; raises UsageError for an unknown name or parameter, or if there is none."""
+    chosen = parse_policies(policies, params)
+    if not chosen:
+        raise UsageError("no policy is named", "Name one or more: --policy h2o --policy tova")
+    return chosen
+
+
+def make_plan(policy: Policy, options: PlanOptions) -> EvictionPlan:
+    """Return the plan of a policy with the choices of the user; raises what `EvictionPlan.make` raises."""
+    return EvictionPlan.make(policy, options.compress, options.allocate, options.accumulate)
+
+
+def require_feasible(plan: EvictionPlan, budgets: Sequence[Budget], workload: Workload) -> None:
+    """Raise UsageError where a plan cannot run under these budgets: phase, prefill, layers, room for protected keys."""
+    plan.require(workload.prefill)
+    plan.policy.fit(workload.layers, workload.kv_heads, workload.n_layers)
+    for run in runs_of([plan], budgets):
+        for sequence in workload.sequences:
+            require_room(plan.policy, run.keys(sequence, workload.prefill), sequence.prompt)

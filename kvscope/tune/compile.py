@@ -1,0 +1,125 @@
+"""A search of parameters is compiled, then executed: everything that can be wrong with it is found here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import product
+
+from kvscope.core.budget import Budget
+from kvscope.core.errors import UsageError
+from kvscope.core.options import TuneLevel, TuneOptions
+from kvscope.engine.allocation import ALLOCATORS
+from kvscope.engine.device import torch_device
+from kvscope.engine.plan import EvictionPlan
+from kvscope.metrics import METRICS, Metric
+from kvscope.policies.base import Policy
+from kvscope.policies.spec import parse_policies
+from kvscope.policies.tuned import Tuned
+from kvscope.replay.compile import require_replayable, require_steps
+from kvscope.trace.reader import Trace
+from kvscope.tune.search import Place, TuneJob
+
+
+def compile_tune(
+    traces: Sequence[Trace],
+    policy: str,
+    grid: Mapping[str, Sequence[str]],
+    budget: str | int | Budget = "20%",
+    options: TuneOptions = TuneOptions(),  # noqa: B008  frozen
+) -> TuneJob:
+    """Return the job that finds the setting of a policy that suits each layer or head best.
+
+    Parameters
+    ----------
+    traces : sequence of Trace
+        Of one model.
+    policy : str
+        What to tune, as on the command line.
+    grid : mapping of str to sequence of str
+        Values of each parameter; every combination is tried.
+    budget : str, int or Budget
+        One budget.
+    options : TuneOptions
+        All else.
+
+    Raises
+    ------
+    UsageError
+        For an unknown name or value, a metric without direction, settings that cannot stand side by side, fewer than
+        two sequences, or traces that are of different models or the same.
+    TraceError
+        If a trace lacks a signal.
+    ReplayError
+        If a sequence has no step to score.
+    """
+    metric = _metric(options.metric)
+    settings = _settings(policy, grid)
+    _require_own_heads(settings, options.level)
+    searched, held_out = _split(traces, options.held_out)
+    limit, device = Budget.parse(budget), torch_device(options.device)
+    layers = tuple(traces[0].layers)
+    together = tuple(settings[:1] if options.level is TuneLevel.model else settings)
+    # Settings that protect the same keys can stand side by side, whichever of them a head follows.
+    candidate = Tuned(options.source, together, layers, ((0,),) * len(layers))
+    for trace in traces:
+        for each in (candidate, *settings):
+            require_replayable(trace, EvictionPlan.published(each), [limit], options.prefill)
+        require_steps(trace, options.prefill)
+    return TuneJob(traces, settings, list(grid), limit, metric, options, device, searched, held_out)
+
+
+def _metric(name: str) -> Metric:
+    metric = METRICS.get(name)
+    if metric.direction == "none" or metric.pooled:
+        raise UsageError(f"metric {name} has no best value for a step", "Tune by retained_mass or ideal_cosine.")
+    return metric
+
+
+def usual_grid(policy: str) -> dict[str, list[str]]:
+    """Return the values that the policy itself names as worth a search; raises UsageError if it names none."""
+    (made,) = parse_policies([policy])
+    grid = {item.name: [str(value) for value in item.metadata.get("search", ())] for item in fields(made)}
+    found = {name: values for name, values in grid.items() if values}
+    if not found:
+        raise UsageError(
+            f"{made.name} does not say which values are worth a search", "Give them: --grid NAME=VALUE,VALUE"
+        )
+    return found
+
+
+def _settings(policy: str, grid: Mapping[str, Sequence[str]]) -> list[Policy]:
+    if not grid or any(not values for values in grid.values()):
+        raise UsageError("there is nothing to search", "Give values: --grid alpha=0.1,0.3,0.5")
+    found = []
+    for values in product(*grid.values()):
+        found += parse_policies([policy], dict(zip(grid, values, strict=True)))
+    distinct = list(dict.fromkeys(found))
+    if len(distinct) < 2:
+        raise UsageError("the grid has one setting", "Give two values or more: --grid alpha=0.1,0.3,0.5")
+    return distinct
+
+
+def _require_own_heads(settings: Sequence[Policy], level: TuneLevel) -> None:
+    """Raise UsageError where heads do not decide for themselves and are to be tuned one by one."""
+    for policy in settings:
+        if level == "head" and policy.traits.scope == "layer":
+            raise UsageError(f"{policy.label} decides per layer", "Use --per layer or --per model.")
+        if level == "head" and ALLOCATORS.get(policy.traits.allocate).spans == "heads":
+            raise UsageError(f"the heads of {policy.label} share a budget", "Use --per layer or --per model.")
+
+
+def _split(traces: Sequence[Trace], held_out: int | None) -> tuple[list[Place], list[Place]]:
+    if len({trace.identity for trace in traces}) < len(traces):
+        raise UsageError("a trace is given twice", "Held-out text must not be searched: name each trace once.")
+    shapes = {(tuple(trace.layers), trace.heads, trace.kv_heads, str(trace.header.model.get("id"))) for trace in traces}
+    if len(shapes) != 1:
+        raise UsageError("the traces are of different models", "Tune on traces of one model.")
+    every = [(number, sequence.index) for number, trace in enumerate(traces) for sequence in trace.sequences]
+    count = max(1, len(every) // 4) if held_out is None else held_out
+    if not 1 <= count < len(every):
+        raise UsageError(
+            f"{count} of {len(every)} sequences cannot be held out",
+            "Record several prompts, so that the gain is measured on text that was not searched.",
+        )
+    return every[:-count], every[-count:]
