@@ -97,7 +97,7 @@ class Scoring:
         self.scorers = list(scorers)
         self._values = values if values is not None and self._need("values") else None
         prompt = self.scorers[0].scan.shape.prompt if self.scorers else 0
-        self._past = Past([name for name in ("last_wanted", "prompt_rank") if self._need(name)], prompt)
+        self._past = Past([name for name in ("last_attended", "prompt_rank") if self._need(name)], prompt)
 
     def add(self, full: Tensor, start: int, missing: Tensor | None = None) -> None:
         """Score a block of steps that every scan has made.

@@ -1,4 +1,4 @@
-"""What a metric is: a number for every step and query head, from the full rows and what the policy left of them."""
+"""What a metric is: a number for every step and query head, from the full rows and the keys that were visible."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kvscope.metrics.moments import Moments, moments, summed
 
 T = TypeVar("T")
 Direction = Literal["higher", "lower", "none"]
-RECORDED = frozenset({"values"})  # what a metric may need beside the rows, and a trace may lack
-SIGNALS = RECORDED | {"last_wanted", "prompt_rank"}  # what it may need; the rest follows from the rows
-NOWHERE = 2**31 - 1  # place of a key that has none: beyond any budget
+RECORDED = frozenset({"values"})  # signals that a trace may lack
+SIGNALS = RECORDED | {"last_attended", "prompt_rank"}  # signals that a metric may need; the others follow from the rows
+NOWHERE = 2**31 - 1  # rank of a key that has none: beyond any budget
 
 
 @dataclass
 class Rows:
-    """A block of steps of one policy, with what metrics share computed once.
+    """A block of steps of one policy; quantities that several metrics use are computed once.
 
     Attributes
     ----------
@@ -42,13 +42,13 @@ class Rows:
     missing : Tensor or None
         ``[L, H, b]``: mass that a learned sink takes.
     signals : mapping of str to Tensor
-        What the metric named in ``needs``, each with a leading ``R`` where the rows have one. ``values``:
-        ``[L, G, n, D]``. ``last_wanted``: int ``[L, H, b, n]``, the last step before the query at which the key's
+        Those that the metric names in ``needs``, each with a leading ``R`` where the rows have one. ``values``:
+        ``[L, G, n, D]``. ``last_attended``: int ``[L, H, b, n]``, the last step before the query at which the key's
         weight was above ``1/n`` in its row of ``n`` keys; its own position where there is none. ``prompt_rank``: int
-        ``[L, H, b, n]``, place of each key in the row of the last prompt query, 0 for the heaviest; `NOWHERE` for
+        ``[L, H, b, n]``, rank of each key in the row of the last prompt query, 0 for the heaviest; `NOWHERE` for
         later keys, and for all of them at steps of the prompt.
     shared : dict
-        What follows from the rows and the budgets alone, so that policies with the same budgets make it once: `once`.
+        Quantities that depend on the rows and budgets alone, computed once for all policies with these budgets: `once`.
     """
 
     full: Tensor
@@ -61,7 +61,7 @@ class Rows:
     shared: dict[tuple[str, tuple[int, ...]], Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """Return what ``make()`` gives for these rows and budgets; it must not depend on what a policy kept."""
+        """Return ``make()``, computed once for these rows and budgets; it must not depend on the policy's decisions."""
         key = (name, self.budgets)
         if key not in self.shared:
             self.shared[key] = make()
@@ -74,7 +74,7 @@ class Rows:
         return tuple(self.budget.tolist())
 
     def heaviest(self, skip: int = 0) -> Tensor:
-        """Return where the ``B`` heaviest keys are, the current one and the first `skip` aside, ``[R, L, H, b, n]``."""
+        """Return a mask of the ``B`` heaviest keys but the current and the first `skip`, bool ``[R, L, H, b, n]``."""
         return self.once(f"heaviest {skip}", lambda: heaviest(self.full, self.steps, self.budgets, skip))
 
     @cached_property
@@ -103,7 +103,7 @@ class Rows:
         return moments(self.full, self.visible, self.steps, self.ideal_mask)
 
     def norm(self, keys: Moments) -> Tensor:
-        """Return what rows on some keys are divided by: their mass and what a learned sink takes; 1 where that is 0."""
+        """Return the divisor of rows on some keys: their mass and that of a learned sink; 1 where both are 0."""
         total = keys.mass if self.missing is None else keys.mass + self.missing
         return torch.where(total > 0, total, 1)
 
@@ -114,7 +114,7 @@ class Rows:
 
     @cached_property
     def whole(self) -> Tensor:
-        """Full rows as the live rows are made: divided by their sum, which recorded in 16 bit is not quite one."""
+        """Full rows divided by their sum, as live rows are; recorded in 16 bit, they do not sum to one exactly."""
         return self.once("whole", lambda: self._share(self.full))
 
     @cached_property
@@ -143,9 +143,9 @@ class Rows:
 
 
 def ranks(full: Tensor, steps: Tensor) -> Tensor:
-    """Return the place of each key in its row, int64 ``[L, H, b, n]``: 0 for the heaviest, the current key last.
+    """Return the rank of each key in its row, int64 ``[L, H, b, n]``: 0 for the heaviest, the current key last.
 
-    Of equal weights the newer key comes first, as in eviction the oldest goes first.
+    Of equal weights the newer key comes first, as in eviction the oldest is evicted first.
     """
     n = full.shape[-1]
     key = torch.arange(n, device=full.device)
@@ -168,7 +168,7 @@ class Metric:
     range : tuple
         Smallest and largest value; None where there is no bound.
     when_nothing_evicted : float or None
-        Its value when the policy left everything in place; None where that depends on the sequence.
+        Its value when the policy evicted nothing; None where that depends on the sequence.
     unit : str
         Of its values; ``1`` for ratios.
     needs : frozenset of str
@@ -221,16 +221,18 @@ def metric(
     Raises
     ------
     UsageError
-        If it needs what no metric is given.
+        If it needs an unknown signal.
     """
-    wanted = frozenset(needs)
-    if not wanted <= SIGNALS:
-        unknown = ", ".join(sorted(wanted - SIGNALS))
-        raise UsageError(f"metric {name} needs {unknown}, which none is given", f"Known: {', '.join(sorted(SIGNALS))}.")
+    signals = frozenset(needs)
+    if not signals <= SIGNALS:
+        unknown = ", ".join(sorted(signals - SIGNALS))
+        raise UsageError(
+            f"metric {name} needs {unknown}, which is no signal of a metric", f"Known: {', '.join(sorted(SIGNALS))}."
+        )
 
     def register(function: Callable[[Rows], Tensor]) -> Callable[[Rows], Tensor]:
         summary = (function.__doc__ or "").strip().split("\n", 1)[0]
-        made = Metric(name, direction, range, when_nothing_evicted, function, pooled, summary, unit, wanted)
+        made = Metric(name, direction, range, when_nothing_evicted, function, pooled, summary, unit, signals)
         METRICS.register(name, made, source=function)
         return function
 

@@ -1,4 +1,4 @@
-"""How much the live row looks like the row that should have been: cosine similarities (A2SF, section 4.3)."""
+"""How similar the live row is to the ideal and the full row: cosine similarities (A2SF, section 4.3)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def full_cosine(rows: Rows) -> Tensor:
 def cosine(product: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """Return the cosine of two rows from their product and their squares; 0 where one of them is zero.
 
-    A live row is a full row on some keys but for a factor, which no cosine sees.
+    A live row is the full row on some keys times a factor, which a cosine does not depend on.
     """
     norms = (one * other).sqrt()
     return (product / torch.where(norms > 0, norms, 1)).clamp(0.0, 1.0)  # rounding alone can pass 1

@@ -13,14 +13,14 @@ from kvscope.kernels.top import top_masks
 
 
 def heaviest(full: Tensor, steps: Tensor, budgets: Sequence[int], skip: int = 0) -> Tensor:
-    """Return where the ``B`` heaviest keys of each row are, its current key aside; of equal weights the newer is in.
+    """Return a mask of the ``B`` heaviest keys of each row but the current one; of equal weights the newer is in.
 
     Parameters
     ----------
     full : Tensor
         Rows ``[L, H, b, n]``, or ``[R, L, H, b, n]`` where each run has its own.
     steps : Tensor
-        int ``[b]``: position of each query; only older keys are asked.
+        int ``[b]``: position of each query; only older keys count.
     budgets : sequence of int
         ``B`` of each run.
     skip : int
@@ -41,7 +41,7 @@ def heaviest(full: Tensor, steps: Tensor, budgets: Sequence[int], skip: int = 0)
 
 
 def _tops(others: Tensor, budgets: Sequence[int]) -> Tensor:
-    """Return where the heaviest weights of each row are, ``[R, ..., n]``; a key that does not count has weight -1."""
+    """Return a mask of the heaviest weights of each row, ``[R, ..., n]``; a key that does not count has weight -1."""
     least = _kth_largest(others, budgets)
     if others.device.type == "cpu" and available():
         return torch.from_numpy(top_masks(others.numpy(), least.numpy(), np.array(budgets)))
@@ -49,7 +49,7 @@ def _tops(others: Tensor, budgets: Sequence[int]) -> Tensor:
 
 
 def _top(others: Tensor, least: Tensor, budget: int) -> Tensor:
-    """Return where the `budget` heaviest weights of each row are, of which the last is `least`, ``[..., n]``."""
+    """Return a mask of the `budget` heaviest weights of each row, the smallest of which is `least`, ``[..., n]``."""
     above = others > least[..., None]
     tie = (others == least[..., None]) & (others >= 0)
     room = budget - above.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Attention on keys that were not wanted for long: in a mean over all mass it drowns, and recalling a fact takes it."""
+"""Attention on keys that were not attended to for long: a small share of all mass, and what recalling a fact needs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ LONG = 64  # steps
 LEAST = 0.1  # share of a row
 
 
-@metric("late_mass_retained", direction="higher", range=(0.0, 1.0), when_nothing_evicted=1.0, needs={"last_wanted"})
+@metric("late_mass_retained", direction="higher", range=(0.0, 1.0), when_nothing_evicted=1.0, needs={"last_attended"})
 def late_mass_retained(rows: Rows) -> Tensor:
-    """Of the full row's mass on keys last wanted more than 64 steps before, the share that is visible.
+    """Share of the full row's mass on keys last attended to more than 64 steps before that falls on visible keys.
 
-    A head wants a key at a step at which its weight is above ``1/n`` in a row of ``n`` keys, and at the key's arrival.
-    So sinks, which are wanted all the time, have no part in it. A row with no more than a tenth of its mass on such
-    keys has no value. Tokens that become important again after hundreds of steps: LazyEviction, arXiv:2506.15969.
+    A head attends to a key at a step at which its weight is above ``1/n`` in a row of ``n`` keys, and at the key's
+    arrival. So sinks, which are attended to all the time, have no part in it. A row with no more than a tenth of its
+    mass on such keys has no value. LazyEviction, arXiv:2506.15969, describes tokens that recur after hundreds of steps.
     """
     late, all_late = rows.once("late", lambda: _late(rows))
     kept = moments(late, rows.visible, rows.steps).mass
@@ -27,6 +27,6 @@ def late_mass_retained(rows: Rows) -> Tensor:
 
 
 def _late(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return rows with nothing but keys that were not wanted for long, and their mass."""
-    late = rows.full * (rows.steps[:, None] - rows.signals["last_wanted"] > LONG)
+    """Return the rows on keys that were not attended to for long, zero elsewhere, and their mass."""
+    late = rows.full * (rows.steps[:, None] - rows.signals["last_attended"] > LONG)
     return late, late.sum(-1, dtype=torch.float64)

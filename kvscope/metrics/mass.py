@@ -1,4 +1,4 @@
-"""How much of the full-cache attention is still in reach."""
+"""How much of the full-cache attention falls on visible keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What most metrics are formulas over: sums over the keys of a row that a mask shows."""
+"""Sums over the keys of a row that a mask selects, from which most metrics are computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SINKS = 4  # positions that are left out where a metric says "no sinks" (Streami
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over some keys of each row, ``[R, L, H, b]`` (or without ``R``), made in double whatever the rows are in.
+    """Sums over some keys of each row, ``[R, L, H, b]`` (or without ``R``), in float64 whatever the rows are in.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class Moments:
 
 
 def moments(full: Tensor, mask: Tensor, steps: Tensor, other: Tensor | None = None) -> Moments:
-    """Return the sums over the keys of rows that a mask shows, and `other` too.
+    """Return the sums over the keys of rows that a mask selects, and `other` too if it is given.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def moments(full: Tensor, mask: Tensor, steps: Tensor, other: Tensor | None = No
 
 
 def summed(rows: Tensor, keys: Tensor) -> Moments:
-    """Return the sums over whole rows ``[., L, H, b, n]``, of so many keys."""
+    """Return the sums over whole rows ``[., L, H, b, n]``; `keys` is how many each has."""
     exact = torch.float64
     mass, rest = rows.sum(-1, dtype=exact), rows[..., SINKS:].sum(-1, dtype=exact)
     return Moments(mass, rest, rows.to(exact).square().sum(-1), keys.to(exact))

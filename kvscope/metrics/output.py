@@ -12,9 +12,9 @@ from kvscope.metrics.base import Rows, metric
 def output_error(rows: Rows) -> Tensor:
     """Relative error of a head's output, ``||o_live - o_full|| / ||o_full||``, where ``o`` is the row times the values.
 
-    Mass alone says how much was lost, this says whether it mattered: values differ in size, and what takes the place of
-    a lost key may point the same way. Full rows are divided by their sum, as live rows are. A head whose full output is
-    zero has no value; a live row without mass gives 1.
+    Mass says how much attention was lost, this metric whether that changes the output: values differ in size, and the
+    visible ones may point the same way as a lost one. Full rows are divided by their sum, as live rows are. A head
+    whose full output is zero has no value; a live row without mass gives 1.
     """
     values = rows.signals["values"]  # [., L, G, n, D]
     full = rows.once("output", lambda: _output(rows.whole, values))

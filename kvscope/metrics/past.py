@@ -1,4 +1,4 @@
-"""What earlier rows say, for metrics that need it: when each key was last wanted, what the prompt's last query saw."""
+"""Signals from earlier rows: when each key was last attended to, and how the prompt's last query ranked it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from kvscope.metrics.base import NOWHERE, ranks
 
 
 class Past:
-    """Makes the signals of `Rows` that follow from rows before the block; fed with every row of a sequence in order.
+    """Computes the signals of `Rows` that follow from earlier rows; `add` takes every row of a sequence in order.
 
     Parameters
     ----------
     needs : collection of str
-        Signals to make: ``last_wanted``, ``prompt_rank``; others are not its own.
+        Signals to compute: ``last_attended``, ``prompt_rank``; other names are ignored.
     prompt : int
         ``P``.
     """
@@ -29,13 +29,13 @@ class Past:
     def add(self, full: Tensor, start: int) -> dict[str, Tensor]:
         """Return the signals of a block of rows ``[.., L, H, b, n]`` whose first step is `start`."""
         made = {}
-        if "last_wanted" in self._needs:
-            made["last_wanted"] = self._last_wanted(full, start)
+        if "last_attended" in self._needs:
+            made["last_attended"] = self._last_attended(full, start)
         if "prompt_rank" in self._needs:
             made["prompt_rank"] = self._prompt_rank(full, start)
         return made
 
-    def _last_wanted(self, full: Tensor, start: int) -> Tensor:
+    def _last_attended(self, full: Tensor, start: int) -> Tensor:
         *lead, count, n = full.shape
         key = torch.arange(n, dtype=torch.int32, device=full.device)
         last = key.expand(*lead, n).clone()  # a key's arrival counts

@@ -1,4 +1,4 @@
-"""How long what one query looked at stays what later queries look at (Recycled Attention's motivating study)."""
+"""How much later queries attend to the keys of the prompt's last query (Recycled Attention's motivating study)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NEEDS = {"prompt_rank"}
 def recovered_mass(rows: Rows) -> Tensor:
     """Share of the full row on the ``B`` heaviest keys of the last prompt query, a set that never changes.
 
-    What motivates arXiv:2411.05787; the paper leaves open over what it averages. Each query head has its own set; of
-    equal weights the newer key is taken. It says something of the model and the text, nothing of the policy. Steps of
-    the prompt have no value.
+    The study that motivates arXiv:2411.05787, which leaves open over what it averages. Each query head has its own set;
+    of equal weights the newer key is taken. It depends on the model and the text, not on the policy. Steps of the
+    prompt have no value.
     """
     return rows.once("recovered", lambda: torch.where(_known(rows), share(_recovered(rows), rows.all), torch.nan))
 

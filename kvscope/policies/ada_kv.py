@@ -12,7 +12,7 @@ from kvscope.policies.snapkv import Pooling, SnapKV
 @policy("ada-kv")
 @dataclass(frozen=True)
 class AdaKV(SnapKV):
-    """Keep what the last rows of the prompt attend to; heads with concentrated attention give keys to the others.
+    """Retain what the last rows of the prompt attend to; heads with concentrated attention give budget to the others.
 
     The score is SnapKV's with the defaults of that code (window 32, max pooling over 7), the budgets those of
     ``--allocate ada``. arXiv:2407.11550, algorithm 1; code FFY0/AdaKV. That code takes the mean over the window, which
@@ -28,6 +28,8 @@ class AdaKV(SnapKV):
     paper: ClassVar[str] = "arXiv:2407.11550 algorithm 1"
     proven: ClassVar[str] = "plain-loop reference of the authors' code"
 
-    window: int = parameter(32, "rows at the end that vote, and keys that stay; at most half of the budget")
-    kernel: int = parameter(7, "neighbouring keys that are pooled, an odd number")
-    pooling: Pooling = parameter("max", "how they are pooled: avg, max or none")
+    window: int = parameter(
+        32, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
+    )
+    kernel: int = parameter(7, "width of the pooling over neighbouring keys, an odd number")
+    pooling: Pooling = parameter("max", "kind of pooling: avg, max or none")

@@ -1,4 +1,4 @@
-"""Attention-Gate: a small learned module in front of each layer says which keys are worth keeping."""
+"""Attention-Gate: a small learned module in front of each layer says which keys to retain."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class AttentionGate(Policy):
     """Evict the keys whose gates are shut: a learned flag for every key, layer and key/value head, without a budget.
 
     A gate is ``g = sigmoid(W A(X) + b)``, with ``A`` a reduced multi-head attention over the layer's input ``X``; a key
-    stays if its gate is above the threshold that the gate was trained with, plus `margin`. Its own query sees it in any
-    case. arXiv:2410.12876; there is no public code, and the body of the paper could not be had: what its abstract,
+    is retained if its gate is above the threshold that the gate was trained with, plus `margin`. Its own query always
+    sees it. arXiv:2410.12876; there is no public code, and the full text was not available: what its abstract,
     introduction and reviews leave open (form and sizes of ``A``, threshold, grouped heads, first tokens) is ours.
 
-    As published, the prompt's keys are gated and those that come later stay; ``decode=true`` gates them too, which is
-    our extension. With streaming prefill a shut key is seen by its own query alone, also inside the prompt: the mask of
-    the paper. With full prefill the prompt's rows see everything, and its shut keys go at its end.
+    As published, the prompt's keys are gated and later ones are retained; ``decode=true`` gates these too, which is our
+    extension. With streaming prefill a shut key is seen by its own query alone, also inside the prompt: the mask of
+    the paper. With full prefill the prompt's rows see everything, and its shut keys are evicted at its end.
 
     Gates are trained for one model: ``kvscope gate train``. ``gate=demo`` is that of the bundled model. A trace must
     hold layer inputs (``kvscope trace --hidden``); any gate of its model can then be replayed over it. There is no
@@ -43,8 +43,8 @@ class AttentionGate(Policy):
     proven = "plain-loop reference of our reading, real decoding"
 
     gate: str = parameter("demo", "file of the gate, or demo for that of the bundled model")
-    decode: bool = parameter(False, "whether tokens after the prompt are gated too")
-    margin: float = parameter(0.0, "added to the threshold: above 0 fewer keys stay, below 0 more")
+    decode: bool = parameter(False, "gate the tokens after the prompt too")
+    margin: float = parameter(0.0, "number added to the threshold: above 0 evicts more keys, below 0 fewer")
 
     def __post_init__(self) -> None:
         at_least("margin", self.margin, -1, 1)

@@ -125,7 +125,7 @@ class Policy:
     proven: ClassVar[str] = ""
 
     def __new__(cls, *args: object, **parameters: object) -> Self:
-        """Raise UsageError if a variant is asked for by a parameter: each variant is a class of its own."""
+        """Raise UsageError if a variant is passed as a parameter: each variant is a class of its own."""
         if "variant" in parameters and any(item.name == "variant" and not item.init for item in fields(cls)):
             raise UsageError(
                 f"{cls.__name__} takes no variant: each variant is a class of its own",

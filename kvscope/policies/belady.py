@@ -1,4 +1,4 @@
-"""Belady: the best that any policy could do that evicts for good. It knows the rows to come."""
+"""Belady: the best that any policy could do that evicts for good. It knows all later rows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from kvscope.policies.base import Policy, Scope, Step, parameter, policy
 @policy("belady")
 @dataclass(frozen=True)
 class Belady(Policy):
-    """Evict so that the rows to come lose the least mass: the bound of every policy that evicts for good.
+    """Evict so that later rows lose the least mass: the bound of every policy that never brings a key back.
 
-    Score of key ``j``: the step after which it leaves in the best schedule, which is found beforehand, from all full
+    Score of key ``j``: the step after which the best schedule evicts it, which is found beforehand, from all full
     rows of the head (the mean of its query heads), as an exact assignment of keys to steps. No policy that holds as
     many keys at every step retains more mass, head by head; with ``scope=layer`` none that decides per layer. This is
     the optimal replacement of L. A. Belady (IBM Systems Journal 5(2), 1966, doi:10.1147/sj.52.0078) for keys that have
-    weights and do not come back. A bound, and no policy to deploy: nobody knows which key will matter more.
+    weights and do not come back. It is a bound and cannot be deployed, since it reads later rows.
 
-    Key 0 has the least weight in row 2 and stays, for row 3 asks for it:
+    Key 0 has the least weight in row 2 and is retained, since row 3 attends to it:
 
     >>> from kvscope.replay.example import held
     >>> held("belady", [[1], [.5, .5], [.1, .6, .3], [.7, .0, .2, .1]], budget=2)[:3]

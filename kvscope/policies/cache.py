@@ -1,4 +1,4 @@
-"""What is left of the cache, without the gaps: for rules that look at neighbours or parts of it."""
+"""The visible keys side by side, without gaps: for rules that use neighbours or parts of the cache."""
 
 from __future__ import annotations
 

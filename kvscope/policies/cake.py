@@ -1,4 +1,4 @@
-"""CAKE: keys that are attended to much or unsteadily, and layers that spread their attention hold more."""
+"""CAKE: keys whose weight is large or varies, and more budget for layers that spread their attention."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from kvscope.policies.snapkv import Pooling, odd, pooled, voting
 @policy("cake")
 @dataclass(frozen=True)
 class CAKE(Policy):
-    """Keep keys whose weight in the last rows of the prompt is large or changes; then those of the newest row.
+    """Retain the keys whose weight in the last rows of the prompt is large or varies; later those of the newest row.
 
     At the end of the prompt ``mean + gamma * variance`` of the last `window` rows of each query head, afterwards the
-    newest row, each pooled over `kernel` neighbours; the newest `window` keys stay (at most half of the budget). Layers
-    share the budget by ``--allocate cake``. arXiv:2503.12491, sections 4.1 and 4.2; code antgroup/cakekv, whose
-    variance divides by one row less. That code leaves a prompt of up to ``B + window`` keys whole; here `B` is held.
+    newest row, each pooled over `kernel` neighbours; the newest `window` keys are protected (at most half of the
+    budget). Layers share the budget by ``--allocate cake``. arXiv:2503.12491, sections 4.1 and 4.2; code
+    antgroup/cakekv, whose variance divides by one row less. That code cuts no prompt of up to ``B + window`` keys; here
+    `B` is held.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.3, .3, .4], [.3, .1, .5, .1], [.3, .4, .1, .1, .1]]
-    >>> held("cake:window=2,kernel=1,gamma=10", rows, budget=4, prompt=5)[-1]  # keys 1 and 2 change
+    >>> held("cake:window=2,kernel=1,gamma=10", rows, budget=4, prompt=5)[-1]  # the weights of keys 1 and 2 vary
     [1, 2, 3, 4]
     """
 
@@ -34,10 +35,12 @@ class CAKE(Policy):
     paper: ClassVar[str] = "arXiv:2503.12491 sections 4.1, 4.2"
     proven: ClassVar[str] = "plain-loop reference of the authors' code"
 
-    window: int = parameter(32, "rows at the end that vote, and keys that stay; at most half of the budget")
-    gamma: float = parameter(200.0, "how much the variance counts beside the mean")
-    kernel: int = parameter(5, "neighbouring keys that are pooled, an odd number")
-    pooling: Pooling = parameter("avg", "how they are pooled: avg, max or none")
+    window: int = parameter(
+        32, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
+    )
+    gamma: float = parameter(200.0, "factor of the variance, which is added to the mean")
+    kernel: int = parameter(5, "width of the pooling over neighbouring keys, an odd number")
+    pooling: Pooling = parameter("avg", "kind of pooling: avg, max or none")
     group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The full cache: nothing is evicted. The reference that every other policy is compared with."""
+"""The full cache: nothing is evicted. Every other policy is compared with it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kvscope.policies.base import Policy, Step, policy
 @policy("full")
 @dataclass(frozen=True)
 class Full(Policy):
-    """Keep everything: the cache that every other policy is compared with.
+    """Retain everything: the cache that every other policy is compared with.
 
-    No score is looked at and no budget holds; what a query sees is what the model itself would show it.
+    Scores and budgets have no effect: a query sees what it sees in the model itself.
 
     >>> from kvscope.replay.example import held
     >>> held(Full(), [[1], [0.6, 0.4], [0.5, 0.2, 0.3]], budget=1)

@@ -1,4 +1,4 @@
-"""The last rows that a policy saw, for rules that look back over a window of steps."""
+"""The last rows that a policy saw, for rules over a window of steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class History:
     Parameters
     ----------
     window : int
-        Rows to keep, at least one. Space for them is taken as they come.
+        Number of rows that are kept, at least one. Memory grows as they come.
 
     Example
     -------
@@ -49,7 +49,7 @@ class History:
         return history
 
     def push(self, row: Tensor) -> None:
-        """Take in the newest row, ``[..., n]``; once `window` rows are kept the oldest one goes."""
+        """Take in the newest row, ``[..., n]``; it replaces the oldest one once `window` rows are kept."""
         self._grow(row)
         slot = self._pushed % self.window
         place = self._buffer[..., slot, :]
@@ -121,7 +121,7 @@ class History:
 
 
 class _Total:
-    """The sum of the kept rows: what is left of the last lap around the buffer, plus this lap so far."""
+    """The sum of the kept rows: those of the last lap around the buffer that are not yet replaced, and this lap's."""
 
     def __init__(self, power: int, rows: Tensor, done: int) -> None:
         """Sum `rows`, the kept slots of the buffer, of which the first `done` belong to this lap."""

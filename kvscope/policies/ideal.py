@@ -1,4 +1,4 @@
-"""The ideal set: what the query attends to most, chosen when its row is known."""
+"""The ideal set: the keys that the query attends to most, selected when its row is known."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvscope.policies.base import Policy, Step, policy
 class Ideal(Policy):
     """Read the current key and the ``B`` heaviest others of every row: the bound of every policy of this budget.
 
-    The choice is made anew at each step, from the row that it is then used for, so that a key which was left out comes
-    back when it is needed: no cache can do that. Shares of the row are averaged over the query heads of a group; of
+    The choice is made anew at each step, from the row that it is then used for, so a key that was not selected before
+    can be selected now: no cache can do that. Shares of the row are averaged over the query heads of a group; of
     equal ones the newer key is taken. With one query head per key/value head this is the set behind the metrics
     ``ideal_mass`` and ``ideal_cosine`` (A2SF, arXiv:2407.20485, section 4.3), which choose for each query head.
 

@@ -22,20 +22,20 @@ from kvscope.policies.base import (
 @policy("keyformer")
 @dataclass(frozen=True)
 class Keyformer(Policy):
-    """Keep the keys with the largest sum of noisy attention over the prompt, and the newest ones.
+    """Retain the keys with the largest sum of noisy attention over the prompt, and the newest ones.
 
     ``S[j] = sum_t softmax_j((x_t[j] + g_t[j]) / tau)`` with logits ``x`` and Gumbel noise ``g``, drawn from `seed` for
     each query head, step and key; ``tau = tau_init + tau_delta * i`` at decoding step ``i`` (0 in the prompt). The
-    newest ``int(recent_ratio * B)`` keys stay. arXiv:2403.09054; code d-matrix-ai/keyformer-llm, GPT-J.
+    newest ``int(recent_ratio * B)`` keys are protected. arXiv:2403.09054; code d-matrix-ai/keyformer-llm, GPT-J.
 
-    As in that code, the key tokens are chosen once, when the first key has to go: whatever comes later is dropped for
-    good when it leaves the recent window. There the budget counts what a query sees, itself included; here, as for
-    `h2o`, what is held after the step, so a query sees one key more: the one that leaves the window. The choice is the
-    same. The code knows no grouped heads; here `group` reduces them. Its 60 % of the prompt is the user's budget here.
-    A budget under 4 has no recent window; the code then evicts nothing.
+    As in that code, the key tokens are chosen once, when the first key is evicted: every later key is evicted when it
+    leaves the recent window. There the budget counts what a query sees, itself included; here, as for `h2o`, what is
+    held after the step, so a query sees one key more: the one that leaves the window. The choice is the same. The code
+    knows no grouped heads; here `group` reduces them. Its budget of 60 % of the prompt is the user's choice here. A
+    budget under 4 has no recent window; the code then evicts nothing.
 
-    Example: with a high temperature and no noise to speak of, all weights are alike, and a key gathers more the older
-    it is. Budget 4, ``recent_ratio=0.5``, prompt 4: keys 0 and 1 are the key tokens, and later keys just pass.
+    Example: at a very high temperature all weights are alike, and a key gathers more the older it is. Budget 4,
+    ``recent_ratio=0.5``, prompt 4: keys 0 and 1 are the key tokens, and later keys are retained while they are recent.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1.0 / n] * n for n in range(1, 7)]
@@ -49,7 +49,7 @@ class Keyformer(Policy):
 
     recent_ratio: float = parameter(0.3, "share of the budget for the newest keys")
     tau_init: float = parameter(1.0, "temperature in the prompt")
-    tau_delta: float = parameter(0.01, "by how much the temperature grows at each decoding step")
+    tau_delta: float = parameter(0.01, "growth of the temperature at each decoding step")
     seed: int = parameter(0, "seed of the noise")
     group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
 

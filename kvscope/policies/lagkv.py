@@ -15,18 +15,18 @@ from kvscope.policies.cache import at, without_gaps
 @policy("lagkv")
 @dataclass(frozen=True)
 class LagKV(Policy):
-    """Keep, in every part of the prompt, the keys that stand out when scaled by the part after it; no weights are read.
+    """Retain, in every part of the prompt, the keys that vary most when scaled by the next part; no weights are read.
 
     After the sinks the prompt is cut into parts of `lag` keys. Every dimension of a part's keys is scaled by the
     minimum and maximum of the next part; the standard deviation over the dimensions of each key, as a softmax over the
     part, is its key score. Values are scored alike, the two averaged. The score of a key is its rank in its part, the
-    lowest being 0. The last whole part and what is left over, which have no next part, outrank the others, the newest
-    most; so does everything, if there are no two whole parts. Evicts once, at the end of the prompt; where it is told
-    to evict later as well, the cache that is left is cut into parts anew.
+    lowest being 0. The last whole part and the remainder, which have no next part, outrank the others, the newest
+    most; so does everything, if there are no two whole parts. Evicts once, at the end of the prompt; if it is to
+    evict later as well, the retained keys are cut into parts anew.
 
     arXiv:2504.04704; code NVIDIA/kvpress, ``lagkv_press.py``. That code keeps a share of the prompt, here it is `B`
     keys. Equal ranks, which every cut has, and the keys at the end, are ties there and left to chance; here the oldest
-    goes first. A dimension that is constant in the next part, a division by zero there, is not scaled.
+    is evicted first. A dimension that is constant in the next part, a division by zero there, is not scaled.
 
     Example: parts of two keys and no sinks. Of keys 0 and 1 the second varies more over its dimensions.
 
@@ -42,8 +42,8 @@ class LagKV(Policy):
     paper = "arXiv:2504.04704 section 2"
     proven = "plain-loop reference of kvpress's code"
 
-    lag: int = parameter(128, "keys of one part")
-    sinks: int = parameter(4, "first keys, which always stay")
+    lag: int = parameter(128, "number of keys in a part")
+    sinks: int = parameter(4, "first keys, which are never evicted")
 
     def __post_init__(self) -> None:
         at_least("lag", self.lag, 2)

@@ -1,4 +1,4 @@
-"""LRU: the key that has gone unused for longest goes, as in any other cache."""
+"""LRU: the key that has been unused for longest is evicted, as in any other cache."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kvscope.policies.base import GroupReduction, Policy, Step, parameter, polic
 @policy("lru")
 @dataclass(frozen=True)
 class LRU(Policy):
-    """Keep the keys that were used most recently; a key is used by a row that gives it at least its even share.
+    """Retain the keys that were used most recently; a key is used by a row that gives it at least its even share.
 
     Score of key ``j``: the last step ``t`` with ``w_t[j] >= mean of w_t over V_t``, which is ``1 / |V_t|`` for a row
-    that sums to one. Its arrival counts as a use. A baseline of ours: the classical replacement rule, carried over to
-    attention.
+    that sums to one. Its arrival counts as a use. This is a baseline without a paper: the classical replacement
+    rule, applied to attention.
 
     Example
     -------

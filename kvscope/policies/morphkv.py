@@ -16,20 +16,21 @@ from kvscope.policies.history import History
 @policy("morphkv")
 @dataclass(frozen=True)
 class MorphKV(Policy):
-    """Keep the older keys that any of the last `window` queries attends to most, and the newest ones.
+    """Retain the older keys that any of the last `window` queries attends to most, and the newest ones.
 
-    With ``W = min(window, B // 2)``: the rows of the ``W`` queries before the current one are taken over the keys
-    older than the newest ``W + 1`` and made to sum to one; a key's score is the largest (``fuse=max``) or the sum
-    (``fuse=sum``) of its weights in them. The newest ``W + 1`` keys stay. Of grouped heads the logits are added, so
-    their probabilities are multiplied. arXiv:2503.00979; code ghadiaravi13/MorphKV, ``patch_llama.py``.
+    With ``W = min(window, B // 2)``: the rows of the ``W`` queries before the current one are taken over the keys older
+    than the newest ``W + 1`` and made to sum to one; a key's score is the largest (``fuse=max``) or the sum
+    (``fuse=sum``) of its weights in them. The newest ``W + 1`` keys are protected. Of grouped heads the logits are
+    added, so their probabilities are multiplied. arXiv:2503.00979; code ghadiaravi13/MorphKV, ``patch_llama.py``.
 
     That code keeps ``CAP + 1`` keys, the current one included, so ``B = CAP + 1``. It evicts before the current query
-    attends, which changes no choice, so here a query sees one key more; it spares the prompt until the first decoding
-    step, where here the choice falls at the prompt's end. Not taken over: its ``evict_after``, which lets the cache
-    grow past its budget, and its masks per query head, which grouped heads have there in the step that evicts.
+    attends, which changes no choice, so here a query sees one key more; it does not cut the prompt before the first
+    decoding step, where here the choice is made at the prompt's end. Not reproduced: its ``evict_after``, which lets
+    the cache grow past its budget, and its masks per query head, which grouped heads have there in the step that
+    evicts.
 
     Example: budget 3, ``window=1``. At row 3 the keys beyond the newest two are 0 and 1; row 2 has .1 and .6 for them,
-    so key 0 goes, whatever row 3 has.
+    so key 0 is evicted, whatever row 3 has.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1.0], [0.5, 0.5], [0.1, 0.6, 0.3], [0.7, 0.1, 0.1, 0.1]]
@@ -40,8 +41,8 @@ class MorphKV(Policy):
     paper = "arXiv:2503.00979"
     proven = "plain-loop reference of the authors' code"
 
-    window: int = parameter(200, "queries before the current one that are asked, at most half of the budget")
-    fuse: Literal["max", "sum"] = parameter("max", "how their rows become one: max or sum")
+    window: int = parameter(200, "queries before the current one whose rows count, at most half of the budget")
+    fuse: Literal["max", "sum"] = parameter("max", "how their rows are reduced to one: max or sum")
 
     def __post_init__(self) -> None:
         at_least("window", self.window, 1)
@@ -73,11 +74,11 @@ class MorphKV(Policy):
             if not window:
                 continue
             index, there = without_gaps(step.visible[run, ..., :-1])  # [L, G, m]
-            asked = history.newest(window, run).double()  # one over a small float32 may be infinite
-            older = (there & (index < step.t - window)).to(asked.dtype)
-            asked = asked.gather(-1, index[:, :, None].expand(*asked.shape[:-1], -1))  # [L, G, W, m]
-            total = (asked @ older[..., None])[..., 0]  # [L, G, W]
+            rows = history.newest(window, run).double()  # one over a small float32 may be infinite
+            older = (there & (index < step.t - window)).to(rows.dtype)
+            rows = rows.gather(-1, index[:, :, None].expand(*rows.shape[:-1], -1))  # [L, G, W, m]
+            total = (rows @ older[..., None])[..., 0]  # [L, G, W]
             part = torch.where(total > 0, 1 / total, 0.0)
-            best = (asked * part[..., None]).amax(-2) if self.fuse == "max" else (part[..., None, :] @ asked)[..., 0, :]
+            best = (rows * part[..., None]).amax(-2) if self.fuse == "max" else (part[..., None, :] @ rows)[..., 0, :]
             fused[run].scatter_(-1, index, (best * older).to(score.dtype))
         return fused

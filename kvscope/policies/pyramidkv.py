@@ -12,7 +12,7 @@ from kvscope.policies.snapkv import SnapKV
 @policy("pyramidkv")
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
-    """Keep what the last rows of the prompt attend to; the budget shrinks from layer to layer.
+    """Retain what the last rows of the prompt attend to; the budget shrinks from layer to layer.
 
     The score is SnapKV's, the budgets those of ``--allocate pyramid``: from about twice the mean down to a twentieth,
     beside the window. arXiv:2406.02069, section 4.2; code Zefan-Cai/KVCache-Factory, ``PyramidKVCluster``. That code

@@ -1,4 +1,4 @@
-"""Quest: a sparse reader that asks for the pages of keys that could matter most to the query."""
+"""Quest: a sparse reader of the pages of keys that could matter most to the query."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvscope.policies.base import GroupReduction, Policy, Step, at_least, parame
 @policy("quest")
 @dataclass(frozen=True)
 class Quest(Policy):
-    """Read the pages of `page_size` neighbouring keys with the largest upper bound on their logits, and hold all keys.
+    """Read the pages of `page_size` neighbouring keys with the largest upper bound on their logits; hold all keys.
 
     Bound of a page for a query head: ``sum_d max(q_d * low_d, q_d * high_d)``, with ``low`` and ``high`` the smallest
     and largest value of each dimension among the page's keys (after rotary embedding). The
@@ -41,8 +41,8 @@ class Quest(Policy):
     paper = "arXiv:2406.10774 section 3.3"
     proven = "plain-loop reference of the authors' code"
 
-    page_size: int = parameter(16, "keys of one page")
-    fewest_pages: int = parameter(3, "pages that are read whatever the budget")
+    page_size: int = parameter(16, "number of keys in a page")
+    fewest_pages: int = parameter(3, "number of pages that are read whatever the budget")
     skip_layers: int = parameter(2, "first layers of the model, which read everything")
     group: GroupReduction = parameter("max", "how the bounds of a group's query heads are reduced: mean, max or sum")
 
@@ -54,12 +54,12 @@ class Quest(Policy):
     def read(self, step: Step) -> Tensor:
         bound = step.grouped(self._bounds(step), self.group)  # [., L, G, pages]
         bound = bound.expand(step.visible.shape[0], -1, -1, -1)
-        gone = ~self._paged(step.visible, False).any(-1)  # what a sliding window has wholly left behind
-        order = bound.masked_fill(gone, -torch.inf).argsort(dim=-1, stable=True)
+        outside = ~self._paged(step.visible, False).any(-1)  # pages wholly before a sliding window
+        order = bound.masked_fill(outside, -torch.inf).argsort(dim=-1, stable=True)
         pages = order.shape[-1]
         most = (step.budget // self.page_size).clamp(min=self.fewest_pages)[..., None]
         best = torch.arange(pages, device=order.device) >= pages - most
-        chosen = torch.zeros_like(gone).scatter(-1, order, best)
+        chosen = torch.zeros_like(outside).scatter(-1, order, best)
         reads = chosen.repeat_interleave(self.page_size, -1)[..., : step.t + 1]
         reads[..., -1] = True
         whole = (step.layers < self.skip_layers)[:, None] | (step.t < step.budget)  # [R, L, S]

@@ -19,12 +19,12 @@ BLOCK = 2**24  # numbers in one block of cosines between keys
 @policy("r-kv")
 @dataclass(frozen=True)
 class RKV(Policy):
-    """Keep keys that the last queries attend to and that no other key resembles, and the newest `window`.
+    """Retain the keys that the last queries attend to and that no other key resembles, and the newest `window`.
 
     ``score = mix_lambda * attention - (1 - mix_lambda) * redundancy``. Attention: for each of the last `window`
     queries the logits of the keys before the window (the largest of the query heads of a group, divided by the root of
-    the head size) through a softmax, averaged over the queries and max-pooled over `pooling` neighbours that are still
-    there. Redundancy: the cosines ``c_ij`` of all keys that are still there, without ``c_ii`` and, for each ``i``,
+    the head size) through a softmax, averaged over the queries and max-pooled over `pooling` retained
+    neighbours. Redundancy: the cosines ``c_ij`` of all retained keys, without ``c_ii`` and, for each ``i``,
     without the newest ``j`` with ``c_ij > similar``; the mean over ``i``, through a softmax over ``j``.
 
     It evicts at the end of the prompt and then every 128 steps; in between the cache grows beyond its budget. The
@@ -33,7 +33,7 @@ class RKV(Policy):
     model scales by the root of the head size; the same holds here.
 
     Example: budget 3, so a window of one key. Keys 0 and 1 are the same, so each makes the other redundant; key 2
-    resembles key 3 alone, and that one is not counted. Of keys 0 and 1 the older goes.
+    resembles key 3 alone, and that one is not counted. Of keys 0 and 1 the older is evicted.
 
     >>> from kvscope.replay.example import held
     >>> keys, queries = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], [[0.0, 0.1]] * 4
@@ -46,9 +46,9 @@ class RKV(Policy):
     paper = "arXiv:2505.24133 section 3"
     proven = "plain-loop reference of the authors' code"
 
-    window: int = parameter(8, "newest keys that always stay and whose queries are asked; at most half of the budget")
+    window: int = parameter(8, "newest keys, never evicted, whose queries count; at most half of the budget")
     mix_lambda: float = parameter(0.07, "share of attention in the score; the rest is redundancy")
-    pooling: int = parameter(7, "kernel of the max-pooling of attention, odd; 1: none")
+    pooling: int = parameter(7, "width of the max-pooling of attention, odd; 1: none")
     similar: float = parameter(0.5, "cosine above which keys count as alike")
 
     def __post_init__(self) -> None:
@@ -82,14 +82,14 @@ class RKV(Policy):
 
     def _attention(self, step: Step, queries: Tensor, keys: Tensor, there: Tensor, place: Tensor) -> Tensor:
         """Return the pooled attention of the last queries on the keys before the window, ``[R, L, G, m]``."""
-        runs, layers, _, asked, size = queries.shape
-        grouped = queries.reshape(runs, layers, step.kv_heads, -1, asked, size)
-        logits = (grouped @ keys[:, :, :, None].transpose(-1, -2)).amax(3) / math.sqrt(size)  # [R, L, G, asked, m]
+        runs, layers, _, count, size = queries.shape
+        grouped = queries.reshape(runs, layers, step.kv_heads, -1, count, size)
+        logits = (grouped @ keys[:, :, :, None].transpose(-1, -2)).amax(3) / math.sqrt(size)  # [R, L, G, count, m]
         window = (step.budget // 2).clamp(max=self.window)[..., None]  # [R, L, G, 1]
         before = there & (place <= step.t - window)
         weights = logits.masked_fill(~before[..., None, :], -torch.inf).softmax(-1)
-        asks = torch.arange(asked, device=window.device) < window.clamp(min=1)
-        mean = (weights * asks[..., None]).sum(-2) / asks.sum(-1, keepdim=True)
+        counted = torch.arange(count, device=window.device) < window.clamp(min=1)
+        mean = (weights * counted[..., None]).sum(-2) / counted.sum(-1, keepdim=True)
         mean = mean.masked_fill(~before, -torch.inf)
         pooled = functional.max_pool1d(mean.flatten(0, 2), self.pooling, stride=1, padding=self.pooling // 2)
         return pooled.view_as(mean).masked_fill(~before, 0)

@@ -1,4 +1,4 @@
-"""Recycled Attention and RefreshKV: sparse readers that choose again from the whole cache now and then."""
+"""Recycled Attention and RefreshKV: sparse readers that select anew from the whole cache at some steps."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Schedule = Literal["fixed", "dynamic"]
 @policy("recycled-attention")
 @dataclass(frozen=True)
 class RecycledAttention(Policy):
-    """Read the keys that weighed most in the last full row and those generated since; every `stride` steps, read all.
+    """Read the keys with the largest weights in the last full row and those generated since; all every `stride` steps.
 
-    A full step sees every key. The ``K = B`` keys that weigh most in its row (query heads of a group reduced by
-    `group`, then max-pooled) are the recycled set. A partial step sees that set and its own key; afterwards its key
-    joins, and while the set has more than ``K`` keys the one with the lowest weight of that full row goes. Keys
-    generated since go last, the oldest first. Of equal weights the older key goes first.
+    A full step sees every key. The ``K = B`` keys with the largest weights in its row (query heads of a group reduced
+    by `group`, then max-pooled) are the recycled set. A partial step sees that set and its own key; afterwards its key
+    joins, and while the set has more than ``K`` keys the one with the lowest weight of that full row leaves it. Keys
+    generated since leave last, the oldest first. Of equal weights the older key leaves first.
 
     The end of the prompt is a full step (with streaming prefill: step 0). ``schedule=fixed``: so is every `stride`-th
     step after it. ``schedule=dynamic``: at every `compare_every`-th step after it each layer compares its query,
@@ -35,7 +35,7 @@ class RecycledAttention(Policy):
     pseudocode always drops one. There a stride beyond ``K`` loses keys for good; here a reader holds everything.
 
     Example: two keys, a full row (.5 .2 .3) at the end of the prompt. Step 3 reads keys 0 and 2 and itself, then key 2
-    goes; step 4 reads keys 0, 3 and itself, then key 0 goes.
+    leaves the set; step 4 reads keys 0, 3 and itself, then key 0 leaves it.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1.0], [0.5, 0.5], [0.5, 0.2, 0.3], [0.1, 0.7, 0.1, 0.1], [0.2] * 5, [0.1, 0.5, 0.1, 0.1, 0.1, 0.1]]
@@ -51,8 +51,8 @@ class RecycledAttention(Policy):
     stride: int = parameter(50, "steps from one full step to the next, with schedule=fixed")
     schedule: Schedule = parameter("fixed", "when all keys are read: fixed (every stride steps) or dynamic")
     compare_every: int = parameter(5, "steps from one comparison of queries to the next, with schedule=dynamic")
-    threshold: float = parameter(0.8, "cosine of queries above which a compared step stays partial")
-    pooling: int = parameter(1, "kernel of the max-pooling of the full row, odd; 1: none")
+    threshold: float = parameter(0.8, "cosine of queries above which a compared step is partial")
+    pooling: int = parameter(1, "width of the max-pooling of the full row, odd; 1: none")
     group: GroupReduction = parameter("max", "how the query heads of a group are reduced to one: mean, max or sum")
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class RecycledAttention(Policy):
         memory["chosen"], memory["rank"] = chosen.scatter(-1, lowest, kept), rank
 
     def _choose(self, step: Step, full: Tensor) -> None:
-        """Make the keys that weigh most in this row the recycled set, in the runs and layers of `full`."""
+        """Make the keys with the largest weights in this row the recycled set, in the runs and layers of `full`."""
         memory, now = step.memory, full[..., None, None]
         weights = step.weights(self.group).masked_fill(~step.visible, -torch.inf)
         if self.pooling > 1:
@@ -135,7 +135,7 @@ class RecycledAttention(Policy):
 @policy("refreshkv")
 @dataclass(frozen=True)
 class RefreshKV(RecycledAttention):
-    """Read as Recycled Attention does, but pool the full row and look at the queries to see when to read all again.
+    """Read as Recycled Attention does, but pool the full row and compare queries to decide when to read all again.
 
     The rule of `RecycledAttention` with max-pooling 7 of the full row and ``schedule=dynamic``: every 10th step, a
     cosine of at most .85 makes the step full. The paper uses .85 for Llama-3.1-8B and .95 for Qwen2-7B, and compares
@@ -156,8 +156,8 @@ class RefreshKV(RecycledAttention):
 
     schedule: Schedule = parameter("dynamic", "when all keys are read: fixed (every stride steps) or dynamic")
     compare_every: int = parameter(10, "steps from one comparison of queries to the next, with schedule=dynamic")
-    threshold: float = parameter(0.85, "cosine of queries above which a compared step stays partial")
-    pooling: int = parameter(7, "kernel of the max-pooling of the full row, odd; 1: none")
+    threshold: float = parameter(0.85, "cosine of queries above which a compared step is partial")
+    pooling: int = parameter(7, "width of the max-pooling of the full row, odd; 1: none")
 
 
 def _with_current(values: Tensor, current: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Scissorhands: the keys that were pivotal stay pivotal."""
+"""Scissorhands: keys that were pivotal before are expected to remain pivotal."""
 
 from __future__ import annotations
 

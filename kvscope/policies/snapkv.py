@@ -1,4 +1,4 @@
-"""SnapKV: the keys that the end of the prompt looks at."""
+"""SnapKV: the keys that the end of the prompt attends to."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Pooling = Literal["avg", "max", "none"]
 @policy("snapkv")
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """Keep what the last rows of the prompt attend to, with its neighbours, and those last keys themselves.
+    """Retain the keys that the last rows of the prompt attend to, with their neighbours, and the last keys themselves.
 
     Score of key ``j``: the sum of its weights over the last `window` rows, pooled over `kernel` neighbouring keys;
-    the window's own keys stay and take no part in the pooling. arXiv:2404.14469, section 4.2; code
+    the window's own keys are protected and take no part in the pooling. arXiv:2404.14469, section 4.2; code
     FasterDecoding/SnapKV, class ``SnapKVCluster`` and its defaults. That code scores query heads; here the group is
-    reduced before pooling. The window is at most half of the budget. Pooled scores tie often: the older key goes, where
-    the code leaves the choice to its sort.
+    reduced before pooling. The window is at most half of the budget. Pooled scores tie often: the older key is
+    evicted, where the code leaves the choice to its sort.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]
@@ -38,9 +38,11 @@ class SnapKV(Policy):
     paper: ClassVar[str] = "arXiv:2404.14469 section 4.2"
     proven: ClassVar[str] = "plain-loop reference of the authors' code"
 
-    window: int = parameter(64, "rows at the end that vote, and keys that stay; at most half of the budget")
-    kernel: int = parameter(5, "neighbouring keys that are pooled, an odd number")
-    pooling: Pooling = parameter("avg", "how they are pooled: avg, max or none")
+    window: int = parameter(
+        64, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
+    )
+    kernel: int = parameter(5, "width of the pooling over neighbouring keys, an odd number")
+    pooling: Pooling = parameter("avg", "kind of pooling: avg, max or none")
     group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
 
     def __post_init__(self) -> None:

@@ -100,7 +100,7 @@ def load_class(file: Path, name: str) -> type[Policy]:
         except Exception as error:
             del sys.modules[module_name]
             raise UsageError(
-                f"{file} fails: {type(error).__name__}: {error}", "Mend the file, then try again."
+                f"{file} fails: {type(error).__name__}: {error}", "Correct the file, then try again."
             ) from error
     cls = getattr(module, name, None)
     if cls is None:
@@ -118,7 +118,7 @@ def load_class(file: Path, name: str) -> type[Policy]:
 
 
 def _split(spec: str) -> tuple[type[Policy], dict[str, str]] | Policy:
-    """Return class and settings, or the policy itself where a file has all that it needs."""
+    """Return class and settings, or the finished policy where a file of ``kvscope tune`` gives its settings."""
     tuned = _TUNED.match(spec)
     if tuned:
         user = _FILE.match(tuned["name"])

@@ -42,13 +42,13 @@ class Step:
         Those that the policy asked for in `needs`, each with a leading axis of ``R`` or 1: ``value_l1``, ``value_l2``,
         ``key_l2``: ``[., L, G, n]``; ``keys``, ``values``: ``[., L, G, n, D]`` as cached; ``queries``: ``[., L, H, D]``
         of the current query, ``mean_query``: ``[., L, D]``, its mean over query heads; ``full_weights``:
-        ``[., L, H, n]``, the row before anything was evicted; ``schedule``: ``[R, L, S, n]``, the step after which each
-        key leaves in the schedule that retains most; ``gate:FILE``: ``[., L, G, n]``, by how much the gate of each key
+        ``[., L, H, n]``, the row before anything was evicted; ``schedule``: ``[R, L, S, n]``, the step after which the
+        schedule that retains most evicts each key; ``gate:FILE``: ``[., L, G, n]``, by how much the gate of each key
         is above its threshold.
     live : Tensor or None
         float ``[R, L, H, n]``, the live row: attention over the visible keys, summing to one. None unless needed.
     memory : dict of str to anything
-        Whatever the policy wants to remember between the steps of one sequence, apart from its scores.
+        What the policy remembers between the steps of one sequence, apart from its scores.
     draw : callable
         ``draw(seed)`` gives one uniform number in [0, 1) for key `t`, ``[L, S]``; it depends on the seed, the sequence,
         the layer, the head and the position alone.
@@ -72,7 +72,7 @@ class Step:
     draw_row: Callable[[int], Tensor]
 
     def weights(self, group: GroupReduction = "mean") -> Tensor:
-        """Return the live row per key/value head, ``[R, L, G, n]``; `group` makes its query heads one."""
+        """Return the live row per key/value head, ``[R, L, G, n]``; `group` reduces its query heads to one."""
         return self.grouped(self._live(), group)
 
     def layer_weights(self) -> Tensor:
@@ -98,7 +98,7 @@ class Step:
 
 
 def compute_once_if_shared(rows: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return ``make(rows)`` for rows ``[R, ...]``, made once where all runs share them: while nothing is evicted."""
+    """Return ``make(rows)`` for rows ``[R, ...]``, computed once where all runs share them, before any eviction."""
     if len(rows) > 1 and rows.stride(0) == 0:
         return make(rows[:1]).expand(len(rows), *[-1] * (rows.ndim - 1))
     return make(rows)

@@ -12,7 +12,7 @@ from kvscope.policies.base import Policy, Protection, Recurrence, Step, at_least
 @policy("streaming-llm")
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
-    """Keep the first few keys, where surplus attention gathers, and the newest ones.
+    """Retain the first few keys, where surplus attention gathers, and the newest ones.
 
     Score of key ``j``: its position ``j``; the first `sinks` keys are protected. arXiv:2309.17453, section 3.2;
     code mit-han-lab/streaming-llm, ``kv_cache.py``, whose ``start_size + recent_size`` is the budget here. That code
@@ -31,7 +31,7 @@ class StreamingLLM(Policy):
     paper = "arXiv:2309.17453 section 3.2"
     proven = "plain-loop reference of the authors' code"
 
-    sinks: int = parameter(4, "keys at the start that always stay")
+    sinks: int = parameter(4, "first keys that are never evicted")
 
     def __post_init__(self) -> None:
         at_least("sinks", self.sinks, 0)

@@ -24,7 +24,7 @@ class Tuned(Policy):
     source : str
         Where the choice comes from, for labels: the name of a file.
     settings : tuple of Policy
-        The same policy with different parameters; what they protect must not differ.
+        The same policy with different parameters; they must protect the same keys.
     layers : tuple of int
         Numbers of the layers that were tuned.
     choice : tuple of tuple of int
@@ -33,7 +33,7 @@ class Tuned(Policy):
     Raises
     ------
     UsageError
-        If the settings cannot stand side by side, or the choice names one that is not there.
+        If the settings cannot be combined, or the choice names one that does not exist.
     """
 
     name = "tuned"
@@ -46,8 +46,8 @@ class Tuned(Policy):
 
     def __post_init__(self) -> None:
         numbers = {number for row in self.choice for number in row}
-        there = self.settings and self.layers and len(self.layers) == len(self.choice) and all(self.choice)
-        if not there or not numbers <= set(range(len(self.settings))):
+        complete = self.settings and self.layers and len(self.layers) == len(self.choice) and all(self.choice)
+        if not complete or not numbers <= set(range(len(self.settings))):
             raise UsageError(f"{self.source}: the choice does not go with the layers and settings", "Tune again.")
         first = self.settings[0]
         if any(type(policy) is not type(first) or policy.traits != first.traits for policy in self.settings):
@@ -82,12 +82,12 @@ class Tuned(Policy):
         if len(kept) > 1:
             raise UsageError(
                 f"{self.label}: at {budget} keys the settings protect different keys",
-                "Tune parameters that do not change which keys always stay, or use --per model.",
+                "Tune parameters that do not change which keys are protected, or use --per model.",
             )
         return kept.pop()
 
     def fit(self, layers: Sequence[int], kv_heads: int, n_layers: int) -> None:
-        """Raise UsageError where a layer or head has no setting, or settings are for layers that are not there."""
+        """Raise UsageError where a layer or head has no setting, or a setting is for a layer that does not exist."""
         heads = 1 if self.traits.scope == "layer" else kv_heads
         unknown = [layer for layer in layers if layer not in self.layers]
         if unknown:
@@ -111,7 +111,7 @@ class Tuned(Policy):
             memory["own"] = {number: {} for number in sorted({number for row in rows for number in row})}
         result = score
         for number, own in memory["own"].items():
-            # heads that follow another setting are given its scores; what comes of that is not looked at
+            # computed for every head; only the heads that follow this setting take the result
             made = self.settings[number].observe(replace(step, memory=own), score.clone())
             result = torch.where((memory["chosen"] == number)[:, :, None], made, result)
         return result
@@ -132,7 +132,7 @@ def read_tuned(file: Path, cls: type[Policy], build: Callable[[type[Policy], Map
     Raises
     ------
     UsageError
-        If there is no such file, it was not written by ``kvscope tune``, or it is about another policy or another
+        If there is no such file, it was not written by ``kvscope tune``, or it is for another policy or another
         version of it.
     """
     try:

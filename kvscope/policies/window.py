@@ -1,4 +1,4 @@
-"""Sliding window: the newest keys stay. Also called Local in the H2O and A2SF papers."""
+"""Sliding window: the newest keys are retained. Also called Local in the H2O and A2SF papers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvscope.policies.base import Policy, Recurrence, Step, policy
 @policy("window")
 @dataclass(frozen=True)
 class Window(Policy):
-    """Keep the newest keys, in all heads and layers alike.
+    """Retain the newest keys, in all heads and layers alike.
 
     Score of key ``j``: its position ``j``. Baseline of TOVA (arXiv:2401.06104, section 5.1) and, as "Local", of
     A2SF (arXiv:2407.20485, section 4.1); code FMInference/H2O with no heavy keys, whose budget counts the query's own

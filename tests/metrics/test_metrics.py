@@ -108,7 +108,7 @@ def test_values_equal_the_plain_loop(seed, kind, length, prompt, keep, block, ze
 
 
 def test_late_keys_equal_the_plain_loop_over_long_rows() -> None:
-    """Nothing is late in the short rows above; here attention fades with distance, and old keys are seldom wanted."""
+    """The short rows above have no late mass; here attention fades with distance, and old keys rarely get any."""
     length = 150
     rows, values = attention(5, 1, 2, length), vectors(5, 1, 1, length)
     distance = torch.arange(length)[:, None] - torch.arange(length)
@@ -130,12 +130,12 @@ def test_late_keys_equal_the_plain_loop_over_long_rows() -> None:
 
 
 def test_late_begins_after_64_steps_and_counts_from_a_tenth_of_the_row() -> None:
-    """Each key is wanted when it arrives and by the next query; then late queries ask for old keys again."""
+    """Each key is attended to when it arrives and by the next query; then late queries ask for old keys again."""
     rows = torch.zeros(1, 1, 110, 110, dtype=torch.float64)
     for t in range(110):
         rows[0, 0, t, [t, max(t - 1, 0)]] = 0.5
     for t, row in {
-        100: {100: 0.4, 34: 0.2, 35: 0.4},  # last wanted 65 and 64 steps before: only the first is late
+        100: {100: 0.4, 34: 0.2, 35: 0.4},  # last attended to 65 and 64 steps before: only the first is late
         101: {101: 0.89, 20: 0.11},
         102: {102: 0.91, 21: 0.09},
     }.items():

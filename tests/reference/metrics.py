@@ -77,8 +77,8 @@ def late_keys(case: Case) -> set[int]:
     """Return the keys that the head did not want in the 64 steps before: no weight above ``1/n``, no arrival."""
     found = set()
     for key in range(case.t + 1):
-        wanted = [s for s in range(key, case.t) if case.rows[s][key] > 1 / (s + 1)]
-        if case.t - max([key, *wanted]) > 64:
+        attended = [s for s in range(key, case.t) if case.rows[s][key] > 1 / (s + 1)]
+        if case.t - max([key, *attended]) > 64:
             found.add(key)
     return found
 

@@ -188,7 +188,7 @@ def test_metrics_are_within_their_bounds(tmp_path_factory, seed, top, budget, le
 def values(full: np.ndarray, seen: np.ndarray, budget: int, prompt: int) -> dict[str, np.ndarray]:
     """Return every metric that needs no values of each row, ``[H, T]``."""
     rows, visible = torch.tensor(full)[None], torch.tensor(seen)[None, None]
-    signals = Past(["last_wanted", "prompt_rank"], prompt).add(rows, 0)
+    signals = Past(["last_attended", "prompt_rank"], prompt).add(rows, 0)
     block = Rows(
         full=rows,
         visible=visible,
