@@ -29,7 +29,8 @@ from kvscope.report.page import page_data, report, report_input
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.schema import STORES, LayerAttention, TraceHeader
+from kvscope.trace.record import LayerAttention, ModelRecord, PromptRecord, SequenceRecord, TraceHeader
+from kvscope.trace.schema import STORES
 from kvscope.trace.writer import TraceWriter
 
 LAYERS, HEADS, SIZE, NEW = 32, 32, 4, 128
@@ -96,7 +97,7 @@ def synthetic_trace(path: Path, length: int) -> Trace:
     header = TraceHeader(
         source="model",
         protocol="generated",
-        model={"id": "synthetic"},
+        model=ModelRecord(id="synthetic"),
         layers=list(range(LAYERS)),
         n_layers=LAYERS,
         heads=HEADS,
@@ -106,7 +107,7 @@ def synthetic_trace(path: Path, length: int) -> Trace:
         sliding_window=[None] * LAYERS,
         stored=list(STORES["qkv"]),
         attention=[LayerAttention(scaling=1.0)] * LAYERS,
-        prompts=[{"file": "prompt.txt", "sha256": "0"}],
+        prompts=[PromptRecord(file="prompt.txt", sha256="0")],
     )
     position = np.arange(length, dtype=np.float32)
     with TraceWriter(path, header) as writer:
@@ -122,7 +123,7 @@ def synthetic_trace(path: Path, length: int) -> Trace:
             logprob=-random.random(length),
             entropy=random.random(length),
         )
-        writer.finish([{"prompt": length - NEW, "length": length, "forced": False}])
+        writer.finish([SequenceRecord(length - NEW, length)])
     return open_trace(path)
 
 

@@ -33,8 +33,8 @@ from kvscope.model.loading import Loaded, load
 from kvscope.model.pipeline import Pipeline, threads_for
 from kvscope.model.recorder import Recorder
 from kvscope.model.selfcheck import self_check
+from kvscope.trace.record import ModelRecord, SequenceRecord, TraceHeader
 from kvscope.trace.schema import STORES as SIGNALS
-from kvscope.trace.schema import TraceHeader
 from kvscope.trace.writer import TraceWriter
 
 PROMPTS = (512, 1024, 2048, 4096)
@@ -187,7 +187,7 @@ def record(loaded: Loaded, prompt: int, new: int, *, store: str) -> None:
     header = TraceHeader(
         source="model",
         protocol="generated",
-        model={"id": loaded.name},
+        model=ModelRecord(id=loaded.name),
         layers=layers,
         n_layers=len(layers),
         heads=facts.heads,
@@ -205,7 +205,7 @@ def record(loaded: Loaded, prompt: int, new: int, *, store: str) -> None:
             with watching(loaded.model, recorder):
                 decode(loaded, prompt, new)
             recorder.end()
-        writer.finish([{"prompt": prompt, "length": prompt + new + 1, "forced": False}])
+        writer.finish([SequenceRecord(prompt, prompt + new + 1)])
 
 
 def timed(action: Callable[[], object]) -> tuple[float, float]:

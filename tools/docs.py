@@ -23,7 +23,7 @@ from kvscope.policies import POLICIES
 from kvscope.policies.describe import describe
 from kvscope.results import schema as results
 from kvscope.results.statistics import LEVEL
-from kvscope.trace import schema as trace
+from kvscope.trace import describe as trace
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED: dict[str, Callable[[], str]] = {

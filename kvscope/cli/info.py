@@ -46,6 +46,8 @@ def show(trace: Trace, *, as_json: bool = False, verified: bool = False) -> None
 
 def describe(trace: Trace, *, verified: bool = False) -> dict[str, Any]:
     """Return the facts about a trace as plain data."""
+    from kvscope.core.decode import encode
+
     header = trace.header
     return {
         "path": str(trace.path),
@@ -53,15 +55,15 @@ def describe(trace: Trace, *, verified: bool = False) -> dict[str, Any]:
         "identity": trace.identity,
         "whole": True,
         "verified": verified,
-        "model": header.model,
+        "model": encode(header.model),
         "source": header.source,
         "protocol": header.protocol,
-        "created": trace.data["created"],
+        "created": trace.record.created,
         "kvscope": header.versions.get("kvscope", "unknown"),
         "device": header.device,
         "seed": header.seed,
-        "sampling": header.sampling,
-        "prompts": header.prompts,
+        "sampling": encode(header.sampling),
+        "prompts": [encode(prompt) for prompt in header.prompts],
         "layers": list(trace.layers),
         "n_layers": header.n_layers,
         "heads": trace.heads,
@@ -76,7 +78,7 @@ def describe(trace: Trace, *, verified: bool = False) -> dict[str, Any]:
         "stored": sorted(header.stored),
         "derived": sorted(header.derived),
         "top": header.top,
-        "loss": trace.loss,
+        "loss": {} if trace.storage_error is None else encode(trace.storage_error),
         "head_numbers": header.head_numbers,
         "n_heads": header.n_heads,
         "query_stride": header.query_stride,

@@ -27,7 +27,7 @@ def find_trace(given: str | None, *, quiet: bool = False) -> Path:
     """
     if given is not None:
         return _find(given, TRACES, "trace", TraceError)
-    from kvscope.trace.reader import newest_trace
+    from kvscope.trace.newest import newest_trace
 
     path = newest_trace(TRACES)
     note(f"trace: {path} (the newest; name another to use that)", quiet=quiet)

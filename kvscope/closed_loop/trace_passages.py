@@ -21,7 +21,7 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
     ModelError
         If the model cannot be loaded.
     """
-    name = options.model or trace.header.model.get("id")
+    name = options.model or trace.header.model.id
     if trace.header.source != "model" or not name:
         raise TraceError(
             f"{trace.path} was imported and has no model, which the closed loop runs again",
@@ -37,7 +37,7 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
             f"{trace.path} holds {trace.heads} of {trace.header.n_heads} query heads, and policies act in all",
             "Record it again without --heads.",
         )
-    revision = None if options.model else trace.header.model.get("revision")
+    revision = None if options.model else trace.header.model.revision
     return load(str(name), revision=revision, dtype=options.dtype, device=device, device_map=options.device_map)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -11,23 +12,24 @@ from kvscope.core.options import Prefill
 from kvscope.engine.runs import RunSpec
 from kvscope.engine.signals import ROWS
 from kvscope.metrics import Metric
-from kvscope.trace.loss import BOUNDS
 from kvscope.trace.reader import TokenSequence, Trace
+from kvscope.trace.storage_error import BOUNDS
 
 
 def of_trace(trace: Trace) -> dict[str, Any]:
     """Return what ``run.json`` says of a trace."""
+    error = trace.storage_error
     return {
         "name": trace.name,
         "path": str(trace.path),
         "identity": trace.identity,
-        "model": trace.header.model.get("id"),
+        "model": trace.header.model.id,
         "sequences": [{"prompt": s.prompt, "length": s.length} for s in trace.sequences],
         "layers": list(trace.layers),
         "heads": trace.heads,
         "kv_heads": trace.kv_heads,
         "protocol": trace.header.protocol,
-        **({"lossy": {"top": trace.header.top, **trace.loss, "bounds": BOUNDS}} if trace.loss else {}),
+        **({"lossy": {"top": trace.header.top, **asdict(error), "bounds": BOUNDS}} if error is not None else {}),
         **({"approximate": trace.approximate} if trace.approximate else {}),
     }
 

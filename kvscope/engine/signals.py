@@ -120,7 +120,7 @@ def _require_gate(trace: Trace, plan: EvictionPlan, name: str) -> None:
         layers=header.n_layers,
         hidden=trace.hidden(0, trace.layers[0]).shape[-1],
         kv_heads=header.kv_heads,
-        weights=header.model["weights"],
+        weights=header.model.weights or (),
     )
 
 

@@ -26,8 +26,10 @@ from kvscope.model.recorder import Recorder
 from kvscope.model.sampling import Chooser, Sampling
 from kvscope.model.selfcheck import self_check
 from kvscope.trace.reader import Trace, open_trace
+from kvscope.trace.record import SequenceRecord
 from kvscope.trace.schema import MAPS, STORES, parse_store
-from kvscope.trace.writer import TraceWriter, require_space
+from kvscope.trace.space import require_space
+from kvscope.trace.writer import TraceWriter
 
 GATE = "gate.safetensors"  # file beside a model whose gates need its layer inputs
 LOGIT_BLOCK = 256  # positions whose logits are normalised at a time
@@ -204,7 +206,7 @@ class _Run:
         self.total, self.done, self.progress = plan.tokens, 0, progress
         self.stops = _stop_ids(loaded)
 
-    def sequence(self, number: int, prompt: Prompt, new: int, choose: Chooser) -> dict[str, Any]:
+    def sequence(self, number: int, prompt: Prompt, new: int, choose: Chooser) -> SequenceRecord:
         """Record one sequence; returns its entry for the header."""
         self.recorder.begin(number, len(prompt.ids))
         with watching(self.loaded.model, self.recorder):
@@ -224,7 +226,7 @@ class _Run:
             entropy=entropy,
         )
         self._tell(0)
-        return {"prompt": len(prompt.ids), "length": len(ids), "forced": prompt.forced is not None}
+        return SequenceRecord(len(prompt.ids), len(ids), prompt.forced is not None)
 
     def _forced(self, ids: list[int]) -> tuple[list[int], list[Score]]:
         cache = None if self.chunk is None else DynamicCache(config=self.loaded.model.config)

@@ -16,7 +16,15 @@ from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
 from kvscope.model.sampling import Sampling
 from kvscope.model.selfcheck import AttentionFacts
-from kvscope.trace.schema import QKV, STORES, LayerAttention, TraceHeader, parse_store
+from kvscope.trace.record import (
+    AttentionKernel,
+    LayerAttention,
+    ModelRecord,
+    PromptRecord,
+    SamplingRecord,
+    TraceHeader,
+)
+from kvscope.trace.schema import QKV, STORES, parse_store
 
 
 def header(
@@ -59,7 +67,7 @@ def header(
     return TraceHeader(
         source="model",
         protocol="forced" if all(prompt.forced is not None for prompt in prompts) else "generated",
-        model=_model(loaded, facts) | ({"weights": sample(loaded.model)} if hidden else {}),
+        model=_model(loaded, facts, sample(loaded.model) if hidden else None),
         layers=layers,
         n_layers=loaded.text_config.num_hidden_layers,
         heads=len(part) or facts.heads,
@@ -75,11 +83,11 @@ def header(
         head_numbers=part,
         n_heads=facts.heads if part else None,
         prompts=[
-            {"file": prompt.file, "sha256": sha256(prompt.text.encode()).hexdigest(), "tokens": len(prompt.ids)}
+            PromptRecord(file=prompt.file, sha256=sha256(prompt.text.encode()).hexdigest(), tokens=len(prompt.ids))
             for prompt in prompts
         ],
         device=str(loaded.device),
-        sampling=asdict(sampling),
+        sampling=SamplingRecord(**asdict(sampling)),
         tokenizer=type(loaded.tokenizer).__name__,
         versions={
             "python": platform.python_version(),
@@ -96,15 +104,16 @@ def _narrowed(attention: LayerAttention, heads: list[int]) -> LayerAttention:
     return replace(attention, sinks=[attention.sinks[head] for head in heads])
 
 
-def _model(loaded: Loaded, facts: AttentionFacts) -> dict[str, Any]:
+def _model(loaded: Loaded, facts: AttentionFacts, weights: list[float] | None) -> ModelRecord:
     config = loaded.model.config
     described = config.to_dict()
     described.pop("_name_or_path", None)  # a path would tell of the machine, and "id" names the model
-    return {
-        "id": loaded.name if loaded.name == loaded.source or loaded.name == "demo" else loaded.source,
-        "revision": loaded.revision,
-        "class": type(loaded.model).__name__,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "config": json.loads(json.dumps(described, default=str)),
-        "attention": {"kernel": config._attn_implementation, "scaling": facts.scaling},
-    }
+    return ModelRecord(
+        id=loaded.name if loaded.name == loaded.source or loaded.name == "demo" else loaded.source,
+        revision=loaded.revision,
+        class_name=type(loaded.model).__name__,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        config=json.loads(json.dumps(described, default=str)),
+        attention=AttentionKernel(config._attn_implementation, facts.scaling),
+        weights=weights,
+    )

@@ -10,8 +10,9 @@ from kvscope.core.errors import UsageError
 from kvscope.model.loading import Loaded
 from kvscope.model.pipeline import IN_FLIGHT
 from kvscope.model.selfcheck import AttentionFacts
-from kvscope.trace.schema import STORES, TOP, TraceHeader, estimate_bytes
-from kvscope.trace.writer import free_bytes
+from kvscope.trace.record import TraceHeader
+from kvscope.trace.schema import STORES, TOP
+from kvscope.trace.space import estimate_bytes, free_bytes
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def planned(path: Path, known: TraceHeader, lengths: list[int], hidden: int) -> 
             hidden=hidden,
             top=known.top or TOP,
             query_stride=known.query_stride,
-            number_bytes=2 if known.model["dtype"] in ("float16", "bfloat16") else 4,
+            number_bytes=2 if known.model.dtype in ("float16", "bfloat16") else 4,
         )
         for store, stored in STORES.items()
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call, watching
-from kvscope.trace.schema import LayerAttention
+from kvscope.trace.record import LayerAttention
 
 PROBE = 24  # tokens
 TOLERANCE = 1e-4  # of a row's sum, in float32

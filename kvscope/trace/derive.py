@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.trace.schema import LayerAttention, TraceHeader, Which
+from kvscope.trace.record import LayerAttention, TraceHeader
+from kvscope.trace.schema import Which
 
 Floats = NDArray[np.float32]
 KeptKeys = OrderedDict[tuple[int, int], Floats]

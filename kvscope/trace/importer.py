@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from kvscope.core.errors import TraceError, UsageError
 from kvscope.core.output import checksum
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.schema import VECTORS, TraceHeader, estimate_bytes
-from kvscope.trace.writer import TraceWriter, require_space
+from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
+from kvscope.trace.schema import VECTORS
+from kvscope.trace.space import estimate_bytes, require_space
+from kvscope.trace.writer import TraceWriter
 
 Array = NDArray[Any]
 SUM_TOLERANCE = 1e-2  # half-precision softmax over thousands of keys is off by less
@@ -73,7 +75,7 @@ def import_maps(
     header = TraceHeader(
         source="import",
         protocol="import",
-        model={"id": f"imported from {Path(source).name}", "revision": None, "sha256": checksum(Path(source))},
+        model=ModelRecord(id=f"imported from {Path(source).name}", sha256=checksum(Path(source))),
         layers=list(range(layers)),
         n_layers=layers,
         heads=heads,
@@ -98,7 +100,7 @@ def import_maps(
     with TraceWriter(output, header, force=force) as writer:
         for sequence in range(count):
             _write(writer, sequence, arrays, lengths[sequence])
-        writer.finish([{"prompt": p, "length": length, "forced": True} for p in lengths])
+        writer.finish([SequenceRecord(prompt, length, forced=True) for prompt in lengths])
     return open_trace(output)
 
 
@@ -244,14 +246,14 @@ def _prompt_lengths(arrays: Mapping[str, Array], given: int | None, count: int, 
     return lengths
 
 
-def _prompt(prompt: str | None) -> dict[str, Any]:
+def _prompt(prompt: str | None) -> PromptRecord:
     if prompt is None:
-        return {"file": None, "text": None, "sha256": None}
+        return PromptRecord()
     file = Path(prompt) if len(prompt) < 4096 and "\n" not in prompt else None
     if file is not None and file.is_file():
         text = file.read_text(encoding="utf-8")
-        return {"file": str(file), "text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return {"file": None, "text": prompt, "sha256": hashlib.sha256(prompt.encode()).hexdigest()}
+        return PromptRecord(file=str(file), text=text, sha256=hashlib.sha256(text.encode()).hexdigest())
+    return PromptRecord(text=prompt, sha256=hashlib.sha256(prompt.encode()).hexdigest())
 
 
 def _write(writer: TraceWriter, sequence: int, arrays: Mapping[str, Array], prompt: int) -> None:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kvscope.core.errors import TraceError
-from kvscope.core.output import checksum
 from kvscope.trace.columns import layer_file
 from kvscope.trace.derive import Derived, Floats, KeptKeys
-from kvscope.trace.loss import approximate
-from kvscope.trace.schema import MAPS_AND_VECTORS, QKV, TOPK, VECTORS, TraceHeader, Which, read_header
+from kvscope.trace.files import TraceFiles, damaged, require_whole, scatter
+from kvscope.trace.record import StorageError, TraceRecord, read_record
+from kvscope.trace.schema import MAPS_AND_VECTORS, QKV, TOPK, VECTORS, Which
+from kvscope.trace.storage_error import approximate
 from kvscope.trace.topk import KeptRates, Rebuilt
 
 REMEDIES = {
@@ -70,22 +67,21 @@ class Trace:
         Its folder.
     header : TraceHeader
         What was recorded, and how.
-    data : dict
+    record : TraceRecord
         All of ``trace.json``.
     sequences : list of TokenSequence
         Lengths.
     """
 
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
-        self.path, self.data = path, data
-        self.header = TraceHeader.from_json(data, path)
+    def __init__(self, path: Path, record: TraceRecord) -> None:
+        self.path, self.record = path, record
+        self.header = record.header
         self.sequences = [
-            TokenSequence(index, entry["prompt"], entry["length"], bool(entry.get("forced")))
-            for index, entry in enumerate(data["sequences"])
+            TokenSequence(index, item.prompt, item.length, item.forced) for index, item in enumerate(record.sequences)
         ]
+        self._files = TraceFiles(path)
         self._kept: KeptKeys = OrderedDict()
         self._kept_rates: KeptRates = OrderedDict()
-        self._index: dict[str, list[tuple[int, int, int]]] = {}
 
     @property
     def name(self) -> str:
@@ -119,20 +115,20 @@ class Trace:
         return frozenset((*self.header.stored, *self.header.derived, *rebuilt))
 
     @property
-    def loss(self) -> dict[str, float | None]:
-        """Share of a row's mass outside what store ``topk`` keeps, as `Outside.loss` says it; empty if nothing is."""
-        loss: dict[str, float | None] = self.data.get("loss") or {}
-        return loss if loss.get("worst") else {}
+    def storage_error(self) -> StorageError | None:
+        """How far rebuilt rows of store ``topk`` can be from the recorded ones; None where nothing is lost."""
+        error = self.record.storage_error
+        return error if error is not None and error.worst else None
 
     @property
     def approximate(self) -> list[str]:
         """What about it is not the whole, in sentences: rows of store ``topk``, some heads, every n-th row."""
-        return approximate(self.header, self.loss)
+        return approximate(self.header, self.storage_error)
 
-    @cached_property
+    @property
     def identity(self) -> str:
         """SHA-256 over the checksums of the files: two traces with the same content have the same."""
-        return hashlib.sha256(json.dumps(self.data["checksums"], sort_keys=True).encode()).hexdigest()
+        return self.record.identity
 
     def attention(self, sequence: int, layer: int, start: int = 0, stop: int | None = None) -> Floats:
         """Return rows of full-cache attention, float32 ``[H, stop - start, stop]``, zero above the diagonal.
@@ -156,13 +152,13 @@ class Trace:
         if self._is_derived("maps"):
             return self._derived.attention(sequence, layer, start, stop)
         rows = np.zeros((self.heads, stop - start, stop), np.float32)
-        table = self._rows(layer_file("attention", layer), sequence, start, stop, ["head", "position", "weights"])
+        table = self._files.rows(layer_file("attention", layer), sequence, start, stop, ["head", "position", "weights"])
         for part in table.to_batches():
             position = part["position"].to_numpy()
             inside = (position >= start) & (position < stop)
             if not inside.all():
                 part = part.filter(pa.array(inside))
-            _scatter(rows, part["head"].to_numpy(), part["position"].to_numpy() - start, part["weights"])
+            scatter(rows, part["head"].to_numpy(), part["position"].to_numpy() - start, part["weights"])
         return rows
 
     def row_sums(self, sequence: int, layer: int) -> Floats:
@@ -196,15 +192,15 @@ class Trace:
         length = self.sequences[sequence].length
         below = np.zeros((self.kv_heads, length, length), np.float32)
         columns = ["kv_head", "position", "similarity"]
-        for part in self._read(layer_file("keys", layer), sequence, columns).to_batches():
-            _scatter(below, part["kv_head"].to_numpy(), part["position"].to_numpy(), part["similarity"])
+        for part in self._files.of_sequence(layer_file("keys", layer), sequence, columns).to_batches():
+            scatter(below, part["kv_head"].to_numpy(), part["position"].to_numpy(), part["similarity"])
         return below + below.transpose(0, 2, 1) + np.eye(length, dtype=np.float32)
 
     def mean_queries(self, sequence: int, layer: int) -> Floats:
         """Return the query averaged over the query heads, float32 ``[T, D]``."""
         if self._is_derived("queries"):
             return self._derived.mean_queries(sequence, layer)
-        table = self._read(layer_file("queries", layer), sequence, ["position", "mean_query"])
+        table = self._files.of_sequence(layer_file("queries", layer), sequence, ["position", "mean_query"])
         order = np.argsort(table["position"].to_numpy())
         flat = table["mean_query"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return np.asarray(flat.reshape(len(order), -1)[order], np.float32)
@@ -228,10 +224,10 @@ class Trace:
         self._require(f"vectors:{which}")
         stop = self.sequences[sequence].length if stop is None else stop
         name = layer_file("states", layer)
-        table = self._rows(name, sequence, start, stop, ["position", which])
+        table = self._files.rows(name, sequence, start, stop, ["position", which])
         inside = table.slice(start - table["position"][0].as_py() if table.num_rows else 0, stop - start)
         if inside.num_rows < stop - start:
-            raise _damaged(self.path, Path(name), f"it lacks positions of sequence {sequence} before {stop}")
+            raise damaged(self.path, name, f"it lacks positions of sequence {sequence} before {stop}")
         flat = inside[which].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         heads = self.heads if which == "queries" else self.kv_heads
         return np.ascontiguousarray(flat.reshape(stop - start, heads, -1).transpose(1, 0, 2))
@@ -239,25 +235,25 @@ class Trace:
     def hidden(self, sequence: int, layer: int) -> Floats:
         """Return the inputs of a layer's attention, float32 ``[T, hidden]``."""
         self._require("hidden")
-        table = self._read(layer_file("hidden", layer), sequence, ["hidden"])
+        table = self._files.of_sequence(layer_file("hidden", layer), sequence, ["hidden"])
         flat = table["hidden"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return np.array(flat.reshape(self.sequences[sequence].length, -1), np.float32)
 
     def tokens(self, sequence: int | None = None) -> pd.DataFrame:
         """Return the tokens of one sequence or of all: the columns of ``tokens.parquet``."""
-        frame: pd.DataFrame = self._table(self.path / "tokens.parquet").to_pandas()
+        frame: pd.DataFrame = self._files.whole("tokens.parquet").to_pandas()
         return frame if sequence is None else frame[frame["sequence"] == sequence].reset_index(drop=True)
 
     def _norms(self, column: str, sequence: int, layer: int) -> Floats:
         if self._is_derived(column):
             return self._derived.norms(column, sequence, layer)
-        table = self._read(layer_file("keys", layer), sequence, ["kv_head", "position", column])
+        table = self._files.of_sequence(layer_file("keys", layer), sequence, ["kv_head", "position", column])
         return self._grid(table, "kv_head", column, self.kv_heads, sequence)
 
     def _of_rows(self, column: str, sequence: int, layer: int) -> Floats:
         name = layer_file("topk" if TOPK in self.header.stored else "attention", layer)
         return self._grid(
-            self._read(name, sequence, ["head", "position", column]), "head", column, self.heads, sequence
+            self._files.of_sequence(name, sequence, ["head", "position", column]), "head", column, self.heads, sequence
         )
 
     def _require_rows(self, start: int, stop: int) -> None:
@@ -277,7 +273,7 @@ class Trace:
     @property
     def _rebuilt(self) -> Rebuilt:
         lengths = [(item.prompt, item.length) for item in self.sequences]
-        return Rebuilt(self.header, lengths, self._rows, self._kept_rates)
+        return Rebuilt(self.header, lengths, self._files.rows, self._kept_rates)
 
     @property
     def _derived(self) -> Derived:
@@ -293,30 +289,6 @@ class Trace:
             raise TraceError(
                 f"trace {self.path} does not hold {signal}", REMEDIES.get(signal, "Import it with that array.")
             )
-
-    def _read(self, name: str, sequence: int, columns: list[str]) -> pa.Table:
-        return self._table(self.path / name, columns=columns, filters=[("sequence", "=", sequence)])
-
-    def _table(self, file: Path, **options: Any) -> pa.Table:
-        try:
-            return pq.read_table(file, partitioning=None, **options)
-        except (OSError, pa.ArrowException) as error:
-            raise _damaged(self.path, file.relative_to(self.path), "it cannot be read") from error
-
-    def _rows(self, name: str, sequence: int, start: int, stop: int, columns: list[str]) -> pa.Table:
-        """Return the row groups of a layer's file that hold any of the positions."""
-        try:
-            with pq.ParquetFile(self.path / name) as file:
-                if name not in self._index:
-                    self._index[name] = _ranges(file.metadata)
-                wanted = [
-                    number
-                    for number, (of, first, last) in enumerate(self._index[name])
-                    if of == sequence and first < stop and last >= start
-                ]
-                return file.read_row_groups(wanted, columns=columns)
-        except (OSError, pa.ArrowException) as error:
-            raise _damaged(self.path, Path(name), "it cannot be read") from error
 
 
 def open_trace(path: Path | str, *, verify: bool = False) -> Trace:
@@ -335,58 +307,6 @@ def open_trace(path: Path | str, *, verify: bool = False) -> Trace:
         Nothing there, not a trace, older, newer, incomplete, or damaged: each says which.
     """
     path = Path(path)
-    data = read_header(path)
-    for name, size in data["sizes"].items():
-        file = path / name
-        if not file.is_file():
-            raise _damaged(path, Path(name), "it is missing")
-        if file.stat().st_size != size:
-            raise _damaged(path, Path(name), f"it has {file.stat().st_size} bytes instead of {size}")
-        if verify and checksum(file) != data["checksums"][name]:
-            raise _damaged(path, Path(name), "its checksum is another")
-    return Trace(path, data)
-
-
-def newest_trace(folder: Path = Path("traces")) -> Path:
-    """Return the newest whole trace under `folder`.
-
-    Raises
-    ------
-    TraceError
-        If there is none.
-    """
-    found: list[tuple[str, float, Path]] = []
-    for candidate in folder.iterdir() if folder.is_dir() else []:
-        try:
-            data = read_header(candidate)
-        except TraceError:
-            continue  # unfinished, foreign or of another version: not what "newest whole trace" means
-        found.append((data["created"], candidate.stat().st_mtime, candidate))
-    if not found:
-        raise TraceError(f"no whole trace under {folder}/", "Record one: kvscope trace --model demo prompt.txt")
-    return max(found)[2]
-
-
-def _ranges(metadata: pq.FileMetaData) -> list[tuple[int, int, int]]:
-    """Return sequence, first and last position of every row group."""
-    names = [metadata.schema.column(index).name for index in range(metadata.num_columns)]
-    ranges = []
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        sequence = group.column(names.index("sequence")).statistics
-        position = group.column(names.index("position")).statistics
-        ranges.append((sequence.min, position.min, position.max))
-    return ranges
-
-
-def _scatter(target: Floats, head: NDArray[Any], query: NDArray[Any], lists: pa.ListArray) -> None:
-    """Put list rows into ``target[head, query, :len]``; copying slices is faster than an index of all numbers."""
-    edges = lists.offsets.to_numpy() - lists.offsets[0].as_py()
-    values, flat = lists.flatten().to_numpy(zero_copy_only=False), target.reshape(-1)
-    starts = (head.astype(np.int64) * target.shape[1] + query) * target.shape[2]
-    for start, first, last in zip(starts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        flat[start : start + last - first] = values[first:last]
-
-
-def _damaged(path: Path, file: Path, why: str) -> TraceError:
-    return TraceError(f"trace {path} is damaged: {file}: {why}", "Record it again, or restore the file from a copy.")
+    record = read_record(path)
+    require_whole(path, record, verify=verify)
+    return Trace(path, record)

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from kvscope.core.errors import TraceError
 from kvscope.trace.columns import layer_file
 from kvscope.trace.derive import CACHE_BYTES, Floats
-from kvscope.trace.schema import STRETCH, TraceHeader
+from kvscope.trace.record import TraceHeader
+from kvscope.trace.schema import STRETCH
 
 Ints = NDArray[Any]
 Read = Callable[[str, int, int, int, list[str]], pa.Table]  # file, sequence, start, stop, columns; may give more rows

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,35 +11,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from kvscope.core.errors import TraceError
-from kvscope.core.output import OutputFolder, checksum, size
+from kvscope.core.output import OutputFolder, checksum
+from kvscope.trace.blocks import Array, are_weights, lower, not_finite, own, places
 from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
-from kvscope.trace.loss import Outside
 from kvscope.trace.parquet import LayerFile
-from kvscope.trace.schema import HEADER, KIND, MEMBERS, SCHEMA_VERSION, VECTORS, TraceHeader
-
-Array = NDArray[Any]
-
-
-def free_bytes(path: Path) -> int:
-    """Return the free bytes of the disk that holds `path`, or its nearest parent that exists."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
-def require_space(path: Path, needed: int) -> None:
-    """Raise TraceError if the disk of `path` has fewer than `needed` bytes free."""
-    free = free_bytes(path)
-    if needed > free:
-        raise TraceError(
-            f"the trace needs about {size(needed)}, and the disk of {path} has {size(free)} free",
-            "Write to another disk (--output), or record less: vectors alone (--store qkv), the heaviest keys (--store "
-            "topk), fewer layers (--layers) or a shorter prompt.",
-        )
+from kvscope.trace.record import SequenceRecord, TraceHeader, TraceRecord, write_record, write_unfinished
+from kvscope.trace.schema import HEADER, MEMBERS, TOPK, VECTORS
+from kvscope.trace.storage_error import Outside
 
 
 class TraceWriter:
@@ -69,7 +47,7 @@ class TraceWriter:
         self._files: dict[str, LayerFile] = {}
         self._outside = Outside()
         try:
-            self._write_header({"complete": False, "writer": self._folder.begin()})
+            write_unfinished(self.work, header, self._folder.begin())
         except OSError as error:
             raise self._folder.unwritable(error) from error
 
@@ -102,13 +80,13 @@ class TraceWriter:
         """
         heads, count, _ = rows.shape
         position = np.arange(first, first + stride * count, stride, dtype=np.int32)
-        flat = _lower(rows, position + 1)
-        if not _are_weights(flat):
+        flat = lower(rows, position + 1)
+        if not are_weights(flat):
             raise self._bad_weight(layer, position, rows)
         if row_sum is None:
-            row_sum = np.where(_own(position, rows), rows, 0).sum(-1, np.float32)
+            row_sum = np.where(own(position, rows), rows, 0).sum(-1, np.float32)
         columns = {
-            **_places(layer, sequence, heads, position),
+            **places(layer, sequence, heads, position),
             "row_sum": row_sum.astype(np.float32).ravel(),
             "weights": (flat.astype(np.float16, copy=False), np.tile(position + 1, heads)),
         }
@@ -130,10 +108,10 @@ class TraceWriter:
         lengths = np.minimum(position + 1, top)
         stored = np.broadcast_to(np.arange(top) < lengths[:, None], keys.shape)
         flat = weights[stored].astype(np.float16, copy=False)
-        if not _are_weights(flat):
-            raise _not_finite(layer, first, count, "weights")
+        if not are_weights(flat):
+            raise not_finite(layer, first, count, "weights")
         columns = {
-            **_places(layer, sequence, heads, position),
+            **places(layer, sequence, heads, position),
             **{name: values.astype(np.float32).ravel() for name, values in sums.items()},
             "keys": (keys[stored].astype(np.int32), np.tile(lengths, heads)),
             "weights": (flat, np.tile(lengths, heads)),
@@ -145,7 +123,7 @@ class TraceWriter:
         """Write what the rows since the last time, up to position `last`, put on each key: ``[H, last + 1]`` both."""
         heads, length = sums.shape
         columns = {
-            **_places(layer, sequence, heads, np.array([last], np.int32)),
+            **places(layer, sequence, heads, np.array([last], np.int32)),
             "sums": (sums.astype(np.float32).ravel(), np.full(heads, length)),
             "outside": (outside.astype(np.float32).ravel(), np.full(heads, length)),
         }
@@ -168,9 +146,9 @@ class TraceWriter:
         length = first + count
         lengths = np.tile(np.arange(first, length), heads) if similarity is not None else np.zeros(heads * count, int)
         position = np.arange(first, length, dtype=np.int32)
-        cosines = np.zeros(0, np.float16) if similarity is None else _lower(similarity, position)
+        cosines = np.zeros(0, np.float16) if similarity is None else lower(similarity, position)
         columns = {
-            **_places(layer, sequence, heads, position, "kv_head"),
+            **places(layer, sequence, heads, position, "kv_head"),
             "similarity": (cosines.astype(np.float16, copy=False), lengths),
         }
         for name, norm in (("value_l1", value_l1), ("value_l2", value_l2), ("key_l2", key_l2)):
@@ -186,7 +164,7 @@ class TraceWriter:
     def hidden(self, layer: int, sequence: int, first: int, inputs: Array) -> None:
         """Write layer inputs ``[n, hidden]`` from position `first` on; raises TraceError as `vectors` does."""
         if not np.isfinite(inputs).all():
-            raise _not_finite(layer, first, len(inputs), "layer inputs")
+            raise not_finite(layer, first, len(inputs), "layer inputs")
         self._per_token("hidden", HIDDEN, layer, sequence, first, "hidden", inputs)
 
     def vectors(self, layer: int, sequence: int, first: int, **given: Array) -> None:
@@ -206,7 +184,7 @@ class TraceWriter:
         for name in VECTORS:
             array = given.get(name)
             if array is not None and not np.isfinite(array).all():
-                raise _not_finite(layer, first, count, name)
+                raise not_finite(layer, first, count, name)
             flat = np.zeros((count, 0), np.float32) if array is None else array.transpose(1, 0, 2).reshape(count, -1)
             columns[name] = (flat.astype(np.float32).ravel(), np.full(count, flat.shape[1]))
         self._add(layer_file("states", layer), STATES, columns)
@@ -234,13 +212,13 @@ class TraceWriter:
         }
         self._add("tokens.parquet", TOKENS, columns)
 
-    def finish(self, sequences: Sequence[dict[str, Any]]) -> Path:
+    def finish(self, sequences: Sequence[SequenceRecord]) -> Path:
         """Close the files, note sizes and checksums, and give the trace its name.
 
         Parameters
         ----------
-        sequences : sequence of dict
-            ``prompt`` (``P``), ``length`` (``T``) and ``forced`` of each sequence.
+        sequences : sequence of SequenceRecord
+            Lengths of each sequence.
 
         Returns
         -------
@@ -251,16 +229,18 @@ class TraceWriter:
             for file in self._files.values():
                 file.close()
             sizes = {name: (self.work / name).stat().st_size for name in sorted(self._files)}
-            self._write_header(
-                {
-                    "complete": True,
-                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "sequences": list(sequences),
-                    **({"loss": self._outside.loss(sequences)} if "topk" in self.header.stored else {}),
-                    "bytes": sum(sizes.values()),
-                    "sizes": sizes,
-                    "checksums": {name: checksum(self.work / name) for name in sizes},
-                }
+            write_record(
+                self.work,
+                TraceRecord(
+                    kvscope=version("kvscope"),
+                    header=self.header,
+                    created=datetime.now(UTC).isoformat(timespec="seconds"),
+                    sequences=list(sequences),
+                    storage_error=self._outside.summed_up(sequences) if TOPK in self.header.stored else None,
+                    bytes=sum(sizes.values()),
+                    sizes=sizes,
+                    checksums={name: checksum(self.work / name) for name in sizes},
+                ),
             )
             self._folder.finish()
         except OSError as error:
@@ -288,56 +268,10 @@ class TraceWriter:
         except OSError as error:
             raise self._folder.unwritable(error) from error
 
-    def _write_header(self, late: dict[str, Any]) -> None:
-        made = {"kind": KIND, "schema": SCHEMA_VERSION, "kvscope": version("kvscope")}
-        data = {**made, **self.header.to_json(), **late}
-        text = json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n"
-        (self.work / HEADER).write_text(text, encoding="utf-8", errors="surrogatepass")
-
     def _bad_weight(self, layer: int, position: Array, rows: Array) -> TraceError:
-        bad = _own(position, rows) & ~(np.isfinite(rows) & (rows >= 0))
+        bad = own(position, rows) & ~(np.isfinite(rows) & (rows >= 0))
         head, query, key = (int(axis[0]) for axis in np.nonzero(bad))
         return TraceError(
             f"layer {layer}, head {head}, position {position[query]}: weight {rows[head, query, key]} on key {key}",
             "Attention weights are finite and not negative: try --dtype float32.",
         )
-
-
-def _places(layer: int, sequence: int, heads: int, position: Array, head: str = "head") -> dict[str, Any]:
-    """Return the columns that say of what a row is, for each head the positions in turn."""
-    count = heads * len(position)
-    return {
-        "sequence": np.full(count, sequence, np.int32),
-        "layer": np.full(count, layer, np.int32),
-        head: np.repeat(np.arange(heads, dtype=np.int32), len(position)),
-        "position": np.tile(position, heads),
-    }
-
-
-def _own(position: Array, rows: Array) -> Array:
-    """Return where a key is not later than its query, ``[q, n]``."""
-    return np.arange(rows.shape[-1]) <= position[:, None]
-
-
-def _not_finite(layer: int, first: int, count: int, what: str) -> TraceError:
-    return TraceError(
-        f"layer {layer}, positions {first} to {first + count - 1}: {what} are not finite",
-        "They exceed the model's precision: try --dtype float32.",
-    )
-
-
-def _lower(rows: Array, lengths: Array) -> Array:
-    """Return the first so many numbers of each row, head by head."""
-    heads = len(rows)
-    flat = np.empty((heads, int(lengths.sum())), rows.dtype)
-    stop = 0
-    for row, length in enumerate(lengths.tolist()):
-        start, stop = stop, stop + length
-        flat[:, start:stop] = rows[:, row, :length]
-    return flat.ravel()
-
-
-def _are_weights(flat: Array) -> bool:
-    if flat.dtype == np.float16 and flat.size and flat.view(np.uint16).max() < np.float16(np.inf).view(np.uint16):
-        return True  # in 16 bits, what is negative, infinite or no number comes after every finite number
-    return bool((np.isfinite(flat) & (flat >= 0)).all())

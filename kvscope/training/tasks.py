@@ -186,5 +186,5 @@ def _require_like(trace: Trace, other: Trace) -> None:
             f"{trace.path} holds {len(trace.layers)} of {trace.header.n_layers} layers, and every layer has gates",
             "Record it again without --layers.",
         )
-    if trace.header.model.get("weights") != other.header.model.get("weights"):
+    if trace.header.model.weights != other.header.model.weights:
         raise TraceError(f"{trace.path} and {other.path} are of different models", "Name traces of one model.")

@@ -160,14 +160,14 @@ def train_on_traces(
     task = Recorded(traces, settings.target_keep, design.form, seed, device)
     header = traces[0].header
     facts = GateFacts(
-        model=str(header.model["id"]),
+        model=str(header.model.id),
         layers=header.n_layers,
         hidden=traces[0].hidden(0, traces[0].layers[0]).shape[-1],
         kv_heads=header.kv_heads,
         **asdict(design),
     )
     torch.manual_seed(seed)
-    gate = LearnedGate(facts, torch.tensor(header.model["weights"])).to(device)
+    gate = LearnedGate(facts, torch.tensor(header.model.weights)).to(device)
     named = [{"name": trace.name, "identity": trace.identity} for trace in traces]
     about = {"task": "distilled", "traces": named, "seed": seed}
     return finish(gate, task, settings, output, about, resume, progress)

@@ -112,7 +112,7 @@ def _require_own_heads(settings: Sequence[Policy], level: TuneLevel) -> None:
 def _split(traces: Sequence[Trace], held_out: int | None) -> tuple[list[Place], list[Place]]:
     if len({trace.identity for trace in traces}) < len(traces):
         raise UsageError("a trace is given twice", "Held-out text must not be searched: name each trace once.")
-    shapes = {(tuple(trace.layers), trace.heads, trace.kv_heads, str(trace.header.model.get("id"))) for trace in traces}
+    shapes = {(tuple(trace.layers), trace.heads, trace.kv_heads, str(trace.header.model.id)) for trace in traces}
     if len(shapes) != 1:
         raise UsageError("the traces are of different models", "Tune on traces of one model.")
     every = [(number, sequence.index) for number, trace in enumerate(traces) for sequence in trace.sequences]

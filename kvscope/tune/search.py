@@ -111,7 +111,7 @@ class TuneJob:
             "metric": self.metric.name,
             "budget": str(self.budget),
             "prefill": self.options.prefill,
-            "model": str(self.traces[0].header.model.get("id")),
+            "model": str(self.traces[0].header.model.id),
             "traces": [trace.name for trace in self.traces],
             "searched_sequences": len(self.searched),
             "held_out_sequences": len(self.held_out),

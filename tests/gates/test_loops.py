@@ -113,7 +113,7 @@ def test_a_trace_holds_what_the_layers_got(recorded: tuple[Path, Trace]) -> None
     for call in calls:
         assert call.hidden is not None
         assert np.abs(made.hidden(0, call.layer) - call.hidden[0].numpy()).max() < 1e-5
-    assert "hidden" in made.stored and made.data["sizes"]["hidden/layer=001.parquet"] > 0
+    assert "hidden" in made.stored and made.record.sizes["hidden/layer=001.parquet"] > 0
 
 
 @pytest.mark.parametrize("form", ["causal", "bidirectional"])
@@ -180,7 +180,7 @@ def test_a_trace_without_layer_inputs_says_how_to_get_them(tmp_path: Path) -> No
     saved(tmp_path / "model")
     (tmp_path / "p.txt").write_text("w1 w2 w3")
     made = trace(str(tmp_path / "model"), [tmp_path / "p.txt"], output=tmp_path / "t", max_new_tokens=2)
-    assert "hidden" not in made.stored and "weights" not in made.header.model
+    assert "hidden" not in made.stored and made.header.model.weights is None
     with pytest.raises(TraceError, match="attention-gate needs layer inputs") as found:
         replay(made, ["attention-gate"], output=tmp_path / "r")
     assert "--hidden" in found.value.todo

@@ -135,6 +135,6 @@ def test_traces_that_cannot_be_learned_from_are_refused(recorded: Trace, tmp_pat
 def test_traces_of_different_models_are_refused(recorded: Trace, tmp_path: Path) -> None:
     saved(tmp_path / "model")
     other = record(tmp_path, [[1, 2, 3], [4, 5, 6]])
-    other.header.model["weights"][0] += 1
+    other.header.model.weights[0] += 1
     with pytest.raises(TraceError, match="are of different models"):
         Recorded([recorded, other], 0.5, "causal", 0)

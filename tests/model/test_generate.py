@@ -60,7 +60,7 @@ def test_a_trace_is_what_the_model_did(folder: Path, prompt: Path, tmp_path: Pat
     assert seen[-1].bytes <= sum(file.stat().st_size for file in (tmp_path / "t").rglob("*.parquet"))
     assert plans[0].bytes > 0
     assert made.header.protocol == "generated"
-    assert made.header.prompts[0]["sha256"]
+    assert made.header.prompts[0].sha256
 
 
 def test_signals_are_those_of_the_cache(folder: Path, prompt: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_an_existing_trace_and_a_small_disk(folder: Path, prompt: Path, tmp_path
     trace(str(folder), [prompt], output=tmp_path / "t", max_new_tokens=1)
     with pytest.raises(OutputExists, match="exists"):
         trace(str(folder), [prompt], output=tmp_path / "t", max_new_tokens=1)
-    monkeypatch.setattr("kvscope.trace.writer.free_bytes", lambda path: 10)
+    monkeypatch.setattr("kvscope.trace.space.free_bytes", lambda path: 10)
     with pytest.raises(TraceError, match="has 10 bytes free"):
         trace(str(folder), [prompt], output=tmp_path / "u", max_new_tokens=1)
 

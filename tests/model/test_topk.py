@@ -15,6 +15,7 @@ from kvscope.model.plan import RecordingPlan
 from kvscope.model.recorder import HELD_STEPS, Recorder
 from kvscope.trace import topk as topk_module
 from kvscope.trace.columns import layer_file
+from kvscope.trace.files import TraceFiles
 from kvscope.trace.parquet import LayerFile
 from kvscope.trace.schema import parse_store
 from tests.model.test_hook import Collector
@@ -56,7 +57,11 @@ def test_what_is_stored_is_of_the_rows(name: str, prompt: Path, tmp_path: Path) 
         assert np.allclose(left.sum(-1), residual, atol=2e-3), "the residual is what is not stored"
         assert (left.max(-1) <= top.least).all(), "and none of that is heavier"
         for name_, kind in (("sums", rows), ("outside", left)):
-            table = some._read(layer_file("columns", layer), 0, ["head", "position", name_]).to_pylist()
+            table = (
+                TraceFiles(some.path)
+                .of_sequence(layer_file("columns", layer), 0, ["head", "position", name_])
+                .to_pylist()
+            )
             start = 0
             for stop in topk_module.stretches(PROMPT, length):
                 found = [row[name_] for row in table if row["position"] == stop - 1]
@@ -178,7 +183,7 @@ def test_rows_of_the_bundled_model_are_bounded_and_near(tmp_path: Path) -> None:
     maps = trace("demo", [file], output=tmp_path / "maps", **options)
     some = trace("demo", [file], output=tmp_path / "some", store="topk:16", **options)
     rows, got, residual = maps.attention(0, 1), some.attention(0, 1), some.residuals(0, 1)
-    assert 0.05 < some.loss["mean_after_prompt"] < 0.6
+    assert 0.05 < some.storage_error.mean_after_prompt < 0.6
     seen = np.random.default_rng(0).random(rows.shape) < 0.3
     for full in (rows, got):
         retained = (full * seen).sum(-1) / full.sum(-1)

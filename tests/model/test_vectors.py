@@ -13,6 +13,7 @@ from kvscope.model.attention_hook import Call, watching
 from kvscope.model.generate import trace
 from kvscope.model.recorder import HELD_STEPS, Recorder
 from kvscope.trace.reader import Trace, open_trace
+from kvscope.trace.record import SequenceRecord
 from kvscope.trace.writer import TraceWriter
 from tests.model.tiny import MODELS, build, saved, tokens
 from tests.trace.make import header
@@ -34,7 +35,7 @@ def rows_from(made: Trace, layer: int) -> np.ndarray:
     """Return attention computed from the recorded vectors, float64 ``[H, T, T]``."""
     queries, keys, _ = (part.astype(np.float64) for part in made.states(0, layer))
     keys = np.repeat(keys, made.heads // made.kv_heads, 0)
-    logits = queries @ keys.transpose(0, 2, 1) * made.header.model["attention"]["scaling"]
+    logits = queries @ keys.transpose(0, 2, 1) * made.header.model.attention.scaling
     if made.header.softcap is not None:
         logits = np.tanh(logits / made.header.softcap) * made.header.softcap
     length = queries.shape[1]
@@ -103,7 +104,7 @@ def test_vectors_are_exactly_those_of_the_calls(
             for t in range(PROMPT, LENGTH):
                 model(input_ids=ids[:, t : t + 1], past_key_values=cache)
         recorder.end()
-        writer.finish([{"prompt": PROMPT, "length": LENGTH}])
+        writer.finish([SequenceRecord(PROMPT, LENGTH)])
     made = open_trace(tmp_path / "t")
     for layer in (0, 1):
         for which, got in enumerate(made.states(0, layer), start=1):

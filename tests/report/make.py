@@ -12,7 +12,7 @@ from kvscope.core.residency import ResidencyIntervals
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.schema import TraceHeader
+from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
 from kvscope.trace.writer import TraceWriter
 
 LAYERS, HEADS, KV_HEADS, PROMPT, LENGTH = 2, 4, 2, 3, 6
@@ -70,7 +70,7 @@ def make_trace(
     head = TraceHeader(
         source="model",
         protocol="generated",
-        model={"id": "tiny", "revision": "abc", "dtype": "float32"},
+        model=ModelRecord(id="tiny", revision="abc", dtype="float32"),
         layers=list(range(LAYERS)),
         n_layers=LAYERS,
         heads=HEADS,
@@ -78,7 +78,7 @@ def make_trace(
         head_dim=2,
         layer_types=["full"] * LAYERS,
         sliding_window=[None] * LAYERS,
-        prompts=[{"file": prompt_file, "sha256": "c" * 64}] * sequences,
+        prompts=[PromptRecord(file=prompt_file, sha256="c" * 64)] * sequences,
         stored=list(stored),
         seed=7,
         versions={"kvscope": "0.1.0"},
@@ -103,7 +103,7 @@ def make_trace(
                 logprob=known,
                 entropy=known,
             )
-        writer.finish([{"prompt": prompt, "length": length, "forced": False}] * sequences)
+        writer.finish([SequenceRecord(prompt, length)] * sequences)
     return open_trace(path)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvscope.trace.schema import TraceHeader
+from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
 from kvscope.trace.writer import TraceWriter
 
 STORED = ["maps", "value_l1", "value_l2", "key_l2", "similarity", "queries"]
@@ -16,7 +16,7 @@ def header(heads: int = 2, kv_heads: int = 2, stored: list[str] | None = None) -
     return TraceHeader(
         source="model",
         protocol="generated",
-        model={"id": "test/tiny", "revision": None},
+        model=ModelRecord(id="test/tiny"),
         layers=[0, 2],
         n_layers=3,
         heads=heads,
@@ -25,7 +25,7 @@ def header(heads: int = 2, kv_heads: int = 2, stored: list[str] | None = None) -
         layer_types=["full", "full"],
         sliding_window=[None, None],
         stored=STORED if stored is None else stored,
-        prompts=[{"file": "prompt.txt", "sha256": "0", "text": "x"}],
+        prompts=[PromptRecord(file="prompt.txt", sha256="0", text="x")],
     )
 
 
@@ -67,9 +67,7 @@ def record(
                 entropy=np.full(length, 2.0),
             )
             made.append(of_layer)
-        writer.finish(
-            [{"prompt": prompt or max(1, length // 2), "length": length, "forced": False} for length in lengths]
-        )
+        writer.finish([SequenceRecord(prompt or max(1, length // 2), length) for length in lengths])
     return made
 
 

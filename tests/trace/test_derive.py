@@ -12,7 +12,9 @@ from kvscope.core.errors import TraceError
 from kvscope.trace import derive
 from kvscope.trace.importer import import_maps
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.schema import HEADER, STORES, LayerAttention, estimate_bytes
+from kvscope.trace.record import LayerAttention, SequenceRecord
+from kvscope.trace.schema import HEADER, STORES
+from kvscope.trace.space import estimate_bytes
 from kvscope.trace.writer import TraceWriter
 from tests.reference import attention as twin
 from tests.trace.make import header
@@ -77,7 +79,7 @@ def record(path: Path, *, lengths: tuple[int, ...] = (LENGTH, 9), written: int |
                 logprob=np.zeros(length),
                 entropy=np.zeros(length),
             )
-        writer.finish([{"prompt": 4, "length": length, "forced": False} for length in lengths])
+        writer.finish([SequenceRecord(4, length) for length in lengths])
     return open_trace(path)
 
 
@@ -198,8 +200,8 @@ def test_states_that_end_early_are_damage(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"attention": []}, "does not hold maps"),
-        ({"attention": [{"scaling": 1.0}]}, "does not hold maps"),
-        ({"attention": [{"scaled": 1.0}]}, r"trace\.json is damaged"),
+        ({"attention": [{"scaling": 1.0}]}, r"damaged: trace\.json: attention: it has 1 entries for 2 layers"),
+        ({"attention": [{"scaled": 1.0}]}, r"damaged: trace\.json: attention\[0\]\.scaling: is missing"),
         ({"stored": ["vectors:keys"]}, "does not hold maps"),
     ],
 )

@@ -50,7 +50,7 @@ def test_rows_and_signals_come_back(tmp_path: Path) -> None:
         assert np.array_equal(got, given[1])
     assert trace.tokens(0)["text"].tolist()[3] == "</script>"
     assert trace.header.source == "import"
-    assert trace.header.prompts[0]["text"] == "the prompt"
+    assert trace.header.prompts[0].text == "the prompt"
 
 
 def test_some_vectors_without_the_others(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from kvscope.metrics.base import Rows
 from kvscope.metrics.mass import SINKS
 from kvscope.metrics.past import Past
 from kvscope.trace import topk as topk_module
-from kvscope.trace.loss import BOUNDS, approximate
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.schema import HEADER, TraceHeader
+from kvscope.trace.record import parse_record
+from kvscope.trace.schema import HEADER
+from kvscope.trace.storage_error import BOUNDS, approximate
 from tests.trace.make import header, rows_of
 from tests.trace.topk import rebuilt, record
 
@@ -93,7 +94,7 @@ def test_with_room_for_every_key_it_is_a_trace_of_rows(tmp_path: Path, top: int)
     rows = rows_of(3, 2, 20)
     trace = made(tmp_path, rows, top, 9)
     assert np.array_equal(trace.attention(0, 0), rows.astype(np.float16).astype(np.float32))
-    assert trace.loss == {}
+    assert trace.storage_error is None
     assert trace.approximate == []
 
 
@@ -115,12 +116,12 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
     rows = rows_of(3, 2, 20)
     trace = made(tmp_path, rows, 4, 9)
     residual = trace.residuals(0, 0)
-    assert trace.loss["mean"] == pytest.approx(residual.mean(), rel=1e-5)
-    assert trace.loss["mean_after_prompt"] == pytest.approx(residual[:, 9:].mean(), rel=1e-5)
-    assert trace.loss["worst"] == pytest.approx(residual.max(), rel=1e-5)
+    assert trace.storage_error.mean == pytest.approx(residual.mean(), rel=1e-5)
+    assert trace.storage_error.mean_after_prompt == pytest.approx(residual[:, 9:].mean(), rel=1e-5)
+    assert trace.storage_error.worst == pytest.approx(residual.max(), rel=1e-5)
     (said,) = trace.approximate
     assert said.startswith("Lossy: ")
-    assert f"{trace.loss['mean_after_prompt']:.1%}" in said
+    assert f"{trace.storage_error.mean_after_prompt:.1%}" in said
     assert trace.header.store == "topk"
     with pytest.raises(TraceError, match="does not hold vectors:keys"):
         trace.vectors(0, 0, "keys")
@@ -130,8 +131,8 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
 
 def test_all_prompt_says_the_mean_of_all_rows(tmp_path: Path) -> None:
     trace = made(tmp_path, rows_of(3, 1, 12), 4, 12)
-    assert trace.loss["mean_after_prompt"] is None
-    assert f"{trace.loss['mean']:.1%}" in trace.approximate[0]
+    assert trace.storage_error.mean_after_prompt is None
+    assert f"{trace.storage_error.mean:.1%}" in trace.approximate[0]
 
 
 def test_no_sum_of_a_stretch_may_be_missing(tmp_path: Path) -> None:
@@ -144,9 +145,9 @@ def test_no_sum_of_a_stretch_may_be_missing(tmp_path: Path) -> None:
 
 def test_some_heads_and_some_rows_are_said() -> None:
     part = replace(header(), head_numbers=[4, 5], n_heads=8, query_stride=3)
-    assert [line.partition(":")[0] for line in approximate(part, {})] == ["Sampled", "Sampled"]
-    assert "8 query heads 4, 5" in approximate(part, {})[0]
-    assert approximate(header(), {}) == []
+    assert [line.partition(":")[0] for line in approximate(part, None)] == ["Sampled", "Sampled"]
+    assert "8 query heads 4, 5" in approximate(part, None)[0]
+    assert approximate(header(), None) == []
 
 
 def test_traces_from_before_have_all_rows_and_heads(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_traces_from_before_have_all_rows_and_heads(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "t" / HEADER).read_text())
     for name in ("top", "head_numbers", "n_heads", "query_stride"):
         del data[name]
-    old = TraceHeader.from_json(data, tmp_path)
+    old = parse_record(data, tmp_path).header
     assert (old.top, old.head_numbers, old.query_stride) == (None, [], 1)
 
 

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from kvscope.core.errors import OutputExists, TraceError
 from kvscope.trace import parquet
-from kvscope.trace.reader import newest_trace, open_trace
-from kvscope.trace.schema import HEADER, estimate_bytes
-from kvscope.trace.writer import TraceWriter, require_space
+from kvscope.trace.newest import newest_trace
+from kvscope.trace.reader import open_trace
+from kvscope.trace.schema import HEADER
+from kvscope.trace.space import estimate_bytes, require_space
+from kvscope.trace.writer import TraceWriter
 from tests.trace.make import header, record, rows_of
 
 

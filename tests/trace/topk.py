@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvscope.trace.record import SequenceRecord
 from kvscope.trace.schema import STORES
 from kvscope.trace.topk import stretches
 from kvscope.trace.writer import TraceWriter
@@ -60,7 +61,7 @@ def record(path: Path, rows: np.ndarray, top: int, prompt: int, *, window: int |
             logprob=np.zeros(length),
             entropy=np.zeros(length),
         )
-        writer.finish([{"prompt": prompt, "length": length, "forced": False}])
+        writer.finish([SequenceRecord(prompt, length)])
 
 
 def rest(row: np.ndarray, top: int) -> float:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from kvscope.core.decode import encode
 from kvscope.report.panel import panel
 from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
+from kvscope.trace.record import TraceHeader
 
 OPEN_LOOP = (
     "Open loop: decisions are replayed from recorded full-cache attention. Within a layer this is exact; what an "
@@ -76,7 +79,7 @@ def _replay(name: str, replay: Replay) -> dict[str, Any]:
                 "loop": info.get("loop"),
                 "runs": len(info["runs"]),
                 "seconds": info.get("seconds"),
-                "versions": _versions(info),
+                "versions": _versions(info.get("versions") or {}, info.get("kvscope")),
                 "command": info.get("command"),
             }
         ),
@@ -85,34 +88,33 @@ def _replay(name: str, replay: Replay) -> dict[str, Any]:
 
 
 def _trace(trace: Trace) -> dict[str, Any]:
-    header = trace.data
-    model = header.get("model") or {}
-    windows = sorted({window for window in header.get("sliding_window") or [] if window is not None})
+    header, model = trace.header, trace.header.model
+    windows = sorted({window for window in header.sliding_window if window is not None})
     return {
         "kind": "trace",
         "name": trace.name,
         "facts": _known(
             {
                 "identity": trace.identity,
-                "source": header.get("source"),
-                "protocol": header.get("protocol"),
-                "model": model.get("id"),
-                "revision": model.get("revision"),
-                "dtype": model.get("dtype"),
-                "tokenizer": _short(header.get("tokenizer")),
-                "device": header.get("device"),
-                "seed": header.get("seed"),
-                "sampling": _pairs(header.get("sampling") or {}),
+                "source": header.source,
+                "protocol": header.protocol,
+                "model": model.id,
+                "revision": model.revision,
+                "dtype": model.dtype,
+                "tokenizer": header.tokenizer,
+                "device": header.device,
+                "seed": header.seed,
+                "sampling": _pairs(encode(header.sampling)),
                 "recorded layers": _layers(header),
                 "sliding windows": ", ".join(str(window) for window in windows),
-                "soft cap": header.get("softcap"),
-                "stored": ", ".join(sorted(header.get("stored") or [])),
-                "recorded at": header.get("created"),
-                "command": header.get("command"),
-                "versions": _versions(header),
+                "soft cap": header.softcap,
+                "stored": ", ".join(sorted(header.stored)),
+                "recorded at": trace.record.created,
+                "command": header.command,
+                "versions": _versions(header.versions, trace.record.kvscope),
             }
         ),
-        "prompts": _files(header.get("prompts")),
+        "prompts": _files([encode(prompt) for prompt in header.prompts]),
     }
 
 
@@ -137,12 +139,12 @@ def _approximate(source: ReportInput) -> list[str]:
         found.append(MIXED)
     if "bound" in kinds:
         found.append(BOUNDS)
-    headers = [trace.data for replay in source.replays if (trace := source.trace_of(replay)) is not None]
-    if any(header.get("protocol") == "generated" for header in headers):
+    headers = [trace.header for replay in source.replays if (trace := source.trace_of(replay)) is not None]
+    if any(header.protocol == "generated" for header in headers):
         found.append(GENERATED)
-    if any("maps" in (header.get("stored") or []) for header in headers):
+    if any("maps" in header.stored for header in headers):
         found.append(FLOAT16)
-    if any(header.get("learned_sinks") for header in headers):
+    if any(header.learned_sinks for header in headers):
         found.append(SINKS)
     found += dict.fromkeys(line for replay in source.replays for line in replay.info["trace"].get("approximate", []))
     if "retained_mass" in source.metrics:
@@ -154,25 +156,16 @@ def _known(facts: dict[str, Any]) -> list[list[str]]:
     return [[name, str(value)] for name, value in facts.items() if value not in (None, "", [], {})]
 
 
-def _versions(info: dict[str, Any]) -> str:
-    versions = dict(info.get("versions") or {})
-    if "kvscope" not in versions and isinstance(info.get("kvscope"), str):
-        versions["kvscope"] = info["kvscope"]
-    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+def _versions(versions: Mapping[str, str], kvscope: str | None) -> str:
+    known = {**({} if kvscope is None else {"kvscope": kvscope}), **versions}
+    return ", ".join(f"{name} {version}" for name, version in sorted(known.items()))
 
 
-def _pairs(values: dict[str, Any]) -> str:
+def _pairs(values: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value}" for name, value in sorted(values.items()))
 
 
-def _short(value: Any) -> str | None:
-    if isinstance(value, dict):
-        return _pairs(value)
-    return None if value is None else str(value)
-
-
-def _layers(header: dict[str, Any]) -> str:
-    layers, total = header.get("layers") or [], header.get("n_layers")
-    if total is not None and len(layers) == total:
-        return f"all {total}"
-    return ", ".join(str(layer) for layer in layers) + (f" of {total}" if total is not None else "")
+def _layers(header: TraceHeader) -> str:
+    if len(header.layers) == header.n_layers:
+        return f"all {header.n_layers}"
+    return ", ".join(str(layer) for layer in header.layers) + f" of {header.n_layers}"

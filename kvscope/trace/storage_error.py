@@ -1,18 +1,16 @@
-"""What a trace leaves out, and what that means for what is made of it."""
+"""How far rows that are rebuilt from a trace are from the recorded ones, and what that means for metrics."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from kvscope.trace.schema import TraceHeader
+from kvscope.trace.record import SequenceRecord, StorageError, TraceHeader
 
-Array = NDArray[Any]
+Floats = NDArray[np.floating]
 REST = "r / (m + r)"
 NONE = "none"
 # How far a metric of store topk can be from that of all rows, for the same decisions, step by step.
@@ -40,50 +38,44 @@ class Outside:
 
     def __init__(self) -> None:
         # (layer, sequence) -> blocks of positions in turn: mean and largest share over the heads
-        self._blocks: dict[tuple[int, int], list[tuple[Array, Array]]] = defaultdict(list)
+        self._blocks: dict[tuple[int, int], list[tuple[Floats, Floats]]] = defaultdict(list)
 
-    def add(self, layer: int, sequence: int, share: Array) -> None:
+    def add(self, layer: int, sequence: int, share: Floats) -> None:
         """Take the shares ``[H, q]`` of the rows that follow."""
         self._blocks[layer, sequence].append((share.mean(0), share.max(0)))
 
-    def loss(self, sequences: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-        """Return shares of a row's mass: ``mean``, ``mean_after_prompt`` (None if there is no row), ``worst``.
-
-        Parameters
-        ----------
-        sequences : sequence of mapping
-            ``prompt``, the length ``P`` of each.
-        """
-        shares: list[Array] = []
-        later: list[Array] = []
+    def summed_up(self, sequences: Sequence[SequenceRecord]) -> StorageError:
+        """Return the shares over all rows; `sequences` are the lengths of each sequence."""
+        shares: list[Floats] = []
+        later: list[Floats] = []
         worst = 0.0
         for (_, sequence), blocks in sorted(self._blocks.items()):
             mean, largest = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
             shares.append(mean)
-            later.append(mean[sequences[sequence]["prompt"] :])
+            later.append(mean[sequences[sequence].prompt :])
             worst = max(worst, float(largest.max()))
         after = np.concatenate(later)
-        return {
-            "mean": float(np.concatenate(shares).mean()),
-            "mean_after_prompt": float(after.mean()) if after.size else None,
-            "worst": worst,
-        }
+        return StorageError(
+            mean=float(np.concatenate(shares).mean()),
+            mean_after_prompt=float(after.mean()) if after.size else None,
+            worst=worst,
+        )
 
 
-def approximate(header: TraceHeader, loss: Mapping[str, float | None]) -> list[str]:
+def approximate(header: TraceHeader, error: StorageError | None) -> list[str]:
     """Return what about a trace is not the whole, in sentences; none for a trace that is whole.
 
     Parameters
     ----------
-    loss : mapping
-        As `Outside.loss` gives it; empty where nothing is lost.
+    error : StorageError or None
+        As `Outside.summed_up` gives it; None where whole rows are stored.
     """
     said = []
-    if loss:
-        after = loss["mean"] if loss["mean_after_prompt"] is None else loss["mean_after_prompt"]
+    if error is not None:
+        after = error.mean if error.mean_after_prompt is None else error.mean_after_prompt
         said.append(
             f"Lossy: the trace keeps the {header.top} heaviest keys of a row; {after:.1%} of a row's attention after "
-            f"the prompt is on others (mean; {loss['worst']:.1%} at worst). Retained mass is known to within that; "
+            f"the prompt is on others (mean; {error.worst:.1%} at worst). Retained mass is known to within that; "
             "which of these others a policy keeps is an estimate from exact sums of columns. Policies that read no "
             "weights decide as on a whole trace."
         )
@@ -100,7 +92,7 @@ def approximate(header: TraceHeader, loss: Mapping[str, float | None]) -> list[s
 def describe_bounds() -> list[str]:
     """Return lines of Markdown: how rows of store ``topk`` are rebuilt, and how far metrics can be off."""
     return [
-        "## Store `topk`: what is lost",
+        "## Store `topk`: storage error",
         "",
         "The reader gives whole rows: the stored weights, and on the other keys the residual, in proportion to what",
         "each got per unit of residual in the stretch of rows that `columns` sums up, but nowhere as much as the",

@@ -1,0 +1,59 @@
+"""The documentation of the trace format: ``trace.json``, and every file and column."""
+
+from __future__ import annotations
+
+from kvscope.core.decode import entries, type_name
+from kvscope.trace import record
+from kvscope.trace.columns import FILES
+from kvscope.trace.schema import HEADER, HISTORY, SCHEMA_VERSION
+from kvscope.trace.storage_error import describe_bounds
+
+# Objects inside `trace.json`, in the order in which they appear.
+PARTS = (
+    record.ModelRecord,
+    record.AttentionKernel,
+    record.LayerAttention,
+    record.PromptRecord,
+    record.SamplingRecord,
+    record.SequenceRecord,
+    record.StorageError,
+)
+
+
+def describe() -> str:
+    """Return the documentation of every file and column, as Markdown."""
+    lines = [
+        "# The trace format",
+        "",
+        f"Version {SCHEMA_VERSION}. A trace is a folder with `{HEADER}` and these Parquet files.",
+        "",
+    ]
+    lines += [f"## `{HEADER}`", "", *_table(record.TraceRecord), ""]
+    for part in PARTS:
+        what = (part.__doc__ or "").partition("\n")[0].replace("``", "`")
+        lines += [f"`{part.__name__}`: {what}", "", *_table(part), ""]
+    for name, (row, schema) in FILES.items():
+        lines += [f"## `{name}`", "", f"One row is {row}.", "", "| column | type | what it is |", "|---|---|---|"]
+        for column in schema:
+            kind = str(column.type).replace("item: ", "").replace(" not null", "")
+            lines.append(f"| `{column.name}` | `{kind}` | {column.metadata[b'about'].decode()} |")
+        lines.append("")
+    lines += describe_bounds()
+    lines += ["## History", "", *(f"- {version}: {what}" for version, what in HISTORY.items()), ""]
+    return "\n".join(lines)
+
+
+def _table(kind: type) -> list[str]:
+    """Return the fields of a record as a Markdown table."""
+    return ["| field | type | what it is |", "|---|---|---|", *_rows(kind)]
+
+
+def _rows(kind: type) -> list[str]:
+    rows = []
+    for entry in entries(kind):
+        if entry.about.inline:
+            assert isinstance(entry.hint, type)
+            rows += _rows(entry.hint)
+        else:
+            rows.append(f"| `{entry.key}` | `{type_name(entry.hint)}` | {entry.about.text} |")
+    return rows

@@ -1,0 +1,78 @@
+"""How much disk a trace takes, and whether there is as much."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from kvscope.core.errors import TraceError
+from kvscope.core.output import size
+from kvscope.trace.schema import MAPS, STORES, STRETCH, TOP, TOPK, VECTORS
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that holds `path`, or its nearest parent that exists."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raise TraceError if the disk of `path` has fewer than `needed` bytes free."""
+    free = free_bytes(path)
+    if needed > free:
+        raise TraceError(
+            f"the trace needs about {size(needed)}, and the disk of {path} has {size(free)} free",
+            "Write to another disk (--output), or record less: vectors alone (--store qkv), the heaviest keys (--store "
+            "topk), fewer layers (--layers) or a shorter prompt.",
+        )
+
+
+def estimate_bytes(
+    *,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    lengths: Sequence[int],
+    stored: Collection[str] = STORES[MAPS],
+    number_bytes: float = 4,
+    hidden: int = 0,
+    top: int = TOP,
+    query_stride: int = 1,
+) -> int:
+    """Return about how many bytes a trace of these sizes takes on disk.
+
+    Parameters
+    ----------
+    stored : collection of str
+        Its signals, as in the header.
+    number_bytes : float
+        Of one number of a stored vector: about 2 where the model's dtype has 16 bits.
+    hidden : int
+        Numbers of a layer's input, where these are stored.
+    top, query_stride : int
+        As in the header.
+    """
+    vectors = [name for name in VECTORS if f"vectors:{name}" in stored]
+    numbers = sum(head_dim * (heads if name == "queries" else kv_heads) for name in vectors)
+    norms = {"value_l1", "value_l2", "key_l2", "similarity"} & set(stored)
+    total = 0.0
+    for length in lengths:
+        pairs = length * (length + 1) // 2
+        total += layers * heads * (2 * pairs + 24 * length) / query_stride if "maps" in stored else 0
+        total += layers * heads * _topk_bytes(length, top) if TOPK in stored else 0
+        total += layers * kv_heads * (28 * length + (2 * pairs if "similarity" in stored else 0)) if norms else 0
+        total += layers * length * (4 * head_dim + 12) if "queries" in stored else 0
+        total += layers * length * (number_bytes * numbers + 12) if vectors else 0
+        total += layers * length * (number_bytes * hidden + 12) if "hidden" in stored else 0
+        total += 32 * length
+    return int(total) + 4096 * (1 + 3 * layers)
+
+
+def _topk_bytes(length: int, top: int) -> float:
+    """Return about how many bytes a head takes: a weight 2, its position 1, a sum of a column 4 and 4 outside."""
+    kept = sum(min(top, position + 1) for position in range(length))
+    return 3 * kept + 16 * length + 8 * length * (length / STRETCH + 1) / 2
