@@ -25,11 +25,11 @@ import torch
 from machine import machine
 
 import kvscope
-import kvscope.engine.scan as engine
+import kvscope.engine.simulation as engine
 from kvscope.core.budget import parse_budgets
-from kvscope.engine.layers import Layers
+from kvscope.engine.layers import RecordedLayers
 from kvscope.engine.rows import Block
-from kvscope.engine.scan import Scan
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.loading import load
 from kvscope.policies.spec import parse_policies
 from kvscope.trace.reader import Trace
@@ -122,29 +122,29 @@ def record(length: int, folder: Path, store: Any) -> Trace:
 
 def all_rows(trace: Trace) -> list[torch.Tensor]:
     """Return all rows of a trace, block by block."""
-    source = Layers(trace, trace.sequences[0], trace.layers, torch.device("cpu"))
+    source = RecordedLayers(trace, trace.sequences[0], trace.layers, torch.device("cpu"))
     length = source.shape.length
     return [source.rows(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
-def scans(trace: Trace, policies: list[str], budgets: str) -> list[Scan]:
-    """Return a scan of each policy under all budgets, all compiled."""
+def simulations(trace: Trace, policies: list[str], budgets: str) -> list[CacheSimulation]:
+    """Return a simulation of each policy under all budgets, all compiled."""
     sequence = trace.sequences[0]
-    shape = Layers(trace, sequence, trace.layers, torch.device("cpu")).shape
+    shape = RecordedLayers(trace, sequence, trace.layers, torch.device("cpu")).shape
     keys = [
         budget.keys(prompt=sequence.prompt, length=sequence.length, prefill="stream")
         for budget in parse_budgets(budgets)
     ]
-    return [Scan(policy, keys, shape, "stream") for policy in parse_policies(policies)]
+    return [CacheSimulation(policy, keys, shape, "stream") for policy in parse_policies(policies)]
 
 
 def stepping(trace: Trace, rows: list[torch.Tensor], policies: list[str], budgets: str) -> Callable[[], None]:
     """Return what steps policies through rows in memory."""
 
     def step() -> None:
-        for scan in scans(trace, policies, budgets):
+        for simulation in simulations(trace, policies, budgets):
             for number, block in enumerate(rows):
-                scan.block(Block(block, number * BLOCK))
+                simulation.block(Block(block, number * BLOCK))
 
     return step
 

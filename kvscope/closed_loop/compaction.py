@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvscope.engine.scan import Scan
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.attention_hook import Call
 from kvscope.model.derotation import Derotation
 
@@ -32,12 +32,12 @@ class Compacted:
         self.key = rotary.off(call.key, places)  # [R, G, T, D]
         self.value = call.value.to(call.exact)
 
-    def attend(self, scan: Scan, rows: Tensor, start: int) -> Tensor:
-        """Step a scan through a block of queries, and return their output ``[R, b, H, D]``.
+    def attend(self, simulation: CacheSimulation, rows: Tensor, start: int) -> Tensor:
+        """Step a simulation through a block of queries, and return their output ``[R, b, H, D]``.
 
         Parameters
         ----------
-        scan : Scan
+        simulation : CacheSimulation
             Of this layer.
         rows : Tensor
             Full rows of the block ``[R, H, b, stop]``, at the original positions.
@@ -47,7 +47,7 @@ class Compacted:
         groups = self.key.shape[1]
         outputs = []
         for t in range(start, start + rows.shape[2]):
-            step = scan.see(t)
+            step = simulation.see(t)
             visible = step.visible[:, 0].expand(-1, groups, -1)  # [R, G, n]
             if bool(visible.all()):  # nothing is gone: positions are the original ones
                 row = rows[:, :, t - start, : t + 1]
@@ -55,9 +55,9 @@ class Compacted:
                 output = grouped @ self.value[:, :, : t + 1]
             else:
                 row, output = self._live(t, visible)
-                if scan.missing_mass is not None:
-                    scan.missing_mass[:, 0, :, t] = (1 - row.sum(-1)).clamp(min=0)
-            scan.attend(step, row[:, None])
+                if simulation.inputs.missing_mass is not None:
+                    simulation.inputs.missing_mass[:, 0, :, t] = (1 - row.sum(-1)).clamp(min=0)
+            simulation.attend(step, row[:, None])
             outputs.append(output.flatten(1, 2))  # [R, H, D]
         return torch.stack(outputs, 1)
 

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvscope.closed_loop.decoder import Decoder, exact_dtype, time_axis
+from kvscope.closed_loop.decoder import Decoder, exact_dtype
 from kvscope.closed_loop.gates import require_gates
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.options import Positions, Prefill, choice
 from kvscope.engine.plan import GATE, EvictionPlan, require_room
 from kvscope.engine.rows import Shape
-from kvscope.engine.scan import VECTORS, Scan
+from kvscope.engine.signal_axes import VECTORS, time_axis
 from kvscope.engine.signals import ROWS
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.derotation import Derotation, derotations
 from kvscope.model.selfcheck import AttentionFacts, self_check
 from kvscope.model.short_cache import short_cache
@@ -89,15 +90,16 @@ class DecodeJob:
     @torch.no_grad()
     def execute(self) -> Decoded:
         """Return what the model computes; raises ReplayError if a policy that should have evicted did not."""
-        scan = self._empty_scan()
+        simulation = self._empty_simulation()
         cache = short_cache(len(self.facts.windows), self.rotary)
-        decoder = Decoder(self.model, self.ids, scan, cache, self.facts.head_dim)
+        decoder = Decoder(self.model, self.ids, simulation, cache, self.facts.head_dim)
         logits = decoder.run()
-        scan.check()
-        return Decoded(logits, [layer.expand(self.facts.kv_heads, -1) for layer in scan.leave[0]], decoder.held)
+        simulation.check()
+        leave = [layer.expand(self.facts.kv_heads, -1) for layer in simulation.state.leave[0]]
+        return Decoded(logits, leave, decoder.held)
 
-    def _empty_scan(self) -> Scan:
-        """Return a scan over all layers whose signals are still empty: they are filled in as tokens come."""
+    def _empty_simulation(self) -> CacheSimulation:
+        """Return a simulation over all layers whose signals are still empty: they are filled in as tokens come."""
         facts, length = self.facts, self.ids.shape[1]
         layers, made = len(facts.windows), {"dtype": exact_dtype(self.model), "device": self.model.device}
         shape = Shape(
@@ -115,7 +117,7 @@ class DecodeJob:
             size = (facts.head_dim,) if time_axis(name) == -2 else ()
             signals[name] = torch.zeros(layers, *heads, length, *size, **made)
         missing = torch.zeros(layers, facts.heads, length, **made) if facts.learned_sinks else None
-        return Scan(self.plan, [self.budget], shape, self.prefill, signals, missing_mass=missing, **made)
+        return CacheSimulation(self.plan, [self.budget], shape, self.prefill, signals, missing_mass=missing, **made)
 
 
 def decode(

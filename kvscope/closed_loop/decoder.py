@@ -10,17 +10,18 @@ from torch import Tensor
 from kvscope.closed_loop.gates import margins
 from kvscope.core.errors import ModelError
 from kvscope.engine.plan import GATE
-from kvscope.engine.scan import VECTORS, Scan
+from kvscope.engine.signal_axes import VECTORS, time_axis
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.attention_hook import Call, Kernel, answering
 from kvscope.model.short_cache import ShortLayer
 from kvscope.policies.base import Step
 
 
 class Decoder:
-    """One sequence on its way through the model: `scan` decides for all layers, `cache` holds what is left."""
+    """One sequence on its way through the model: `simulation` decides for all layers, `cache` holds what is left."""
 
-    def __init__(self, model: Any, ids: Tensor, scan: Scan, cache: Any, head_dim: int) -> None:
-        self.model, self.ids, self.scan, self.cache, self.head_dim = model, ids, scan, cache, head_dim
+    def __init__(self, model: Any, ids: Tensor, simulation: CacheSimulation, cache: Any, head_dim: int) -> None:
+        self.model, self.ids, self.simulation, self.cache, self.head_dim = model, ids, simulation, cache, head_dim
         self.exact = exact_dtype(model)
         self.held: list[int] = []
         self._calls: list[Call] = []  # of the prompt, one for each layer
@@ -30,19 +31,20 @@ class Decoder:
     def run(self) -> Tensor:
         """Return the logits ``[T, V]``."""
         logits = []
-        prompt = self.scan.shape.prompt if self.scan.prefill == "full" else 0  # tokens that are not decoded
+        inputs = self.simulation.inputs
+        prompt = inputs.shape.prompt if inputs.prefill == "full" else 0  # tokens that are not decoded
         if prompt:
             with answering(self.model, self._prefill):
                 logits.append(self._forward(0, prompt))
             self._observe_prompt(prompt)
         with answering(self.model, self._attend):
             for t in range(prompt, self.ids.shape[1]):
-                step = self.scan.see(t)
-                self._cut(self.scan.visible(t, t + 1)[..., :t])  # a sliding window forgets before the query comes
+                step = self.simulation.see(t)
+                self._cut(self.simulation.visible(t, t + 1)[..., :t])  # a sliding window forgets before the query comes
                 self._begin_row(t)
                 logits.append(self._forward(t, t + 1))
                 self._end_step(step)
-                self._cut(self.scan.held(t, t + 1))
+                self._cut(self.simulation.held(t, t + 1))
                 self.held.append(self._longest())
         return torch.cat(logits).to(self.exact)
 
@@ -64,8 +66,8 @@ class Decoder:
     def _observe_prompt(self, prompt: int) -> None:
         """Show the policy every row of the prompt, then cut the cache to what it keeps."""
         for t in range(prompt):
-            step = self.scan.see(t)
-            visible = self.scan.visible(t, t + 1)[0, :, :, 0]  # [L, G, t + 1]
+            step = self.simulation.see(t)
+            visible = self.simulation.visible(t, t + 1)[0, :, :, 0]  # [L, G, t + 1]
             self._begin_row(t)
             for call in self._calls:
                 queries, rows = self._by_kv_head(call.query[0, :, t]), self._by_kv_head(self._row[call.layer])
@@ -73,7 +75,7 @@ class Decoder:
                     rows[head][:, seen] = weights(call, head, queries[head], call.key[0, head, : t + 1][seen])
             self._end_step(step)
         self._calls.clear()
-        self._cut(self.scan.held(prompt - 1, prompt))
+        self._cut(self.simulation.held(prompt - 1, prompt))
         self.held += [prompt] * (prompt - 1) + [self._longest()]
 
     def _attend(self, call: Call, kernel: Kernel) -> Tensor:
@@ -92,16 +94,16 @@ class Decoder:
         """Return the cache of the layer that attends, once its newest tokens' signals are noted."""
         layer: ShortLayer = self.cache.layers[call.layer]
         queries, keys = call.query.shape[2], call.key.shape[2]
-        size = (1, self.scan.shape.kv_heads, queries, self.head_dim)
+        size = (1, self.simulation.shape.kv_heads, queries, self.head_dim)
         if not layer.came or any(came.shape != size for came in layer.came) or keys != layer.longest():
             raise ModelError(
                 f"layer {call.layer} of {type(self.model).__name__} does not attend to the keys and values it caches",
                 "Decode a model whose layers each cache their own keys and values.",
             )
         key, value = (came[0].to(self.exact) for came in layer.came)
-        if self.scan.plan.gates and call.hidden is not None:
+        if self.simulation.plan.gates and call.hidden is not None:
             self._hidden.setdefault(call.layer, []).append(call.hidden)
-        for name, buffer in self.scan.signals.items():
+        for name, buffer in self.simulation.inputs.signals.items():
             if name.startswith(GATE):
                 fresh = self._margins(name.removeprefix(GATE), call)[:, -queries:]
             else:
@@ -112,16 +114,16 @@ class Decoder:
     def _margins(self, gate: str, call: Call) -> Tensor:
         """Return what a gate says of all tokens so far, ``[G, n]``: it looks back at every input of the layer."""
         inputs = self._hidden.get(call.layer)
-        return margins(gate, call, torch.cat(inputs, 1) if inputs else None, self.scan.shape.prompt)[0]
+        return margins(gate, call, torch.cat(inputs, 1) if inputs else None, self.simulation.shape.prompt)[0]
 
     def _begin_row(self, t: int) -> None:
-        size = (len(self.scan.shape.layers), self.scan.shape.heads, t + 1)
+        size = (len(self.simulation.shape.layers), self.simulation.shape.heads, t + 1)
         self._row = torch.zeros(size, dtype=self.exact, device=self.ids.device)
 
     def _end_step(self, step: Step) -> None:
-        if self.scan.missing_mass is not None:
-            self.scan.missing_mass[..., step.t] = (1 - self._row.sum(-1)).clamp(min=0)
-        self.scan.attend(step, self._row)
+        if self.simulation.inputs.missing_mass is not None:
+            self.simulation.inputs.missing_mass[..., step.t] = (1 - self._row.sum(-1)).clamp(min=0)
+        self.simulation.attend(step, self._row)
 
     def _cut(self, stays: Tensor) -> None:
         """Leave in the cache what `stays` says, bool ``[1, L, G, 1, n]``."""
@@ -135,7 +137,7 @@ class Decoder:
 
     def _by_kv_head(self, values: Tensor) -> Tensor:
         """Return ``[H, .]`` as ``[G, Q, .]``, a view."""
-        return values.view(self.scan.shape.kv_heads, -1, values.shape[-1])
+        return values.view(self.simulation.shape.kv_heads, -1, values.shape[-1])
 
 
 def exact_dtype(model: Any) -> torch.dtype:
@@ -158,7 +160,7 @@ def weights(call: Call, head: int, query: Tensor, keys: Tensor) -> Tensor:
 
 
 def signal(name: str, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Return what a signal is for new tokens, from ``[H, q, D]`` and ``[G, q, D]``; the axes are those of `Scan`."""
+    """Return a signal of new tokens from their ``[H, q, D]`` and ``[G, q, D]``, with the axes of `CacheSimulation`."""
     if name == "mean_query":
         return queries.mean(0)
     if name in VECTORS:
@@ -166,11 +168,6 @@ def signal(name: str, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     of, order = {"value_l1": (values, 1), "value_l2": (values, 2), "key_l2": (keys, 2)}[name]
     norm: Tensor = of.norm(p=order, dim=-1)
     return norm
-
-
-def time_axis(name: str) -> int:
-    """Return which axis of a signal is time."""
-    return -2 if name in (*VECTORS, "mean_query") else -1
 
 
 def _moved(layer: ShortLayer, query: Tensor, place: int) -> Tensor:

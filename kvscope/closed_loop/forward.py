@@ -23,9 +23,9 @@ from kvscope.core.options import Prefill
 from kvscope.engine.allocation import Allocator
 from kvscope.engine.plan import GATE, EvictionPlan
 from kvscope.engine.rows import Block, Shape
-from kvscope.engine.scan import Scan
-from kvscope.engine.scoring import Scorer, Scoring
+from kvscope.engine.scoring import BlockScorer, MetricSeries
 from kvscope.engine.signals import ROWS
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.kernels import available
 from kvscope.kernels.kept import kept_rows
 from kvscope.metrics import Metric
@@ -66,7 +66,7 @@ class PassShape:
     prefill: Prefill
 
 
-Found = Callable[[int, int, Scan, Scorer], None]  # layer, number of the batch, its scan, its scorer
+Found = Callable[[int, int, CacheSimulation, MetricSeries], None]  # layer, number of the batch, and what it gave
 
 
 class ClosedLoop:
@@ -81,7 +81,7 @@ class ClosedLoop:
     metrics : sequence of Metric
         Fidelity of the closed loop: of what a row keeps of its own run's attention.
     found : callable
-        Called for each layer and batch when its scan is done.
+        Called for each layer and batch when its simulation is done.
     rotary : sequence of Derotation, optional
         Rotation of each layer. With it positions are compacted: the keys that a query sees lie at 0, 1, 2, ...
 
@@ -116,10 +116,10 @@ class ClosedLoop:
         return torch.cat(output)
 
     def _attend(self, call: Call, number: int, batch: RunBatch) -> Tensor:
-        scan = scan_of(call, batch, self.text)
+        simulation = simulation_of(call, batch, self.text)
         first = self.text.prompt if self.text.prefill == "full" else 0
-        scorer = Scorer(scan, self.metrics, first)
-        scoring = Scoring([scorer], call.value[:, None])
+        series = MetricSeries(simulation, self.metrics, first)
+        scorer = BlockScorer([series], call.value[:, None])
         most = BLOCK_BYTES // (4 * self.text.length * call.query.shape[0] * call.query.shape[1])
         size = max(1, min(BLOCK_QUERIES, most))
         renumbered = None if self.rotary is None else Compacted(call, self.rotary[call.layer])
@@ -127,32 +127,34 @@ class ClosedLoop:
         for start in range(0, self.text.length, size):
             stop = min(start + size, self.text.length)
             rows = call.rows(start, stop, stop)  # [R, H, b, stop]
-            missing = self._missing(call, scan, rows, start, stop)
+            missing = self._missing(call, simulation, rows, start, stop)
             if renumbered is None:
-                scan.block(Block(rows[:, None], start, None if missing is None else missing[:, None]))
-                output.append(_attended(call, scan, rows, missing, start, stop))
+                simulation.block(Block(rows[:, None], start, None if missing is None else missing[:, None]))
+                output.append(_attended(call, simulation, rows, missing, start, stop))
             else:
-                output.append(renumbered.attend(scan, rows, start))
+                output.append(renumbered.attend(simulation, rows, start))
             if self.metrics:
-                scoring.add(rows[:, None], start, None if missing is None else missing[:, None])
-            scan.release(stop)
-        scan.check()
-        self.found(call.layer, number, scan, scorer)
+                scorer.add(rows[:, None], start, None if missing is None else missing[:, None])
+            simulation.release(stop)
+        simulation.check()
+        self.found(call.layer, number, simulation, series)
         return torch.cat(output, 1)
 
     @staticmethod
-    def _missing(call: Call, scan: Scan, rows: Tensor, start: int, stop: int) -> Tensor | None:
-        """Return the mass that a learned sink takes from rows, ``[R, H, b]``, and tell the scan of it."""
-        if call.sinks is None or scan.missing_mass is None:
+    def _missing(call: Call, simulation: CacheSimulation, rows: Tensor, start: int, stop: int) -> Tensor | None:
+        """Return the mass that a learned sink takes from rows, ``[R, H, b]``, and tell the simulation of it."""
+        if call.sinks is None or simulation.inputs.missing_mass is None:
             return None
         missing = (1 - rows.sum(-1)).clamp(min=0)
-        scan.missing_mass[:, 0, :, start:stop] = missing
+        simulation.inputs.missing_mass[:, 0, :, start:stop] = missing
         return missing
 
 
-def _attended(call: Call, scan: Scan, rows: Tensor, missing: Tensor | None, start: int, stop: int) -> Tensor:
+def _attended(
+    call: Call, simulation: CacheSimulation, rows: Tensor, missing: Tensor | None, start: int, stop: int
+) -> Tensor:
     """Return the output of a block of queries over the keys that they saw, ``[R, b, H, D]``."""
-    kept, total = _kept(scan, rows, start, stop)
+    kept, total = _kept(simulation, rows, start, stop)
     total = total if missing is None else total + missing
     groups = call.value.shape[1]
     grouped = kept.view(len(kept), groups, -1, stop)  # [R, G, Q * b, stop]
@@ -161,12 +163,12 @@ def _attended(call: Call, scan: Scan, rows: Tensor, missing: Tensor | None, star
     return output.transpose(1, 2)
 
 
-def _kept(scan: Scan, rows: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _kept(simulation: CacheSimulation, rows: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Return a block of rows without the keys that queries did not see, and what is left of their mass."""
-    if rows.device.type == "cpu" and available() and not scan.traits.reads:
-        kept, total = kept_rows(rows.detach().numpy(), scan.leave[:, 0].numpy(), start)
+    if rows.device.type == "cpu" and available() and not simulation.plan.policy.traits.reads:
+        kept, total = kept_rows(rows.detach().numpy(), simulation.state.leave[:, 0].numpy(), start)
         return torch.from_numpy(kept), torch.from_numpy(total)
-    visible = scan.visible(start, stop)[:, 0]  # [R, G, b, stop]
+    visible = simulation.visible(start, stop)[:, 0]  # [R, G, b, stop]
     part = rows * visible.repeat_interleave(rows.shape[1] // visible.shape[1], 1)
     return part, part.sum(-1)
 
@@ -181,8 +183,8 @@ def require_whole(call: Call, text: PassShape) -> None:
         )
 
 
-def scan_of(call: Call, batch: RunBatch, text: PassShape) -> Scan:
-    """Return the scan of one layer for the runs of a batch, which are the rows of `call`."""
+def simulation_of(call: Call, batch: RunBatch, text: PassShape) -> CacheSimulation:
+    """Return the simulation of one layer for the runs of a batch, which are the rows of `call`."""
     runs, heads, length, _ = call.query.shape
     shape = Shape(
         layers=(call.layer,),
@@ -197,7 +199,7 @@ def scan_of(call: Call, batch: RunBatch, text: PassShape) -> Scan:
     missing = None
     if call.sinks is not None:
         missing = torch.zeros(runs, 1, heads, length, dtype=call.exact, device=call.query.device)
-    return Scan(
+    return CacheSimulation(
         batch.plan,
         batch.budgets,
         shape,
@@ -211,7 +213,7 @@ def scan_of(call: Call, batch: RunBatch, text: PassShape) -> Scan:
 
 
 def signal(call: Call, name: str, prompt: int) -> Tensor:
-    """Return a signal of a call for a scan, with its leading axis of runs and one layer; gates may look at the prompt.
+    """Return a signal of a call, with a leading axis of runs and one of its single layer; gates may look at the prompt.
 
     Raises
     ------

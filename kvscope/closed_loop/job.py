@@ -18,8 +18,8 @@ from kvscope.closed_loop.survey import surveyed
 from kvscope.core.errors import ModelError, ReplayError
 from kvscope.core.options import Prefill
 from kvscope.engine.runs import RunSpec, Sink, Tally
-from kvscope.engine.scan import Scan
-from kvscope.engine.scoring import Scorer
+from kvscope.engine.scoring import MetricSeries
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.metrics import Metric
 from kvscope.model.attention_hook import answering
 from kvscope.model.derotation import Derotation
@@ -168,12 +168,12 @@ class ForwardPass:
                 "Name the model that was traced with --model, and its --dtype.",
             )
 
-    def _found(self, layer: int, number: int, scan: Scan, scorer: Scorer) -> None:
+    def _found(self, layer: int, number: int, simulation: CacheSimulation, series: MetricSeries) -> None:
         first = self.text.prompt if self.text.prefill == "full" else 0
         steps = np.arange(first, self.text.length)
-        values = {name: value.cpu().numpy() for name, value in scorer.values().items()} if self.job.metrics else {}
+        values = {name: value.cpu().numpy() for name, value in series.values().items()} if self.job.metrics else {}
         for place, run in enumerate(self.runs[number]):
-            self.tally.add_budget(run.number, scan, place)
-            self.sink.residency(run.number, self.text.sequence, layer, scan.residency(place, 0))
+            self.tally.add_budget(run.number, simulation, place)
+            self.sink.residency(run.number, self.text.sequence, layer, simulation.residency(place, 0))
             one = {name: value[place, 0] for name, value in values.items()}
             self.sink.fidelity(run.number, self.text.sequence, layer, steps, one)

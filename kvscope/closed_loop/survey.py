@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvscope.closed_loop.forward import PassShape, RunBatch, logits_of, require_whole, rows_of, scan_of
-from kvscope.engine.allocation import ALLOCATORS, Allocator, Request
+from kvscope.closed_loop.forward import PassShape, RunBatch, logits_of, require_whole, rows_of, simulation_of
+from kvscope.engine.allocation import ALLOCATORS, AllocationRequest, Allocator
 from kvscope.engine.rows import Block
 from kvscope.model.attention_hook import Call, Kernel, answering
 from kvscope.policies.base import Step
@@ -28,7 +28,7 @@ class Given(Allocator):
     def __init__(self, share: Tensor) -> None:
         self._share = share
 
-    def share(self, request: Request) -> Tensor:
+    def share(self, request: AllocationRequest) -> Tensor:
         return self._share.to(request.budget.device)
 
 
@@ -39,12 +39,12 @@ class _Watching(Allocator):
 
     def __init__(self, allocator: Allocator) -> None:
         self._allocator = allocator
-        self.request: Request | None = None
+        self.request: AllocationRequest | None = None
 
     def observe(self, step: Step, memory: dict[str, Any]) -> None:
         self._allocator.observe(step, memory)
 
-    def share(self, request: Request) -> Tensor:
+    def share(self, request: AllocationRequest) -> Tensor:
         self.request = replace(request, memory=dict(request.memory))  # the engine clears its own
         return request.budget[:, None, None].expand(-1, 1, request.heads).clone()
 
@@ -52,7 +52,7 @@ class _Watching(Allocator):
 def surveyed(model: Any, ids: Tensor, batch: RunBatch, text: PassShape) -> RunBatch:
     """Return a batch with the share of every layer, found in one pass over the prompt, the first of ids ``[T]``."""
     prompt = replace(text, length=text.prompt)
-    found: dict[int, Request] = {}
+    found: dict[int, AllocationRequest] = {}
 
     def answer(call: Call, kernel: Kernel) -> Tensor:
         require_whole(call, prompt)
@@ -67,16 +67,17 @@ def surveyed(model: Any, ids: Tensor, batch: RunBatch, text: PassShape) -> RunBa
     return replace(batch, allocators=own)
 
 
-def _watch(call: Call, batch: RunBatch, prompt: PassShape) -> Request:
+def _watch(call: Call, batch: RunBatch, prompt: PassShape) -> AllocationRequest:
     watching = _Watching(ALLOCATORS.get(batch.plan.allocate)())
-    scan = scan_of(_repeated(call, len(batch.budgets)), replace(batch, allocators={call.layer: watching}), prompt)
+    watched = replace(batch, allocators={call.layer: watching})
+    simulation = simulation_of(_repeated(call, len(batch.budgets)), watched, prompt)
     rows = call.rows(0, prompt.length)
-    scan.block(Block(rows[:, None], 0))
+    simulation.block(Block(rows[:, None], 0))
     assert watching.request is not None, "asked for at the end of the prompt"
     return watching.request
 
 
-def _merged(layers: Sequence[Request]) -> Request:
+def _merged(layers: Sequence[AllocationRequest]) -> AllocationRequest:
     """Return the request of all layers from those of single ones."""
     device = layers[0].budget.device
 

@@ -16,7 +16,7 @@ When = Literal["start", "prompt"]
 
 
 @dataclass
-class Request:
+class AllocationRequest:
     """What there is to share out, and what an allocator may look at.
 
     Attributes
@@ -88,7 +88,7 @@ class Allocator:
     def observe(self, step: Step, memory: dict[str, Any]) -> None:
         """Look at a step of the prompt; nothing by default."""
 
-    def share(self, request: Request) -> Tensor:
+    def share(self, request: AllocationRequest) -> Tensor:
         """Return keys per run, layer and head, int64 ``[R, L, S]``."""
         raise NotImplementedError(f"{type(self).__name__} does not share anything out: define share()")
 

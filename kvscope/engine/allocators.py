@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvscope.engine.allocation import Allocator, Request, allocator, apportion
+from kvscope.engine.allocation import AllocationRequest, Allocator, allocator, apportion
 from kvscope.policies.base import Step
 
 
@@ -15,7 +15,7 @@ from kvscope.policies.base import Step
 class Uniform(Allocator):
     """Every layer and head holds the same number of keys."""
 
-    def share(self, request: Request) -> Tensor:
+    def share(self, request: AllocationRequest) -> Tensor:
         size = (len(request.budget), len(request.layers), request.heads)
         return request.budget[:, None, None].expand(size).clone()
 
@@ -34,7 +34,7 @@ class Pyramid(Allocator):
     spans = "layers"
     paper = "arXiv:2406.02069 section 4.2"
 
-    def share(self, request: Request) -> Tensor:
+    def share(self, request: AllocationRequest) -> Tensor:
         last, first = pyramid_ends(request.free, request.room)
         place = torch.arange(request.n_layers, device=request.budget.device).double() / max(request.n_layers - 1, 1)
         line = first[:, None] + (last - first)[:, None] * place  # [R, layers of the model]
@@ -68,7 +68,7 @@ class Ada(Allocator):
     paper = "arXiv:2407.11550 section 3.3"
     floor = 0.2
 
-    def share(self, request: Request) -> Tensor:
+    def share(self, request: AllocationRequest) -> Tensor:
         assert request.score is not None, "asked for at the end of the prompt"
         runs, layers, heads, n = request.score.shape
         free = request.free.clamp(min=0)
@@ -111,7 +111,7 @@ class Cake(Allocator):
         for name, value in (("entropy", entropy), ("sum", row), ("squares", row * row), ("rows", 1)):
             memory[name] = memory.get(name, 0) + value
 
-    def share(self, request: Request) -> Tensor:
+    def share(self, request: AllocationRequest) -> Tensor:
         assert len(request.layers) == request.n_layers, "all layers are stepped together"
         size = (len(request.budget), request.n_layers, request.heads)
         uniform = request.budget[:, None, None].expand(size)

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from kvscope.core.errors import ReplayError
 from kvscope.engine.rows import Shape
-from kvscope.engine.signals import load
+from kvscope.engine.signals import load_signal
 from kvscope.kernels import shared
 from kvscope.trace.reader import TokenSequence, Trace
 
 
-class Layers:
+class RecordedLayers:
     """Some layers of one sequence of a trace, read as they are needed.
 
     Parameters
     ----------
     trace : Trace
         Recorded attention.
-    sequence : Sequence
+    sequence : TokenSequence
         Of the trace.
     layers : sequence of int
         Numbers of the layers, ``L`` of them.
@@ -77,9 +77,9 @@ class Layers:
         return rows.to(self._device)
 
     def signal(self, name: str) -> Tensor:
-        """Return a signal of `kvscope.engine.signals.load`, which is read once."""
+        """Return a signal of `kvscope.engine.signals.load_signal`, which is read once."""
         if name not in self._signals:
-            self._signals[name] = load(self._trace, name, self._sequence, self._layers).to(self._device)
+            self._signals[name] = load_signal(self._trace, name, self._sequence, self._layers).to(self._device)
         return self._signals[name]
 
     def _missing_mass(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What a scan steps through: the sizes of a group of layers, and its rows, block by block."""
+"""What a simulation is stepped through: the sizes of a group of layers, and its rows, block by block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one group of layers of one sequence, and which layers and sequence they are.
+    """Sizes of a group of layers of one sequence, and the numbers of both.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class Shape:
     windows : tuple of int or None
         For each layer, the number of newest keys the model itself can see (sliding-window layers), or None.
     n_layers : int
-        Layers of the model, of which these may be some; 0 where these are all.
+        Layers of the model; 0 where the group has all of them.
     """
 
     layers: tuple[int, ...]
@@ -45,7 +45,7 @@ class Shape:
 
 
 class Block:
-    """Rows of successive steps, and what every scan over them shares.
+    """Rows of successive steps, and what all simulations of them share.
 
     Parameters
     ----------
@@ -64,13 +64,13 @@ class Block:
         """Return the row of step `t`, ``[., L, H, t + 1]``."""
         return self.rows[..., t - self.start, : t + 1]
 
-    def whole(self, t: int) -> Tensor:
-        """Return the row of step `t` as live rows are made while nothing is evicted, ``[1 or R, L, H, t + 1]``."""
-        row = self._whole[..., t - self.start, : t + 1]
+    def normalised_row(self, t: int) -> Tensor:
+        """Return the live row of step `t` if nothing has been evicted, ``[1 or R, L, H, t + 1]``."""
+        row = self._normalised[..., t - self.start, : t + 1]
         return row if row.ndim == 4 else row[None]
 
     @cached_property
-    def _whole(self) -> Tensor:
+    def _normalised(self) -> Tensor:
         return renormalise(self.rows, None if self.missing is None else self.missing[..., None])
 
 

@@ -12,7 +12,7 @@ from kvscope.core.budget import Budget
 from kvscope.core.options import Loop, Positions, Prefill
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.plan import EvictionPlan
-from kvscope.engine.scan import Scan
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.trace.reader import TokenSequence
 
 Array = NDArray[Any]
@@ -68,11 +68,11 @@ class Tally:
     changed: dict[int, int] = field(default_factory=dict)
     planned: dict[int, list[float]] = field(default_factory=dict)
 
-    def add_budget(self, run: int, scan: Scan, number: int) -> None:
-        """Count the keys that run `run`, which is the scan's `number`, handed out to its heads."""
-        share = scan.budget[number]  # [L, S]
+    def add_budget(self, run: int, simulation: CacheSimulation, number: int) -> None:
+        """Count the keys that run `run`, which is the simulation's `number`, handed out to its heads."""
+        share = simulation.state.budget[number]  # [L, S]
         handed, uniform = self.allocated.get(run, [0, 0])
-        self.allocated[run] = [handed + int(share.sum()), uniform + scan.budgets[number] * share.numel()]
+        self.allocated[run] = [handed + int(share.sum()), uniform + simulation.budgets[number] * share.numel()]
 
     def add_changed(self, run: int, keys: int) -> None:
         """Count keys that left at another step than with sums in float32."""

@@ -17,7 +17,7 @@ from kvscope.metrics.base import RECORDED
 from kvscope.trace.derive import Floats
 from kvscope.trace.reader import REMEDIES, Trace
 
-ROWS = frozenset({"weights", "full_weights", "schedule"})  # what the rows themselves give, which every trace has
+ROWS = frozenset({"weights", "full_weights", "schedule"})  # these follow from the rows, which every trace has
 # name -> (what the trace calls it, how to read one layer)
 _READ: dict[str, tuple[str, Callable[[Trace, int, int], Floats]]] = {
     "value_l1": ("value_l1", lambda trace, sequence, layer: trace.value_norms(sequence, layer, "l1")),
@@ -72,7 +72,7 @@ def measurable(trace: Trace, names: Sequence[str] | None = None) -> tuple[list[M
     TraceError
         If the trace lacks what a metric that is named needs.
     """
-    chosen, left = [], {}
+    chosen, left_out = [], {}
     for metric in [METRICS.get(name) for name in dict.fromkeys(names or METRICS.names())]:
         lacking = [name for name in sorted(metric.needs & RECORDED) if _READ[name][0] not in trace.stored]
         if not lacking:
@@ -81,11 +81,11 @@ def measurable(trace: Trace, names: Sequence[str] | None = None) -> tuple[list[M
         todo = REMEDIES[_READ[lacking[0]][0]]
         if names:
             raise TraceError(f"{metric.name} needs {lacking[0]}, which {trace.path} does not hold", todo)
-        left[metric.name] = f"it needs {lacking[0]}, which the trace does not hold. {todo}"
-    return chosen, left
+        left_out[metric.name] = f"it needs {lacking[0]}, which the trace does not hold. {todo}"
+    return chosen, left_out
 
 
-def load(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
+def load_signal(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
     """Return a signal: norms and gates ``[L, G, T]``, vectors ``[L, heads, T, D]``; ``mean_query`` ``[L, T, D]``."""
     if name.startswith(GATE):
         return _margins(trace, name.removeprefix(GATE), sequence, layers)

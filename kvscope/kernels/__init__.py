@@ -1,4 +1,4 @@
-"""Loops compiled for a CPU where numba is there, each the twin of torch code that says the same."""
+"""Loops compiled for a CPU where numba is there; each has a fallback in torch that computes the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-OFF = "KVSCOPE_NO_KERNELS"  # environment variable: anything but nothing leaves the compiled kernels out
+OFF = "KVSCOPE_NO_KERNELS"  # environment variable: if it is not empty, no kernel is compiled
 
 
 @cache

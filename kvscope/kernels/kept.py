@@ -1,4 +1,4 @@
-"""Rows with what has left the cache taken out, compiled: the twin of the product with `Scan.visible`."""
+"""Rows without the keys that were evicted, compiled: as the product with `CacheSimulation.visible` in torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def kept_rows(rows: Array, leave: Array, start: int) -> tuple[Array, Array]:
     rows : ndarray
         ``[R, H, b, n]`` of steps `start` to ``start + b - 1``; zero beyond the query's position.
     leave : ndarray
-        int32 ``[R, S, T]``: first step at which a key is gone, counted as in `Scan`; ``S`` divides ``H``.
+        int32 ``[R, S, T]``: first step at which a key is gone, counted as in `CacheState`; ``S`` divides ``H``.
     start : int
         First step.
 

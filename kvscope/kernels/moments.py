@@ -1,4 +1,4 @@
-"""Sums over the keys of a row that a mask shows, compiled: the twin of `kvscope.metrics.moments`."""
+"""Sums over the keys of a row that a mask shows, compiled; the fallback is in `kvscope.metrics.moments`."""
 
 from __future__ import annotations
 

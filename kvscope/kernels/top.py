@@ -1,4 +1,4 @@
-"""Masks of the heaviest weights of rows, compiled: the twin of `kvscope.metrics.heaviest`."""
+"""Masks of the heaviest weights of rows, compiled; the fallback is in `kvscope.metrics.heaviest`."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ import torch
 from kvscope.bounds.schedules import schedules
 from kvscope.core.options import Prefill
 from kvscope.engine.rows import Shape
-from kvscope.engine.scan import PER_QUERY, VECTORS, Scan
+from kvscope.engine.signal_axes import PER_QUERY, VECTORS
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
 
@@ -56,8 +57,8 @@ def held(
         full = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], True)
         best = schedules(lambda _, start, stop: full[None, start:stop], shape, [budget], prefill, made.traits.scope)
         given["schedule"] = best.leaves
-    scan = Scan(made, [budget], shape, prefill, given, dtype=torch.float64)
+    simulation = CacheSimulation(made, [budget], shape, prefill, given, dtype=torch.float64)
     for t, row in enumerate(rows):
-        scan.step(t, torch.tensor(row, dtype=torch.float64)[None, None])
-    shown = scan.visible(0, length) if scan.traits.reads else scan.held(0, length)
+        simulation.step(t, torch.tensor(row, dtype=torch.float64)[None, None])
+    shown = simulation.visible(0, length) if simulation.plan.policy.traits.reads else simulation.held(0, length)
     return [mask.nonzero().flatten().tolist() for mask in shown[0, 0, 0]]

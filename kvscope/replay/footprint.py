@@ -1,4 +1,4 @@
-"""How many layers are replayed together, and what that takes of memory."""
+"""How many layers are replayed together, and how much memory that takes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kvscope.trace.reader import TokenSequence, Trace
 GROUP_BYTES = 2**30  # that a group of layers may take; one layer may take more
 BLOCK_STEPS = 64
 BLOCK_BYTES = 256 * 2**20  # of one tensor of rows for all budgets of a policy
-OF_KEY = 9  # bytes of a key that a run keeps: whether it is alive, its score, when it left
-OF_ROWS = 28  # bytes of a weight in a block: the row, what it is divided into, and what earlier rows say of its key
-OF_MASKS = 6  # bytes of a weight in a block and a run: visible, held, and the heaviest keys
+KEY_BYTES = 9  # of a key in the state of a run: whether it is alive, its score, when it was evicted
+ROW_BYTES = 28  # of a weight in a block: the row, what it is divided into, and what earlier rows say of its key
+MASK_BYTES = 6  # of a weight in a block and a run: visible, held, and the heaviest keys
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Footprint:
     steps : int
         Steps of a block of rows.
     bytes : int
-        About how many, beside the program itself.
+        Estimate of the memory, without the program itself.
     """
 
     layers: int
@@ -43,7 +43,7 @@ def footprint(trace: Trace, sequence: TokenSequence, plans: Sequence[EvictionPla
     ----------
     trace : Trace
         What is replayed.
-    sequence : Sequence
+    sequence : TokenSequence
         Of the trace.
     plans : sequence of EvictionPlan
         The plan of each run, so one for every policy and budget.
@@ -51,19 +51,20 @@ def footprint(trace: Trace, sequence: TokenSequence, plans: Sequence[EvictionPla
         Number of metrics.
     """
     length, heads = sequence.length, trace.heads
-    most = max(plans.count(plan) for plan in dict.fromkeys(plans))
-    across = any(plan.looks_across for plan in plans)
-    kept = len(plans) * length * (trace.kv_heads * OF_KEY + heads * 4 * metrics)
+    most_budgets = max(plans.count(plan) for plan in dict.fromkeys(plans))
+    together = any(plan.looks_across for plan in plans)
     vectors = {name for plan in plans for name in plan.needs - ROWS}
-    kept += len(vectors) * heads * length * trace.header.head_dim * 4
+    state_bytes = len(plans) * length * (trace.kv_heads * KEY_BYTES + heads * 4 * metrics)
+    signal_bytes = len(vectors) * heads * length * trace.header.head_dim * 4
 
-    def steps(layers: int) -> int:
-        return max(1, min(BLOCK_STEPS, BLOCK_BYTES // (most * layers * heads * length * 4)))
+    def block_steps(layers: int) -> int:
+        return max(1, min(BLOCK_STEPS, BLOCK_BYTES // (most_budgets * layers * heads * length * 4)))
 
-    def whole(layers: int) -> int:
-        return layers * (kept + steps(layers) * heads * length * (OF_ROWS + most * OF_MASKS))
+    def group_bytes(layers: int) -> int:
+        block_bytes = block_steps(layers) * heads * length * (ROW_BYTES + most_budgets * MASK_BYTES)
+        return layers * (state_bytes + signal_bytes + block_bytes)
 
     layers = len(trace.layers)
-    while not across and layers > 1 and (whole(layers) > GROUP_BYTES or steps(layers) < BLOCK_STEPS):
+    while not together and layers > 1 and (group_bytes(layers) > GROUP_BYTES or block_steps(layers) < BLOCK_STEPS):
         layers -= 1
-    return Footprint(layers, steps(layers), whole(layers))
+    return Footprint(layers, block_steps(layers), group_bytes(layers))

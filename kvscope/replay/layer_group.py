@@ -3,93 +3,125 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvscope.bounds.schedules import Schedules, schedules
-from kvscope.engine.layers import Layers
+from kvscope.engine.layers import RecordedLayers
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Block
 from kvscope.engine.runs import RunSpec, Sink, Tally
-from kvscope.engine.scan import Scan
-from kvscope.engine.scoring import Scorer, Scoring
+from kvscope.engine.scoring import BlockScorer, MetricSeries
 from kvscope.engine.signals import ROWS
+from kvscope.engine.simulation import CacheSimulation
+from kvscope.metrics import Metric
 from kvscope.replay.open_loop import OpenLoop
 from kvscope.trace.reader import TokenSequence
 
-Array = NDArray[Any]
+
+@dataclass(frozen=True)
+class PlanRuns:
+    """The runs of one plan over a group of layers.
+
+    Attributes
+    ----------
+    runs : list of RunSpec
+        In the order of the simulation's budgets.
+    simulation : CacheSimulation
+        Their caches.
+    series : MetricSeries
+        Their metrics.
+    baseline : CacheSimulation or None
+        The same runs with sums in float32, where the plan sums in another precision.
+    schedule : Schedules or None
+        What a clairvoyant policy follows.
+    """
+
+    runs: list[RunSpec]
+    simulation: CacheSimulation
+    series: MetricSeries
+    baseline: CacheSimulation | None
+    schedule: Schedules | None
+
+    def count(self, number: int, steps: int, tally: Tally) -> None:
+        """Add to the tally what is counted of run `number` of these, over so many scored `steps`."""
+        run, simulation = self.runs[number].number, self.simulation
+        tally.add_budget(run, simulation, number)
+        if self.schedule is not None:
+            heads = simulation.state.budget[number].numel()
+            lost, least = float(self.schedule.lost[number]), float(self.schedule.least[number])
+            tally.add_planned(run, lost, least, steps * heads)
+        if self.baseline is not None:
+            changed = simulation.state.leave[number] != self.baseline.state.leave[number]
+            tally.add_changed(run, int(changed.sum()))
 
 
 class LayerGroup:
     """All runs over one group of layers of one sequence, stepped together through blocks of rows."""
 
     def __init__(self, work: OpenLoop, sequence: TokenSequence, layers: list[int], block_steps: int) -> None:
-        runs, metrics, prefill, device = work.runs, work.metrics, work.prefill, work.device
         self.sequence, self.layers, self._block_steps = sequence, layers, block_steps
-        self.source = Layers(work.trace, sequence, layers, device)
+        runs, metrics, prefill = work.runs, work.metrics, work.prefill
+        self._prefill, self._device = prefill, work.device
+        self.source = RecordedLayers(work.trace, sequence, layers, work.device)
         self.shape = self.source.shape
         self.first = sequence.prompt if prefill == "full" else 0
-        self.scans: list[tuple[list[RunSpec], Scan, Scorer]] = []
-        self.twins: dict[int, Scan] = {}  # by index in `scans`: the same in float32, where that is not what is asked
-        self.plans: dict[int, Schedules] = {}  # by index in `scans`: what a clairvoyant policy follows
-        for plan in dict.fromkeys(run.plan for run in runs):
-            own = [run for run in runs if run.plan == plan]
-            keys = [run.keys(sequence, prefill) for run in own]
-
-            def scan(plan: EvictionPlan, keys: list[int] = keys) -> Scan:
-                signals = {name: self.source.signal(name) for name in sorted(plan.needs - ROWS)}
-                if "schedule" in plan.needs:
-                    best = schedules(self.source.layer_rows, self.shape, keys, prefill, plan.policy.traits.scope)
-                    self.plans[len(self.scans)] = best
-                    signals["schedule"] = best.leaves.to(device)
-                return Scan(plan, keys, self.shape, prefill, signals, missing_mass=self.source.missing, device=device)
-
-            if plan.accumulate is not None:
-                self.twins[len(self.scans)] = scan(replace(plan, accumulate=None))
-            made = scan(plan)
-            self.scans.append((own, made, Scorer(made, metrics, self.first)))
+        plans = dict.fromkeys(run.plan for run in runs)
+        self.plan_runs = [self._plan_runs(plan, [run for run in runs if run.plan == plan], metrics) for plan in plans]
         values = self.source.signal("values") if any("values" in metric.needs for metric in metrics) else None
-        self._scoring = Scoring([scorer for _, _, scorer in self.scans], values)
+        self._scorer = BlockScorer([each.series for each in self.plan_runs], values)
 
     def step_all(self) -> Iterator[float]:
-        """Step every scan over the whole sequence, and score it; yields the share that is done."""
+        """Step every simulation over the whole sequence, and score it; yields the share that is done."""
+        simulations = [each.simulation for each in self.plan_runs]
+        baselines = [each.baseline for each in self.plan_runs if each.baseline is not None]
         for start in range(0, self.shape.length, self._block_steps):
             stop = min(start + self._block_steps, self.shape.length)
             rows = self.source.rows(start, stop)
             missing = None if self.source.missing is None else self.source.missing[..., start:stop]
             block = Block(rows, start, missing)
-            for scan in (*(scan for _, scan, _ in self.scans), *self.twins.values()):
-                scan.block(block)
-            self._scoring.add(rows, start, missing)
-            for _, scan, _ in self.scans:
-                scan.release(stop)
+            for simulation in (*simulations, *baselines):
+                simulation.block(block)
+            self._scorer.add(rows, start, missing)
+            for simulation in simulations:
+                simulation.release(stop)
             yield stop / self.shape.length
-        for _, scan, _ in self.scans:
-            scan.check()
+        for simulation in simulations:
+            simulation.check()
 
     def write(self, sink: Sink, tally: Tally) -> None:
         """Hand on residency and fidelity of every run and layer, and add to the tally."""
         steps = np.arange(self.first, self.shape.length)
-        for index, (own, scan, scorer) in enumerate(self.scans):
-            values = {name: value.cpu().numpy() for name, value in scorer.values().items()}
-            for number, run in enumerate(own):
-                self._count(index, number, run, tally)
+        for each in self.plan_runs:
+            values = {name: value.cpu().numpy() for name, value in each.series.values().items()}
+            for number, run in enumerate(each.runs):
+                each.count(number, len(steps), tally)
                 for position, layer in enumerate(self.layers):
-                    sink.residency(run.number, self.sequence.index, layer, scan.residency(number, position))
-                    one = {name: value[number, position] for name, value in values.items()}
-                    sink.fidelity(run.number, self.sequence.index, layer, steps, one)
+                    intervals = each.simulation.residency(number, position)
+                    sink.residency(run.number, self.sequence.index, layer, intervals)
+                    of_layer = {name: value[number, position] for name, value in values.items()}
+                    sink.fidelity(run.number, self.sequence.index, layer, steps, of_layer)
 
-    def _count(self, index: int, number: int, run: RunSpec, tally: Tally) -> None:
-        scan = self.scans[index][1]
-        tally.add_budget(run.number, scan, number)
-        if index in self.plans:
-            best, steps = self.plans[index], (self.shape.length - self.first) * scan.budget[number].numel()
-            tally.add_planned(run.number, float(best.lost[number]), float(best.least[number]), steps)
-        if index in self.twins:
-            tally.add_changed(run.number, int((scan.leave[number] != self.twins[index].leave[number]).sum()))
+    def _plan_runs(self, plan: EvictionPlan, runs: list[RunSpec], metrics: Sequence[Metric]) -> PlanRuns:
+        keys = [run.keys(self.sequence, self._prefill) for run in runs]
+        schedule = None
+        if "schedule" in plan.needs:
+            scope = plan.policy.traits.scope
+            schedule = schedules(self.source.layer_rows, self.shape, keys, self._prefill, scope)
+        baseline = None
+        if plan.accumulate is not None:
+            baseline = self._simulation(replace(plan, accumulate=None), keys, schedule)
+        simulation = self._simulation(plan, keys, schedule)
+        return PlanRuns(runs, simulation, MetricSeries(simulation, metrics, self.first), baseline, schedule)
+
+    def _simulation(self, plan: EvictionPlan, keys: list[int], schedule: Schedules | None) -> CacheSimulation:
+        signals = {name: self.source.signal(name) for name in sorted(plan.needs - ROWS)}
+        if schedule is not None:
+            signals["schedule"] = schedule.leaves.to(self._device)
+        return CacheSimulation(
+            plan, keys, self.shape, self._prefill, signals, missing_mass=self.source.missing, device=self._device
+        )
 
 
 def step_through(

@@ -15,10 +15,10 @@ from torch import Tensor
 from kvscope.core.errors import UsageError
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.device import torch_device
-from kvscope.engine.layers import Layers
+from kvscope.engine.layers import RecordedLayers
 from kvscope.engine.provenance import versions
 from kvscope.engine.rows import Shape
-from kvscope.engine.scoring import Scorer, Scoring
+from kvscope.engine.scoring import BlockScorer, MetricSeries
 from kvscope.engine.signals import measurable
 from kvscope.metrics import Metric
 from kvscope.results.residency import read_residency
@@ -150,25 +150,25 @@ def _score(
 ) -> None:
     """Score and write one layer of one sequence, whose rows are read once."""
     of = trace.sequences[sequence]
-    source = Layers(trace, of, [layer], device)
+    source = RecordedLayers(trace, of, [layer], device)
     first = of.prompt if replay.info["prefill"] == "full" else 0
     residency = read_residency(replay, sequence, layer)
-    scorers = []
+    every_series = []
     for run in runs:
         kept = Recorded(
             residency[run["run"]], source.shape, run["budget_keys"][sequence], bool(run.get("reads")), device
         )
-        scorers.append(Scorer(kept, metrics, first))
+        every_series.append(MetricSeries(kept, metrics, first))
     values = source.signal("values") if any("values" in metric.needs for metric in metrics) else None
-    scoring = Scoring(scorers, values)
+    scorer = BlockScorer(every_series, values)
     size = max(1, BLOCK_BYTES // (4 * trace.heads * of.length))
     for start in range(0, of.length, size):
         stop = min(start + size, of.length)
         missing = None if source.missing is None else source.missing[..., start:stop]
-        scoring.add(source.rows(start, stop), start, missing)
+        scorer.add(source.rows(start, stop), start, missing)
     steps = np.arange(first, of.length)
-    for run, scorer in zip(runs, scorers, strict=True):
+    for run, series in zip(runs, every_series, strict=True):
         number = run["run"]
         writer.residency(number, sequence, layer, residency[number])
-        values_of = {name: value[0, 0].cpu().numpy() for name, value in scorer.values().items()}
+        values_of = {name: value[0, 0].cpu().numpy() for name, value in series.values().items()}
         writer.fidelity(number, sequence, layer, steps, values_of)

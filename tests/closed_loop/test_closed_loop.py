@@ -190,8 +190,8 @@ def test_the_first_layer_is_that_of_the_open_loop() -> None:
         model(input_ids=text.ids[None], use_cache=False)
     rows = calls[0].rows(0, LENGTH)
     evaluate(model, [text], runs(("a2sf", "8")), [], "full", sink)
-    scan = open_run(parse_policy("a2sf"), rows, [8], kv_heads=2, prompt=PROMPT, prefill="full")
-    intervals = scan.residency(0, 0)
+    simulation = open_run(parse_policy("a2sf"), rows, [8], kv_heads=2, prompt=PROMPT, prefill="full")
+    intervals = simulation.residency(0, 0)
     assert (sink.intervals[0, 0].leave == intervals.leave).all()
 
 

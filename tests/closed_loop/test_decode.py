@@ -20,7 +20,7 @@ from kvscope.core.errors import ModelError, ReplayError, UsageError
 from kvscope.core.residency import NEVER
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Shape
-from kvscope.engine.scan import Scan
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.attention_hook import Call, watching
 from kvscope.model.loading import load
 from kvscope.model.short_cache import ShortLayer
@@ -171,8 +171,8 @@ SIGNALS: dict[str, Callable[[Call], Tensor]] = {
 }
 
 
-def again(made: EvictionPlan, calls: list[Call], prompt: int, prefill: str) -> Scan:
-    """Return a scan of all layers over the live rows and signals of a masked pass, which are whole beforehand."""
+def again(made: EvictionPlan, calls: list[Call], prompt: int, prefill: str) -> CacheSimulation:
+    """Return a simulation of all layers over the live rows and signals of a masked pass, which are whole beforehand."""
     shape = Shape(
         tuple(range(len(calls))),
         calls[0].query.shape[1],
@@ -182,11 +182,11 @@ def again(made: EvictionPlan, calls: list[Call], prompt: int, prefill: str) -> S
         windows=tuple(call.sliding_window for call in calls),
     )
     given = {name: torch.stack([SIGNALS[name](call) for call in calls]) for name in made.needs - {"weights"}}
-    scan = Scan(made, [BUDGET], shape, prefill, given, dtype=torch.float64)
+    simulation = CacheSimulation(made, [BUDGET], shape, prefill, given, dtype=torch.float64)
     rows = torch.stack([call.rows(0, shape.length)[0] for call in calls])
     for t in range(shape.length):
-        scan.step(t, rows[:, :, t, : t + 1])
-    return scan
+        simulation.step(t, rows[:, :, t, : t + 1])
+    return simulation
 
 
 def pairs() -> list[tuple[str, str, str]]:
@@ -210,9 +210,9 @@ def require_masked_pass(name: str, made: EvictionPlan, prefill: str) -> None:
     found = decode(model(name), ids, made, BUDGET, prompt=PROMPT, prefill=prefill)
     logits, calls = masked(name, ids, found.leave)
     assert far(found.logits, logits) < EXACT
-    scan = again(made, calls, PROMPT, prefill)
+    simulation = again(made, calls, PROMPT, prefill)
     for layer, leave in enumerate(found.leave):
-        assert torch.equal(leave, scan.leave[0, layer].expand(leave.shape)), f"layer {layer}"
+        assert torch.equal(leave, simulation.state.leave[0, layer].expand(leave.shape)), f"layer {layer}"
     assert made.phase == "none" or any((leave != NEVER).any() for leave in found.leave)
 
 
@@ -262,8 +262,8 @@ def test_the_first_layer_decides_as_in_an_open_loop(spec: str, prefill: str) -> 
     with watching(model("demo"), calls.append):
         forward("demo", text("demo"))
     found = decode(model("demo"), text("demo"), plan(spec), BUDGET, prompt=100, prefill=prefill)
-    scan = again(plan(spec), calls[:1], 100, prefill)
-    assert torch.equal(found.leave[0], scan.leave[0, 0].expand(found.leave[0].shape))
+    simulation = again(plan(spec), calls[:1], 100, prefill)
+    assert torch.equal(found.leave[0], simulation.state.leave[0, 0].expand(found.leave[0].shape))
 
 
 class Lengths:
@@ -327,10 +327,12 @@ def test_learned_sinks_take_their_part_of_a_live_row(spec: str) -> None:
     assert missing.min() > 1e-3
     decisions = []
     for lost in (missing, None):
-        scan = Scan(plan(spec), [BUDGET], Shape((1,), 4, 2, PROMPT, LENGTH), "stream", missing_mass=lost)
+        simulation = CacheSimulation(
+            plan(spec), [BUDGET], Shape((1,), 4, 2, PROMPT, LENGTH), "stream", missing_mass=lost
+        )
         for t in range(LENGTH):
-            scan.step(t, rows[:, :, t, : t + 1])
-        decisions.append(scan.leave[0, 0])
+            simulation.step(t, rows[:, :, t, : t + 1])
+        decisions.append(simulation.state.leave[0, 0])
     assert torch.equal(found.leave[1], decisions[0])
     assert not torch.equal(*decisions)
 

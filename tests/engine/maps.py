@@ -10,8 +10,8 @@ from kvscope.bounds.schedules import schedules
 from kvscope.core.options import Prefill
 from kvscope.engine.plan import GATE, EvictionPlan, require_room
 from kvscope.engine.rows import Shape
-from kvscope.engine.scan import Scan
 from kvscope.engine.signals import ROWS
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.policies.base import Policy
 
 
@@ -43,8 +43,8 @@ def run(
     windows: tuple[int | None, ...] = (),
     seed: int = 7,
     given: dict[str, Tensor] | None = None,
-) -> Scan:
-    """Return the scan of a policy over ``[L, H, T, T]`` rows, stepped to the end and checked."""
+) -> CacheSimulation:
+    """Return the simulation of a policy over ``[L, H, T, T]`` rows, stepped to the end and checked."""
     plan = policy if isinstance(policy, EvictionPlan) else EvictionPlan.published(policy)
     plan.require(Prefill(prefill))
     for budget in budgets:
@@ -55,11 +55,11 @@ def run(
     if "schedule" in plan.needs:
         best = schedules(lambda layer, a, b: rows[layer, :, a:b], shape, budgets, prefill, plan.policy.traits.scope)
         given = given | {"schedule": best.leaves}
-    scan = Scan(plan, budgets, shape, prefill, given, dtype=rows.dtype)
+    simulation = CacheSimulation(plan, budgets, shape, prefill, given, dtype=rows.dtype)
     for t in range(length):
-        scan.step(t, rows[:, :, t, : t + 1])
-    scan.check()
-    return scan
+        simulation.step(t, rows[:, :, t, : t + 1])
+    simulation.check()
+    return simulation
 
 
 SIZE = 6  # D of the vectors

@@ -80,14 +80,14 @@ def test_budgets_and_decisions_equal_the_plain_loop(heads: tuple[int, int], spec
         rows[1, ..., 0] += 0.7
         if spec == "tova":
             cut = [[layer.numpy()] for layer in rows]
-        scan = run(plan, rows, [budget], kv_heads=heads[1], prompt=prompt, prefill="full")
+        simulation = run(plan, rows, [budget], kv_heads=heads[1], prompt=prompt, prefill="full")
         expected = SHARES[name](spec, cut, budget, prompt)
-        assert scan.budget[0].tolist() == expected
+        assert simulation.state.budget[0].tolist() == expected
         assert sum(map(sum, expected)) == budget * LAYERS * len(cut[0]), "the total is conserved"
         moved += expected != [[budget] * len(cut[0])] * LAYERS
         for layer, head in itertools.product(range(LAYERS), range(len(cut[0]))):
             keys, recent = expected[layer][head], protects(spec, budget)[1]
-            assert head_sets(scan, layer, head) == decide(spec, cut[layer][head], keys, recent, prompt)
+            assert head_sets(simulation, layer, head) == decide(spec, cut[layer][head], keys, recent, prompt)
     assert moved > 3
 
 
@@ -96,16 +96,16 @@ def test_the_same_share_for_all_is_snapkv(name: str) -> None:
     rows = attention(2, LAYERS, 4, LENGTH)
     at = {"kv_heads": 2, "prompt": 40, "prefill": "full"}
     even = run(EvictionPlan.make(parse_policy(name), None, "uniform"), rows, [7, 16], **at)
-    assert torch.equal(even.leave, run(parse_policy("snapkv"), rows, [7, 16], **at).leave)
-    assert not torch.equal(even.leave, run(parse_policy(name), rows, [7, 16], **at).leave)
+    assert torch.equal(even.state.leave, run(parse_policy("snapkv"), rows, [7, 16], **at).state.leave)
+    assert not torch.equal(even.state.leave, run(parse_policy(name), rows, [7, 16], **at).state.leave)
 
 
 @pytest.mark.parametrize("name", sorted(SHARES))
-def test_budgets_in_one_scan_equal_one_by_one(name: str) -> None:
+def test_budgets_in_one_simulation_equal_one_by_one(name: str) -> None:
     rows = attention(3, LAYERS, 4, LENGTH)
     plan = EvictionPlan.make(parse_policy("h2o"), None, name)
     together = run(plan, rows, [1, 8, 30, LENGTH], kv_heads=2, prompt=40, prefill="full")
     for index, budget in enumerate([1, 8, 30, LENGTH]):
         alone = run(plan, rows, [budget], kv_heads=2, prompt=40, prefill="full")
-        assert torch.equal(together.leave[index], alone.leave[0])
-        assert torch.equal(together.budget[index], alone.budget[0])
+        assert torch.equal(together.state.leave[index], alone.state.leave[0])
+        assert torch.equal(together.state.budget[index], alone.state.budget[0])

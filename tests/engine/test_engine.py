@@ -9,7 +9,7 @@ from kvscope.core.errors import ReplayError, UsageError
 from kvscope.engine.draw import draw
 from kvscope.engine.plan import require_room
 from kvscope.engine.rows import Shape
-from kvscope.engine.scan import Scan
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.policies.base import Policy, Step
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import KINDS, attention, run
@@ -41,36 +41,36 @@ def test_decisions_equal_the_plain_loop(spec, seed, kind, length, data, prefill)
     groups = data.draw(st.sampled_from([1, 2]))
     rows = attention(seed, 2, 2 * groups, length, kind)
     policy = parse_policies([spec])[0]
-    scan = run(policy, rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill)
+    simulation = run(policy, rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill)
     observe, protection = TWINS[spec]
     sinks, recent = protection(budget)
     for layer in range(2):
         for group in range(groups):
             shared = rows[layer] if policy.scope == "layer" else rows[layer, 2 * group : 2 * group + 2]
             visible, held = twin.replay(shared.tolist(), observe, budget, prompt, prefill, sinks, recent)
-            seen, kept = scan.visible(0, length)[0, layer, group], scan.held(0, length)[0, layer, group]
+            seen, kept = simulation.visible(0, length)[0, layer, group], simulation.held(0, length)[0, layer, group]
             assert [set(row.nonzero().flatten().tolist()) for row in seen] == visible
             assert [set(row.nonzero().flatten().tolist()) for row in kept] == held
 
 
-def test_budgets_in_one_scan_equal_one_by_one() -> None:
+def test_budgets_in_one_simulation_equal_one_by_one() -> None:
     rows = attention(3, 2, 4, 40)
     policy = parse_policies(["h2o"])[0]
     together = run(policy, rows, [4, 9, 60], kv_heads=2, prompt=10, prefill="full")
     for index, budget in enumerate([4, 9, 60]):
         alone = run(policy, rows, [budget], kv_heads=2, prompt=10, prefill="full")
-        assert torch.equal(together.leave[index], alone.leave[0])
+        assert torch.equal(together.state.leave[index], alone.state.leave[0])
 
 
-def test_layers_in_one_scan_equal_one_by_one() -> None:
+def test_layers_in_one_simulation_equal_one_by_one() -> None:
     rows = attention(4, 3, 4, 30)
     policy = parse_policies(["random:seed=5"])[0]
     together = run(policy, rows, [6], kv_heads=2, prompt=1, prefill="stream")
     for layer in range(3):
-        alone = Scan(policy, [6], Shape((layer,), 4, 2, 1, 30), "stream", dtype=torch.float64)
+        alone = CacheSimulation(policy, [6], Shape((layer,), 4, 2, 1, 30), "stream", dtype=torch.float64)
         for t in range(30):
             alone.step(t, rows[layer : layer + 1, :, t, : t + 1])
-        assert torch.equal(together.leave[:, layer : layer + 1], alone.leave)
+        assert torch.equal(together.state.leave[:, layer : layer + 1], alone.state.leave)
 
 
 def test_protection_beyond_the_budget_is_an_error() -> None:
@@ -97,16 +97,16 @@ def test_infinite_scores_never_touch_protected_keys() -> None:
         def observe(self, step: Step, score: torch.Tensor) -> torch.Tensor:
             return step.weights() + torch.inf
 
-    scan = run(Infinite(), attention(1, 1, 2, 8), [3], kv_heads=2, prompt=1, prefill="stream")
-    assert (scan.held(0, 8).sum(-1)[..., 3:] == 3).all()
+    simulation = run(Infinite(), attention(1, 1, 2, 8), [3], kv_heads=2, prompt=1, prefill="stream")
+    assert (simulation.held(0, 8).sum(-1)[..., 3:] == 3).all()
 
 
 def test_a_sliding_window_forgets_without_counting_as_eviction() -> None:
     rows = attention(5, 2, 2, 12)
-    scan = run(parse_policies(["tova"])[0], rows, [6], kv_heads=2, prompt=1, prefill="stream", windows=(4, None))
-    counts = scan.visible(0, 12).sum(-1)
+    simulation = run(parse_policies(["tova"])[0], rows, [6], kv_heads=2, prompt=1, prefill="stream", windows=(4, None))
+    counts = simulation.visible(0, 12).sum(-1)
     assert counts[0, 0, 0].tolist() == [1, 2, 3] + [4] * 9
-    assert scan.evictions[0, :, 0].tolist() == [0, 6]
+    assert simulation.state.evictions[0, :, 0].tolist() == [0, 6]
     assert counts[0, 1, 0].max() == 7
 
 

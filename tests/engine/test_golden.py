@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kvscope.engine.rows import Shape
-from kvscope.engine.scan import Scan
-from kvscope.engine.scoring import Scorer, Scoring
+from kvscope.engine.scoring import BlockScorer, MetricSeries
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.metrics import METRICS
 from kvscope.metrics.base import Rows
 from kvscope.policies.spec import parse_policies
@@ -34,16 +34,18 @@ def rows() -> torch.Tensor:
     return torch.softmax(z, -1)[None]
 
 
-def scan(rows: torch.Tensor, spec: str, budget: int, prefill: str, first: int = 0) -> tuple[Scan, Scorer]:
+def simulated(
+    rows: torch.Tensor, spec: str, budget: int, prefill: str, first: int = 0
+) -> tuple[CacheSimulation, MetricSeries]:
     length, heads = rows.shape[-1], rows.shape[1]
     shape = Shape(layers=(0,), heads=heads, kv_heads=heads, prompt=GOLDEN["prompt"], length=length)
-    made = Scan(parse_policies([spec])[0], [budget], shape, prefill, dtype=torch.float64)
-    scorer = Scorer(made, [metric for _, metric in METRICS.items()], first)
+    made = CacheSimulation(parse_policies([spec])[0], [budget], shape, prefill, dtype=torch.float64)
+    series = MetricSeries(made, [metric for _, metric in METRICS.items()], first)
     for t in range(length):
         made.step(t, rows[:, :, t, : t + 1])
-    Scoring([scorer], torch.ones(1, heads, length, 1, dtype=rows.dtype)).add(rows, 0)
+    BlockScorer([series], torch.ones(1, heads, length, 1, dtype=rows.dtype)).add(rows, 0)
     made.check()
-    return made, scorer
+    return made, series
 
 
 def sets(mask: torch.Tensor) -> list[list[int]]:
@@ -57,7 +59,7 @@ def test_the_input_is_the_published_one(rows: torch.Tensor) -> None:
 
 def test_h2o_real_drop(rows: torch.Tensor) -> None:
     expected = case("h2o", "real drop")
-    made, _ = scan(rows, "h2o:recent=3", 6, "full")
+    made, _ = simulated(rows, "h2o:recent=3", 6, "full")
     held = made.held(0, 20)[0, 0]
     assert sets(held[:, 11]) == expected["cache_after_prefill"]
     assert sets(held[:, 19]) == expected["cache_final"]
@@ -65,7 +67,7 @@ def test_h2o_real_drop(rows: torch.Tensor) -> None:
 
 def test_a2sf_real_drop(rows: torch.Tensor) -> None:
     expected = case("a2sf", "real drop")
-    made, _ = scan(rows, "a2sf:alpha=0.2", 6, "full")
+    made, _ = simulated(rows, "a2sf:alpha=0.2", 6, "full")
     held = made.held(0, 20)[0, 0]
     assert sets(held[:, 11]) == expected["cache_after_prefill"]
     assert sets(held[:, 19]) == expected["cache_final"]
@@ -81,11 +83,11 @@ def test_a2sf_real_drop(rows: torch.Tensor) -> None:
 )
 def test_a2sf_streaming_mask_and_its_cosines(rows: torch.Tensor, spec: str, params: dict) -> None:
     expected = case("a2sf", "streaming", **params)
-    made, scorer = scan(rows, spec, 6, "stream")
+    made, series = simulated(rows, spec, 6, "stream")
     visible = made.visible(0, 20)[0, 0]
     for step, keys in expected["visible"].items():
         assert sets(visible[:, int(step)]) == keys
-    values = {name: value[0, 0] for name, value in scorer.values().items()}
+    values = {name: value[0, 0] for name, value in series.values().items()}
     for name, key in [
         ("ideal_cosine", "ideal_cosine"),
         ("ideal_cosine_flattened", "ideal_cosine_flattened"),
@@ -97,14 +99,14 @@ def test_a2sf_streaming_mask_and_its_cosines(rows: torch.Tensor, spec: str, para
 
 
 def test_h2o_without_forgetting_is_a2sf_at_one(rows: torch.Tensor) -> None:
-    one, _ = scan(rows, "h2o:recent=0", 6, "stream")
-    other, _ = scan(rows, "a2sf:alpha=1", 6, "stream")
-    assert torch.equal(one.leave, other.leave)
+    one, _ = simulated(rows, "h2o:recent=0", 6, "stream")
+    other, _ = simulated(rows, "a2sf:alpha=1", 6, "stream")
+    assert torch.equal(one.state.leave, other.state.leave)
 
 
 def test_tova_released_code(rows: torch.Tensor) -> None:
     expected = case("tova", "released")
-    made, _ = scan(rows, "tova", 6, "full")
+    made, _ = simulated(rows, "tova", 6, "full")
     held = made.held(0, 20)[0, 0]
     assert sets(held[:, 11]) == [expected["cache_after_prefill_shared"]] * 2
     assert sets(held[:, 19]) == [expected["cache_final_shared"]] * 2

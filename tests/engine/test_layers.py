@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvscope.core.errors import ReplayError
-from kvscope.engine.layers import Layers
+from kvscope.engine.layers import RecordedLayers
 from kvscope.trace.reader import open_trace
 
 
@@ -18,7 +18,7 @@ from kvscope.trace.reader import open_trace
 )
 def test_weights_that_cannot_be(weight: float, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = open_trace(Path(__file__).parents[2] / "traces" / "example")
-    layers = Layers(trace, trace.sequences[0], trace.layers, torch.device("cpu"))
+    layers = RecordedLayers(trace, trace.sequences[0], trace.layers, torch.device("cpu"))
     whole = trace.attention
 
     def broken(sequence: int, layer: int, start: int, stop: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvscope.core.errors import UsageError
-from kvscope.engine.allocation import ALLOCATORS, Request, apportion
+from kvscope.engine.allocation import ALLOCATORS, AllocationRequest, apportion
 from kvscope.engine.plan import EvictionPlan, parse_phase
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention, run
@@ -36,8 +36,8 @@ def test_apportion_gives_what_does_not_fit_to_the_others() -> None:
     assert got.tolist() == [4, 4, 4]
 
 
-def request(budgets: list[int], *, layers: int, prompt: int, fixed: int = 0) -> Request:
-    return Request(
+def request(budgets: list[int], *, layers: int, prompt: int, fixed: int = 0) -> AllocationRequest:
+    return AllocationRequest(
         budget=torch.tensor(budgets),
         fixed=torch.full((len(budgets),), fixed),
         layers=torch.arange(layers),
@@ -82,10 +82,10 @@ def test_ada_in_a_replay_gives_keys_to_the_head_that_spreads_its_attention() -> 
     spread = torch.tril(torch.ones(length, length, dtype=torch.float64))
     spread = spread / spread.sum(-1, keepdim=True)
     rows = torch.stack([peaked / peaked.sum(-1, keepdim=True), spread])[None]
-    scan = run(plan("h2o:recent=0", None, "ada"), rows, [10], kv_heads=2, prompt=prompt, prefill="full")
-    peaked_keys, spread_keys = scan.budget[0, 0].tolist()
+    simulation = run(plan("h2o:recent=0", None, "ada"), rows, [10], kv_heads=2, prompt=prompt, prefill="full")
+    peaked_keys, spread_keys = simulation.state.budget[0, 0].tolist()
     assert peaked_keys < 10 < spread_keys and peaked_keys + spread_keys == 20
-    assert scan.held(prompt - 1, length)[0, 0, :, 0].sum(-1).tolist() == [peaked_keys, spread_keys]
+    assert simulation.held(prompt - 1, length)[0, 0, :, 0].sum(-1).tolist() == [peaked_keys, spread_keys]
 
 
 def test_cake_prefers_the_layer_that_spreads_and_changes() -> None:
@@ -95,8 +95,8 @@ def test_cake_prefers_the_layer_that_spreads_and_changes() -> None:
     rows = attention(4, 2, 2, length)
     rows[1] = 0.01 * rows[1] + steady
     rows[1] /= rows[1].sum(-1, keepdim=True)
-    scan = run(plan("tova", None, "cake"), rows, [12], kv_heads=2, prompt=prompt, prefill="full")
-    first, second = scan.budget[0, :, 0].tolist()
+    simulation = run(plan("tova", None, "cake"), rows, [12], kv_heads=2, prompt=prompt, prefill="full")
+    first, second = simulation.state.budget[0, :, 0].tolist()
     assert first > 12 > second and first + second == 24
 
 

@@ -134,7 +134,7 @@ def test_the_first_layer_decides_as_in_the_closed_loop(form: str, recorded: tupl
 
 
 def test_what_a_trace_gives_is_what_the_gate_says(recorded: tuple[Path, Trace]) -> None:
-    from kvscope.engine.signals import load
+    from kvscope.engine.signals import load_signal
 
     folder, made = recorded
     name, model, calls = written(folder, build("llama"), tau=0.3), build("llama"), list[Call]()
@@ -142,7 +142,7 @@ def test_what_a_trace_gives_is_what_the_gate_says(recorded: tuple[Path, Trace]) 
     with torch.no_grad(), watching(model, calls.append):
         model(input_ids=ids, use_cache=False)
     expected = torch.stack([margins(name, call, call.hidden, PROMPT)[0] for call in calls])
-    assert torch.allclose(load(made, f"gate:{name}", 0, [0, 1]), expected, atol=1e-5)
+    assert torch.allclose(load_signal(made, f"gate:{name}", 0, [0, 1]), expected, atol=1e-5)
 
 
 def test_a_gate_of_another_model_is_refused(recorded: tuple[Path, Trace], tmp_path: Path) -> None:

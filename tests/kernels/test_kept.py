@@ -7,7 +7,7 @@ import torch
 
 import kvscope.closed_loop.forward as module
 from kvscope.engine.rows import Block, Shape
-from kvscope.engine.scan import Scan
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention
 
@@ -16,11 +16,11 @@ from tests.engine.maps import attention
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_same_rows(spec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.stack([attention(seed, 1, 4, 30)[0] for seed in (1, 2)]).to(dtype)  # [R, H, T, T]
-    scan = Scan(parse_policies([spec])[0], [6, 9], Shape((0,), 4, 2, 10, 30), "full", dtype=dtype)
-    scan.block(Block(rows[:, None], 0))
+    simulation = CacheSimulation(parse_policies([spec])[0], [6, 9], Shape((0,), 4, 2, 10, 30), "full", dtype=dtype)
+    simulation.block(Block(rows[:, None], 0))
     part = rows[:, :, 12:]
-    kept, total = module._kept(scan, part, 12, 30)
+    kept, total = module._kept(simulation, part, 12, 30)
     monkeypatch.setattr(module, "available", lambda: False)
-    plain, sums = module._kept(scan, part, 12, 30)
+    plain, sums = module._kept(simulation, part, 12, 30)
     assert torch.equal(kept, plain) and bool((kept == 0).any(-1).all())
     assert torch.allclose(total, sums, rtol=1e-6)

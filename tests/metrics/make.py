@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvscope.engine.rows import Shape
-from kvscope.engine.scoring import Scorer, Scoring
+from kvscope.engine.scoring import BlockScorer, MetricSeries
 from kvscope.metrics import METRICS, Metric
 
 OURS = [metric for _, metric in METRICS.items() if metric.compute.__module__.startswith("kvscope.metrics.")]
@@ -38,7 +38,7 @@ def left(seed: int, runs: int, layers: int, groups: int, heads: int, length: int
 
 
 def scored(
-    scan: Left,
+    simulation: Left,
     rows: Tensor,
     values: Tensor,
     *,
@@ -47,12 +47,12 @@ def scored(
     block: int = 1000,
     missing: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Return what the scorer makes of it, ``[R, L, H, S]``, fed block by block."""
-    scorer = Scorer(scan, metrics, first)
-    scoring = Scoring([scorer], values)
+    """Return what the series makes of it, ``[R, L, H, S]``, fed block by block."""
+    series = MetricSeries(simulation, metrics, first)
+    scorer = BlockScorer([series], values)
     length = rows.shape[-1]
     for start in range(0, length, block):
         stop = min(start + block, length)
         lost = None if missing is None else missing[..., start:stop]
-        scoring.add(rows[..., start:stop, :stop], start, lost)
-    return scorer.values()
+        scorer.add(rows[..., start:stop, :stop], start, lost)
+    return series.values()

@@ -82,15 +82,15 @@ def test_values_equal_the_plain_loop(seed, kind, length, prompt, keep, block, ze
         rows, values = rows.clone(), values.clone()
         rows[0, :, length // 2] = 0.0
         values[0, 1] = 0.0
-    scan = left(seed, 2, 1, 2, 4, length, prompt, keep)
-    got = scored(scan, rows, values, block=block)
-    for run, budget in enumerate(scan.budgets):
+    simulation = left(seed, 2, 1, 2, 4, length, prompt, keep)
+    got = scored(simulation, rows, values, block=block)
+    for run, budget in enumerate(simulation.budgets):
         for head in range(4):
             cases = []
             for t in range(length):
                 seen, kept = (
                     set(mask(t, t + 1)[run, 0, head // 2, 0].nonzero().flatten().tolist())
-                    for mask in (scan.visible, scan.held)
+                    for mask in (simulation.visible, simulation.held)
                 )
                 full = [rows[0, head, s, : s + 1].tolist() for s in range(t + 1)]
                 case = twin.Case(full, t, seen, kept, budget, prompt, values[0, head // 2].tolist())
@@ -115,13 +115,13 @@ def test_late_keys_equal_the_plain_loop_over_long_rows() -> None:
     rows *= torch.exp(-distance / 5)
     rows += 0.2 * (torch.rand(rows.shape, generator=torch.Generator().manual_seed(5)) < 0.008) * (distance > 0)
     rows /= rows.sum(-1, keepdim=True)
-    scan = left(5, 1, 1, 1, 2, length, 20, 0.5)
-    got = scored(scan, rows, values, metrics=[METRICS.get("late_mass_retained")], block=33)["late_mass_retained"]
+    simulation = left(5, 1, 1, 1, 2, length, 20, 0.5)
+    got = scored(simulation, rows, values, metrics=[METRICS.get("late_mass_retained")], block=33)["late_mass_retained"]
     between = 0
     for head in range(2):
         full = [rows[0, head, s, : s + 1].tolist() for s in range(length)]
         for t in range(0, length, 3):
-            seen = set(scan.visible(t, t + 1)[0, 0, 0, 0].nonzero().flatten().tolist())
+            seen = set(simulation.visible(t, t + 1)[0, 0, 0, 0].nonzero().flatten().tolist())
             if len(seen) < t + 1:
                 expected = twin.PER_STEP["late_mass_retained"](twin.Case(full, t, seen, set(), 1, 20, []))
                 assert got[0, 0, head, t].item() == pytest.approx(expected, abs=1e-6, nan_ok=True)
@@ -144,8 +144,8 @@ def test_late_begins_after_64_steps_and_counts_from_a_tenth_of_the_row() -> None
     visible = torch.ones(1, 1, 1, 110, 110, dtype=torch.bool).tril()
     visible[..., 100:, 34] = False
     visible[..., 101:, 20] = False
-    scan = Left(visible, visible, [109], 1, 1)
-    got = scored(scan, rows, vectors(1, 1, 1, 110), metrics=[METRICS.get("late_mass_retained")])
+    simulation = Left(visible, visible, [109], 1, 1)
+    got = scored(simulation, rows, vectors(1, 1, 1, 110), metrics=[METRICS.get("late_mass_retained")])
     found = got["late_mass_retained"][0, 0, 0]
     assert found[100] == 0.0 and found[101] == 0.0
     assert torch.isnan(found[102]), "less than a tenth of the row"
@@ -153,11 +153,11 @@ def test_late_begins_after_64_steps_and_counts_from_a_tenth_of_the_row() -> None
 
 def test_the_recovered_set_is_that_of_the_last_prompt_query_whatever_the_blocks() -> None:
     rows, values = attention(9, 2, 4, 30), vectors(9, 2, 2, 30)
-    scan = left(9, 2, 2, 2, 4, 30, 13, 0.5)
+    simulation = left(9, 2, 2, 2, 4, 30, 13, 0.5)
     names = [METRICS.get(name) for name in ("recovered_mass", "recovered_mass_no_sinks")]
-    whole = scored(scan, rows, values, metrics=names, first=13)
+    whole = scored(simulation, rows, values, metrics=names, first=13)
     for block in (1, 7, 13, 14):
-        parts = scored(scan, rows, values, metrics=names, first=13, block=block)
+        parts = scored(simulation, rows, values, metrics=names, first=13, block=block)
         for name, value in whole.items():
             assert torch.equal(parts[name].nan_to_num(-1), value.nan_to_num(-1))
 
@@ -179,16 +179,16 @@ def test_values_lie_in_the_declared_range(seed, kind, length, keep) -> None:
 @settings(max_examples=40, deadline=None)
 def test_the_value_when_nothing_is_evicted(seed, kind, length) -> None:
     rows, values = attention(seed, 1, 4, length, kind), vectors(seed, 1, 2, length)
-    scan = everything(1, 2, 4, length, [length])
+    simulation = everything(1, 2, 4, length, [length])
     for item in OURS:
         if item.when_nothing_evicted is None or item.pooled:
             continue
-        got = raw(item.name, scan, rows, values)
+        got = raw(item.name, simulation, rows, values)
         got = got[~torch.isnan(got)]
         assert torch.allclose(got, torch.full_like(got, item.when_nothing_evicted), atol=1e-6), item.name
 
 
-def raw(name: str, scan: Left, rows: Tensor, values: Tensor) -> Tensor:
+def raw(name: str, simulation: Left, rows: Tensor, values: Tensor) -> Tensor:
     """Return the values of a metric at all steps, also those before anything was evicted."""
     kept = []
 
@@ -198,7 +198,7 @@ def raw(name: str, scan: Left, rows: Tensor, values: Tensor) -> Tensor:
 
     from dataclasses import replace
 
-    scored(scan, rows, values, metrics=[replace(METRICS.get(name), compute=keep)])
+    scored(simulation, rows, values, metrics=[replace(METRICS.get(name), compute=keep)])
     return torch.cat(kept, -1)
 
 
@@ -207,12 +207,12 @@ def raw(name: str, scan: Left, rows: Tensor, values: Tensor) -> Tensor:
 def test_permuting_heads_permutes_the_values(seed, kind) -> None:
     length, groups, heads = 11, 3, 6
     rows, values = attention(seed, 2, heads, length, kind), vectors(seed, 2, groups, length)
-    scan = left(seed, 2, 2, groups, heads, length, 4, 0.5)
-    straight = scored(scan, rows, values)
+    simulation = left(seed, 2, 2, groups, heads, length, 4, 0.5)
+    straight = scored(simulation, rows, values)
     of_groups = torch.randperm(groups, generator=torch.Generator().manual_seed(seed))
     within = torch.tensor([1, 0])
     of_heads = (of_groups[:, None] * 2 + within).flatten()
-    moved = Left(scan._visible[:, :, of_groups], scan._held[:, :, of_groups], scan.budgets, heads, 4)
+    moved = Left(simulation._visible[:, :, of_groups], simulation._held[:, :, of_groups], simulation.budgets, heads, 4)
     permuted = scored(moved, rows[:, of_heads], values[:, of_groups])
     for name, value in straight.items():
         torch.testing.assert_close(permuted[name], value[:, :, of_heads], equal_nan=True)
@@ -220,15 +220,15 @@ def test_permuting_heads_permutes_the_values(seed, kind) -> None:
 
 def test_runs_layers_and_blocks_do_not_touch_each_other() -> None:
     rows, values = attention(3, 2, 4, 25), vectors(3, 2, 2, 25)
-    scan = left(3, 3, 2, 2, 4, 25, 6, 0.6)
-    whole = scored(scan, rows, values)
-    parts = scored(scan, rows, values, block=4)
+    simulation = left(3, 3, 2, 2, 4, 25, 6, 0.6)
+    whole = scored(simulation, rows, values)
+    parts = scored(simulation, rows, values, block=4)
     for run in range(3):
         for layer in range(2):
             one = Left(
-                scan._visible[run : run + 1, layer : layer + 1],
-                scan._held[run : run + 1, layer : layer + 1],
-                scan.budgets[run : run + 1],
+                simulation._visible[run : run + 1, layer : layer + 1],
+                simulation._held[run : run + 1, layer : layer + 1],
+                simulation.budgets[run : run + 1],
                 4,
                 6,
             )
@@ -243,10 +243,12 @@ def test_rows_of_runs_of_their_own_are_scored_as_one_by_one() -> None:
     """In the closed loop every run has its own rows and values, with a leading axis."""
     rows = torch.stack([attention(seed, 1, 4, 15) for seed in (1, 2)])
     values = torch.stack([vectors(seed, 1, 2, 15) for seed in (1, 2)])
-    scan = left(8, 2, 1, 2, 4, 15, 5, 0.5)
-    both = scored(scan, rows, values, block=6)
+    simulation = left(8, 2, 1, 2, 4, 15, 5, 0.5)
+    both = scored(simulation, rows, values, block=6)
     for run in range(2):
-        one = Left(scan._visible[run : run + 1], scan._held[run : run + 1], scan.budgets[run : run + 1], 4, 5)
+        one = Left(
+            simulation._visible[run : run + 1], simulation._held[run : run + 1], simulation.budgets[run : run + 1], 4, 5
+        )
         for name, value in scored(one, rows[run], values[run]).items():
             torch.testing.assert_close(value[0], both[name][run], equal_nan=True)
 
@@ -256,9 +258,9 @@ def test_rows_of_runs_of_their_own_are_scored_as_one_by_one() -> None:
 def test_the_future_changes_nothing(seed, kind) -> None:
     """Cutting the sequence at a step changes no value before it; pooled metrics look at all steps, and do."""
     rows, values = attention(seed, 1, 4, 14, kind), vectors(seed, 1, 2, 14)
-    scan = left(seed, 1, 1, 2, 4, 14, 3, 0.5)
-    whole = scored(scan, rows, values)
-    cut = Left(scan._visible[..., :9, :9], scan._held[..., :9, :9], scan.budgets, 4, 3)
+    simulation = left(seed, 1, 1, 2, 4, 14, 3, 0.5)
+    whole = scored(simulation, rows, values)
+    cut = Left(simulation._visible[..., :9, :9], simulation._held[..., :9, :9], simulation.budgets, 4, 3)
     for name, value in scored(cut, rows[..., :9, :9], values[..., :9, :]).items():
         if not METRICS.get(name).pooled:
             torch.testing.assert_close(value, whole[name][..., :9], equal_nan=True)
@@ -286,11 +288,11 @@ def test_what_a_learned_sink_takes_is_not_lost() -> None:
     """A sink's share has no value: it shrinks the full and the live output, and seeing everything is no error."""
     rows, values = attention(2, 1, 4, 10) * 0.6, vectors(2, 1, 2, 10)
     missing = torch.full((1, 4, 10), 0.4, dtype=torch.float64)
-    scan = left(2, 1, 1, 2, 4, 10, 2, 0.5)
-    got = scored(scan, rows, values, missing=missing)["output_error"]
+    simulation = left(2, 1, 1, 2, 4, 10, 2, 0.5)
+    got = scored(simulation, rows, values, missing=missing)["output_error"]
     t = 9
     for head in range(4):
-        seen = scan.visible(t, t + 1)[0, 0, head // 2, 0]
+        seen = simulation.visible(t, t + 1)[0, 0, head // 2, 0]
         row = rows[0, head, t]
         live = row * seen / ((row * seen).sum() + 0.4)
         full = row @ values[0, head // 2]

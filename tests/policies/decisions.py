@@ -1,4 +1,4 @@
-"""What the tests of single policies share: comparing a scan with sets of keys, and the golden input."""
+"""What the tests of single policies share: comparing a simulation with sets of keys, and the golden input."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kvscope.engine.rows import Shape
-from kvscope.engine.scan import Scan
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention, run
@@ -28,19 +28,19 @@ def sets(mask: torch.Tensor) -> Sets:
     return [set(row.nonzero().flatten().tolist()) for row in mask]
 
 
-def scans(
+def simulations(
     spec: str, prefill: str, cases: list[tuple[int, int]] = PROMPTS_BUDGETS
 ) -> Iterator[tuple[np.ndarray, Sets, Sets, int, int]]:
     """Yield, for many maps: the rows of the query heads that decide as one, ``V_t``, ``R_t``, prompt and budget."""
     policy = parse_policies([spec])[0]
     for seed, ((heads, groups), (prompt, budget)) in enumerate(itertools.product(HEADS, cases)):
         rows = attention(seed, 2, heads, LENGTH)
-        scan = run(policy, rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill)
+        simulation = run(policy, rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill)
         whole = policy.traits.scope == "layer"
         per = heads // groups
         for layer, group in itertools.product(range(2), range(groups)):
             shared = rows[layer] if whole else rows[layer, group * per : (group + 1) * per]
-            visible, held = scan.visible(0, LENGTH)[0, layer, group], scan.held(0, LENGTH)[0, layer, group]
+            visible, held = simulation.visible(0, LENGTH)[0, layer, group], simulation.held(0, LENGTH)[0, layer, group]
             yield shared.numpy(), sets(visible), sets(held), prompt, budget
 
 
@@ -53,10 +53,10 @@ def groups(
     return rows, cut
 
 
-def head_sets(scan: Scan, layer: int, head: int) -> tuple[Sets, Sets]:
-    """Return ``V_t`` and ``R_t`` of one head of a scan of one budget."""
-    length = scan.shape.length
-    return sets(scan.visible(0, length)[0, layer, head]), sets(scan.held(0, length)[0, layer, head])
+def head_sets(simulation: CacheSimulation, layer: int, head: int) -> tuple[Sets, Sets]:
+    """Return ``V_t`` and ``R_t`` of one head of a simulation of one budget."""
+    length = simulation.shape.length
+    return sets(simulation.visible(0, length)[0, layer, head]), sets(simulation.held(0, length)[0, layer, head])
 
 
 def golden(policy: str, variant: str, **params: float) -> dict[str, Any]:
@@ -76,16 +76,18 @@ def golden_rows(length: int = GOLDEN["tokens"]) -> torch.Tensor:
     return torch.softmax(torch.where(k <= q, z.double(), -torch.inf), -1)[None]
 
 
-def golden_scan(policy: str | Policy, budget: int, prefill: str, length: int = GOLDEN["tokens"]) -> Scan:
-    """Return a policy's scan of the fixed input."""
+def golden_simulation(
+    policy: str | Policy, budget: int, prefill: str, length: int = GOLDEN["tokens"]
+) -> CacheSimulation:
+    """Return a policy's simulation of the fixed input."""
     rows = golden_rows(length)
     heads = rows.shape[1]
     shape = Shape(layers=(0,), heads=heads, kv_heads=heads, prompt=GOLDEN["prompt"], length=length)
-    scan = Scan(parse_policies([policy])[0], [budget], shape, prefill, dtype=torch.float64)
+    simulation = CacheSimulation(parse_policies([policy])[0], [budget], shape, prefill, dtype=torch.float64)
     for t in range(length):
-        scan.step(t, rows[:, :, t, : t + 1])
-    scan.check()
-    return scan
+        simulation.step(t, rows[:, :, t, : t + 1])
+    simulation.check()
+    return simulation
 
 
 def heads_at(mask: torch.Tensor, step: int) -> list[list[int]]:

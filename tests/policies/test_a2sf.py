@@ -7,7 +7,7 @@ import kvscope.policies.a2sf  # noqa: F401
 from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention, run
-from tests.policies.decisions import LENGTH, golden, golden_scan, heads_at, scans
+from tests.policies.decisions import LENGTH, golden, golden_simulation, heads_at, simulations
 from tests.reference.policies import a2sf as twin
 
 WIDE = [(1, 5), (4, 9), (9, 9), (17, 6), (LENGTH - 1, 4), (20, LENGTH), (3, LENGTH - 1)]  # room for 1 sink and 2 recent
@@ -16,7 +16,7 @@ WIDE = [(1, 5), (4, 9), (9, 9), (17, 6), (LENGTH - 1, 4), (20, LENGTH), (3, LENG
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
 def test_decisions_equal_the_equation(prefill: str, alpha: float) -> None:
-    for rows, visible, held, prompt, budget in scans(f"a2sf:alpha={alpha}", prefill):
+    for rows, visible, held, prompt, budget in simulations(f"a2sf:alpha={alpha}", prefill):
         assert (visible, held) == twin.drop(rows, budget, prompt, prefill, alpha=alpha)
 
 
@@ -24,7 +24,7 @@ def test_decisions_equal_the_equation(prefill: str, alpha: float) -> None:
 @pytest.mark.parametrize("group", ["max", "sum"])
 def test_sinks_recent_and_groups(prefill: str, group: str) -> None:
     spec = f"a2sf:alpha=0.5,sinks=1,recent=2,group={group}"
-    for rows, visible, held, prompt, budget in scans(spec, prefill, WIDE):
+    for rows, visible, held, prompt, budget in simulations(spec, prefill, WIDE):
         assert (visible, held) == twin.drop(rows, budget, prompt, prefill, alpha=0.5, sinks=1, recent=2, group=group)
 
 
@@ -32,9 +32,9 @@ def test_sinks_recent_and_groups(prefill: str, group: str) -> None:
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 def test_lifetime_divides_by_the_rows_that_saw_the_key(prefill: str, alpha: float) -> None:
     differs = 0
-    plain = scans(f"a2sf:alpha={alpha}", prefill)
+    plain = simulations(f"a2sf:alpha={alpha}", prefill)
     for (rows, visible, held, prompt, budget), usual in zip(
-        scans(f"a2sf:alpha={alpha},normalise=lifetime", prefill), plain, strict=True
+        simulations(f"a2sf:alpha={alpha},normalise=lifetime", prefill), plain, strict=True
     ):
         assert (visible, held) == twin.drop(rows, budget, prompt, prefill, alpha=alpha, lifetime=True)
         differs += held != usual[2]
@@ -45,7 +45,7 @@ def test_lifetime_divides_by_the_rows_that_saw_the_key(prefill: str, alpha: floa
 @pytest.mark.parametrize(("streaming", "recent"), [(0, 0), (1, 0), (0, 2), (1, 2)])
 def test_streaming_mask_equals_the_published_loop(alpha: float, streaming: int, recent: int) -> None:
     spec = f"a2sf:variant=streaming-mask,alpha={alpha},sinks={streaming},recent={recent}"
-    for rows, visible, _, _, budget in scans(spec, "stream", WIDE):
+    for rows, visible, _, _, budget in simulations(spec, "stream", WIDE):
         assert visible == twin.mask(rows, streaming, budget - streaming - recent, recent, alpha)
 
 
@@ -53,14 +53,14 @@ def test_streaming_mask_equals_the_published_loop(alpha: float, streaming: int, 
 def test_streaming_mask_golden(alpha: float, select: int, recent: int) -> None:
     expected = golden("a2sf", "streaming", alpha=alpha, select=select)
     spec = f"a2sf:variant=streaming-mask,alpha={alpha},recent={recent}"
-    scan = golden_scan(spec, 6, "stream")
+    simulation = golden_simulation(spec, 6, "stream")
     for step, keys in expected["visible"].items():
-        assert heads_at(scan.visible(0, 20), int(step)) == keys
+        assert heads_at(simulation.visible(0, 20), int(step)) == keys
 
 
 def test_real_drop_golden() -> None:
     expected = golden("a2sf", "real drop")
-    held = golden_scan("a2sf:alpha=0.2", 6, "full").held(0, 20)
+    held = golden_simulation("a2sf:alpha=0.2", 6, "full").held(0, 20)
     assert heads_at(held, 11) == expected["cache_after_prefill"]
     assert heads_at(held, 19) == expected["cache_final"]
 
@@ -69,9 +69,9 @@ def test_lifetime_of_a_plain_sum_is_the_mean_since_arrival() -> None:
     """The score of kvpress's ObservedAttention, on one head: column sums over the rows that could see the key."""
     rows = attention(11, 1, 1, 24)[0, 0]
     policy = parse_policies(["a2sf:alpha=1,normalise=lifetime"])[0]
-    scan = run(policy, rows[None, None], [8], kv_heads=1, prompt=24, prefill="full")
+    simulation = run(policy, rows[None, None], [8], kv_heads=1, prompt=24, prefill="full")
     means = rows.sum(0) / torch.arange(24, 0, -1)
-    kept = scan.held(0, 24)[0, 0, 0, 23].nonzero().flatten()
+    kept = simulation.held(0, 24)[0, 0, 0, 23].nonzero().flatten()
     assert kept.tolist() == means.topk(8).indices.sort().values.tolist()
 
 

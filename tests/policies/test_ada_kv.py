@@ -29,17 +29,17 @@ def test_decisions_and_budgets_equal_the_plain_loop(
     settings = {"kernel": kernel, "pooling": pooling, "group": group}
     for seed, (prompt, budget) in enumerate(CASES):
         rows, cut = groups(seed, *heads, LAYERS, LENGTH)
-        scan = run(parse_policy(spec), rows, [budget], kv_heads=heads[1], prompt=prompt, prefill="full")
+        simulation = run(parse_policy(spec), rows, [budget], kv_heads=heads[1], prompt=prompt, prefill="full")
         width = min(window, budget // 2)
         for layer in range(LAYERS):
             scores = [snapkv.votes(own, prompt, width, **settings) for own in cut[layer]]
             shares = allocations.ada(scores, budget, width, prompt)
             assert sum(shares) == budget * heads[1]
-            assert scan.budget[0, layer].tolist() == shares
+            assert simulation.state.budget[0, layer].tolist() == shares
             lent += shares != [budget] * heads[1]
             for head, keys in enumerate(shares):
                 expected = snapkv.snapkv(cut[layer][head], budget, prompt, window=window, capacity=keys, **settings)
-                assert head_sets(scan, layer, head) == expected
+                assert head_sets(simulation, layer, head) == expected
     assert lent > 5 or heads[1] == 1
 
 
@@ -60,6 +60,6 @@ def test_no_head_starves() -> None:
     flat[:, -8:] = attention(2, 1, 1, LENGTH)[0, 0, :, -8:]
     flat.diagonal().add_(1)
     rows[0, 2] = flat / flat.sum(-1, keepdim=True)
-    scan = run(parse_policy("ada-kv:window=8"), rows, [18], kv_heads=4, prompt=36, prefill="full")
-    assert scan.budget[0, 0].sum() == 72
-    assert scan.budget[0, 0, 2] == scan.budget[0, 0].min() >= 8 + 2
+    simulation = run(parse_policy("ada-kv:window=8"), rows, [18], kv_heads=4, prompt=36, prefill="full")
+    assert simulation.state.budget[0, 0].sum() == 72
+    assert simulation.state.budget[0, 0, 2] == simulation.state.budget[0, 0].min() >= 8 + 2

@@ -24,26 +24,26 @@ def test_decisions_equal_the_plain_sets(prefill: str, decode: bool, margin: floa
     for seed, ((heads, groups), prompt) in enumerate(itertools.product(HEADS, PROMPTS)):
         given = signals(plan, 2, heads, groups, LENGTH, seed)
         rows = attention(seed, 2, heads, LENGTH)
-        scan = run(plan, rows, [LENGTH], kv_heads=groups, prompt=prompt, prefill=prefill, given=given)
+        simulation = run(plan, rows, [LENGTH], kv_heads=groups, prompt=prompt, prefill=prefill, given=given)
         for layer, head in itertools.product(range(2), range(groups)):
             shut = (given["gate:demo"][layer, head] <= margin).tolist()
-            assert head_sets(scan, layer, head) == twin.flags(shut, prompt, prefill, decode)
-            counts.add(len(head_sets(scan, layer, head)[1][-1]))
+            assert head_sets(simulation, layer, head) == twin.flags(shut, prompt, prefill, decode)
+            counts.add(len(head_sets(simulation, layer, head)[1][-1]))
     assert len(counts) > 2, "heads keep different numbers of keys"
 
 
 def test_a_gate_that_is_wide_open_is_the_full_cache() -> None:
     plan = EvictionPlan.published(parse_policy("attention-gate:decode=true,margin=-1"))
-    scan = run(plan, attention(0, 2, 4, LENGTH), [1], kv_heads=2, prompt=5, prefill="stream")
-    assert torch.equal(scan.held(0, LENGTH)[0, 0, 0], torch.ones(LENGTH, LENGTH).tril().bool())
-    assert (scan.evictions == 0).all()
+    simulation = run(plan, attention(0, 2, 4, LENGTH), [1], kv_heads=2, prompt=5, prefill="stream")
+    assert torch.equal(simulation.held(0, LENGTH)[0, 0, 0], torch.ones(LENGTH, LENGTH).tril().bool())
+    assert (simulation.state.evictions == 0).all()
 
 
 def test_a_gate_at_its_threshold_is_shut() -> None:
     plan = EvictionPlan.published(parse_policy("attention-gate:decode=true"))
     at = {"gate:demo": torch.tensor([[[0.0, 1e-9, 0.0]]])}
-    scan = run(plan, attention(0, 1, 1, 3), [1], kv_heads=1, prompt=1, prefill="stream", given=at)
-    assert head_sets(scan, 0, 0) == ([{0}, {1}, {1, 2}], [set(), {1}, {1}])
+    simulation = run(plan, attention(0, 1, 1, 3), [1], kv_heads=1, prompt=1, prefill="stream", given=at)
+    assert head_sets(simulation, 0, 0) == ([{0}, {1}, {1, 2}], [set(), {1}, {1}])
 
 
 def test_traits_and_mistakes() -> None:

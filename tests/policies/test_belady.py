@@ -38,10 +38,10 @@ def adversarial(length: int) -> torch.Tensor:
 def retained(policy, rows: torch.Tensor, budget: int, **at) -> torch.Tensor:
     """Return the mass that the scored steps retain, of the mean row of each deciding head, ``[L, S]``."""
     kv_heads, length = at["kv_heads"], rows.shape[-1]
-    scan = run(policy, rows, [budget], **at)
+    simulation = run(policy, rows, [budget], **at)
     first = at["prompt"] if at["prefill"] == "full" else 0
     mean = rows.view(rows.shape[0], kv_heads, -1, length, length).mean(2)
-    return (mean * scan.visible(0, length)[0])[:, :, first:].sum((-1, -2))
+    return (mean * simulation.visible(0, length)[0])[:, :, first:].sum((-1, -2))
 
 
 @pytest.mark.parametrize("prefill", PREFILLS)
@@ -65,8 +65,10 @@ def test_no_schedule_is_better_where_the_model_forgets_keys_itself(window: int, 
     rows = torch.cat([adversarial(length), attention(4, 4, 1, length)])
     age = torch.arange(length)[:, None] - torch.arange(length)
     for budget, prompt in product((1, 2, 4), (1, 3, 6)):
-        scan = run(BELADY, rows, [budget], kv_heads=1, prompt=prompt, prefill=prefill, windows=(window,) * len(rows))
-        mass = rows[:, 0] * scan.visible(0, length)[0, :, 0]
+        simulation = run(
+            BELADY, rows, [budget], kv_heads=1, prompt=prompt, prefill=prefill, windows=(window,) * len(rows)
+        )
+        mass = rows[:, 0] * simulation.visible(0, length)[0, :, 0]
         first = prompt if prefill == "full" else 0
         for layer, got in enumerate(mass[:, first:].sum((-1, -2)).tolist()):
             seen = torch.where(age < window, rows[layer, 0], 0.0)
@@ -142,8 +144,8 @@ def test_heavier_tokens_are_bought_with_a_lighter_cache_now() -> None:
     rows[0, 0, 8:, :] = 0.0
     rows[0, 0, 8:, 0] = 1.0
     at = {"kv_heads": 1, "prompt": 4, "prefill": "stream"}
-    scan = run(BELADY, rows, [2], **at)
-    assert scan.visible(8, length)[0, 0, 0, :, 0].all()
+    simulation = run(BELADY, rows, [2], **at)
+    assert simulation.visible(8, length)[0, 0, 0, :, 0].all()
     assert retained(BELADY, rows, 2, **at).item() == pytest.approx(length)
     assert retained(parse_policy("tova"), rows, 2, **at).item() == pytest.approx(length - 4)
 
@@ -153,7 +155,7 @@ def test_sixteen_bit_rows_count_by_their_share() -> None:
     rows = attention(5, 1, 2, 20)
     scaled = rows * torch.tensor([1.0, 0.25])[:, None, None]
     at = {"kv_heads": 1, "prompt": 6, "prefill": "full"}
-    assert torch.equal(run(BELADY, rows, [4], **at).leave, run(BELADY, scaled, [4], **at).leave)
+    assert torch.equal(run(BELADY, rows, [4], **at).state.leave, run(BELADY, scaled, [4], **at).state.leave)
 
 
 def test_the_two_references_agree() -> None:

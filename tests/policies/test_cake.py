@@ -7,7 +7,7 @@ import torch
 
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import attention, run
-from tests.policies.decisions import LENGTH, PROMPTS_BUDGETS, groups, head_sets, scans
+from tests.policies.decisions import LENGTH, PROMPTS_BUDGETS, groups, head_sets, simulations
 from tests.reference.policies import allocations
 from tests.reference.policies.cake import cake
 
@@ -25,7 +25,7 @@ SETTINGS = [
 @pytest.mark.parametrize(("spec", "settings"), SETTINGS)
 def test_decisions_equal_the_plain_loop(spec: str, settings: dict) -> None:
     """Prompts up to 32 keys give every layer the same."""
-    for rows, visible, held, prompt, budget in scans(spec, "full", [*PROMPTS_BUDGETS, (24, 13), (8, 7)]):
+    for rows, visible, held, prompt, budget in simulations(spec, "full", [*PROMPTS_BUDGETS, (24, 13), (8, 7)]):
         assert (visible, held) == cake(rows, budget, prompt, **settings)
 
 
@@ -37,15 +37,15 @@ def test_decisions_and_budgets_of_longer_prompts(heads: tuple[int, int], spec: s
         rows, cut = groups(seed, *heads, LAYERS, LONG)
         rows[1] *= 0.3  # a layer that mostly looks at the first key
         rows[1, ..., 0] += 0.7
-        scan = run(parse_policy(spec), rows, [budget], kv_heads=heads[1], prompt=prompt, prefill="full")
+        simulation = run(parse_policy(spec), rows, [budget], kv_heads=heads[1], prompt=prompt, prefill="full")
         width = min(settings["window"], budget // 2)
         shares = allocations.cake([layer.numpy() for layer in rows], budget, width, prompt)
         assert sum(shares) == budget * LAYERS
-        assert scan.budget[0].tolist() == [[keys] * heads[1] for keys in shares]
+        assert simulation.state.budget[0].tolist() == [[keys] * heads[1] for keys in shares]
         differ += len(set(shares)) > 1
         for layer, head in itertools.product(range(LAYERS), range(heads[1])):
             expected = cake(cut[layer][head], budget, prompt, capacity=shares[layer], **settings)
-            assert head_sets(scan, layer, head) == expected
+            assert head_sets(simulation, layer, head) == expected
     assert differ >= 4
 
 
@@ -57,8 +57,8 @@ def test_a_layer_that_cannot_use_its_share_passes_it_on() -> None:
     rows[2] /= rows[2].sum(-1, keepdim=True)  # nothing changes there but the number of keys
     shares = allocations.cake([layer.numpy() for layer in rows], 34, 4, 45)
     assert max(shares) == 45
-    scan = run(parse_policy("cake:window=4"), rows, [34], kv_heads=2, prompt=45, prefill="full")
-    assert scan.budget[0, :, 0].tolist() == shares
+    simulation = run(parse_policy("cake:window=4"), rows, [34], kv_heads=2, prompt=45, prefill="full")
+    assert simulation.state.budget[0, :, 0].tolist() == shares
 
 
 def test_budgets_in_one_scan_equal_one_by_one() -> None:
@@ -67,11 +67,11 @@ def test_budgets_in_one_scan_equal_one_by_one() -> None:
     together = run(policy, rows, [1, 9, 26], kv_heads=2, prompt=45, prefill="full")
     for index, budget in enumerate([1, 9, 26]):
         alone = run(policy, rows, [budget], kv_heads=2, prompt=45, prefill="full")
-        assert torch.equal(together.leave[index], alone.leave[0])
+        assert torch.equal(together.state.leave[index], alone.state.leave[0])
 
 
 def test_the_variance_and_the_newest_row_decide() -> None:
     rows = attention(4, 1, 2, LENGTH)
     at = {"kv_heads": 2, "prompt": 16, "prefill": "full"}
-    steady, changing = (run(parse_policy(f"cake:gamma={gamma}"), rows, [6], **at).leave for gamma in (0, 200))
+    steady, changing = (run(parse_policy(f"cake:gamma={gamma}"), rows, [6], **at).state.leave for gamma in (0, 200))
     assert not torch.equal(steady, changing)

@@ -68,39 +68,39 @@ def test_every_policy_runs_under_some_prefill() -> None:
 
 @pytest.mark.parametrize(("spec", "prefill"), EVERY_STEP)
 def test_budget_is_kept_at_every_step(spec: str, prefill: str) -> None:
-    scan = run(plan(spec), attention(1, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    held = scan.held(0, LENGTH).sum(-1)
+    simulation = run(plan(spec), attention(1, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    held = simulation.held(0, LENGTH).sum(-1)
     first = PROMPT - 1 if prefill == "full" else 0
     assert held[..., first:].max() == budget(spec)
-    assert (scan.visible(0, LENGTH).sum(-1)[..., first + 1 :] <= budget(spec) + 1).all()
+    assert (simulation.visible(0, LENGTH).sum(-1)[..., first + 1 :] <= budget(spec) + 1).all()
 
 
 @pytest.mark.parametrize(("spec", "prefill"), BOUNDED)
 def test_budget_is_kept_where_the_phase_says_so(spec: str, prefill: str) -> None:
     made = plan(spec)
-    scan = run(made, attention(1, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    held = scan.held(0, LENGTH).sum(-1)  # [R, L, G, T]
+    simulation = run(made, attention(1, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    held = simulation.held(0, LENGTH).sum(-1)  # [R, L, G, T]
     for t in range(LENGTH):
         before = held[..., t - 1] if t else torch.zeros_like(held[..., 0])
         if made.compresses(t, PROMPT, prefill):
-            assert (held[..., t] <= scan.budget).all() and (held[..., t] <= before + 1).all()
+            assert (held[..., t] <= simulation.state.budget).all() and (held[..., t] <= before + 1).all()
         else:
             assert torch.equal(held[..., t], before + 1)
 
 
 @pytest.mark.parametrize(("spec", "prefill"), READERS)
 def test_a_reader_holds_everything_and_reads_its_budget(spec: str, prefill: str) -> None:
-    scan = run(plan(spec), attention(1, 2, 4, LENGTH), [BUDGET], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    assert torch.equal(scan.held(0, LENGTH)[0, 0, 0], torch.ones(LENGTH, LENGTH).tril().bool())
-    seen = scan.visible(0, LENGTH)
+    simulation = run(plan(spec), attention(1, 2, 4, LENGTH), [BUDGET], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    assert torch.equal(simulation.held(0, LENGTH)[0, 0, 0], torch.ones(LENGTH, LENGTH).tril().bool())
+    seen = simulation.visible(0, LENGTH)
     assert seen.diagonal(dim1=-2, dim2=-1).all(), "the current key is always read"
     assert (seen.sum(-1) < torch.arange(1, LENGTH + 1)).any()
 
 
 @pytest.mark.parametrize(("spec", "prefill"), [pair for pair in PAIRS if pair not in READERS])
 def test_nothing_comes_back(spec: str, prefill: str) -> None:
-    scan = run(plan(spec), attention(2, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    held = scan.held(0, LENGTH)
+    simulation = run(plan(spec), attention(2, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    held = simulation.held(0, LENGTH)
     before, after = held[..., :-1, :], held[..., 1:, :]
     new = after & ~before
     keys = new.nonzero()
@@ -110,10 +110,10 @@ def test_nothing_comes_back(spec: str, prefill: str) -> None:
 @pytest.mark.parametrize(("spec", "prefill"), BOUNDED)
 def test_protected_keys_stay(spec: str, prefill: str) -> None:
     made = plan(spec)
-    scan = run(made, attention(3, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    simulation = run(made, attention(3, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
     protection = made.policy.protect(budget(spec))
     sinks = PROMPT if protection.prompt else protection.sinks
-    held = scan.held(0, LENGTH)
+    held = simulation.held(0, LENGTH)
     for t in range(LENGTH):
         assert held[..., t, : min(sinks, t + 1)].all()
         if made.compresses(t, PROMPT, prefill):
@@ -123,10 +123,10 @@ def test_protected_keys_stay(spec: str, prefill: str) -> None:
 @pytest.mark.parametrize(("spec", "prefill"), [p for p in PAIRS if plan(p[0]).policy.traits.bounded])
 def test_a_budget_of_the_whole_length_is_the_full_cache(spec: str, prefill: str) -> None:
     rows = attention(4, 2, 4, LENGTH)
-    scan = run(plan(spec), rows, [LENGTH, LENGTH + 6], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    simulation = run(plan(spec), rows, [LENGTH, LENGTH + 6], kv_heads=2, prompt=PROMPT, prefill=prefill)
     full = run(plan("full"), rows, [LENGTH], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    assert torch.equal(scan.visible(0, LENGTH)[:1], full.visible(0, LENGTH))
-    assert (scan.evictions == 0).all()
+    assert torch.equal(simulation.visible(0, LENGTH)[:1], full.visible(0, LENGTH))
+    assert (simulation.state.evictions == 0).all()
 
 
 @pytest.mark.parametrize(("spec", "prefill"), [p for p in PAIRS if p not in BOUNDS])
@@ -203,15 +203,16 @@ def test_every_phase_and_allocation_runs_or_says_why_not(spec: str, phase: str, 
             EvictionPlan.make(policy, phase, allocate)
         return
     made = EvictionPlan.make(policy, phase, allocate)
-    scan = (
+    simulation = (
         run(made, attention(10, 3, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill="full")
         if goes(made, "full")
         else run(made, attention(10, 3, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill="stream")
     )
-    assert int(scan.budget.sum()) == budget(spec) * scan.budget.numel(), "the total is conserved"
-    held = scan.held(0, LENGTH).sum(-1)  # [R, L, G, T]
-    kept = scan.budget if scan.budget.shape[-1] == 2 else scan.budget.expand(-1, -1, 2)
-    if free and scan.prefill == "full":
+    shares = simulation.state.budget
+    assert int(shares.sum()) == budget(spec) * shares.numel(), "the total is conserved"
+    held = simulation.held(0, LENGTH).sum(-1)  # [R, L, G, T]
+    kept = shares if shares.shape[-1] == 2 else shares.expand(-1, -1, 2)
+    if free and simulation.inputs.prefill == "full":
         assert (held[..., PROMPT - 1] == kept.clamp(max=PROMPT)).all()
 
 

@@ -7,7 +7,7 @@ import kvscope.policies.h2o  # noqa: F401
 from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention, run
-from tests.policies.decisions import LENGTH, golden, golden_scan, heads_at, scans
+from tests.policies.decisions import LENGTH, golden, golden_simulation, heads_at, simulations
 from tests.reference.policies import h2o as twin
 
 ODD = [(1, 5), (4, 9), (9, 9), (17, 7), (LENGTH - 1, 3), (12, 3), (20, LENGTH + 1), (3, LENGTH - 1), (11, 13)]
@@ -16,7 +16,7 @@ ODD = [(1, 5), (4, 9), (9, 9), (17, 7), (LENGTH - 1, 3), (12, 3), (20, LENGTH + 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 @pytest.mark.parametrize("group", ["mean", "max", "sum"])
 def test_drop_decisions_equal_the_plain_loop(prefill: str, group: str) -> None:
-    for rows, visible, held, prompt, budget in scans(f"h2o:group={group}", prefill):
+    for rows, visible, held, prompt, budget in simulations(f"h2o:group={group}", prefill):
         assert (visible, held) == twin.drop(rows, budget, prompt, prefill, budget // 2, group)
 
 
@@ -25,7 +25,7 @@ def test_mask_decisions_equal_the_published_loop(recent: int | None) -> None:
     cases = [(1, 5), (4, 9), (9, 9), (10, 9), (17, 6), (LENGTH - 1, 3), (12, 3), (20, LENGTH), (3, LENGTH - 2)]
     spec = "h2o:variant=mask" + ("" if recent is None else f",recent={recent}")
     returned = 0
-    for rows, visible, held, prompt, budget in scans(spec, "full", cases):
+    for rows, visible, held, prompt, budget in simulations(spec, "full", cases):
         newest = max(budget // 2, 1) if recent is None else recent
         expected = twin.mask(rows, budget - newest, newest, prompt)
         assert visible == expected
@@ -36,30 +36,30 @@ def test_mask_decisions_equal_the_published_loop(recent: int | None) -> None:
 
 
 def test_mask_at_a_budget_of_one_sees_the_query_alone() -> None:
-    for _, visible, _, prompt, _ in scans("h2o:variant=mask", "full", [(4, 1), (1, 1)]):
+    for _, visible, _, prompt, _ in simulations("h2o:variant=mask", "full", [(4, 1), (1, 1)]):
         # a cache of exactly the budget is not cut yet
         assert visible[prompt:] == [{0, 1} if t == 1 else {t} for t in range(prompt, LENGTH)]
 
 
 def test_mask_golden() -> None:
     expected = golden("h2o", "mask")
-    scan = golden_scan("h2o:variant=mask,recent=3", 6, "full", 21)
+    simulation = golden_simulation("h2o:variant=mask,recent=3", 6, "full", 21)
     for step, keys in expected["visible"].items():
-        assert heads_at(scan.visible(0, 21), int(step)) == keys
+        assert heads_at(simulation.visible(0, 21), int(step)) == keys
 
 
 def test_drop_golden() -> None:
     expected = golden("h2o", "real drop")
-    held = golden_scan("h2o:recent=3", 6, "full").held(0, 20)
+    held = golden_simulation("h2o:recent=3", 6, "full").held(0, 20)
     assert heads_at(held, 11) == expected["cache_after_prefill"]
     assert heads_at(held, 19) == expected["cache_final"]
 
 
 def test_flexgen_decisions_equal_its_slots() -> None:
     differs = 0
-    plain = scans("h2o", "full", ODD)
+    plain = simulations("h2o", "full", ODD)
     for (rows, visible, held, prompt, budget), usual in zip(
-        scans("h2o:variant=flexgen", "full", ODD), plain, strict=True
+        simulations("h2o:variant=flexgen", "full", ODD), plain, strict=True
     ):
         assert (visible, held) == twin.flexgen(rows, (budget + 1) // 2, prompt)
         differs += held != usual[2]
@@ -72,7 +72,7 @@ def test_flexgen_runs_do_not_mix() -> None:
     together = run(policy, rows, [5, 9, 33], kv_heads=2, prompt=10, prefill="full")
     for index, budget in enumerate([5, 9, 33]):
         alone = run(policy, rows, [budget], kv_heads=2, prompt=10, prefill="full")
-        assert torch.equal(together.leave[index], alone.leave[0])
+        assert torch.equal(together.state.leave[index], alone.state.leave[0])
 
 
 def test_mask_runs_do_not_mix() -> None:

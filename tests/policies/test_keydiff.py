@@ -8,7 +8,7 @@ import torch
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Shape
 from kvscope.policies.keydiff import KeyDiff
-from tests.policies.vectors import scanned, sets, vectors
+from tests.policies.vectors import sets, simulated, vectors
 from tests.reference.policies.keydiff import scores
 from tests.reference.policies.loop import evict
 
@@ -21,8 +21,8 @@ def test_decisions_equal_the_plain_loop(kv_heads: int, prompt: int, prefill: str
     shape = Shape((0, 1), 4, kv_heads, prompt, 30)
     signals = vectors(11, shape)
     plan, budgets = EvictionPlan(KeyDiff(), phase, "uniform"), [2, 6, 30]
-    scan, _ = scanned(plan, budgets, shape, prefill, signals)
-    held = scan.held(0, 30)
+    simulation, _ = simulated(plan, budgets, shape, prefill, signals)
+    held = simulation.held(0, 30)
     for (run, budget), layer, head in product(enumerate(budgets), range(2), range(kv_heads)):
         keys = signals["keys"][layer, head].numpy()
         expected = evict(
@@ -38,16 +38,16 @@ def test_decisions_equal_the_plain_loop(kv_heads: int, prompt: int, prefill: str
 def test_runs_that_differ_in_keys_do_not_mix() -> None:
     shape = Shape((0,), 2, 2, 4, 20)
     one, other = vectors(1, shape)["keys"], vectors(2, shape)["keys"]
-    both, _ = scanned(KeyDiff(), [5, 5], shape, "full", {"keys": torch.stack([one, other])})
+    both, _ = simulated(KeyDiff(), [5, 5], shape, "full", {"keys": torch.stack([one, other])})
     for run, keys in enumerate([one, other]):
-        alone, _ = scanned(KeyDiff(), [5], shape, "full", {"keys": keys})
-        assert torch.equal(both.leave[run], alone.leave[0])
-    assert not torch.equal(both.leave[0], both.leave[1])
+        alone, _ = simulated(KeyDiff(), [5], shape, "full", {"keys": keys})
+        assert torch.equal(both.state.leave[run], alone.state.leave[0])
+    assert not torch.equal(both.state.leave[0], both.state.leave[1])
 
 
 def test_a_budget_of_one_key_holds_one() -> None:
     """Two keys are equally far from their mean, so which of them stays is up to rounding; how many is not."""
     shape = Shape((0,), 2, 2, 4, 20)
-    scan, _ = scanned(KeyDiff(), [1], shape, "full", vectors(1, shape))
-    assert (scan.held(0, 20).sum(-1)[..., 3:] == 1).all()
-    scan.check()
+    simulation, _ = simulated(KeyDiff(), [1], shape, "full", vectors(1, shape))
+    assert (simulation.held(0, 20).sum(-1)[..., 3:] == 1).all()
+    simulation.check()

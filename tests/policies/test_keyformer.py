@@ -35,22 +35,22 @@ def uniform(seed: int, layers: int, heads: int) -> np.ndarray:
 def test_held_is_what_the_published_mask_shows(spec, tau_init, tau_delta, ratio, seed) -> None:
     for index, ((heads, groups), (prompt, budget)) in enumerate(itertools.product(HEADS, CASES)):
         rows = attention(index, 2, heads, LENGTH)
-        scan = run(parse_policy(spec), rows, [budget], kv_heads=groups, prompt=prompt, prefill="full")
+        simulation = run(parse_policy(spec), rows, [budget], kv_heads=groups, prompt=prompt, prefill="full")
         draws, recent, per = uniform(seed, 2, heads), int(ratio * budget), heads // groups
         for layer, group in itertools.product(range(2), range(groups)):
             own = slice(group * per, (group + 1) * per)
             seen = twin.mask(
                 rows[layer, own].numpy(), draws[layer, own], budget - recent, recent, prompt, tau_init, tau_delta
             )
-            held = sets(scan.held(0, LENGTH)[0, layer, group])
+            held = sets(simulation.held(0, LENGTH)[0, layer, group])
             first = max(prompt, budget + 1)  # until then the mask shows everything
             assert held[first:] == seen[first:]
             assert all(held[t] == set(range(t + 1)) for t in range(min(prompt - 1, budget)))
 
 
 def test_the_key_tokens_are_chosen_once() -> None:
-    scan = run(parse_policy("keyformer"), attention(4, 2, 4, 40), [10, 14], kv_heads=2, prompt=20, prefill="full")
-    held = scan.held(0, 40)
+    simulation = run(parse_policy("keyformer"), attention(4, 2, 4, 40), [10, 14], kv_heads=2, prompt=20, prefill="full")
+    held = simulation.held(0, 40)
     for run_index, recent in enumerate((3, 4)):
         first = held[run_index, :, :, 19, : 20 - recent]
         assert (held[run_index, :, :, 20:, : 20 - recent] == first[:, :, None]).all()
@@ -60,8 +60,8 @@ def test_the_key_tokens_are_chosen_once() -> None:
 def test_what_a_sliding_window_forgets_reopens_no_choice() -> None:
     made = parse_policy("keyformer")
     for seed in range(4):
-        scan = run(made, attention(seed, 1, 4, 60), [10], kv_heads=2, prompt=20, prefill="full", windows=(14,))
-        leave = scan.leave[0, 0, :, 20:]  # of the keys after the prompt
+        simulation = run(made, attention(seed, 1, 4, 60), [10], kv_heads=2, prompt=20, prefill="full", windows=(14,))
+        leave = simulation.state.leave[0, 0, :, 20:]  # of the keys after the prompt
         stay = leave - torch.arange(20, 60)
         gone = leave < 2**31 - 1
         assert (stay[gone] == 3).any()
@@ -69,16 +69,16 @@ def test_what_a_sliding_window_forgets_reopens_no_choice() -> None:
 
 
 def test_without_a_recent_window_the_prompt_stays() -> None:
-    scan = run(parse_policy("keyformer"), attention(4, 1, 2, 20), [3], kv_heads=2, prompt=8, prefill="full")
-    held = scan.held(0, 20)[0, 0, :, 7:]
+    simulation = run(parse_policy("keyformer"), attention(4, 1, 2, 20), [3], kv_heads=2, prompt=8, prefill="full")
+    held = simulation.held(0, 20)[0, 0, :, 7:]
     assert (held == held[:, :1]).all() and (held.sum(-1) == 3).all()
 
 
 def test_the_seed_decides_and_the_budget_does_not_touch_the_noise() -> None:
     rows = attention(6, 2, 4, 40)
-    together = run(parse_policy("keyformer"), rows, [8, 12], kv_heads=2, prompt=20, prefill="full").leave
-    alone = run(parse_policy("keyformer"), rows, [12], kv_heads=2, prompt=20, prefill="full").leave
-    other = run(parse_policy("keyformer:seed=1"), rows, [12], kv_heads=2, prompt=20, prefill="full").leave
+    together = run(parse_policy("keyformer"), rows, [8, 12], kv_heads=2, prompt=20, prefill="full").state.leave
+    alone = run(parse_policy("keyformer"), rows, [12], kv_heads=2, prompt=20, prefill="full").state.leave
+    other = run(parse_policy("keyformer:seed=1"), rows, [12], kv_heads=2, prompt=20, prefill="full").state.leave
     assert torch.equal(together[1], alone[0])
     assert (alone != other).any()
 

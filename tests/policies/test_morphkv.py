@@ -22,7 +22,7 @@ CASES = [*[case for case in PROMPTS_BUDGETS if case[1] >= 2], (2, 3), (23, 14)]
 def test_the_last_queries_decide(spec: str, window: int, fuse: str, prefill: str) -> None:
     for seed, ((heads, groups), (prompt, budget)) in enumerate(itertools.product(HEADS, CASES)):
         rows = attention(seed, 2, heads, LENGTH)
-        scan = run(parse_policy(spec), rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill)
+        simulation = run(parse_policy(spec), rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill)
         shift = np.random.default_rng(seed).normal(size=(2, heads, LENGTH, 1))  # logits are known up to a constant
         with np.errstate(divide="ignore"):
             logits = np.log(rows.numpy()) + shift
@@ -30,8 +30,8 @@ def test_the_last_queries_decide(spec: str, window: int, fuse: str, prefill: str
         for layer, group in itertools.product(range(2), range(groups)):
             own = logits[layer, group * per : (group + 1) * per]
             visible, held = twin.held(own, budget - 1, min(window, budget // 2), prompt, prefill, fuse)
-            assert sets(scan.visible(0, LENGTH)[0, layer, group]) == visible
-            assert sets(scan.held(0, LENGTH)[0, layer, group]) == held
+            assert sets(simulation.visible(0, LENGTH)[0, layer, group]) == visible
+            assert sets(simulation.held(0, LENGTH)[0, layer, group]) == held
 
 
 def test_budgets_in_one_scan_equal_one_by_one() -> None:
@@ -41,7 +41,7 @@ def test_budgets_in_one_scan_equal_one_by_one() -> None:
         together = run(parse_policy(spec), rows, [1, 2, 7, 16], kv_heads=2, prompt=10, prefill="full")
         for index, budget in enumerate([1, 2, 7, 16]):
             alone = run(parse_policy(spec), rows, [budget], kv_heads=2, prompt=10, prefill="full")
-            assert torch.equal(together.leave[index], alone.leave[0])
+            assert torch.equal(together.state.leave[index], alone.state.leave[0])
 
 
 def test_two_keys_are_a_window() -> None:

@@ -22,16 +22,16 @@ def test_decisions_and_budgets_equal_the_plain_loop(heads: tuple[int, int], wind
     policy = parse_policy(f"pyramidkv:window={window}")
     for seed, (prompt, budget) in enumerate(CASES):
         rows, cut = groups(seed, *heads, LAYERS, LENGTH)
-        scan = run(policy, rows, [budget], kv_heads=heads[1], prompt=prompt, prefill="full")
+        simulation = run(policy, rows, [budget], kv_heads=heads[1], prompt=prompt, prefill="full")
         width = min(window, budget // 2)
         shares = allocations.pyramid(budget, width, prompt, LAYERS)
         assert sum(shares) == budget * LAYERS
-        assert scan.budget[0].tolist() == [[keys] * heads[1] for keys in shares]
+        assert simulation.state.budget[0].tolist() == [[keys] * heads[1] for keys in shares]
         for layer, head in itertools.product(range(LAYERS), range(heads[1])):
             expected = snapkv(
                 cut[layer][head], budget, prompt, window=window, kernel=5, pooling="avg", capacity=shares[layer]
             )
-            assert head_sets(scan, layer, head) == expected
+            assert head_sets(simulation, layer, head) == expected
 
 
 def test_pyramids_of_each_kind_are_among_the_cases() -> None:

@@ -10,7 +10,7 @@ from kvscope.core.errors import UsageError
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Shape
 from kvscope.policies.r_kv import RKV, redundancy
-from tests.policies.vectors import scanned, sets, vectors
+from tests.policies.vectors import sets, simulated, vectors
 from tests.reference.policies.loop import evict
 from tests.reference.policies.r_kv import scores
 
@@ -25,8 +25,8 @@ def test_decisions_equal_the_plain_loop(kv_heads: int, prompt: int, prefill: str
     signals = vectors(21, shape)
     policy, budgets = RKV(window=window, mix_lambda=mix, pooling=pooling), [2, 5, 12, length]
     plan = EvictionPlan(policy, phase, "uniform")
-    scan, _ = scanned(plan, budgets, shape, prefill, signals)
-    held, group = scan.held(0, length), 4 // kv_heads
+    simulation, _ = simulated(plan, budgets, shape, prefill, signals)
+    held, group = simulation.held(0, length), 4 // kv_heads
     for (run, budget), layer, head in product(enumerate(budgets), range(2), range(kv_heads)):
         keys = signals["keys"][layer, head].numpy()
         queries = signals["queries"][layer, head * group : (head + 1) * group].numpy()
@@ -46,7 +46,7 @@ def test_decisions_equal_the_plain_loop(kv_heads: int, prompt: int, prefill: str
 def test_the_published_settings_at_their_own_size() -> None:
     shape = Shape((0,), 2, 1, 100, 300)
     signals = vectors(2, shape, size=8)
-    scan, _ = scanned(RKV(), [64], shape, "full", signals)
+    simulation, _ = simulated(RKV(), [64], shape, "full", signals)
     keys, queries = signals["keys"][0, 0].numpy(), signals["queries"][0].numpy()
     expected = evict(
         300,
@@ -55,16 +55,16 @@ def test_the_published_settings_at_their_own_size() -> None:
         lambda t, visible: scores(keys, queries, t, visible, 8, 0.07, 7),
         recent=8,
     )
-    assert sets(scan.held(0, 300)[0, 0, 0]) == expected
+    assert sets(simulation.held(0, 300)[0, 0, 0]) == expected
     assert [len(expected[t]) for t in (98, 99, 226, 227, 228)] == [99, 64, 191, 64, 65]
 
 
 def test_a_budget_of_one_key_holds_one() -> None:
     """Of two keys each is as redundant, and pooling levels their attention: which stays is up to rounding."""
     shape = Shape((0,), 2, 2, 4, 20)
-    scan, _ = scanned(EvictionPlan(RKV(), "step", "uniform"), [1], shape, "full", vectors(1, shape))
-    assert (scan.held(0, 20).sum(-1)[..., 3:] == 1).all()
-    scan.check()
+    simulation, _ = simulated(EvictionPlan(RKV(), "step", "uniform"), [1], shape, "full", vectors(1, shape))
+    assert (simulation.held(0, 20).sum(-1)[..., 3:] == 1).all()
+    simulation.check()
 
 
 def test_redundancy_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +80,8 @@ def test_redundancy_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_is_remembered_is_the_window() -> None:
     shape = Shape((0,), 2, 1, 4, 40)
-    scan, _ = scanned(RKV(window=3), [10], shape, "full", vectors(2, shape))
-    assert scan._memory["queries"].shape == (1, 1, 2, 3, 4)
+    simulation, _ = simulated(RKV(window=3), [10], shape, "full", vectors(2, shape))
+    assert simulation._torch._memory["queries"].shape == (1, 1, 2, 3, 4)
 
 
 def test_parameters_out_of_range() -> None:

@@ -8,10 +8,10 @@ import torch
 
 from kvscope.core.errors import UsageError
 from kvscope.engine.rows import Shape
-from kvscope.engine.scan import Scan
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.policies.recycled_attention import RecycledAttention, RefreshKV
 from tests.engine.maps import attention
-from tests.policies.vectors import scanned, sets, vectors
+from tests.policies.vectors import sets, simulated, vectors
 from tests.reference.policies.recycled_attention import full_by_queries, read
 
 REDUCE = {"max": max, "mean": np.mean, "sum": sum}
@@ -19,11 +19,11 @@ LENGTH = 34
 BUDGETS = [1, 6, 15, LENGTH]
 
 
-def compare(policy: RecycledAttention, shape: Shape, prefill: str, seed: int = 41) -> Scan:
-    """Assert that every run, layer and head reads what the twin reads; return the scan."""
+def compare(policy: RecycledAttention, shape: Shape, prefill: str, seed: int = 41) -> CacheSimulation:
+    """Assert that every run, layer and head reads what the twin reads; return the simulation."""
     signals = vectors(seed, shape)
-    scan, rows = scanned(policy, BUDGETS, shape, prefill, signals, seed)
-    visible, size = scan.visible(0, shape.length), shape.heads // shape.kv_heads
+    simulation, rows = simulated(policy, BUDGETS, shape, prefill, signals, seed)
+    visible, size = simulation.visible(0, shape.length), shape.heads // shape.kv_heads
     start = shape.prompt - 1 if prefill == "full" else 0
     for (run, budget), layer, head in product(enumerate(BUDGETS), range(len(shape.layers)), range(shape.kv_heads)):
         if policy.schedule == "fixed":
@@ -37,7 +37,7 @@ def compare(policy: RecycledAttention, shape: Shape, prefill: str, seed: int = 4
         own = rows[layer, head * size : (head + 1) * size].numpy()
         expected = read(own, budget, start, is_full, policy.pooling, REDUCE[policy.group], window)
         assert sets(visible[run, layer, head]) == expected
-    return scan
+    return simulation
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,10 @@ def compare(policy: RecycledAttention, shape: Shape, prefill: str, seed: int = 4
 )
 def test_fixed_reads_equal_the_plain_loop(kv_heads: int, prompt: int, prefill: str, pooling: int, group: str) -> None:
     policy = RecycledAttention(stride=7, pooling=pooling, group=group)
-    scan = compare(policy, Shape((0, 1), 4, kv_heads, prompt, LENGTH), prefill)
-    assert scan.held(0, LENGTH).sum(-1)[0, 0, 0].tolist() == list(range(1, LENGTH + 1)), "a reader holds everything"
+    simulation = compare(policy, Shape((0, 1), 4, kv_heads, prompt, LENGTH), prefill)
+    assert simulation.held(0, LENGTH).sum(-1)[0, 0, 0].tolist() == list(range(1, LENGTH + 1)), (
+        "a reader holds everything"
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,8 +60,8 @@ def test_dynamic_reads_equal_the_plain_loop(
     prompt: int, prefill: str, every: int, threshold: float, pooling: int
 ) -> None:
     policy = RefreshKV(compare_every=every, threshold=threshold, pooling=pooling)
-    scan = compare(policy, Shape((0, 1, 2), 4, 2, prompt, LENGTH), prefill)
-    counts = scan.visible(0, LENGTH)[0, :, 0].sum(-1)  # [L, T]
+    simulation = compare(policy, Shape((0, 1, 2), 4, 2, prompt, LENGTH), prefill)
+    counts = simulation.visible(0, LENGTH)[0, :, 0].sum(-1)  # [L, T]
     if threshold == 0.4 and every == 1:
         assert (counts[0] != counts[1]).any(), "layers decide for themselves when to read all"
         assert (counts[:, prompt:] == 2).any() and (counts[:, prompt:] > 2).any()
@@ -67,8 +69,8 @@ def test_dynamic_reads_equal_the_plain_loop(
 
 def test_a_stride_beyond_the_budget_reads_what_came_since() -> None:
     policy = RecycledAttention(stride=20)
-    scan = compare(policy, Shape((0,), 2, 2, 8, LENGTH), "full")
-    at_six = scan.visible(0, LENGTH)[1, 0, 0, 16]  # nine steps after the full one, six keys: the newest alone
+    simulation = compare(policy, Shape((0,), 2, 2, 8, LENGTH), "full")
+    at_six = simulation.visible(0, LENGTH)[1, 0, 0, 16]  # nine steps after the full one, six keys: the newest alone
     assert at_six.nonzero().flatten().tolist() == list(range(10, 17))
 
 
@@ -80,10 +82,10 @@ def test_a_sliding_window_forgets_part_of_the_set() -> None:
 
 def test_of_equal_weights_the_newer_is_recycled() -> None:
     rows = torch.full((1, 1, 8, 8), 0.125, dtype=torch.float64)
-    scan = Scan(RecycledAttention(), [3], Shape((0,), 1, 1, 6, 8), dtype=torch.float64)
+    simulation = CacheSimulation(RecycledAttention(), [3], Shape((0,), 1, 1, 6, 8), dtype=torch.float64)
     for t in range(8):
-        scan.step(t, rows[:, :, t, : t + 1])
-    assert sets(scan.visible(0, 8)[0, 0, 0])[6:] == [{3, 4, 5, 6}, {4, 5, 6, 7}]
+        simulation.step(t, rows[:, :, t, : t + 1])
+    assert sets(simulation.visible(0, 8)[0, 0, 0])[6:] == [{3, 4, 5, 6}, {4, 5, 6, 7}]
 
 
 def test_runs_that_differ_do_not_mix() -> None:
@@ -92,11 +94,11 @@ def test_runs_that_differ_do_not_mix() -> None:
     policy = RefreshKV(compare_every=2, threshold=0.3, pooling=3)
     queries = [vectors(seed, shape)["mean_query"] for seed in (1, 2)]
     rows = [attention(seed, 1, 4, LENGTH) for seed in (1, 2)]
-    both = Scan(policy, [6, 6], shape, "full", {"mean_query": torch.stack(queries)}, dtype=torch.float64)
+    both = CacheSimulation(policy, [6, 6], shape, "full", {"mean_query": torch.stack(queries)}, dtype=torch.float64)
     for t in range(LENGTH):
         both.step(t, torch.stack(rows)[:, :, :, t, : t + 1])
     for run in range(2):
-        alone = Scan(policy, [6], shape, "full", {"mean_query": queries[run]}, dtype=torch.float64)
+        alone = CacheSimulation(policy, [6], shape, "full", {"mean_query": queries[run]}, dtype=torch.float64)
         for t in range(LENGTH):
             alone.step(t, rows[run][:, :, t, : t + 1])
         assert torch.equal(both.visible(0, LENGTH)[run], alone.visible(0, LENGTH)[0])

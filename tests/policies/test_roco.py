@@ -8,7 +8,7 @@ import torch
 from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import attention, run
-from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, scans, sets
+from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, sets, simulations
 from tests.reference.policies import roco as twin
 
 # where deviations matter: budgets at which more keys are out of reach than are protected
@@ -27,7 +27,7 @@ CASES = [*PROMPTS_BUDGETS, (1, 12), (10, 15), (23, 16), (24, 20)]
     ],
 )
 def test_mean_and_deviation_decide(spec: str, settings: dict, prefill: str) -> None:
-    for rows, visible, held, prompt, budget in scans(spec, prefill, CASES):
+    for rows, visible, held, prompt, budget in simulations(spec, prefill, CASES):
         assert (visible, held) == twin.plain(rows, budget, prompt, prefill, **settings)
 
 
@@ -35,7 +35,9 @@ def test_deviations_change_decisions() -> None:
     """Were the feasible set forgotten, this alone would tell."""
     rows = attention(3, 2, 4, 40)
     one, other = (
-        run(parse_policy(f"roco:recent=1,std_ratio={ratio}"), rows, [12], kv_heads=2, prompt=9, prefill="full").leave
+        run(
+            parse_policy(f"roco:recent=1,std_ratio={ratio}"), rows, [12], kv_heads=2, prompt=9, prefill="full"
+        ).state.leave
         for ratio in (0, 0.3)
     )
     assert (one != other).any()
@@ -48,12 +50,12 @@ def test_the_published_decoding_mode(prompt: int, budget: int, recent: int) -> N
     for seed, (heads, groups) in enumerate([(2, 2), (4, 2), (2, 1)]):
         rows = attention(seed, 2, heads, length)
         policy = parse_policy(f"roco:variant=easykv,recent={recent}")
-        scan = run(policy, rows, [prompt + budget], kv_heads=groups, prompt=prompt, prefill="full")
+        simulation = run(policy, rows, [prompt + budget], kv_heads=groups, prompt=prompt, prefill="full")
         per = heads // groups
         for layer, group in itertools.product(range(2), range(groups)):
             visible, held = twin.easykv(rows[layer, group * per : (group + 1) * per].numpy(), budget, prompt, recent)
-            assert sets(scan.visible(0, length)[0, layer, group]) == visible
-            assert sets(scan.held(0, length)[0, layer, group]) == held
+            assert sets(simulation.visible(0, length)[0, layer, group]) == visible
+            assert sets(simulation.held(0, length)[0, layer, group]) == held
 
 
 def test_a_variance_that_rounds_below_zero_is_the_largest_in_the_published_code() -> None:
@@ -71,8 +73,8 @@ def test_a_variance_that_rounds_below_zero_is_the_largest_in_the_published_code(
             rows[..., t, key] = weight + unit * 2**36 * (1 + (t + key) % 2) / 16
         rows[..., t, 0] = 1 - rows[..., t, :].sum()
     spec = "roco:variant=easykv,recent=1"
-    scan = run(parse_policy(spec), rows, [6], kv_heads=1, prompt=1, prefill="full")
-    held = sets(scan.held(0, 7)[0, 0, 0])
+    simulation = run(parse_policy(spec), rows, [6], kv_heads=1, prompt=1, prefill="full")
+    held = sets(simulation.held(0, 7)[0, 0, 0])
     assert held == twin.easykv(rows[0].numpy(), 5, 1, newest=1)[1]
     assert 1 in held[6] and len(held[6]) == 6
 
@@ -83,7 +85,7 @@ def test_budgets_in_one_scan_equal_one_by_one() -> None:
         together = run(parse_policy(spec), rows, budgets, kv_heads=2, prompt=10, prefill="full")
         for index, budget in enumerate(budgets):
             alone = run(parse_policy(spec), rows, [budget], kv_heads=2, prompt=10, prefill="full")
-            assert (together.leave[index] == alone.leave[0]).all()
+            assert (together.state.leave[index] == alone.state.leave[0]).all()
 
 
 def test_what_is_refused() -> None:

@@ -9,20 +9,20 @@ import kvscope.policies.scissorhands  # noqa: F401
 from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention, run
-from tests.policies.decisions import HEADS, LENGTH, golden, golden_scan, heads_at, scans, sets
+from tests.policies.decisions import HEADS, LENGTH, golden, golden_simulation, heads_at, sets, simulations
 from tests.reference.policies import scissorhands as twin
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 @pytest.mark.parametrize(("history", "recent"), [(400, 10), (4, 2), (1, 0), (7, 3)])
 def test_decisions_equal_the_plain_loop(prefill: str, history: int, recent: int) -> None:
-    for rows, visible, held, prompt, budget in scans(f"scissorhands:history={history},recent={recent}", prefill):
+    for rows, visible, held, prompt, budget in simulations(f"scissorhands:history={history},recent={recent}", prefill):
         assert (visible, held) == twin.counters(rows, budget, prompt, prefill, history, recent)
 
 
 @pytest.mark.parametrize("group", ["max", "sum"])
 def test_other_group_reductions(group: str) -> None:
-    for rows, visible, held, prompt, budget in scans(f"scissorhands:history=5,recent=2,group={group}", "full"):
+    for rows, visible, held, prompt, budget in simulations(f"scissorhands:history=5,recent=2,group={group}", "full"):
         assert (visible, held) == twin.counters(rows, budget, prompt, "full", 5, 2, group)
 
 
@@ -36,12 +36,12 @@ def test_released_decisions_equal_the_published_loop(
     cut = 0
     for seed, (heads, groups) in enumerate(HEADS):
         rows = attention(seed, 2, heads, length)
-        scan = run(policy, rows, [length], kv_heads=groups, prompt=1, prefill="stream")
+        simulation = run(policy, rows, [length], kv_heads=groups, prompt=1, prefill="stream")
         per = heads // groups
         for layer, group in itertools.product(range(2), range(groups)):
             own = rows[layer, group * per : (group + 1) * per].numpy()
             expected = twin.released(own, lru_window, position_window, start)
-            assert sets(scan.visible(0, length)[0, layer, group]) == expected
+            assert sets(simulation.visible(0, length)[0, layer, group]) == expected
             cut += sum(len(keys) <= t for t, keys in enumerate(expected))
     assert cut > 0 or lru_window == 40, "nothing was cut, so nothing was compared"
 
@@ -49,8 +49,8 @@ def test_released_decisions_equal_the_published_loop(
 def test_released_golden() -> None:
     expected = golden("scissorhands", "released")
     spec = "scissorhands:variant=released,lru_window=5,position_window=2,start=6"
-    scan = golden_scan(spec, 20, "stream")
-    assert heads_at(scan.visible(0, 20), 19) == expected["visible"]["19"]
+    simulation = golden_simulation(spec, 20, "stream")
+    assert heads_at(simulation.visible(0, 20), 19) == expected["visible"]["19"]
 
 
 def test_released_has_no_budget_and_streams_alone() -> None:

@@ -9,7 +9,7 @@ from kvscope.core.errors import UsageError
 from kvscope.engine.plan import EvictionPlan
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import run
-from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, groups, head_sets, scans
+from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, groups, head_sets, simulations
 from tests.reference.policies import snapkv as twin
 
 # also: a window of half of the budget, fewer older keys than the kernel, a prompt of one key more than fits
@@ -27,7 +27,7 @@ CASES = [*PROMPTS_BUDGETS, (24, 13), (22, 4), (8, 7), (10, 9)]
     ],
 )
 def test_decisions_equal_the_plain_loop(spec: str, settings: dict) -> None:
-    for rows, visible, held, prompt, budget in scans(spec, "full", CASES):
+    for rows, visible, held, prompt, budget in simulations(spec, "full", CASES):
         assert (visible, held) == twin.snapkv(rows, budget, prompt, **settings)
 
 
@@ -37,7 +37,7 @@ def test_told_to_go_on_it_pools_over_what_is_left(phase: str, pooling: str) -> N
     plan = EvictionPlan.make(parse_policy(f"snapkv:window=3,kernel=3,pooling={pooling}"), phase)
     for seed, (prompt, budget) in enumerate([(12, 6), (17, 9), (4, 5), (9, 1)]):
         rows, cut = groups(seed, 4, 2, 2, LENGTH)
-        scan = run(plan, rows, [budget], kv_heads=2, prompt=prompt, prefill="full")
+        simulation = run(plan, rows, [budget], kv_heads=2, prompt=prompt, prefill="full")
         for layer, head in itertools.product(range(2), range(2)):
             expected = twin.snapkv(
                 cut[layer][head],
@@ -48,11 +48,11 @@ def test_told_to_go_on_it_pools_over_what_is_left(phase: str, pooling: str) -> N
                 pooling=pooling,
                 when=lambda t, prompt=prompt: plan.compresses(t, prompt, "full"),
             )
-            assert head_sets(scan, layer, head) == expected
+            assert head_sets(simulation, layer, head) == expected
 
 
 def test_what_is_generated_stays() -> None:
-    for _, visible, held, prompt, budget in scans("snapkv", "full", [(17, 6), (LENGTH - 1, 2)]):
+    for _, visible, held, prompt, budget in simulations("snapkv", "full", [(17, 6), (LENGTH - 1, 2)]):
         kept = held[prompt - 1]
         assert len(kept) == budget
         assert held[prompt:] == visible[prompt:] == [kept | set(range(prompt, t + 1)) for t in range(prompt, LENGTH)]
@@ -65,7 +65,7 @@ def test_budgets_in_one_scan_equal_one_by_one() -> None:
     together = run(policy, rows, [1, 6, 25], kv_heads=2, prompt=30, prefill="full")
     for index, budget in enumerate([1, 6, 25]):
         alone = run(policy, rows, [budget], kv_heads=2, prompt=30, prefill="full")
-        assert torch.equal(together.leave[index], alone.leave[0])
+        assert torch.equal(together.state.leave[index], alone.state.leave[0])
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,9 @@ def test_pooling_changes_decisions(heads: tuple[int, int]) -> None:
     """Were the neighbours forgotten, this alone would tell."""
     rows, _ = groups(8, *heads, 2, 40)
     at = {"kv_heads": heads[1], "prompt": 30, "prefill": "full"}
-    kinds = [run(parse_policy(f"snapkv:pooling={kind}"), rows, [10], **at).leave for kind in ("avg", "max", "none")]
+    kinds = [
+        run(parse_policy(f"snapkv:pooling={kind}"), rows, [10], **at).state.leave for kind in ("avg", "max", "none")
+    ]
     assert all(not torch.equal(one, other) for one, other in itertools.combinations(kinds, 2))
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policy
-from tests.policies.decisions import LENGTH, PROMPTS_BUDGETS, scans
+from tests.policies.decisions import LENGTH, PROMPTS_BUDGETS, simulations
 from tests.reference.policies import streaming_llm as twin
 
 
@@ -12,7 +12,7 @@ from tests.reference.policies import streaming_llm as twin
 @pytest.mark.parametrize("sinks", [0, 1, 4])
 def test_decisions_equal_the_published_cache(sinks: int, prefill: str) -> None:
     cases = [(prompt, budget) for prompt, budget in [*PROMPTS_BUDGETS, (14, 4)] if budget >= sinks]
-    for _, visible, held, prompt, budget in scans(f"streaming-llm:sinks={sinks}", prefill, cases):
+    for _, visible, held, prompt, budget in simulations(f"streaming-llm:sinks={sinks}", prefill, cases):
         assert (visible, held) == twin.cache(LENGTH, sinks, budget - sinks, prompt, prefill)
 
 

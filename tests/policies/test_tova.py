@@ -6,7 +6,7 @@ import kvscope.policies.tova  # noqa: F401
 from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention, run
-from tests.policies.decisions import LENGTH, golden, golden_scan, heads_at, scans
+from tests.policies.decisions import LENGTH, golden, golden_simulation, heads_at, simulations
 from tests.reference.policies import tova as twin
 
 
@@ -14,18 +14,18 @@ from tests.reference.policies import tova as twin
 @pytest.mark.parametrize("scope", ["layer", "kv_head"])
 @pytest.mark.parametrize("sinks", [0, 1])
 def test_decisions_equal_the_plain_loop(prefill: str, scope: str, sinks: int) -> None:
-    for rows, visible, held, prompt, budget in scans(f"tova:scope={scope},sinks={sinks}", prefill):
+    for rows, visible, held, prompt, budget in simulations(f"tova:scope={scope},sinks={sinks}", prefill):
         assert (visible, held) == twin.tova(rows, budget, prompt, prefill, sinks)
 
 
 @pytest.mark.parametrize("group", ["max", "sum"])
 def test_other_group_reductions(group: str) -> None:
-    for rows, visible, held, prompt, budget in scans(f"tova:scope=kv_head,group={group}", "full"):
+    for rows, visible, held, prompt, budget in simulations(f"tova:scope=kv_head,group={group}", "full"):
         assert (visible, held) == twin.tova(rows, budget, prompt, "full", group=group)
 
 
 def test_four_sinks_stay() -> None:
-    for _, _, held, prompt, _ in scans("tova:sinks=4", "full", [(12, 6)]):
+    for _, _, held, prompt, _ in simulations("tova:sinks=4", "full", [(12, 6)]):
         assert all(keys >= {0, 1, 2, 3} for keys in held[prompt - 1 :])
 
 
@@ -33,9 +33,9 @@ def test_four_sinks_stay() -> None:
 def test_kvpress_chooses_once_and_keeps_the_last_key(sinks: int) -> None:
     lost = 0
     cases = [(1, 5), (4, 9), (9, 9), (17, 6), (LENGTH - 1, 2), (12, 2), (20, LENGTH)]
-    plain = scans(f"tova:sinks={sinks}", "full", cases)
+    plain = simulations(f"tova:sinks={sinks}", "full", cases)
     for (rows, visible, held, prompt, budget), usual in zip(
-        scans(f"tova:variant=kvpress,sinks={sinks}", "full", cases), plain, strict=True
+        simulations(f"tova:variant=kvpress,sinks={sinks}", "full", cases), plain, strict=True
     ):
         kept = twin.kvpress(rows, budget, prompt, sinks)
         assert held[prompt - 1 :] == [kept | set(range(prompt, t + 1)) for t in range(prompt - 1, LENGTH)]
@@ -46,7 +46,7 @@ def test_kvpress_chooses_once_and_keeps_the_last_key(sinks: int) -> None:
 
 def test_golden() -> None:
     expected = golden("tova", "released")
-    held = golden_scan("tova", 6, "full").held(0, 20)
+    held = golden_simulation("tova", 6, "full").held(0, 20)
     assert heads_at(held, 11) == [expected["cache_after_prefill_shared"]] * 2
     assert heads_at(held, 19) == [expected["cache_final_shared"]] * 2
 

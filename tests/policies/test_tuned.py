@@ -9,7 +9,7 @@ import torch
 
 from kvscope.core.errors import UsageError
 from kvscope.engine.plan import EvictionPlan
-from kvscope.engine.scan import Scan
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.policies.base import Policy, Step
 from kvscope.policies.spec import parse_policies, parse_policy
 from kvscope.policies.tuned import Tuned
@@ -37,7 +37,9 @@ def tuned(specs: list[str], choice: tuple[tuple[int, ...], ...] = CHOICE) -> Tun
     return Tuned("t.toml", tuple(map(parse_policy, specs)), tuple(range(len(choice))), choice)
 
 
-def scan(policy: Policy, budget: int, prefill: str, given: Mapping[str, torch.Tensor], accumulate: str | None) -> Scan:
+def simulated(
+    policy: Policy, budget: int, prefill: str, given: Mapping[str, torch.Tensor], accumulate: str | None
+) -> CacheSimulation:
     plan = EvictionPlan.make(policy, accumulate=accumulate)
     rows = attention(4, LAYERS, HEADS, LENGTH)
     at = {"kv_heads": GROUPS, "prompt": PROMPT, "prefill": prefill}
@@ -56,8 +58,8 @@ def test_every_head_follows_its_setting(specs: list[str], accumulate: str | None
                 EvictionPlan.published(policies[0]).require(prefill)
             except UsageError:
                 continue  # compresses at the end of the prompt alone
-            alone = [scan(policy, budget, prefill, given, accumulate).leave[0] for policy in policies]
-            together = scan(tuned(specs), budget, prefill, given, accumulate).leave[0]
+            alone = [simulated(policy, budget, prefill, given, accumulate).state.leave[0] for policy in policies]
+            together = simulated(tuned(specs), budget, prefill, given, accumulate).state.leave[0]
             for layer, row in enumerate(CHOICE):
                 for head, number in enumerate(row):
                     assert torch.equal(together[layer, head], alone[number][layer, head])
@@ -68,8 +70,8 @@ def test_every_head_follows_its_setting(specs: list[str], accumulate: str | None
 @pytest.mark.parametrize("specs", [["tova", "tova:group=max"], ["a2sf:alpha=0", "a2sf:alpha=1"]])
 def test_one_number_for_a_layer(specs: list[str]) -> None:
     """Of a policy that decides per layer there is nothing else."""
-    alone = [scan(parse_policy(spec), 9, "full", {}, None).leave[0] for spec in specs]
-    together = scan(tuned(specs, ((0,), (1,), (1,))), 9, "full", {}, None).leave[0]
+    alone = [simulated(parse_policy(spec), 9, "full", {}, None).state.leave[0] for spec in specs]
+    together = simulated(tuned(specs, ((0,), (1,), (1,))), 9, "full", {}, None).state.leave[0]
     assert torch.equal(together, torch.stack([alone[0][0], alone[1][1], alone[1][2]]))
 
 
@@ -86,8 +88,8 @@ class _InPlace(Policy):
 
 def test_a_policy_that_writes_into_its_scores() -> None:
     settings = (_InPlace(0.1), _InPlace(0.5), _InPlace(0.99))
-    alone = [scan(policy, 9, "full", {}, None).leave[0] for policy in settings]
-    together = scan(Tuned("t.toml", settings, (0, 1, 2), CHOICE), 9, "full", {}, None).leave[0]
+    alone = [simulated(policy, 9, "full", {}, None).state.leave[0] for policy in settings]
+    together = simulated(Tuned("t.toml", settings, (0, 1, 2), CHOICE), 9, "full", {}, None).state.leave[0]
     for layer, row in enumerate(CHOICE):
         for head, number in enumerate(row):
             assert torch.equal(together[layer, head], alone[number][layer, head])
@@ -99,9 +101,9 @@ def test_budgets_side_by_side_and_layers_apart() -> None:
     at = {"kv_heads": GROUPS, "prompt": PROMPT, "prefill": "full"}
     both = run(policy, rows, [6, 15], **at)
     for index, budget in enumerate([6, 15]):
-        assert torch.equal(both.leave[index], run(policy, rows, [budget], **at).leave[0])
+        assert torch.equal(both.state.leave[index], run(policy, rows, [budget], **at).state.leave[0])
     last = run(tuned(GRIDS[0], CHOICE[2:]), rows[2:], [6], **at)
-    assert torch.equal(both.leave[0, 2], last.leave[0, 0])
+    assert torch.equal(both.state.leave[0, 2], last.state.leave[0, 0])
 
 
 def test_what_it_is() -> None:
@@ -163,7 +165,7 @@ def test_another_model(model: tuple[tuple[int, ...], int, int], why: str | None)
 
 def test_another_model_found_at_the_first_step() -> None:
     with pytest.raises(UsageError, match="not for layer 2"):
-        scan(tuned(["a2sf", "a2sf:alpha=1"], ((0, 1), (0,))), 9, "full", {}, None)
+        simulated(tuned(["a2sf", "a2sf:alpha=1"], ((0, 1), (0,))), 9, "full", {}, None)
 
 
 def test_a_layer_that_decides_as_one_has_one_setting() -> None:

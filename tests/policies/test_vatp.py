@@ -42,15 +42,15 @@ def test_the_base_sees_weights_times_norms(base: str, norm: str, prefill: str) -
         for seed, (prompt, budget) in enumerate(PROMPTS_BUDGETS):
             rows = attention(seed, 2, heads, LENGTH)
             given = signals(EvictionPlan.published(policy), 2, heads, groups, LENGTH, seed)
-            scan = run(policy, rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill, given=given)
+            simulation = run(policy, rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill, given=given)
             norms = given[f"value_{norm}"].repeat_interleave(heads // groups, 1).numpy()
             for layer, group in itertools.product(range(2), range(groups)):
                 own = slice(0, heads) if whole else slice(group * heads // groups, (group + 1) * heads // groups)
                 shared = rows[layer, own].numpy()
                 name = base.partition("(")[0]
                 visible, held = twin.plain(shared, norms[layer, own], name, budget, prompt, prefill, sinks)
-                assert sets(scan.visible(0, LENGTH)[0, layer, group]) == visible
-                assert sets(scan.held(0, LENGTH)[0, layer, group]) == held
+                assert sets(simulation.visible(0, LENGTH)[0, layer, group]) == visible
+                assert sets(simulation.held(0, LENGTH)[0, layer, group]) == held
 
 
 @pytest.mark.parametrize("valued", [True, False])
@@ -65,12 +65,12 @@ def test_the_published_mask_in_four_modes(base: str, valued: bool, prompt: int, 
         rows = attention(seed, 2, heads, length)
         norms = np.random.default_rng(seed).uniform(0.5, 3, size=(2, heads, length))
         given = {"value_l1": torch.from_numpy(norms)} if valued else {}
-        scan = run(policy, rows, [2 * half], kv_heads=heads, prompt=prompt, prefill="full", given=given)
+        simulation = run(policy, rows, [2 * half], kv_heads=heads, prompt=prompt, prefill="full", given=given)
         for layer, head in itertools.product(range(2), range(heads)):
             norm = norms[layer, head] if valued else None
             one = rows[layer, head : head + 1].numpy()
             seen = twin.mask(one, norm, base, 2 * half - recent, recent, sinks, prompt)
-            assert sets(scan.visible(0, length)[0, layer, head]) == seen
+            assert sets(simulation.visible(0, length)[0, layer, head]) == seen
 
 
 def test_the_mask_counts_the_last_400_rows_of_the_prompt() -> None:
@@ -79,9 +79,9 @@ def test_the_mask_counts_the_last_400_rows_of_the_prompt() -> None:
     norms = np.random.default_rng(2).uniform(0.5, 3, size=(1, 1, length))
     policy = parse_policy("vatp:variant=mask,base=scissorhands,sinks=2")
     given = {"value_l1": torch.from_numpy(norms)}
-    scan = run(policy, rows, [budget], kv_heads=1, prompt=prompt, prefill="full", given=given)
+    simulation = run(policy, rows, [budget], kv_heads=1, prompt=prompt, prefill="full", given=given)
     seen = twin.mask(rows[0].numpy(), norms[0, 0], "scissorhands", budget - 10, 10, 2, prompt)
-    assert sets(scan.visible(prompt, length)[0, 0, 0]) == seen[prompt:]
+    assert sets(simulation.visible(prompt, length)[0, 0, 0]) == seen[prompt:]
     whole = twin.mask(rows[0, :, 15:, 15:].numpy(), norms[0, 0, 15:], "scissorhands", budget - 10, 10, 2, prompt - 15)
     assert [{key + 15 for key in keys} for keys in whole[prompt - 15 :]] != seen[prompt:]
 
@@ -93,9 +93,9 @@ def test_golden(spec: str) -> None:
     norms = [[0.5 + (53 * k + 31 * h) % 19 / 10 for k in range(21)] for h in range(2)]
     assert [row[:20] for row in norms] == [pytest.approx(row) for row in GOLDEN["value_l1"]]
     given = {"value_l1": torch.tensor([norms], dtype=torch.float64)}
-    scan = run(parse_policy(spec), rows, [6], kv_heads=2, prompt=12, prefill="full", given=given)
+    simulation = run(parse_policy(spec), rows, [6], kv_heads=2, prompt=12, prefill="full", given=given)
     for step, keys in expected["visible"].items():
-        assert heads_at(scan.visible(0, 21), int(step)) == keys
+        assert heads_at(simulation.visible(0, 21), int(step)) == keys
 
 
 def test_traits_come_from_the_base() -> None:
@@ -132,7 +132,7 @@ def test_a_base_from_a_file(tmp_path) -> None:
     rows = attention(1, 2, 4, 20)
     mine = run(policy, rows, [6], kv_heads=2, prompt=5, prefill="full")
     known = run(parse_policy("vatp:sinks=0,base=h2o(recent=2)"), rows, [6], kv_heads=2, prompt=5, prefill="full")
-    assert torch.equal(mine.leave, known.leave)
+    assert torch.equal(mine.state.leave, known.state.leave)
 
 
 @pytest.mark.parametrize(

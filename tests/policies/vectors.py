@@ -1,4 +1,4 @@
-"""Random vectors for policies that look at keys, values and queries, and a scan that is given them."""
+"""Random vectors for policies that look at keys, values and queries, and a simulation that is given them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Shape
-from kvscope.engine.scan import Scan
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.policies.base import Policy
 from tests.engine.maps import attention
 
@@ -26,21 +26,21 @@ def vectors(seed: int, shape: Shape, size: int = 4) -> dict[str, Tensor]:
     return made | {"mean_query": queries.mean(1)}
 
 
-def scanned(
+def simulated(
     policy: Policy | EvictionPlan,
     budgets: list[int],
     shape: Shape,
     prefill: str,
     signals: dict[str, Tensor],
     seed: int = 0,
-) -> tuple[Scan, Tensor]:
-    """Return a scan stepped to the end over random rows, and the rows ``[L, H, T, T]``."""
+) -> tuple[CacheSimulation, Tensor]:
+    """Return a simulation stepped to the end over random rows, and the rows ``[L, H, T, T]``."""
     rows = attention(seed, len(shape.layers), shape.heads, shape.length)
-    scan = Scan(policy, budgets, shape, prefill, signals, dtype=torch.float64)
+    simulation = CacheSimulation(policy, budgets, shape, prefill, signals, dtype=torch.float64)
     for t in range(shape.length):
-        scan.step(t, rows[:, :, t, : t + 1])
-    assert not bool(scan._nan)
-    return scan, rows
+        simulation.step(t, rows[:, :, t, : t + 1])
+    assert not bool(simulation.state.nan_scores)
+    return simulation, rows
 
 
 def sets(masks: Tensor) -> list[set[int]]:

@@ -59,8 +59,9 @@ def test_what_is_stated_covers_what_is_kept(example: Trace, prefill: str) -> Non
     for _ in group.step_all():
         pass
     kept = 0
-    for _, scan, scorer in group.scans:
-        tensors = [scan.leave, scan._alive, scan._score, *(part for parts in scorer._blocks.values() for part in parts)]
+    for each in group.plan_runs:
+        state, blocks = each.simulation.state, each.series._blocks.values()
+        tensors = [state.leave, state.alive, state.score, *(part for parts in blocks for part in parts)]
         kept += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert needs.bytes / (20 if prefill == "stream" else 100) < kept < needs.bytes
 

@@ -1,7 +1,7 @@
-"""Loops that numba compiles. Imported by `scan` alone, when it is called.
+"""Loops that numba compiles. Imported by `step_block` alone, when it is called.
 
-Arrays have the axes of `Scan`: ``R`` runs, ``L`` layers, ``S`` deciding heads, ``T`` keys. The keys that a head holds
-lie in ``slots``, by position, oldest first, and their scores beside them in ``kept``.
+Arrays have the axes of `KernelState`: ``R`` runs, ``L`` layers, ``S`` deciding heads, ``T`` keys. The keys that a head
+holds lie in ``slots``, by position, oldest first, and their scores beside them in ``kept``.
 """
 
 from __future__ import annotations
@@ -17,58 +17,47 @@ NONE, MEAN, MAX, SUM = range(4)  # how query heads become one
 
 
 @compiled
-def scan_units(
-    first: int,
-    last: int,
-    rows: Any,
-    missing: Any,
-    scale: Any,
-    reduce: int,
-    decay: Any,
-    start: int,
-    evicts: Any,
-    state: Any,
-    limits: Any,
-    bad: Any,
-) -> None:
+def step_heads(first: int, last: int, block: Any, state: Any, reduce: int, decay: Any, nan_scores: Any) -> None:
     """Step heads `first` to `last` - 1, counted through runs, layers and deciding heads, through a block of rows."""
-    alive, score, leave, count, evictions = state
-    budget, sinks, recent, windows = limits
-    _, layers, heads, length = leave.shape
+    rows, missing, scale, start = block.full, block.missing, block.scale, block.start
+    _, layers, heads, length = state.leave.shape
     together = rows.shape[2] // heads
-    slots, kept = np.empty(length, np.uint32), np.empty(length, score.dtype)  # unsigned: no index counts from the end
+    slots = np.empty(length, np.uint32)  # unsigned, so that no index counts from the end
+    kept = np.empty(length, state.score.dtype)
     weight = np.empty(length, np.float64)
     for unit in range(first, last):
         r, layer, s = unit // (layers * heads), unit // heads % layers, unit % heads
-        m = _gather(alive[r, layer, s, :start], score[r, layer, s], slots, kept)
+        alive, score, leave = state.alive[r, layer, s], state.score[r, layer, s], state.leave[r, layer, s]
+        budget, window = state.budget[r, layer, s], state.windows[layer]
+        m = _gather(alive[:start], score, slots, kept)
         own, lost, scaled = min(r, rows.shape[0] - 1), min(r, missing.shape[0] - 1), min(r, scale.shape[0] - 1)
         for i in range(rows.shape[3]):
             t = start + i
             slots[m], kept[m] = t, 0
             m += 1
-            if 0 < windows[layer] <= t:
-                m = _forget(t - windows[layer], t - 1, leave[r, layer, s], slots, kept, m)
+            if 0 < window <= t:
+                m = _forget(t - window, t - 1, leave, slots, kept, m)
             if reduce == NONE:
                 kept[m - 1] = t
             else:
                 of = slice(s * together, (s + 1) * together)
-                by, live = scale[scaled, layer, s], rows[own, layer, of, i]
-                _weigh(live, missing[lost, layer, of], by, t, reduce, slots, m, weight)
+                by, full = scale[scaled, layer, s], rows[own, layer, of, i]
+                _weigh(full, missing[lost, layer, of], by, t, reduce, slots, m, weight)
                 share = together if reduce == MEAN else 1
                 for k in range(m):
-                    kept[k] = score.dtype.type(weight[k] / share) + decay * kept[k]
-            surplus = m - budget[r, layer, s]
-            if evicts[i] and surplus > 0:
-                bad[unit] |= np.isnan(kept[:m]).any()
-                low = np.searchsorted(slots[:m], sinks[r])
-                high = np.searchsorted(slots[:m], t + 1 - recent[r])
-                m = _evict(surplus, t, low, high, leave[r, layer, s], slots, kept, m)
-                evictions[r, layer, s] += surplus
-        alive[r, layer, s, : start + rows.shape[3]] = False
+                    kept[k] = state.score.dtype.type(weight[k] / share) + decay * kept[k]
+            surplus = m - budget
+            if block.evicts[i] and surplus > 0:
+                nan_scores[unit] |= np.isnan(kept[:m]).any()
+                low = np.searchsorted(slots[:m], state.sinks[r])
+                high = np.searchsorted(slots[:m], t + 1 - state.recent[r])
+                m = _evict(surplus, t, low, high, leave, slots, kept, m)
+                state.evictions[r, layer, s] += surplus
+        alive[: start + rows.shape[3]] = False
         for k in range(m):
-            alive[r, layer, s, slots[k]] = True
-            score[r, layer, s, slots[k]] = kept[k]
-        count[r, layer, s] = m
+            alive[slots[k]] = True
+            score[slots[k]] = kept[k]
+        state.n_alive[r, layer, s] = m
 
 
 @compiled
@@ -84,7 +73,7 @@ def _gather(alive: Any, score: Any, slots: Any, kept: Any) -> int:
 
 @compiled
 def _forget(key: int, step: int, leave: Any, slots: Any, kept: Any, m: int) -> int:
-    """Drop a key that the layer's own window has left behind, and return how many are left."""
+    """Drop a key that a sliding-window layer can no longer see, and return how many remain."""
     if leave[key] == NEVER:
         leave[key] = step
     return _remove(slots, kept, 0, m) if slots[0] == key else m
@@ -92,7 +81,7 @@ def _forget(key: int, step: int, leave: Any, slots: Any, kept: Any, m: int) -> i
 
 @compiled
 def _weigh(rows: Any, missing: Any, scale: Any, t: int, reduce: int, slots: Any, m: int, weight: Any) -> None:
-    """Reduce the live rows of a group of query heads to one weight for each slot; a mean is left a sum."""
+    """Reduce the live rows of a group of query heads to one weight for each slot; a mean is not yet divided."""
     weight[:m] = 0
     for h in range(rows.shape[0]):
         row = rows[h]
@@ -130,7 +119,7 @@ def _total(row: Any, slots: Any, m: int) -> float:
 
 @compiled
 def _evict(surplus: int, t: int, low: int, high: int, leave: Any, slots: Any, kept: Any, m: int) -> int:
-    """Drop the `surplus` lowest of the slots `low` to `high` - 1, and return how many are left."""
+    """Drop the `surplus` lowest of the slots `low` to `high` - 1, and return how many remain."""
     if surplus == 1:
         gone = low
         for k in range(low + 1, high):
@@ -141,17 +130,17 @@ def _evict(surplus: int, t: int, low: int, high: int, leave: Any, slots: Any, ke
     order = np.argsort(kept[low:high], kind="mergesort")  # stable, for the same rule
     for k in order[:surplus]:
         leave[slots[low + k]] = t
-    left = 0
+    remaining = 0
     for k in range(m):
         if leave[slots[k]] != t:
-            slots[left], kept[left] = slots[k], kept[k]
-            left += 1
-    return left
+            slots[remaining], kept[remaining] = slots[k], kept[k]
+            remaining += 1
+    return remaining
 
 
 @compiled
 def _remove(slots: Any, kept: Any, place: int, m: int) -> int:
-    """Close the gap at `place`, and return how many are left."""
+    """Close the gap at `place`, and return how many remain."""
     for k in range(place, m - 1):
         slots[k], kept[k] = slots[k + 1], kept[k + 1]
     return m - 1

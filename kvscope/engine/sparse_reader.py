@@ -1,12 +1,43 @@
-"""What sparse readers read, step by step, and the residency intervals that follow from it."""
+"""Sparse readers: policies that hold every key and read a part of them at each step."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvscope.core.residency import ResidencyIntervals
+from kvscope.engine.cache_state import CacheState
+from kvscope.policies.base import Policy, Step
+
+
+class SparseReader:
+    """Restricts each step to the keys that the policy reads, and remembers them.
+
+    Parameters
+    ----------
+    policy : Policy
+        One that reads.
+    state : CacheState
+        Whose evictions count the keys that were not read.
+    first_eviction : int
+        Last step at which everything is read.
+    """
+
+    def __init__(self, policy: Policy, state: CacheState, first_eviction: int) -> None:
+        self._policy, self._state, self._first_eviction = policy, state, first_eviction
+        self.log = ReadLog(state.alive.shape, state.alive.device)
+
+    def read(self, step: Step) -> Step:
+        """Return the step with only those keys visible that the policy reads."""
+        if step.t > self._first_eviction:
+            step = replace(step, visible=self._policy.read(step) & step.visible)
+        alive = self._state.alive[..., : step.t + 1]
+        self.log.add(step.t, step.visible.expand(alive.shape))
+        self._state.evictions += (alive & ~step.visible).sum(-1)
+        return step
 
 
 class ReadLog:
@@ -18,19 +49,18 @@ class ReadLog:
 
     Parameters
     ----------
-    size : tuple of int
+    size : torch.Size
         ``(R, L, S, T)``.
     device : torch.device
         Where the masks live.
     """
 
-    def __init__(self, size: tuple[int, int, int, int], device: torch.device | str) -> None:
+    def __init__(self, size: torch.Size, device: torch.device) -> None:
         self._size = size
         self._since = torch.zeros(size, dtype=torch.int32, device=device)
         self._last = torch.zeros(size, dtype=torch.bool, device=device)
         self._masks: dict[int, Tensor] = {}
         self._closed: list[Tensor] = []
-        self._steps = 0
 
     def add(self, t: int, mask: Tensor) -> None:
         """Note that step `t` read ``mask``, bool ``[R, L, S, t + 1]``."""
@@ -41,7 +71,6 @@ class ReadLog:
         self._since[..., t] = t
         self._last[..., :n] = mask
         self._masks[t] = mask.clone()  # it may be a view of what is alive, which changes
-        self._steps = n
 
     def forget_before(self, t: int) -> None:
         """Drop the masks of steps before `t`."""

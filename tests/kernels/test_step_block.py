@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kvscope.engine.scan as engine
+import kvscope.engine.simulation as engine
 from kvscope.core.errors import ReplayError
+from kvscope.engine.numba_stepper import NumbaStepper
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Block, Shape
-from kvscope.engine.scan import Scan
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.kernels import OFF, available
 from kvscope.policies.a2sf import A2SF
 from kvscope.policies.base import Policy, Step, recurrence_of
@@ -42,33 +43,33 @@ SPECS = [
 
 def both(
     monkeypatch: pytest.MonkeyPatch, plan: EvictionPlan, rows: Tensor, blocks: list[int], windows: Any = (), **how: Any
-) -> list[Scan]:
-    """Return the scans of a plan stepped block by block: compiled, and not."""
+) -> list[CacheSimulation]:
+    """Return the simulations of a plan stepped block by block: compiled, and not."""
     layers, heads, length = rows.shape[-4:-1]
     kv_heads, prompt, prefill = how["kv_heads"], how["prompt"], how["prefill"]
     shape = Shape(tuple(range(layers)), heads, kv_heads, prompt, length, windows=windows)
     known = {name: value.to(rows.dtype) for name, value in signals(plan, layers, heads, kv_heads, length).items()}
     missing = how.get("missing")
-    scans = []
+    simulations = []
     for compiled in (True, False):
         monkeypatch.setattr(engine, "available", lambda compiled=compiled: compiled)
-        scan = Scan(plan, how["budgets"], shape, prefill, known, missing_mass=missing, dtype=rows.dtype)
-        assert (scan._rule is not None) == compiled
+        simulation = CacheSimulation(
+            plan, how["budgets"], shape, prefill, known, missing_mass=missing, dtype=rows.dtype
+        )
+        assert isinstance(simulation.stepper, NumbaStepper) == compiled
         for start, stop in zip([0, *blocks], [*blocks, length], strict=True):
             lost = None if missing is None else missing[..., start:stop]
-            scan.block(Block(rows[..., start:stop, :stop], start, lost))
-        scan.check()
-        scans.append(scan)
-    return scans
+            simulation.block(Block(rows[..., start:stop, :stop], start, lost))
+        simulation.check()
+        simulations.append(simulation)
+    return simulations
 
 
-def same(scans: list[Scan]) -> None:
-    one, other = scans
-    assert torch.equal(one.leave, other.leave)
-    assert torch.equal(one.evictions, other.evictions)
-    assert torch.equal(one._count, other._count) and torch.equal(one._alive, other._alive)
-    alive = one._alive
-    assert torch.allclose(one._score[alive], other._score[alive], rtol=1e-5, atol=0)
+def same(simulations: list[CacheSimulation]) -> None:
+    one, other = (simulation.state for simulation in simulations)
+    for name in ("alive", "leave", "n_alive", "evictions"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert torch.allclose(one.score[one.alive], other.score[one.alive], rtol=1e-5, atol=0)
 
 
 def test_numba_is_there() -> None:
@@ -122,9 +123,9 @@ def test_phases(compress: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_uneven_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = EvictionPlan.make(parse_policies(["a2sf"])[0], allocate="pyramid")
     rows = attention(5, 3, 4, 60).float()
-    scans = both(monkeypatch, plan, rows, [31], kv_heads=2, prompt=40, prefill="full", budgets=[16])
-    assert len(scans[0].budget.unique()) > 1
-    same(scans)
+    simulations = both(monkeypatch, plan, rows, [31], kv_heads=2, prompt=40, prefill="full", budgets=[16])
+    assert len(simulations[0].state.budget.unique()) > 1
+    same(simulations)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -132,11 +133,11 @@ def test_weights_that_are_no_numbers_are_found(compiled: bool, monkeypatch: pyte
     rows = attention(1, 1, 2, 12).float()
     rows[0, 1, 7, 7] = torch.nan
     monkeypatch.setattr(engine, "available", lambda: compiled)
-    scan = Scan(parse_policies(["h2o"])[0], [4], Shape((0,), 2, 1, 1, 12), "stream")
-    assert (scan._rule is not None) == compiled
-    scan.block(Block(rows, 0))
+    simulation = CacheSimulation(parse_policies(["h2o"])[0], [4], Shape((0,), 2, 1, 1, 12), "stream")
+    assert isinstance(simulation.stepper, NumbaStepper) == compiled
+    simulation.block(Block(rows, 0))
     with pytest.raises(ReplayError, match="not numbers"):
-        scan.check()
+        simulation.check()
 
 
 def test_a_class_that_scores_anew_is_not_compiled() -> None:

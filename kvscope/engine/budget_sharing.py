@@ -1,0 +1,49 @@
+"""When and from what the budget of a simulation is shared out among its layers and heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvscope.engine.allocation import ALLOCATORS, AllocationRequest, Allocator
+from kvscope.engine.cache_state import CacheState
+from kvscope.policies.base import Step
+
+
+class BudgetSharing:
+    """Asks an allocator for the share of every head: before the first step, or at the end of the prompt.
+
+    Parameters
+    ----------
+    allocator : Allocator
+        What decides.
+    request : AllocationRequest
+        What there is to share out.
+    prompt : int
+        ``P`` with full prefill. 0 with streaming prefill, which shows an allocator nothing.
+    """
+
+    def __init__(self, allocator: Allocator, request: AllocationRequest, prompt: int) -> None:
+        self.allocator, self._request, self._prompt = allocator, request, prompt
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the shares are known before the first step."""
+        return self.allocator.when == "start"
+
+    def at_start(self) -> Tensor:
+        """Return the shares before the first step, int64 ``[R, L, S]``: uniform if they follow from the prompt."""
+        return (self.allocator if self.fixed else ALLOCATORS.get("uniform")()).share(self._request)
+
+    def observe(self, step: Step, state: CacheState) -> None:
+        """Show a scored step of the prompt to the allocator; at the end of the prompt, set the budgets of `state`."""
+        if self.fixed or step.t >= self._prompt:
+            return
+        request = self._request
+        self.allocator.observe(step, request.memory)
+        if step.t == self._prompt - 1:
+            n = step.t + 1
+            request.score = state.score[..., :n].masked_fill(~state.evictable(n), -torch.inf)
+            state.budget = self.allocator.share(request).to(torch.int64)
+            request.score = None
+            request.memory.clear()

@@ -1,0 +1,60 @@
+"""Which keys go at the end of a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvscope.engine.cache_state import CacheState
+
+
+class Evictor:
+    """Evicts the keys with the lowest scores until every cache fits its budget; of equal scores the oldest first.
+
+    Parameters
+    ----------
+    state : CacheState
+        What it changes.
+    bounded : bool
+        Whether the policy keeps to a budget; one that does not evicts what it scores ``-inf``.
+    """
+
+    def __init__(self, state: CacheState, bounded: bool) -> None:
+        self._state, self._bounded = state, bounded
+
+    def evict(self, t: int) -> None:
+        """Evict at the end of step `t`."""
+        state, n = self._state, t + 1
+        score = state.score[..., :n]
+        state.nan_scores |= torch.isnan(score).any()
+        if not self._bounded:
+            self._evict_marked(state.alive[..., :n] & (score == -torch.inf), t)
+            return
+        state.length_at_eviction.fill_(n)
+        surplus = state.n_alive - state.budget  # [R, L, S]
+        most = int(surplus.max())
+        if most > 0:
+            self._evict_lowest(score, surplus, most, t)
+
+    def _evict_lowest(self, score: Tensor, surplus: Tensor, most: int, t: int) -> None:
+        """Evict the `surplus` lowest of the evictable keys of each head, at most `most` of them."""
+        state, n = self._state, t + 1
+        ranked = torch.where(state.evictable(n), score.clamp(max=torch.finfo(score.dtype).max), torch.inf)
+        if most == 1:
+            lowest = ranked.argmin(-1, keepdim=True)  # the first, so the oldest, of equal scores
+        else:
+            lowest = ranked.sort(dim=-1, stable=True).indices[..., :most]  # the same rule for many
+        evicted = torch.arange(most, device=lowest.device) < surplus[..., None]
+        alive, leave = state.alive[..., :n], state.leave[..., :n]
+        alive.scatter_(-1, lowest, alive.gather(-1, lowest) & ~evicted)
+        leave.scatter_(-1, lowest, torch.where(evicted, t, leave.gather(-1, lowest)))
+        self._count(evicted.sum(-1))
+
+    def _evict_marked(self, marked: Tensor, t: int) -> None:
+        self._state.alive[..., : t + 1] &= ~marked
+        self._state.leave[..., : t + 1].masked_fill_(marked, t)
+        self._count(marked.sum(-1))
+
+    def _count(self, evicted: Tensor) -> None:
+        self._state.n_alive -= evicted
+        self._state.evictions += evicted

@@ -1,0 +1,60 @@
+"""Steps through rows in a kernel compiled for a CPU: for policies whose score is a recurrence."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvscope.engine.cache_state import CacheState
+from kvscope.engine.rows import Block
+from kvscope.engine.signal_axes import with_run_axis
+from kvscope.engine.stepper import StepInputs
+from kvscope.kernels.step_block import KernelState, step_block
+from kvscope.policies.recurrence import Recurrence
+
+
+class NumbaStepper:
+    """Steps blocks of rows in the compiled kernel, which makes the decisions of `TorchStepper`.
+
+    Parameters
+    ----------
+    inputs : StepInputs
+        What the steps depend on.
+    state : CacheState
+        What they change, in the memory of the CPU. Its budgets do not change.
+    rule : Recurrence
+        The policy's score.
+    """
+
+    def __init__(self, inputs: StepInputs, state: CacheState, rule: Recurrence) -> None:
+        self._inputs, self._state, self._rule = inputs, state, rule
+        self._arrays = KernelState(  # views of the same memory
+            alive=state.alive.numpy(),
+            score=state.score.numpy(),
+            leave=state.leave.numpy(),
+            n_alive=state.n_alive.numpy(),
+            evictions=state.evictions.numpy(),
+            budget=state.budget.numpy(),
+            sinks=state.sinks.numpy(),
+            recent=state.recent.numpy(),
+            windows=np.array(state.windows, np.int64),
+        )
+
+    def step_block(self, block: Block) -> None:
+        """Let all queries of a block attend, be scored and evict, in order of their position."""
+        inputs, rows = self._inputs, block.rows
+        steps = range(block.start, block.start + rows.shape[-2])
+        evicts = np.array([inputs.evicts_after(t) for t in steps])
+        missing = inputs.missing_mass
+        scale = None if self._rule.scale is None else inputs.signals[self._rule.scale]
+        self._state.nan_scores |= step_block(
+            self._rule.weights,
+            self._rule.decay,
+            self._arrays,
+            (rows if rows.ndim == 5 else rows[None]).detach().contiguous().numpy(),
+            block.start,
+            evicts,
+            missing=None if missing is None else with_run_axis("missing", missing).detach().numpy(),
+            scale=None if scale is None else scale.detach().contiguous().numpy(),
+        )
+        if evicts.any():
+            self._state.length_at_eviction.fill_(steps[int(evicts.nonzero()[0][-1])] + 1)

@@ -1,0 +1,122 @@
+"""Steps through rows one by one in torch: for every policy, on every device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvscope.engine.budget_sharing import BudgetSharing
+from kvscope.engine.cache_state import CacheState
+from kvscope.engine.draw import draw, draw_row
+from kvscope.engine.eviction import Evictor
+from kvscope.engine.rows import Block, renormalise
+from kvscope.engine.signal_axes import up_to
+from kvscope.engine.sparse_reader import SparseReader
+from kvscope.engine.stepper import StepInputs
+from kvscope.engine.threads import few_threads
+from kvscope.policies.base import Step
+
+
+class TorchStepper:
+    """Lets a policy observe and score step by step; its two halves, `see` and `attend`, can be called apart.
+
+    Parameters
+    ----------
+    inputs : StepInputs
+        What the steps depend on.
+    state : CacheState
+        What they change.
+    sharing : BudgetSharing
+        What shares out the budget.
+    reader : SparseReader or None
+        For a policy that reads a part of what it holds.
+    """
+
+    def __init__(
+        self, inputs: StepInputs, state: CacheState, sharing: BudgetSharing, reader: SparseReader | None
+    ) -> None:
+        self._inputs, self._state, self._sharing, self._reader = inputs, state, sharing, reader
+        self._policy, self._needs = inputs.plan.policy, inputs.plan.needs
+        self._evictor = Evictor(state, self._policy.traits.bounded)
+        self._heads = state.score.shape[2]
+        self._layers = torch.tensor(inputs.shape.layers, dtype=torch.int64, device=state.score.device)
+        self._memory: dict[str, Any] = {}  # of the policy
+
+    def step_block(self, block: Block) -> None:
+        """Let all queries of a block attend, be scored and evict, in order of their position."""
+        largest = self._state.score.numel() * self._inputs.shape.heads // self._heads
+        with few_threads(largest):
+            for t in range(block.start, block.start + block.rows.shape[-2]):
+                complete = t <= self._inputs.first_eviction
+                self.step(t, block.row(t), block.normalised_row(t) if complete else None)
+
+    def step(self, t: int, row: Tensor, normalised: Tensor | None = None) -> None:
+        """Let query `t` attend, be scored and evict; the arguments are those of `attend`."""
+        row = row if row.ndim == 4 else row[None]
+        step = self.see(t, row if self._policy.traits.clairvoyant else None)
+        self.attend(step, row, normalised)
+
+    def see(self, t: int, row: Tensor | None = None) -> Step:
+        """Return what query `t` sees: the first half of a step, before its row is known to any but a clairvoyant."""
+        inputs, shape, state = self._inputs, self._inputs.shape, self._state
+        state.append(t)
+        step = Step(
+            t=t,
+            prompt=shape.prompt,
+            length=shape.length,
+            kv_heads=shape.kv_heads,
+            layers=self._layers,
+            budget=state.budget,
+            budgets=inputs.budgets,
+            compresses=inputs.evicts_after(t),
+            visible=state.alive[..., : t + 1],
+            signals={name: up_to(name, signal, t) for name, signal in inputs.signals.items()},
+            live=None,
+            memory=self._memory,
+            draw=lambda seed: draw(seed, shape.sequence, self._layers, self._heads, t),
+            draw_row=lambda seed: draw_row(seed, shape.sequence, self._layers, shape.heads, t),
+        )
+        if row is not None:
+            step.signals["full_weights"] = row
+        return step if self._reader is None else self._reader.read(step)
+
+    def attend(self, step: Step, row: Tensor, normalised: Tensor | None = None) -> None:
+        """Score and evict, now that the row is known: the second half of a step.
+
+        Parameters
+        ----------
+        step : Step
+            From `see`.
+        row : Tensor
+            Full-cache attention of the query, ``[L, H, t + 1]``; a leading ``R`` axis if it differs between runs.
+        normalised : Tensor, optional
+            The live row, where nothing has been evicted yet and it is known.
+        """
+        n = step.t + 1
+        row = row if row.ndim == 4 else row[None]
+        if "weights" in self._needs:
+            runs = len(self._inputs.budgets)
+            live = self._live_row(step, row) if normalised is None else normalised.expand(runs, -1, -1, -1)
+            step.live = self._rounded(live)
+        if "full_weights" in self._needs:
+            step.signals["full_weights"] = row
+        score = self._policy.observe(step, self._state.score[..., :n])
+        # half-precision code sums the prompt's rows in one operation, and rounds once at its end
+        self._state.score[..., :n] = score if step.t < self._inputs.first_eviction else self._rounded(score)
+        self._sharing.observe(step, self._state)
+        if step.compresses and self._reader is None:
+            self._evictor.evict(step.t)
+
+    def _live_row(self, step: Step, row: Tensor) -> Tensor:
+        """Return the row on the visible keys, divided by its sum, ``[R, L, H, n]``."""
+        missing, total_heads = self._inputs.missing_mass, self._inputs.shape.heads
+        missing = None if missing is None else missing[..., step.t : step.t + 1]
+        runs, layers, heads, n = self._state.alive[..., : step.t + 1].shape
+        kept = row.view(-1, layers, heads, total_heads // heads, n) * step.visible[:, :, :, None, :]
+        return renormalise(kept.expand(runs, -1, -1, -1, -1).reshape(runs, layers, total_heads, n), missing)
+
+    def _rounded(self, values: Tensor) -> Tensor:
+        precision = self._inputs.plan.accumulate
+        return values if precision is None else values.to(precision).to(values.dtype)
