@@ -6,9 +6,12 @@ import base64
 import math
 import unicodedata
 import zlib
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
+
+from kvscope.core.json import Json, JsonDict
 
 SPACE = "␣"
 SIGNS = {"\n": "↵", "\t": "⇥"}  # in every common font, which the control pictures of Unicode are not
@@ -30,13 +33,13 @@ def visible_token(text: str) -> str:
     return visible(text).replace(" ", SPACE)
 
 
-def visible_everywhere(value: Any) -> Any:
+def visible_everywhere(value: Json) -> Json:
     """Return JSON-able data in which every string, keys included, went through `visible`."""
     if isinstance(value, str):
         return visible(value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {visible(str(key)): visible_everywhere(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Sequence):
         return [visible_everywhere(item) for item in value]
     return value
 
@@ -48,7 +51,7 @@ def rounded(value: float | None, digits: int = 6) -> float | None:
     return float(f"{float(value):.{digits}g}")
 
 
-def packed(values: np.ndarray) -> dict[str, Any]:
+def packed(values: np.ndarray) -> JsonDict:
     """Return integers as ``{"dtype", "shape", "data"}``: little-endian, as small as they fit, deflated, in base64."""
     array = np.asarray(values)
     low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
@@ -56,34 +59,42 @@ def packed(values: np.ndarray) -> dict[str, Any]:
     return _deflated(array, dtype)
 
 
-def packed_floats(values: np.ndarray) -> dict[str, Any]:
+def packed_floats(values: np.ndarray) -> JsonDict:
     """Return floats as 65,535 even steps from the smallest, ``low``, to the largest, ``high``; NaN stays."""
     array = np.asarray(values, dtype=np.float64)
     there = np.isfinite(array)
-    low, high = (float(array[there].min()), float(array[there].max())) if there.any() else (0.0, 0.0)
+    low, high = finite_range(array)
     steps = np.full(array.shape, NOTHING)
     steps[there] = np.rint((array[there] - low) * ((NOTHING - 1) / (high - low) if high > low else 0.0))
     return {"low": low, "high": high, **_deflated(steps, "uint16")}
 
 
-def packed_halves(values: np.ndarray) -> dict[str, Any]:
+def finite_range(values: np.ndarray) -> tuple[float, float]:
+    """Return the smallest and the largest finite number; zeros where there is none."""
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+
+
+def packed_halves(values: np.ndarray) -> JsonDict:
     """Return 16-bit floats as they are: attention weights as the trace holds them."""
     return _deflated(np.asarray(values), "float16")
 
 
-def unpacked(value: dict[str, Any]) -> np.ndarray:
+def unpacked(value: Mapping[str, Json]) -> np.ndarray:
     """Return the numbers of `packed`, `packed_floats` or `packed_halves`."""
-    raw = zlib.decompress(base64.b64decode(value["data"]))
-    array = np.frombuffer(raw, dtype=np.dtype(value["dtype"]).newbyteorder("<")).reshape(value["shape"])
+    raw = zlib.decompress(base64.b64decode(str(value["data"])))
+    shape = cast("list[int]", value["shape"])
+    array = np.frombuffer(raw, dtype=np.dtype(str(value["dtype"])).newbyteorder("<")).reshape(shape)
     if "low" not in value:
         return array
+    low, high = cast("float", value["low"]), cast("float", value["high"])
     steps = np.where(array == NOTHING, np.nan, array.astype(np.float64))
-    return np.asarray(value["low"] + steps * ((value["high"] - value["low"]) / (NOTHING - 1)))
+    return np.asarray(low + steps * ((high - low) / (NOTHING - 1)))
 
 
-def packed_bytes(value: dict[str, Any]) -> int:
+def packed_bytes(value: Mapping[str, Json]) -> int:
     """Return the size of packed numbers in the page."""
-    return len(value["data"])
+    return len(str(value["data"]))
 
 
 def deflated_text(text: str) -> str:
@@ -91,7 +102,7 @@ def deflated_text(text: str) -> str:
     return base64.b64encode(zlib.compress(text.encode("utf-8"), EFFORT)).decode("ascii")
 
 
-def _deflated(array: np.ndarray, dtype: str) -> dict[str, Any]:
+def _deflated(array: np.ndarray, dtype: str) -> JsonDict:
     raw = np.ascontiguousarray(array, dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
     data = base64.b64encode(zlib.compress(raw, EFFORT)).decode("ascii")
     return {"dtype": dtype, "shape": list(array.shape), "data": data}

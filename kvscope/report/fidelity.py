@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -66,7 +65,7 @@ class _Sums:
         self.shape = shape
         self.sums, self.counts = (np.zeros(int(np.prod(shape))) for _ in range(2))
 
-    def add(self, where: tuple[NDArray[Any], ...], values: Floats) -> None:
+    def add(self, where: tuple[NDArray[np.int64], ...], values: Floats) -> None:
         """Take values; NaN is none."""
         there = ~np.isnan(values)
         cells = np.ravel_multi_index(where, self.shape)[there]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvscope.core.errors import ResultError, UsageError
 from kvscope.core.registry import nearest
 from kvscope.report.page import report_input
-from kvscope.report.panels.budget_curve import budget_curve
-from kvscope.report.runs import RunView
+from kvscope.report.panels.budget_curve import curve_lines
+from kvscope.report.runs import MetricFacts, RunView
 from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
@@ -55,8 +55,8 @@ def plot(
     if name not in _FIGURES:
         raise UsageError(f"no figure is called {name!r}", nearest(name, _FIGURES))
     source = report_input([replays] if isinstance(replays, Replay) else replays, traces or {})
-    metrics = {each["name"]: each for each in source.metric_list()}
-    usual = next((each["name"] for each in metrics.values() if each["direction"] != "none"), next(iter(metrics)))
+    metrics = {each.name: each for each in source.metric_facts()}
+    usual = next((each.name for each in metrics.values() if each.direction != "none"), next(iter(metrics)))
     if (metric or usual) not in metrics:
         raise UsageError(f"no replay here has the metric {metric!r}", nearest(str(metric), metrics))
     figure = _FIGURES[name](source, metrics[metric or usual], _run(source, run))
@@ -74,48 +74,46 @@ def _run(source: ReportInput, number: int | None) -> RunView:
     return found[0]
 
 
-def _budget_curve(source: ReportInput, metric: Mapping[str, Any], _: RunView) -> Figure:
+def _budget_curve(source: ReportInput, metric: MetricFacts, _: RunView) -> Figure:
     """Return one line per policy; those that the page does not show at first wait in the legend."""
-    data = budget_curve(source)
-    runs = {run.id: run for run in source.runs}
-    figure = _figure(metric["title"], "keys held, mean over the steps", _axis(metric))
-    for place, line in enumerate(data["lines"]):
-        points = [(runs[id].mean("held_keys"), runs[id].mean(metric["name"]), runs[id].budget) for id in line["runs"]]
+    figure = _figure(metric.title, "keys held, mean over the steps", _axis(metric))
+    for line in curve_lines(source)[: source.limits.rows]:
+        points = [(run.mean("held_keys"), run.mean(metric.name), run.budget) for run in line.runs]
         if any(value is not None for _, value, _ in points):
             keys, values, budgets = zip(*points, strict=True)
             figure.add_scatter(
                 x=keys,
                 y=values,
                 text=budgets,
-                name=line["name"],
+                name=line.name,
                 mode="lines+markers",
-                line={"dash": "dash" if line["kind"] == "bound" else "solid"},
-                visible=True if place in data["usual"] else "legendonly",
+                line={"dash": "dash" if line.kind == "bound" else "solid"},
+                visible=True if line.usual else "legendonly",
                 hovertemplate="budget %{text}: %{y:.4f}",
             )
     return figure
 
 
-def _head_map(source: ReportInput, metric: Mapping[str, Any], run: RunView) -> Figure:
+def _head_map(source: ReportInput, metric: MetricFacts, run: RunView) -> Figure:
     """Return the mean over steps and sequences of every query head."""
     means = source.means(run.replay)
-    figure = _figure(f"{metric['title']}, {source.name_of(run)}", "query head", "layer")
-    if metric["name"] in means.by_head:
-        values = means.by_head[metric["name"]][means.runs[run.number]]  # [L, H]
+    figure = _figure(f"{metric.title}, {source.name_of(run)}", "query head", "layer")
+    if metric.name in means.by_head:
+        values = means.by_head[metric.name][means.runs[run.number]]  # [L, H]
         if not np.isnan(values).all():
             layers = [str(layer) for layer in run.replay.info["trace"]["layers"]]
-            figure.add_heatmap(z=values, y=layers, colorscale="Cividis", colorbar={"title": metric["title"]})
+            figure.add_heatmap(z=values, y=layers, colorscale="Cividis", colorbar={"title": metric.title})
             figure.update_yaxes(autorange="reversed", type="category")
     return figure
 
 
-def _over_time(source: ReportInput, metric: Mapping[str, Any], run: RunView) -> Figure:
+def _over_time(source: ReportInput, metric: MetricFacts, run: RunView) -> Figure:
     """Return the mean over layers and heads at every step of the first sequence."""
-    figure = _figure(f"{metric['title']}, budget {run.budget or 'none'}", "step", _axis(metric))
+    figure = _figure(f"{metric.title}, budget {run.budget or 'none'}", "step", _axis(metric))
     for each in source.runs:
         if each.replay is run.replay and each.budget == run.budget:
             means = source.means(each.replay)
-            steps = means.by_step[source.parts_of(each.replay)[0].number].get(metric["name"])
+            steps = means.by_step[source.parts_of(each.replay)[0].number].get(metric.name)
             values = None if steps is None else steps[means.runs[each.number]]
             if values is not None and not np.isnan(values).all():
                 there = np.flatnonzero(~np.isnan(values))
@@ -132,12 +130,12 @@ def _figure(title: str, x: str, y: str) -> Figure:
     return figure
 
 
-def _axis(metric: Mapping[str, Any]) -> str:
-    better = "" if metric["direction"] == "none" else f" ({metric['direction']} is better)"
-    return f"{metric['title']}{better}"
+def _axis(metric: MetricFacts) -> str:
+    better = "" if metric.direction == "none" else f" ({metric.direction} is better)"
+    return f"{metric.title}{better}"
 
 
-_FIGURES: dict[str, Callable[[ReportInput, Mapping[str, Any], RunView], Figure]] = {
+_FIGURES: dict[str, Callable[[ReportInput, MetricFacts, RunView], Figure]] = {
     "budget_curve": _budget_curve,
     "head_map": _head_map,
     "over_time": _over_time,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from kvscope import __version__
 from kvscope.core.errors import ResultError
+from kvscope.core.json import JsonDict
 from kvscope.core.output import require_free
-from kvscope.report.encoding import rounded, visible_everywhere
+from kvscope.report.encoding import rounded, visible, visible_everywhere
 from kvscope.report.limits import Limits
 from kvscope.report.panel import PANELS, Panel
 from kvscope.report.panels.overview import answer
 from kvscope.report.parts import Part, spread
-from kvscope.report.runs import KINDS, RunView
+from kvscope.report.runs import KINDS, MetricFacts, RunView
 from kvscope.report.source import ReportInput
 from kvscope.report.template import document, inert_json
 from kvscope.results.store import Replay
@@ -100,12 +100,12 @@ def ordered_panels() -> list[Panel]:
     return sorted((each for _, each in PANELS.items()), key=lambda each: (each.order, each.name))
 
 
-def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Panel] | None = None) -> dict[str, Any]:
+def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Panel] | None = None) -> JsonDict:
     """Return everything the page shows as plain JSON-able data, every string of it safe to look at."""
     wanted = ordered_panels() if panels is None else panels
     fitting = [each for each in wanted if each.needs <= source.offers]
     built = [_panel_data(each, source) for each in fitting]
-    page = {
+    page: JsonDict = {
         "title": title or f"KV-cache eviction: {', '.join(source.names)}",
         "generator": f"kvscope {__version__}",
         "facts": _facts(source),
@@ -113,14 +113,14 @@ def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Pa
         "labels": _labels(source),
         "replays": list(source.names),
         "kinds": [{"name": name, "meaning": meaning} for name, meaning in KINDS.items()],
-        "metrics": source.metric_list(),
+        "metrics": [_metric(each) for each in source.metric_facts()],
         "first": source.first.id,
         "runs": [_run(source, run) for run in source.ranking],
         "parts": {part.name: _part(source, part) for part in source.parts.values()},
         "notes": _notes(source, [each.title for each in wanted if "trace" in each.needs - source.offers]),
         "panels": [each for each in built if each is not None],
     }
-    return dict(visible_everywhere(page))
+    return {visible(name): visible_everywhere(value) for name, value in page.items()}
 
 
 def _labels(source: ReportInput) -> list[str]:
@@ -131,7 +131,7 @@ def _labels(source: ReportInput) -> list[str]:
     ]
 
 
-def _panel_data(each: Panel, source: ReportInput) -> dict[str, Any] | None:
+def _panel_data(each: Panel, source: ReportInput) -> JsonDict | None:
     data = each.build(source)
     if data is None:
         return None
@@ -146,7 +146,7 @@ def _panel_data(each: Panel, source: ReportInput) -> dict[str, Any] | None:
     }
 
 
-def _run(source: ReportInput, run: RunView) -> dict[str, Any]:
+def _run(source: ReportInput, run: RunView) -> JsonDict:
     identity, loop, prefill = run.protocol
     return {
         "id": run.id,
@@ -166,12 +166,22 @@ def _run(source: ReportInput, run: RunView) -> dict[str, Any]:
     }
 
 
-def _value(value: Any) -> list[float | int | None]:
+def _metric(metric: MetricFacts) -> JsonDict:
+    return {
+        "name": metric.name,
+        "title": metric.title,
+        "direction": metric.direction,
+        "range": metric.range,
+        "summary": metric.summary,
+    }
+
+
+def _value(value: Mapping[str, float | None]) -> list[float | None]:
     """Return mean, low, high and count."""
     return [*(rounded(value.get(end)) for end in ("mean", "low", "high")), value.get("count")]
 
 
-def _part(source: ReportInput, part: Part) -> dict[str, Any]:
+def _part(source: ReportInput, part: Part) -> JsonDict:
     replay = next(each for each in source.replays if each.info["trace"]["identity"] == part.identity)
     heads, kv_heads = int(replay.info["trace"]["heads"]), int(replay.info["trace"]["kv_heads"])
     return {

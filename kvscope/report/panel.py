@@ -14,13 +14,14 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kvscope.core.errors import UsageError
+from kvscope.core.json import JsonDict
 from kvscope.core.registry import Registry
 from kvscope.report.source import OFFERS, ReportInput
 
-Build = Callable[[ReportInput], dict[str, Any] | None]
+Build = Callable[[ReportInput], JsonDict | None]
 Builder = TypeVar("Builder", bound=Build)
 
 

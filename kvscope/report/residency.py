@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
+from kvscope.core.json import Json, JsonDict
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.report.encoding import packed, packed_bytes
 
 
-def packed_intervals(intervals: ResidencyIntervals) -> dict[str, Any]:
+def packed_intervals(intervals: ResidencyIntervals) -> JsonDict:
     """Return residency intervals as plain data of packed integers.
 
     Where every key has one interval, ``leave`` alone is given, head by head and key by key. Otherwise ``counts`` says
@@ -34,6 +35,6 @@ def packed_intervals(intervals: ResidencyIntervals) -> dict[str, Any]:
     }
 
 
-def packed_intervals_bytes(value: dict[str, Any]) -> int:
+def packed_intervals_bytes(value: Mapping[str, Json]) -> int:
     """Return the size of packed intervals in the page."""
-    return sum(packed_bytes(value[name]) for name in ("key", "enter", "leave") if name in value)
+    return sum(packed_bytes(part) for part in value.values() if isinstance(part, Mapping))

@@ -196,10 +196,33 @@ class RunView:
         return None if value is None else float(value)
 
 
-def ends(runs: Sequence[RunView], metric: Mapping[str, Any]) -> tuple[float, float] | None:
+@dataclass(frozen=True)
+class MetricFacts:
+    """What a page says of a metric: name and title, which direction is better, range, meaning."""
+
+    name: str
+    title: str
+    direction: str
+    range: tuple[float | None, float | None]
+    summary: str
+
+    @classmethod
+    def of(cls, name: str, declaration: Mapping[str, Any]) -> MetricFacts:
+        """Return what the declaration of a metric says; a metric without one has no better direction."""
+        low, high = declaration.get("range") or (None, None)
+        return cls(
+            name,
+            name.replace("_", " "),
+            str(declaration.get("direction", "none")),
+            (low, high),
+            str(declaration.get("summary") or ""),
+        )
+
+
+def ends(runs: Sequence[RunView], metric: MetricFacts) -> tuple[float, float] | None:
     """Return the best and the last value of some runs; None where there is no best, or all are equal."""
-    values = [value for run in runs if (value := rounded(run.mean(metric["name"]))) is not None]
-    if metric["direction"] == "none" or len(values) < 2 or min(values) == max(values):
+    values = [value for run in runs if (value := rounded(run.mean(metric.name))) is not None]
+    if metric.direction == "none" or len(values) < 2 or min(values) == max(values):
         return None
     low, high = min(values), max(values)
-    return (high, low) if metric["direction"] == "higher" else (low, high)
+    return (high, low) if metric.direction == "higher" else (low, high)

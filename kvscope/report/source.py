@@ -7,17 +7,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import pandas as pd
 
+from kvscope.core.json import JsonDict
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.report.attended import Attended, attended
 from kvscope.report.fidelity import Means, read_means
 from kvscope.report.limits import Limits
 from kvscope.report.parts import Part, sequences_of, spread
 from kvscope.report.regret import Eviction, worst_evictions
-from kvscope.report.runs import BESIDE, FIRST, LAST, RunView
+from kvscope.report.runs import BESIDE, FIRST, LAST, MetricFacts, RunView
 from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
@@ -71,9 +71,9 @@ class ReportInput:
         return tuple(self._runs())
 
     @cached_property
-    def metrics(self) -> dict[str, dict[str, Any]]:
+    def metrics(self) -> dict[str, JsonDict]:
         """Metric name -> its declaration, for every metric of every replay, in the order of the page."""
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, JsonDict] = {}
         for replay in self.replays:
             for name, declaration in replay.summary.get("metrics", {}).items():
                 found.setdefault(name, declaration)
@@ -242,18 +242,9 @@ class ReportInput:
         """Return the title and the budget."""
         return self.title_of(run) if run.budget is None else f"{self.title_of(run)} · {run.budget}"
 
-    def metric_list(self) -> list[dict[str, Any]]:
-        """Return every metric with its title, direction, range and meaning, as plain data."""
-        return [
-            {
-                "name": name,
-                "title": name.replace("_", " "),
-                "direction": declaration.get("direction", "none"),
-                "range": list(declaration.get("range") or (None, None)),
-                "summary": str(declaration.get("summary") or ""),
-            }
-            for name, declaration in self.metrics.items()
-        ]
+    def metric_facts(self) -> list[MetricFacts]:
+        """Return what the page says of every metric, in its order."""
+        return [MetricFacts.of(name, declaration) for name, declaration in self.metrics.items()]
 
     @cached_property
     def _stored(self) -> dict[tuple[int, int, int], dict[int, ResidencyIntervals]]:
@@ -288,12 +279,11 @@ class ReportInput:
 
     def _place(self, run: RunView) -> tuple[float, float]:
         keys = math.inf if run.budget_keys is None else run.budget_keys
-        directions = {name: declaration.get("direction", "none") for name, declaration in self.metrics.items()}
-        ranked = next((name for name, direction in directions.items() if direction != "none"), None)
-        value = None if ranked is None else run.mean(ranked)
+        ranked = next((metric for metric in self.metric_facts() if metric.direction != "none"), None)
+        value = None if ranked is None else run.mean(ranked.name)
         if ranked is None or value is None:
             return keys, math.inf
-        return keys, -value if directions[ranked] == "higher" else value
+        return keys, -value if ranked.direction == "higher" else value
 
     def _runs(self) -> Iterator[RunView]:
         for index, replay in enumerate(self.replays):

@@ -8,8 +8,8 @@ import html
 import json
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
 
+from kvscope.core.json import Json, JsonDict
 from kvscope.report.encoding import deflated_text
 
 # What ends a script element early, or changes how the rest of it is read, whatever surrounds it.
@@ -40,7 +40,7 @@ DOCUMENT = """<!DOCTYPE html>
 """
 
 
-def document(page: dict[str, Any], scripts: Sequence[str]) -> str:
+def document(page: JsonDict, scripts: Sequence[str]) -> str:
     """Return the HTML document of a page.
 
     Plotly's script, by far the largest part, is carried deflated; the page inflates it when the first plot is drawn.
@@ -59,8 +59,8 @@ def document(page: dict[str, Any], scripts: Sequence[str]) -> str:
     code = element_text("\n".join(["'use strict';", *map(asset, SCRIPTS), *scripts, "kvscope.show();"]))
     return DOCUMENT.format(
         policy=security_policy([plotly, code]),
-        generator=html.escape(page["generator"]),
-        title=html.escape(page["title"]),
+        generator=html.escape(str(page["generator"])),
+        title=html.escape(str(page["title"])),
         style=asset("page.css"),
         data=inert_json(page),
         plotly=deflated_text(plotly),
@@ -68,7 +68,7 @@ def document(page: dict[str, Any], scripts: Sequence[str]) -> str:
     )
 
 
-def inert_json(value: Any) -> str:
+def inert_json(value: Json) -> str:
     """Return JSON in ASCII, with sorted keys, that no HTML parser can take for anything but text."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character, escaped in INERT.items():

@@ -191,13 +191,13 @@ def test_policies_inside_the_interval_of_the_best_are_counted(trace: Trace, tmp_
 def test_shares_of_the_bounds_are_metrics(rich: ReportInput) -> None:
     run = run_of(rich, "h2o", "4")
     assert (run.mean("share_of_belady"), run.mean("belady_of_ideal")) == (0.75, 0.5)
-    declared = {metric["name"]: metric for metric in rich.metric_list()}
-    assert declared["share_of_belady"]["direction"] == "higher"
+    declared = {metric.name: metric for metric in rich.metric_facts()}
+    assert declared["share_of_belady"].direction == "higher"
     assert "share_of_belady" in overview(rich)["usual"]
 
 
 def test_metrics_stand_in_reading_order_with_cost_last(source: ReportInput) -> None:
-    names = [metric["name"] for metric in source.metric_list() if metric["name"] in METRICS]
+    names = [metric.name for metric in source.metric_facts() if metric.name in METRICS]
     assert names == ["retained_mass", "ideal_mass", "output_error", "read_keys", "held_keys"]
 
 

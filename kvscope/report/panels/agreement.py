@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvscope.core.json import JsonDict
 from kvscope.report.encoding import packed_floats, rounded
 from kvscope.report.panel import panel
 from kvscope.report.panels.over_time import bins
@@ -30,16 +30,14 @@ MOST = 40  # runs of one budget
     "names, and a low number beside equal fidelity means that there is more than one good set; where both loops were "
     "replayed, a second table has the overlap of what a policy holds in the open and in the closed one, by layer.",
 )
-def agreement(source: ReportInput) -> dict[str, Any] | None:
+def agreement(source: ReportInput) -> JsonDict | None:
     """Return for each budget the overlap (Jaccard index) of what every two runs hold; of a sparse reader: reads."""
     groups: dict[tuple[str, ...], list[RunView]] = defaultdict(list)
     for run in source.detailed:
         if run.budget is not None:
             groups[(*run.protocol, run.budget)].append(run)
-    made, notes = (
-        [],
-        [f"The sets are compared at {STEPS} evenly spaced steps; of a policy that reads a part, what it reads."],
-    )
+    made: list[JsonDict] = []
+    notes = [f"The sets are compared at {STEPS} evenly spaced steps; of a policy that reads a part, what it reads."]
     for (identity, *_, budget), runs in groups.items():
         shown = runs[:MOST]
         if len(shown) < len(runs):
@@ -52,9 +50,9 @@ def agreement(source: ReportInput) -> dict[str, Any] | None:
     return {"groups": made, "loops": loops, "notes": notes} if made or loops else None
 
 
-def _loops(source: ReportInput) -> list[dict[str, Any]]:
+def _loops(source: ReportInput) -> list[JsonDict]:
     """Return for each run of the closed loop its overlap with the open one: over all layers, and in each."""
-    found = []
+    found: list[JsonDict] = []
     for run in source.ranking:
         gap = run.info.get("gap")
         if gap:

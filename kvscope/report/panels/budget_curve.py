@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
+from kvscope.core.json import JsonDict
 from kvscope.report.panel import panel
 from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
@@ -13,7 +14,17 @@ from kvscope.report.source import ReportInput
 # Metric -> the metric that bounds it for the same number of keys; drawn where no run is that bound itself.
 REFERENCES = {"retained_mass": "ideal_mass"}
 
-Line = tuple[str, ...]
+LineKey = tuple[str, ...]  # label, replay, trace, loop, prefill
+
+
+@dataclass(frozen=True)
+class CurveLine:
+    """One policy under one protocol: its runs by rising budget, and whether it is shown at first."""
+
+    name: str
+    kind: str
+    runs: list[RunView]
+    usual: bool
 
 
 @panel(
@@ -24,56 +35,53 @@ Line = tuple[str, ...]
     "read, so that policies of different kinds stand where their cost is. A line that stays high while it moves left "
     "loses little, and the distance to the dashed bounds is what a better choice of keys could gain.",
 )
-def budget_curve(source: ReportInput) -> dict[str, Any]:
+def budget_curve(source: ReportInput) -> JsonDict:
     """Return one line per policy and protocol, as the runs of its budgets, and which of them to show at first."""
-    lines = _lines(source.runs)
-    names = list(lines)
-    shown = names[: source.limits.rows]
+    lines = curve_lines(source)
+    shown = lines[: source.limits.rows]
     notes = []
-    if len(shown) < len(names):
-        notes.append(f"The plot offers {len(shown)} of {len(names)} lines; the others are in summary.json.")
+    if len(shown) < len(lines):
+        notes.append(f"The plot offers {len(shown)} of {len(lines)} lines; the others are in summary.json.")
     without = list(dict.fromkeys(run.label for run in source.runs if run.budget_keys is None))
     if without:
         notes.append(f"Without a budget, and so without a line: {', '.join(without)}.")
-    if names and all(len(runs) == 1 for runs in lines.values()):
+    if lines and all(len(line.runs) == 1 for line in lines):
         notes.append("Only one budget was replayed: lines need two or more, for instance --budget 10%,20%,40%.")
     return {
-        "lines": [_line(source, lines[name]) for name in shown],
-        "usual": [
-            place for place, name in enumerate(shown) if name[0] in source.usual and not _superseded(name, lines)
-        ],
+        "lines": [{"name": line.name, "kind": line.kind, "runs": [run.id for run in line.runs]} for line in shown],
+        "usual": [place for place, line in enumerate(shown) if line.usual],
         "references": _references(source),
         "notes": notes,
     }
 
 
-def _lines(runs: Sequence[RunView]) -> dict[Line, list[RunView]]:
-    lines: dict[Line, list[RunView]] = defaultdict(list)
+def curve_lines(source: ReportInput) -> list[CurveLine]:
+    """Return the lines of all policies and protocols."""
+    lines = _lines(source.runs)
+    return [
+        CurveLine(source.title_of(runs[0]), runs[0].kind, runs, key[0] in source.usual and not _superseded(key, lines))
+        for key, runs in lines.items()
+    ]
+
+
+def _lines(runs: Sequence[RunView]) -> dict[LineKey, list[RunView]]:
+    lines: dict[LineKey, list[RunView]] = defaultdict(list)
     for run in runs:
         if run.budget_keys is not None:
             lines[(run.label, run.source, *run.protocol)].append(run)
     return {name: sorted(line, key=lambda run: run.budget_keys or 0.0) for name, line in lines.items()}
 
 
-def _superseded(name: Line, lines: Mapping[Line, Sequence[RunView]]) -> bool:
+def _superseded(name: LineKey, lines: Mapping[LineKey, Sequence[RunView]]) -> bool:
     """Return whether a line of the open loop has one of the closed loop, which knows all that it knows and more."""
     label, _, identity, loop, prefill = name
     return loop == "open" and any((other[0], *other[2:]) == (label, identity, "closed", prefill) for other in lines)
 
 
-def _line(source: ReportInput, runs: Sequence[RunView]) -> dict[str, Any]:
-    first = runs[0]
-    return {
-        "name": source.title_of(first),
-        "kind": first.kind,
-        "runs": [run.id for run in runs],
-    }
-
-
-def _references(source: ReportInput) -> list[dict[str, Any]]:
+def _references(source: ReportInput) -> list[JsonDict]:
     """Return for each bounding metric and protocol the runs that carry it, one for each budget."""
     bounds = {str(run.info["policy"]) for run in source.runs if run.kind == "bound"}
-    made = []
+    made: list[JsonDict] = []
     for metric, bound in REFERENCES.items():
         if "ideal" in bounds or metric not in source.metrics:
             continue

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from kvscope.core.json import JsonDict
 from kvscope.report.panel import panel
 from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
@@ -22,7 +21,7 @@ HELD = "held_keys"
     "the head that holds least to the one that holds most. Learned gates, thresholds and allocations (these under one "
     "budget) decide it themselves; beside them are runs with a budget that hold about as many keys in all.",
 )
-def depth(source: ReportInput) -> dict[str, Any] | None:
+def depth(source: ReportInput) -> JsonDict | None:
     """Return the held share of each layer for runs that share keys out themselves, and for those nearest in size."""
     free = [run for run in source.runs if _shares_out(run) and run.mean(HELD) is not None]
     closed = {(run.protocol[0], run.protocol[2]) for run in free if run.protocol[1] == "closed"}
@@ -54,7 +53,7 @@ def _beside(source: ReportInput, run: RunView) -> list[RunView]:
     return list(nearest.values())
 
 
-def _line(source: ReportInput, run: RunView) -> dict[str, Any]:
+def _line(source: ReportInput, run: RunView) -> JsonDict:
     means = source.means(run.replay)
     share = means.by_head[HELD][means.runs[run.number]] / run.full_keys  # [L, H]
     rounded = np.round([np.nanmean(share, 1), np.nanmin(share, 1), np.nanmax(share, 1)], 4).tolist()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from kvscope.report.encoding import packed_bytes, packed_floats
+from kvscope.core.json import JsonDict
+from kvscope.report.encoding import finite_range, packed_bytes, packed_floats
 from kvscope.report.panel import panel
 from kvscope.report.source import ReportInput
 
@@ -21,10 +20,10 @@ from kvscope.report.source import ReportInput
     "chosen run. Cells that stand out from their row are heads for which this choice of keys fits better or worse "
     "than for their neighbours; choose one, and the panels around show that head.",
 )
-def head_map(source: ReportInput) -> dict[str, Any]:
+def head_map(source: ReportInput) -> JsonDict:
     """Return the mean of every metric for every run, layer and head, with one scale per metric for all runs."""
     left = source.limits.map_bytes
-    maps: dict[str, Any] = {}
+    maps: JsonDict = {}
     scale: dict[str, list[float]] = {}
     for run in source.detailed:
         means = source.means(run.replay)
@@ -34,9 +33,10 @@ def head_map(source: ReportInput) -> dict[str, Any]:
         if left < 0:
             break
         maps[run.id] = {"layers": [int(layer) for layer in run.replay.info["trace"]["layers"]], "values": made}
-        for name, each in made.items():
-            low, high = scale.get(name, (each["low"], each["high"]))
-            scale[name] = [min(low, each["low"]), max(high, each["high"])]
+        for name in made:
+            low, high = finite_range(values[name])
+            least, largest = scale.get(name, (low, high))
+            scale[name] = [min(least, low), max(largest, high)]
     missing = f"{len(source.runs) - len(maps)} of {len(source.runs)} runs"
     notes = [f"Maps of {missing} are left out to keep the page small; fidelity.parquet has them."]
     return {"maps": maps, "scale": scale, "notes": notes if len(maps) < len(source.runs) else []}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
+from kvscope.core.json import JsonDict
 from kvscope.report.encoding import packed_bytes, packed_halves, rounded
 from kvscope.report.panel import panel
 from kvscope.report.panels.over_time import bins
@@ -32,17 +32,17 @@ RowIndex = tuple[int, int, int]  # layer, query head, step
     "what the ideal set of the same size would hold, and where the two differ. S marks sinks, the first four "
     "positions, and H heavy hitters, the keys that received the most attention in this head over the whole sequence.",
 )
-def inspector(source: ReportInput) -> dict[str, Any] | None:
+def inspector(source: ReportInput) -> JsonDict | None:
     """Return as many rows as fit: those that miss an evicted key most, then evenly spaced steps of every head."""
     left = source.limits.row_bytes
-    parts: dict[str, Any] = {}
+    parts: JsonDict = {}
     carried = total = 0
     for part in source.parts.values():
         if part.identity not in source.traces:
             continue
-        rows = []
-        for row in _rows(source, part):
-            left -= packed_bytes(row["weights"])
+        rows: list[JsonDict] = []
+        for row, size in _rows(source, part):
+            left -= size
             if left < 0:
                 break
             rows.append(row)
@@ -56,8 +56,8 @@ def inspector(source: ReportInput) -> dict[str, Any] | None:
     return {"parts": parts, "sinks": SINKS, "notes": notes}
 
 
-def _rows(source: ReportInput, part: Part) -> Iterator[dict[str, Any]]:
-    """Yield wanted rows as the trace holds them, and the mass that a learned sink takes of each."""
+def _rows(source: ReportInput, part: Part) -> Iterator[tuple[JsonDict, int]]:
+    """Yield selected rows as the trace holds them, with the mass that a learned sink takes of each, and their size."""
     trace = source.traces[part.identity]
     sinks = trace.header.learned_sinks
 
@@ -65,13 +65,14 @@ def _rows(source: ReportInput, part: Part) -> Iterator[dict[str, Any]]:
     def block(layer: int, step: int) -> np.ndarray:
         return trace.attention(part.number, layer, step, step + 1)[:, 0]  # [H, step + 1]
 
-    for layer, head, step in dict.fromkeys(_wanted(source, part)):
-        weights = block(layer, step)[head]
+    for layer, head, step in dict.fromkeys(_selected(source, part)):
+        weights = packed_halves(block(layer, step)[head])
         missing = rounded(max(0.0, 1.0 - float(trace.row_sums(part.number, layer)[head, step]))) if sinks else 0
-        yield {"layer": layer, "head": head, "step": step, "missing": missing, "weights": packed_halves(weights)}
+        row: JsonDict = {"layer": layer, "head": head, "step": step, "missing": missing, "weights": weights}
+        yield row, packed_bytes(weights)
 
 
-def _wanted(source: ReportInput, part: Part) -> Iterator[RowIndex]:
+def _selected(source: ReportInput, part: Part) -> Iterator[RowIndex]:
     """Yield layer, query head and step of rows, the most telling first."""
     trace = source.traces[part.identity]
     group = trace.heads // trace.kv_heads

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from kvscope.core.json import JsonDict
 from kvscope.report.encoding import packed_bytes, packed_halves
 from kvscope.report.panel import panel
 from kvscope.report.source import ReportInput
@@ -19,10 +18,10 @@ from kvscope.report.source import ReportInput
     "against the L1 norm of its value, both on a logarithmic scale. Sinks stand far to the right and low, looked at "
     "by all and carrying almost nothing, which is why VATP (arXiv:2406.12335) multiplies the two.",
 )
-def norms(source: ReportInput) -> dict[str, Any] | None:
+def norms(source: ReportInput) -> JsonDict | None:
     """Return for each readable layer the attention that each key received and the norm of its value, ``[G, T]``."""
     left = source.limits.key_bytes
-    parts: dict[str, Any] = {}
+    parts: JsonDict = {}
     notes: list[str] = []
     missing = 0
     for part in source.parts.values():
@@ -30,7 +29,7 @@ def norms(source: ReportInput) -> dict[str, Any] | None:
         if trace is None or "value_l1" not in trace.stored:
             continue
         notes += [note for note in [source.unread(part)] if note]
-        layers: dict[str, Any] = {}
+        layers: JsonDict = {}
         for layer in source.readable[part.name]:
             received = packed_halves(source.attended(part, layer).received)
             norm = packed_halves(trace.value_norms(part.number, layer, "l1"))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from kvscope.core.json import JsonDict
 from kvscope.report.encoding import rounded
 from kvscope.report.panel import panel
 from kvscope.report.runs import RunView
@@ -28,7 +28,7 @@ FEWEST = 3  # runs for a rank agreement
     "far the metric alone would have put these runs into the right order; over all budgets it flatters any metric "
     "that grows with the budget, so read the one within a budget first.",
 )
-def outcome(source: ReportInput) -> dict[str, Any] | None:
+def outcome(source: ReportInput) -> JsonDict | None:
     """Return runs with an outcome, the metrics that stand against it, and the rank agreement of each."""
     runs = [run for run in source.ranking if run.mean(OUTCOME) is not None]
     if not runs:
@@ -39,7 +39,7 @@ def outcome(source: ReportInput) -> dict[str, Any] | None:
     cheap = [name for name in source.metrics if name not in COSTLY]
     # the open loop is what a metric costs; without one, the closed run's own value stands for it
     opened = {_same(run): run for run in source.runs if run.protocol[1] == "open"}
-    made = []
+    made: list[JsonDict] = []
     for group in groups.values():
         values = {name: [_value(run, opened.get(_same(run)), name) for run in group] for name in cheap}
         used = {name: found for name, found in values.items() if any(value is not None for value in found)}
@@ -63,12 +63,12 @@ def _value(run: RunView, counterpart: RunView | None, metric: str) -> float | No
     return rounded(run.mean(metric) if counterpart is None else counterpart.mean(metric))
 
 
-def _agreement(values: list[float | None], runs: list[RunView]) -> dict[str, Any]:
+def _agreement(values: list[float | None], runs: list[RunView]) -> JsonDict:
     """Return the rank agreement of a metric with the outcome over all runs, and its mean within a budget and kind.
 
     Over all runs, any number that grows with the budget agrees; only within a budget a metric shows what it knows.
     """
-    budgets: dict[Any, list[tuple[float, float]]] = defaultdict(list)
+    budgets: dict[tuple[str, ...] | None, list[tuple[float, float]]] = defaultdict(list)
     for value, run in zip(values, runs, strict=True):
         outcome = run.mean(OUTCOME)
         if value is not None and outcome is not None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from kvscope.core.json import JsonDict
 from kvscope.report.encoding import packed_bytes, packed_floats
 from kvscope.report.panel import panel
 from kvscope.report.parts import Part
@@ -26,10 +25,10 @@ RATIO = "perplexity_ratio"  # of a bin: exp of the mean loss change of its token
     "many keys are held at that step. A policy that compresses only the prompt looks better the longer it goes on, "
     "and the lower plot shows what it pays.",
 )
-def over_time(source: ReportInput) -> dict[str, Any] | None:
+def over_time(source: ReportInput) -> JsonDict | None:
     """Return for each sequence the means of every metric by step, for as many runs as fit, in even bins of steps."""
     left = source.limits.line_bytes
-    parts: dict[str, Any] = {}
+    parts: JsonDict = {}
     missing = 0
     for part in source.parts.values():
         runs = source.runs_of(part)
@@ -38,7 +37,7 @@ def over_time(source: ReportInput) -> dict[str, Any] | None:
         if not len(steps):
             continue
         edges = bins(int(steps[0]), int(steps[-1]) + 1, 2 * source.limits.bins)
-        made: dict[str, Any] = {}
+        made: JsonDict = {}
         for run in runs:
             packed = {
                 name: packed_floats(np.exp(_binned(values, edges)) if name == RATIO else _binned(values, edges))

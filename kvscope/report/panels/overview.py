@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from kvscope.core.json import JsonDict
 from kvscope.report.encoding import rounded
 from kvscope.report.panel import panel
-from kvscope.report.runs import KINDS, RunView, ends
+from kvscope.report.runs import KINDS, MetricFacts, RunView, ends
 from kvscope.report.source import ReportInput
 
 # What stands in the table until the reader asks for all metrics.
@@ -38,9 +38,9 @@ IDEAL = "ideal_mass"  # what the ideal set retains with as many keys
     "protocol, and a number is the mean over steps, then heads, layers and sequences, with its 95 % interval where "
     "there are five or more sequences.",
 )
-def overview(source: ReportInput) -> dict[str, Any]:
+def overview(source: ReportInput) -> JsonDict:
     """Return the best of each group, and rows in the order of budget and of the first metric that has a best end."""
-    metrics = source.metric_list()
+    metrics = source.metric_facts()
     runs = source.ranking
     shown = runs[: source.limits.rows]
     marks = _marks(source, metrics)
@@ -55,7 +55,7 @@ def overview(source: ReportInput) -> dict[str, Any]:
         "usual": [name for name in USUAL if name in source.metrics],
         "headlines": [name for name in HEADLINES if name in source.metrics],
         "rows": [{"run": run.id, "marks": marks[run.id]} for run in shown],
-        "best": _best(source, [metric for metric in metrics if metric["name"] in HEADLINES]),
+        "best": _best(source, [metric for metric in metrics if metric.name in HEADLINES]),
         "notes": notes,
     }
 
@@ -73,9 +73,7 @@ def answer(source: ReportInput) -> str:
         return ""
     group, said = groups[0], []
     for name, words in ANSWERS.items():
-        value, best = _winners(
-            group, {"name": name, "direction": source.metrics.get(name, {}).get("direction", "none")}
-        )
+        value, best = _winners(group, MetricFacts.of(name, source.metrics.get(name, {})))
         if value is not None:
             near = _near(group, best, name)
             names = " and ".join(run.label for run in best[:2]) + (" and others" if len(best) > 2 else "")
@@ -86,7 +84,7 @@ def answer(source: ReportInput) -> str:
     return f"At budget {first.budget}{held}: {many}{'; '.join(said)}." if said else ""
 
 
-def _marks(source: ReportInput, metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
+def _marks(source: ReportInput, metrics: Sequence[MetricFacts]) -> dict[str, dict[str, str]]:
     """Return for each run the metrics in which it is the best, or the last, of those it compares with."""
     marks: dict[str, dict[str, str]] = {run.id: {} for run in source.runs}
     for group in source.groups.values():
@@ -95,20 +93,20 @@ def _marks(source: ReportInput, metrics: Sequence[dict[str, Any]]) -> dict[str, 
         for metric in metrics:
             found = ends(group, metric)
             for run in group if found else []:
-                value = rounded(run.mean(metric["name"]))
+                value = rounded(run.mean(metric.name))
                 if found and value == found[0]:
-                    marks[run.id][metric["name"]] = "best"
+                    marks[run.id][metric.name] = "best"
                 elif found and value == found[1] and len(group) > 2:
-                    marks[run.id][metric["name"]] = "last"
+                    marks[run.id][metric.name] = "last"
     return marks
 
 
-def _best(source: ReportInput, wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _best(source: ReportInput, metrics: Sequence[MetricFacts]) -> list[JsonDict]:
     """Return one line for each budget and kind: who is the best in what, out of how many, at what cost."""
-    lines = []
+    lines: list[JsonDict] = []
     for group in _shown_groups(source):
         first = group[0]
-        winners = {metric["name"]: _winners(group, metric) for metric in wanted}
+        winners = {metric.name: _winners(group, metric) for metric in metrics}
         best = [run for _, found in winners.values() for run in found]
         if best:
             lines.append(
@@ -135,7 +133,7 @@ def _shown_groups(source: ReportInput) -> list[list[RunView]]:
     shown = [group for group in groups if group[0].protocol[1] != "open" or _apart_from_loop(group[0]) not in closed]
     kinds = list(KINDS)
 
-    def place(group: Sequence[RunView]) -> tuple[Any, ...]:
+    def place(group: Sequence[RunView]) -> tuple[str, str, float | None, str, int, str]:
         identity, loop, prefill = group[0].protocol
         return identity, prefill, group[0].budget_keys, loop, kinds.index(group[0].kind), group[0].phase
 
@@ -147,13 +145,13 @@ def _apart_from_loop(run: RunView) -> tuple[str, ...]:
     return (identity, prefill, run.phase, run.kind, run.budget or "")
 
 
-def _winners(group: Sequence[RunView], metric: dict[str, Any]) -> tuple[float | None, list[RunView]]:
+def _winners(group: Sequence[RunView], metric: MetricFacts) -> tuple[float | None, list[RunView]]:
     """Return the best value and who has it; a run without rivals is named as it is."""
     found = ends(group, metric)
-    value = found[0] if found else (rounded(group[0].mean(metric["name"])) if len(group) == 1 else None)
+    value = found[0] if found else (rounded(group[0].mean(metric.name)) if len(group) == 1 else None)
     if value is None:
         return None, []
-    return value, [run for run in group if rounded(run.mean(metric["name"])) == value]
+    return value, [run for run in group if rounded(run.mean(metric.name)) == value]
 
 
 def _near(group: Sequence[RunView], best: Sequence[RunView], metric: str) -> int:

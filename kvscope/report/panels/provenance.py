@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
 
 from kvscope.core.decode import encode
+from kvscope.core.json import JsonDict
 from kvscope.report.panel import panel
 from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
@@ -46,7 +46,7 @@ MASS = (
     help="Everything needed to make these numbers again: model, prompt, versions and command. The list of "
     "approximations says what the numbers leave out; read it before you quote one of them.",
 )
-def provenance(source: ReportInput) -> dict[str, Any]:
+def provenance(source: ReportInput) -> JsonDict:
     """Return facts of every replay and trace, and what is approximate about them."""
     traces = {replay.info["trace"]["identity"]: source.trace_of(replay) for replay in source.replays}
     absent = [
@@ -64,7 +64,7 @@ def provenance(source: ReportInput) -> dict[str, Any]:
     }
 
 
-def _replay(name: str, replay: Replay) -> dict[str, Any]:
+def _replay(name: str, replay: Replay) -> JsonDict:
     info = replay.info
     trace = info["trace"]
     return {
@@ -87,7 +87,7 @@ def _replay(name: str, replay: Replay) -> dict[str, Any]:
     }
 
 
-def _trace(trace: Trace) -> dict[str, Any]:
+def _trace(trace: Trace) -> JsonDict:
     header, model = trace.header, trace.header.model
     windows = sorted({window for window in header.sliding_window if window is not None})
     return {
@@ -118,10 +118,10 @@ def _trace(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _files(texts: Any) -> list[dict[str, str]]:
+def _files(texts: Sequence[Mapping[str, object]] | None) -> list[dict[str, str]]:
     """Return name and hash of prompts or texts; of a file named from the root, its last name alone."""
 
-    def name(text: Any) -> str:
+    def name(text: Mapping[str, object]) -> str:
         file = PurePath(str(text.get("file") or "given text"))
         return file.name if file.is_absolute() else str(file)
 
@@ -152,7 +152,7 @@ def _approximate(source: ReportInput) -> list[str]:
     return found
 
 
-def _known(facts: dict[str, Any]) -> list[list[str]]:
+def _known(facts: Mapping[str, object]) -> list[list[str]]:
     return [[name, str(value)] for name, value in facts.items() if value not in (None, "", [], {})]
 
 

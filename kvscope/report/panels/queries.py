@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvscope.core.json import JsonDict
 from kvscope.report.encoding import packed_floats
 from kvscope.report.panel import panel
 from kvscope.report.panels.over_time import bins
@@ -26,9 +26,9 @@ LAGS = (1, 5, 50)  # neighbours, Recycled Attention's comparison, and its usual 
     "asking for the same. A policy that reuses the keys of an earlier full step, as Recycled Attention "
     "(arXiv:2411.05787) does, is safe where the line of its stride is high, and should refresh where it drops.",
 )
-def queries(source: ReportInput) -> dict[str, Any] | None:
+def queries(source: ReportInput) -> JsonDict | None:
     """Return for each sequence and layer the cosine of mean queries at some lags, in even bins of steps."""
-    parts: dict[str, Any] = {}
+    parts: JsonDict = {}
     for part in source.parts.values():
         trace = source.traces.get(part.identity)
         if trace is None or "queries" not in trace.stored or part.length <= LAGS[0] + 1:

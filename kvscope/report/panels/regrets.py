@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from kvscope.core.json import JsonDict
 from kvscope.report.encoding import packed_bytes, packed_floats, rounded
 from kvscope.report.panel import panel
 from kvscope.report.parts import Part
@@ -23,17 +22,17 @@ from kvscope.report.source import ReportInput
     "gives it in all later steps that could not see it, summed, mean over the query heads that share it. Choose a "
     "row, and the panels around show that head, that token and the step that missed it most.",
 )
-def regrets(source: ReportInput) -> dict[str, Any] | None:
+def regrets(source: ReportInput) -> JsonDict | None:
     """Return the worst evictions of every run, and the regret of every token over all heads that were read."""
     left = source.limits.key_bytes
-    parts: dict[str, Any] = {}
+    parts: JsonDict = {}
     notes = []
     for part in source.parts.values():
         if part.identity not in source.traces:
             continue
         notes += [note for note in [source.unread(part)] if note]
         layers = sorted(source.readable[part.name])
-        tokens: dict[str, Any] = {}
+        tokens: JsonDict = {}
         for run in source.runs_of(part):
             total = _by_token(source, part, layers, run.id)
             each = packed_floats(total)

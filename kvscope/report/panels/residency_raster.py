@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any
 
+from kvscope.core.json import JsonDict
 from kvscope.report.panel import panel
 from kvscope.report.parts import Part, spread
 from kvscope.report.residency import packed_intervals, packed_intervals_bytes
@@ -23,18 +23,18 @@ from kvscope.report.source import ReportInput
     "Long blue rows are tokens that the policy holds on to, and an edge that runs parallel to the diagonal is a "
     "window moving on; of a single head, the pointer tells since when a key is held, or why and when it went.",
 )
-def residency_raster(source: ReportInput) -> dict[str, Any]:
+def residency_raster(source: ReportInput) -> JsonDict:
     """Return residency intervals per sequence, run and layer as packed integers, as many as the page may carry.
 
     Layers are added for all runs at a time, spread over the depth of the model, sequence by sequence, so that what
     fits can be compared. Where not even one layer fits, it has the runs that do.
     """
     left = source.limits.raster_bytes
-    rasters: list[dict[str, Any]] = []
+    rasters: list[JsonDict] = []
     layers = list(_order(source))
     for shown, (part, layer) in enumerate(layers):
         residency = source.residency(part, layer)
-        made = [
+        made: list[JsonDict] = [
             {"run": run.id, "part": part.name, "layer": layer, **packed_intervals(residency[run.id])}
             for run in source.runs_of(part)
             if run.id in residency
@@ -48,7 +48,7 @@ def residency_raster(source: ReportInput) -> dict[str, Any]:
     return {"rasters": rasters, "notes": []}
 
 
-def _left_out(source: ReportInput, shown: int, layers: int, fitting: int, made: Sequence[Any]) -> str:
+def _left_out(source: ReportInput, shown: int, layers: int, fitting: int, made: Sequence[JsonDict]) -> str:
     limit = source.limits.raster_bytes
     size = f"{limit / 1e6:g} MB" if limit >= 100_000 else f"{limit} bytes"
     what = f"{shown} of {layers} layers are shown"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
+from kvscope.core.json import JsonDict
 from kvscope.report.panel import panel
 from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
@@ -23,7 +23,7 @@ FEWEST = 3  # values that make a sweep
     "A flat line means that the parameter does not matter here, a peak inside the range that tuning pays; of a run "
     "that was tuned, a map shows the value that each layer or head got.",
 )
-def sweep(source: ReportInput) -> dict[str, Any] | None:
+def sweep(source: ReportInput) -> JsonDict | None:
     """Return policies of which at least three values of a number were replayed, all else equal, and what was tuned.
 
     None without either.
@@ -36,17 +36,19 @@ def sweep(source: ReportInput) -> dict[str, Any] | None:
                 rest = json.dumps({key: params[key] for key in sorted(params) if key != name}, default=str)
                 same = (str(run.info["policy"]), name, rest, str(run.budget), run.source, *run.protocol, run.phase)
                 lines[same].append((float(value), run))
-    sweeps: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    sweeps: dict[tuple[str, str], list[JsonDict]] = defaultdict(list)
     for (policy, name, *_), found in lines.items():
         if len({value for value, _ in found}) >= FEWEST:
             ordered = sorted(found, key=lambda each: each[0])
             sweeps[policy, name].append({"values": [v for v, _ in ordered], "runs": [run.id for _, run in ordered]})
-    made = [{"policy": policy, "parameter": name, "lines": lines} for (policy, name), lines in sweeps.items()]
+    made: list[JsonDict] = [
+        {"policy": policy, "parameter": name, "lines": lines} for (policy, name), lines in sweeps.items()
+    ]
     tuned = [each for run in source.runs for each in _tuned(run)]
     return {"sweeps": made, "tuned": tuned} if made or tuned else None
 
 
-def _tuned(run: RunView) -> Iterator[dict[str, Any]]:
+def _tuned(run: RunView) -> Iterator[JsonDict]:
     """Yield for each parameter that a tuned run varies its value in every layer or every head, ``[L, 1 | G]``.
 
     Budgets of one file share what they got: the first of them has it.

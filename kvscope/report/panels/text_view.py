@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from kvscope.core.json import JsonDict
 from kvscope.report.encoding import packed, packed_bytes, packed_floats
 from kvscope.report.panel import panel
 from kvscope.report.panels.over_time import bins
@@ -27,10 +26,10 @@ ALL = 255  # a byte: the token is held by every head of every layer
     "chosen in the bar; struck through means that no head does. Choose a token to see when each head of each layer "
     "let it go.",
 )
-def text_view(source: ReportInput) -> dict[str, Any] | None:
+def text_view(source: ReportInput) -> JsonDict | None:
     """Return for each sequence the share of heads that hold each token at some steps, for as many runs as fit."""
     left = source.limits.share_bytes
-    parts: dict[str, Any] = {}
+    parts: JsonDict = {}
     missing = total = 0
     for part in source.parts.values():
         runs = source.runs_of(part)
@@ -83,14 +82,14 @@ def _shares(
     return {run: (ALL * counts + heads // 2) // heads for run, counts in holding.items()}
 
 
-def _surprise(source: ReportInput, part: Part) -> dict[str, Any] | None:
+def _surprise(source: ReportInput, part: Part) -> JsonDict | None:
     """Return the loss of every token under the full cache, nats; None where the trace does not know it."""
     frame = source.traces[part.identity].tokens(part.number).sort_values("position")
     losses = -frame["logprob"].to_numpy(np.float64)
     return None if np.isnan(losses).all() else packed_floats(losses)
 
 
-def _loss(source: ReportInput, part: Part, run: RunView) -> dict[str, Any] | None:
+def _loss(source: ReportInput, part: Part, run: RunView) -> JsonDict | None:
     """Return by how much the loss of every token rises under a run, nats; None without a closed loop."""
     scored = source.scored(run, part)
     if scored is None:
