@@ -1,12 +1,13 @@
-"""Every command line option that more than one command has, defined once."""
+"""The options of the commands, each defined once."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvscope.core.options import Positions, Prefill
+from kvscope.core.options import Positions, Prefill, TuneLevel
 
 # What is replayed.
 Policy = Annotated[
@@ -123,6 +124,64 @@ ReportOutput = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+
+# Of `perplexity`.
+TextFiles = Annotated[list[str], typer.Argument(metavar="TEXT", help="UTF-8 text files.", show_default=False)]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        metavar="TOKENS",
+        help="Cut texts into windows of so many tokens. Default: 1024, or the context.",
+        min=2,
+    ),
+]
+MaxWindows = Annotated[
+    int | None,
+    typer.Option("--max-windows", metavar="N", help="Read at most N windows of each file. Default: all.", min=1),
+]
+PromptLength = Annotated[
+    int,
+    typer.Option(
+        "--prompt-length",
+        metavar="TOKENS",
+        help="Read so many tokens of each window with the full cache, unscored.",
+        min=1,
+    ),
+]
+# Of `verify`.
+DecodedTokens = Annotated[
+    int | None,
+    typer.Option("--tokens", metavar="N", help="Decode at most N tokens of each sequence. Default: 128.", min=1),
+]
+FirstSequences = Annotated[
+    int, typer.Option("--sequences", metavar="N", help="Use the first N sequences of the trace.", min=1)
+]
+# Of `tune`.
+TraceNames = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="TRACE", help="Names under traces/, or paths. Default: the newest.", show_default=False),
+]
+TunedPolicy = Annotated[str, typer.Option("--policy", "-p", metavar="POLICY", help="Tune this policy.")]
+Grid = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--grid",
+        metavar="NAME=LIST",
+        help="Try values: alpha=0.1,0.5,0.9. Repeatable. Default: those that the policy names.",
+        show_default=False,
+    ),
+]
+Level = Annotated[
+    TuneLevel, typer.Option("--per", help="Choose a setting for the model, each layer or key/value head.")
+]
+OneBudget = Annotated[str, typer.Option("--budget", "-b", metavar="BUDGET", help="Limit the cache to keys or a share.")]
+TunedMetric = Annotated[str, typer.Option("--metric", metavar="NAME", help="Improve this metric.")]
+HeldOut = Annotated[
+    int | None,
+    typer.Option("--held-out", metavar="N", help="Keep N sequences for the reported gain. Default: a quarter."),
+]
+TomlFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Write this TOML file.")]
 
 
 def command_line(ctx: typer.Context) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -17,13 +16,17 @@ from kvscope.cli.options import (
     Dtype,
     Force,
     Json,
+    MaxWindows,
     Model,
     Policy,
     PositionsMode,
+    PromptLength,
     Quiet,
     ReportOutput,
     Revision,
+    TextFiles,
     TrustRemoteCode,
+    Window,
     command_line,
 )
 from kvscope.cli.parameters import PARAMETERS
@@ -33,20 +36,13 @@ from kvscope.core.options import ModelSource, OutputOptions, PerplexityOptions, 
 @command("perplexity", order=30, epilog=PARAMETERS, extra_arguments=True)
 def perplexity(
     ctx: typer.Context,
-    files: Annotated[list[str], typer.Argument(metavar="TEXT", help="UTF-8 text files.", show_default=False)],
+    files: TextFiles,
     model: Model,
     policy: Policy = None,
     budget: Budget = None,
-    window: Annotated[
-        int | None,
-        typer.Option(metavar="TOKENS", help="Each starts with an empty cache. Default: 1024, or the context.", min=2),
-    ] = None,
-    max_windows: Annotated[
-        int | None, typer.Option(metavar="N", help="Windows of each file. Default: all.", min=1)
-    ] = None,
-    prompt_length: Annotated[
-        int, typer.Option(metavar="TOKENS", help="Read with the full cache first in each window, unscored.", min=1)
-    ] = 1,
+    window: Window = None,
+    max_windows: MaxWindows = None,
+    prompt_length: PromptLength = 1,
     compress: Compress = None,
     allocate: Allocate = None,
     positions: PositionsMode = Positions.original,

@@ -16,6 +16,7 @@ from kvscope.cli.options import (
     TraceSource,
     command_line,
 )
+from kvscope.core.options import OutputOptions
 
 
 @command("score", order=60)
@@ -43,21 +44,14 @@ def score(
     opened = open_replay(places.find_replay(replay, quiet=quiet))
     source = trace_of(opened, trace)
     with console.working("loading torch", quiet=quiet):
-        from kvscope.replay.rescore import rescore
+        from kvscope.replay.rescore import compile_score
     path = places.place(places.REPORTS, output, f"{opened.name}-scored", force=force)
-    closed = sum(run["loop"] == "closed" for run in opened.info["runs"])
-    if closed:
-        console.warn(f"{closed} runs of the closed loop are left out: what they paid attention to is not recorded")
+    job = compile_score(opened, source, metric, device)
+    if job.skipped_runs:
+        console.warn(
+            f"{job.skipped_runs} runs of the closed loop are left out: what they paid attention to is not recorded"
+        )
     tokens = sum(sequence.length for sequence in source.sequences)
     with console.bar("scoring", tokens, "tokens", quiet=quiet) as update:
-        made = rescore(
-            opened,
-            source,
-            metric,
-            output=path,
-            device=device,
-            progress=lambda share: update(share * tokens),
-            command=command_line(ctx),
-            force=force,
-        )
+        made = job.execute(OutputOptions(path, force, command_line(ctx)), lambda share: update(share * tokens))
     show(made.summary, made.info, title=str(path), as_json=json)

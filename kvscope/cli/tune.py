@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Device, Force, Json, PrefillMode, Quiet
+from kvscope.cli.options import (
+    Device,
+    Force,
+    Grid,
+    HeldOut,
+    Json,
+    Level,
+    OneBudget,
+    PrefillMode,
+    Quiet,
+    TomlFile,
+    TraceNames,
+    TunedMetric,
+    TunedPolicy,
+)
 from kvscope.core.options import Prefill, TuneLevel, TuneOptions
 
 if TYPE_CHECKING:
@@ -19,29 +31,15 @@ if TYPE_CHECKING:
 
 @command("tune", order=50)
 def tune(
-    traces: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="TRACE", help="Names under traces/, or paths. Default: the newest.", show_default=False),
-    ] = None,
-    policy: Annotated[str, typer.Option("--policy", "-p", metavar="POLICY", help="What to tune.")] = "a2sf",
-    grid: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=LIST",
-            help="Values to try: alpha=0.1,0.5,0.9. Repeatable. Default: those that the policy names.",
-            show_default=False,
-        ),
-    ] = None,
-    per: Annotated[
-        TuneLevel, typer.Option(help="Choose a setting for the model, each layer or key/value head.")
-    ] = TuneLevel.head,
-    budget: Annotated[str, typer.Option("--budget", "-b", metavar="BUDGET", help="Keys or a share.")] = "20%",
-    metric: Annotated[str, typer.Option(metavar="NAME", help="What to improve.")] = "retained_mass",
+    traces: TraceNames = None,
+    policy: TunedPolicy = "a2sf",
+    grid: Grid = None,
+    per: Level = TuneLevel.head,
+    budget: OneBudget = "20%",
+    metric: TunedMetric = "retained_mass",
     prefill: PrefillMode = Prefill.full,
-    held_out: Annotated[
-        int | None, typer.Option(metavar="N", help="Sequences kept for the reported gain. Default: a quarter.")
-    ] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="TOML file.")] = Path("tuned.toml"),
+    held_out: HeldOut = None,
+    output: TomlFile = Path("tuned.toml"),
     device: Device = "cpu",
     force: Force = False,
     json: Json = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -11,8 +11,10 @@ from kvscope.cli.options import (
     Allocate,
     Budget,
     Compress,
+    DecodedTokens,
     Device,
     Dtype,
+    FirstSequences,
     Json,
     Policy,
     PositionsMode,
@@ -39,10 +41,8 @@ def verify(
     compress: Compress = None,
     allocate: Allocate = None,
     positions: PositionsMode = Positions.original,
-    tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens to decode of each sequence. Default: 128.", min=1)
-    ] = 128,
-    sequences: Annotated[int, typer.Option(metavar="N", help="Sequences of the trace.", min=1)] = 1,
+    tokens: DecodedTokens = 128,
+    sequences: FirstSequences = 1,
     model: TracedModel = None,
     dtype: Dtype = "float64",
     device: Device = "cpu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvscope.core.errors import UsageError
+from kvscope.core.options import OutputOptions
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.device import torch_device
 from kvscope.engine.layers import RecordedLayers
@@ -70,6 +72,104 @@ class Recorded:
         return torch.from_numpy(mask[None, None, ..., :keys]).to(self._device)
 
 
+@dataclass(frozen=True)
+class ScoreJob:
+    """Metrics of a replay to compute again, with nothing left to check.
+
+    Attributes
+    ----------
+    replay : Replay
+        Whose decisions are scored.
+    trace : Trace
+        That it was made from.
+    runs : list of mapping
+        Its open runs.
+    skipped_runs : int
+        How many runs of a closed loop are left out: what they paid attention to is not recorded.
+    metrics : list of Metric
+        What to compute.
+    skipped_metrics : dict of str to str
+        Name of each metric that the trace has no signal for, and why.
+    device : torch.device
+        Where to compute.
+    """
+
+    replay: Replay
+    trace: Trace
+    runs: list[Mapping[str, Any]]
+    skipped_runs: int
+    metrics: list[Metric]
+    skipped_metrics: Mapping[str, str]
+    device: torch.device
+
+    def execute(self, output: OutputOptions, progress_callback: Callable[[float], None] | None = None) -> Replay:
+        """Return a new replay with the same decisions; raises OutputExists or ResultError as `ReplayWriter` does."""
+        started, old = time.monotonic(), self.replay
+        about = {
+            **{name: old.info[name] for name in ("trace", "prefill")},
+            "loop": "open",
+            "metrics": {item.name: item.declaration() for item in self.metrics},
+            "left_out": self.skipped_metrics,
+            "runs": self.runs,
+            "scored": {"replay": old.name, "created": old.info["created"]},
+            "versions": versions(),
+            "command": output.command,
+        }
+        parts = [(sequence, layer) for sequence in range(len(self.trace.sequences)) for layer in self.trace.layers]
+        with ReplayWriter(output.path, about, force=output.force) as writer:
+            for number, (sequence, layer) in enumerate(parts):
+                self._score(sequence, layer, writer)
+                if progress_callback is not None:
+                    progress_callback((number + 1) / len(parts))
+            return writer.finish(seconds=round(time.monotonic() - started, 3))
+
+    def _score(self, sequence: int, layer: int, writer: ReplayWriter) -> None:
+        """Score and write one layer of one sequence, whose rows are read once."""
+        of = self.trace.sequences[sequence]
+        source = RecordedLayers(self.trace, of, [layer], self.device)
+        first = of.prompt if self.replay.info["prefill"] == "full" else 0
+        residency = read_residency(self.replay, sequence, layer)
+        every_series = []
+        for run in self.runs:
+            kept = Recorded(
+                residency[run["run"]], source.shape, run["budget_keys"][sequence], bool(run.get("reads")), self.device
+            )
+            every_series.append(MetricSeries(kept, self.metrics, first))
+        values = source.signal("values") if any("values" in metric.needs for metric in self.metrics) else None
+        scorer = BlockScorer(every_series, values)
+        size = max(1, BLOCK_BYTES // (4 * self.trace.heads * of.length))
+        for start in range(0, of.length, size):
+            stop = min(start + size, of.length)
+            missing = None if source.missing is None else source.missing[..., start:stop]
+            scorer.add(source.rows(start, stop), start, missing)
+        steps = np.arange(first, of.length)
+        for run, series in zip(self.runs, every_series, strict=True):
+            number = run["run"]
+            writer.residency(number, sequence, layer, residency[number])
+            values_of = {name: value[0, 0].cpu().numpy() for name, value in series.values().items()}
+            writer.fidelity(number, sequence, layer, steps, values_of)
+
+
+def compile_score(replay: Replay, trace: Trace, metrics: Sequence[str] | None = None, device: str = "cpu") -> ScoreJob:
+    """Return the job that computes metrics of a replay again.
+
+    Raises
+    ------
+    UsageError
+        For an unknown metric, or a replay without open runs.
+    TraceError
+        If the trace lacks what a metric that is named needs.
+    ResultError
+        If the trace is another than that of the replay.
+    """
+    replay.require_trace(trace.identity, trace.path)
+    chosen, skipped = measurable(trace, metrics)
+    runs = [run for run in replay.info["runs"] if run["loop"] == "open"]
+    if not runs:
+        raise UsageError(f"{replay.path} has no open run", "The metrics of a closed loop come with it: replay again.")
+    return ScoreJob(replay, trace, runs, len(replay.info["runs"]) - len(runs), chosen, skipped, torch_device(device))
+
+
 def rescore(
     replay: Replay,
     trace: Trace,
@@ -93,82 +193,19 @@ def rescore(
         That it was made from.
     metrics : sequence of str, optional
         Names; by default all that the trace has the signals for.
-    output : Path
-        Folder to write: ``reports/NAME``.
+    output, command, force
+        As in `OutputOptions`.
     device : str
         Where to compute: ``cpu``, ``cuda``.
     progress : callable, optional
         Called with the share that is done.
-    command : str, optional
-        Command line, for the provenance.
-    force : bool
-        Whether to replace an existing output.
 
     Raises
     ------
-    UsageError
-        For an unknown metric, or a replay without open runs.
-    TraceError
-        If the trace lacks what a metric that is named needs.
-    ResultError
-        If the trace is another than that of the replay; if the output exists, or cannot be written.
+    UsageError, TraceError, ResultError
+        As `compile_score`.
+    OutputExists, ResultError
+        If the output exists, or cannot be written.
     """
-    replay.require_trace(trace.identity, trace.path)
-    wanted, left = measurable(trace, metrics)
-    runs = [run for run in replay.info["runs"] if run["loop"] == "open"]
-    if not runs:
-        raise UsageError(f"{replay.path} has no open run", "The metrics of a closed loop come with it: replay again.")
-    on, started = torch_device(device), time.monotonic()
-    about = {
-        **{name: replay.info[name] for name in ("trace", "prefill")},
-        "loop": "open",
-        "metrics": {item.name: item.declaration() for item in wanted},
-        "left_out": left,
-        "runs": runs,
-        "scored": {"replay": replay.name, "created": replay.info["created"]},
-        "versions": versions(),
-        "command": command,
-    }
-    parts = [(sequence, layer) for sequence in range(len(trace.sequences)) for layer in trace.layers]
-    with ReplayWriter(output, about, force=force) as writer:
-        for number, (sequence, layer) in enumerate(parts):
-            _score(replay, trace, sequence, layer, runs, wanted, on, writer)
-            if progress is not None:
-                progress((number + 1) / len(parts))
-        return writer.finish(seconds=round(time.monotonic() - started, 3))
-
-
-def _score(
-    replay: Replay,
-    trace: Trace,
-    sequence: int,
-    layer: int,
-    runs: Sequence[Mapping[str, Any]],
-    metrics: Sequence[Metric],
-    device: torch.device,
-    writer: ReplayWriter,
-) -> None:
-    """Score and write one layer of one sequence, whose rows are read once."""
-    of = trace.sequences[sequence]
-    source = RecordedLayers(trace, of, [layer], device)
-    first = of.prompt if replay.info["prefill"] == "full" else 0
-    residency = read_residency(replay, sequence, layer)
-    every_series = []
-    for run in runs:
-        kept = Recorded(
-            residency[run["run"]], source.shape, run["budget_keys"][sequence], bool(run.get("reads")), device
-        )
-        every_series.append(MetricSeries(kept, metrics, first))
-    values = source.signal("values") if any("values" in metric.needs for metric in metrics) else None
-    scorer = BlockScorer(every_series, values)
-    size = max(1, BLOCK_BYTES // (4 * trace.heads * of.length))
-    for start in range(0, of.length, size):
-        stop = min(start + size, of.length)
-        missing = None if source.missing is None else source.missing[..., start:stop]
-        scorer.add(source.rows(start, stop), start, missing)
-    steps = np.arange(first, of.length)
-    for run, series in zip(runs, every_series, strict=True):
-        number = run["run"]
-        writer.residency(number, sequence, layer, residency[number])
-        values_of = {name: value[0, 0].cpu().numpy() for name, value in series.values().items()}
-        writer.fidelity(number, sequence, layer, steps, values_of)
+    job = compile_score(replay, trace, metrics, device)
+    return job.execute(OutputOptions(Path(output), force, command), progress)

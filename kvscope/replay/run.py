@@ -43,44 +43,21 @@ def replay(
         As on the command line (``a2sf:alpha=0.7``), or ready policies.
     budgets : str, or sequence of str, int or Budget
         ``"20%,256"``; every policy runs under every budget.
-    output : Path
-        Folder to write: ``reports/NAME``.
-    prefill : {"full", "stream"}
-        Semantics of the prompt: one choice at its end, or eviction from the first step on.
-    metrics : sequence of str, optional
-        Names; by default all that this trace has the signals for.
-    params : mapping of str to str, optional
-        Parameters for every named policy that has them.
-    compress : str, optional
-        When every policy evicts: ``prefill``, ``step`` or ``every:N``; by default each as published.
-    allocate : str, optional
-        How the budget is shared out among layers and heads: ``uniform``, ``pyramid``, ``ada``, ``cake``.
-    accumulate : str, optional
-        Precision of live rows and sums: ``float32``, ``float16``, ``bfloat16``; the run says how many decisions that
-        changed.
-    closed : ClosedLoopOptions, optional
-        Runs the model of the trace too, with the policies inside its attention: perplexity, and closed-loop fidelity.
-    device : str
-        Where to compute: ``cpu``, ``cuda``.
+    output, command, force
+        As in `OutputOptions`.
+    prefill, metrics, closed, device
+        As in `ReplayOptions`.
+    params, compress, allocate, accumulate
+        As in `PlanOptions`.
     progress : callable, optional
         Called with the share that is done.
     announce : callable, optional
         Called before the work begins, with the largest `Footprint` that it has in memory.
-    command : str, optional
-        Command line, for the provenance.
-    force : bool
-        Whether to replace an existing output.
 
     Raises
     ------
-    UsageError
-        Unknown names, parameters or budgets; protected keys beyond the budget.
-    TraceError
-        If the trace lacks a signal that a policy needs, or a metric that is named.
-    ReplayError
-        If a replay is no result: nothing evicted below the length, NaN scores, no step to score.
-    ModelError
-        If the model of the closed loop cannot be loaded or observed.
+    UsageError, TraceError, ModelError, ReplayError
+        As `compile_replay` and `ReplayJob.execute`.
     OutputExists, ResultError
         If the output exists, or cannot be written.
     """
