@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvscope.core.errors import UsageError
+from kvscope.core.options import Prefill
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Shape
 from kvscope.engine.simulation import CacheSimulation
@@ -72,9 +73,8 @@ def test_a_dimension_without_width_does_not_spoil_the_others() -> None:
 
 
 def test_no_streaming() -> None:
-    shape = Shape((0,), 1, 1, 4, 8)
     with pytest.raises(UsageError, match="streaming prefill"):
-        simulated(LagKV(), [6], shape, "stream", vectors(1, shape))
+        EvictionPlan.published(LagKV()).require(Prefill.stream)
 
 
 def test_parameters_out_of_range() -> None:
