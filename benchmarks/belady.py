@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from kvscope.bounds.schedules import schedule
+from kvscope.core.options import ModelSource
 from kvscope.model.generate import trace
 from kvscope.model.loading import load
 from kvscope.model.names import demo_folder
@@ -70,7 +71,7 @@ def maps(longest: int) -> Iterator[tuple[str, int, list[Floats]]]:
 def bundled(tokens: int) -> list[Floats]:
     """Return the rows of every key/value head of the bundled model, ``[T, T]`` each."""
     prompt = demo_folder() / "prompt.txt"
-    new = max(REAL) - len(load("demo").tokenizer(prompt.read_text(encoding="utf-8"))["input_ids"])
+    new = max(REAL) - len(load(ModelSource("demo")).tokenizer(prompt.read_text(encoding="utf-8"))["input_ids"])
     with tempfile.TemporaryDirectory() as folder:
         made = trace("demo", [prompt], output=Path(folder) / "trace", max_new_tokens=new)
         length = min(tokens, made.sequences[0].length)

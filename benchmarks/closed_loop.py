@@ -33,6 +33,7 @@ from kvscope.closed_loop.compile import evaluate
 from kvscope.closed_loop.decode import decode
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.budget import parse_budgets
+from kvscope.core.options import ModelSource
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec, runs_of
 from kvscope.model.loading import load
@@ -54,7 +55,11 @@ def main() -> None:
     parser.add_argument("--decoded", type=int, help="tokens really decoded; the rest is extrapolated, and said")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/closed_loop.json"))
     args = parser.parse_args()
-    model = load("demo", device=args.device).model if args.shape == "demo" else random_model(args.shape, args.device)
+    model = (
+        load(ModelSource("demo", device=args.device)).model
+        if args.shape == "demo"
+        else random_model(args.shape, args.device)
+    )
     ids = torch.randint(3, model.config.vocab_size, (args.tokens,), generator=torch.Generator().manual_seed(0))
     figures = measured(model, ids.to(args.device), args)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from kvscope.closed_loop.compile import evaluate
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.budget import Budget
-from kvscope.core.options import Prefill
+from kvscope.core.options import ModelSource, Prefill
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec
 from kvscope.gates.module import load_gate
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gates.json"))
     args = parser.parse_args()
-    data, loaded = json.loads(DATA.read_text()), load("demo")
+    data, loaded = json.loads(DATA.read_text()), load(ModelSource("demo"))
     whole = [passage(loaded, n, text, "") for n, text in enumerate(data["passages"][: args.passages])]
     halves = [replace(one, sequence=replace(one.sequence, prompt=one.sequence.length // 2)) for one in whole]
     asked = [one for d in (64, 128, 256, 512) for one in of_distance(data["recall"], d)[: args.questions]]

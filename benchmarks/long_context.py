@@ -21,6 +21,7 @@ from typing import Any
 
 from machine import machine
 
+from kvscope.core.options import ModelSource
 from kvscope.model.loading import load
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "demo_heldout.json"
@@ -60,7 +61,7 @@ def main() -> None:
 
 def prepare(folder: Path, tokens: int) -> str:
     """Save a random model with room for so many tokens, and a prompt of about as many; return the prompt's name."""
-    demo = load("demo")
+    demo = load(ModelSource("demo"))
     config = type(demo.model.config)(**{**demo.model.config.to_dict(), "max_position_embeddings": tokens + 64})
     type(demo.model)(config).save_pretrained(folder / "model")
     demo.tokenizer.model_max_length = tokens + 64

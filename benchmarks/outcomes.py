@@ -26,7 +26,7 @@ from machine import machine
 from scipy.stats import spearmanr
 
 import kvscope
-from kvscope.core.options import ClosedLoopOptions, OutputOptions, Prefill, ReplayOptions
+from kvscope.core.options import ClosedLoopOptions, ModelSource, OutputOptions, Prefill, ReplayOptions
 from kvscope.model.loading import load
 from kvscope.policies import POLICIES
 from kvscope.replay.compile import compile_replay
@@ -71,7 +71,7 @@ def counted(one: Mapping[str, Any], every: Sequence[Mapping[str, Any]]) -> int:
 
 def halves(passages: Sequence[str]) -> list[tuple[str, str]]:
     """Return each passage in two parts, cut between words."""
-    tokenizer = load("demo").tokenizer
+    tokenizer = load(ModelSource("demo")).tokenizer
     parts = []
     for passage in passages:
         cut = passage.index(" ", len(passage) // 2)

@@ -27,6 +27,7 @@ from machine import machine
 import kvscope
 import kvscope.engine.simulation as engine
 from kvscope.core.budget import parse_budgets
+from kvscope.core.options import ModelSource
 from kvscope.engine.layers import RecordedLayers
 from kvscope.engine.rows import Block
 from kvscope.engine.simulation import CacheSimulation
@@ -113,7 +114,7 @@ def record(length: int, folder: Path, store: Any) -> Trace:
     """Return a trace of so many tokens of held-out text."""
     folder.mkdir(exist_ok=True)
     text = " ".join(json.loads(DATA.read_text())["passages"])[: 8 * length]  # more than enough
-    tokenizer = load("demo").tokenizer
+    tokenizer = load(ModelSource("demo")).tokenizer
     ids = tokenizer(text)["input_ids"][: length - 40]  # words may be cut into other tokens the second time
     prompt = folder / f"{store}.txt"
     prompt.write_text(tokenizer.decode(ids[1:]))

@@ -28,6 +28,7 @@ import torch
 from machine import machine
 from shapes import SHAPES, random_loaded
 
+from kvscope.core.options import ModelSource
 from kvscope.model.attention_hook import watching
 from kvscope.model.loading import Loaded, load
 from kvscope.model.pipeline import Pipeline, threads_for
@@ -73,7 +74,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             long_context(Path(folder))
             figures |= {"model": "random, the demo model's shape"}
-            figures |= {"time": times(load(folder), args), "memory": memory(folder)}
+            figures |= {"time": times(load(ModelSource(str(folder))), args), "memory": memory(folder)}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
@@ -138,7 +139,7 @@ def gpu_memory(loaded: Loaded, args: argparse.Namespace) -> dict[str, float]:
 
 def long_context(folder: Path) -> None:
     """Save a random model of the demo model's shape with room for the longest prompt, and its tokenizer."""
-    demo = load("demo")
+    demo = load(ModelSource("demo"))
     config = type(demo.model.config)(**{**demo.model.config.to_dict(), "max_position_embeddings": max(PROMPTS) + 64})
     type(demo.model)(config).save_pretrained(folder)
     demo.tokenizer.save_pretrained(folder)
@@ -146,7 +147,7 @@ def long_context(folder: Path) -> None:
 
 def peak(model: str, prompt: int, kind: str) -> float:
     """Return by how many MiB the resident size rises in a prefill and a few steps."""
-    run = action(kind, load(model))
+    run = action(kind, load(ModelSource(model)))
     with torch.inference_mode():
         run(64, 2)  # whatever is allocated once
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)

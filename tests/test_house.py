@@ -142,6 +142,7 @@ def test_commands_import_the_rooms_inside_their_functions() -> None:
         "kvscope.core.errors",
         "kvscope.core.options",
         "kvscope.core.output",
+        "kvscope.core.recording_options",
         "kvscope.core.registry",
     }
     for file in (PACKAGE / "cli").glob("*.py"):

@@ -6,7 +6,8 @@ import typer
 
 from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet, command_line
-from kvscope.core.options import OutputOptions
+from kvscope.core.options import ModelSource, OutputOptions
+from kvscope.core.recording_options import StoreOptions, TextOptions
 
 BUDGETS = "10%,20%,40%"
 NEW_TOKENS = 128
@@ -21,7 +22,7 @@ def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
     from kvscope.cli.trace import announce, progress_callback
 
     with console.working("loading torch and transformers", quiet=quiet):
-        from kvscope.model.generate import trace as record
+        from kvscope.model.compile import compile_recording
         from kvscope.model.names import demo_folder
         from kvscope.policies import POLICIES
         from kvscope.replay.compile import compile_replay
@@ -29,16 +30,15 @@ def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
 
     path = places.place(places.TRACES, None, "demo", force=False)
     with console.bar("tracing the bundled model", None, "tokens", quiet=quiet) as update:
-        trace = record(
-            "demo",
+        plan = compile_recording(
+            ModelSource("demo"),
             [demo_folder() / "prompt.txt"],
-            output=path,
-            max_new_tokens=NEW_TOKENS,
-            store=STORE,
-            command=command_line(ctx),
-            progress=progress_callback(update),
-            announce=lambda plan: announce(plan, quiet),
+            OutputOptions(path, command=command_line(ctx)),
+            text=TextOptions(max_new_tokens=NEW_TOKENS),
+            store=StoreOptions(STORE),
         )
+        announce(plan, quiet)
+        trace = plan.execute(progress_callback(update))
     tokens = sum(sequence.length for sequence in trace.sequences)
     with console.bar(f"replaying {len(POLICIES.names())} policies", tokens, "tokens", quiet=quiet) as update:
         output = OutputOptions(places.place(places.REPORTS, None, path.name, force=False), command=command_line(ctx))

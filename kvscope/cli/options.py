@@ -82,6 +82,63 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the model bring Python code of its own.")
 ]
 
+# What is recorded.
+Prompts = Annotated[
+    list[Path],
+    typer.Argument(metavar="PROMPT", help="Text files, or JSONL with a prompt per line.", show_default=False),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Generate so many tokens at most.", min=0)]
+Continuation = Annotated[
+    Path | None,
+    typer.Option("--continuation", metavar="FILE", help="Force this text after the prompt instead of generating."),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")]
+SamplingSeed = Annotated[int, typer.Option("--seed", help="Seed the sampling.")]
+DoSample = Annotated[bool, typer.Option("--do-sample", help="Sample instead of taking the likeliest token.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="With --do-sample.")]
+TopP = Annotated[float, typer.Option("--top-p", help="With --do-sample.")]
+TopK = Annotated[int, typer.Option("--top-k", help="With --do-sample; 0 is all tokens.")]
+Layers = Annotated[str | None, typer.Option("--layers", metavar="LIST", help="Record these layers only: 0,3,8-11.")]
+Heads = Annotated[
+    str | None,
+    typer.Option(
+        "--heads",
+        metavar="LIST",
+        help="Record these query heads only: 0-3,8-11. Heads that share keys and values go together; policies that "
+        "decide per layer do not replay on such a trace.",
+    ),
+]
+QueryStride = Annotated[
+    int,
+    typer.Option("--query-stride", help="Record every n-th row of attention only: it cannot be replayed.", min=1),
+]
+QueryBlock = Annotated[int, typer.Option("--query-block", help="Build the rows of so many queries at a time.", min=1)]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        "--prefill-chunk",
+        help="Send so many tokens of a prompt through the model at once. Default: by memory.",
+        min=1,
+    ),
+]
+Store = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        help="maps; maps+vectors: also every query, key and value; qkv: these alone, for long prompts: rows are "
+        "recomputed when they are read; topk:K: the K heaviest keys of each row and sums of columns, lossy. What "
+        "waits to be written is at most 64 MB.",
+    ),
+]
+Hidden = Annotated[
+    bool | None,
+    typer.Option(
+        "--hidden",
+        help="Record layer inputs too, which gates need. Default: for models with a gate beside them, as demo.",
+        show_default=False,
+    ),
+]
+
 # What is read.
 TraceSource = Annotated[
     str | None,

@@ -3,90 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
+from kvscope.cli import options
 from kvscope.cli.command import command
-from kvscope.cli.options import Device, Force, Json, Quiet, TraceOutput, command_line
+from kvscope.core.options import ModelSource, OutputOptions
+from kvscope.core.recording_options import BlockOptions, Sampling, StoreOptions, TextOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvscope.cli.console import Update
-    from kvscope.model.generate import Progress
     from kvscope.model.plan import RecordingPlan
+    from kvscope.model.run import Progress
 
 
 @command("trace", order=10)
 def trace(
     ctx: typer.Context,
-    prompts: Annotated[
-        list[Path],
-        typer.Argument(metavar="PROMPT", help="Text files, or JSONL with a prompt per line.", show_default=False),
-    ],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="demo, an alias (llama2-7b), a Hub id, or a local folder.")
-    ],
-    output: TraceOutput = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.", min=0)] = 128,
-    continuation: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Force this text after the prompt instead of generating."),
-    ] = None,
-    layers: Annotated[str | None, typer.Option(metavar="LIST", help="Record these layers only: 0,3,8-11.")] = None,
-    heads: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Record these query heads only: 0-3,8-11. Heads that share keys and values go together; policies that "
-            "decide per layer do not replay on such a trace.",
-        ),
-    ] = None,
-    query_stride: Annotated[
-        int, typer.Option(help="Record every n-th row of attention only: to read it, it cannot be replayed.", min=1)
-    ] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    do_sample: Annotated[
-        bool, typer.Option("--do-sample", help="Sample instead of taking the likeliest token.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(help="With --do-sample.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="With --do-sample.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="With --do-sample; 0 is all tokens.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
-    device: Device = "cpu",
-    device_map: Annotated[
-        str | None, typer.Option(help="As in transformers: auto, balanced, ...; needs accelerate.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model bring Python code of its own.")
-    ] = False,
-    query_block: Annotated[int, typer.Option(help="Queries whose rows are built at a time.", min=1)] = 128,
-    prefill_chunk: Annotated[
-        int | None,
-        typer.Option(help="Tokens of the prompt that go through the model at a time; chosen to fit memory.", min=1),
-    ] = None,
-    store: Annotated[
-        str,
-        typer.Option(
-            help="maps; maps+vectors: also every query, key and value; qkv: these alone, for long prompts: rows are "
-            "recomputed when they are read; topk:K: the K heaviest keys of each row and sums of columns, lossy. What "
-            "waits to be written is at most 64 MB."
-        ),
-    ] = "maps",
-    hidden: Annotated[
-        bool | None,
-        typer.Option(
-            "--hidden",
-            help="Record layer inputs too, which gates need. Default: for models with a gate beside them, as demo.",
-            show_default=False,
-        ),
-    ] = None,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    prompts: options.Prompts,
+    model: options.Model,
+    output: options.TraceOutput = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    continuation: options.Continuation = None,
+    layers: options.Layers = None,
+    heads: options.Heads = None,
+    query_stride: options.QueryStride = 1,
+    seed: options.SamplingSeed = 0,
+    do_sample: options.DoSample = False,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "cpu",
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    chat: options.Chat = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    query_block: options.QueryBlock = 128,
+    prefill_chunk: options.PrefillChunk = None,
+    store: options.Store = "maps",
+    hidden: options.Hidden = None,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Generate with a real model and record every attention row, or what it follows from.
 
@@ -97,39 +59,22 @@ def trace(
     from kvscope.cli.places import TRACES, place
 
     path = place(TRACES, output, _name(prompts, model), force=force)
+    chosen = StoreOptions(store, _numbers("--layers", layers), _numbers("--heads", heads), query_stride, hidden)
     with console.working("loading transformers", quiet=quiet):
-        from kvscope.model.generate import trace as record
+        from kvscope.model.compile import compile_recording
 
     with console.bar(f"tracing {model}", None, "tokens", quiet=quiet) as update:
-        made = record(
-            model,
+        plan = compile_recording(
+            ModelSource(model, revision, dtype, device, device_map, trust_remote_code),
             prompts,
-            output=path,
-            continuation=continuation,
-            layers=_numbers("--layers", layers),
-            heads=_numbers("--heads", heads),
-            query_stride=query_stride,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            revision=revision,
-            chat=chat,
-            trust_remote_code=trust_remote_code,
-            query_block=query_block,
-            prefill_chunk=prefill_chunk,
-            store=store,
-            hidden=hidden,
-            force=force,
-            command=command_line(ctx),
-            progress=progress_callback(update),
-            announce=lambda plan: announce(plan, quiet),
+            OutputOptions(path, force, options.command_line(ctx)),
+            text=TextOptions(continuation, chat, max_new_tokens, seed),
+            store=chosen,
+            sampling=Sampling(do_sample, temperature, top_p, top_k),
+            blocks=BlockOptions(query_block, prefill_chunk),
         )
+        announce(plan, quiet)
+        made = plan.execute(progress_callback(update))
     show(made, as_json=json)
     console.note("next: kvscope replay --policy a2sf", quiet=quiet)
 
@@ -162,7 +107,7 @@ def _name(prompts: Sequence[Path], model: str) -> str:
     return f"{stems}-{model.rstrip('/').rpartition('/')[2]}"
 
 
-def _numbers(option: str, text: str | None) -> list[int] | None:
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     """Return the numbers of ``0,3,8-11``, in order and without repeats."""
     from kvscope.core.errors import UsageError
 
@@ -177,4 +122,4 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
                 f"Write numbers and ranges: {option} 0,3,8-11",
             )
         chosen.update(range(int(first), int(last if dash else first) + 1))
-    return sorted(chosen)
+    return tuple(sorted(chosen))

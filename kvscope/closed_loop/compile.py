@@ -117,14 +117,7 @@ def compile_perplexity(
     if not files:
         raise UsageError("no text is named", "Name one or more text files.")
     texts = {file: read_text(file) for file in files}
-    loaded = load(
-        source.model,  # type: ignore[arg-type]
-        revision=source.revision,
-        dtype=source.dtype,
-        device=source.device,
-        device_map=source.device_map,
-        trust_remote_code=source.trust_remote_code,
-    )
+    loaded = load(source)
     passages, window = passages_of_texts(loaded, texts, options)
     prefill = Prefill.stream if options.prompt == 1 else Prefill.full
     about = describe_texts(loaded, texts, passages, window)

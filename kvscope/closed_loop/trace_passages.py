@@ -6,7 +6,7 @@ import torch
 
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import ModelError, TraceError
-from kvscope.core.options import ClosedLoopOptions
+from kvscope.core.options import ClosedLoopOptions, ModelSource
 from kvscope.model.loading import Loaded, load
 from kvscope.trace.reader import Trace
 
@@ -38,7 +38,7 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
             "Record it again without --heads.",
         )
     revision = None if options.model else trace.header.model.revision
-    return load(str(name), revision=revision, dtype=options.dtype, device=device, device_map=options.device_map)
+    return load(ModelSource(str(name), revision, options.dtype, device, options.device_map))
 
 
 def passages_of(trace: Trace, loaded: Loaded) -> list[Passage]:

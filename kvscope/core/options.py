@@ -126,30 +126,6 @@ class ModelSource:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; names and meaning as in transformers' ``generate``.
-
-    Raises
-    ------
-    UsageError
-        For a value out of its range.
-    """
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UsageError(f"temperature={self.temperature} is not above 0", "For greedy decoding omit --do-sample.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p={self.top_p} is out of range", "top_p is above 0 and at most 1.")
-        if self.top_k < 0:
-            raise UsageError(f"top_k={self.top_k} is negative", "top_k is 0 (all tokens) or above.")
-
-
-@dataclass(frozen=True)
 class PlanOptions:
     """Choices that hold for every policy of a command; what is None stays as each policy was published.
 

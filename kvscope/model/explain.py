@@ -61,6 +61,19 @@ def explained(source: str, part: str, *, offline: bool = False) -> Iterator[None
         raise _explain_text(source, part, error) from error
 
 
+@contextmanager
+def memory_explained(name: str) -> Iterator[None]:
+    """Turn running out of memory, while the model called `name` runs, into the `ModelError` of `out_of_memory`."""
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise out_of_memory(name) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error).lower():
+            raise out_of_memory(name) from error
+        raise
+
+
 def out_of_memory(name: str) -> ModelError:
     """Return the error for a model that does not fit."""
     gc.collect()

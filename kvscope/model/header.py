@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
 from importlib.metadata import version
-from typing import Any
 
 from kvscope.core.errors import ModelError
+from kvscope.core.recording_options import Sampling, StoreOptions
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
-from kvscope.model.sampling import Sampling
 from kvscope.model.selfcheck import AttentionFacts
 from kvscope.trace.record import (
     AttentionKernel,
@@ -30,10 +29,13 @@ from kvscope.trace.schema import QKV, STORES, parse_store
 def header(
     loaded: Loaded,
     facts: AttentionFacts,
-    layers: list[int],
     prompts: Sequence[Prompt],
+    chosen: StoreOptions,
     sampling: Sampling,
-    **given: Any,
+    *,
+    seed: int,
+    command: str | None,
+    prefill_chunk: int | None,
 ) -> TraceHeader:
     """Return the header of a recording.
 
@@ -41,60 +43,69 @@ def header(
     ----------
     loaded, facts
         The model, and what its attention calls showed.
-    layers : list of int
-        Layers to record.
     prompts, sampling
         What it reads, and how it goes on.
-    **given
-        ``store``, ``hidden`` and ``head_numbers``; and fields of the header as they are: ``seed``, ``command``,
-        ``prefill_chunk``, ``query_stride``.
+    chosen : StoreOptions
+        With the layers and heads (none for all) to record, and whether layer inputs are stored.
+    seed, command, prefill_chunk
+        As the header has them.
 
     Raises
     ------
     ModelError
         If a layer to record has no attention.
     """
+    layers, heads = list(chosen.layers or ()), list(chosen.heads or ())
+    windows = _windows(loaded, facts, layers)
+    store, top = parse_store(chosen.store)
+    return TraceHeader(
+        source="model",
+        protocol="forced" if all(prompt.forced is not None for prompt in prompts) else "generated",
+        model=_model(loaded, facts, sample(loaded.model) if chosen.hidden else None),
+        layers=layers,
+        n_layers=loaded.text_config.num_hidden_layers,
+        heads=len(heads) or facts.heads,
+        kv_heads=len(heads) * facts.kv_heads // facts.heads or facts.kv_heads,
+        head_dim=facts.head_dim,
+        layer_types=["full" if window is None else "sliding" for window in windows],
+        sliding_window=windows,
+        learned_sinks=facts.learned_sinks,
+        softcap=facts.softcap,
+        stored=[*STORES[store], *(["hidden"] if chosen.hidden else [])],
+        attention=[_narrowed(facts.attention[layer], heads) for layer in layers] if store == QKV else [],
+        top=top,
+        head_numbers=heads,
+        n_heads=facts.heads if heads else None,
+        query_stride=chosen.query_stride,
+        prompts=[_prompt(prompt) for prompt in prompts],
+        device=str(loaded.device),
+        sampling=SamplingRecord(**asdict(sampling)),
+        tokenizer=type(loaded.tokenizer).__name__,
+        versions=_versions(),
+        seed=seed,
+        command=command,
+        prefill_chunk=prefill_chunk,
+    )
+
+
+def _windows(loaded: Loaded, facts: AttentionFacts, layers: Sequence[int]) -> list[int | None]:
+    """Return the sliding window of each layer; raises ModelError if one has no attention."""
     missing = [layer for layer in layers if layer not in facts.windows]
     if missing:
         raise ModelError(
             f"layers {missing} of {loaded.name} have no attention",
             f"Record the others: --layers {','.join(map(str, facts.windows))}",
         )
-    hidden, part = bool(given.pop("hidden")), list(given.pop("head_numbers"))
-    store, top = parse_store(given.pop("store"))
-    stored = [*STORES[store], *(["hidden"] if hidden else [])]
-    windows = [facts.windows[layer] for layer in layers]
-    return TraceHeader(
-        source="model",
-        protocol="forced" if all(prompt.forced is not None for prompt in prompts) else "generated",
-        model=_model(loaded, facts, sample(loaded.model) if hidden else None),
-        layers=layers,
-        n_layers=loaded.text_config.num_hidden_layers,
-        heads=len(part) or facts.heads,
-        kv_heads=len(part) * facts.kv_heads // facts.heads or facts.kv_heads,
-        head_dim=facts.head_dim,
-        layer_types=["full" if window is None else "sliding" for window in windows],
-        sliding_window=windows,
-        learned_sinks=facts.learned_sinks,
-        softcap=facts.softcap,
-        stored=stored,
-        attention=[_narrowed(facts.attention[layer], part) for layer in layers] if store == QKV else [],
-        top=top,
-        head_numbers=part,
-        n_heads=facts.heads if part else None,
-        prompts=[
-            PromptRecord(file=prompt.file, sha256=sha256(prompt.text.encode()).hexdigest(), tokens=len(prompt.ids))
-            for prompt in prompts
-        ],
-        device=str(loaded.device),
-        sampling=SamplingRecord(**asdict(sampling)),
-        tokenizer=type(loaded.tokenizer).__name__,
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("kvscope", "torch", "transformers", "pyarrow")},
-        },
-        **given,
-    )
+    return [facts.windows[layer] for layer in layers]
+
+
+def _prompt(prompt: Prompt) -> PromptRecord:
+    return PromptRecord(file=prompt.file, sha256=sha256(prompt.text.encode()).hexdigest(), tokens=len(prompt.ids))
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("kvscope", "torch", "transformers", "pyarrow")}
+    return {"python": platform.python_version(), **packages}
 
 
 def _narrowed(attention: LayerAttention, heads: list[int]) -> LayerAttention:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_log
 
 from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.options import ModelSource
 from kvscope.model.explain import HttpError, explained, fetch, first_line, kind
 from kvscope.model.names import resolve
 
-DTYPES = {
+DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
     "float64": torch.float64,
     "float32": torch.float32,
@@ -55,53 +56,61 @@ class Loaded:
         return getattr(self.text_config, "max_position_embeddings", None)
 
 
-def load(
-    name: str,
-    *,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "cpu",
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-) -> Loaded:
-    """Return a model and its tokenizer.
+def load(source: ModelSource) -> Loaded:
+    """Return a model that is ready to run, and its tokenizer.
 
     Parameters
     ----------
-    name : str
-        ``demo``, an alias, a Hub id, or a local folder.
-    revision : str, optional
-        Branch, tag or commit of a Hub model.
-    dtype : str
-        ``auto`` (that of the weights; 16-bit weights become float32 on a CPU), ``float32``, ``float16``, ``bfloat16``.
-    device, device_map : str
-        Where it runs; with a map, accelerate places its parts.
-    trust_remote_code : bool
-        Whether code that comes with the model may run.
+    source : ModelSource
+        A name to load, or a pair ``(model, tokenizer)`` that is loaded already: it is used as it is, where it is.
 
     Raises
     ------
     UsageError
-        For an unknown name, dtype or device.
+        For an unknown name, dtype or device; for a loaded pair, if the model is in training mode or the source also
+        says how to load it.
     ModelError
         Not found, gated, no network, no safetensors, out of memory, damaged: each says which, and what to do.
     """
+    if isinstance(source.model, str):
+        return _load_name(source.model, source)
+    given = [name for name, value in asdict(replace(source, model="")).items() if value != _DEFAULTS[name]]
+    if given:
+        raise UsageError(
+            f"a loaded model is given together with {', '.join(given)}", "Leave that out: it is for loading by name."
+        )
+    model, tokenizer = source.model
+    if model.training:
+        raise UsageError(f"{type(model).__name__} is in training mode", "Call model.eval() first.")
+    name = model_name(source)
+    return Loaded(model, tokenizer, name, name, None)
+
+
+_DEFAULTS = asdict(ModelSource(""))
+
+
+def model_name(source: ModelSource) -> str:
+    """Return the name of a model: as given, or for a loaded one its configuration's, or that of its class."""
+    if isinstance(source.model, str):
+        return source.model
+    model, _ = source.model
+    return str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+
+
+def _load_name(name: str, how: ModelSource) -> Loaded:
     source = resolve(name)
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is unknown", f"Use one of: {', '.join(DTYPES)}.")
-    place = _device(device)
-    if device_map is not None and device_map not in DEVICE_MAPS:
-        _device(device_map)
-    wanted: Any = DTYPES[dtype]
-    if dtype == "auto" and place.type == "cpu" and device_map is None:
-        wanted = torch.float32  # half precision on a CPU is slow, and float32 holds every 16-bit weight exactly
+    place, dtype = _device(how.device), _dtype(how)
     local = Path(source).is_dir()
     if local:
         _require_files(Path(source))
-        if revision is not None:
-            raise UsageError(f"--revision {revision}: folder {source} has no revisions", "Leave --revision out.")
-    offline = not local and not _hub_answers(source, revision)
-    common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local or offline}
+        if how.revision is not None:
+            raise UsageError(f"--revision {how.revision}: folder {source} has no revisions", "Leave --revision out.")
+    offline = not local and not _hub_answers(source, how.revision)
+    common = {
+        "revision": how.revision,
+        "trust_remote_code": how.trust_remote_code,
+        "local_files_only": local or offline,
+    }
     transformers_log.disable_progress_bar()  # type: ignore[no-untyped-call]  # the command has its own
     with explained(source, "configuration", offline=offline):
         config = AutoConfig.from_pretrained(source, **common)
@@ -110,11 +119,22 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         _require_vocabulary(source, tokenizer)
     with explained(source, "weights", offline=offline):
-        model = _weights(source, dtype=wanted, device_map=device_map, **common)
-        if device_map is None:
+        model = _weights(source, dtype=dtype, device_map=how.device_map, **common)
+        if how.device_map is None:
             model = model.to(place)
     model.eval()
-    return Loaded(model, tokenizer, name, source, revision if local else _commit(source, revision))
+    return Loaded(model, tokenizer, name, source, how.revision if local else _commit(source, how.revision))
+
+
+def _dtype(how: ModelSource) -> str | torch.dtype:
+    """Return the dtype that transformers loads; raises UsageError for an unknown dtype or device map."""
+    if how.dtype not in DTYPES:
+        raise UsageError(f"dtype {how.dtype!r} is unknown", f"Use one of: {', '.join(DTYPES)}.")
+    if how.device_map is not None and how.device_map not in DEVICE_MAPS:
+        _device(how.device_map)
+    if how.dtype == "auto" and how.device_map is None and _device(how.device).type == "cpu":
+        return torch.float32  # half precision on a CPU is slow, and float32 holds every 16-bit weight exactly
+    return DTYPES[how.dtype]
 
 
 def _commit(source: str, revision: str | None) -> str | None:

@@ -1,101 +1,119 @@
-"""What a recording will be, before it starts: which layers and heads, how many bytes."""
+"""A recording that has been checked and measured, and not begun."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvscope.core.errors import UsageError
+import torch
+
+from kvscope.core.options import OutputOptions
+from kvscope.core.recording_options import Sampling, StoreOptions, TextOptions
+from kvscope.model.explain import memory_explained
 from kvscope.model.loading import Loaded
-from kvscope.model.pipeline import IN_FLIGHT
-from kvscope.model.selfcheck import AttentionFacts
+from kvscope.model.pipeline import IN_FLIGHT, Pipeline, threads_for
+from kvscope.model.prompts import Prompt
+from kvscope.model.recorder import Recorder
+from kvscope.model.run import Progress, RecordingRun
+from kvscope.model.sampling import chooser
+from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import TraceHeader
-from kvscope.trace.schema import STORES, TOP
-from kvscope.trace.space import estimate_bytes, free_bytes
+from kvscope.trace.writer import TraceWriter
 
 
 @dataclass(frozen=True)
 class RecordingPlan:
-    """What a recording will be.
+    """All that is known of a recording before the first token: see `compile_recording`.
 
     Attributes
     ----------
-    path : Path
-        Where.
+    loaded : Loaded
+        The model.
+    prompts : tuple of Prompt
+        What it reads, as tokens.
+    header : TraceHeader
+        What ``trace.json`` will say.
+    output : OutputOptions
+        Where the trace goes, and whether one that is there is replaced.
+    text, store, sampling
+        The choices, with the layers, heads and layer inputs that they come to.
+    query_block : int
+        Queries whose rows exist at a time.
+    tokens : int
+        Tokens of all sequences, at most.
     bytes, free : int
         Bytes that it takes about, and that are free there.
     others : dict of str to int
         Bytes that the other stores would take about.
-    sequences, tokens : int
-        How many, at most.
-    prefill_chunk : int or None
-        Tokens of a prompt that go through the model at a time, where one has more than that.
     in_flight : int
         Bytes that wait to be written at most, beside what files collect for a block of rows.
     """
 
-    path: Path
+    loaded: Loaded
+    prompts: tuple[Prompt, ...]
+    header: TraceHeader
+    output: OutputOptions
+    text: TextOptions
+    store: StoreOptions
+    sampling: Sampling
+    query_block: int
+    tokens: int
     bytes: int
     free: int
     others: dict[str, int]
-    sequences: int
-    tokens: int
-    prefill_chunk: int | None
     in_flight: int = IN_FLIGHT
 
+    @property
+    def path(self) -> Path:
+        """Where the trace goes."""
+        return self.output.path
 
-def planned(path: Path, known: TraceHeader, lengths: list[int], hidden: int) -> RecordingPlan:
-    """Return what a recording will be: sequences of at most so many tokens, layer inputs of so many numbers."""
-    inputs = ("hidden",) if "hidden" in known.stored else ()
-    sizes = {
-        store: estimate_bytes(
-            layers=len(known.layers),
-            heads=known.heads,
-            kv_heads=known.kv_heads,
-            head_dim=known.head_dim,
-            lengths=lengths,
-            stored=(*stored, *inputs),
-            hidden=hidden,
-            top=known.top or TOP,
-            query_stride=known.query_stride,
-            number_bytes=2 if known.model.dtype in ("float16", "bfloat16") else 4,
-        )
-        for store, stored in STORES.items()
-    }
-    needed = sizes.pop(known.store)
-    return RecordingPlan(path, needed, free_bytes(path), sizes, len(lengths), sum(lengths), known.prefill_chunk)
+    @property
+    def sequences(self) -> int:
+        """How many sequences there are."""
+        return len(self.prompts)
 
+    @property
+    def prefill_chunk(self) -> int | None:
+        """Tokens of a prompt that go through the model at a time, where one has more than that."""
+        return self.header.prefill_chunk
 
-def layers_of(loaded: Loaded, wanted: Sequence[int] | None) -> list[int]:
-    """Return the layers to record; raises UsageError if the model lacks one."""
-    count = loaded.text_config.num_hidden_layers
-    for layer in wanted or []:
-        if not 0 <= layer < count:
-            raise UsageError(f"no layer {layer} in {loaded.name}", f"Its layers are 0 to {count - 1}.")
-    return sorted(set(wanted)) if wanted else list(range(count))
+    def execute(self, progress_callback: Callable[[Progress], None] | None = None) -> Trace:
+        """Return the trace, recorded now.
 
+        Parameters
+        ----------
+        progress_callback : callable, optional
+            Called with `Progress` after every forward pass.
 
-def heads_of(loaded: Loaded, facts: AttentionFacts, wanted: Sequence[int] | None) -> list[int]:
-    """Return the query heads to record, none for all.
-
-    Raises
-    ------
-    UsageError
-        If the model lacks one, or heads that share keys and values are not all among them.
-    """
-    chosen, group = sorted(set(wanted or ())), facts.heads // facts.kv_heads
-    for head in chosen:
-        if not 0 <= head < facts.heads:
-            raise UsageError(f"no query head {head} in {loaded.name}", f"Its heads are 0 to {facts.heads - 1}.")
-    whole = sorted({head // group * group + number for head in chosen for number in range(group)})
-    if whole != chosen:
-        raise UsageError(
-            f"heads {_listed(chosen)} split a group of {group} that shares keys and values in {loaded.name}",
-            f"Record whole groups: --heads {_listed(whole)}",
-        )
-    return [] if len(chosen) == facts.heads else chosen
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ",".join(map(str, numbers))
+        Raises
+        ------
+        ModelError
+            If memory runs out, or a layer does not show what is to be recorded.
+        TraceError
+            If the trace exists, or cannot be written.
+        """
+        with (
+            torch.inference_mode(),
+            memory_explained(self.loaded.name),
+            TraceWriter(self.path, self.header, force=self.output.force) as writer,
+        ):
+            with Pipeline(threads_for(self.loaded.device)) as pipeline:
+                recorder = Recorder(
+                    writer,
+                    self.header.layers,
+                    self.query_block,
+                    store=self.store.store,
+                    hidden=bool(self.store.hidden),
+                    heads=self.header.head_numbers,
+                    query_stride=self.store.query_stride,
+                    pipeline=pipeline,
+                )
+                run = RecordingRun(self.loaded, writer, recorder, self.prefill_chunk, self.tokens, progress_callback)
+                done = [
+                    run.record(n, prompt, self.text.max_new_tokens, chooser(self.sampling, self.text.seed + n))
+                    for n, prompt in enumerate(self.prompts)
+                ]
+            writer.finish(done)
+        return open_trace(self.path)

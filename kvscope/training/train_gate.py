@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.options import ModelSource
 from kvscope.gates.file import Form, GateFacts
 from kvscope.gates.module import LearnedGate
 from kvscope.model.attention_hook import require_registry
@@ -113,7 +114,7 @@ def train_on_texts(
             f"windows of {window} tokens, {tokens} a step, make no sense", "Use --tokens of --window or more."
         )
     texts = [read_text(file) for file in files]
-    loaded = load(model, revision=revision, dtype=dtype, device=device)
+    loaded = load(ModelSource(model, revision, dtype, device))
     require_registry(loaded.model)
     loaded.model.requires_grad_(False)
     windows = _Windows(loaded, texts, window, tokens // window, seed)

@@ -98,7 +98,7 @@ def test_where_nothing_is_yet_the_first_step_is_said(run: Run, command: str, mak
 def test_an_existing_output_is_refused_before_anything_is_loaded(
     run: Run, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "kvscope.model.generate", None)
+    monkeypatch.setitem(sys.modules, "kvscope.model.compile", None)
     Path("p.txt").write_text("Once upon a time")
     assert "exists" in run("trace", "--model", "demo", "p.txt", "-o", "small").two_lines()[0]
 

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 from kvscope.closed_loop.decode import Decoded, decode
 from kvscope.core.errors import ModelError, ReplayError, UsageError
+from kvscope.core.options import ModelSource
 from kvscope.core.residency import NEVER
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Shape
@@ -54,7 +55,7 @@ def model(name: str, layers: int = 2) -> Any:
 def _made(name: str, layers: int) -> Any:
     torch.manual_seed(0)
     if name == "demo":
-        return load("demo").model.double()
+        return load(ModelSource("demo")).model.double()
     made = tiny.build(name) if name in tiny.MODELS else MORE[name]().eval()
     if layers == 1:
         config = made.config

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from kvscope.core.errors import KvscopeError, ModelError, UsageError
 from kvscope.gates.file import BESIDE, DEMO, KIND, GateFacts, path_of, read_facts
 from kvscope.gates.module import LayerGate, LearnedGate, load_gate
-from kvscope.model.generate import GATE
+from kvscope.model.compile import GATE
 from kvscope.model.sample import sample
 from tests.gates.make import gate, opened, written
 from tests.model.tiny import build

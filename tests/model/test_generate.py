@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import kvscope.model.generate as generate_module
+import kvscope.model.run as run_module
 from kvscope.core.errors import ModelError, OutputExists, TraceError, UsageError
-from kvscope.model.generate import Progress, trace
+from kvscope.model.generate import trace
 from kvscope.model.prompts import token_texts
+from kvscope.model.run import Progress
 from kvscope.trace.reader import open_trace
 from tests.model.tiny import build, saved
 
@@ -181,7 +182,7 @@ def test_an_error_while_recording_leaves_no_trace(folder: Path, prompt: Path, tm
     def stop(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(generate_module._Run, "_generated", stop)
+    monkeypatch.setattr(run_module.RecordingRun, "_generated", stop)
     with pytest.raises(ModelError, match="out of memory") as caught:
         trace(str(folder), [prompt], output=tmp_path / "t", max_new_tokens=4)
     assert "--dtype bfloat16" in caught.value.todo

@@ -15,6 +15,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from safetensors.torch import load_file, save_file
 
 from kvscope.core.errors import KvscopeError, ModelError, UsageError
+from kvscope.core.options import ModelSource
 from kvscope.model import explain, loading, names
 from kvscope.model.loading import load
 from kvscope.model.names import ALIASES, resolve
@@ -38,7 +39,7 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 def refused(source: Path | str, **options: Any) -> str:
     """Return the message with which loading refuses, after a look at its form."""
     with pytest.raises(ModelError) as caught:
-        load(str(source), **options)
+        load(ModelSource(str(source), **options))
     assert caught.value.todo
     assert "\n" not in caught.value.what + caught.value.todo
     return str(caught.value)
@@ -62,7 +63,7 @@ def test_a_name_that_is_nothing_or_a_file(folder: Path) -> None:
 
 
 def test_a_whole_folder(folder: Path) -> None:
-    loaded = load(str(folder))
+    loaded = load(ModelSource(str(folder)))
     assert loaded.source == str(folder)
     assert loaded.context == 64
     assert len(loaded.tokenizer) == 64
@@ -194,7 +195,7 @@ def test_a_cache_with_a_part_of_a_model(
 
 def test_a_cached_model_needs_no_network(monkeypatch: pytest.MonkeyPatch, whole: Path, tmp_path: Path) -> None:
     cached(monkeypatch, tmp_path, whole, [file.name for file in whole.iterdir()])
-    loaded = load("org/name")
+    loaded = load(ModelSource("org/name"))
     assert loaded.name == loaded.source == "org/name"
     assert loaded.revision == COMMIT
 
@@ -235,5 +236,5 @@ def test_what_loading_says(monkeypatch: pytest.MonkeyPatch, error: Exception, me
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", fail)
     with pytest.raises(KvscopeError, match=message) as caught:
-        load("org/model")
+        load(ModelSource("org/model"))
     assert caught.value.todo

@@ -12,8 +12,10 @@ from transformers import LlamaConfig
 
 from kvscope.core.errors import UsageError
 from kvscope.model import prefill
-from kvscope.model.generate import RecordingPlan, _Run, trace
+from kvscope.model.generate import trace
+from kvscope.model.plan import RecordingPlan
 from kvscope.model.prefill import chunk_size
+from kvscope.model.run import RecordingRun
 from kvscope.model.selfcheck import self_check
 from kvscope.trace.reader import Trace
 from tests.model.tiny import MODELS, WINDOW, build, saved, tokens
@@ -92,13 +94,13 @@ def test_a_forced_continuation_in_chunks(prompt: Path, tmp_path: Path) -> None:
 
 def test_no_more_than_a_chunk_goes_through_the_model(prompt: Path, tmp_path: Path, monkeypatch) -> None:
     folder, seen = saved(tmp_path / "llama"), list[int]()
-    forward = _Run._forward
+    forward = RecordingRun._forward
 
-    def counted(run: _Run, tokens: torch.Tensor, cache: Any) -> Any:
+    def counted(run: RecordingRun, tokens: torch.Tensor, cache: Any) -> Any:
         seen.append(tokens.shape[1])
         return forward(run, tokens, cache)
 
-    monkeypatch.setattr(_Run, "_forward", counted)
+    monkeypatch.setattr(RecordingRun, "_forward", counted)
     record(folder, prompt, tmp_path / "t", prefill_chunk=10)
     assert seen == [10, 10, 3] + [1] * NEW
 

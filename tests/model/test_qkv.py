@@ -9,7 +9,8 @@ import torch
 
 from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call
-from kvscope.model.generate import RecordingPlan, trace
+from kvscope.model.generate import trace
+from kvscope.model.plan import RecordingPlan
 from kvscope.model.recorder import HELD_STEPS, Recorder
 from kvscope.trace.reader import Trace
 from kvscope.trace.schema import STORES

@@ -1,0 +1,127 @@
+"""What a recording may choose: which tokens, what of them is stored, and how many are computed at a time.
+
+The command line and the Python functions take the same records. No torch here, as in `kvscope.core.options`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvscope.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; names and meaning as in transformers' ``generate``.
+
+    Raises
+    ------
+    UsageError
+        For a value out of its range.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise UsageError(f"temperature={self.temperature} is not above 0", "For greedy decoding omit --do-sample.")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p={self.top_p} is out of range", "top_p is above 0 and at most 1.")
+        if self.top_k < 0:
+            raise UsageError(f"top_k={self.top_k} is negative", "top_k is 0 (all tokens) or above.")
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What the model reads and writes after each prompt.
+
+    Attributes
+    ----------
+    continuation : Path or None
+        Text that is forced after every prompt instead of generating (teacher forcing).
+    chat : bool
+        Whether to wrap each prompt in the model's chat template.
+    max_new_tokens : int
+        Tokens after the prompt, at most.
+    seed : int
+        Seed of the first sequence's sampling; every further sequence adds one.
+
+    Raises
+    ------
+    UsageError
+        For a negative number of tokens.
+    """
+
+    continuation: Path | None = None
+    chat: bool = False
+    max_new_tokens: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise UsageError(f"max_new_tokens={self.max_new_tokens} is negative", "Use 0 or more.")
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What of the model's attention is stored.
+
+    Attributes
+    ----------
+    store : str
+        ``maps``, ``maps+vectors``, ``qkv`` or ``topk:K``: see `kvscope.trace`.
+    layers : tuple of int, or None
+        Layers to record; None is all.
+    heads : tuple of int, or None
+        Query heads to record, in whole groups that share keys and values; None is all.
+    query_stride : int
+        Every how many-th row of attention to record.
+    hidden : bool or None
+        Whether to record layer inputs too; None where a gate lies beside the model.
+
+    Raises
+    ------
+    UsageError
+        For a stride below 1.
+    """
+
+    store: str = "maps"
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    query_stride: int = 1
+    hidden: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.query_stride < 1:
+            raise UsageError(f"query_stride={self.query_stride} is below 1", "Use 1 or more.")
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """How many tokens are computed at a time, which bounds memory and changes no result.
+
+    Attributes
+    ----------
+    query_block : int
+        Queries whose rows exist at a time.
+    prefill_chunk : int or None
+        Tokens of a prompt that go through the model at a time; None is as many as bound the memory for logits.
+
+    Raises
+    ------
+    UsageError
+        For a size below 1.
+    """
+
+    query_block: int = 128
+    prefill_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.query_block < 1:
+            raise UsageError(f"query_block={self.query_block} is below 1", "Use 1 or more.")
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise UsageError(f"prefill_chunk={self.prefill_chunk} is below 1", "Use 1 or more.")
