@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,7 +10,10 @@ from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from kvscope.trace.reader import Trace
+    from collections.abc import Sequence
+
+    from kvscope.core.json import JsonDict
+    from kvscope.trace.reader import TokenSequence, Trace
 
 
 @command("info", order=130)
@@ -37,14 +40,13 @@ def show(trace: Trace, *, as_json: bool = False, verified: bool = False) -> None
     """Print what a trace holds."""
     from kvscope.cli import console
 
-    facts = describe(trace, verified=verified)
     if as_json:
-        console.show_json(facts)
+        console.show_json(describe(trace, verified=verified))
     else:
-        console.show_pairs(pairs(facts), title=facts["path"])
+        console.show_pairs(pairs(trace, verified=verified), title=str(trace.path))
 
 
-def describe(trace: Trace, *, verified: bool = False) -> dict[str, Any]:
+def describe(trace: Trace, *, verified: bool = False) -> JsonDict:
     """Return the facts about a trace as plain data."""
     from kvscope.core.decode import encode
 
@@ -83,49 +85,54 @@ def describe(trace: Trace, *, verified: bool = False) -> dict[str, Any]:
         "n_heads": header.n_heads,
         "query_stride": header.query_stride,
         "approximate": trace.approximate,
-        "bytes": sum(file.stat().st_size for file in trace.path.rglob("*") if file.is_file()),
+        "bytes": _bytes(trace),
     }
 
 
-def pairs(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the facts as lines of a name and a text."""
+def pairs(trace: Trace, *, verified: bool = False) -> list[tuple[str, str]]:
+    """Return the facts about a trace as lines of a name and a text."""
     from kvscope.core.output import size
 
-    model = facts["model"]
-    heads = f"{facts['heads']} query heads, {facts['kv_heads']} key/value heads"
-    layers, count = facts["layers"], facts["n_layers"]
+    header, model = trace.header, trace.header.model
+    heads = f"{trace.heads} query heads, {trace.kv_heads} key/value heads"
+    layers, count = trace.layers, header.n_layers
     recorded = "all" if len(layers) == count else "layers " + ", ".join(map(str, layers))
-    windows = sorted({window for window in facts["sliding_window"] if window is not None})
-    whole = "yes, every checksum compared" if facts["verified"] else "yes (sizes compared; --verify compares checksums)"
+    windows = sorted({window for window in header.sliding_window if window is not None})
+    made_by = header.versions.get("kvscope", "unknown")
+    whole = "yes, every checksum compared" if verified else "yes (sizes compared; --verify compares checksums)"
     lines = [
-        ("model", " ".join(str(part) for part in (model.get("id") or "unknown", model.get("revision")) if part)),
-        ("shape", f"{count} layers, {heads} of size {facts['head_dim']}"),
+        ("model", " ".join(str(part) for part in (model.id or "unknown", model.revision) if part)),
+        ("shape", f"{count} layers, {heads} of size {trace.head_dim}"),
         ("recorded", recorded),
-        ("sequences", _sequences(facts["sequences"])),
-        ("continuation", _PROTOCOLS.get(facts["protocol"], facts["protocol"])),
-        ("store", facts["store"] if facts["top"] is None else f"{facts['store']}:{facts['top']}"),
-        ("stored", ", ".join(facts["stored"])),
-        ("size", size(facts["bytes"])),
-        ("made", f"{facts['created']} by kvscope {facts['kvscope']} on {facts['device'] or 'another machine'}"),
+        ("sequences", _sequences(trace.sequences)),
+        ("continuation", _PROTOCOLS[header.protocol]),
+        ("store", header.store if header.top is None else f"{header.store}:{header.top}"),
+        ("stored", ", ".join(sorted(header.stored))),
+        ("size", size(_bytes(trace))),
+        ("made", f"{trace.record.created} by kvscope {made_by} on {header.device or 'another machine'}"),
         ("whole", whole),
-        ("identity", facts["identity"][:16]),
+        ("identity", trace.identity[:16]),
     ]
-    if facts["derived"]:
-        lines.insert(7, ("recomputed", ", ".join(facts["derived"])))
-    lines += [("approximate", sentence) for sentence in facts["approximate"]]
+    if header.derived:
+        lines.insert(7, ("recomputed", ", ".join(sorted(header.derived))))
+    lines += [("approximate", sentence) for sentence in trace.approximate]
     if windows:
         lines.insert(2, ("sliding windows", ", ".join(map(str, windows))))
-    if facts["learned_sinks"]:
+    if header.learned_sinks:
         lines.insert(2, ("learned sinks", "yes: rows do not sum to one"))
-    if facts["softcap"] is not None:
-        lines.insert(2, ("soft cap", f"{facts['softcap']:g}"))
+    if header.softcap is not None:
+        lines.insert(2, ("soft cap", f"{header.softcap:g}"))
     return lines
 
 
 _PROTOCOLS = {"generated": "generated by the model", "forced": "forced from a text", "import": "imported"}
 
 
-def _sequences(sequences: list[dict[str, Any]]) -> str:
-    shown = [f"{item['prompt']} + {item['length'] - item['prompt']}" for item in sequences[:4]]
+def _bytes(trace: Trace) -> int:
+    return sum(file.stat().st_size for file in trace.path.rglob("*") if file.is_file())
+
+
+def _sequences(sequences: Sequence[TokenSequence]) -> str:
+    shown = [f"{item.prompt} + {item.length - item.prompt}" for item in sequences[:4]]
     more = f" and {len(sequences) - 4} more" if len(sequences) > 4 else ""
     return f"{len(sequences)} of prompt + continuation: {', '.join(shown)}{more} tokens"

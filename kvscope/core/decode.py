@@ -17,6 +17,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from kvscope.core.errors import KvscopeError
+from kvscope.core.json import Json, JsonDict
 
 D = TypeVar("D")
 
@@ -130,9 +131,9 @@ def decode(kind: type[D], data: object, where: str = "") -> D:
         raise FieldError(where, error.what) from error
 
 
-def encode(record: object) -> dict[str, object]:
+def encode(record: object) -> JsonDict:
     """Return a record as a JSON object: the inverse of `decode`."""
-    data: dict[str, object] = {}
+    data: JsonDict = {}
     for entry in entries(type(record)):
         value = getattr(record, entry.attribute)
         if entry.about.inline:
@@ -159,14 +160,14 @@ def type_name(hint: object) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
-def _plain(value: object) -> object:
+def _plain(value: object) -> Json:
     if is_dataclass(value):
         return encode(value)
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value
+    return cast("Json", value)
 
 
 def _value(hint: object, value: object, where: str, about: About) -> object:

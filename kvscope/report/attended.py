@@ -81,17 +81,17 @@ def attended(trace: Trace, sequence: int, layer: int, residency: Mapping[str, Re
 
 
 def heaviest(
-    trace: Trace, sequence: int, layer: int, wanted: Sequence[tuple[int, int, int, int]]
+    trace: Trace, sequence: int, layer: int, gaps: Sequence[tuple[int, int, int, int]]
 ) -> list[tuple[int, float]]:
     """Return for each (key/value head, key, step, step) the query between that looked at the key most, and its weight.
 
     A key that is gone after a step is missed by the queries after that step, until the one after which it is back; -1
     where none looked at it.
     """
-    best = [(-1, 0.0)] * len(wanted)
-    first = min((gone for _, _, gone, _ in wanted), default=0) + 1  # after a full prefill, this leaves out the prompt
+    best = [(-1, 0.0)] * len(gaps)
+    first = min((gone for _, _, gone, _ in gaps), default=0) + 1  # after a full prefill, this leaves out the prompt
     for start, rows in _blocks(trace, sequence, layer, first):
-        for place, (head, key, gone, back) in enumerate(wanted):
+        for place, (head, key, gone, back) in enumerate(gaps):
             later, stop = max(gone + 1 - start, 0), min(back + 1 - start, rows.shape[1])
             if later >= stop or key >= rows.shape[2]:
                 continue

@@ -102,8 +102,8 @@ def ordered_panels() -> list[Panel]:
 
 def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Panel] | None = None) -> JsonDict:
     """Return everything the page shows as plain JSON-able data, every string of it safe to look at."""
-    wanted = ordered_panels() if panels is None else panels
-    fitting = [each for each in wanted if each.needs <= source.offers]
+    asked = ordered_panels() if panels is None else panels
+    fitting = [each for each in asked if each.needs <= source.offers]
     built = [_panel_data(each, source) for each in fitting]
     page: JsonDict = {
         "title": title or f"KV-cache eviction: {', '.join(source.names)}",
@@ -117,7 +117,7 @@ def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Pa
         "first": source.first.id,
         "runs": [_run(source, run) for run in source.ranking],
         "parts": {part.name: _part(source, part) for part in source.parts.values()},
-        "notes": _notes(source, [each.title for each in wanted if "trace" in each.needs - source.offers]),
+        "notes": _notes(source, [each.title for each in asked if "trace" in each.needs - source.offers]),
         "panels": [each for each in built if each is not None],
     }
     return {visible(name): visible_everywhere(value) for name, value in page.items()}

@@ -75,10 +75,10 @@ def panel(
     """
 
     def register(function: Builder) -> Builder:
-        wanted = frozenset(needs)
-        if not wanted <= OFFERS:
+        needed = frozenset(needs)
+        if not needed <= OFFERS:
             raise UsageError(
-                f"panel {name!r} needs {', '.join(sorted(wanted - OFFERS))}, which no report offers",
+                f"panel {name!r} needs {', '.join(sorted(needed - OFFERS))}, which no report offers",
                 f"Choose from: {', '.join(sorted(OFFERS))}.",
             )
         script = Path(inspect.getfile(function)).with_suffix(".js")
@@ -87,7 +87,7 @@ def panel(
                 f"panel {name!r} has no drawing: {script} does not exist",
                 f"Write one that calls kvscope.drawing({name!r}, (box, data, page) => ...).",
             )
-        made = Panel(name, title, order, wanted, help, function, script, detail)
+        made = Panel(name, title, order, needed, help, function, script, detail)
         PANELS.register(name, made, source=function)
         return function
 

@@ -12,7 +12,7 @@ from kvscope.core.errors import TraceError
 Array = NDArray[Any]
 
 
-def places(layer: int, sequence: int, heads: int, position: Array, head: str = "head") -> dict[str, Any]:
+def places(layer: int, sequence: int, heads: int, position: Array, head: str = "head") -> dict[str, Array]:
     """Return the columns that say of what a row is, for each head the positions in turn."""
     count = heads * len(position)
     return {

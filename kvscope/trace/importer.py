@@ -6,20 +6,18 @@ import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvscope.core.errors import TraceError, UsageError
 from kvscope.core.output import checksum
+from kvscope.trace.blocks import Array
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
 from kvscope.trace.schema import VECTORS
 from kvscope.trace.space import estimate_bytes, require_space
 from kvscope.trace.writer import TraceWriter
 
-Array = NDArray[Any]
 SUM_TOLERANCE = 1e-2  # half-precision softmax over thousands of keys is off by less
 ABOVE_TOLERANCE = 1e-6  # weight above the diagonal that counts as none
 PER_KEY = ("value_l1", "value_l2", "key_l2")

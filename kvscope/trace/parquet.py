@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
+from kvscope.trace.blocks import Array
 from kvscope.trace.columns import HIDDEN, STATES, TOP
 
 # A row group holds about this many list items. An open Parquet file keeps about 18 bytes for each item of its largest
@@ -27,7 +27,8 @@ SPLIT = {
 }
 SPLIT_COMPRESSION = "zstd"
 DELTA = {TOP: {"keys.list.element": "DELTA_BINARY_PACKED"}}  # of ascending positions the steps are small
-Array = NDArray[Any]
+# Numbers; or of a list column the numbers of all its rows in turn, and how many each row has.
+Column: TypeAlias = "Array | tuple[Array, Array] | pa.Array"
 
 
 class LayerFile:
@@ -45,7 +46,7 @@ class LayerFile:
             use_byte_stream_split=SPLIT.get(schema, False),
             column_encoding=DELTA.get(schema),
         )
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[dict[str, Column]] = []
         self._values = self._waiting = self._reached = 0
 
     @property
@@ -53,7 +54,7 @@ class LayerFile:
         """Bytes that reached the file, and bytes that wait."""
         return self._reached + self._waiting
 
-    def add(self, columns: dict[str, Any]) -> None:
+    def add(self, columns: dict[str, Column]) -> None:
         """Take a block."""
         if self._pending and self._pending[-1]["sequence"][0] != columns["sequence"][0]:
             self._flush()
@@ -92,7 +93,7 @@ class LayerFile:
         self._reached = self._sink.tell()
 
 
-def _join(parts: list[Any], kind: pa.DataType) -> pa.Array:
+def _join(parts: list[Column], kind: pa.DataType) -> pa.Array:
     if isinstance(parts[0], tuple):
         values = _concatenated([values for values, _ in parts])
         offsets = np.zeros(sum(len(lengths) for _, lengths in parts) + 1, np.int32)
@@ -100,7 +101,7 @@ def _join(parts: list[Any], kind: pa.DataType) -> pa.Array:
         return pa.ListArray.from_arrays(offsets, pa.array(values, kind.value_type), type=kind)
     if isinstance(parts[0], pa.Array):
         return pa.concat_arrays(parts)
-    return pa.array(_concatenated(parts), kind)
+    return pa.array(_concatenated(cast("list[Array]", parts)), kind)
 
 
 def _concatenated(parts: list[Array]) -> Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ from kvscope.trace.derive import CACHE_BYTES, Floats
 from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import STRETCH
 
-Ints = NDArray[Any]
+Ints = NDArray[np.integer]
 Read = Callable[[str, int, int, int, list[str]], pa.Table]  # file, sequence, start, stop, columns; may give more rows
 KeptRates = OrderedDict[tuple[int, int, int], Floats]
 LEAST = 1e-30  # residual mass below which nothing is said of a key

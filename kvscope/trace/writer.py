@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,7 @@ from kvscope.core.errors import TraceError
 from kvscope.core.output import OutputFolder, checksum
 from kvscope.trace.blocks import Array, are_weights, lower, not_finite, own, places
 from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
-from kvscope.trace.parquet import LayerFile
+from kvscope.trace.parquet import Column, LayerFile
 from kvscope.trace.record import SequenceRecord, TraceHeader, TraceRecord, write_record, write_unfinished
 from kvscope.trace.schema import HEADER, MEMBERS, TOPK, VECTORS
 from kvscope.trace.storage_error import Outside
@@ -176,7 +175,7 @@ class TraceWriter:
             If one is not finite, or the disk is full.
         """
         count = next(iter(given.values())).shape[1]
-        columns: dict[str, Any] = {
+        columns: dict[str, Column] = {
             "sequence": np.full(count, sequence, np.int32),
             "layer": np.full(count, layer, np.int32),
             "position": np.arange(first, first + count, dtype=np.int32),
@@ -259,7 +258,7 @@ class TraceWriter:
         }
         self._add(layer_file(kind, layer), schema, columns)
 
-    def _add(self, name: str, schema: pa.Schema, columns: dict[str, Any]) -> None:
+    def _add(self, name: str, schema: pa.Schema, columns: dict[str, Column]) -> None:
         try:
             if name not in self._files:
                 (self.work / name).parent.mkdir(exist_ok=True)

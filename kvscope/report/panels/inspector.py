@@ -14,8 +14,8 @@ from kvscope.report.panels.over_time import bins
 from kvscope.report.parts import Part, spread
 from kvscope.report.source import ReportInput
 
-STEPS = 64  # evenly spaced steps that are wanted for every head
-WORST = 5  # evictions of each run whose missed rows are wanted
+STEPS = 64  # evenly spaced steps whose rows are selected for every head
+WORST = 5  # evictions of each run whose missed rows are selected
 HEAVY = 20  # keys of a head that received the most attention
 SINKS = 4  # first positions, where surplus attention gathers
 
