@@ -72,23 +72,29 @@ class LayerGroup:
         values = self.source.signal("values") if any("values" in metric.needs for metric in metrics) else None
         self._scorer = BlockScorer([each.series for each in self.plan_runs], values)
 
-    def step_all(self) -> Iterator[float]:
-        """Step every simulation over the whole sequence, and score it; yields the share that is done."""
-        simulations = [each.simulation for each in self.plan_runs]
+    @property
+    def simulations(self) -> list[CacheSimulation]:
+        """Every simulation to step, baselines last."""
         baselines = [each.baseline for each in self.plan_runs if each.baseline is not None]
+        return [*(each.simulation for each in self.plan_runs), *baselines]
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the rows of the sequence in blocks of steps, each read when it is asked for."""
         for start in range(0, self.shape.length, self._block_steps):
             stop = min(start + self._block_steps, self.shape.length)
-            rows = self.source.rows(start, stop)
             missing = None if self.source.missing is None else self.source.missing[..., start:stop]
-            block = Block(rows, start, missing)
-            for simulation in (*simulations, *baselines):
-                simulation.block(block)
-            self._scorer.add(rows, start, missing)
-            for simulation in simulations:
-                simulation.release(stop)
-            yield stop / self.shape.length
-        for simulation in simulations:
-            simulation.check()
+            yield Block(self.source.rows(start, stop), start, missing)
+
+    def score(self, block: Block) -> None:
+        """Score a block that every simulation has stepped through, and let them forget what they kept for that."""
+        self._scorer.add(block.rows, block.start, block.missing)
+        for each in self.plan_runs:
+            each.simulation.release(block.start + block.rows.shape[-2])
+
+    def check(self) -> None:
+        """Raise ReplayError if a run is no result, once all blocks are scored."""
+        for each in self.plan_runs:
+            each.simulation.check()
 
     def write(self, sink: Sink, tally: Tally) -> None:
         """Hand on residency and fidelity of every run and layer, and add to the tally."""
@@ -153,8 +159,13 @@ def step_through(
         groups += [(sequence, layers[start : start + needs.layers], needs.steps) for start in starts]
     for number, (sequence, own, steps) in enumerate(groups):
         group = LayerGroup(work, sequence, own, steps)
-        for share in group.step_all():
+        for block in group.blocks():
+            for simulation in group.simulations:
+                simulation.block(block)
+            group.score(block)
             if progress is not None:
-                progress((number + share) / len(groups))
+                done = (block.start + block.rows.shape[-2]) / sequence.length
+                progress((number + done) / len(groups))
+        group.check()
         group.write(sink, tally)
     return tally

@@ -1,5 +1,7 @@
 """A job checks everything when it is compiled, once, and nothing when it is executed."""
 
+import os
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +23,7 @@ from kvscope.core.options import (
 )
 from kvscope.engine import feasible
 from kvscope.engine.plan import EvictionPlan
+from kvscope.kernels import available
 from kvscope.policies.base import Policy
 from kvscope.replay import compile as module
 from kvscope.replay import open_loop
@@ -28,6 +31,7 @@ from kvscope.replay.compile import compile_replay
 from kvscope.trace.reader import Trace, open_trace
 from tests.trace import make
 
+PACKAGE = Path(module.__file__).parents[1]
 EXAMPLE = Path(__file__).parents[2] / "traces" / "example"
 POLICIES = ["h2o", "tova", "belady"]
 BUDGETS = ["20%", 30]
@@ -173,3 +177,22 @@ def test_plain_strings_become_choices() -> None:
     assert choice(Prefill, "stream", "prefill") is Prefill.stream
     with pytest.raises(UsageError, match=r"prefill 'half' is unknown\nUse one of: full, stream\."):
         choice(Prefill, "half", "prefill")
+
+
+@pytest.mark.skipif(not available(), reason="the kernel needs numba")
+def test_few_calls_lie_between_a_command_and_the_kernel(
+    example: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames: list[str] = []
+
+    def kernel(*_: Any, **__: Any) -> bool:
+        inside = [frame for frame in traceback.extract_stack() if f"{PACKAGE}{os.sep}" in frame.filename]
+        frames[:] = [f"{Path(frame.filename).name}:{frame.name}" for frame in inside]
+        raise KeyboardInterrupt
+
+    job = compile_replay(example, ["h2o"])
+    monkeypatch.setattr("kvscope.engine.numba_stepper.step_block", kernel)
+    with pytest.raises(KeyboardInterrupt):
+        job.execute(OutputOptions(tmp_path / "r"))
+    assert frames, "the kernel was called"
+    assert len(["cli", *frames, "kernel"]) <= 6, frames
