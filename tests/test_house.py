@@ -125,7 +125,7 @@ def test_policies_and_metrics_know_only_their_base() -> None:
                 if module.startswith("kvscope.") and module != "kvscope.core.errors"
             }
             siblings = {f"kvscope.{own}.{other.stem}" for other in (PACKAGE / own).glob("*.py")}
-            kernels = {module for module in inside if module.split(".")[1] == "kernels"}  # twins of what a file says
+            kernels = {module for module in inside if module.split(".")[1] == "kernels"}  # compiled forms
             assert inside - kernels <= {f"kvscope.{own}.base"} | siblings, f"{file.name} imports {inside}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import typer
@@ -25,14 +25,16 @@ class Command:
         The help lists commands from the smallest to the largest, and groups of commands after them.
     run : callable or typer.Typer
         The function with its options, or a group of commands.
-    settings : dict
-        Further arguments of `typer.Typer.command`: ``epilog``, ``options_metavar``, ``context_settings``.
+    epilog, options_metavar, extra_arguments
+        As in `command`.
     """
 
     name: str
     order: int
     run: Callable[..., None] | typer.Typer
-    settings: dict[str, object] = field(default_factory=dict)
+    epilog: str | None = None
+    options_metavar: str = "[OPTIONS]"
+    extra_arguments: bool = False
 
 
 COMMANDS: Registry[Command] = Registry("command", package="kvscope.cli")
@@ -61,12 +63,10 @@ def command(
     extra_arguments : bool
         Whether options that it does not declare are left in ``ctx.args``, as for parameters of policies.
     """
-    settings: dict[str, object] = {"epilog": epilog, "options_metavar": options_metavar}
-    if extra_arguments:
-        settings["context_settings"] = {"ignore_unknown_options": True, "allow_extra_args": True}
 
     def register(run: Run) -> Run:
-        COMMANDS.register(name, Command(name, order, run, settings), source=run)
+        declared = Command(name, order, run, epilog, options_metavar, extra_arguments)
+        COMMANDS.register(name, declared, source=run)
         return run
 
     return register
@@ -85,4 +85,7 @@ def add_commands(app: typer.Typer) -> None:
         if isinstance(each.run, typer.Typer):
             app.add_typer(each.run, name=each.name)
         else:
-            app.command(each.name, **each.settings)(each.run)  # type: ignore[arg-type]
+            extra = {"ignore_unknown_options": True, "allow_extra_args": True} if each.extra_arguments else None
+            app.command(each.name, epilog=each.epilog, options_metavar=each.options_metavar, context_settings=extra)(
+                each.run
+            )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvscope.cli.command import command
 from kvscope.cli.options import Json
+
+if TYPE_CHECKING:
+    from kvscope.cli.console import Column
+    from kvscope.policies.describe import ParameterDescription, PolicyDescription
 
 
 @command("policies", order=140)
@@ -38,7 +42,7 @@ def policies(
         _show_one(rows[0])
 
 
-def columns(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+def columns(rows: Sequence[PolicyDescription]) -> list[Column]:
     """Return the columns of the list of policies."""
     from kvscope.cli.console import Column
 
@@ -54,7 +58,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     ]
 
 
-def _show_one(row: Mapping[str, Any]) -> None:
+def _show_one(row: PolicyDescription) -> None:
     from kvscope.cli import console
 
     console.show_text(row["name"], style="bold")
@@ -87,7 +91,7 @@ def _show_one(row: Mapping[str, Any]) -> None:
     )
 
 
-def _evicts(row: Mapping[str, Any]) -> str:
+def _evicts(row: PolicyDescription) -> str:
     """Return when a policy evicts, in words, and whether it is a bound."""
     phase = str(row["phase"])
     if row["reads"]:
@@ -108,5 +112,5 @@ def _flowing(doc: str) -> str:
     )
 
 
-def _setting(item: Mapping[str, Any]) -> str:
+def _setting(item: ParameterDescription) -> str:
     return f"{item['name'].replace('_', '-')}={item['default']}"

@@ -128,7 +128,7 @@ class BlockScorer:
         if self._values is not None:
             signals["values"] = self._values[..., :stop, :]
         steps = torch.arange(begin, stop, device=full.device)
-        shared: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        shared: dict[tuple[str, tuple[int, ...]], object] = {}
         for series in self.series:
             history = series.history
             rows = Rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -58,15 +58,14 @@ class Rows:
     steps: Tensor
     missing: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
-    shared: dict[tuple[str, tuple[int, ...]], Any] = field(default_factory=dict)
+    shared: dict[tuple[str, tuple[int, ...]], object] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """Return ``make()``, computed once for these rows and budgets; it must not depend on the policy's decisions."""
         key = (name, self.budgets)
         if key not in self.shared:
             self.shared[key] = make()
-        made: T = self.shared[key]
-        return made
+        return cast(T, self.shared[key])
 
     @cached_property
     def budgets(self) -> tuple[int, ...]:

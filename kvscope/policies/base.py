@@ -175,7 +175,7 @@ class Policy:
         """
         return None
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, object]:
         """Return the parameters by name, in the order of the fields."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
@@ -252,7 +252,7 @@ def variant_parameter(plain: str = "plain") -> Any:
     return field(default=plain, init=False, metadata={"help": help})
 
 
-def parameter(default: Any, help: str, search: Sequence[Any] = ()) -> Any:
+def parameter(default: object, help: str, search: Sequence[object] = ()) -> Any:
     """Return a dataclass field with a default, a line of help, and the values that ``kvscope tune`` tries by itself."""
     return field(default=default, metadata={"help": help, "search": tuple(search)})
 

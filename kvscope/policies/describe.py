@@ -3,34 +3,60 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import MISSING, fields
-from typing import Any
+from dataclasses import MISSING
+from typing import TypedDict
 
 from kvscope.policies.base import POLICIES, Policy, Traits
 from kvscope.policies.parameters import all_parameters_of, default_of, parameters_of, rules_of, type_name
 
 
-def describe(name: str | None = None) -> list[dict[str, Any]]:
+class ParameterDescription(TypedDict):
+    """One parameter: its type as users read it, its default, and a line of help."""
+
+    name: str
+    type: str
+    default: object
+    help: str
+
+
+class PolicyDescription(TypedDict):
+    """One policy; from `needs` on, its traits with the default parameters. See `Policy` for each."""
+
+    name: str
+    summary: str
+    doc: str
+    parameters: list[ParameterDescription]
+    paper: str
+    proven: str
+    variants: list[str]
+    needs: list[str]
+    scope: str
+    phase: str
+    bounded: bool
+    reads: bool
+    clairvoyant: bool
+    allocate: str
+    prefills: list[str]
+    published: bool
+
+
+def describe(name: str | None = None) -> list[PolicyDescription]:
     """Return what there is to know about one policy or all.
 
-    Each row has ``name``, ``summary``, ``doc``, ``parameters``, ``paper``, ``proven``, every trait of the policy with
-    its default parameters (``needs``, ``scope``, ``phase``, ``bounded``, ``reads``, ``clairvoyant``, ``allocate``,
-    ``prefills``, ``published``), and ``variants``: the choices of its parameter ``variant``, if it has one.
+    ``variants`` holds the choices of the parameter ``variant``, if there is one; ``doc`` and ``proven`` include what
+    each variant says of itself.
     """
     classes = [POLICIES.get(name)] if name else [cls for _, cls in POLICIES.items()]
     return [_description(cls) for cls in classes]
 
 
-def _description(cls: type[Policy]) -> dict[str, Any]:
-    rules = rules_of(cls)
-    doc = inspect.getdoc(cls) or ""
+def _description(cls: type[Policy]) -> PolicyDescription:
+    rules, doc, traits = rules_of(cls), inspect.getdoc(cls) or "", _traits(cls)
     others = {name: other for name, other in rules.items() if other is not cls}
     return {
         "name": cls.name,
         "summary": doc.split("\n", 1)[0],
-        "doc": "\n\n".join(
-            [doc, *(f"``variant={name}``: {inspect.getdoc(other) or ''}" for name, other in others.items())]
-        ),
+        "doc": "\n\n".join([doc, *(f"``variant={name}``: {inspect.getdoc(rule)}" for name, rule in others.items())]),
         "parameters": [
             {
                 "name": field.name,
@@ -43,13 +69,19 @@ def _description(cls: type[Policy]) -> dict[str, Any]:
         "paper": cls.paper,
         "proven": "; ".join([cls.proven, *(f"{name}: {other.proven}" for name, other in others.items())]),
         "variants": list(rules) if others else [],
-        **_traits(cls),
+        "needs": sorted(traits.needs),
+        "scope": traits.scope,
+        "phase": traits.phase,
+        "bounded": traits.bounded,
+        "reads": traits.reads,
+        "clairvoyant": traits.clairvoyant,
+        "allocate": traits.allocate,
+        "prefills": sorted(traits.prefills),
+        "published": traits.published,
     }
 
 
-def _traits(cls: type[Policy]) -> dict[str, Any]:
+def _traits(cls: type[Policy]) -> Traits | type[Policy]:
     """Return the traits with the default parameters; those of the class where a parameter has no default."""
     complete = all(default_of(field) is not MISSING for field, _ in parameters_of(cls).values())
-    source = cls().traits if complete else cls
-    traits = {item.name: getattr(source, item.name) for item in fields(Traits)}
-    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in traits.items()}
+    return cls().traits if complete else cls

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -40,7 +38,7 @@ class History:
         self._totals: dict[int, _Total] = {}
 
     @classmethod
-    def of(cls, memory: dict[str, Any], name: str, window: int) -> History:
+    def of(cls, memory: dict[str, object], name: str, window: int) -> History:
         """Return the history `name` of a sequence's memory; at the first step a new one of `window` rows."""
         history = memory.get(name)
         if history is None:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from kvscope.core.errors import UsageError
 from kvscope.policies.base import POLICIES, VARIANTS, Policy
+
+
+class Parameter(NamedTuple):
+    """One parameter of a policy: the field of the class, and its type."""
+
+    field: Field[Any]
+    kind: object
 
 
 def rules_of(cls: type[Policy]) -> dict[str, type[Policy]]:
@@ -33,34 +40,34 @@ def rule_of(cls: type[Policy], settings: Mapping[str, str]) -> type[Policy]:
     return rules[name]
 
 
-def parameters_of(cls: type[Policy]) -> dict[str, tuple[Field[Any], Any]]:
+def parameters_of(cls: type[Policy]) -> dict[str, Parameter]:
     """Return the parameters of one class, by name: field and type."""
     hints = get_type_hints(cls)
-    known = {field.name: (field, hints[field.name]) for field in fields(cls)}
-    if "variant" in known and not known["variant"][0].init:
-        known["variant"] = (known["variant"][0], Literal[tuple(rules_of(cls))])
+    known = {field.name: Parameter(field, hints[field.name]) for field in fields(cls)}
+    if "variant" in known and not known["variant"].field.init:
+        known["variant"] = Parameter(known["variant"].field, Literal[tuple(rules_of(cls))])
     return known
 
 
-def all_parameters_of(cls: type[Policy]) -> dict[str, tuple[Field[Any], Any]]:
+def all_parameters_of(cls: type[Policy]) -> dict[str, Parameter]:
     """Return the parameters of a policy and its variants."""
-    found: dict[str, tuple[Field[Any], Any]] = {}
+    found: dict[str, Parameter] = {}
     for rule in rules_of(cls).values():
         found = parameters_of(rule) | found
     return found
 
 
-def default_of(field: Field[Any]) -> Any:
+def default_of(field: Field[Any]) -> object:
     """Return the default of a parameter, or `dataclasses.MISSING`."""
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
-def not_of_type(policy: str, name: str, text: str, kind: Any) -> UsageError:
+def not_of_type(policy: str, name: str, text: str, kind: object) -> UsageError:
     """Return the error for text that is no value of a parameter's type."""
     return UsageError(f"{policy}: {name}={text!r} is not {type_name(kind)}", f"See: kvscope policies {policy}")
 
 
-def type_name(kind: Any) -> str:
+def type_name(kind: object) -> str:
     """Return a type as users read it: ``int``, ``mean | max | sum``."""
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))

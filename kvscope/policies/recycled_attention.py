@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -160,6 +160,6 @@ class RefreshKV(RecycledAttention):
     pooling: int = parameter(7, "width of the max-pooling of the full row, odd; 1: none")
 
 
-def _with_current(values: Tensor, current: Any) -> Tensor:
+def _with_current(values: Tensor, current: float) -> Tensor:
     """Return what is remembered of the older keys with `current` for the key that has just arrived."""
     return functional.pad(values, (0, 1), value=current)

@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 from kvscope.core.errors import UsageError
 from kvscope.core.registry import nearest
@@ -164,21 +164,21 @@ def _pieces(text: str, spec: str) -> Iterator[str]:
 def _build(cls: type[Policy], settings: Mapping[str, str]) -> Policy:
     rule, several = rule_of(cls, settings), len(rules_of(cls)) > 1
     known = parameters_of(rule)
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for name, text in settings.items():
         if name == "variant" and several:
             continue  # it chose the class
         if name not in known:
             own = nearest(name, known) if known else f"{cls.name} has no parameters."
             raise UsageError(f"policy {cls.name} has no parameter {name!r}", own)
-        values[name] = _convert(cls.name, name, text, known[name][1])
+        values[name] = _convert(cls.name, name, text, known[name].kind)
     missing = [n for n, (field, _) in known.items() if default_of(field) is MISSING and n not in values]
     if missing:
         raise UsageError(f"policy {cls.name} needs {', '.join(missing)}", f"Write {cls.name}:{missing[0]}=VALUE")
-    return rule(**{name: value for name, value in values.items() if known[name][0].init})
+    return rule(**{name: value for name, value in values.items() if known[name].field.init})
 
 
-def _convert(policy: str, name: str, text: str, kind: Any) -> Any:
+def _convert(policy: str, name: str, text: str, kind: object) -> object:
     """Return the text as a value of the field's type: int, float, bool, str, a Literal, or one of these or None."""
     wrong = not_of_type(policy, name, text, kind)
     if get_origin(kind) in (Union, types.UnionType):
@@ -194,7 +194,7 @@ def _convert(policy: str, name: str, text: str, kind: Any) -> Any:
         if text.lower() not in ("true", "false"):
             raise wrong
         return text.lower() == "true"
-    if kind in (int, float, str):
+    if kind is int or kind is float or kind is str:
         try:
             return kind(text)
         except ValueError:

@@ -6,7 +6,6 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ class Tuned(Policy):
         """The name of the policy and the file: ``a2sf(@tuned.toml)``."""
         return f"{self.settings[0].name}(@{self.source})"
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, object]:
         """Return the settings and who follows which, as plain data."""
         return {
             "tuned": self.source,
@@ -150,12 +149,12 @@ def read_tuned(file: Path, cls: type[Policy], build: Callable[[type[Policy], Map
     return Tuned(file.name, tuple(build(cls, own) for own in settings), layers, choice)
 
 
-def _whole(value: Any) -> int:
+def _whole(value: object) -> int:
     if type(value) is not int:
         raise TypeError(f"{value!r} is no whole number")
     return value
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """Return a value of a TOML file as on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,11 +1,11 @@
-"""What a panel is: a function from the input to plain data, and a script beside it that draws that data.
+"""What a panel is: a function from replays and traces to plain data, and a script beside it that draws the data.
 
 The script calls ``kvscope.drawing(name, (box, data, page) => ...)``, which may be asynchronous; it puts elements into
-``box``. ``page`` is what `kvscope.report.page.page_data` returns, with ``page.run()``, ``page.part()`` and
-``page.token(position)`` for what is chosen. ``kvscope.state.declare(name, usual, valid)``, ``get``, ``set`` and ``on``
-hold choices, in the address too; ``kvscope.numbers(packed)`` gives packed numbers; ``kvscope.plot(box, traces,
-layout)`` draws with Plotly, ``kvscope.heat`` a table of colours; ``kvscope.latest(draw)`` keeps drawings that wait
-for something in order, and ``kvscope.onTheme(draw)`` repeats them when the colours change.
+``box``. ``page`` is what `kvscope.report.page.page_data` returns; its ``page.run()``, ``page.part()`` and
+``page.token(position)`` return the selected run, part and token. ``kvscope.state.declare(name, usual, valid)``,
+``get``, ``set`` and ``on`` hold choices, in the address too; ``kvscope.numbers(packed)`` gives packed numbers;
+``kvscope.plot(box, traces, layout)`` draws with Plotly, ``kvscope.heat`` a table of colours; ``kvscope.latest(draw)``
+keeps drawings that wait for something in order, and ``kvscope.onTheme(draw)`` repeats them when the colours change.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Panel:
     help : str
         Two sentences: how to read this.
     build : callable
-        From `ReportInput` to JSON-able data. A list of strings under ``notes`` is shown under the heading. None where
-        there is nothing of its kind to show: then the panel is left out.
+        Function from `ReportInput` to JSON-able data. A list of strings under ``notes`` is shown under the heading.
+        With None, where there is nothing to show, the panel is omitted.
     script : Path
         JavaScript that draws the data: the file beside the function's module with the suffix ``.js``.
     detail : bool

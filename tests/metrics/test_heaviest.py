@@ -7,7 +7,7 @@ import torch
 from kvscope.metrics.heaviest import heaviest
 
 
-def twin(row: list[float], t: int, budget: int, skip: int) -> set[int]:
+def reference(row: list[float], t: int, budget: int, skip: int) -> set[int]:
     """Return the keys: heaviest first, of equal ones the newer."""
     others = sorted(range(skip, t), key=lambda key: (row[key], key), reverse=True)
     return set(others[:budget])
@@ -25,7 +25,7 @@ def test_heaviest(levels: int, skip: int) -> None:
     for index in np.ndindex(2, 3, 17):
         row, t = full[index].tolist(), int(steps[index[2]])
         for run, budget in enumerate(budgets):
-            assert set(found[run][index].nonzero().flatten().tolist()) == twin(row, t, budget, skip)
+            assert set(found[run][index].nonzero().flatten().tolist()) == reference(row, t, budget, skip)
 
 
 def test_runs_with_rows_of_their_own() -> None:

@@ -1,7 +1,7 @@
-"""Every registered metric against its declaration and its plain-loop twin.
+"""Every registered metric against its declaration and its plain-loop reference.
 
-A metric that is added without a direction, a range, a unit or a twin fails here; so does one whose values leave its
-range, whose value with nothing evicted is not the declared one, or which mixes heads, layers, runs or steps.
+A metric that is added without a direction, a range, a unit or a reference fails here; so does one whose values leave
+its range, whose value with nothing evicted is not the declared one, or which mixes heads, layers, runs or steps.
 """
 
 import math
@@ -17,7 +17,7 @@ from kvscope.engine.scoring import ALWAYS
 from kvscope.metrics import METRICS, metric
 from tests.engine.maps import KINDS, attention
 from tests.metrics.make import OURS, Left, left, scored
-from tests.reference import metrics as twin
+from tests.reference import metrics as reference
 
 NAMES = [item.name for item in OURS]
 SIZE = 3  # D
@@ -48,9 +48,9 @@ def test_every_metric_declares_itself(name: str) -> None:
     assert set(declared.declaration()) == {"direction", "range", "when_nothing_evicted", "unit", "summary"}
 
 
-def test_every_metric_has_a_twin() -> None:
-    assert {item.name for item in OURS if item.pooled} == set(twin.POOLED)
-    assert {item.name for item in OURS if not item.pooled} == set(twin.PER_STEP)
+def test_every_metric_has_a_reference() -> None:
+    assert {item.name for item in OURS if item.pooled} == set(reference.POOLED)
+    assert {item.name for item in OURS if not item.pooled} == set(reference.PER_STEP)
 
 
 def test_every_mass_stands_beside_one_without_sinks() -> None:
@@ -93,16 +93,16 @@ def test_values_equal_the_plain_loop(seed, kind, length, prompt, keep, block, ze
                     for mask in (simulation.visible, simulation.held)
                 )
                 full = [rows[0, head, s, : s + 1].tolist() for s in range(t + 1)]
-                case = twin.Case(full, t, seen, kept, budget, prompt, values[0, head // 2].tolist())
+                case = reference.Case(full, t, seen, kept, budget, prompt, values[0, head // 2].tolist())
                 gone = len(seen) < t + 1
                 cases += [case] if gone else []
-                for name, function in twin.PER_STEP.items():
+                for name, function in reference.PER_STEP.items():
                     value = got[name][run, 0, head, t].item()
                     if gone or name in ALWAYS:
                         assert value == pytest.approx(function(case), abs=1e-6, nan_ok=True), (name, t)
                     else:
                         assert math.isnan(value), f"{name} has a value where nothing was evicted"
-            for name, pooled in twin.POOLED.items():
+            for name, pooled in reference.POOLED.items():
                 for case in cases:
                     assert got[name][run, 0, head, case.t].item() == pytest.approx(pooled(cases), abs=1e-6)
 
@@ -123,7 +123,7 @@ def test_late_keys_equal_the_plain_loop_over_long_rows() -> None:
         for t in range(0, length, 3):
             seen = set(simulation.visible(t, t + 1)[0, 0, 0, 0].nonzero().flatten().tolist())
             if len(seen) < t + 1:
-                expected = twin.PER_STEP["late_mass_retained"](twin.Case(full, t, seen, set(), 1, 20, []))
+                expected = reference.PER_STEP["late_mass_retained"](reference.Case(full, t, seen, set(), 1, 20, []))
                 assert got[0, 0, head, t].item() == pytest.approx(expected, abs=1e-6, nan_ok=True)
                 between += 0 < expected < 1
     assert between > 5

@@ -8,7 +8,7 @@ from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention, run
 from tests.policies.decisions import LENGTH, golden, golden_simulation, heads_at, simulations
-from tests.reference.policies import a2sf as twin
+from tests.reference.policies import a2sf as reference
 
 WIDE = [(1, 5), (4, 9), (9, 9), (17, 6), (LENGTH - 1, 4), (20, LENGTH), (3, LENGTH - 1)]  # room for 1 sink and 2 recent
 
@@ -17,7 +17,7 @@ WIDE = [(1, 5), (4, 9), (9, 9), (17, 6), (LENGTH - 1, 4), (20, LENGTH), (3, LENG
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
 def test_decisions_equal_the_equation(prefill: str, alpha: float) -> None:
     for rows, visible, held, prompt, budget in simulations(f"a2sf:alpha={alpha}", prefill):
-        assert (visible, held) == twin.drop(rows, budget, prompt, prefill, alpha=alpha)
+        assert (visible, held) == reference.drop(rows, budget, prompt, prefill, alpha=alpha)
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
@@ -25,7 +25,9 @@ def test_decisions_equal_the_equation(prefill: str, alpha: float) -> None:
 def test_sinks_recent_and_groups(prefill: str, group: str) -> None:
     spec = f"a2sf:alpha=0.5,sinks=1,recent=2,group={group}"
     for rows, visible, held, prompt, budget in simulations(spec, prefill, WIDE):
-        assert (visible, held) == twin.drop(rows, budget, prompt, prefill, alpha=0.5, sinks=1, recent=2, group=group)
+        assert (visible, held) == reference.drop(
+            rows, budget, prompt, prefill, alpha=0.5, sinks=1, recent=2, group=group
+        )
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
@@ -36,7 +38,7 @@ def test_lifetime_divides_by_the_rows_that_saw_the_key(prefill: str, alpha: floa
     for (rows, visible, held, prompt, budget), usual in zip(
         simulations(f"a2sf:alpha={alpha},normalise=lifetime", prefill), plain, strict=True
     ):
-        assert (visible, held) == twin.drop(rows, budget, prompt, prefill, alpha=alpha, lifetime=True)
+        assert (visible, held) == reference.drop(rows, budget, prompt, prefill, alpha=alpha, lifetime=True)
         differs += held != usual[2]
     assert differs > 0
 
@@ -46,7 +48,7 @@ def test_lifetime_divides_by_the_rows_that_saw_the_key(prefill: str, alpha: floa
 def test_streaming_mask_equals_the_published_loop(alpha: float, streaming: int, recent: int) -> None:
     spec = f"a2sf:variant=streaming-mask,alpha={alpha},sinks={streaming},recent={recent}"
     for rows, visible, _, _, budget in simulations(spec, "stream", WIDE):
-        assert visible == twin.mask(rows, streaming, budget - streaming - recent, recent, alpha)
+        assert visible == reference.mask(rows, streaming, budget - streaming - recent, recent, alpha)
 
 
 @pytest.mark.parametrize(("alpha", "select", "recent"), [(0.2, 6, 0), (0.0, 6, 0), (1.0, 3, 3)])

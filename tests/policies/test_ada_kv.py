@@ -1,4 +1,4 @@
-"""Ada-KV against its plain-loop twin: SnapKV's choice, within budgets that heads of a layer lend to each other."""
+"""Ada-KV against its plain-loop reference: SnapKV's choice, within budgets that heads of a layer lend to each other."""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ from kvscope.engine.plan import EvictionPlan
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import attention, run, signals
 from tests.policies.decisions import HEADS, LENGTH, head_sets
-from tests.reference.policies import attention_gate as twin
+from tests.reference.policies import attention_gate as reference
 
 PROMPTS = [1, 9, LENGTH - 1]
 
@@ -27,7 +27,7 @@ def test_decisions_equal_the_plain_sets(prefill: str, decode: bool, margin: floa
         simulation = run(plan, rows, [LENGTH], kv_heads=groups, prompt=prompt, prefill=prefill, given=given)
         for layer, head in itertools.product(range(2), range(groups)):
             shut = (given["gate:demo"][layer, head] <= margin).tolist()
-            assert head_sets(simulation, layer, head) == twin.flags(shut, prompt, prefill, decode)
+            assert head_sets(simulation, layer, head) == reference.flags(shut, prompt, prefill, decode)
             counts.add(len(head_sets(simulation, layer, head)[1][-1]))
     assert len(counts) > 2, "heads keep different numbers of keys"
 

@@ -1,4 +1,4 @@
-"""CAKE against its plain-loop twin: budgets of layers, the choice after the prompt, and the choice at each step."""
+"""CAKE against its plain-loop reference: budgets of layers, the choice after the prompt and at each step."""
 
 import itertools
 

@@ -8,7 +8,7 @@ from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention, run
 from tests.policies.decisions import LENGTH, golden, golden_simulation, heads_at, simulations
-from tests.reference.policies import h2o as twin
+from tests.reference.policies import h2o as reference
 
 ODD = [(1, 5), (4, 9), (9, 9), (17, 7), (LENGTH - 1, 3), (12, 3), (20, LENGTH + 1), (3, LENGTH - 1), (11, 13)]
 
@@ -17,7 +17,7 @@ ODD = [(1, 5), (4, 9), (9, 9), (17, 7), (LENGTH - 1, 3), (12, 3), (20, LENGTH + 
 @pytest.mark.parametrize("group", ["mean", "max", "sum"])
 def test_drop_decisions_equal_the_plain_loop(prefill: str, group: str) -> None:
     for rows, visible, held, prompt, budget in simulations(f"h2o:group={group}", prefill):
-        assert (visible, held) == twin.drop(rows, budget, prompt, prefill, budget // 2, group)
+        assert (visible, held) == reference.drop(rows, budget, prompt, prefill, budget // 2, group)
 
 
 @pytest.mark.parametrize("recent", [None, 1, 3])
@@ -27,7 +27,7 @@ def test_mask_decisions_equal_the_published_loop(recent: int | None) -> None:
     returned = 0
     for rows, visible, held, prompt, budget in simulations(spec, "full", cases):
         newest = max(budget // 2, 1) if recent is None else recent
-        expected = twin.mask(rows, budget - newest, newest, prompt)
+        expected = reference.mask(rows, budget - newest, newest, prompt)
         assert visible == expected
         assert held == [set(range(t + 1)) for t in range(LENGTH)]
         steps = zip(expected[prompt:], expected[prompt + 1 :], strict=False)
@@ -61,7 +61,7 @@ def test_flexgen_decisions_equal_its_slots() -> None:
     for (rows, visible, held, prompt, budget), usual in zip(
         simulations("h2o:variant=flexgen", "full", ODD), plain, strict=True
     ):
-        assert (visible, held) == twin.flexgen(rows, (budget + 1) // 2, prompt)
+        assert (visible, held) == reference.flexgen(rows, (budget + 1) // 2, prompt)
         differs += held != usual[2]
     assert differs > 0, "the newest keys' window never mattered"
 

@@ -1,4 +1,4 @@
-"""Key norm against its plain-loop twins."""
+"""Key norm against its plain-loop references."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from kvscope.engine.plan import EvictionPlan
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import attention, run, signals
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, sets
-from tests.reference.policies import key_norm as twin
+from tests.reference.policies import key_norm as reference
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
@@ -22,7 +22,7 @@ def test_the_smallest_norms_stay(prefill: str) -> None:
         norms = signals(EvictionPlan.published(policy), 2, heads, groups, LENGTH, seed)["key_l2"]
         simulation = run(policy, rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill, seed=seed)
         for layer, group in itertools.product(range(2), range(groups)):
-            visible, held = twin.plain(rows[layer].numpy(), norms[layer, group].tolist(), budget, prompt, prefill)
+            visible, held = reference.plain(rows[layer].numpy(), norms[layer, group].tolist(), budget, prompt, prefill)
             assert sets(simulation.visible(0, LENGTH)[0, layer, group]) == visible
             assert sets(simulation.held(0, LENGTH)[0, layer, group]) == held
 
@@ -33,7 +33,7 @@ def test_one_choice_at_the_end_of_the_prompt(prompt: int, budget: int) -> None:
     norms = signals(plan, 2, 3, 3, LENGTH)["key_l2"]
     simulation = run(plan, attention(0, 2, 3, LENGTH), [budget], kv_heads=3, prompt=prompt, prefill="full")
     for layer, head in itertools.product(range(2), range(3)):
-        kept = twin.kvpress(norms[layer, head].tolist(), budget, prompt)
+        kept = reference.kvpress(norms[layer, head].tolist(), budget, prompt)
         held = sets(simulation.held(0, LENGTH)[0, layer, head])
         assert held[prompt - 1 :] == [kept | set(range(prompt, t + 1)) for t in range(prompt - 1, LENGTH)]
 
@@ -48,7 +48,7 @@ def test_the_published_saw(prompt: int, ratio: float, after: int, tied: bool) ->
     rows, given = attention(0, 2, 3, LENGTH), {"key_l2": torch.from_numpy(norms)}
     simulation = run(policy, rows, [LENGTH], kv_heads=3, prompt=prompt, prefill="full", given=given)
     for layer, head in itertools.product(range(2), range(3)):
-        expected = twin.released(norms[layer, head].tolist(), prompt, ratio, after)
+        expected = reference.released(norms[layer, head].tolist(), prompt, ratio, after)
         assert sets(simulation.held(0, LENGTH)[0, layer, head]) == expected
     assert simulation.held(0, LENGTH).sum(-1)[..., prompt - 1 :].max() < max(after, LENGTH)
 

@@ -1,4 +1,4 @@
-"""KeyDiff against its plain-loop twin."""
+"""KeyDiff against its plain-loop reference."""
 
 from itertools import product
 

@@ -11,7 +11,7 @@ from kvscope.engine.draw import draw_row
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import attention, run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, sets
-from tests.reference.policies import keyformer as twin
+from tests.reference.policies import keyformer as reference
 
 CASES = [(prompt, budget) for prompt, budget in [*PROMPTS_BUDGETS, (14, 4), (22, 13), (8, 16)] if budget >= 4]
 
@@ -39,7 +39,7 @@ def test_held_is_what_the_published_mask_shows(spec, tau_init, tau_delta, ratio,
         draws, recent, per = uniform(seed, 2, heads), int(ratio * budget), heads // groups
         for layer, group in itertools.product(range(2), range(groups)):
             own = slice(group * per, (group + 1) * per)
-            seen = twin.mask(
+            seen = reference.mask(
                 rows[layer, own].numpy(), draws[layer, own], budget - recent, recent, prompt, tau_init, tau_delta
             )
             held = sets(simulation.held(0, LENGTH)[0, layer, group])

@@ -1,4 +1,4 @@
-"""LagKV against its plain-loop twin."""
+"""LagKV against its plain-loop reference."""
 
 from itertools import product
 

@@ -4,14 +4,14 @@ import pytest
 
 import kvscope.policies.lru  # noqa: F401
 from tests.policies.decisions import simulations
-from tests.reference.policies import lru as twin
+from tests.reference.policies import lru as reference
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 @pytest.mark.parametrize("group", ["mean", "max"])
 def test_decisions_equal_the_plain_loop(prefill: str, group: str) -> None:
     for rows, visible, held, prompt, budget in simulations(f"lru:group={group}", prefill):
-        assert (visible, held) == twin.lru(rows, budget, prompt, prefill, group)
+        assert (visible, held) == reference.lru(rows, budget, prompt, prefill, group)
 
 
 def test_the_sum_of_the_heads_is_no_stricter_than_their_mean() -> None:

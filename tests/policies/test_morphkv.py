@@ -9,7 +9,7 @@ import torch
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import attention, run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, sets
-from tests.reference.policies import morphkv as twin
+from tests.reference.policies import morphkv as reference
 
 CASES = [*[case for case in PROMPTS_BUDGETS if case[1] >= 2], (2, 3), (23, 14)]
 
@@ -29,7 +29,7 @@ def test_the_last_queries_decide(spec: str, window: int, fuse: str, prefill: str
         per = heads // groups
         for layer, group in itertools.product(range(2), range(groups)):
             own = logits[layer, group * per : (group + 1) * per]
-            visible, held = twin.held(own, budget - 1, min(window, budget // 2), prompt, prefill, fuse)
+            visible, held = reference.held(own, budget - 1, min(window, budget // 2), prompt, prefill, fuse)
             assert sets(simulation.visible(0, LENGTH)[0, layer, group]) == visible
             assert sets(simulation.held(0, LENGTH)[0, layer, group]) == held
 

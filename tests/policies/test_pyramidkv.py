@@ -1,4 +1,4 @@
-"""PyramidKV against its plain-loop twin: SnapKV's choice, within budgets that shrink from layer to layer."""
+"""PyramidKV against its plain-loop reference: SnapKV's choice, within budgets that shrink from layer to layer."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Quest against its plain-loop twin."""
+"""Quest against its plain-loop reference."""
 
 from itertools import product
 

@@ -1,4 +1,4 @@
-"""R-KV against its plain-loop twin."""
+"""R-KV against its plain-loop reference."""
 
 from itertools import product
 

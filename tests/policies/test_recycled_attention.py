@@ -1,4 +1,4 @@
-"""Recycled Attention and RefreshKV against their plain-loop twins."""
+"""Recycled Attention and RefreshKV against their plain-loop references."""
 
 from itertools import product
 
@@ -20,7 +20,7 @@ BUDGETS = [1, 6, 15, LENGTH]
 
 
 def compare(policy: RecycledAttention, shape: Shape, prefill: str, seed: int = 41) -> CacheSimulation:
-    """Assert that every run, layer and head reads what the twin reads; return the simulation."""
+    """Assert that every run, layer and head reads what the reference reads; return the simulation."""
     signals = vectors(seed, shape)
     simulation, rows = simulated(policy, BUDGETS, shape, prefill, signals, seed)
     visible, size = simulation.visible(0, shape.length), shape.heads // shape.kv_heads

@@ -1,4 +1,4 @@
-"""RoCo against its plain-loop twins."""
+"""RoCo against its plain-loop references."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import attention, run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, sets, simulations
-from tests.reference.policies import roco as twin
+from tests.reference.policies import roco as reference
 
 # where deviations matter: budgets at which more keys are out of reach than are protected
 CASES = [*PROMPTS_BUDGETS, (1, 12), (10, 15), (23, 16), (24, 20)]
@@ -28,7 +28,7 @@ CASES = [*PROMPTS_BUDGETS, (1, 12), (10, 15), (23, 16), (24, 20)]
 )
 def test_mean_and_deviation_decide(spec: str, settings: dict, prefill: str) -> None:
     for rows, visible, held, prompt, budget in simulations(spec, prefill, CASES):
-        assert (visible, held) == twin.plain(rows, budget, prompt, prefill, **settings)
+        assert (visible, held) == reference.plain(rows, budget, prompt, prefill, **settings)
 
 
 def test_deviations_change_decisions() -> None:
@@ -53,7 +53,9 @@ def test_the_published_decoding_mode(prompt: int, budget: int, recent: int) -> N
         simulation = run(policy, rows, [prompt + budget], kv_heads=groups, prompt=prompt, prefill="full")
         per = heads // groups
         for layer, group in itertools.product(range(2), range(groups)):
-            visible, held = twin.easykv(rows[layer, group * per : (group + 1) * per].numpy(), budget, prompt, recent)
+            visible, held = reference.easykv(
+                rows[layer, group * per : (group + 1) * per].numpy(), budget, prompt, recent
+            )
             assert sets(simulation.visible(0, length)[0, layer, group]) == visible
             assert sets(simulation.held(0, length)[0, layer, group]) == held
 
@@ -75,7 +77,7 @@ def test_a_variance_that_rounds_below_zero_is_the_largest_in_the_published_code(
     spec = "roco:variant=easykv,recent=1"
     simulation = run(parse_policy(spec), rows, [6], kv_heads=1, prompt=1, prefill="full")
     held = sets(simulation.held(0, 7)[0, 0, 0])
-    assert held == twin.easykv(rows[0].numpy(), 5, 1, newest=1)[1]
+    assert held == reference.easykv(rows[0].numpy(), 5, 1, newest=1)[1]
     assert 1 in held[6] and len(held[6]) == 6
 
 

@@ -10,20 +10,20 @@ from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention, run
 from tests.policies.decisions import HEADS, LENGTH, golden, golden_simulation, heads_at, sets, simulations
-from tests.reference.policies import scissorhands as twin
+from tests.reference.policies import scissorhands as reference
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 @pytest.mark.parametrize(("history", "recent"), [(400, 10), (4, 2), (1, 0), (7, 3)])
 def test_decisions_equal_the_plain_loop(prefill: str, history: int, recent: int) -> None:
     for rows, visible, held, prompt, budget in simulations(f"scissorhands:history={history},recent={recent}", prefill):
-        assert (visible, held) == twin.counters(rows, budget, prompt, prefill, history, recent)
+        assert (visible, held) == reference.counters(rows, budget, prompt, prefill, history, recent)
 
 
 @pytest.mark.parametrize("group", ["max", "sum"])
 def test_other_group_reductions(group: str) -> None:
     for rows, visible, held, prompt, budget in simulations(f"scissorhands:history=5,recent=2,group={group}", "full"):
-        assert (visible, held) == twin.counters(rows, budget, prompt, "full", 5, 2, group)
+        assert (visible, held) == reference.counters(rows, budget, prompt, "full", 5, 2, group)
 
 
 @pytest.mark.parametrize(("lru_window", "position_window", "start"), [(5, 2, 6), (3, 0, 0), (1, 1, 4), (40, 3, 10)])
@@ -40,7 +40,7 @@ def test_released_decisions_equal_the_published_loop(
         per = heads // groups
         for layer, group in itertools.product(range(2), range(groups)):
             own = rows[layer, group * per : (group + 1) * per].numpy()
-            expected = twin.released(own, lru_window, position_window, start)
+            expected = reference.released(own, lru_window, position_window, start)
             assert sets(simulation.visible(0, length)[0, layer, group]) == expected
             cut += sum(len(keys) <= t for t, keys in enumerate(expected))
     assert cut > 0 or lru_window == 40, "nothing was cut, so nothing was compared"

@@ -1,4 +1,4 @@
-"""SnapKV against its plain-loop twin."""
+"""SnapKV against its plain-loop reference."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from kvscope.engine.plan import EvictionPlan
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, groups, head_sets, simulations
-from tests.reference.policies import snapkv as twin
+from tests.reference.policies import snapkv as reference
 
 # also: a window of half of the budget, fewer older keys than the kernel, a prompt of one key more than fits
 CASES = [*PROMPTS_BUDGETS, (24, 13), (22, 4), (8, 7), (10, 9)]
@@ -28,7 +28,7 @@ CASES = [*PROMPTS_BUDGETS, (24, 13), (22, 4), (8, 7), (10, 9)]
 )
 def test_decisions_equal_the_plain_loop(spec: str, settings: dict) -> None:
     for rows, visible, held, prompt, budget in simulations(spec, "full", CASES):
-        assert (visible, held) == twin.snapkv(rows, budget, prompt, **settings)
+        assert (visible, held) == reference.snapkv(rows, budget, prompt, **settings)
 
 
 @pytest.mark.parametrize("phase", ["step", "every:4"])
@@ -39,7 +39,7 @@ def test_told_to_go_on_it_pools_over_what_is_left(phase: str, pooling: str) -> N
         rows, cut = groups(seed, 4, 2, 2, LENGTH)
         simulation = run(plan, rows, [budget], kv_heads=2, prompt=prompt, prefill="full")
         for layer, head in itertools.product(range(2), range(2)):
-            expected = twin.snapkv(
+            expected = reference.snapkv(
                 cut[layer][head],
                 budget,
                 prompt,

@@ -7,7 +7,7 @@ from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention, run
 from tests.policies.decisions import LENGTH, golden, golden_simulation, heads_at, simulations
-from tests.reference.policies import tova as twin
+from tests.reference.policies import tova as reference
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
@@ -15,13 +15,13 @@ from tests.reference.policies import tova as twin
 @pytest.mark.parametrize("sinks", [0, 1])
 def test_decisions_equal_the_plain_loop(prefill: str, scope: str, sinks: int) -> None:
     for rows, visible, held, prompt, budget in simulations(f"tova:scope={scope},sinks={sinks}", prefill):
-        assert (visible, held) == twin.tova(rows, budget, prompt, prefill, sinks)
+        assert (visible, held) == reference.tova(rows, budget, prompt, prefill, sinks)
 
 
 @pytest.mark.parametrize("group", ["max", "sum"])
 def test_other_group_reductions(group: str) -> None:
     for rows, visible, held, prompt, budget in simulations(f"tova:scope=kv_head,group={group}", "full"):
-        assert (visible, held) == twin.tova(rows, budget, prompt, "full", group=group)
+        assert (visible, held) == reference.tova(rows, budget, prompt, "full", group=group)
 
 
 def test_four_sinks_stay() -> None:
@@ -37,7 +37,7 @@ def test_kvpress_chooses_once_and_keeps_the_last_key(sinks: int) -> None:
     for (rows, visible, held, prompt, budget), usual in zip(
         simulations(f"tova:variant=kvpress,sinks={sinks}", "full", cases), plain, strict=True
     ):
-        kept = twin.kvpress(rows, budget, prompt, sinks)
+        kept = reference.kvpress(rows, budget, prompt, sinks)
         assert held[prompt - 1 :] == [kept | set(range(prompt, t + 1)) for t in range(prompt - 1, LENGTH)]
         assert visible[prompt:] == held[prompt:]
         lost += prompt - 1 not in usual[2][prompt - 1]

@@ -1,4 +1,4 @@
-"""VATP over each base against its plain-loop twins, and the published mask."""
+"""VATP over each base against its plain-loop references, and the published mask."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from kvscope.engine.plan import EvictionPlan
 from kvscope.policies.spec import parse_policies, parse_policy
 from tests.engine.maps import attention, run, signals
 from tests.policies.decisions import GOLDEN, HEADS, LENGTH, PROMPTS_BUDGETS, golden, golden_rows, heads_at, sets
-from tests.reference.policies import vatp as twin
+from tests.reference.policies import vatp as reference
 
 BASES = ["h2o", "tova", "a2sf(alpha=0.7)", "scissorhands"]
 USER = """
@@ -48,7 +48,7 @@ def test_the_base_sees_weights_times_norms(base: str, norm: str, prefill: str) -
                 own = slice(0, heads) if whole else slice(group * heads // groups, (group + 1) * heads // groups)
                 shared = rows[layer, own].numpy()
                 name = base.partition("(")[0]
-                visible, held = twin.plain(shared, norms[layer, own], name, budget, prompt, prefill, sinks)
+                visible, held = reference.plain(shared, norms[layer, own], name, budget, prompt, prefill, sinks)
                 assert sets(simulation.visible(0, LENGTH)[0, layer, group]) == visible
                 assert sets(simulation.held(0, LENGTH)[0, layer, group]) == held
 
@@ -69,7 +69,7 @@ def test_the_published_mask_in_four_modes(base: str, valued: bool, prompt: int, 
         for layer, head in itertools.product(range(2), range(heads)):
             norm = norms[layer, head] if valued else None
             one = rows[layer, head : head + 1].numpy()
-            seen = twin.mask(one, norm, base, 2 * half - recent, recent, sinks, prompt)
+            seen = reference.mask(one, norm, base, 2 * half - recent, recent, sinks, prompt)
             assert sets(simulation.visible(0, length)[0, layer, head]) == seen
 
 
@@ -80,9 +80,11 @@ def test_the_mask_counts_the_last_400_rows_of_the_prompt() -> None:
     policy = parse_policy("vatp:variant=mask,base=scissorhands,sinks=2")
     given = {"value_l1": torch.from_numpy(norms)}
     simulation = run(policy, rows, [budget], kv_heads=1, prompt=prompt, prefill="full", given=given)
-    seen = twin.mask(rows[0].numpy(), norms[0, 0], "scissorhands", budget - 10, 10, 2, prompt)
+    seen = reference.mask(rows[0].numpy(), norms[0, 0], "scissorhands", budget - 10, 10, 2, prompt)
     assert sets(simulation.visible(prompt, length)[0, 0, 0]) == seen[prompt:]
-    whole = twin.mask(rows[0, :, 15:, 15:].numpy(), norms[0, 0, 15:], "scissorhands", budget - 10, 10, 2, prompt - 15)
+    whole = reference.mask(
+        rows[0, :, 15:, 15:].numpy(), norms[0, 0, 15:], "scissorhands", budget - 10, 10, 2, prompt - 15
+    )
     assert [{key + 15 for key in keys} for keys in whole[prompt - 15 :]] != seen[prompt:]
 
 

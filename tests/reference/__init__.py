@@ -1,1 +1,1 @@
-"""Plain-loop twins, written from the definitions, one number at a time."""
+"""Plain-loop references, written from the definitions, one number at a time."""
