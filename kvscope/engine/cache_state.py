@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -98,8 +99,8 @@ class CacheState:
     def evictable(self, n: int) -> Tensor:
         """Return which of the first `n` keys are alive and not protected, bool ``[R, L, S, n]``."""
         key = torch.arange(n, device=self.alive.device)
-        first, end = self.sinks[:, None, None, None], n - self.recent[:, None, None, None]
-        return self.alive[..., :n] & (key >= first) & (key < end)
+        sinks, recent = self._protected
+        return self.alive[..., :n] & (key >= sinks) & (key < n - recent)
 
     def visible(self, start: int, stop: int) -> Tensor:
         """Return ``V_t`` for steps `start` to `stop` - 1, bool ``[R, L, S, stop - start, stop]``."""
@@ -108,6 +109,11 @@ class CacheState:
     def held(self, start: int, stop: int) -> Tensor:
         """Return ``R_t`` for steps `start` to `stop` - 1, bool ``[R, L, S, stop - start, stop]``."""
         return self._mask(start, stop, shift=1)
+
+    @cached_property
+    def _protected(self) -> tuple[Tensor, Tensor]:
+        """`sinks` and `recent` as ``[R, 1, 1, 1]``: they are read at every step."""
+        return self.sinks[:, None, None, None], self.recent[:, None, None, None]
 
     def _forget(self, layer: int, key: int, step: int) -> None:
         self.n_alive[:, layer] -= self.alive[:, layer, :, key].to(torch.int64)

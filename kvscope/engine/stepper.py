@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor
@@ -41,7 +42,7 @@ class StepInputs:
     signals: Mapping[str, Tensor]
     missing_mass: Tensor | None
 
-    @property
+    @cached_property
     def first_eviction(self) -> int:
         """First step at whose end keys may be evicted."""
         return self.shape.prompt - 1 if self.prefill == "full" else 0

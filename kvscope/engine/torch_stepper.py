@@ -39,7 +39,8 @@ class TorchStepper:
     ) -> None:
         self._inputs, self._state, self._sharing, self._reader = inputs, state, sharing, reader
         self._policy, self._needs = inputs.plan.policy, inputs.plan.needs
-        self._evictor = Evictor(state, self._policy.traits.bounded)
+        traits = self._policy.traits  # made anew at every access
+        self._clairvoyant, self._evictor = traits.clairvoyant, Evictor(state, traits.bounded)
         self._heads = state.score.shape[2]
         self._layers = torch.tensor(inputs.shape.layers, dtype=torch.int64, device=state.score.device)
         self._memory: dict[str, Any] = {}  # of the policy
@@ -55,7 +56,7 @@ class TorchStepper:
     def step(self, t: int, row: Tensor, normalised: Tensor | None = None) -> None:
         """Let query `t` attend, be scored and evict; the arguments are those of `attend`."""
         row = row if row.ndim == 4 else row[None]
-        step = self.see(t, row if self._policy.traits.clairvoyant else None)
+        step = self.see(t, row if self._clairvoyant else None)
         self.attend(step, row, normalised)
 
     def see(self, t: int, row: Tensor | None = None) -> Step:
