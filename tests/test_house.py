@@ -140,6 +140,7 @@ def test_commands_import_the_rooms_inside_their_functions() -> None:
         "kvscope",
         "kvscope.cli",
         "kvscope.core.errors",
+        "kvscope.core.gate_options",
         "kvscope.core.options",
         "kvscope.core.output",
         "kvscope.core.recording_options",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvscope.cli.command import command_group
-from kvscope.cli.options import Device, Force, Json, Quiet
+from kvscope.cli.options import Device, Dtype, Force, Json, Quiet, Revision
+from kvscope.core.gate_options import EvictionLoss, GateDesign, GateForm, TextWindows, TrainingSettings
+from kvscope.core.options import ModelSource
 
 if TYPE_CHECKING:
     from kvscope.training.fit import Look
@@ -22,19 +26,50 @@ app = command_group(
 )
 
 
-class EvictionLoss(StrEnum):
-    """How keeping more than the target is counted."""
-
-    one_sided = "one-sided"
-    absolute = "absolute"
-    square = "square"
-
-
-class Form(StrEnum):
-    """What a token's gate looks at."""
-
-    causal = "causal"
-    bidirectional = "bidirectional"
+GateModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="As in kvscope trace. Needed with --text.", show_default=False)
+]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option("--text", metavar="FILE", help="UTF-8 text that the model reads through the gates. Repeatable."),
+]
+Distill = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--distill",
+        metavar="TRACE",
+        help="Learn from recorded attention what is worth keeping, without the model. Repeatable.",
+    ),
+]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where the gate goes.")]
+TargetKeep = Annotated[float, typer.Option("--target-keep", help="Retain this share of the keys.")]
+Eviction = Annotated[
+    EvictionLoss,
+    typer.Option(
+        "--eviction-loss",
+        metavar="FORM",
+        help="Of the distance x to the target: one-sided, max(0, x); absolute, |x|; or square.",
+    ),
+]
+Strength = Annotated[float, typer.Option("--strength", help="Weigh the eviction loss by this.")]
+Form = Annotated[
+    GateForm, typer.Option("--form", help="A gate looks back, or the gates of a prompt look at all of it.")
+]
+Heads = Annotated[int, typer.Option("--heads", help="Give the gate's own attention so many heads.", min=1)]
+HeadSize = Annotated[int, typer.Option("--head-size", help="Give each head so many numbers.", min=1)]
+Tau = Annotated[float, typer.Option("--tau", help="Retain a key whose gate, 0 to 1, is above this.")]
+Sinks = Annotated[int, typer.Option("--sinks", help="Always retain so many first tokens.", min=0)]
+Window = Annotated[
+    int, typer.Option("--window", metavar="TOKENS", help="With --text: read sequences of this length.", min=2)
+]
+Tokens = Annotated[int, typer.Option("--tokens", help="With --text: read so many in one step.", min=2)]
+Steps = Annotated[int, typer.Option("--steps", help="Train for so many steps at most.", min=1)]
+Rate = Annotated[float, typer.Option("--rate", help="Learning rate, which falls to zero.")]
+Every = Annotated[int, typer.Option("--every", help="Write a checkpoint and judge the gate every N steps.", min=1)]
+Patience = Annotated[int, typer.Option("--patience", help="Stop after N checkpoints without a better gate.", min=1)]
+Ramp = Annotated[float, typer.Option("--ramp", help="Lower the target from all keys over this share of steps.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed everything that is drawn.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint beside the output.")]
 
 
 @app.callback()
@@ -44,50 +79,30 @@ def gates() -> None:
 
 @app.command("train")
 def train(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="As in kvscope trace. Needed with --text.", show_default=False)
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="UTF-8 text that the model reads through the gates. Repeatable."),
-    ] = None,
-    distill: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TRACE",
-            help="Learn from recorded attention what is worth keeping, without the model. Repeatable.",
-        ),
-    ] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where the gate goes.")] = Path(
-        "gate.safetensors"
-    ),
-    target_keep: Annotated[float, typer.Option(help="Share of keys that should stay.")] = 0.5,
-    eviction_loss: Annotated[
-        EvictionLoss,
-        typer.Option(
-            metavar="FORM", help="Of the distance x to the target: one-sided, max(0, x); absolute, |x|; or square."
-        ),
-    ] = EvictionLoss.square,
-    strength: Annotated[float, typer.Option(help="Of the eviction loss beside the other.")] = 40.0,
-    form: Annotated[
-        Form, typer.Option(help="A gate looks back, or the gates of a prompt look at all of it.")
-    ] = Form.causal,
-    heads: Annotated[int, typer.Option(help="Heads of the gate's own attention.", min=1)] = 2,
-    head_size: Annotated[int, typer.Option(help="Size of one.", min=1)] = 16,
-    tau: Annotated[float, typer.Option(help="A key stays if its gate, 0 to 1, is above this.")] = 0.5,
-    sinks: Annotated[int, typer.Option(help="First tokens that always stay.", min=0)] = 0,
-    window: Annotated[int, typer.Option(metavar="TOKENS", help="With --text: of one sequence.", min=2)] = 256,
-    tokens: Annotated[int, typer.Option(help="With --text: of one step.", min=2)] = 2048,
-    steps: Annotated[int, typer.Option(help="At most.", min=1)] = 400,
-    rate: Annotated[float, typer.Option(help="Learning rate, which falls to zero.")] = 0.003,
-    every: Annotated[int, typer.Option(help="Steps between two checkpoints, which judge the gate too.", min=1)] = 25,
-    patience: Annotated[int, typer.Option(help="Checkpoints without a better gate until it stops.", min=1)] = 6,
-    ramp: Annotated[float, typer.Option(help="Share of the steps over which the target falls from all keys.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint beside the output.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, float16, bfloat16.")] = "auto",
+    model: GateModel = None,
+    text: Text = None,
+    distill: Distill = None,
+    output: Output = Path("gate.safetensors"),
+    target_keep: TargetKeep = 0.5,
+    eviction_loss: Eviction = EvictionLoss.square,
+    strength: Strength = 40.0,
+    form: Form = GateForm.causal,
+    heads: Heads = 2,
+    head_size: HeadSize = 16,
+    tau: Tau = 0.5,
+    sinks: Sinks = 0,
+    window: Window = 256,
+    tokens: Tokens = 2048,
+    steps: Steps = 400,
+    rate: Rate = 0.003,
+    every: Every = 25,
+    patience: Patience = 6,
+    ramp: Ramp = 0.5,
+    seed: Seed = 0,
+    resume: Resume = False,
+    dtype: Dtype = "auto",
     device: Device = "cpu",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    revision: Revision = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -97,7 +112,83 @@ def train(
     With --text the model reads through the gates: its loss, and an eviction loss that pulls the share of keys that stay
     to the target. With --distill nothing of the model runs: gates learn which keys later queries looked at most.
     """
-    from kvscope.cli import console, places
+    from kvscope.cli import console
+
+    _require_arguments(model, text, distill, output, force)
+    design = GateDesign(heads, head_size, form, tau, sinks)
+    settings = TrainingSettings(target_keep, eviction_loss, strength, steps, rate, every, patience, ramp)
+    training = _Training(output, design, settings, seed, resume, quiet)
+    if distill:
+        made = training.on_traces(distill, device)
+    else:
+        source = ModelSource(str(model), revision, dtype, device)
+        made = training.on_texts(source, text or [], TextWindows(window, tokens))
+    _show(made, as_json=json)
+    console.note(f"next: kvscope replay --policy attention-gate:gate={output}", quiet=quiet)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One training with its progress bar, on texts or on traces."""
+
+    output: Path
+    design: GateDesign
+    settings: TrainingSettings
+    seed: int
+    resume: bool
+    quiet: bool
+
+    def on_texts(self, source: ModelSource, files: list[Path], windows: TextWindows) -> Trained:
+        with self._loading():
+            from kvscope.training.train_gate import train_on_texts
+        with self._bar() as report:
+            return train_on_texts(
+                source,
+                files,
+                self.output,
+                design=self.design,
+                settings=self.settings,
+                windows=windows,
+                seed=self.seed,
+                resume=self.resume,
+                progress_callback=report,
+            )
+
+    def on_traces(self, names: list[str], device: str) -> Trained:
+        from kvscope.cli.places import find_trace
+
+        with self._loading():
+            from kvscope.trace.reader import open_trace
+            from kvscope.training.train_gate import train_on_traces
+        with self._bar() as report:
+            return train_on_traces(
+                [open_trace(find_trace(name, quiet=self.quiet)) for name in names],
+                self.output,
+                design=self.design,
+                settings=self.settings,
+                seed=self.seed,
+                device=device,
+                resume=self.resume,
+                progress_callback=report,
+            )
+
+    def _loading(self) -> AbstractContextManager[None]:
+        from kvscope.cli.console import working
+
+        return working("loading transformers", quiet=self.quiet)
+
+    @contextmanager
+    def _bar(self) -> Iterator[Callable[[int, Look], None]]:
+        from kvscope.cli.console import bar
+
+        with bar("training gates", self.settings.steps, "steps", quiet=self.quiet) as update:
+            yield lambda step, look: update(step, f"loss {look.loss:.3f}, keeps {look.keep:.0%}")
+
+
+def _require_arguments(
+    model: str | None, text: list[Path] | None, distill: list[str] | None, output: Path, force: bool
+) -> None:
+    """Raise UsageError unless either texts and a model or traces are named, and the output can be written."""
     from kvscope.core.errors import UsageError
     from kvscope.core.output import require_free
 
@@ -108,36 +199,6 @@ def train(
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UsageError(f"{output} cannot be a file here", "Name a file in a folder that exists: -o gate.safetensors")
     require_free(output, force=force)
-    with console.working("loading transformers", quiet=quiet):
-        from kvscope.trace.reader import open_trace
-        from kvscope.training.fit import Settings
-        from kvscope.training.train_gate import Design, train_on_texts, train_on_traces
-
-    design = Design(heads, head_size, form.value, tau, sinks)
-    settings = Settings(target_keep, eviction_loss.value, strength, steps, rate, every, patience, ramp)
-    common: dict[str, Any] = {"design": design, "settings": settings, "seed": seed, "device": device, "resume": resume}
-    with console.bar("training gates", steps, "steps", quiet=quiet) as update:
-
-        def moved(step: int, look: Look) -> None:
-            update(step, f"loss {look.loss:.3f}, keeps {look.keep:.0%}")
-
-        if distill:
-            traces = [open_trace(places.find_trace(name, quiet=quiet)) for name in distill]
-            made = train_on_traces(traces, output, progress=moved, **common)
-        else:
-            made = train_on_texts(
-                str(model),
-                text or [],
-                output,
-                window=window,
-                tokens=tokens,
-                dtype=dtype,
-                revision=revision,
-                progress=moved,
-                **common,
-            )
-    _show(made, as_json=json)
-    console.note(f"next: kvscope replay --policy attention-gate:gate={output}", quiet=quiet)
 
 
 def _show(made: Trained, *, as_json: bool) -> None:
@@ -154,7 +215,7 @@ def _show(made: Trained, *, as_json: bool) -> None:
     show_pairs(
         [
             ("model", made.facts.model),
-            ("keys that stay", f"{best.keep:.1%} of those held out (target {target:.0%})"),
+            ("keys retained", f"{best.keep:.1%} of those held out (target {target:.0%})"),
             ("by layer", ", ".join(f"{share:.0%}" for share in best.by_layer)),
             ("loss", f"{best.loss:.3f}; before training {first.loss:.3f}, with {first.keep:.0%} of the keys"),
             ("steps", f"{made.log[-1].step}, the best after {best.step}"),

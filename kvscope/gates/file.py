@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.gate_options import GateForm
 
 KIND, VERSION = "kvscope-gate", 1  # key of the metadata, and of what is there
 DEMO = "demo"
 BESIDE = "gate.safetensors"  # name of a gate that comes with a model, in its folder
 WEIGHTS = "weights"  # tensor of some of the model's weights, by which it is known again
-Form = Literal["causal", "bidirectional"]
 AGAIN = "Name a file that kvscope gate train wrote."
 
 
@@ -33,7 +33,7 @@ class GateFacts:
         Sizes of the model: layers, numbers of a layer's input, key/value heads.
     heads, size : int
         Heads of the gate's own attention, and the size of one.
-    form : {"causal", "bidirectional"}
+    form : GateForm
         Whether a token's gate looks at the tokens up to its own alone, or those of a prompt look at the whole prompt.
     tau : float
         A key whose gate is at or below this is evicted.
@@ -49,7 +49,7 @@ class GateFacts:
     kv_heads: int
     heads: int = 2
     size: int = 16
-    form: Form = "causal"
+    form: GateForm = GateForm.causal
     tau: float = 0.5
     sinks: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)

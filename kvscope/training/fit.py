@@ -15,60 +15,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.gate_options import TrainingSettings
 from kvscope.gates.module import LearnedGate
-from kvscope.training.objective import EvictionLoss, eviction_loss
+from kvscope.training.objective import eviction_loss
 from kvscope.training.tasks import Found, Task
 
 CLIP = 1.0  # largest norm of a step's gradient
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a gate is trained.
-
-    Attributes
-    ----------
-    target_keep : float
-        Share of keys that should stay.
-    eviction : {"one-sided", "absolute", "square"}
-        See `eviction_loss`.
-    strength : float
-        Factor of the eviction loss beside the loss of the task.
-    steps : int
-        At most; the learning rate falls to zero over them.
-    rate : float
-        Learning rate at the start.
-    every : int
-        Steps between two looks at what is not trained on, each of which leaves a checkpoint.
-    patience : int
-        Looks without an improvement after which training stops.
-    ramp : float
-        Share of the steps over which the target falls from every key to `target_keep`: gates that are pushed down at
-        once shut together, and where all are shut none has a gradient left.
-    """
-
-    target_keep: float = 0.5
-    eviction: EvictionLoss = "square"
-    strength: float = 40.0
-    steps: int = 400
-    rate: float = 0.003
-    every: int = 25
-    patience: int = 6
-    ramp: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.target_keep < 1:
-            raise UsageError(f"a target of {self.target_keep} is no share", "Use --target-keep between 0 and 1.")
-        for name in ("steps", "every", "patience", "rate", "strength"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name}={getattr(self, name)} is not above 0", "Use a larger number.")
-        if not 0 <= self.ramp <= 1:
-            raise UsageError(f"a ramp of {self.ramp} is no share of the steps", "Use --ramp between 0 and 1.")
-
-    def target(self, step: int) -> float:
-        """Return the share of keys that should stay at a step."""
-        left = 1 - step / (self.ramp * self.steps) if self.ramp else 0.0
-        return self.target_keep + (1 - self.target_keep) * max(0.0, left)
 
 
 @dataclass(frozen=True)
@@ -110,11 +62,11 @@ class _State:
 def train(
     gate: LearnedGate,
     task: Task,
-    settings: Settings,
+    settings: TrainingSettings,
     checkpoint: Path,
     *,
     resume: bool = False,
-    progress: Callable[[int, Look], None] | None = None,
+    progress_callback: Callable[[int, Look], None] | None = None,
 ) -> list[Look]:
     """Train a gate in place, and leave it as it was at its best; returns every look at held-out data.
 
@@ -127,13 +79,13 @@ def train(
         With parameters in float32.
     task : Task
         Gives losses.
-    settings : Settings
+    settings : TrainingSettings
         How.
     checkpoint : Path
         File that is written at every look, and removed at the end.
     resume : bool
         Whether to go on from that file.
-    progress : callable, optional
+    progress_callback : callable, optional
         Called after every step with its number and the last look.
 
     Raises
@@ -155,14 +107,16 @@ def train(
         if state.step % settings.every == 0 or state.step == settings.steps:
             _look(gate, task, settings, state)
             _write(checkpoint, gate, optimizer, settings, state)
-        if progress is not None:
-            progress(state.step, state.log[-1])
+        if progress_callback is not None:
+            progress_callback(state.step, state.log[-1])
     gate.load_state_dict(state.parameters)
     checkpoint.unlink(missing_ok=True)
     return state.log
 
 
-def _step(gate: LearnedGate, task: Task, settings: Settings, optimizer: torch.optim.Optimizer, number: int) -> None:
+def _step(
+    gate: LearnedGate, task: Task, settings: TrainingSettings, optimizer: torch.optim.Optimizer, number: int
+) -> None:
     for group in optimizer.param_groups:
         group["lr"] = settings.rate * 0.5 * (1 + math.cos(math.pi * number / settings.steps))
     loss = _total(task.step(gate, number), settings, settings.target(number))
@@ -174,14 +128,14 @@ def _step(gate: LearnedGate, task: Task, settings: Settings, optimizer: torch.op
     optimizer.step()
 
 
-def _total(found: Found, settings: Settings, target: float) -> Tensor:
+def _total(found: Found, settings: TrainingSettings, target: float) -> Tensor:
     loss, flags = found
     beyond = eviction_loss([layer.to(loss.device) for layer in flags], target, settings.eviction)
     return loss + settings.strength * beyond
 
 
 @torch.no_grad()
-def _look(gate: LearnedGate, task: Task, settings: Settings, state: _State) -> None:
+def _look(gate: LearnedGate, task: Task, settings: TrainingSettings, state: _State) -> None:
     """Judge the gate on held-out data, and keep its parameters if it is the best."""
     losses, totals, shares = [], [], []
     for loss, flags in task.held_out(gate):
@@ -197,7 +151,9 @@ def _look(gate: LearnedGate, task: Task, settings: Settings, state: _State) -> N
         state.parameters = {name: value.clone() for name, value in gate.state_dict().items()}
 
 
-def _write(path: Path, gate: LearnedGate, optimizer: torch.optim.Optimizer, settings: Settings, state: _State) -> None:
+def _write(
+    path: Path, gate: LearnedGate, optimizer: torch.optim.Optimizer, settings: TrainingSettings, state: _State
+) -> None:
     tensors = {f"now.{name}": value for name, value in gate.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in state.parameters.items()}
     for name, parameter in gate.named_parameters():
@@ -213,7 +169,7 @@ def _write(path: Path, gate: LearnedGate, optimizer: torch.optim.Optimizer, sett
     unfinished.replace(path)
 
 
-def _read(path: Path, gate: LearnedGate, optimizer: torch.optim.Optimizer, settings: Settings) -> _State:
+def _read(path: Path, gate: LearnedGate, optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> _State:
     """Put gate and optimiser where a checkpoint left them, and return the rest of its state."""
     if not path.is_file():
         raise UsageError(f"no checkpoint {path} to go on from", "Start anew: leave --resume out.")

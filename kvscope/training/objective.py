@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvscope.core.gate_options import EvictionLoss
 from kvscope.gates.module import LearnedGate
 from kvscope.model.attention_hook import Call, Kernel
-
-EvictionLoss = Literal["one-sided", "absolute", "square"]
 
 
 def straight_through(values: Tensor, tau: float) -> Tensor:
@@ -33,13 +31,13 @@ def eviction_loss(flags: Sequence[Tensor], target: float, kind: EvictionLoss) ->
         Of each layer, ``[batch, G, keys]``, from `straight_through`.
     target : float
         Share of keys that should stay.
-    kind : {"one-sided", "absolute", "square"}
+    kind : EvictionLoss
         ``max(0, mean - target)``, ``|mean - target|`` or ``(mean - target) ** 2``.
     """
     beyond = torch.stack([layer.mean() for layer in flags]) - target
-    if kind == "one-sided":
+    if kind == EvictionLoss.one_sided:
         return beyond.clamp(min=0).sum()
-    return beyond.abs().sum() if kind == "absolute" else beyond.square().sum()
+    return beyond.abs().sum() if kind == EvictionLoss.absolute else beyond.square().sum()
 
 
 class Gated:

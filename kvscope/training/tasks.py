@@ -40,7 +40,7 @@ class Texts:
     prompt: int
 
 
-class Reading:
+class TextReading:
     """Language modelling through the gate: gradients pass the frozen model and reach the gates alone.
 
     Gates serve both prefills, which take turns: the inputs of later layers differ in what earlier gates have done to
@@ -50,7 +50,7 @@ class Reading:
     Parameters
     ----------
     model : transformers model
-        In eval mode, none of its parameters wanting a gradient.
+        In eval mode, without gradients for its parameters.
     draw : callable
         ``draw(step)`` gives the texts of a step, which depend on its number alone.
     held_out : sequence of Texts
@@ -84,7 +84,7 @@ def _turn(gate: LearnedGate, number: int) -> str:
     return "full" if number % 2 or gate.facts.form == "bidirectional" else "stream"
 
 
-class Recorded:
+class RecordedMass:
     """Distillation from traces: a gate should keep the keys that the best possible gate would.
 
     A gate decides on a key once, when it comes, so the choice that retains most attention with a share of a layer's
@@ -117,7 +117,7 @@ class Recorded:
         if len(every) < 2:
             raise UsageError("one sequence leaves none to judge the gate by", "Name traces with two or more in all.")
         self._form, self._seed, self._device = form, seed, device
-        self._wanted = {place: wanted(*one, share, form) for place, one in enumerate(every)}
+        self._best = {place: best_keys(*one, share, form) for place, one in enumerate(every)}
         self._every = every
         self._kept = [place for place in range(len(every)) if place % HELD_OUT == 1]
         self._trained = [place for place in range(len(every)) if place % HELD_OUT != 1]
@@ -136,7 +136,7 @@ class Recorded:
         trace, sequence = self._every[place]
         prompt = trace.sequences[sequence].prompt
         losses, flags = [], []
-        for layer, labels in zip(trace.layers, self._wanted[place], strict=True):
+        for layer, labels in zip(trace.layers, self._best[place], strict=True):
             hidden = torch.from_numpy(trace.hidden(sequence, layer))[None].to(self._device)
             values = gate.values(layer, hidden, prompt)[..., : labels.shape[-1]]
             certain = values.clamp(1e-6, 1 - 1e-6)  # the gates of protected tokens are one
@@ -145,7 +145,7 @@ class Recorded:
         return torch.stack(losses).mean(), flags
 
 
-def wanted(trace: Trace, sequence: int, share: float, form: str) -> list[Tensor]:
+def best_keys(trace: Trace, sequence: int, share: float, form: str) -> list[Tensor]:
     """Return for each layer which keys the best gate keeps, bool ``[G, keys]``: the largest masses of the layer."""
     found = []
     for layer in trace.layers:

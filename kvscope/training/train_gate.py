@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.gate_options import GateDesign, TextWindows, TrainingSettings
 from kvscope.core.options import ModelSource
-from kvscope.gates.file import Form, GateFacts
+from kvscope.gates.file import GateFacts
 from kvscope.gates.module import LearnedGate
 from kvscope.model.attention_hook import require_registry
 from kvscope.model.loading import Loaded, load
@@ -22,32 +23,13 @@ from kvscope.model.prompts import read_text
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import self_check
 from kvscope.trace.reader import Trace
-from kvscope.training.fit import Look, Settings, train
-from kvscope.training.tasks import Reading, Recorded, Task, Texts
+from kvscope.training.fit import Look, train
+from kvscope.training.tasks import RecordedMass, Task, TextReading, Texts
 
 JUDGED = 8  # windows of held-out text that a gate is judged by
 CHECKPOINT = ".checkpoint"  # what the name of a training that is not at its end ends in
 
-Progress = Callable[[int, Look], None]
-
-
-@dataclass(frozen=True)
-class Design:
-    """What a gate is, apart from its model: see `GateFacts`."""
-
-    heads: int = 2
-    size: int = 16
-    form: Form = "causal"
-    tau: float = 0.5
-    sinks: int = 0
-
-    def __post_init__(self) -> None:
-        if self.heads < 1 or self.size < 1 or self.sinks < 0 or not 0 < self.tau < 1:
-            raise UsageError(
-                f"a gate of {self.heads} heads of size {self.size}, threshold {self.tau}, {self.sinks} sinks makes no "
-                "sense",
-                "Use heads and sizes of 1 or more, a threshold between 0 and 1, 0 sinks or more.",
-            )
+ProgressCallback = Callable[[int, Look], None]  # number of the step, and the last look
 
 
 @dataclass(frozen=True)
@@ -65,40 +47,36 @@ class Trained:
 
 
 def train_on_texts(
-    model: str,
+    source: ModelSource,
     files: Sequence[Path],
     output: Path,
     *,
-    design: Design | None = None,
-    settings: Settings | None = None,
-    window: int = 256,
-    tokens: int = 2048,
+    design: GateDesign = GateDesign(),  # noqa: B008  frozen
+    settings: TrainingSettings = TrainingSettings(),  # noqa: B008
+    windows: TextWindows = TextWindows(),  # noqa: B008
     seed: int = 0,
-    dtype: str = "auto",
-    device: str = "cpu",
-    revision: str | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress_callback: ProgressCallback | None = None,
 ) -> Trained:
     """Train the gates of a model on texts that it reads through them; the model itself stays as it is.
 
     Parameters
     ----------
-    model, dtype, device, revision
-        As for a trace.
+    source : ModelSource
+        The model.
     files : sequence of Path
         UTF-8 texts; the last tenth of each is not trained on, and judges.
     output : Path
         File to write; what is there is replaced.
     design, settings : optional
         What the gate is, and how it is trained.
-    window, tokens : int
-        Tokens of one sequence, and of one step.
+    windows : TextWindows
+        How much of the texts is read at a time.
     seed : int
         Of the first parameters and of the windows.
     resume : bool
         Whether to go on from the checkpoint of a training that was interrupted, with the same arguments.
-    progress : callable, optional
+    progress_callback : callable, optional
         Called after every step with its number and the last look.
 
     Raises
@@ -108,36 +86,31 @@ def train_on_texts(
     ModelError
         The model cannot be loaded or watched, or a loss is not finite.
     """
-    design, settings = design or Design(), settings or Settings()
-    if window < 2 or tokens < window:
-        raise UsageError(
-            f"windows of {window} tokens, {tokens} a step, make no sense", "Use --tokens of --window or more."
-        )
     texts = [read_text(file) for file in files]
-    loaded = load(ModelSource(model, revision, dtype, device))
+    loaded = load(source)
     require_registry(loaded.model)
     loaded.model.requires_grad_(False)
-    windows = _Windows(loaded, texts, window, tokens // window, seed)
-    gate = _made(loaded, design, windows.held_out[0].ids, seed)
+    drawn = _Windows(loaded, texts, windows.window, windows.batch, seed)
+    gate = _untrained(loaded, design, drawn.held_out[0].ids, seed)
     sources = [
         {"file": file.name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         for file, text in zip(files, texts, strict=True)
     ]
-    about = {"task": "reading", "texts": sources, "window": window, "tokens": tokens, "seed": seed}
-    task = Reading(loaded.model, windows.draw, windows.held_out)
-    return finish(gate, task, settings, output, about, resume, progress)
+    about = {"task": "reading", "texts": sources, **asdict(windows), "seed": seed}
+    task = TextReading(loaded.model, drawn.draw, drawn.held_out)
+    return finish(gate, task, settings, output, about, resume, progress_callback)
 
 
 def train_on_traces(
     traces: Sequence[Trace],
     output: Path,
     *,
-    design: Design | None = None,
-    settings: Settings | None = None,
+    design: GateDesign = GateDesign(),  # noqa: B008  frozen
+    settings: TrainingSettings = TrainingSettings(),  # noqa: B008
     seed: int = 0,
     device: str = "cpu",
     resume: bool = False,
-    progress: Progress | None = None,
+    progress_callback: ProgressCallback | None = None,
 ) -> Trained:
     """Train gates to keep what the best gate would have kept of recorded attention; the model does not run.
 
@@ -145,7 +118,7 @@ def train_on_traces(
     ----------
     traces : sequence of Trace
         Of one model, with layer inputs and two sequences or more in all, of which every fifth is not trained on.
-    output, design, settings, seed, device, resume, progress
+    output, design, settings, seed, device, resume, progress_callback
         As in `train_on_texts`.
 
     Raises
@@ -155,10 +128,9 @@ def train_on_traces(
     UsageError, ModelError
         As `train_on_texts`.
     """
-    design, settings = design or Design(), settings or Settings()
     if not traces:
         raise UsageError("no trace is named", "Name one or more that were recorded with --hidden.")
-    task = Recorded(traces, settings.target_keep, design.form, seed, device)
+    task = RecordedMass(traces, settings.target_keep, design.form, seed, device)
     header = traces[0].header
     facts = GateFacts(
         model=str(header.model.id),
@@ -171,20 +143,27 @@ def train_on_traces(
     gate = LearnedGate(facts, torch.tensor(header.model.weights)).to(device)
     named = [{"name": trace.name, "identity": trace.identity} for trace in traces]
     about = {"task": "distilled", "traces": named, "seed": seed}
-    return finish(gate, task, settings, output, about, resume, progress)
+    return finish(gate, task, settings, output, about, resume, progress_callback)
 
 
 def finish(
     gate: LearnedGate,
     task: Task,
-    settings: Settings,
+    settings: TrainingSettings,
     output: Path,
     about: dict[str, Any],
     resume: bool = False,
-    progress: Progress | None = None,
+    progress_callback: ProgressCallback | None = None,
 ) -> Trained:
     """Train a gate on a task and write it, with what it was trained on (`about`) and how, and what came of it."""
-    log = train(gate, task, settings, output.with_name(output.name + CHECKPOINT), resume=resume, progress=progress)
+    log = train(
+        gate,
+        task,
+        settings,
+        output.with_name(output.name + CHECKPOINT),
+        resume=resume,
+        progress_callback=progress_callback,
+    )
     best = min(log, key=lambda look: look.total)
     versions = {name: version(name) for name in ("kvscope", "torch", "transformers")}
     found = {"keep": best.keep, "keep_by_layer": best.by_layer, "loss": best.loss, "best_step": best.step}
@@ -193,7 +172,7 @@ def finish(
     return Trained(output, gate.facts, log)
 
 
-def _made(loaded: Loaded, design: Design, ids: Tensor, seed: int) -> LearnedGate:
+def _untrained(loaded: Loaded, design: GateDesign, ids: Tensor, seed: int) -> LearnedGate:
     """Return an untrained gate of a model, after a look at a few tokens ``[batch, T]``."""
     with torch.inference_mode():
         facts = self_check(loaded.model, ids[:1].to(loaded.device))

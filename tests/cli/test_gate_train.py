@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> Path:
 def test_train_trace_and_replay(run: Run, model: Path) -> None:
     done = run("gate", "train", "--model", model, "--text", "words.txt", *QUICK)
     assert done.status == 0, done.err
-    assert "keys that stay" in done.out and "gate.safetensors" in done.out
+    assert "keys retained" in done.out and "gate.safetensors" in done.out
     Path("prompt.txt").write_text("w1 w2 w3 w4 w5 w6")
     assert run("trace", "--model", model, "prompt.txt", "--max-new-tokens", "4", "--hidden", "-q").status == 0
     done = run("replay", "--policy", "attention-gate:gate=gate.safetensors", "--perplexity", "--json")

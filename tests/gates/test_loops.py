@@ -23,7 +23,7 @@ from kvscope.policies.spec import parse_policy
 from kvscope.replay.compile import compile_replay
 from kvscope.replay.run import replay
 from kvscope.trace.reader import TokenSequence, Trace
-from kvscope.training.tasks import Reading, Texts
+from kvscope.training.tasks import TextReading, Texts
 from tests.closed_loop.test_closed_loop import Kept
 from tests.gates.make import gate, written
 from tests.model.tiny import build, saved, tokens
@@ -69,7 +69,7 @@ def test_training_sees_what_the_closed_loop_does(form: str, prefill: Any, tmp_pa
     evaluate(model, [text], runs_of([plan(name, prefill == "stream")], [], loop="closed"), [], prefill, sink)
     ids = text.ids[None]
     texts = Texts(ids, torch.ones(ids.shape), PROMPT)
-    loss, flags = Reading(model, lambda _: texts, []).loss(load_gate(name), texts, prefill)
+    loss, flags = TextReading(model, lambda _: texts, []).loss(load_gate(name), texts, prefill)
     gated = PROMPT if prefill == "full" else LENGTH - 1  # the last key has no later step to leave at
     for layer, own in enumerate(flags):
         kept = sink.intervals[0, layer].leave.reshape(2, LENGTH)[:, :gated] == LENGTH

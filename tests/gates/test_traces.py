@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from kvscope.core.errors import TraceError, UsageError
+from kvscope.core.gate_options import EvictionLoss, GateDesign, GateForm, TrainingSettings
 from kvscope.gates.module import load_gate
 from kvscope.model.generate import trace
 from kvscope.replay.run import replay
 from kvscope.trace.reader import Trace
-from kvscope.training.fit import Settings
-from kvscope.training.tasks import Recorded, mass_to_come, wanted
-from kvscope.training.train_gate import Design, train_on_traces
+from kvscope.training.tasks import RecordedMass, best_keys, mass_to_come
+from kvscope.training.train_gate import train_on_traces
 from tests.model.tiny import saved
 
 PROMPT, NEW = 20, 16
@@ -57,7 +57,7 @@ def test_mass_to_come_is_what_later_queries_pay(form: str, recorded: Trace) -> N
 def test_no_other_choice_of_as_many_keys_retains_more(form: str, recorded: Trace) -> None:
     """The choice that is learned, replayed as gates, against many others of its size."""
     share = 0.4
-    chosen = wanted(recorded, 0, share, form)
+    chosen = best_keys(recorded, 0, share, form)
     for layer, keep in enumerate(chosen):
         assert int(keep.sum()) == round(share * keep.numel())
         mass = mass_to_come(recorded, 0, layer, form).flatten()
@@ -79,8 +79,10 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 
 @pytest.mark.parametrize("form", ["causal", "bidirectional"])
 def test_a_gate_learns_it_without_the_model(form: Any, read: Trace, tmp_path: Path) -> None:
-    settings = Settings(0.4, "square", strength=5, steps=80, rate=0.005, every=20)
-    made = train_on_traces([read], tmp_path / "g.safetensors", design=Design(form=form), settings=settings)
+    settings = TrainingSettings(0.4, EvictionLoss.square, strength=5, steps=80, rate=0.005, every=20)
+    made = train_on_traces(
+        [read], tmp_path / "g.safetensors", design=GateDesign(form=GateForm(form)), settings=settings
+    )
     assert made.best.loss < made.log[0].loss - 0.05
     assert abs(made.best.keep - 0.4) < 0.1  # one passage judges
     facts = load_gate(str(made.path)).facts
@@ -92,16 +94,16 @@ def test_a_gate_learns_it_without_the_model(form: Any, read: Trace, tmp_path: Pa
 
 
 def test_the_same_again(recorded: Trace, tmp_path: Path) -> None:
-    settings = Settings(0.4, "absolute", steps=10, every=5)
+    settings = TrainingSettings(0.4, EvictionLoss.absolute, steps=10, every=5)
     one, other = (
-        train_on_traces([recorded], tmp_path / name, settings=settings, design=Design(form="bidirectional"))
+        train_on_traces([recorded], tmp_path / name, settings=settings, design=GateDesign(form=GateForm.bidirectional))
         for name in ("one", "other")
     )
     assert one.path.read_bytes() == other.path.read_bytes()
 
 
 def test_every_sequence_comes_in_turn_and_some_are_never_trained_on(recorded: Trace) -> None:
-    task = Recorded([recorded], 0.5, "causal", 3)
+    task = RecordedMass([recorded], 0.5, "causal", 3)
     seen: list[int] = []
     task._loss = lambda gate, place: seen.append(place)  # type: ignore[method-assign, assignment, func-returns-value]
     for number in range(10):
@@ -123,11 +125,11 @@ def test_traces_that_cannot_be_learned_from_are_refused(recorded: Trace, tmp_pat
         made = record(tmp_path, [[1, 2, 3], [4, 5, 6]], **more)
         if message:
             with pytest.raises(TraceError, match=message):
-                Recorded([made], 0.5, "causal", 0)
+                RecordedMass([made], 0.5, "causal", 0)
         else:
-            assert Recorded([made], 0.5, "causal", 0), "rows that follow from vectors are as good"
+            assert RecordedMass([made], 0.5, "causal", 0), "rows that follow from vectors are as good"
     with pytest.raises(UsageError, match="one sequence leaves none"):
-        Recorded([record(tmp_path, [[1, 2, 3]])], 0.5, "causal", 0)
+        RecordedMass([record(tmp_path, [[1, 2, 3]])], 0.5, "causal", 0)
     with pytest.raises(UsageError, match="no trace is named"):
         train_on_traces([], tmp_path / "g")
 
@@ -137,4 +139,4 @@ def test_traces_of_different_models_are_refused(recorded: Trace, tmp_path: Path)
     other = record(tmp_path, [[1, 2, 3], [4, 5, 6]])
     other.header.model.weights[0] += 1
     with pytest.raises(TraceError, match="are of different models"):
-        Recorded([recorded, other], 0.5, "causal", 0)
+        RecordedMass([recorded, other], 0.5, "causal", 0)

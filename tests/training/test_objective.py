@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvscope.model.attention_hook import Call, Kernel, answering, watching
 from kvscope.training.objective import attended, eviction_loss, language_loss, straight_through
-from kvscope.training.tasks import Reading, Texts
+from kvscope.training.tasks import TextReading, Texts
 from tests.gates.make import gate
 from tests.model.tiny import build, tokens
 
@@ -37,7 +37,7 @@ def test_straight_through_decides_hard_and_differentiates_soft() -> None:
 def test_gradients_reach_the_gates_alone(form: str, prefill: str) -> None:
     model = frozen()
     made = gate(model, form=form).double().requires_grad_(True)
-    loss, flags = Reading(model, lambda _: texts(), []).loss(made, texts(), prefill)
+    loss, flags = TextReading(model, lambda _: texts(), []).loss(made, texts(), prefill)
     (loss + eviction_loss(flags, 0.1, "absolute")).backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, parameter in made.named_parameters():
@@ -68,7 +68,7 @@ def test_the_straight_through_gradient_is_that_of_the_soft_form(name: str) -> No
     """Finite differences of the loss in every flag, at the hard decisions, handed on to the gates as their slope."""
     model = frozen(name)
     made = gate(model, sinks=1).double().requires_grad_(True)
-    loss, flags = Reading(model, lambda _: texts(), []).step(made, 0)
+    loss, flags = TextReading(model, lambda _: texts(), []).step(made, 0)
     assert 0.2 < torch.stack(flags).mean().item() < 0.8
     hard = [layer.detach().clone(memory_format=torch.contiguous_format) for layer in flags]
     assert soft(model, hard).item() == pytest.approx(loss.item(), abs=1e-12)
@@ -100,7 +100,7 @@ def test_gates_of_the_first_layer_hear_from_those_of_the_second() -> None:
     """What a key does to later inputs counts too, through the values of later gates."""
     model = frozen()
     made = gate(model).double().requires_grad_(True)
-    task = Reading(model, lambda _: texts(), [])
+    task = TextReading(model, lambda _: texts(), [])
     _, flags = task.step(made, 0)
     flags[1].sum().backward()  # type: ignore[no-untyped-call]
     assert made.layers[0].open.bias.grad.abs().sum() > 0  # type: ignore[union-attr, operator]
@@ -128,7 +128,7 @@ def test_both_prefills_take_turns_where_the_gate_serves_both() -> None:
     model, seen = frozen(), list[int]()
     for form, expected in (("causal", [LENGTH, 6, LENGTH]), ("bidirectional", [6, 6, 6])):
         made = gate(model, form=form).double()
-        task = Reading(model, lambda _: texts(), [texts()] * 3)
+        task = TextReading(model, lambda _: texts(), [texts()] * 3)
         seen = [flags[0].shape[-1] for _, flags in task.held_out(made)]
         assert seen == expected == [task.step(made, number)[1][0].shape[-1] for number in range(3)]
 
@@ -136,7 +136,7 @@ def test_both_prefills_take_turns_where_the_gate_serves_both() -> None:
 def test_open_gates_are_the_model() -> None:
     model, given = frozen(), texts()
     made = gate(model, sinks=LENGTH)
-    found, flags = Reading(model, lambda _: given, []).loss(made.double(), given, "stream")
+    found, flags = TextReading(model, lambda _: given, []).loss(made.double(), given, "stream")
     plain = language_loss(model(input_ids=given.ids).logits, given.ids, given.weights)
     assert found.item() == pytest.approx(plain.item(), abs=1e-12)
     assert all((layer == 1).all() for layer in flags)

@@ -9,24 +9,26 @@ import pytest
 import torch
 
 from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.gate_options import EvictionLoss, GateDesign, TextWindows, TrainingSettings
+from kvscope.core.options import ModelSource
 from kvscope.gates.module import LearnedGate, load_gate
 from kvscope.model.sample import sample
-from kvscope.training.fit import Look, Settings, train
-from kvscope.training.tasks import Reading, Texts
-from kvscope.training.train_gate import CHECKPOINT, Design, Trained, train_on_texts
+from kvscope.training.fit import Look, train
+from kvscope.training.tasks import TextReading, Texts
+from kvscope.training.train_gate import CHECKPOINT, Trained, train_on_texts
 from tests.gates.make import facts
 from tests.model.tiny import build, saved, tokens
 
 LENGTH = 24
-QUICK = Settings(target_keep=0.4, eviction="square", strength=20, steps=24, rate=0.02, every=6)
+QUICK = TrainingSettings(target_keep=0.4, eviction=EvictionLoss.square, strength=20, steps=24, rate=0.02, every=6)
 
 
-def task(model: Any) -> Reading:
+def task(model: Any) -> TextReading:
     def texts(seed: int) -> Texts:
         ids = tokens(LENGTH, batch=4, seed=seed)
         return Texts(ids, torch.ones(ids.shape), LENGTH // 2)
 
-    return Reading(model, texts, [texts(10**6 + number) for number in range(4)])
+    return TextReading(model, texts, [texts(10**6 + number) for number in range(4)])
 
 
 def untrained(model: Any, seed: int = 0, **more: Any) -> LearnedGate:
@@ -34,7 +36,7 @@ def untrained(model: Any, seed: int = 0, **more: Any) -> LearnedGate:
     return LearnedGate(facts(model, **more), torch.tensor(sample(model)))
 
 
-def keeps(settings: Settings, path: Path, **more: Any) -> float:
+def keeps(settings: TrainingSettings, path: Path, **more: Any) -> float:
     """Return the share of keys that a tiny model's gate keeps, trained so."""
     model = build("llama").requires_grad_(False)
     log = train(untrained(model, **more), task(model), settings, path / "checkpoint")
@@ -45,7 +47,7 @@ def keeps(settings: Settings, path: Path, **more: Any) -> float:
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
 @pytest.mark.parametrize("kind", ["one-sided", "absolute", "square"])
 def test_the_target_is_met(kind: Any, target: float, tmp_path: Path) -> None:
-    settings = Settings(target, kind, strength=20, steps=150, rate=0.01, every=15, patience=9)
+    settings = TrainingSettings(target, kind, strength=20, steps=150, rate=0.01, every=15, patience=9)
     kept = keeps(settings, tmp_path)
     assert kept <= target + 0.05
     if kind != "one-sided":
@@ -53,7 +55,13 @@ def test_the_target_is_met(kind: Any, target: float, tmp_path: Path) -> None:
 
 
 def test_a_bidirectional_gate_is_trained_on_prompts(tmp_path: Path) -> None:
-    assert abs(keeps(Settings(0.5, "square", 20, 150, 0.01, 15, 9), tmp_path, form="bidirectional") - 0.5) <= 0.05
+    assert (
+        abs(
+            keeps(TrainingSettings(0.5, EvictionLoss.square, 20, 150, 0.01, 15, 9), tmp_path, form="bidirectional")
+            - 0.5
+        )
+        <= 0.05
+    )
 
 
 class Stopped(Exception):
@@ -80,8 +88,8 @@ def learn(folder: Path, output: str, **more: Any) -> Trained:
     if not (folder / "model").exists():
         saved(folder / "model")
         corpus(folder)
-    given = {"design": Design(size=4), "settings": QUICK, "window": 16, "tokens": 64, **more}
-    return train_on_texts(str(folder / "model"), [folder / "words.txt"], folder / output, **given)
+    given = {"design": GateDesign(size=4), "settings": QUICK, "windows": TextWindows(16, 64), **more}
+    return train_on_texts(ModelSource(str(folder / "model")), [folder / "words.txt"], folder / output, **given)
 
 
 def test_the_same_seed_gives_the_same_gate(tmp_path: Path) -> None:
@@ -94,10 +102,10 @@ def test_the_same_seed_gives_the_same_gate(tmp_path: Path) -> None:
 def test_a_training_that_goes_on_is_the_one_that_was_never_interrupted(interrupted: int, tmp_path: Path) -> None:
     whole = learn(tmp_path, "whole")
     with pytest.raises(Stopped):
-        learn(tmp_path, "parts", progress=stop_at(interrupted))
+        learn(tmp_path, "parts", progress_callback=stop_at(interrupted))
     assert not (tmp_path / "parts").exists() and (tmp_path / f"parts{CHECKPOINT}").is_file()
     steps: list[int] = []
-    parts = learn(tmp_path, "parts", resume=True, progress=lambda step, look: steps.append(step))
+    parts = learn(tmp_path, "parts", resume=True, progress_callback=lambda step, look: steps.append(step))
     assert steps[0] == interrupted - interrupted % QUICK.every + 1, "it goes on, and does not start anew"
     assert parts.path.read_bytes() == whole.path.read_bytes() and parts.log == whole.log
     assert not (tmp_path / f"parts{CHECKPOINT}").exists()
@@ -105,8 +113,8 @@ def test_a_training_that_goes_on_is_the_one_that_was_never_interrupted(interrupt
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        learn(tmp_path, "gate", progress=stop_at(7))
-    for other in ({"settings": replace(QUICK, rate=0.1)}, {"design": Design(size=8)}):
+        learn(tmp_path, "gate", progress_callback=stop_at(7))
+    for other in ({"settings": replace(QUICK, rate=0.1)}, {"design": GateDesign(size=8)}):
         with pytest.raises(UsageError, match="made with other settings"):
             learn(tmp_path, "gate", resume=True, **other)
     with pytest.raises(UsageError, match="no checkpoint"):
@@ -131,7 +139,7 @@ class Script:
 
 
 def test_training_stops_when_nothing_gets_better(tmp_path: Path) -> None:
-    settings = Settings(0.5, steps=100, every=2, patience=3)
+    settings = TrainingSettings(0.5, steps=100, every=2, patience=3)
     log = train(untrained(build("llama")), Script([9, 5, 4, 6, 4, 5, 0]), settings, tmp_path / "c")
     assert [look.step for look in log] == [0, 2, 4, 6, 8, 10]
     assert [look.loss for look in log] == [9, 5, 4, 6, 4, 5]
@@ -147,9 +155,9 @@ def test_the_best_gate_is_the_one_that_is_left(tmp_path: Path) -> None:
     train(
         made,
         Moving([9, 5, 4, 6, 7, 8]),
-        Settings(0.5, steps=100, every=2, patience=3),
+        TrainingSettings(0.5, steps=100, every=2, patience=3),
         tmp_path / "c",
-        progress=lambda step, look: seen.setdefault(step, made.layers[0].open.bias.detach().clone()),
+        progress_callback=lambda step, look: seen.setdefault(step, made.layers[0].open.bias.detach().clone()),
     )
     assert not torch.equal(seen[4], seen[10])
     assert torch.equal(made.layers[0].open.bias, seen[4])
@@ -179,20 +187,20 @@ def test_what_a_gate_was_trained_on_is_in_its_file(tmp_path: Path) -> None:
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Settings(**wrong)
+        TrainingSettings(**wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"heads": 0}, {"size": 0}, {"sinks": -1}, {"tau": 1.0}])
 def test_designs_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="makes no sense"):
-        Design(**wrong)
+        GateDesign(**wrong)
 
 
 def test_texts_that_cannot_be_learned_from_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no text has a window of 500 tokens"):
-        learn(tmp_path, "gate", window=500, tokens=500)
+        learn(tmp_path, "gate", windows=TextWindows(500, 500))
     with pytest.raises(UsageError, match="make no sense"):
-        learn(tmp_path, "gate", window=16, tokens=8)
+        TextWindows(16, 8)
     (tmp_path / "words.txt").unlink()
     with pytest.raises(UsageError, match="cannot read"):
         learn(tmp_path, "gate")
@@ -204,4 +212,4 @@ def test_a_loss_that_is_not_finite_stops_it(tmp_path: Path) -> None:
             return gate.layers[0].open.bias.sum() * torch.nan, [torch.ones(1)]
 
     with pytest.raises(ModelError, match="loss of step 0 is not finite"):
-        train(untrained(build("llama")), Broken([1.0]), Settings(), tmp_path / "c")
+        train(untrained(build("llama")), Broken([1.0]), TrainingSettings(), tmp_path / "c")
