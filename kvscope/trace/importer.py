@@ -63,34 +63,18 @@ def import_maps(
     """
     arrays = _batched(read_arrays(Path(source)))
     attention = arrays["attention"]
-    count, layers, heads, length, _ = attention.shape
+    count, length = len(attention), attention.shape[-1]
     groups = _check_shapes(arrays)
     for sequence in range(count):
         _check_rows(attention[sequence], learned_sinks)
     _derive(arrays)
     lengths = _prompt_lengths(arrays, prompt_length, count, length)
-    head_dim = next((arrays[name].shape[-1] for name in VECTORS if name in arrays), 0)
-    header = TraceHeader(
-        source="import",
-        protocol="import",
-        model=ModelRecord(id=f"imported from {Path(source).name}", sha256=checksum(Path(source))),
-        layers=list(range(layers)),
-        n_layers=layers,
-        heads=heads,
-        kv_heads=groups,
-        head_dim=head_dim,
-        layer_types=["full"] * layers,
-        sliding_window=[None] * layers,
-        learned_sinks=learned_sinks,
-        stored=_stored(arrays),
-        prompts=[_prompt(prompt)],
-        versions={"kvscope": version("kvscope"), "numpy": version("numpy")},
-    )
+    header = _header(Path(source), arrays, groups, learned_sinks, prompt)
     needed = estimate_bytes(
-        layers=layers,
-        heads=heads,
+        layers=len(header.layers),
+        heads=header.heads,
         kv_heads=groups,
-        head_dim=head_dim,
+        head_dim=header.head_dim,
         lengths=[length] * count,
         stored=header.stored,
     )
@@ -100,6 +84,29 @@ def import_maps(
             _write(writer, sequence, arrays, lengths[sequence])
         writer.finish([SequenceRecord(prompt, length, forced=True) for prompt in lengths])
     return open_trace(output)
+
+
+def _header(
+    source: Path, arrays: Mapping[str, Array], groups: int, learned_sinks: bool, prompt: str | None
+) -> TraceHeader:
+    """Return the header of a trace of checked arrays, with `groups` key/value heads."""
+    _, layers, heads, _, _ = arrays["attention"].shape
+    return TraceHeader(
+        source="import",
+        protocol="import",
+        model=ModelRecord(id=f"imported from {source.name}", sha256=checksum(source)),
+        layers=list(range(layers)),
+        n_layers=layers,
+        heads=heads,
+        kv_heads=groups,
+        head_dim=next((arrays[name].shape[-1] for name in VECTORS if name in arrays), 0),
+        layer_types=["full"] * layers,
+        sliding_window=[None] * layers,
+        learned_sinks=learned_sinks,
+        stored=_stored(arrays),
+        prompts=[_prompt(prompt)],
+        versions={"kvscope": version("kvscope"), "numpy": version("numpy")},
+    )
 
 
 def read_arrays(source: Path) -> dict[str, Array]:
