@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kvscope.core.errors import UsageError
+from kvscope.core.model_types import CausalModel, Tokenizer
 
 
 class Prefill(StrEnum):
@@ -117,7 +118,7 @@ class ModelSource:
         Whether code that comes with the model may run.
     """
 
-    model: str | tuple[Any, Any]
+    model: str | tuple[CausalModel, Tokenizer]
     revision: str | None = None
     dtype: str = "auto"
     device: str = "cpu"

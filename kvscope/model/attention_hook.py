@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvscope.core.errors import ModelError
+from kvscope.core.model_types import ModelConfig
 
 PREFIX = "kvscope-watch-"
 KERNELS = ("sdpa", "eager")
@@ -218,8 +219,8 @@ def require_registry(model: nn.Module) -> None:
         )
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    found: dict[int, Any] = {}
+def _configs(model: nn.Module) -> list[ModelConfig]:
+    found: dict[int, ModelConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation_internal"):

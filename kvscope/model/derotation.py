@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvscope.core.errors import ModelError
+from kvscope.core.model_types import CausalModel
 from kvscope.model.attention_hook import Call, watching
 
 PROBES = (3, 8)  # positions at which one token is looked at
@@ -62,7 +62,7 @@ class Derotation:
         return cos.to(torch.float64), sin.to(torch.float64)
 
 
-def derotations(model: Any, token: Tensor) -> list[Derotation]:
+def derotations(model: CausalModel, token: Tensor) -> list[Derotation]:
     """Return the rotary embedding of each layer, tried out on one token, ``[1, 1]``.
 
     A token that reads itself alone has the same hidden states wherever it stands, so its queries and keys at two
@@ -94,7 +94,7 @@ def derotations(model: Any, token: Tensor) -> list[Derotation]:
     return layers
 
 
-def _calls(model: Any, token: Tensor, position: int) -> list[Call]:
+def _calls(model: CausalModel, token: Tensor, position: int) -> list[Call]:
     calls: list[Call] = []
     with watching(model, calls.append):
         model(input_ids=token, position_ids=torch.full_like(token, position), use_cache=False)

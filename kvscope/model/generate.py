@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from kvscope.core.model_types import CausalModel, Tokenizer
 from kvscope.core.options import ModelSource, OutputOptions
 from kvscope.core.recording_options import BlockOptions, Sampling, StoreOptions, TextOptions
 from kvscope.model.compile import compile_recording, default_output
@@ -15,7 +15,7 @@ from kvscope.trace.reader import Trace
 
 
 def trace(
-    model: str | tuple[Any, Any],
+    model: str | tuple[CausalModel, Tokenizer],
     prompts: Sequence[Path | str],
     *,
     output: Path | None = None,

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_log
 
 from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.model_types import CausalModel, ModelConfig, Tokenizer
 from kvscope.core.options import ModelSource
 from kvscope.model.explain import HttpError, explained, fetch, first_line, kind
 from kvscope.model.names import resolve
@@ -34,8 +35,8 @@ REACH_SECONDS = 5  # how long the Hub may take to say whether it is there
 class Loaded:
     """A model that is ready to run, its tokenizer, and what it was loaded from."""
 
-    model: Any
-    tokenizer: Any
+    model: CausalModel
+    tokenizer: Tokenizer
     name: str
     source: str
     revision: str | None
@@ -46,7 +47,7 @@ class Loaded:
         return torch.device(self.model.get_input_embeddings().weight.device)
 
     @property
-    def text_config(self) -> Any:
+    def text_config(self) -> ModelConfig:
         """The configuration of the language model, also inside a multimodal one."""
         return self.model.config.get_text_config(decoder=True)
 
@@ -181,7 +182,7 @@ def _require_files(folder: Path) -> None:
             raise ModelError(f"{file} is damaged or cut short: {first_line(error)}", "Download it again.") from error
 
 
-def _require_vocabulary(source: str, tokenizer: Any) -> None:
+def _require_vocabulary(source: str, tokenizer: Tokenizer) -> None:
     """Raise ModelError for a tokenizer of nothing, which transformers makes for some models without its files."""
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise ModelError(
@@ -189,7 +190,7 @@ def _require_vocabulary(source: str, tokenizer: Any) -> None:
         )
 
 
-def _weights(source: str, **options: Any) -> Any:
+def _weights(source: str, **options: object) -> CausalModel:
     """Return the model; transformers would fill weights that are not there with random ones, and only log it."""
     log = logging.getLogger("transformers.modeling_utils")
     before, log.disabled = log.disabled, True  # its table of every such weight
@@ -210,7 +211,7 @@ def _weights(source: str, **options: Any) -> Any:
     return model
 
 
-def _refuse_by_name(config: Any) -> None:
+def _refuse_by_name(config: ModelConfig) -> None:
     if config.model_type in UNSUPPORTED:
         raise ModelError(
             f"models of type {config.model_type} do not use transformers' attention registry and cannot be watched",

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvscope.core.errors import UsageError
+from kvscope.core.model_types import Tokenizer
 from kvscope.model.loading import Loaded
 
 
@@ -106,7 +106,7 @@ def encode(loaded: Loaded, file: str, text: str, forced: str | None, *, chat: bo
     return Prompt(file, text, list(ids), None if after is None else list(after))
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Return what each token adds to the text, so that the parts joined are the text.
 
     A token that ends inside a character adds nothing; the one that completes it adds the character.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvscope.core.model_types import ModelOutput
 from kvscope.model.attention_hook import watching
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt, token_texts
@@ -117,7 +117,7 @@ class RecordingRun:
             del logits  # before the next chunk makes its own
         return scores, last
 
-    def _forward(self, tokens: Tensor, cache: DynamicCache | None) -> Any:
+    def _forward(self, tokens: Tensor, cache: DynamicCache | None) -> ModelOutput:
         return self.loaded.model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
 
     def _report(self, tokens: int) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvscope.core.errors import ModelError
+from kvscope.core.model_types import CausalModel
 from kvscope.model.attention_hook import Call, watching
 from kvscope.trace.record import LayerAttention
 
@@ -30,7 +30,7 @@ class AttentionFacts:
     attention: dict[int, LayerAttention]
 
 
-def self_check(model: Any, ids: Tensor) -> AttentionFacts:
+def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
     """Return the facts of the model's attention, after a look at a few tokens of the prompt, ``[1, P]``.
 
     Raises

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvscope.core.errors import ReplayError
+from kvscope.core.model_types import KeyValueCache
 from kvscope.model.derotation import Derotation
 
 
@@ -90,7 +91,7 @@ class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.rotary.on(keys[None, None], torch.arange(len(keys), device=keys.device))[0, 0]
 
 
-def short_cache(layers: int, rotary: Sequence[Derotation] | None = None) -> Any:
+def short_cache(layers: int, rotary: Sequence[Derotation] | None = None) -> KeyValueCache:
     """Return a cache with a `ShortLayer` for each layer, to pass as ``past_key_values``."""
     return Cache(layers=[ShortLayer(rotary[layer] if rotary else None) for layer in range(layers)])
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kvscope.core.errors import TraceError, UsageError
+from kvscope.core.model_types import CausalModel
 from kvscope.gates.module import LearnedGate
 from kvscope.model.attention_hook import answering
 from kvscope.trace.reader import Trace
@@ -57,7 +58,7 @@ class TextReading:
         What is not trained on.
     """
 
-    def __init__(self, model: Any, draw: Callable[[int], Texts], held_out: Sequence[Texts]) -> None:
+    def __init__(self, model: CausalModel, draw: Callable[[int], Texts], held_out: Sequence[Texts]) -> None:
         self._model, self._draw, self._held_out = model, draw, held_out
 
     def step(self, gate: LearnedGate, number: int) -> Found:
