@@ -100,34 +100,32 @@ def replayed(trace: Trace, prefill: Any, folder: Path, names: Sequence[str] | No
 def compared(text: Replay, recall: Replay, distances: Sequence[int]) -> dict[str, Any]:
     """Return a row for each policy and budget, and the rank agreement over all rows."""
     rows, table = [], defaultdict(list)
-    runs = {(run["label"], run["budget"]): run for run in recall.summary["runs"] if run["loop"] == "closed"}
-    opened, asked = (
-        {run["run"]: run for run in replay.summary["runs"] if run["loop"] == "open"} for replay in (text, recall)
-    )
-    for run in text.summary["runs"]:
-        if run["loop"] != "closed":
+    runs = {(run.label, run.budget): run for run in recall.summary.runs if run.loop == "closed"}
+    opened, asked = ({run.run: run for run in replay.summary.runs if run.loop == "open"} for replay in (text, recall))
+    for run in text.summary.runs:
+        if run.loop != "closed":
             continue
-        cheap = opened[run["open_run"]]["metrics"]
-        other = runs[run["label"], run["budget"]]
+        cheap = opened[run.open_run]["metrics"]
+        other = runs[run.label, run.budget]
         right, loss = answers(recall, other["run"], distances)
         rows.append(
             {
-                "policy": run["label"],
-                "budget": run["budget"],
-                "phase": run["phase"],
-                **{name: rounded(run["metrics"][name]["mean"]) for name in OUTCOMES},
-                "low": rounded(run["metrics"]["perplexity_ratio"]["low"]),
-                "high": rounded(run["metrics"]["perplexity_ratio"]["high"]),
-                "held_overlap": rounded(run["gap"]["held_overlap"]),
+                "policy": run.label,
+                "budget": run.budget,
+                "phase": run.phase,
+                **{name: rounded(run.metrics[name].mean) for name in OUTCOMES},
+                "low": rounded(run.metrics["perplexity_ratio"].low),
+                "high": rounded(run.metrics["perplexity_ratio"].high),
+                "held_overlap": rounded(run.gap.held_overlap),
                 **{name: rounded(cheap[name]["mean"]) for name in SHOWN},
                 "answer_perplexity": rounded(np.exp(loss)),
                 "recall": right,
             }
         )
-        values, own = cheap_metrics(opened[run["open_run"]]), cheap_metrics(asked[other["open_run"]])
-        if run["budget"] is not None and None not in (values["retained_mass"], values["ideal_cosine"]):
+        values, own = cheap_metrics(opened[run.open_run]), cheap_metrics(asked[other["open_run"]])
+        if run.budget is not None and None not in (values["retained_mass"], values["ideal_cosine"]):
             for name in values.keys() & own.keys():
-                table[name].append((values[name], own[name], run["metrics"]["perplexity_ratio"]["mean"], right["all"]))
+                table[name].append((values[name], own[name], run.metrics["perplexity_ratio"].mean, right["all"]))
     agreement = {}
     for name, found in sorted(table.items()):
         columns = np.array(found, float)
@@ -163,8 +161,8 @@ def within_a_budget(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, di
 
 def cheap_metrics(run: Mapping[str, Any]) -> dict[str, float | None]:
     """Return every metric of an open run, and its tails as ``metric.tail``."""
-    tails = {f"{name}.{tail}": value for name, of in run["tails"].items() for tail, value in of.items()}
-    return {name: value["mean"] for name, value in run["metrics"].items()} | {
+    tails = {f"{name}.{tail}": value for name, of in run.tails.items() for tail, value in of.items()}
+    return {name: value["mean"] for name, value in run.metrics.items()} | {
         name: value for name, value in tails.items() if not isinstance(value, dict)
     }
 
@@ -172,7 +170,7 @@ def cheap_metrics(run: Mapping[str, Any]) -> dict[str, float | None]:
 def answers(replay: Replay, run: int, distances: Sequence[int]) -> tuple[dict[str, float], float]:
     """Return the share of questions whose every answer token is right, by distance and in all, and the mean loss."""
     tokens = replay.tokens(run)
-    prompts = [one["prompt"] for one in replay.info["trace"]["sequences"]]
+    prompts = [one["prompt"] for one in replay.info.trace.sequences]
     tokens = tokens[tokens["position"] >= tokens["sequence"].map(dict(enumerate(prompts)))]
     right = tokens.groupby("sequence")["top1_correct"].all().reindex(range(len(distances))).to_numpy(bool)
     shares = {str(d): rounded(right[np.array(distances) == d].mean()) for d in sorted(set(distances))}

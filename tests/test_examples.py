@@ -16,6 +16,7 @@ import pytest
 from pandas.testing import assert_frame_equal, assert_series_equal
 
 from kvscope.core.options import ClosedLoopOptions
+from kvscope.core.records import RunSummary
 from kvscope.replay.run import replay
 from kvscope.report.encoding import unpacked
 from kvscope.report.page import report
@@ -40,15 +41,15 @@ def committed() -> Replay:
 @pytest.fixture(scope="module")
 def again(trace: Trace, committed: Replay, tmp_path_factory: pytest.TempPathFactory) -> Replay:
     """Return the same policies and budgets, replayed now in both loops; policies that came later are not in them."""
-    policies = list(dict.fromkeys(run["label"] for run in committed.info["runs"]))
-    budgets = list(dict.fromkeys(run["budget"] for run in committed.info["runs"] if run["budget"] is not None))
+    policies = list(dict.fromkeys(run.label for run in committed.info.runs))
+    budgets = list(dict.fromkeys(run.budget for run in committed.info.runs if run.budget is not None))
     output = tmp_path_factory.mktemp("replay") / "example"
     return replay(trace, policies, budgets, output=output, closed=ClosedLoopOptions(dtype="float32"))
 
 
-def values(run: dict[str, Any]) -> dict[str, Any]:
+def values(run: RunSummary) -> dict[str, float | None]:
     """Return what `summary.json` says of the metrics of one run, flat."""
-    return {f"{name} {what}": value for name, stated in run["metrics"].items() for what, value in stated.items()}
+    return {f"{name} {what}": value for name, stated in run.metrics.items() for what, value in vars(stated).items()}
 
 
 def test_the_prompt_asks_for_its_facts_and_the_model_knows_the_last(trace: Trace) -> None:
@@ -70,26 +71,26 @@ def test_the_trace_has_everything_that_a_policy_may_need(trace: Trace) -> None:
 
 
 def test_the_replay_is_of_this_trace(trace: Trace, committed: Replay) -> None:
-    assert committed.info["trace"]["identity"] == trace.identity
+    assert committed.info.trace.identity == trace.identity
 
 
 def of_open(replay: Replay) -> list[int]:
-    return [run["run"] for run in replay.info["runs"] if run["loop"] == "open"]
+    return [run.run for run in replay.info.runs if run.loop == "open"]
 
 
 def test_decisions_are_the_same(committed: Replay, again: Replay) -> None:
     runs = of_open(committed)
-    assert of_open(again) == runs and {"belady", "h2o"} <= {committed.info["runs"][run]["policy"] for run in runs}
+    assert of_open(again) == runs and {"belady", "h2o"} <= {committed.info.runs[run].policy for run in runs}
     for run in runs:
-        assert again.info["runs"][run]["decisions"] == committed.info["runs"][run]["decisions"]
+        assert again.info.runs[run].decisions == committed.info.runs[run].decisions
         assert_frame_equal(again.residency(run=run), committed.residency(run=run))
 
 
 def test_metrics_are_the_same(committed: Replay, again: Replay) -> None:
     for run in of_open(committed):
         assert_frame_equal(again.fidelity(run=run), committed.fidelity(run=run), rtol=0, atol=1e-6)
-        made, kept = again.summary["runs"][run], committed.summary["runs"][run]
-        assert (made["label"], made["budget"]) == (kept["label"], kept["budget"])
+        made, kept = again.summary.runs[run], committed.summary.runs[run]
+        assert (made.label, made.budget) == (kept.label, kept.budget)
         stated = pd.Series(values(kept), dtype=float)
         assert_series_equal(pd.Series(values(made), dtype=float), stated, rtol=0, atol=1e-6)
 
@@ -97,11 +98,7 @@ def test_metrics_are_the_same(committed: Replay, again: Replay) -> None:
 def test_perplexities_are_the_same(committed: Replay, again: Replay) -> None:
     """Up to what the matrix products of another machine change: a tie may tip, and what follows from it."""
     made, kept = (
-        {
-            (row["label"], row["budget"]): math.log(row["metrics"]["perplexity"]["mean"])
-            for row in each.summary["runs"]
-            if row["loop"] == "closed"
-        }
+        {(row.label, row.budget): math.log(row.mean("perplexity")) for row in each.summary.runs if row.loop == "closed"}
         for each in (again, committed)
     )
     assert made == pytest.approx(kept, abs=0.05)

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvscope.core.errors import UsageError
+from kvscope.core.records import RunRecord
 from kvscope.core.registry import nearest
 from kvscope.results.diff import require_same_origin
 from kvscope.results.statistics import Paired, paired
 from kvscope.results.store import Replay
 from kvscope.results.stream import by_sequence
 
-Run = Mapping[str, Any]  # a row of run.json
 Values = Mapping[tuple[int, str], Mapping[int, float]]  # (run, metric) -> sequence -> value
 HELD = "held_keys"  # what a budget came to
 UNLIKE = 0.01  # share by which they may differ and still be one budget
@@ -78,15 +78,15 @@ def compare(a: tuple[Replay, str], b: tuple[Replay, str], metrics: Sequence[str]
         If a policy or metric is not there, or the two have no budget in common.
     """
     require_same_origin(a[0].summary, b[0].summary)
-    declared: Mapping[str, Any] = {**a[0].info["metrics"], **a[0].summary["metrics"]}  # in the order of the replay
+    declared = {**a[0].info.metrics, **a[0].summary.metrics}  # in the order of the replay
     for name in metrics or ():
         if name not in declared:
             raise UsageError(f"no metric is called {name!r}", nearest(name, declared))
-    wanted = list(dict.fromkeys(metrics or [name for name, item in declared.items() if item["direction"] != "none"]))
+    wanted = list(dict.fromkeys(metrics or [name for name, item in declared.items() if item.direction != "none"]))
     pairs = _pairs(runs_named(*a), runs_named(*b))
     read = list(dict.fromkeys([*wanted, *([HELD] if HELD in declared else [])]))
-    of_a = by_sequence(a[0], {one["run"] for one, _ in pairs}, read)
-    of_b = by_sequence(b[0], {other["run"] for _, other in pairs}, read)
+    of_a = by_sequence(a[0], {one.run for one, _ in pairs}, read)
+    of_b = by_sequence(b[0], {other.run for _, other in pairs}, read)
     rows: list[ComparisonRow] = []
     warnings: list[str] = []
     for one, other in pairs:
@@ -94,12 +94,12 @@ def compare(a: tuple[Replay, str], b: tuple[Replay, str], metrics: Sequence[str]
         for name in wanted:
             both = _paired(of_a, one, of_b, other, name)
             if both.sequences:
-                direction = str(declared[name]["direction"])
-                rows.append(ComparisonRow(budget, str(one["loop"]), name, direction, both, _better(both, direction)))
+                direction = declared[name].direction
+                rows.append(ComparisonRow(budget, str(one.loop), name, direction, both, _better(both, direction)))
         if HELD in declared:
             warnings += _unlike(budget, one, other, _paired(of_a, one, of_b, other, HELD))
     warnings += [row.paired.warning for row in rows if row.paired.warning and row.direction != "none"]
-    labels = [str(run["label"]) for run in pairs[0]]
+    labels = [str(run.label) for run in pairs[0]]
     if a[0].path != b[0].path:
         labels = [f"{label} of {replay.name}" for label, (replay, _) in zip(labels, (a, b), strict=True)]
     return Comparison(labels[0], labels[1], rows, list(dict.fromkeys(warnings)))
@@ -107,10 +107,10 @@ def compare(a: tuple[Replay, str], b: tuple[Replay, str], metrics: Sequence[str]
 
 def policies(replay: Replay) -> list[str]:
     """Return the labels of the policies of a replay, each once."""
-    return list(dict.fromkeys(str(run["label"]) for run in replay.info["runs"]))
+    return list(dict.fromkeys(str(run.label) for run in replay.info.runs))
 
 
-def runs_named(replay: Replay, policy: str) -> list[Run]:
+def runs_named(replay: Replay, policy: str) -> list[RunRecord]:
     """Return the runs that a label, a name or the number of a run means.
 
     Raises
@@ -118,13 +118,13 @@ def runs_named(replay: Replay, policy: str) -> list[Run]:
     UsageError
         If there is none, or the name is that of several policies.
     """
-    runs: list[Run] = replay.info["runs"]
+    runs = replay.info.runs
     for chosen in (
-        [run for run in runs if run["label"] == policy],
-        [run for run in runs if str(run["run"]) == policy],
-        [run for run in runs if run["policy"] == policy],
+        [run for run in runs if run.label == policy],
+        [run for run in runs if str(run.run) == policy],
+        [run for run in runs if run.policy == policy],
     ):
-        labels = list(dict.fromkeys(str(run["label"]) for run in chosen))
+        labels = list(dict.fromkeys(str(run.label) for run in chosen))
         if len(labels) > 1:
             raise UsageError(
                 f"{policy} is several policies of {replay.path}", f"Name one by its label: {' or '.join(labels)}"
@@ -134,34 +134,34 @@ def runs_named(replay: Replay, policy: str) -> list[Run]:
     raise UsageError(f"{replay.path} has no policy {policy!r}", nearest(policy, policies(replay)))
 
 
-def _pairs(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[Run, Run]]:
+def _pairs(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> list[tuple[RunRecord, RunRecord]]:
     single = len(a) == len(b) == 1  # two runs by their numbers: whatever their budgets are
     pairs = [
         (one, other)
         for one in a
         for other in b
-        if one["loop"] == other["loop"]
-        and one["prefill"] == other["prefill"]
-        and (single or one["budget"] == other["budget"] or None in (one["budget"], other["budget"]))
+        if one.loop == other.loop
+        and one.prefill == other.prefill
+        and (single or one.budget == other.budget or None in (one.budget, other.budget))
     ]
     if not pairs:
-        told = " and ".join(f"{side[0]['label']} at {_names(side)}" for side in (a, b))
+        told = " and ".join(f"{side[0].label} at {_names(side)}" for side in (a, b))
         raise UsageError(f"no budget in common: {told}", "Replay both under the same budget, in the same loop.")
     return pairs
 
 
-def _names(runs: Sequence[Run]) -> str:
-    return ", ".join(dict.fromkeys(f"{run['budget'] or 'full cache'} ({run['loop']} loop)" for run in runs))
+def _names(runs: Sequence[RunRecord]) -> str:
+    return ", ".join(dict.fromkeys(f"{run.budget or 'full cache'} ({run.loop} loop)" for run in runs))
 
 
-def _budget(one: Run, other: Run) -> str:
-    budgets = [str(run["budget"] or "full cache") for run in (one, other)]
+def _budget(one: RunRecord, other: RunRecord) -> str:
+    budgets = [str(run.budget or "full cache") for run in (one, other)]
     return budgets[0] if budgets[0] == budgets[1] else f"{budgets[0]} and {budgets[1]}"
 
 
-def _paired(of_a: Values, one: Run, of_b: Values, other: Run, name: str) -> Paired:
+def _paired(of_a: Values, one: RunRecord, of_b: Values, other: RunRecord, name: str) -> Paired:
     """Return the two runs over the sequences in which both have a value."""
-    a, b = of_a.get((one["run"], name), {}), of_b.get((other["run"], name), {})
+    a, b = of_a.get((one.run, name), {}), of_b.get((other.run, name), {})
     common = sorted(a.keys() & b.keys())
     return paired([a[sequence] for sequence in common], [b[sequence] for sequence in common])
 
@@ -172,10 +172,10 @@ def _better(both: Paired, direction: str) -> str:
     return "B" if (both.difference > 0) == (direction == "higher") else "A"
 
 
-def _unlike(budget: str, one: Run, other: Run, held: Paired) -> list[str]:
+def _unlike(budget: str, one: RunRecord, other: RunRecord, held: Paired) -> list[str]:
     """Return what makes two runs an unlike pair: when they evict, and how much they really hold."""
     found = []
-    phases = one.get("phase"), other.get("phase")
+    phases = one.phase, other.phase
     if phases[0] != phases[1]:
         found.append(f"A and B evict at different times: {phases[0]} and {phases[1]}")
     if held.mean_a and held.mean_b and abs(held.mean_b - held.mean_a) > UNLIKE * held.mean_a:

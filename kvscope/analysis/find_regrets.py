@@ -67,8 +67,8 @@ def regrets(
         If the trace is another than that of the replay.
     """
     replay.require_trace(trace.identity, trace.path)
-    chosen = [run for run in replay.info["runs"] if runs is None or run["run"] in runs]
-    collected = {run["run"]: RegretCollector(top) for run in chosen}
+    chosen = [run for run in replay.info.runs if runs is None or run.run in runs]
+    collected = {run.run: RegretCollector(top) for run in chosen}
     parts = [(sequence, layer) for sequence in trace.sequences for layer in trace.layers]
     for number, (sequence, layer) in enumerate(parts):
         residency = read_residency(replay, sequence.index, layer, list(collected))
@@ -80,7 +80,7 @@ def regrets(
             collected[run].add(sequence.index, layer, found.result())
         if progress is not None:
             progress((number + 1) / len(parts))
-    first = [of.prompt if replay.info["prefill"] == "full" else 0 for of in trace.sequences]
+    first = [of.prompt if replay.info.prefill == "full" else 0 for of in trace.sequences]
     steps = sum(of.length - start for of, start in zip(trace.sequences, first, strict=True))
     tokens = {of.index: TokenKinds(trace.tokens(of.index)["text"].tolist()) for of in trace.sequences}
     rows_of_run = len(trace.layers) * trace.kv_heads * steps
@@ -88,16 +88,16 @@ def regrets(
         "kind": "kvscope-regret",
         "schema": 1,
         "replay": str(replay.path),
-        "trace": replay.info["trace"]["name"],
+        "trace": replay.info.trace.name,
         "runs": [
             {
-                "run": run["run"],
-                "policy": run["policy"],
-                "label": run["label"],
-                "budget": run["budget"],
-                "prefill": run["prefill"],
-                "loop": run["loop"],
-                **collected[run["run"]].result(tokens, rows_of_run),
+                "run": run.run,
+                "policy": run.policy,
+                "label": run.label,
+                "budget": run.budget,
+                "prefill": run.prefill,
+                "loop": run.loop,
+                **collected[run.run].result(tokens, rows_of_run),
             }
             for run in chosen
         ],

@@ -143,36 +143,36 @@ def spans_of(
     UsageError
         If there is no such sequence or step.
     """
-    trace = replay.info["trace"]
-    lengths = [each["length"] for each in trace["sequences"]]
+    trace = replay.info.trace
+    lengths = [each.length for each in trace.sequences]
     if sequence not in range(len(lengths)):
         raise UsageError(f"{replay.path} has no sequence {sequence}", f"It has {len(lengths)}, from 0 on.")
     length = lengths[sequence]
     for step in steps:
         if not 0 <= step < length:
             raise UsageError(f"sequence {sequence} has no step {step}", f"Its steps are 0 to {length - 1}.")
-    chosen = [run for run in replay.info["runs"] if runs is None or run["run"] in runs]
+    chosen = [run for run in replay.info.runs if runs is None or run.run in runs]
     counts: dict[tuple[int, str], list[NDArray[np.int64]]] = {}  # (run, span) -> [G, T] of each layer
-    for layer in trace["layers"]:
-        for run, intervals in read_residency(replay, sequence, layer, [run["run"] for run in chosen]).items():
+    for layer in trace.layers:
+        for run, intervals in read_residency(replay, sequence, layer, [run.run for run in chosen]).items():
             for span in spans:
                 counts.setdefault((run, span.name), []).append(held_tokens(intervals, span))
     return {
         "kind": "kvscope-spans",
         "schema": 1,
         "replay": str(replay.path),
-        "trace": trace["name"],
+        "trace": trace.name,
         "sequence": sequence,
         "runs": [
             {
-                "run": run["run"],
-                "policy": run["policy"],
-                "label": run["label"],
-                "budget": run["budget"],
-                "prefill": run["prefill"],
-                "loop": run["loop"],
-                "reads": bool(run.get("reads")),
-                "spans": [_described(span, counts[run["run"], span.name], trace["layers"], steps) for span in spans],
+                "run": run.run,
+                "policy": run.policy,
+                "label": run.label,
+                "budget": run.budget,
+                "prefill": run.prefill,
+                "loop": run.loop,
+                "reads": run.reads,
+                "spans": [_described(span, counts[run.run, span.name], trace.layers, steps) for span in spans],
             }
             for run in chosen
         ],

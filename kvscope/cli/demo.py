@@ -52,5 +52,5 @@ def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
             {"trace": str(trace.path), "replay": str(made.path), "report": str(page), "summary": made.summary}
         )
         return
-    show(made.summary, made.info, title=str(made.path))
+    show(made)
     console.show_text(f"\nreport: {page}")

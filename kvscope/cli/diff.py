@@ -71,7 +71,8 @@ def diff(
         console.note(f"{base} is written: the summary of {after}", quiet=quiet)
         return
     try:
-        found = compare(load_summary(before), later, allowed, decisions=decisions, first=first)
+        sources = str(before), str(after)
+        found = compare(load_summary(before), later, allowed, decisions=decisions, first=first, sources=sources)
     except ResultError as error:
         raise ResultError(error.what, f"To begin anew, remove {before} first.") if update else error from None
     if update:

@@ -84,5 +84,5 @@ def perplexity(
         job = compile_perplexity(source, texts, selected.policies, selected.budgets, options)
     with console.bar(f"reading with {len(selected.policies)} policies", 100, "%", quiet=quiet) as update:
         made = job.execute(OutputOptions(path, force, command_line(ctx)), lambda share: update(share * 100))
-    show(made.summary, made.info, title=str(path), as_json=json)
+    show(made, as_json=json)
     console.note("next: kvscope report", quiet=quiet)

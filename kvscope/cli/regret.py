@@ -49,7 +49,7 @@ def regret(
     source = trace_of(opened, trace)
     tokens = sum(sequence.length for sequence in source.sequences)
     with console.bar("reading", tokens, "tokens", quiet=quiet) as update:
-        numbers = [run["run"] for run in runs]
+        numbers = [run.run for run in runs]
         found = regrets(opened, source, numbers, top=top, progress=lambda share: update(share * tokens))
     if json:
         console.show_json(found)

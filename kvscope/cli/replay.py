@@ -85,7 +85,7 @@ def replay(
     console.note(f"about {size(needs.bytes)} of memory for {needs.layers} layers at a time", quiet=quiet)
     with console.bar("replaying", tokens, "tokens", quiet=quiet) as update:
         made = job.execute(OutputOptions(path, force, command_line(ctx)), lambda share: update(share * tokens))
-    show(made.summary, made.info, title=str(path), as_json=json)
+    show(made, as_json=json)
     console.note("next: kvscope report", quiet=quiet)
 
 

@@ -61,15 +61,15 @@ def traces_of(replays: Sequence[Replay]) -> dict[str, Trace]:
 
     traces: dict[str, Trace] = {}
     for replay in replays:
-        source = replay.info["trace"]
-        if source["identity"] in traces or "path" not in source:  # a replay of plain text has no trace
+        source = replay.info.trace
+        if source.identity in traces or source.path is None:  # a replay of plain text has no trace
             continue
         try:
-            trace = open_trace(source["path"])
+            trace = open_trace(source.path)
         except TraceError as error:
             warn(f"the report lacks token text: {error.what}")
             continue
-        if trace.identity == source["identity"]:
+        if trace.identity == source.identity:
             traces[trace.identity] = trace
         else:
             warn(f"the report lacks token text: {trace.path} is no longer the trace of {replay.path}")

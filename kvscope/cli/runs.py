@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from kvscope.core.records import RunRecord
     from kvscope.results.store import Replay
     from kvscope.trace.reader import Trace
 
 
-def chosen(replay: Replay, policies: Sequence[str] | None, budgets: Sequence[str] | None) -> list[dict[str, Any]]:
+def chosen(replay: Replay, policies: Sequence[str] | None, budgets: Sequence[str] | None) -> list[RunRecord]:
     """Return the runs of the named policies and budgets, in the order of the replay.
 
     Raises
@@ -22,15 +23,15 @@ def chosen(replay: Replay, policies: Sequence[str] | None, budgets: Sequence[str
     from kvscope.analysis.compare import runs_named
     from kvscope.core.errors import UsageError
 
-    numbers = {run["run"] for policy in policies or () for run in runs_named(replay, policy)}
+    numbers = {run.run for policy in policies or () for run in runs_named(replay, policy)}
     wanted = {part.strip() for budget in budgets or () for part in budget.split(",")}
-    runs: list[dict[str, Any]] = [
+    runs = [
         run
-        for run in replay.info["runs"]
-        if (not policies or run["run"] in numbers) and (not wanted or str(run["budget"]) in wanted)
+        for run in replay.info.runs
+        if (not policies or run.run in numbers) and (not wanted or str(run.budget) in wanted)
     ]
     if not runs:
-        there = ", ".join(dict.fromkeys(str(run["budget"]) for run in replay.info["runs"]))
+        there = ", ".join(dict.fromkeys(str(run.budget) for run in replay.info.runs))
         raise UsageError(f"{replay.path} has no such run at {', '.join(sorted(wanted))}", f"Its budgets: {there}.")
     return runs
 
@@ -49,8 +50,8 @@ def trace_of(replay: Replay, given: str | None) -> Trace:
     from kvscope.core.errors import ResultError, TraceError
     from kvscope.trace.reader import open_trace
 
-    source = replay.info["trace"]
-    if "path" not in source:
+    source = replay.info.trace
+    if source.path is None:
         raise ResultError(
             f"{replay.path} was made of plain text, and its attention is not recorded",
             "Record a trace with kvscope trace, and replay that.",
@@ -58,11 +59,11 @@ def trace_of(replay: Replay, given: str | None) -> Trace:
     if given is not None:
         return open_trace(places.find_trace(given))
     try:
-        return open_trace(source["path"])
+        return open_trace(source.path)
     except TraceError as error:
         raise TraceError(error.what, "Say where it is now with --trace.") from error
 
 
-def title(run: Mapping[str, Any]) -> str:
-    """Return what a run is called in a table."""
+def title(run: Mapping[str, object]) -> str:
+    """Return what a run of an analysis is called in a table: label, budget and loop."""
     return f"{run['label']} {run['budget'] or 'full cache'} {run['loop']}"

@@ -54,4 +54,4 @@ def score(
     tokens = sum(sequence.length for sequence in source.sequences)
     with console.bar("scoring", tokens, "tokens", quiet=quiet) as update:
         made = job.execute(OutputOptions(path, force, command_line(ctx)), lambda share: update(share * tokens))
-    show(made.summary, made.info, title=str(path), as_json=json)
+    show(made, as_json=json)

@@ -57,17 +57,17 @@ def spans(
         raise UsageError("no span is named", "Name one or more: --span question=120:140 --span fact=text:WORDS")
     opened = open_replay(places.find_replay(replay, quiet=quiet))
     runs = chosen(opened, policy, budget)
-    sequences = opened.info["trace"]["sequences"]
+    sequences = opened.info.trace.sequences
     if sequence >= len(sequences):
         raise UsageError(f"{opened.path} has no sequence {sequence}", f"It has {len(sequences)}, from 0 on.")
-    prompt, length = sequences[sequence]["prompt"], sequences[sequence]["length"]
+    prompt, length = sequences[sequence].prompt, sequences[sequence].length
 
     def texts() -> list[str]:
         return [str(text) for text in trace_of(opened, trace).tokens(sequence)["text"]]
 
     named = parse_spans(span, length, texts)
     steps = list(dict.fromkeys(at or [prompt - 1, length - 1]))
-    found = spans_of(opened, named, steps, [run["run"] for run in runs], sequence)
+    found = spans_of(opened, named, steps, [run.run for run in runs], sequence)
     if json:
         console.show_json(found)
         return

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kvscope.cli.console import ALWAYS, Column, show_json, show_table
+
+if TYPE_CHECKING:
+    from kvscope.core.records import MetricRecord, ReplayRecord, RunSummary, SourceRef
+    from kvscope.results.store import Replay
 
 # Metric, header, and how long the column stays on a narrow terminal (`Column.keep`).
 _METRICS = (
@@ -28,115 +32,115 @@ _OUTCOMES = (
 )
 
 
-def show(summary: Mapping[str, Any], info: Mapping[str, Any], *, title: str, as_json: bool = False) -> None:
+def show(replay: Replay, *, as_json: bool = False) -> None:
     """Print the summary of a replay: a row for each policy and budget."""
+    from kvscope.core.records import SUMMARY
+
+    summary = replay.summary
     if as_json:
-        show_json(summary)
+        show_json(SUMMARY.plain(summary))
         return
-    runs = _paired(summary["runs"])
-    declared: Mapping[str, Mapping[str, Any]] = info.get("metrics", {})
-    show_table(columns(runs, declared), title=title, notes=notes(runs, info))
+    runs = _paired(summary.runs)
+    show_table(columns(runs, summary.metrics), title=str(replay.path), notes=notes(runs, replay.info))
 
 
-def columns(runs: Sequence[Mapping[str, Any]], declared: Mapping[str, Mapping[str, Any]]) -> list[Column]:
+def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) -> list[Column]:
     """Return the columns of the summary table.
 
     Parameters
     ----------
-    runs : sequence of mapping
-        ``runs`` of ``summary.json``.
-    declared : mapping
-        Properties of the metrics, from ``run.json``: a run that evicted nothing shows its declared value, dimmed.
+    runs : sequence of RunSummary
+        Those of ``summary.json``.
+    declared : mapping of str to MetricRecord
+        Properties of the metrics: a run that evicted nothing shows the declared value, dimmed.
     """
     untouched = {row for row, run in enumerate(runs) if _count(run) == 0}
     table = [
         Column("policy", [_label(run) for run in runs], wrap=16),
-        Column("budget", [str(run["budget"] or "-") for run in runs], numeric=True),
-        Column("keys", [_keys(run["budget_keys"]) for run in runs], keep=60, numeric=True),
+        Column("budget", [str(run.budget or "-") for run in runs], numeric=True),
+        Column("keys", [_keys(run.budget_keys) for run in runs], keep=60, numeric=True),
         *_differing(runs),
         Column("read", [_number(run, "read_keys", 1) for run in runs], keep=70, numeric=True),
         Column("held", [_number(run, "held_keys", 1) for run in runs], keep=65, numeric=True),
     ]
     for name, header, keep in _METRICS:
-        if not any(name in run["metrics"] for run in runs):
+        if not any(name in run.metrics for run in runs):
             continue
         cells = [
-            _declared(declared.get(name, {})) if row in untouched else _number(run, name, 3)
-            for row, run in enumerate(runs)
+            _declared(declared.get(name)) if row in untouched else _number(run, name, 3) for row, run in enumerate(runs)
         ]
         table.append(Column(header, cells, keep=keep, numeric=True, dim=untouched))
         if name == "retained_mass" and any(_of_belady(run) is not None for run in runs):
             shares = [_of_belady(run) for run in runs]
             cells = ["-" if share is None else f"{share:.3f}" for share in shares]
             table.append(Column("of\nbelady", cells, keep=88, numeric=True))
-    if any(run.get("tails") for run in runs):
+    if any(run.tails for run in runs):
         table.append(Column("steps below\nhalf", [_below_half(run) for run in runs], keep=45, numeric=True))
     for name, header, digits, keep in _OUTCOMES:
-        if any(name in run["metrics"] for run in runs):
+        if any(name in run.metrics for run in runs):
             table.append(Column(header, [_number(run, name, digits) for run in runs], keep=keep, numeric=True))
-    table.append(Column("loop", [run["loop"] for run in runs], keep=10))
-    table.append(Column("prefill", [run["prefill"] for run in runs], keep=11))
+    table.append(Column("loop", [run.loop for run in runs], keep=10))
+    table.append(Column("prefill", [run.prefill for run in runs], keep=11))
     table.append(Column("count", [f"{_count(run):,}" for run in runs], keep=30, numeric=True))
     return table
 
 
-def _differing(runs: Sequence[Mapping[str, Any]]) -> list[Column]:
+def _differing(runs: Sequence[RunSummary]) -> list[Column]:
     """Return columns of what differs between the runs beside policy and budget."""
     found = []
     evicts = [_evicts(run) for run in runs]
     if len(set(evicts) - {"never"}) > 1:
         found.append(Column("evicts", evicts, keep=94))
-    shared = [str(run.get("allocate", "uniform")) for run in runs]
+    shared = [run.allocate for run in runs]
     if set(shared) != {"uniform"}:
         found.append(Column("shared\nout", shared, keep=42))
-    if any("decisions_changed" in run for run in runs):
-        cells = [f"{run['decisions_changed']:,}" if "decisions_changed" in run else "-" for run in runs]
+    if any(run.decisions_changed is not None for run in runs):
+        cells = ["-" if run.decisions_changed is None else f"{run.decisions_changed:,}" for run in runs]
         found.append(Column("decisions\nchanged", cells, keep=93, numeric=True))
     return found
 
 
-def _evicts(run: Mapping[str, Any]) -> str:
+def _evicts(run: RunSummary) -> str:
     """Return when a run evicts: ``steps``, ``once``, ``every 16``, ``reads``, or ``never``."""
-    if run.get("reads"):
+    if run.reads:
         return "reads"
-    phase = str(run.get("phase", "step"))
+    phase = run.phase
     if phase.startswith("every:"):
         return f"every {phase.removeprefix('every:')}"
     return {"step": "steps", "prefill": "once"}.get(phase, "never")
 
 
-def _paired(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _paired(runs: Sequence[RunSummary]) -> list[RunSummary]:
     """Return the runs in order, each closed one after the open one that it belongs to."""
 
-    def place(run: Mapping[str, Any]) -> tuple[int, bool]:
-        own = run.get("open_run")
-        return (run["run"] if own is None else own, own is not None)
+    def place(run: RunSummary) -> tuple[int, bool]:
+        return (run.run, False) if run.open_run is None else (run.open_run, True)
 
     return sorted(runs, key=place)
 
 
-def notes(runs: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> list[str]:
+def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
     """Return the lines under the table."""
-    kind = sorted({f"{run['loop']} loop, {run['prefill']} prefill" for run in runs})
-    trace = info.get("trace", {})
-    lines = [f"{'; '.join(kind)}; trace {trace.get('name', '?')}, model {trace.get('model') or 'unknown'}."]
-    lines += trace.get("approximate", [])
-    errors = "; of output error, 0" if any("output_error" in run["metrics"] for run in runs) else ""
+    kind = sorted({f"{run.loop} loop, {run.prefill} prefill" for run in runs})
+    trace = replay.trace
+    lines = [f"{'; '.join(kind)}; trace {trace.name}, model {trace.model or 'unknown'}."]
+    lines += trace.approximate
+    errors = "; of output error, 0" if any("output_error" in run.metrics for run in runs) else ""
     lines.append(f"Means over the steps, heads and layers in which something had been evicted; 1 is best{errors}.")
-    lines += [f"{name} is left out: {why}" for name, why in info.get("left_out", {}).items()]
+    lines += [f"{name} is left out: {why}" for name, why in replay.left_out.items()]
     if len({_evicts(run) for run in runs} - {"never"}) > 1:
         lines.append(
             "At one budget, policies that evict once or every few steps, or only read less, hold more keys than those "
             "that evict at all steps: compare them by read and held."
         )
-    sums = {run["accumulate"] for run in runs if "decisions_changed" in run}
+    sums = {run.accumulate for run in runs if run.decisions_changed is not None}
     if sums:
         lines.append(f"Decisions changed: evictions at another step than with sums in float32, by {', '.join(sums)}.")
-    full = [run["metrics"]["perplexity_full"]["mean"] for run in runs if "perplexity_full" in run["metrics"]]
+    full = [run.metrics["perplexity_full"].mean for run in runs if "perplexity_full" in run.metrics]
     if full:
-        scored = max(run["metrics"]["perplexity"]["count"] for run in runs if "perplexity" in run["metrics"])
+        scored = max(run.count("perplexity") for run in runs)
         lines.append(f"Perplexity with the full cache: {full[0]:.4f}, over {scored:,} tokens{_protocol(trace)}.")
-    gaps = [run["gap"]["held_overlap"] for run in runs if run.get("gap")]
+    gaps = [run.gap.held_overlap for run in runs if run.gap]
     if gaps:
         lines.append(
             f"Open and closed loop hold the same keys to {min(gaps):.0%} (worst policy) to {max(gaps):.0%} (best): "
@@ -146,54 +150,45 @@ def notes(runs: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> list[st
         lines.append(_bounds(runs))
     if any(_count(run) == 0 for run in runs):
         lines.append("Dimmed: nothing was evicted, so these are the values of an untouched cache, not measurements.")
-    if any(run["metrics"].get("retained_mass", {}).get("low") is not None for run in runs):
+    if any(value.low is not None for run in runs for name, value in run.metrics.items() if name == "retained_mass"):
         lines.append("Second line of a cell: 95 % interval over sequences.")
     return lines
 
 
-def _of_belady(run: Mapping[str, Any]) -> float | None:
+def _of_belady(run: RunSummary) -> float | None:
     """Return the retained mass as a share of what the best schedule of evictions retains, where that is known."""
-    share: float | None = (run.get("bounds") or {}).get("share_of_belady")
-    return share
+    return run.bounds.share_of_belady
 
 
-def _bounds(runs: Sequence[Mapping[str, Any]]) -> str:
+def _bounds(runs: Sequence[RunSummary]) -> str:
     """Return the line about the bounds."""
     line = "Of belady: share of the mass that the best schedule of evictions retains"
-    shares = {(run.get("bounds") or {}).get("belady_of_ideal") for run in runs}
+    shares = {run.bounds.belady_of_ideal for run in runs}
     left = sorted(share for share in shares if share is not None)
     if left:
         span = f"{left[0]:.3f}" if len(left) == 1 else f"{left[0]:.3f} to {left[-1]:.3f}"
         line += f", which itself retains {span} of the ideal set's"
-    if any((_of_belady(run) or 0) > 1.0005 and not run.get("clairvoyant") for run in runs):
+    if any((_of_belady(run) or 0) > 1.0005 and not run.clairvoyant for run in runs):
         line += "; above 1: it holds more keys at some steps, or they come back"
     return f"{line}."
 
 
-def _protocol(trace: Mapping[str, Any]) -> str:
+def _protocol(trace: SourceRef) -> str:
     """Return what kind of text was scored, in words."""
     words = {
         "generated": ", which the model generated itself: that flatters every policy",
         "forced": ", a given continuation",
-        "text": f", plain text in windows of {trace.get('window')}",
+        "text": f", plain text in windows of {trace.window}",
     }
-    return words.get(str(trace.get("protocol")), "")
+    return words.get(trace.protocol, "")
 
 
-def _label(run: Mapping[str, Any]) -> str:
-    params = dict(run.get("params", {}))
-    label = run.get("label")
-    if label is None:
-        label = (
-            f"{run['policy']}({', '.join(f'{key}={value}' for key, value in params.items())})"
-            if params
-            else run["policy"]
-        )
-    return str(label).replace("(", "\n(", 1) if len(str(label)) > 24 else str(label)
+def _label(run: RunSummary) -> str:
+    return run.label.replace("(", "\n(", 1) if len(run.label) > 24 else run.label
 
 
-def _count(run: Mapping[str, Any]) -> int:
-    return int(run["metrics"].get("retained_mass", {}).get("count") or 0)
+def _count(run: RunSummary) -> int:
+    return run.count("retained_mass")
 
 
 def _keys(keys: int | Sequence[int]) -> str:
@@ -203,23 +198,22 @@ def _keys(keys: int | Sequence[int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
-def _number(run: Mapping[str, Any], name: str, digits: int) -> str:
-    value = run["metrics"].get(name, {})
-    mean = value.get("mean")
-    if mean is None:
+def _number(run: RunSummary, name: str, digits: int) -> str:
+    value = run.metrics.get(name)
+    if value is None or value.mean is None:
         return "-"
-    text = f"{mean:.{digits}f}"
-    if value.get("low") is None or value.get("high") is None:
+    text = f"{value.mean:.{digits}f}"
+    if value.low is None or value.high is None:
         return text
-    return f"{text}\n{value['low']:.{digits}f}..{value['high']:.{digits}f}"
+    return f"{text}\n{value.low:.{digits}f}..{value.high:.{digits}f}"
 
 
-def _below_half(run: Mapping[str, Any]) -> str:
+def _below_half(run: RunSummary) -> str:
     """Return the share of steps at which a head retains less than half of its mass."""
-    tails = run.get("tails", {}).get("retained_mass")
-    return "-" if tails is None else f"{tails['share_below_half']:.1%}"
+    tails = run.tails.get("retained_mass")
+    return "-" if tails is None else f"{tails.share_below_half:.1%}"
 
 
-def _declared(metric: Mapping[str, Any]) -> str:
-    value = metric.get("when_nothing_evicted")
+def _declared(metric: MetricRecord | None) -> str:
+    value = None if metric is None else metric.when_nothing_evicted
     return "-" if value is None else f"{value:.3f}"

@@ -120,13 +120,13 @@ def compile_perplexity(
     loaded = load(source)
     passages, window = passages_of_texts(loaded, texts, options)
     prefill = Prefill.stream if options.prompt == 1 else Prefill.full
-    about = describe_texts(loaded, texts, passages, window)
-    layers = tuple(about["layers"])
-    workload = Workload([passage.sequence for passage in passages], prefill, layers, about["kv_heads"], len(layers))
+    read = describe_texts(loaded, texts, passages, window)
+    layers = read.layers
+    workload = Workload([passage.sequence for passage in passages], prefill, layers, read.kv_heads, len(layers))
     for plan in plans:
         require_feasible(plan, limits, workload)
     runs = runs_of(plans, limits, Loop.closed, options.positions)
-    return PerplexityJob(compile_closed_loop(loaded.model, passages, runs, metrics, prefill), about)
+    return PerplexityJob(compile_closed_loop(loaded.model, passages, runs, metrics, prefill), read)
 
 
 def compile_verify(

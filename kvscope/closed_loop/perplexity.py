@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,8 @@ from kvscope.closed_loop.job import ClosedLoopJob
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.options import OutputOptions, PerplexityOptions
-from kvscope.engine.provenance import info
+from kvscope.core.records import SequenceRef, SourceRef, TextRef
+from kvscope.engine.provenance import replay_record
 from kvscope.engine.runs import RunSpec
 from kvscope.model.loading import Loaded
 from kvscope.model.selfcheck import self_check
@@ -35,12 +35,12 @@ class PerplexityJob:
     ----------
     closed : ClosedLoopJob
         The runs over the windows of all texts.
-    about : mapping
+    source : SourceRef
         What ``run.json`` says of the texts.
     """
 
     closed: ClosedLoopJob
-    about: Mapping[str, Any]
+    source: SourceRef
 
     @property
     def runs(self) -> Sequence[RunSpec]:
@@ -59,8 +59,8 @@ class PerplexityJob:
         """
         started, job = time.monotonic(), self.closed
         sequences = [passage.sequence for passage in job.passages]
-        about = info(self.about, sequences, job.runs, job.metrics, job.prefill, output.command)
-        with ReplayWriter(output.path, about, force=output.force) as writer:
+        record = replay_record(self.source, sequences, job.runs, job.metrics, job.prefill, output.command)
+        with ReplayWriter(output.path, record, force=output.force) as writer:
             tally = job.execute(writer, progress_callback)
             counted = {run.number: tally.of(run.number) for run in job.runs}
             return writer.finish(counted, seconds=round(time.monotonic() - started, 3))
@@ -89,9 +89,7 @@ def passages_of_texts(
     return found, size
 
 
-def describe_texts(
-    loaded: Loaded, texts: Mapping[Path, str], passages: Sequence[Passage], window: int
-) -> dict[str, Any]:
+def describe_texts(loaded: Loaded, texts: Mapping[Path, str], passages: Sequence[Passage], window: int) -> SourceRef:
     """Return what ``run.json`` says of the texts; raises ModelError if the model's attention cannot be observed."""
     files = list(texts)
     with torch.inference_mode():
@@ -101,21 +99,19 @@ def describe_texts(
     identity = hashlib.sha256(f"{loaded.source} {loaded.revision}".encode())
     for passage in passages:
         identity.update(passage.ids.numpy().tobytes())
-    return {
-        "name": Path(files[0]).stem if len(files) == 1 else f"{Path(files[0]).stem}+{len(files) - 1}-more",
-        "kind": "text",
-        "identity": identity.hexdigest(),
-        "model": loaded.name,
-        "sequences": [{"prompt": p.sequence.prompt, "length": p.sequence.length} for p in passages],
-        "layers": sorted(facts.windows),
-        "heads": facts.heads,
-        "kv_heads": facts.kv_heads,
-        "protocol": "text",
-        "window": window,
-        "texts": [
-            {"file": str(file), "sha256": hashlib.sha256(text.encode()).hexdigest()} for file, text in texts.items()
-        ],
-    }
+    return SourceRef(
+        name=Path(files[0]).stem if len(files) == 1 else f"{Path(files[0]).stem}+{len(files) - 1}-more",
+        kind="text",
+        identity=identity.hexdigest(),
+        model=loaded.name,
+        sequences=tuple(SequenceRef(p.sequence.prompt, p.sequence.length) for p in passages),
+        layers=tuple(sorted(facts.windows)),
+        heads=facts.heads,
+        kv_heads=facts.kv_heads,
+        protocol="text",
+        window=window,
+        texts=tuple(TextRef(str(file), hashlib.sha256(text.encode()).hexdigest()) for file, text in texts.items()),
+    )
 
 
 def _window(loaded: Loaded, window: int | None, prompt: int) -> int:

@@ -1,4 +1,4 @@
-"""What ``run.json`` says of a replay."""
+"""What ``run.json`` says of a replay before it begins."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
 
-from kvscope.core.options import Prefill
+from kvscope.core.options import Loop, Prefill
+from kvscope.core.records import ReplayRecord, RunRecord, SequenceRef, SourceRef
 from kvscope.engine.runs import RunSpec
 from kvscope.engine.signals import ROWS
 from kvscope.metrics import Metric
@@ -16,66 +16,69 @@ from kvscope.trace.reader import TokenSequence, Trace
 from kvscope.trace.storage_error import BOUNDS
 
 
-def of_trace(trace: Trace) -> dict[str, Any]:
+def source_of(trace: Trace) -> SourceRef:
     """Return what ``run.json`` says of a trace."""
     error = trace.storage_error
-    return {
-        "name": trace.name,
-        "path": str(trace.path),
-        "identity": trace.identity,
-        "model": trace.header.model.id,
-        "sequences": [{"prompt": s.prompt, "length": s.length} for s in trace.sequences],
-        "layers": list(trace.layers),
-        "heads": trace.heads,
-        "kv_heads": trace.kv_heads,
-        "protocol": trace.header.protocol,
-        **({"lossy": {"top": trace.header.top, **asdict(error), "bounds": BOUNDS}} if error is not None else {}),
-        **({"approximate": trace.approximate} if trace.approximate else {}),
-    }
+    return SourceRef(
+        name=trace.name,
+        identity=trace.identity,
+        model=trace.header.model.id,
+        sequences=tuple(SequenceRef(each.prompt, each.length) for each in trace.sequences),
+        lossy=None if error is None else {"top": trace.header.top, **asdict(error), "bounds": BOUNDS},
+        approximate=tuple(trace.approximate),
+        path=str(trace.path),
+        layers=tuple(trace.layers),
+        heads=trace.heads,
+        kv_heads=trace.kv_heads,
+        protocol=trace.header.protocol,
+    )
 
 
-def info(
-    trace: Mapping[str, Any],
+def replay_record(
+    source: SourceRef,
     sequences: Sequence[TokenSequence],
     runs: Sequence[RunSpec],
     metrics: Sequence[Metric],
     prefill: Prefill,
     command: str | None,
-) -> dict[str, Any]:
-    """Return what ``run.json`` says before the replay begins: trace or text, runs, metrics, versions, command."""
+    skipped_metrics: Mapping[str, str] | None = None,
+) -> ReplayRecord:
+    """Return the record of a replay before it begins: trace or text, runs, metrics, versions, command."""
+    return ReplayRecord(
+        trace=source,
+        prefill=prefill,
+        loop=" and ".join(dict.fromkeys(run.loop for run in runs)),
+        metrics={item.name: item.declaration() for item in metrics},
+        runs=tuple(_run(run, source, sequences, prefill) for run in runs),
+        versions=versions(),
+        command=command,
+        left_out=skipped_metrics or {},
+    )
 
-    def row(run: RunSpec) -> dict[str, Any]:
-        policy, traits = run.plan.policy, run.plan.policy.traits
-        return {
-            "run": run.number,
-            "policy": policy.name,
-            "label": run.plan.label,
-            "params": policy.parameters(),
-            "budget": None if run.budget is None else str(run.budget),
-            "budget_keys": [run.keys(sequence, prefill) for sequence in sequences],
-            "prefill": prefill,
-            "phase": run.plan.phase,
-            "allocate": run.plan.allocate,
-            "accumulate": "float32" if run.plan.accumulate is None else str(run.plan.accumulate).removeprefix("torch."),
-            "reads": traits.reads,
-            "clairvoyant": traits.clairvoyant,
-            "bounded": traits.bounded,
-            "published": traits.published,
-            "loop": run.loop,
-            "scope": traits.scope,
-            **({"lossy": run.loop == "open" and bool(run.plan.needs & ROWS)} if "lossy" in trace else {}),
-            **({} if run.loop == "open" else {"positions": run.positions, "open_run": run.open_run}),
-        }
 
-    return {
-        "trace": dict(trace),
-        "prefill": prefill,
-        "loop": " and ".join(dict.fromkeys(run.loop for run in runs)),
-        "metrics": {item.name: item.declaration() for item in metrics},
-        "runs": [row(run) for run in runs],
-        "versions": versions(),
-        "command": command,
-    }
+def _run(run: RunSpec, source: SourceRef, sequences: Sequence[TokenSequence], prefill: Prefill) -> RunRecord:
+    policy, traits, closed = run.plan.policy, run.plan.policy.traits, run.loop is Loop.closed
+    return RunRecord(
+        run=run.number,
+        policy=policy.name,
+        label=run.plan.label,
+        params=policy.parameters(),
+        budget=None if run.budget is None else str(run.budget),
+        budget_keys=tuple(run.keys(sequence, prefill) for sequence in sequences),
+        prefill=prefill,
+        phase=run.plan.phase,
+        allocate=run.plan.allocate,
+        accumulate="float32" if run.plan.accumulate is None else str(run.plan.accumulate).removeprefix("torch."),
+        reads=traits.reads,
+        clairvoyant=traits.clairvoyant,
+        bounded=traits.bounded,
+        published=traits.published,
+        loop=run.loop,
+        scope=traits.scope,
+        lossy=None if source.lossy is None else not closed and bool(run.plan.needs & ROWS),
+        positions=run.positions if closed else None,
+        open_run=run.open_run if closed else None,
+    )
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvscope.core.budget import Budget
 from kvscope.core.options import Loop, Positions, Prefill
+from kvscope.core.records import Certificate, RunCounts
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.simulation import CacheSimulation
@@ -83,17 +84,15 @@ class Tally:
         before = self.planned.get(run, [0.0, 0.0, 0])
         self.planned[run] = [old + new for old, new in zip(before, (lost, least, steps), strict=True)]
 
-    def of(self, run: int) -> dict[str, Any]:
-        """Return what is known of a run, for its description."""
-        handed, uniform = self.allocated[run]
-        counted: dict[str, Any] = {"allocated_keys": handed, "uniform_keys": uniform}
-        if run in self.changed:
-            counted["decisions_changed"] = self.changed[run]
+    def of(self, run: int) -> RunCounts:
+        """Return what is known of a run at its end, for its record."""
+        certificate = None
         if run in self.planned:
             lost, least, steps = self.planned[run]
             gap = max(0.0, lost - least) / steps
-            counted["certificate"] = {"exact": gap < EXACT, "gap": gap}
-        return counted
+            certificate = Certificate(gap < EXACT, gap)
+        handed, uniform = self.allocated[run]
+        return RunCounts(handed, uniform, self.changed.get(run), certificate)
 
 
 def runs_of(

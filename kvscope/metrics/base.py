@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvscope.core.errors import UsageError
+from kvscope.core.records import MetricRecord
 from kvscope.core.registry import Registry
 from kvscope.metrics.heaviest import heaviest
 from kvscope.metrics.moments import Moments, moments, summed
@@ -191,15 +192,9 @@ class Metric:
     unit: str = "1"
     needs: frozenset[str] = frozenset()
 
-    def declaration(self) -> dict[str, object]:
+    def declaration(self) -> MetricRecord:
         """Return the properties as they are written into results."""
-        return {
-            "direction": self.direction,
-            "range": list(self.range),
-            "when_nothing_evicted": self.when_nothing_evicted,
-            "unit": self.unit,
-            "summary": self.summary,
-        }
+        return MetricRecord(self.direction, self.range, self.when_nothing_evicted, self.unit, self.summary)
 
 
 METRICS: Registry[Metric] = Registry("metric", "kvscope.metrics", "kvscope.metrics")

@@ -14,7 +14,7 @@ from kvscope.core.options import OutputOptions, Prefill, ReplayOptions
 from kvscope.engine.device import torch_device
 from kvscope.engine.feasible import Workload, make_plan, named_policies, require_feasible
 from kvscope.engine.plan import EvictionPlan
-from kvscope.engine.provenance import info, of_trace
+from kvscope.engine.provenance import replay_record, source_of
 from kvscope.engine.runs import RunSpec, runs_of
 from kvscope.engine.signals import measurable, require
 from kvscope.metrics import Metric
@@ -96,8 +96,16 @@ class ReplayJob:
         """
         started, trace = time.monotonic(), self.open.trace
         share = 1.0 if self.closed is None else OPEN_SHARE
-        about = info(of_trace(trace), trace.sequences, self.runs, self.metrics, self.open.prefill, output.command)
-        with ReplayWriter(output.path, about | {"left_out": self.skipped_metrics}, force=output.force) as writer:
+        record = replay_record(
+            source_of(trace),
+            trace.sequences,
+            self.runs,
+            self.metrics,
+            self.open.prefill,
+            output.command,
+            self.skipped_metrics,
+        )
+        with ReplayWriter(output.path, record, force=output.force) as writer:
             tally = step_through(self.open, writer, progress=_part(progress_callback, 0, share))
             counted = {run.number: tally.of(run.number) for run in self.open.runs}
             if self.closed is not None:

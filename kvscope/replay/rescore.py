@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvscope.core.errors import UsageError
-from kvscope.core.options import OutputOptions
+from kvscope.core.options import Loop, OutputOptions
+from kvscope.core.records import ReplayRecord, RunRecord, Scored
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.device import torch_device
 from kvscope.engine.layers import RecordedLayers
@@ -82,7 +82,7 @@ class ScoreJob:
         Whose decisions are scored.
     trace : Trace
         That it was made from.
-    runs : list of mapping
+    runs : list of RunRecord
         Its open runs.
     skipped_runs : int
         How many runs of a closed loop are left out: what they paid attention to is not recorded.
@@ -96,7 +96,7 @@ class ScoreJob:
 
     replay: Replay
     trace: Trace
-    runs: list[Mapping[str, Any]]
+    runs: list[RunRecord]
     skipped_runs: int
     metrics: list[Metric]
     skipped_metrics: Mapping[str, str]
@@ -105,18 +105,19 @@ class ScoreJob:
     def execute(self, output: OutputOptions, progress_callback: Callable[[float], None] | None = None) -> Replay:
         """Return a new replay with the same decisions; raises OutputExists or ResultError as `ReplayWriter` does."""
         started, old = time.monotonic(), self.replay
-        about = {
-            **{name: old.info[name] for name in ("trace", "prefill")},
-            "loop": "open",
-            "metrics": {item.name: item.declaration() for item in self.metrics},
-            "left_out": self.skipped_metrics,
-            "runs": self.runs,
-            "scored": {"replay": old.name, "created": old.info["created"]},
-            "versions": versions(),
-            "command": output.command,
-        }
+        record = ReplayRecord(
+            trace=old.info.trace,
+            prefill=old.info.prefill,
+            loop=Loop.open,
+            metrics={item.name: item.declaration() for item in self.metrics},
+            runs=tuple(self.runs),
+            versions=versions(),
+            command=output.command,
+            left_out=self.skipped_metrics,
+            scored=Scored(old.name, old.info.created),
+        )
         parts = [(sequence, layer) for sequence in range(len(self.trace.sequences)) for layer in self.trace.layers]
-        with ReplayWriter(output.path, about, force=output.force) as writer:
+        with ReplayWriter(output.path, record, force=output.force) as writer:
             for number, (sequence, layer) in enumerate(parts):
                 self._score(sequence, layer, writer)
                 if progress_callback is not None:
@@ -127,13 +128,11 @@ class ScoreJob:
         """Score and write one layer of one sequence, whose rows are read once."""
         of = self.trace.sequences[sequence]
         source = RecordedLayers(self.trace, of, [layer], self.device)
-        first = of.prompt if self.replay.info["prefill"] == "full" else 0
+        first = of.prompt if self.replay.info.prefill == "full" else 0
         residency = read_residency(self.replay, sequence, layer)
         every_series = []
         for run in self.runs:
-            kept = Recorded(
-                residency[run["run"]], source.shape, run["budget_keys"][sequence], bool(run.get("reads")), self.device
-            )
+            kept = Recorded(residency[run.run], source.shape, run.keys(sequence), run.reads, self.device)
             every_series.append(MetricSeries(kept, self.metrics, first))
         values = source.signal("values") if any("values" in metric.needs for metric in self.metrics) else None
         scorer = BlockScorer(every_series, values)
@@ -144,7 +143,7 @@ class ScoreJob:
             scorer.add(source.rows(start, stop), start, missing)
         steps = np.arange(first, of.length)
         for run, series in zip(self.runs, every_series, strict=True):
-            number = run["run"]
+            number = run.run
             writer.residency(number, sequence, layer, residency[number])
             values_of = {name: value[0, 0].cpu().numpy() for name, value in series.values().items()}
             writer.fidelity(number, sequence, layer, steps, values_of)
@@ -164,10 +163,10 @@ def compile_score(replay: Replay, trace: Trace, metrics: Sequence[str] | None = 
     """
     replay.require_trace(trace.identity, trace.path)
     chosen, skipped = measurable(trace, metrics)
-    runs = [run for run in replay.info["runs"] if run["loop"] == "open"]
+    runs = [run for run in replay.info.runs if run.loop is Loop.open]
     if not runs:
         raise UsageError(f"{replay.path} has no open run", "The metrics of a closed loop come with it: replay again.")
-    return ScoreJob(replay, trace, runs, len(replay.info["runs"]) - len(runs), chosen, skipped, torch_device(device))
+    return ScoreJob(replay, trace, runs, len(replay.info.runs) - len(runs), chosen, skipped, torch_device(device))
 
 
 def rescore(

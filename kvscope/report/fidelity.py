@@ -35,10 +35,10 @@ class Means:
 
 def read_means(replay: Replay, metrics: list[str], sequences: list[int]) -> Means:
     """Return the means of a replay, read once, layer by layer; by step only of some `sequences`."""
-    trace = replay.info["trace"]
-    lengths = {number: int(trace["sequences"][number]["length"]) for number in sequences}
-    runs = {int(run["run"]): place for place, run in enumerate(replay.info["runs"])}
-    layers, heads = trace["layers"], int(trace["heads"])
+    trace = replay.info.trace
+    lengths = {number: int(trace.sequences[number].length) for number in sequences}
+    runs = {int(run.run): place for place, run in enumerate(replay.info.runs)}
+    layers, heads = trace.layers, int(trace.heads)
     by_head = {name: np.full((len(runs), len(layers), heads), np.nan) for name in metrics}
     by_step = {number: {name: _Sums((len(runs), length)) for name in metrics} for number, length in lengths.items()}
     for row, layer in enumerate(layers):
@@ -49,7 +49,7 @@ def read_means(replay: Replay, metrics: list[str], sequences: list[int]) -> Mean
         shown = {number: sequence == number for number in sequences}
         for name in metrics:
             values = frame[name].to_numpy(np.float64)
-            of_heads = _Sums((len(runs), len(trace["sequences"]), heads))
+            of_heads = _Sums((len(runs), len(trace.sequences), heads))
             of_heads.add((place, sequence, head), values)
             by_head[name][:, row] = _mean(of_heads.means, axis=1)
             for number, mine in shown.items():

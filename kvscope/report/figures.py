@@ -101,7 +101,7 @@ def _head_map(source: ReportInput, metric: MetricFacts, run: RunView) -> Figure:
     if metric.name in means.by_head:
         values = means.by_head[metric.name][means.runs[run.number]]  # [L, H]
         if not np.isnan(values).all():
-            layers = [str(layer) for layer in run.replay.info["trace"]["layers"]]
+            layers = [str(layer) for layer in run.replay.info.trace.layers]
             figure.add_heatmap(z=values, y=layers, colorscale="Cividis", colorbar={"title": metric.title})
             figure.update_yaxes(autorange="reversed", type="category")
     return figure

@@ -9,6 +9,7 @@ from kvscope import __version__
 from kvscope.core.errors import ResultError
 from kvscope.core.json import JsonDict
 from kvscope.core.output import require_free
+from kvscope.core.records import MetricSummary
 from kvscope.report.encoding import rounded, visible, visible_everywhere
 from kvscope.report.limits import Limits
 from kvscope.report.panel import PANELS, Panel
@@ -153,7 +154,7 @@ def _run(source: ReportInput, run: RunView) -> JsonDict:
         "name": source.name_of(run),
         "title": source.title_of(run),
         "label": run.label,
-        "policy": str(run.info["policy"]),
+        "policy": str(run.info.policy),
         "budget": run.budget,
         "keys": rounded(run.budget_keys),
         "kind": run.kind,
@@ -176,14 +177,14 @@ def _metric(metric: MetricFacts) -> JsonDict:
     }
 
 
-def _value(value: Mapping[str, float | None]) -> list[float | None]:
+def _value(value: MetricSummary) -> list[float | None]:
     """Return mean, low, high and count."""
-    return [*(rounded(value.get(end)) for end in ("mean", "low", "high")), value.get("count")]
+    return [rounded(value.mean), rounded(value.low), rounded(value.high), value.count]
 
 
 def _part(source: ReportInput, part: Part) -> JsonDict:
-    replay = next(each for each in source.replays if each.info["trace"]["identity"] == part.identity)
-    heads, kv_heads = int(replay.info["trace"]["heads"]), int(replay.info["trace"]["kv_heads"])
+    replay = next(each for each in source.replays if each.info.trace.identity == part.identity)
+    heads, kv_heads = int(replay.info.trace.heads), int(replay.info.trace.kv_heads)
     return {
         "number": part.number,
         "prompt": part.prompt,
@@ -200,7 +201,7 @@ def _notes(source: ReportInput, missing: Sequence[str]) -> list[str]:
     """Return what is to be said of all panels that show single tokens."""
     notes = []
     for name, replay in zip(source.names, source.replays, strict=True):
-        if replay.info["trace"].get("kind") == "text":
+        if replay.info.trace.kind == "text":
             notes.append(f"{name} is a replay of plain text: there is no trace of it, and so no token text.")
         elif source.trace_of(replay) is None:
             notes.append(f"Token texts and attention rows are missing: the trace of {name} is not at hand.")
@@ -216,16 +217,16 @@ def _facts(source: ReportInput) -> list[str]:
     """Return the line under the heading: models, sizes, protocol."""
     facts = []
     for replay in source.replays:
-        trace = replay.info["trace"]
-        sequences = trace["sequences"]
-        lengths = sorted({int(sequence["length"]) for sequence in sequences})
-        prompts = sorted({int(sequence["prompt"]) for sequence in sequences})
+        trace = replay.info.trace
+        sequences = trace.sequences
+        lengths = sorted({sequence.length for sequence in sequences})
+        prompts = sorted({sequence.prompt for sequence in sequences})
         facts += [
-            f"model {trace.get('model') or 'unknown'}",
-            f"{len(trace['layers'])} layers, {trace['heads']} heads, {trace['kv_heads']} key/value heads",
+            f"model {trace.model or 'unknown'}",
+            f"{len(trace.layers)} layers, {trace.heads} heads, {trace.kv_heads} key/value heads",
             f"{_count(len(sequences), 'sequence')} of {_span(lengths)} tokens, {_span(prompts)} of them prompt",
-            f"{replay.info.get('prefill', 'full')} prefill",
-            f"{replay.info.get('loop', 'open')} loop",
+            f"{replay.info.prefill} prefill",
+            f"{replay.info.loop} loop",
         ]
     return list(dict.fromkeys(facts))
 

@@ -36,14 +36,14 @@ class Part:
 
 def sequences_of(replays: Sequence[Replay], traces: Mapping[str, Trace]) -> Iterator[Part]:
     """Yield every sequence, the first of each trace first; replays of one trace share theirs."""
-    distinct = list({replay.info["trace"]["identity"]: replay.info["trace"] for replay in replays}.values())
-    for number in range(max(len(trace["sequences"]) for trace in distinct)):
+    distinct = list({replay.info.trace.identity: replay.info.trace for replay in replays}.values())
+    for number in range(max(len(trace.sequences) for trace in distinct)):
         for index, trace in enumerate(distinct):
-            if number < len(trace["sequences"]):
-                info, at_hand = trace["sequences"][number], traces.get(trace["identity"])
+            if number < len(trace.sequences):
+                info, at_hand = trace.sequences[number], traces.get(trace.identity)
                 tokens = None if at_hand is None else _texts(at_hand, number)
                 name = f"{index}.{number}"
-                yield Part(name, trace["identity"], number, int(info["prompt"]), int(info["length"]), tokens)
+                yield Part(name, trace.identity, number, info.prompt, info.length, tokens)
 
 
 def spread(layers: Sequence[int]) -> list[int]:

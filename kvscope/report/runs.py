@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvscope.core.options import Prefill
+from kvscope.core.records import MetricSummary, RunSummary
 from kvscope.report.encoding import rounded
 from kvscope.results.store import Replay
 
@@ -23,8 +25,6 @@ LAST = ("read_keys", "held_keys")
 
 TAILED = "retained_mass"  # the metric whose tails are shown
 TAILS = ("share_below_half", "worst_head", "worst_step")
-
-OF_SUMMARY = ("clairvoyant", "gap")  # what is known of a run after the replay only
 
 # What a summary says of a run beside its metrics; here they are metrics as any other.
 BESIDE: dict[str, dict[str, Any]] = {
@@ -85,75 +85,74 @@ class RunView:
         Where it comes from.
     source : str
         Name of the replay, unique in the page.
-    info : mapping
-        Its row of ``run.json``.
-    metrics : mapping
-        Metric name -> ``{"mean", "low", "high", "count"}``.
+    info : RunSummary
+        What the summary says of it.
+    metrics : mapping of str to MetricSummary
+        Its metrics by name, with its bounds, its gap and its tails as metrics too.
     """
 
     id: str
     replay: Replay
     source: str
-    info: Mapping[str, Any]
-    metrics: Mapping[str, Mapping[str, Any]]
+    info: RunSummary
+    metrics: Mapping[str, MetricSummary]
 
     @classmethod
-    def of(cls, id: str, replay: Replay, source: str, info: Mapping[str, Any], summary: Mapping[str, Any]) -> RunView:
-        """Return a run with what its row of the summary says; its bounds, gap and tails become metrics."""
-        metrics = dict(summary.get("metrics") or {})
-        beside = {**(summary.get("bounds") or {}), "held_overlap": (summary.get("gap") or {}).get("held_overlap")}
-        beside |= {name: (summary.get("tails") or {}).get(TAILED, {}).get(name) for name in TAILS}
-        metrics |= {name: {"mean": value} for name, value in beside.items() if value is not None}
-        return cls(id, replay, source, {**info, **{k: v for k, v in summary.items() if k in OF_SUMMARY}}, metrics)
+    def of(cls, id: str, replay: Replay, source: str, info: RunSummary) -> RunView:
+        """Return a run with what the summary says of it."""
+        tails = info.tails.get(TAILED)
+        beside = {
+            "share_of_belady": info.bounds.share_of_belady,
+            "belady_of_ideal": info.bounds.belady_of_ideal,
+            "held_overlap": None if info.gap is None else info.gap.held_overlap,
+            **{name: getattr(tails, name, None) for name in TAILS},
+        }
+        added = {name: MetricSummary(value) for name, value in beside.items() if value is not None}
+        return cls(id, replay, source, info, {**info.metrics, **added})
 
     @property
     def number(self) -> int:
         """Number of the run in its replay."""
-        return int(self.info["run"])
+        return self.info.run
 
     @property
     def label(self) -> str:
         """Policy with its parameters."""
-        return str(self.info.get("label") or self.info["policy"])
+        return self.info.label
 
     @property
     def budget(self) -> str | None:
         """Budget as it was given; None for a policy without one."""
-        budget = self.info.get("budget")
-        return None if budget is None else str(budget)
+        return self.info.budget
 
     @property
     def budget_keys(self) -> float | None:
         """Budget in keys per key/value head, mean over sequences; None for a policy without one."""
-        keys = self.info.get("budget_keys")
-        if self.budget is None or keys is None:
+        keys = self.info.budget_keys
+        if self.budget is None:
             return None
-        return sum(keys) / len(keys) if isinstance(keys, list) else float(keys)
+        return float(keys) if isinstance(keys, int) else sum(keys) / len(keys)
 
     @property
     def protocol(self) -> tuple[str, str, str]:
         """Trace identity, loop and prefill: numbers compare only where these are equal."""
-        return (
-            str(self.replay.info["trace"]["identity"]),
-            str(self.info.get("loop", self.replay.info.get("loop", "open"))),
-            str(self.info.get("prefill", self.replay.info.get("prefill", "full"))),
-        )
+        return self.replay.info.trace.identity, self.info.loop, self.info.prefill
 
     @property
     def phase(self) -> str:
         """When it evicts: ``step``, ``prefill``, ``every:N`` or ``none``."""
-        return str(self.info.get("phase", "step"))
+        return self.info.phase
 
     @property
     def kind(self) -> str:
         """One of `KINDS`."""
-        if self.info.get("clairvoyant"):
+        if self.info.clairvoyant:
             return "bound"
-        if self.info.get("reads"):
+        if self.info.reads:
             return "reads a part"
         if self.phase == "none":
             return "no eviction"
-        if not self.info.get("bounded", True):
+        if not self.info.bounded:
             return "own size"
         return {"step": "every step", "prefill": "prompt only"}.get(self.phase, "every N steps")
 
@@ -168,32 +167,32 @@ class RunView:
         marks = []
         if self.kind == "every N steps":
             marks.append(self.phase.replace(":", " ") + " steps")
-        if self.info.get("allocate", "uniform") != "uniform":
-            marks.append(f"{self.info['allocate']} allocation")
-        if self.info.get("published"):
+        if self.info.allocate != "uniform":
+            marks.append(f"{self.info.allocate} allocation")
+        if self.info.published:
             marks.append("as in the published code")
-        if self.info.get("positions") == "compacted":
+        if self.info.positions == "compacted":
             marks.append("compacted positions")
-        certificate = self.info.get("certificate") or {}
-        if not certificate.get("exact", True):
-            marks.append(f"at most {certificate['gap']:.2g} of mass from the optimum")
-        if self.info.get("accumulate", "float32") != "float32":
-            marks.append(f"sums in {self.info['accumulate']}")
+        certificate = self.info.certificate
+        if certificate is not None and not certificate.exact:
+            marks.append(f"at most {certificate.gap:.2g} of mass from the optimum")
+        if self.info.accumulate != "float32":
+            marks.append(f"sums in {self.info.accumulate}")
         return marks
 
     @property
     def full_keys(self) -> float:
         """Mean number of keys in a full cache over the steps after the prompt (with streaming prefill, over all)."""
         lengths = [
-            (int(each["prompt"]) if self.protocol[2] == "full" else 0, int(each["length"]))
-            for each in self.replay.info["trace"]["sequences"]
+            (each.prompt if self.info.prefill is Prefill.full else 0, each.length)
+            for each in self.replay.info.trace.sequences
         ]
         return sum((prompt + 1 + length) / 2 for prompt, length in lengths) / len(lengths)
 
     def mean(self, metric: str) -> float | None:
         """Return the mean of a metric; None where it was not computed or has no value."""
-        value = self.metrics.get(metric, {}).get("mean")
-        return None if value is None else float(value)
+        value = self.metrics.get(metric)
+        return None if value is None else value.mean
 
 
 @dataclass(frozen=True)

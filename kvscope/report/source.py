@@ -11,6 +11,7 @@ from functools import cached_property
 import pandas as pd
 
 from kvscope.core.json import JsonDict
+from kvscope.core.json_records import plain
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.report.attended import Attended, attended
 from kvscope.report.fidelity import Means, read_means
@@ -75,8 +76,8 @@ class ReportInput:
         """Metric name -> its declaration, for every metric of every replay, in the order of the page."""
         found: dict[str, JsonDict] = {}
         for replay in self.replays:
-            for name, declaration in replay.summary.get("metrics", {}).items():
-                found.setdefault(name, declaration)
+            for name, declaration in replay.summary.metrics.items():
+                found.setdefault(name, plain(declaration))
         for run in self.runs:
             for name in run.metrics:
                 found.setdefault(name, BESIDE.get(name, {}))
@@ -116,7 +117,7 @@ class ReportInput:
         for kind, found in places.items():
             best = sorted(found, key=lambda label: sum(found[label]) / len(found[label]))
             chosen += best if kind == "bound" else best[: FEW if kind == largest else 1]
-        baselines = [run.label for run in self.runs if run.info["policy"] in BASELINES and run.budget is not None]
+        baselines = [run.label for run in self.runs if run.info.policy in BASELINES and run.budget is not None]
         return tuple(dict.fromkeys(chosen + baselines))
 
     @cached_property
@@ -153,26 +154,26 @@ class ReportInput:
 
     def trace_of(self, replay: Replay) -> Trace | None:
         """Return the trace a replay was made from, if it is at hand."""
-        return self.traces.get(replay.info["trace"]["identity"])
+        return self.traces.get(replay.info.trace.identity)
 
     def parts_of(self, replay: Replay) -> list[Part]:
         """Return the sequences of a replay that the page shows."""
-        return [part for part in self.parts.values() if part.identity == replay.info["trace"]["identity"]]
+        return [part for part in self.parts.values() if part.identity == replay.info.trace.identity]
 
     def runs_of(self, part: Part) -> list[RunView]:
         """Return the runs of a sequence, in the order of `detailed`."""
-        return [run for run in self.detailed if run.replay.info["trace"]["identity"] == part.identity]
+        return [run for run in self.detailed if run.replay.info.trace.identity == part.identity]
 
     def layers_of(self, part: Part) -> list[int]:
         """Return the recorded layers of a sequence."""
-        replay = next(each for each in self.replays if each.info["trace"]["identity"] == part.identity)
-        return [int(layer) for layer in replay.info["trace"]["layers"]]
+        replay = next(each for each in self.replays if each.info.trace.identity == part.identity)
+        return [int(layer) for layer in replay.info.trace.layers]
 
     def residency(self, part: Part, layer: int) -> dict[str, ResidencyIntervals]:
         """Return the residency intervals of every run in one layer of one sequence, by the run's id."""
         found: dict[str, ResidencyIntervals] = {}
         for index, replay in enumerate(self.replays):
-            if replay.info["trace"]["identity"] == part.identity:
+            if replay.info.trace.identity == part.identity:
                 found |= {f"{index}.{run}": each for run, each in self._residency(index, part.number, layer).items()}
         return found
 
@@ -219,7 +220,7 @@ class ReportInput:
         """Return means by head and by step of a replay."""
         index = self.replays.index(replay)
         if index not in self._means:
-            present = [name for name in self.metrics if name in replay.info.get("metrics", {})]
+            present = [name for name in self.metrics if name in replay.info.metrics]
             self._means[index] = read_means(replay, present, [part.number for part in self.parts_of(replay)])
         return self._means[index]
 
@@ -287,8 +288,5 @@ class ReportInput:
 
     def _runs(self) -> Iterator[RunView]:
         for index, replay in enumerate(self.replays):
-            summaries = {row["run"]: row for row in replay.summary["runs"]}
-            for info in replay.info["runs"]:
-                yield RunView.of(
-                    f"{index}.{info['run']}", replay, self.names[index], info, summaries.get(info["run"], {})
-                )
+            for run in replay.summary.runs:
+                yield RunView.of(f"{index}.{run.run}", replay, self.names[index], run)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from kvscope.core.errors import ResultError
-from kvscope.results.digest import NAME
+from kvscope.core.records import RunSummary
 from kvscope.results.store import Replay, open_replay
 
 _KEY = ["sequence", "layer", "kv_head", "key"]
@@ -78,9 +78,7 @@ class Decisions:
     first: Sequence[Moved] = ()
 
 
-def compare_decisions(
-    label: str, base: tuple[str, Mapping[str, Any]], new: tuple[str, Mapping[str, Any]], most: int
-) -> Decisions:
+def compare_decisions(label: str, base: tuple[str, RunSummary], new: tuple[str, RunSummary], most: int) -> Decisions:
     """Return what one run decided differently on two sides.
 
     Equal digests settle it. Otherwise the residency is compared if both sides are replay folders; with a committed
@@ -90,7 +88,7 @@ def compare_decisions(
     ----------
     label : str
         What to call the run.
-    base, new : (str, mapping)
+    base, new : (str, RunSummary)
         Path of the replay folder or ``summary.json``, and what its summary says of the run.
     most : int
         How many of the stays that differ to name.
@@ -100,13 +98,13 @@ def compare_decisions(
     ResultError
         If a side has neither digest nor residency.
     """
-    digests = [run.get(NAME) for _, run in (base, new)]
+    digests = [run.decisions for _, run in (base, new)]
     if None not in digests and digests[0] == digests[1]:
         return Decisions(label, True)
     folders = [Path(source) for source, _ in (base, new)]
     if all(folder.is_dir() for folder in folders):
         one, other = (open_replay(folder) for folder in folders)
-        return _compare_residency(label, (one, int(base[1]["run"])), (other, int(new[1]["run"])), most)
+        return _compare_residency(label, (one, base[1].run), (other, new[1].run), most)
     for (source, _), digest in zip((base, new), digests, strict=True):
         if digest is None:
             raise ResultError(
@@ -120,7 +118,7 @@ def _compare_residency(label: str, base: tuple[Replay, int], new: tuple[Replay, 
     """Compare two runs sequence by sequence: never more than one is in memory."""
     changed = stays = 0
     first: list[Moved] = []
-    for sequence in range(len(base[0].info["trace"]["sequences"])):
+    for sequence in range(len(base[0].info.trace.sequences)):
         old, later = (_stays(replay, run, sequence) for replay, run in (base, new))
         moved = _moved(old, later)
         changed, stays = changed + len(moved), stays + len(old)

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.records import Direction, MetricRecord, RunSummary, SummaryRecord
 from kvscope.core.registry import nearest
-from kvscope.results.baseline import ALIGNED
 from kvscope.results.decisions import Decisions, compare_decisions
 
 Verdict = Literal["worse", "missing", "changed", "new", "better", "same"]  # what a reader asks for first
 REGRESSIONS = ("worse", "missing")
 DECLARED = ("direction", "range", "when_nothing_evicted")
-PLANNED = ("phase", "allocate", "accumulate")  # with ALIGNED, what makes two runs the same run
+ALIGNED = ("policy", "params", "budget", "prefill", "loop", "phase", "allocate", "accumulate")  # one run on both sides
 FEW = 50  # rows up to which values that are the same are shown too
 APART = "No run is on both sides; two policies are set side by side by: kvscope compare"
 FIRST = 10  # stays that are named for each run whose decisions differ
@@ -127,18 +127,19 @@ class Diff:
 
 
 def diff(
-    base: Mapping[str, Any],
-    new: Mapping[str, Any],
+    base: SummaryRecord,
+    new: SummaryRecord,
     tolerance: float | Tolerance | Mapping[str, float | Tolerance] = DEFAULT_TOLERANCE,
     *,
     decisions: bool = False,
     first: int = FIRST,
+    sources: tuple[str, str] = ("base", "new"),
 ) -> Diff:
     """Return how `new` differs from `base`, run by run and metric by metric.
 
     Parameters
     ----------
-    base, new : mapping
+    base, new : SummaryRecord
         Summaries, as `load_summary` gives them.
     tolerance : float, Tolerance, or mapping of str to these
         How much a metric may fall; for a mapping, ``""`` is for the metrics that it does not name.
@@ -146,6 +147,9 @@ def diff(
         Whether to compare also which keys were evicted when.
     first : int
         How many of the evictions that changed to name for each run.
+    sources : (str, str)
+        Paths of the replay folders or ``summary.json`` files, for messages; decisions are compared eviction by eviction
+        where both are folders.
 
     Raises
     ------
@@ -157,11 +161,10 @@ def diff(
     require_same_origin(base, new)
     given = tolerance if isinstance(tolerance, Mapping) else {"": tolerance}
     allowed = {"": DEFAULT_TOLERANCE} | {name: _tolerance(value) for name, value in given.items()}
-    declared = {**new["metrics"], **base["metrics"]}
+    declared = {**new.metrics, **base.metrics}
     for name in allowed:
         if name and name not in declared:
             raise UsageError(f"tolerance for {name!r}, which no run has", nearest(name, declared))
-    sources = str(base.get("source", "base")), str(new.get("source", "new"))
     before, after = _by_key(base, sources[0]), _by_key(new, sources[1])
     rows: list[DiffRow] = []
     decided: list[Decisions] = []
@@ -195,28 +198,28 @@ def parse_tolerance(texts: Sequence[str]) -> dict[str, Tolerance]:
     return parsed
 
 
-def require_same_origin(base: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def require_same_origin(base: SummaryRecord, new: SummaryRecord) -> None:
     """Raise ResultError unless two summaries are of one trace, model, protocol and definition of each metric."""
-    for what in ("model", "identity"):
-        old, other = base["trace"].get(what), new["trace"].get(what)
+    origins = (("model", base.trace.model, new.trace.model), ("identity", base.trace.identity, new.trace.identity))
+    for what, old, other in origins:
         if old != other:
             raise ResultError(
                 f"the two are of different traces: {what} {_short(old)} and {_short(other)}",
                 "Compare replays of the same trace.",
             )
     for what in ("prefill", "loop"):
-        old_set, new_set = ({run[what] for run in side["runs"]} for side in (base, new))
+        old_set, new_set = ({str(getattr(run, what)) for run in side.runs} for side in (base, new))
         if old_set != new_set:
             raise ResultError(
                 f"the two are of different protocols: {what} {_names(old_set)} and {_names(new_set)}",
                 "Replay both with the same --prefill, in the same loop.",
             )
-    for name in sorted(base["metrics"].keys() & new["metrics"].keys()):
+    for name in sorted(base.metrics.keys() & new.metrics.keys()):
         for what in DECLARED:
-            old, other = (side["metrics"][name].get(what) for side in (base, new))
-            if old != other:
+            one, another = (getattr(side.metrics[name], what) for side in (base, new))
+            if one != another:
                 raise ResultError(
-                    f"metric {name} is defined differently on the two sides: {what} {old} and {other}",
+                    f"metric {name} is defined differently on the two sides: {what} {one} and {another}",
                     "Replay both with one kvscope.",
                 )
 
@@ -226,26 +229,26 @@ def _tolerance(value: float | Tolerance) -> Tolerance:
 
 
 def _rows(
-    before: Mapping[str, Any] | None,
-    after: Mapping[str, Any] | None,
-    declared: Mapping[str, Any],
+    before: RunSummary | None,
+    after: RunSummary | None,
+    declared: Mapping[str, MetricRecord],
     allowed: Mapping[str, Tolerance],
 ) -> list[DiffRow]:
     run = before or after
     assert run is not None, "the key is from one of the two sides"
     return [
-        _row(_label(run), name, before, after, str(declared[name]["direction"]), allowed.get(name, allowed[""]))
+        _row(_label(run), name, before, after, declared[name].direction, allowed.get(name, allowed[""]))
         for name in declared
-        if any(side is not None and name in side["metrics"] for side in (before, after))
+        if any(side is not None and name in side.metrics for side in (before, after))
     ]
 
 
 def _row(
     label: str,
     name: str,
-    before: Mapping[str, Any] | None,
-    after: Mapping[str, Any] | None,
-    direction: str,
+    before: RunSummary | None,
+    after: RunSummary | None,
+    direction: Direction,
     tolerance: Tolerance,
 ) -> DiffRow:
     old, new = _mean(before, name), _mean(after, name)
@@ -264,23 +267,23 @@ def _row(
     return DiffRow(label, name, old, new, change, tolerance.of(old), str(tolerance), verdict)
 
 
-def _label(run: Mapping[str, Any]) -> str:
-    return f"{run['label']} {run['budget'] or 'full cache'} {run['prefill']} {run['loop']}"
+def _label(run: RunSummary) -> str:
+    return f"{run.label} {run.budget or 'full cache'} {run.prefill} {run.loop}"
 
 
-def _mean(run: Mapping[str, Any] | None, name: str) -> float | None:
+def _mean(run: RunSummary | None, name: str) -> float | None:
     """Return the mean of a metric; None where there is no run, no metric, or no finite number."""
-    mean = None if run is None else run["metrics"].get(name, {}).get("mean")
-    return None if mean is None or not math.isfinite(mean) else float(mean)
+    mean = None if run is None else run.mean(name)
+    return None if mean is None or not math.isfinite(mean) else mean
 
 
-def _by_key(summary: Mapping[str, Any], source: str) -> dict[str, Mapping[str, Any]]:
-    found: dict[str, Mapping[str, Any]] = {}
-    for run in summary["runs"]:
-        key = json.dumps([run.get(name) for name in (*ALIGNED, *PLANNED)], sort_keys=True)
+def _by_key(summary: SummaryRecord, source: str) -> dict[str, RunSummary]:
+    found: dict[str, RunSummary] = {}
+    for run in summary.runs:
+        key = json.dumps([getattr(run, name) for name in ALIGNED], sort_keys=True)
         if key in found:
             raise ResultError(
-                f"{source} has two runs of {run['label']} at {run['budget'] or 'full cache'}",
+                f"{source} has two runs of {run.label} at {run.budget or 'full cache'}",
                 "Replay each policy and budget once: of two, it is not known which to compare.",
             )
         found[key] = run

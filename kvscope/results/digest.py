@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from kvscope.core.errors import ResultError
 
 Array = NDArray[Any]
-NAME = "decisions"  # of the digest, in every run of run.json and summary.json
 
 
 class Digests:

@@ -14,9 +14,11 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from kvscope.core.errors import ResultError
+from kvscope.core.json_records import plain
 from kvscope.core.options import ExportFormat, ExportLevel, choice
 from kvscope.core.output import OutputFolder
-from kvscope.results.schema import LOSSES, SCHEMA_VERSION, fidelity_schema
+from kvscope.core.records import SCHEMA_VERSION
+from kvscope.results.schema import LOSSES, fidelity_schema
 from kvscope.results.store import Replay
 from kvscope.results.stream import batches, means
 from kvscope.results.summary import LEVELS, Level
@@ -88,7 +90,13 @@ def export(
     """
     kind, level = choice(ExportFormat, form, "format"), choice(ExportLevel, per, "per")
     folder = OutputFolder(Path(output), "export", HEADER, MEMBERS, ResultError, force)
-    about = {"replay": str(replay.path), "trace": replay.summary["trace"], "format": kind, "per": level, "long": long}
+    about = {
+        "replay": str(replay.path),
+        "trace": plain(replay.summary.trace),
+        "format": kind,
+        "per": level,
+        "long": long,
+    }
     try:
         _header(folder.work, about, complete=False, writer=folder.begin())
         described = {}
@@ -108,7 +116,7 @@ def _tables(replay: Replay, level: ExportLevel, long: bool) -> dict[str, Iterato
     joined = _Joined(replay)
     tables = {"fidelity": joined.tables(fidelity), "residency": joined.tables(batches(replay, "residency"))}
     if long:
-        tables["fidelity"] = _long(tables["fidelity"], list(replay.info["metrics"]))
+        tables["fidelity"] = _long(tables["fidelity"], list(replay.info.metrics))
     if (replay.path / LOSSES).exists():
         tables["tokens"] = joined.tables(batches(replay, "tokens"))
     return {"runs": iter([_runs(replay)]), **tables}
@@ -118,11 +126,12 @@ class _Joined:
     """Puts the columns of `JOINED` beside the number of the run."""
 
     def __init__(self, replay: Replay) -> None:
-        runs = sorted(replay.info["runs"], key=lambda run: int(run["run"]))
-        self._numbers = np.array([run["run"] for run in runs])  # [R]
-        self._keys = np.array([run["budget_keys"] for run in runs], np.float64)  # [R, sequences]
+        runs = sorted(replay.info.runs, key=lambda run: run.run)
+        self._numbers = np.array([run.run for run in runs])  # [R]
+        sequences = range(len(replay.info.trace.sequences))
+        self._keys = np.array([[run.keys(one) for one in sequences] for run in runs], np.float64)  # [R, sequences]
         self._words = {
-            field.name: pa.array([run.get(field.name) for run in runs], field.type)
+            field.name: pa.array([getattr(run, field.name) for run in runs], field.type)
             for field in JOINED
             if field.name != "budget_keys"
         }
@@ -143,14 +152,15 @@ class _Joined:
 
 def _runs(replay: Replay) -> pa.Table:
     """Return one row for each run: all that is said of it, then mean, interval and count of every metric."""
-    runs = [{**about, **run} for about, run in zip(replay.info["runs"], replay.summary["runs"], strict=True)]
+    runs = replay.summary.runs
+    said = [plain(run) for run in runs]
     columns: dict[str, pa.Array] = {}
-    for name in dict.fromkeys(name for run in runs for name in run if name != "metrics"):
-        columns[name] = pa.array([_flat(run.get(name)) for run in runs])
-    columns["budget_keys"] = pa.array([float(np.mean(run["budget_keys"])) for run in replay.info["runs"]])
-    for name in replay.summary["metrics"]:
+    for name in dict.fromkeys(name for run in said for name in run if name != "metrics"):
+        columns[name] = pa.array([_flat(run.get(name)) for run in said])
+    columns["budget_keys"] = pa.array([float(np.mean(run.budget_keys)) for run in replay.info.runs])
+    for name in replay.summary.metrics:
         for part, kind in PARTS.items():
-            values = [run["metrics"].get(name, {}).get(part) for run in runs]
+            values = [getattr(run.metrics.get(name), part, None) for run in runs]
             columns[name if part == "mean" else f"{name}_{part}"] = pa.array(values, kind)
     fields = [
         JOINED.field(name) if name in JOINED.names else pa.field(name, column.type) for name, column in columns.items()
@@ -170,7 +180,7 @@ def _means(replay: Replay, per: Level) -> Iterator[pa.Table]:
     recorded = fidelity_schema(found.metrics)
     columns = [recorded.field(name) for name in ("run", *places)]
     schema = pa.schema([*columns, *(pa.field(name, pa.float64()) for name in found.metrics)])
-    for run in (int(run["run"]) for run in replay.info["runs"]):
+    for run in (run.run for run in replay.info.runs):
         of_run = {name: found.of(run, name, per) for name in found.metrics}
         rows = sorted(set().union(*of_run.values()))
         columns = [[run] * len(rows), *([row[index] for row in rows] for index in range(len(places)))]
@@ -214,9 +224,9 @@ def _open(file: Path, form: ExportFormat, schema: pa.Schema) -> Any:
 
 
 def _meaning(field: pa.Field, replay: Replay) -> str:
-    declared = replay.summary["metrics"].get(field.name)
+    declared = replay.summary.metrics.get(field.name)
     if declared is not None:
-        return str(declared["summary"])
+        return declared.summary
     return str((field.metadata or {}).get(b"about", b"").decode())
 
 

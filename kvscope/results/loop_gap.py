@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
+from kvscope.core.options import Prefill
+from kvscope.core.records import LoopGap, ReplayRecord, RunSummary
 from kvscope.core.residency import ResidencyIntervals
 
 BLOCK = 2**24  # entries of a block of held sets
 
 
-class LoopGap:
+class LoopGapCounter:
     """Compares what closed runs held with what the open runs they belong to held, as both are written.
 
     Parameters
     ----------
-    info : mapping
-        Content of ``run.json``: a closed run names its open one as ``open_run``.
+    record : ReplayRecord
+        A closed run names its open one as `open_run`.
     """
 
-    def __init__(self, info: Mapping[str, Any]) -> None:
-        self._open = {run["run"]: run["open_run"] for run in info["runs"] if run.get("open_run") is not None}
+    def __init__(self, record: ReplayRecord) -> None:
+        self._open = {run.run: run.open_run for run in record.runs if run.open_run is not None}
         self._compared = set(self._open.values())
-        self._trace, self._full = info["trace"], info["prefill"] == "full"
+        self._sequences, self._full = record.trace.sequences, record.prefill is Prefill.full
         self._waiting: dict[tuple[int, int, int], ResidencyIntervals] = {}
         self._overlap: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))  # run -> layer
 
@@ -38,27 +39,21 @@ class LoopGap:
             if other is not None:
                 self._overlap[run][layer].append(self._shared(sequence, intervals, other))
 
-    def of(self, run: int, metrics: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
-        """Return the gap of a closed run, or None where there is no open one.
-
-        Parameters
-        ----------
-        metrics : mapping
-            Of every run by its number, as in the summary.
-        """
+    def of(self, run: int, runs: Mapping[int, RunSummary]) -> LoopGap | None:
+        """Return the gap of a closed run, or None where there is no open one; `runs` are all, by their numbers."""
         if run not in self._overlap:
             return None
         layers = {layer: float(np.mean(values)) for layer, values in sorted(self._overlap[run].items())}
-        open_, closed = (metrics[number].get("retained_mass", {}).get("mean") for number in (self._open[run], run))
-        return {
-            "held_overlap": float(np.mean(list(layers.values()))),
-            "held_overlap_by_layer": {str(layer): value for layer, value in layers.items()},
-            "retained_mass": None if open_ is None or closed is None else closed - open_,
-        }
+        open_, closed = (runs[number].mean("retained_mass") for number in (self._open[run], run))
+        return LoopGap(
+            held_overlap=float(np.mean(list(layers.values()))),
+            held_overlap_by_layer={str(layer): value for layer, value in layers.items()},
+            retained_mass=None if open_ is None or closed is None else closed - open_,
+        )
 
     def _shared(self, sequence: int, one: ResidencyIntervals, other: ResidencyIntervals) -> float:
         """Return ``|A & B| / |A | B|`` of the held sets, the mean over heads and the steps from which keys go."""
-        first = self._trace["sequences"][sequence]["prompt"] - 1 if self._full else 0
+        first = self._sequences[sequence].prompt - 1 if self._full else 0
         size = max(1, BLOCK // (one.heads * one.length))
         total, count = 0.0, 0
         for start in range(first, one.length, size):

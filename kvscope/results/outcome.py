@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvscope.core.records import Direction, MetricRecord, MetricSummary
 from kvscope.results.statistics import BOOTSTRAP, FEWEST
 
 Array = NDArray[Any]
 LOSSES = ("nll_full", "nll_policy", "kl", "top1_equal")  # columns of tokens.parquet
 
 
-def _declared(direction: str, low: int | None, high: int | None, untouched: float | None, what: str) -> dict[str, Any]:
-    return {"direction": direction, "range": [low, high], "when_nothing_evicted": untouched, "summary": what}
+def _declared(
+    direction: Direction, low: float | None, high: float | None, untouched: float | None, what: str
+) -> MetricRecord:
+    return MetricRecord(direction, (low, high), untouched, summary=what)
 
 
-OUTCOMES = {
+OUTCOMES: dict[str, MetricRecord] = {
     "perplexity": _declared("lower", 1, None, None, "exp of the mean loss of the scored tokens under the policy."),
     "perplexity_full": _declared("none", 1, None, None, "exp of their mean loss with the full cache."),
     "perplexity_delta": _declared("lower", None, None, 0.0, "perplexity minus that of the full cache."),
@@ -41,7 +44,7 @@ class Outcomes:
         sums = [float(np.sum(values[name], dtype=np.float64)) for name in LOSSES]
         self._sums[run][sequence] = np.array([*sums, len(values["kl"])])
 
-    def of(self, run: int) -> dict[str, dict[str, Any]]:
+    def of(self, run: int) -> dict[str, MetricSummary]:
         """Return every outcome of a run with its 95 % bootstrap interval over sequences; nothing for an open run."""
         if run not in self._sums:
             return {}
@@ -54,10 +57,7 @@ class Outcomes:
             draws = np.random.default_rng(0).integers(0, len(sums), (BOOTSTRAP, len(sums)))
             drawn = _outcomes(sums[draws].sum(1).T)  # each [BOOTSTRAP]
             low, high = ({name: float(np.quantile(v, q)) for name, v in drawn.items()} for q in (0.025, 0.975))
-        return {
-            name: {"mean": float(value), "low": low[name], "high": high[name], "count": count}
-            for name, value in values.items()
-        }
+        return {name: MetricSummary(float(value), low[name], high[name], count) for name, value in values.items()}
 
     def by_sequence(self, run: int) -> dict[int, dict[str, float]]:
         """Return every outcome of each sequence of a run; nothing for an open run."""

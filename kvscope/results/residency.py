@@ -30,10 +30,10 @@ def read_residency(
     ResultError
         If the file cannot be read.
     """
-    trace = replay.info["trace"]
-    heads, length = int(trace["kv_heads"]), int(trace["sequences"][sequence]["length"])
+    trace = replay.info.trace
+    heads, length = trace.kv_heads, trace.sequences[sequence].length
     frame = replay.residency(sequence=sequence, layer=layer)
-    selected = [int(run["run"]) for run in replay.info["runs"]] if runs is None else list(runs)
+    selected = [run.run for run in replay.info.runs] if runs is None else list(runs)
     parts = {int(str(run)): part for run, part in frame.groupby("run")}
     return {run: _intervals(parts.get(run, frame.iloc[:0]), heads, length) for run in selected}
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from kvscope.core.errors import ResultError, UsageError
 from kvscope.core.output import checksum
-from kvscope.results.schema import LOSSES, SUMMARY, SUMMARY_KIND, load_json, read_header
+from kvscope.core.records import SUMMARY_FILE, ReplayRecord, SummaryRecord, read_replay, read_summary
+from kvscope.results.schema import LOSSES
 
 
 class Replay:
@@ -25,11 +26,11 @@ class Replay:
     ----------
     path : Path
         Its folder.
-    info : dict
+    info : ReplayRecord
         All of ``run.json``.
     """
 
-    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+    def __init__(self, path: Path, info: ReplayRecord) -> None:
         self.path, self.info = path, info
 
     @property
@@ -38,9 +39,9 @@ class Replay:
         return self.path.resolve().name
 
     @cached_property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> SummaryRecord:
         """The content of ``summary.json``."""
-        return load_json(self.path / SUMMARY, SUMMARY_KIND, "summary")
+        return read_summary(self.path / SUMMARY_FILE)
 
     def plot(self, name: str = "budget_curve", **options: Any) -> Any:
         """Return a Plotly figure of this replay; names, options and errors are those of `kvscope.plot`."""
@@ -51,16 +52,16 @@ class Replay:
     def _repr_html_(self) -> str:
         """Return the summary as a table, for notebooks: the mean of every metric of every run."""
         rows = [
-            {"policy": run["label"], "budget": run["budget"] or "", "loop": run.get("loop", self.info.get("loop", ""))}
-            | {name.replace("_", " "): value.get("mean") for name, value in run["metrics"].items()}
-            for run in self.summary["runs"]
+            {"policy": run.label, "budget": run.budget or "", "loop": run.loop}
+            | {name.replace("_", " "): value.mean for name, value in run.metrics.items()}
+            for run in self.summary.runs
         ]
         table = pd.DataFrame(rows).to_html(index=False, na_rep="", float_format="{:.4g}".format, border=0)
         return f"<p><b>{escape(self.name)}</b>: {len(rows)} runs</p>{table}"
 
     def require_trace(self, identity: str, path: Path) -> None:
         """Raise ResultError unless the replay was made from the trace at `path`, which has this identity."""
-        if self.info["trace"]["identity"] != identity:
+        if self.info.trace.identity != identity:
             raise ResultError(f"{self.path} was not made from {path}", "Name the trace that it was made from: --trace.")
 
     def residency(self, run: int | None = None, sequence: int | None = None, layer: int | None = None) -> pd.DataFrame:
@@ -100,9 +101,9 @@ class Replay:
     def _mask(self, run: int, sequence: int, layer: int, shift: int) -> NDArray[np.bool_]:
         self._require(run, sequence, layer)
         frame = self.residency(run, sequence, layer)
-        trace = self.info["trace"]
-        length = trace["sequences"][sequence]["length"]
-        mask = np.zeros((trace["kv_heads"], length, length), bool)
+        trace = self.info.trace
+        length = trace.sequences[sequence].length
+        mask = np.zeros((trace.kv_heads, length, length), bool)
         leave = frame["leave"].fillna(length).to_numpy(int)
         intervals = zip(frame["kv_head"], frame["key"], frame["enter"] + shift, leave + shift, strict=True)
         for head, key, start, stop in intervals:
@@ -113,11 +114,11 @@ class Replay:
         return mask
 
     def _require(self, run: int, sequence: int, layer: int) -> None:
-        trace = self.info["trace"]
+        trace = self.info.trace
         there = {
-            "run": (run, [item["run"] for item in self.info["runs"]]),
-            "sequence": (sequence, list(range(len(trace["sequences"])))),
-            "layer": (layer, trace["layers"]),
+            "run": (run, [item.run for item in self.info.runs]),
+            "sequence": (sequence, list(range(len(trace.sequences)))),
+            "layer": (layer, list(trace.layers)),
         }
         for what, (number, known) in there.items():
             if number not in known:
@@ -149,12 +150,12 @@ def open_replay(path: Path | str, *, verify: bool = False) -> Replay:
         Nothing there, not a replay, older, newer, incomplete, or damaged: each says which.
     """
     path = Path(path)
-    info = read_header(path)
-    for name, size in info["sizes"].items():
+    info = read_replay(path)
+    for name, size in info.sizes.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             raise ResultError(f"replay {path} is damaged: {name} is missing or has another size", "Replay again.")
-        if verify and checksum(file) != info["checksums"][name]:
+        if verify and checksum(file) != info.checksums[name]:
             raise ResultError(f"replay {path} is damaged: the checksum of {name} is another", "Replay again.")
     return Replay(path, info)
 
@@ -173,7 +174,7 @@ def newest_replay(folder: Path = Path("reports")) -> Path:
             info = open_replay(candidate).info
         except ResultError:
             continue  # unfinished, foreign, damaged or of another version: not what "newest whole replay" means
-        found.append((info["created"], candidate.stat().st_mtime, candidate))
+        found.append((info.created, candidate.stat().st_mtime, candidate))
     if not found:
         raise ResultError(f"no whole replay under {folder}/", "Make one: kvscope replay --policy a2sf")
     return max(found)[2]

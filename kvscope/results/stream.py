@@ -50,9 +50,9 @@ def batches(
 
 def means(replay: Replay, runs: Collection[int] | None = None, metrics: Sequence[str] | None = None) -> Means:
     """Return the means of every level of a replay; of all runs and metrics by default."""
-    found = Means(list(replay.info["metrics"] if metrics is None else metrics))
+    found = Means(list(replay.info.metrics if metrics is None else metrics))
     for table in batches(replay, "fidelity", runs, ["run", "sequence", "layer", "head", *found.metrics]):
-        found.add_table(table, replay.info["trace"]["heads"])
+        found.add_table(table, replay.info.trace.heads)
     return found
 
 
@@ -63,7 +63,7 @@ def by_sequence(
 
     It is the mean over steps, then heads, then layers; for what a closed loop costs in tokens, that of its tokens.
     """
-    fidelity = [name for name in metrics if name in replay.info["metrics"]]
+    fidelity = [name for name in metrics if name in replay.info.metrics]
     found = means(replay, runs, fidelity)
     values = {
         (run, name): {sequence: mean for (sequence,), mean in found.of(run, name, "sequence").items()}

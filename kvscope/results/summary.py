@@ -11,14 +11,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kvscope.results.schema import SCHEMA_VERSION, SUMMARY_KIND
+from kvscope.core.records import BoundShares, MetricSummary, RunRecord, RunSummary
 from kvscope.results.statistics import interval
 
 Array = NDArray[Any]
 Level = Literal["run", "sequence", "layer", "head"]
 LEVELS: tuple[Level, ...] = ("run", "sequence", "layer", "head")  # of which each is the mean over the next
-_OF_TRACE = ("name", "identity", "model", "sequences", "lossy", "approximate")
-_SAME_BOUND = ("budget", "prefill", "loop")  # what a run shares with the run that is its bound
 _PLACE = ("run", "sequence", "layer")
 
 
@@ -79,39 +77,23 @@ class Means:
             found = {place: float(np.mean(means)) for place, means in groups.items()}
         return found
 
-    def summary(self, info: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the content of ``summary.json`` for the runs of ``run.json``."""
-        runs = [self._run(run) for run in info["runs"]]
-        return {
-            "kind": SUMMARY_KIND,
-            "schema": SCHEMA_VERSION,
-            "trace": {key: info["trace"][key] for key in _OF_TRACE if key in info["trace"]},
-            "metrics": info["metrics"],
-            "runs": [run | {"bounds": bounds(run, runs)} for run in runs],
-        }
+    def summaries(self, run: int) -> dict[str, MetricSummary]:
+        """Return every metric of a run with its interval and the number of its values."""
+        return {name: self._metric(run, name) for name in self.metrics}
 
     def _add(self, run: int, sequence: int, layer: int, name: str, sums: Array, counts: Array) -> None:
         of_run = self._heads[run, name]
         before = of_run.get((sequence, layer))
         of_run[sequence, layer] = (sums, counts) if before is None else (before[0] + sums, before[1] + counts)
 
-    def _run(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        keys = run["budget_keys"]
-        same = isinstance(keys, list) and len(set(keys)) == 1
-        return {
-            **run,
-            "budget_keys": keys[0] if same else keys,
-            "metrics": {name: self._metric(run["run"], name) for name in self.metrics},
-        }
-
-    def _metric(self, run: int, name: str) -> dict[str, Any]:
+    def _metric(self, run: int, name: str) -> MetricSummary:
         count = sum(int(counts.sum()) for _, counts in self._heads[run, name].values())
         means = np.array(list(self.of(run, name, "sequence").values()))
         low, high = interval(means)
-        return {"mean": None if means.size == 0 else float(means.mean()), "low": low, "high": high, "count": count}
+        return MetricSummary(None if means.size == 0 else float(means.mean()), low, high, count)
 
 
-def bounds(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def bounds(run: RunSummary, runs: Sequence[RunSummary]) -> BoundShares:
     """Return how far a run gets, and how far any could, from the runs of the bounds at its budget.
 
     ``share_of_belady`` is its retained mass divided by that of ``belady``: how well it predicts. It can pass one where
@@ -120,19 +102,20 @@ def bounds(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[st
     the highest counts.
     """
 
-    def mass(one: Mapping[str, Any]) -> float | None:
-        mean: float | None = one["metrics"].get("retained_mass", {}).get("mean")
-        return mean
-
     def most(policy: str) -> float | None:
-        alike = (one for one in runs if one["policy"] == policy and all(one[key] == run[key] for key in _SAME_BOUND))
-        return max((found for one in alike if (found := mass(one)) is not None), default=None)
+        at_its_budget = (one for one in runs if one.policy == policy and _at(one) == _at(run))
+        return max((mass for one in at_its_budget if (mass := one.mean("retained_mass")) is not None), default=None)
 
     def ratio(part: float | None, whole: float | None) -> float | None:
         return part / whole if part is not None and whole else None
 
     belady = most("belady")
-    return {"share_of_belady": ratio(mass(run), belady), "belady_of_ideal": ratio(belady, most("ideal"))}
+    return BoundShares(ratio(run.mean("retained_mass"), belady), ratio(belady, most("ideal")))
+
+
+def _at(run: RunRecord) -> tuple[str | None, str, str]:
+    """Return what a run shares with the run that is its bound."""
+    return run.budget, run.prefill, run.loop
 
 
 def _stretches(table: pa.Table) -> Iterator[tuple[tuple[int, int, int], slice]]:

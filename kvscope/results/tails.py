@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvscope.core.records import HeadPlace, StepPlace, Tails
+
 Array = NDArray[Any]
 OF = ("retained_mass", "retained_mass_no_sinks")  # metrics whose tails are kept: shares, of which more is better
 HALF = 0.5
 
 
-class Tails:
+class TailCounter:
     """Collects retained mass as it is written, and says how bad it gets.
 
     Of each metric in `OF` that is there, a run has
@@ -38,12 +40,12 @@ class Tails:
                 before = of_run.get((sequence, layer))
                 of_run[sequence, layer] = made if before is None else _joined(before, made)
 
-    def of(self, run: int) -> dict[str, dict[str, Any]]:
+    def of(self, run: int) -> dict[str, Tails]:
         """Return the tails of a run, by metric; nothing of a metric without a value."""
         found = {name: self._of(run, name) for name in OF if (run, name) in self._found}
-        return {name: tails for name, tails in found.items() if tails}
+        return {name: tails for name, tails in found.items() if tails is not None}
 
-    def _of(self, run: int, name: str) -> dict[str, Any]:
+    def _of(self, run: int, name: str) -> Tails | None:
         shares: dict[int, list[float]] = defaultdict(list)  # sequence -> layers
         least: dict[int, list[float]] = defaultdict(list)
         means: dict[tuple[int, int], list[float]] = defaultdict(list)  # (layer, head) -> sequences
@@ -60,17 +62,10 @@ class Tails:
             here = (float(minimum[lowest]), sequence, layer, lowest, int(step[lowest]))
             worst = here if worst is None else min(worst, here)
         if worst is None:
-            return {}
+            return None
         by_head = {place: float(np.mean(values)) for place, values in means.items()}
         place = min(by_head, key=lambda place: (by_head[place], place))
-        names = ("value", "sequence", "layer", "head", "step")
-        return {
-            "share_below_half": _mean(shares),
-            "worst_step": _mean(least),
-            "worst_step_at": dict(zip(names, worst, strict=True)),
-            "worst_head": by_head[place],
-            "worst_head_at": {"layer": place[0], "head": place[1]},
-        }
+        return Tails(_mean(shares), _mean(least), StepPlace(*worst), by_head[place], HeadPlace(*place))
 
 
 def _row(steps: Array, values: Array) -> NDArray[np.float64]:

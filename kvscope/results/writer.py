@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -17,26 +17,24 @@ from numpy.typing import NDArray
 
 from kvscope.core.errors import ResultError
 from kvscope.core.output import OutputFolder, checksum
-from kvscope.core.residency import ResidencyIntervals
-from kvscope.results.digest import NAME as DECISIONS
-from kvscope.results.digest import Digests
-from kvscope.results.loop_gap import LoopGap
-from kvscope.results.outcome import OUTCOMES, Outcomes
-from kvscope.results.schema import (
-    KIND,
-    LOSSES,
-    MEMBERS,
-    RECORDED,
-    RESIDENCY,
-    RUN,
-    SCHEMA_VERSION,
+from kvscope.core.records import (
+    REPLAY,
+    RUN_FILE,
     SUMMARY,
-    TOKENS,
-    fidelity_schema,
+    SUMMARY_FILE,
+    ReplayRecord,
+    RunCounts,
+    SummaryRecord,
+    summary_of,
 )
+from kvscope.core.residency import ResidencyIntervals
+from kvscope.results.digest import Digests
+from kvscope.results.loop_gap import LoopGapCounter
+from kvscope.results.outcome import OUTCOMES, Outcomes
+from kvscope.results.schema import LOSSES, MEMBERS, RECORDED, RESIDENCY, TOKENS, fidelity_schema
 from kvscope.results.store import Replay, open_replay
-from kvscope.results.summary import Means
-from kvscope.results.tails import Tails
+from kvscope.results.summary import Means, bounds
+from kvscope.results.tails import TailCounter
 
 Array = NDArray[Any]
 GROUP_ROWS = 4096  # least number in a Parquet row group: about what one layer of a large model has
@@ -49,8 +47,8 @@ class ReplayWriter:
     ----------
     path : Path
         Folder of the replay.
-    info : mapping
-        What ``run.json`` says: ``trace``, ``prefill``, ``loop``, ``metrics``, ``runs``, ``versions``, ``command``.
+    record : ReplayRecord
+        What ``run.json`` says of the replay before it begins.
     force : bool
         Whether an existing replay may be replaced, once this one is whole.
 
@@ -61,20 +59,20 @@ class ReplayWriter:
         holds anything that no replay has.
     """
 
-    def __init__(self, path: Path, info: Mapping[str, Any], *, force: bool = False) -> None:
-        self.path, self.info = Path(path), dict(info)
-        self._folder = OutputFolder(self.path, "replay", RUN, MEMBERS, ResultError, force)
+    def __init__(self, path: Path, record: ReplayRecord, *, force: bool = False) -> None:
+        self.path, self.record = Path(path), record
+        self._folder = OutputFolder(self.path, "replay", RUN_FILE, MEMBERS, ResultError, force)
         self.work = self._folder.work
-        self.metrics = list(self.info["metrics"])
+        self.metrics = list(record.metrics)
         self._means = Means(self.metrics)
-        self._tails = Tails()
+        self._tails = TailCounter()
         self._digests = Digests()
         self._outcomes = Outcomes()
-        self._gap = LoopGap(self.info)
+        self._gap = LoopGapCounter(record)
         self._writers: dict[str, pq.ParquetWriter] = {}
         self._waiting: dict[str, list[pa.Table]] = {}
         try:
-            self._json(RUN, {"complete": False, "writer": self._folder.begin()})
+            self._write_text(RUN_FILE, REPLAY.text(replace(record, writer=self._folder.begin())))
             for name, schema in (("residency", RESIDENCY), ("fidelity", fidelity_schema(self.metrics))):
                 repeats = name == "residency"  # values of metrics do not: dictionaries make them a third larger
                 file = self.work / f"{name}.parquet"
@@ -165,56 +163,56 @@ class ReplayWriter:
         self._write("tokens", TOKENS, {**filled, "position": position, **values})
         self._outcomes.add(run, sequence, values)
 
-    def finish(self, counted: Mapping[int, Mapping[str, Any]] | None = None, **extra: Any) -> Replay:
+    def finish(self, counted: Mapping[int, RunCounts] | None = None, *, seconds: float | None = None) -> Replay:
         """Close the files, write the summary, note sizes and checksums, and give the replay its name.
 
         Parameters
         ----------
-        counted : mapping, optional
-            What is known of each run only at its end, by its number; it joins the run's description.
-        **extra
-            More for ``run.json``.
+        counted : mapping of int to RunCounts, optional
+            What is known of each run only at its end, by its number; it joins the record of the run.
+        seconds : float, optional
+            How long the replay took.
         """
-        self.info["runs"] = [
-            run | {DECISIONS: self._digests.of(run["run"])} | dict((counted or {}).get(run["run"], {}))
-            for run in self.info["runs"]
-        ]
+        runs = tuple(
+            replace(run, decisions=self._digests.of(run.run), **vars(counted[run.run]) if counted else {})
+            for run in self.record.runs
+        )
+        self.record = replace(self.record, runs=runs)
         for name in list(self._waiting):
             self._flush(name)
         try:
             for writer in self._writers.values():
                 writer.close()
-            self._text(SUMMARY, self._summary(), ordered=True)
+            self._write_text(SUMMARY_FILE, SUMMARY.text(self._summary(), ordered=True))
             written = [name for name in RECORDED if (self.work / name).exists()]
-            self._json(
-                RUN,
-                {
-                    "complete": True,
-                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "sizes": {name: (self.work / name).stat().st_size for name in written},
-                    "checksums": {name: checksum(self.work / name) for name in written},
-                    **extra,
-                },
+            whole = replace(
+                self.record,
+                complete=True,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                sizes={name: (self.work / name).stat().st_size for name in written},
+                checksums={name: checksum(self.work / name) for name in written},
+                seconds=seconds,
             )
+            self._write_text(RUN_FILE, REPLAY.text(whole))
             self._folder.finish()
         except OSError as error:
             raise self._folder.unwritable(error) from error
         return open_replay(self.path)
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self) -> SummaryRecord:
         """Return the content of ``summary.json``: fidelity and its tails, of closed runs also outcome and gap."""
-        summary = self._means.summary(self.info)
-        for run in summary["runs"]:
-            run["metrics"] |= self._outcomes.of(run["run"])
-            run["tails"] = self._tails.of(run["run"])
-        metrics = {run["run"]: run["metrics"] for run in summary["runs"]}
-        for run in summary["runs"]:
-            gap = self._gap.of(run["run"], metrics)
-            if gap is not None:
-                run["gap"] = gap
-        if "tokens" in self._writers:
-            summary["metrics"] = summary["metrics"] | OUTCOMES
-        return summary
+        runs = [
+            summary_of(
+                run,
+                metrics=self._means.summaries(run.run) | self._outcomes.of(run.run),
+                tails=self._tails.of(run.run),
+            )
+            for run in self.record.runs
+        ]
+        by_number = {run.run: run for run in runs}
+        summed = tuple(replace(run, bounds=bounds(run, runs), gap=self._gap.of(run.run, by_number)) for run in runs)
+        outcomes = OUTCOMES if "tokens" in self._writers else {}
+        return SummaryRecord(self.record.trace.summarised, {**self.record.metrics, **outcomes}, summed)
 
     def _write(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
         arrays = [pa.array(columns[column.name]).cast(column.type) for column in schema]
@@ -230,9 +228,5 @@ class ReplayWriter:
         except OSError as error:
             raise self._folder.unwritable(error) from error
 
-    def _json(self, name: str, late: Mapping[str, Any]) -> None:
-        self._text(name, {"kind": KIND, "schema": SCHEMA_VERSION, **self.info, **late})
-
-    def _text(self, name: str, data: Mapping[str, Any], ordered: bool = False) -> None:
-        text = json.dumps(data, indent=1, allow_nan=False, sort_keys=ordered) + "\n"
+    def _write_text(self, name: str, text: str) -> None:
         (self.work / name).write_text(text, encoding="utf-8")

@@ -9,6 +9,7 @@ import pytest
 
 from kvscope.analysis.compare import compare
 from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.records import REPLAY, ReplayRecord
 from kvscope.results.schema import TOKENS
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
@@ -21,9 +22,10 @@ def several(
     path: Path, runs: list[dict], lengths: list[int] = LENGTHS, shift: dict[int, float] | None = None
 ) -> Replay:
     """Return a replay of runs with random values; each entry of `runs` is laid over a description."""
-    about = info(lengths, policies=tuple(run.get("policy", "h2o") for run in runs))
+    about = REPLAY.plain(info(lengths, policies=tuple(run["policy"] for run in runs)))
     about["runs"] = [run | own for run, own in zip(about["runs"], runs, strict=True)]
-    with ReplayWriter(path, about) as writer:
+    record = REPLAY.decode(about, path, ReplayRecord)
+    with ReplayWriter(path, record) as writer:
         for run in range(len(runs)):
             for sequence, length in enumerate(lengths):
                 drawn = values(10 * sequence, length, empty=runs[run].get("policy") == "full")
@@ -53,7 +55,7 @@ def test_values_equal_plain_loops(tmp_path: Path) -> None:
     for row in found.rows:
         a, b = ([of_sequence(run, s, length, row.metric) for s, length in enumerate(LENGTHS)] for run in (0, 1))
         assert row.paired.mean_a == pytest.approx(sum(a) / 6, abs=1e-6)
-        assert row.paired.mean_a == pytest.approx(replay.summary["runs"][0]["metrics"][row.metric]["mean"], abs=1e-12)
+        assert row.paired.mean_a == pytest.approx(replay.summary.runs[0].metrics[row.metric].mean, abs=1e-12)
         assert row.paired.difference == pytest.approx((sum(b) - sum(a)) / 6, abs=1e-6)
         assert (row.paired.above, row.paired.below) == (
             sum(y > x for x, y in zip(a, b, strict=True)),

@@ -36,9 +36,9 @@ def found(replayed: Replay, example: Trace) -> dict[str, dict]:
 def test_regret_and_retained_mass_are_one_whole(example: Trace, replayed: Replay, found: dict[str, dict]) -> None:
     """Of rows that sum to one, what is not retained is regretted, step by step."""
     sums = np.mean([example.attention(0, layer).sum(-1)[:, example.sequences[0].prompt :] for layer in example.layers])
-    for run in replayed.summary["runs"]:
-        retained = replayed.fidelity(run["run"])["retained_mass"].fillna(1.0).mean()
-        assert found[run["policy"]]["per_step"] == pytest.approx((1 - retained) * sums, abs=2e-4)
+    for run in replayed.summary.runs:
+        retained = replayed.fidelity(run.run)["retained_mass"].fillna(1.0).mean()
+        assert found[run.policy]["per_step"] == pytest.approx((1 - retained) * sums, abs=2e-4)
     assert found["full"]["mass"] == 0 and found["full"]["worst"] == []
 
 

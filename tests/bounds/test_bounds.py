@@ -1,5 +1,6 @@
 """Bounds in a replay: exact, proven, at the top of every table, and refused where they would bound nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvscope.bounds.matching import match
 from kvscope.bounds.schedules import Schedules, schedules
 from kvscope.core.errors import UsageError
 from kvscope.core.options import PlanOptions, ReplayOptions
+from kvscope.core.records import BoundShares
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Shape
 from kvscope.policies import POLICIES
@@ -131,9 +133,9 @@ def replayed(request: pytest.FixtureRequest, trace: Trace, tmp_path_factory: pyt
 
 def heads(made: Replay, policy: str, budget: str) -> np.ndarray:
     """Return the mean retained mass of every key/value head, ``[L, G]``."""
-    number = next(run["run"] for run in made.info["runs"] if (run["label"], run["budget"]) == (policy, budget))
+    number = next(run.run for run in made.info.runs if (run.label, run.budget) == (policy, budget))
     frame = made.fidelity(run=number).dropna(subset="retained_mass")
-    per = made.info["trace"]["heads"] // made.info["trace"]["kv_heads"]
+    per = made.info.trace.heads // made.info.trace.kv_heads
     mean = frame.groupby(["layer", frame["head"] // per])["retained_mass"].mean()
     return mean.unstack().to_numpy()
 
@@ -143,7 +145,7 @@ def test_on_a_real_trace_the_bounds_are_above_every_policy_in_every_head(replaye
     ideal, belady, layer = (heads(replayed, name, budget) for name in ("ideal", "belady", "belady(scope=layer)"))
     assert (ideal >= belady - 1e-6).all()
     assert (belady.mean(1) >= layer.mean(1) - 1e-6).all()
-    policies = stepping(replayed.info["prefill"])
+    policies = stepping(replayed.info.prefill)
     assert len(policies) > 10 and {"h2o", "tova", "window", "a2sf"} <= set(policies)
     for name in policies:
         assert (belady >= heads(replayed, name, budget) - 1e-6).all(), name
@@ -153,39 +155,40 @@ def test_on_a_real_trace_the_bounds_are_above_every_policy_in_every_head(replaye
 
 
 def test_a_bound_says_what_it_is_and_that_it_is_exact(replayed: Replay) -> None:
-    for run in replayed.info["runs"]:
-        assert run["clairvoyant"] == (run["policy"] in ("ideal", "belady"))
-        assert ("certificate" in run) == (run["policy"] == "belady")
-        if "certificate" in run:
-            assert run["certificate"]["exact"] is True
-            assert 0 <= run["certificate"]["gap"] < 1e-10
+    for run in replayed.info.runs:
+        assert run.clairvoyant == (run.policy in ("ideal", "belady"))
+        assert (run.certificate is not None) == (run.policy == "belady")
+        if run.certificate is not None:
+            assert run.certificate.exact is True
+            assert 0 <= run.certificate.gap < 1e-10
 
 
 def test_what_a_bound_held_is_recorded_like_any_other(replayed: Replay) -> None:
-    run = next(run for run in replayed.info["runs"] if run["label"] == "belady" and run["budget"] == "10%")
-    held = replayed.resident(run["run"], 0, replayed.info["trace"]["layers"][-1])
-    first = replayed.info["trace"]["sequences"][0]["prompt"] if replayed.info["prefill"] == "full" else 0
-    assert held[:, first:].sum(-1).max() == run["budget_keys"][0]
+    run = next(run for run in replayed.info.runs if run.label == "belady" and run.budget == "10%")
+    held = replayed.resident(run.run, 0, replayed.info.trace.layers[-1])
+    first = replayed.info.trace.sequences[0].prompt if replayed.info.prefill == "full" else 0
+    assert held[:, first:].sum(-1).max() == run.budget_keys[0]
 
 
 def test_the_summary_sets_every_run_beside_the_bounds(replayed: Replay) -> None:
-    rows = {(run["label"], run["budget"]): run for run in replayed.summary["runs"]}
+    rows = {(run.label, run.budget): run for run in replayed.summary.runs}
     for (label, budget), run in rows.items():
         if budget is None:
-            assert run["bounds"] == {"share_of_belady": None, "belady_of_ideal": None}
+            assert run.bounds == BoundShares(None, None)
             continue
-        most = rows["belady", budget]["metrics"]["retained_mass"]["mean"]
-        ideal = rows["ideal", budget]["metrics"]["retained_mass"]["mean"]
-        assert run["bounds"]["share_of_belady"] == pytest.approx(run["metrics"]["retained_mass"]["mean"] / most)
-        assert run["bounds"]["belady_of_ideal"] == pytest.approx(most / ideal)
-        assert (run["bounds"]["share_of_belady"] <= 1 + 1e-6) or label == "ideal"
+        most = rows["belady", budget].mean("retained_mass")
+        ideal = rows["ideal", budget].mean("retained_mass")
+        assert run.bounds.share_of_belady == pytest.approx(run.metrics["retained_mass"].mean / most)
+        assert run.bounds.belady_of_ideal == pytest.approx(most / ideal)
+        assert (run.bounds.share_of_belady <= 1 + 1e-6) or label == "ideal"
 
 
 def test_without_bounds_there_is_nothing_to_set_beside(replayed: Replay) -> None:
-    runs = [run for run in replayed.summary["runs"] if run["policy"] != "belady"]
-    assert shares(runs[-2], runs) == {"share_of_belady": None, "belady_of_ideal": None}
-    other = [run | {"prefill": "other"} if run["policy"] == "belady" else run for run in replayed.summary["runs"]]
-    assert shares(runs[-2], other)["share_of_belady"] is None, "another prefill is another bound"
+    runs = [run for run in replayed.summary.runs if run.policy != "belady"]
+    assert shares(runs[-2], runs) == BoundShares(None, None)
+    another = {"full": "stream", "stream": "full"}[replayed.info.prefill]
+    other = [replace(run, prefill=another) if run.policy == "belady" else run for run in replayed.summary.runs]
+    assert shares(runs[-2], other).share_of_belady is None, "another prefill is another bound"
 
 
 @pytest.mark.parametrize("name", ["belady", "ideal"])

@@ -43,8 +43,8 @@ def test_split_refuses(words: list[str], what: str) -> None:
 
 def test_numbers() -> None:
     assert numbers("--layers", None) is None
-    assert numbers("--layers", "0") == [0]
-    assert numbers("--heads", "3, 0,8-10,9") == [0, 3, 8, 9, 10]
+    assert numbers("--layers", "0") == (0,)
+    assert numbers("--heads", "3, 0,8-10,9") == (0, 3, 8, 9, 10)
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,", "3-1", "1-", "-1", "1.5"])

@@ -37,7 +37,7 @@ def test_the_tables_of_the_readme(everything: Run) -> None:
     assert done.status == 0, done.err
     assert done.out.split() == [f"reports/tables/{name}.parquet" for name in ("fidelity", "residency", "runs")]
     replay = open_replay("reports/everything")
-    runs = {run["run"]: (run["policy"], run["budget"]) for run in replay.info["runs"]}
+    runs = {run.run: (run.policy, run.budget) for run in replay.info.runs}
 
     fidelity = replay.fidelity()
     fidelity = fidelity.groupby(["run", "sequence", "layer", "head"]).mean().groupby(["run", "layer"]).mean()

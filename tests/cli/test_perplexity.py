@@ -42,7 +42,7 @@ def test_replay_with_perplexity(run: Run, model: Path) -> None:
     tokens = replay.tokens(run=4)
     assert list(tokens["position"]) == list(range(24, 36))
     assert np.exp(tokens["nll_policy"].mean()) == pytest.approx(rows[4]["metrics"]["perplexity"]["mean"], rel=1e-5)
-    assert replay.info["loop"] == "open and closed"
+    assert replay.info.loop == "open and closed"
     table = run("replay", "-p", "h2o", "-b", "6", "--perplexity", "-o", "again").out
     assert "perplexity" in table and "closed" in table and "hold the same keys" in table and "flatters" in table
 

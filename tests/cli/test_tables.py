@@ -2,6 +2,8 @@
 
 import io
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,8 @@ from kvscope.cli import console
 from kvscope.cli.console import ALWAYS, Column, fit, show_json, show_table
 from kvscope.cli.summary import columns, notes
 from kvscope.core.output import size
+from kvscope.core.records import SUMMARY, MetricRecord, RunSummary
+from tests.results.make import info
 
 NAMES = (
     "retained_mass",
@@ -23,9 +27,9 @@ NAMES = (
 )
 
 
-def a_run(policy: str = "a2sf", count: int = 4096, **more: object) -> dict[str, object]:
+def a_run(policy: str = "a2sf", count: int = 4096, **more: object) -> RunSummary:
     mean = 0.95943 if count else None
-    return {
+    data = {
         "run": 0,
         "policy": policy,
         "label": policy,
@@ -36,10 +40,12 @@ def a_run(policy: str = "a2sf", count: int = 4096, **more: object) -> dict[str, 
         "phase": "step",
         "loop": "open",
         "metrics": {name: {"mean": mean, "low": None, "high": None, "count": count} for name in NAMES},
-    } | more
+    }
+    return SUMMARY.decode(data | more, Path("summary.json"), RunSummary)
 
 
-DECLARED = {name: {"when_nothing_evicted": 1.0} for name in NAMES} | {"mask_cosine": {"when_nothing_evicted": None}}
+DECLARED = {name: MetricRecord("higher", (0, 1), None if name == "mask_cosine" else 1.0) for name in NAMES}
+RECORD = info([640])
 
 
 def cells(table: list[Column], header: str) -> list[str]:
@@ -64,8 +70,8 @@ def test_a_run_that_evicted_nothing_shows_declared_values_dimmed() -> None:
     assert cells(table, "keys") == ["103", "640-700"]
     dimmed = {column.header.replace("\n", " ") for column in table if column.dim == {1}}
     assert {"retained mass", "ideal cosine", "ideal recall"} <= dimmed
-    assert any("nothing was evicted" in line for line in notes(runs, {}))
-    assert not any("nothing was evicted" in line for line in notes(runs[:1], {}))
+    assert any("nothing was evicted" in line for line in notes(runs, RECORD))
+    assert not any("nothing was evicted" in line for line in notes(runs[:1], RECORD))
 
 
 def test_the_share_of_the_best_schedule_is_shown_where_it_is_known() -> None:
@@ -74,20 +80,21 @@ def test_the_share_of_the_best_schedule_is_shown_where_it_is_known() -> None:
     runs = [a_run(bounds=known), a_run("ideal", bounds=known | {"share_of_belady": 1.1}, clairvoyant=True)]
     runs.append(a_run("full", count=0, budget=None, bounds=unknown))
     assert cells(columns(runs, DECLARED), "of belady") == ["0.840", "1.100", "-"]
-    (line,) = (line for line in notes(runs, {}) if "belady" in line.lower())
+    (line,) = (line for line in notes(runs, RECORD) if "belady" in line.lower())
     assert "0.900 of the ideal set" in line and "above 1" not in line
     runs.append(a_run("snapkv", bounds={"share_of_belady": 1.01, "belady_of_ideal": 0.95}))
-    assert any("0.900 to 0.950" in line and "above 1" in line for line in notes(runs, {}))
+    assert any("0.900 to 0.950" in line and "above 1" in line for line in notes(runs, RECORD))
     for without in ([a_run()], [a_run(bounds=unknown)]):
         assert not any(column.header == "of\nbelady" for column in columns(without, DECLARED))
-        assert not any("belady" in line for line in notes(without, {}))
+        assert not any("belady" in line for line in notes(without, RECORD))
 
 
 def test_intervals_are_shown_where_there_are_any() -> None:
     run = a_run()
-    run["metrics"]["retained_mass"] |= {"low": 0.95, "high": 0.97}  # type: ignore[index]
+    interval = replace(run.metrics["retained_mass"], low=0.95, high=0.97)
+    run = replace(run, metrics={**run.metrics, "retained_mass": interval})
     assert cells(columns([run], DECLARED), "retained mass") == ["0.959\n0.950..0.970"]
-    assert any("95 % interval" in line for line in notes([run], {}))
+    assert any("95 % interval" in line for line in notes([run], RECORD))
 
 
 @pytest.mark.parametrize("width", [100, 80, 60])
@@ -100,7 +107,7 @@ def test_no_line_is_wider_than_the_terminal(
         a_run("a2sf", label="a2sf(alpha=0.7, recent=16, group=max)"),
         a_run("full", 0),
     ]
-    show_table(columns(runs, DECLARED), notes=notes(runs, {}))
+    show_table(columns(runs, DECLARED), notes=notes(runs, RECORD))
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= width
     assert "streaming-llm" in out

@@ -43,7 +43,7 @@ def test_from_a_trace_to_a_replay(run: Run, many: Path) -> None:
 
     replay = open_replay(Path("reports/mine"))
     frames = [replay.fidelity(run=number) for number in range(4)]
-    assert replay.info["runs"][0]["params"]["choice"] == choice["choice"]
+    assert replay.info.runs[0].params["choice"] == choice["choice"]
     used = [own["alpha"] for own in choice["settings"]]
     for place, layer in enumerate(choice["layers"]):
         for head in range(4):

@@ -75,7 +75,7 @@ def test_a_compiled_perplexity_checks_nothing(
     assert len(job.runs) == 4 and len(job.closed.passages) == 2
     no_more_checks()
     made = job.execute(OutputOptions(tmp_path / "r"))
-    assert {run["positions"] for run in made.info["runs"]} == {positions}
+    assert {run.positions for run in made.info.runs} == {positions}
 
 
 def test_a_compiled_verification_checks_nothing(example: Trace, no_more_checks: Callable[[], None]) -> None:

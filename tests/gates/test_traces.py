@@ -89,7 +89,7 @@ def test_a_gate_learns_it_without_the_model(form: Any, read: Trace, tmp_path: Pa
     assert facts.provenance["task"] == "distilled"
     assert facts.provenance["traces"] == [{"name": "t", "identity": read.identity}]
     found = replay(read, [f"attention-gate:gate={made.path}", "random"], "40%", output=tmp_path / "r")
-    gated, random = (run["metrics"]["retained_mass_no_sinks"]["mean"] for run in found.summary["runs"])
+    gated, random = (run.metrics["retained_mass_no_sinks"].mean for run in found.summary.runs)
     assert gated > random, "it keeps what is looked at"
 
 

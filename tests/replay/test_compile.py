@@ -95,8 +95,8 @@ def test_nothing_is_checked_twice_and_nothing_after(example: Trace, calls: Count
     calls.clear()
     made = job.execute(OutputOptions(tmp_path / "r", command="kvscope replay"))
     assert not calls, "the job had been checked, and its footprint computed"
-    assert len(made.info["runs"]) == len(job.runs) == 2 * (2 * len(POLICIES) - 1)
-    assert [run.number for run in job.runs] == [run["run"] for run in made.info["runs"]]
+    assert len(made.info.runs) == len(job.runs) == 2 * (2 * len(POLICIES) - 1)
+    assert [run.number for run in job.runs] == [run.run for run in made.info.runs]
 
 
 @pytest.mark.parametrize(

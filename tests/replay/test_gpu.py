@@ -26,6 +26,6 @@ def test_the_same_keys_leave(prefill: str, tmp_path: Path) -> None:
         pd.read_parquet(run.path / "residency.parquet").sort_values(STAY).reset_index(drop=True) for run in made
     )
     pd.testing.assert_frame_equal(one, other)
-    for cpu, cuda in zip(made[0].summary["runs"], made[1].summary["runs"], strict=True):
+    for cpu, cuda in zip(made[0].summary.runs, made[1].summary.runs, strict=True):
         for name, value in cpu["metrics"].items():
             assert cuda["metrics"][name]["mean"] == pytest.approx(value["mean"], abs=1e-5, nan_ok=True)

@@ -1,5 +1,6 @@
 """Metrics from the stays of a replay are those that the replay itself wrote."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +45,11 @@ def sorted_fidelity(made: Replay) -> pd.DataFrame:
 def same(one: Replay, other: Replay) -> None:
     """Hold that two replays have the same decisions and, up to rounding, the same numbers."""
     pd.testing.assert_frame_equal(sorted_fidelity(one), sorted_fidelity(other), rtol=0, atol=1e-6)
-    assert [run["decisions"] for run in one.info["runs"]] == [run["decisions"] for run in other.info["runs"]]
-    for kept, made in zip(one.summary["runs"], other.summary["runs"], strict=True):
-        assert kept["tails"].keys() == made["tails"].keys()
-        for name, value in kept["metrics"].items():
-            assert made["metrics"][name] == pytest.approx(value, abs=1e-6)
+    assert [run.decisions for run in one.info.runs] == [run.decisions for run in other.info.runs]
+    for kept, made in zip(one.summary.runs, other.summary.runs, strict=True):
+        assert kept.tails.keys() == made.tails.keys()
+        for name, value in kept.metrics.items():
+            assert vars(made.metrics[name]) == pytest.approx(vars(value), abs=1e-6)
 
 
 @pytest.mark.parametrize(("prefill", "policies"), [("full", FULL), ("stream", STREAM)])
@@ -57,7 +58,7 @@ def test_every_metric_is_what_the_replay_wrote(
 ) -> None:
     made = replay(example, policies, "20%,45%", output=tmp_path / "r", prefill=prefill)  # type: ignore[arg-type]
     again = rescore(made, example, output=tmp_path / "s")
-    assert list(again.info["metrics"]) == METRICS.names()
+    assert list(again.info.metrics) == METRICS.names()
     same(made, again)
 
 
@@ -80,8 +81,8 @@ def test_some_metrics_in_another_folder(small: Trace, tmp_path: Path) -> None:
     before = {file.name: file.read_bytes() for file in made.path.iterdir()}
     seen: list[float] = []
     again = rescore(made, small, ["retained_mass", "held_keys"], output=tmp_path / "s", progress=seen.append)
-    assert list(again.info["metrics"]) == ["retained_mass", "held_keys"]
-    assert again.info["scored"]["replay"] == "r"
+    assert list(again.info.metrics) == ["retained_mass", "held_keys"]
+    assert again.info.scored is not None and again.info.scored.replay == "r"
     assert seen == [0.25, 0.5, 0.75, 1.0]
     assert {file.name: file.read_bytes() for file in made.path.iterdir()} == before
     with pytest.raises(OutputExists, match="exists"):
@@ -96,9 +97,9 @@ def test_blocks_of_rows_change_nothing(small: Trace, tmp_path: Path, monkeypatch
 
 def test_a_metric_without_its_signal_is_left_out_unless_it_is_named(small: Trace, tmp_path: Path) -> None:
     made = replay(small, ["h2o"], "40%", output=tmp_path / "r", prefill="stream")
-    assert set(METRICS.names()) - set(made.info["metrics"]) == {"output_error"} == set(made.info["left_out"])
-    assert "--store" in made.info["left_out"]["output_error"]
-    assert set(rescore(made, small, output=tmp_path / "s").info["left_out"]) == {"output_error"}
+    assert set(METRICS.names()) - set(made.info.metrics) == {"output_error"} == set(made.info.left_out)
+    assert "--store" in made.info.left_out["output_error"]
+    assert set(rescore(made, small, output=tmp_path / "s").info.left_out) == {"output_error"}
     for scores in (
         lambda: replay(small, ["h2o"], "40%", output=tmp_path / "x", prefill="stream", metrics=["output_error"]),
         lambda: rescore(made, small, ["output_error"], output=tmp_path / "x"),
@@ -122,9 +123,9 @@ def test_runs_of_a_closed_loop_are_left_out(tmp_path: Path) -> None:
     prompt.write_text("The captain looked at the sea. Note: Clara holds 583. What holds Clara?")
     source = record("demo", [prompt], output=tmp_path / "t", max_new_tokens=4, store="qkv")
     made = replay(source, ["window"], "40%", output=tmp_path / "r", closed=ClosedLoopOptions())
-    assert [run["loop"] for run in made.info["runs"]] == ["open", "closed"]
+    assert [run.loop for run in made.info.runs] == ["open", "closed"]
     again = rescore(made, source, output=tmp_path / "s")
-    assert [run["loop"] for run in again.info["runs"]] == ["open"]
+    assert [run.loop for run in again.info.runs] == ["open"]
     kept = sorted_fidelity(made)
     first = kept[kept["layer"] == 0]
     one, other = (first[first["run"] == run].drop(columns="run").reset_index(drop=True) for run in (0, 1))
@@ -133,6 +134,6 @@ def test_runs_of_a_closed_loop_are_left_out(tmp_path: Path) -> None:
     expected = kept[kept["run"] == 0].reset_index(drop=True)
     assert np.isfinite(expected["retained_mass"]).all()
     pd.testing.assert_frame_equal(sorted_fidelity(again), expected, rtol=0, atol=1e-6)
-    made.info["runs"] = made.info["runs"][1:]
+    made.info = replace(made.info, runs=made.info.runs[1:])
     with pytest.raises(UsageError, match="no open run"):
         rescore(made, source, output=tmp_path / "x")

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from kvscope.core.records import REPLAY, BoundShares, ReplayRecord
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
 from kvscope.trace.writer import TraceWriter
+from tests.results.make import with_summary
 
 LAYERS, HEADS, KV_HEADS, PROMPT, LENGTH = 2, 4, 2, 3, 6
 TEXTS = ["The", " king", "\n", " said", " 4", "821"]
@@ -159,7 +161,7 @@ def make_replay(
         "versions": {"kvscope": "0.1.0", "numpy": "2"},
         "command": command,
     }
-    with ReplayWriter(path, info) as writer:
+    with ReplayWriter(path, REPLAY.decode(info, path, ReplayRecord)) as writer:
         for run, value in zip(
             runs, (value for of_policy in mass.values() for value in of_policy.values()), strict=True
         ):
@@ -179,8 +181,9 @@ def make_replay(
                     losses |= {name: np.ones(len(scored), bool) for name in OUTCOMES[3:]}
                     writer.tokens(run["run"], sequence, scored, {**losses, "nll_policy": losses["kl"] * loss})
         made = writer.finish(seconds=1.5)
-    for row in made.summary["runs"]:  # as the bounds of a replay are written
-        row |= {} if bounds is None else {"bounds": dict(bounds)}
+    if bounds is not None:  # as a replay with bounds has them
+        for run in made.summary.runs:
+            made = with_summary(made, run.run, bounds=BoundShares(**bounds))
     return made
 
 

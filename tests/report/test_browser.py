@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvscope.core.records import LoopGap
 from kvscope.report.encoding import packed, packed_floats, packed_halves
 from kvscope.report.limits import Limits
 from kvscope.report.page import page_data, report
@@ -22,6 +23,7 @@ from kvscope.report.source import ReportInput
 from kvscope.trace.reader import Trace
 from tests.report.make import make_replay, make_trace
 from tests.report.test_summary_panels import run_of
+from tests.results.make import with_summary
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -488,7 +490,7 @@ def test_what_was_tuned_and_what_both_loops_hold_is_drawn(browser: Any, trace: T
     settings = [{"alpha": 0.1}, {"alpha": 0.9}]
     tuned = {"settings": settings, "layers": [0, 1], "choice": [[0, 1], [1, 1]]}
     replay = make_replay(tmp_path / "r", trace, mass={"tuned": {"2": 0.5}}, params={"tuned": tuned}, loop="closed")
-    replay.summary["runs"][0]["gap"] = {"held_overlap": 0.75, "held_overlap_by_layer": {"0": 1.0, "1": 0.5}}
+    replay = with_summary(replay, 0, gap=LoopGap(0.75, {"0": 1.0, "1": 0.5}, None))
     tab = Tab(browser, report([replay], {trace.identity: trace}, tmp_path / "page.html"))
     assert tab.said == []
     cells = "[...document.querySelectorAll('{} [role=gridcell]')].map(it => it.textContent)"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,7 @@ def test_packed_halves_are_exact() -> None:
 
 
 def test_same_input_gives_the_same_bytes(page: Path, trace: Trace, replay: Replay, tmp_path: Path) -> None:
-    again = report([Replay(replay.path, dict(replay.info))], {trace.identity: trace}, tmp_path / "elsewhere.html")
+    again = report([Replay(replay.path, replace(replay.info))], {trace.identity: trace}, tmp_path / "elsewhere.html")
     assert again.read_bytes() == page.read_bytes()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvscope.core.records import BoundShares, Certificate, HeadPlace, LoopGap, MetricSummary, StepPlace, Tails, TextRef
 from kvscope.report.limits import Limits
 from kvscope.report.page import page_data
 from kvscope.report.panels.budget_curve import budget_curve
@@ -23,6 +24,7 @@ from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 from tests.report.make import MASS, METRICS, make_replay, make_trace
+from tests.results.make import with_summary
 
 
 def named(source: ReportInput, id: str) -> tuple[str, str | None]:
@@ -91,7 +93,7 @@ def test_best_and_last_are_marked_within_a_budget(source: ReportInput) -> None:
 
 
 def test_every_run_has_its_kind(rich: ReportInput) -> None:
-    kinds = {run.info["policy"]: run.kind for run in rich.runs}
+    kinds = {run.info.policy: run.kind for run in rich.runs}
     assert kinds == {
         "full": "no eviction",
         "h2o": "every step",
@@ -184,7 +186,9 @@ def test_policies_inside_the_interval_of_the_best_are_counted(trace: Trace, tmp_
     replay = make_replay(tmp_path / "replay", trace, mass=mass)
     best = overview(ReportInput((replay,)))["best"][0]["best"]["retained_mass"]
     assert best["near"] == 0, "one sequence has no interval"
-    replay.summary["runs"][0]["metrics"]["retained_mass"] |= {"low": 0.48, "high": 0.52}
+    metrics = replay.summary.runs[0].metrics
+    between = replace(metrics["retained_mass"], low=0.48, high=0.52)
+    replay = with_summary(replay, 0, metrics={**metrics, "retained_mass": between})
     assert overview(ReportInput((replay,)))["best"][0]["best"]["retained_mass"]["near"] == 1
 
 
@@ -293,8 +297,8 @@ def test_absent_trace_is_said_and_the_rest_still_shows(source: ReportInput) -> N
 
 
 def test_a_replay_of_plain_text_misses_no_trace(replay: Replay) -> None:
-    about = {**replay.info["trace"], "kind": "text", "texts": [{"file": "book.txt", "sha256": "d" * 64}]}
-    source = ReportInput((Replay(replay.path, {**replay.info, "trace": about}),))
+    text = replace(replay.info.trace, kind="text", texts=(TextRef("book.txt", "d" * 64),))
+    source = ReportInput((Replay(replay.path, replace(replay.info, trace=text)),))
     assert (
         page_data(source)["notes"][0]
         == "small is a replay of plain text: there is no trace of it, and so no token text."
@@ -350,13 +354,14 @@ def test_mass_table_of_the_fixture_is_what_the_summary_reads(source: ReportInput
 
 
 def test_what_a_summary_says_beside_its_metrics_is_shown_with_them(replay: Replay) -> None:
-    summary = {
-        "metrics": {"retained_mass": {"mean": 0.5}},
-        "bounds": {"share_of_belady": 0.9, "belady_of_ideal": None},
-        "gap": {"held_overlap": 0.8},
-        "tails": {"retained_mass": {"share_below_half": 0.25, "worst_head": 0.1, "worst_step": 0.05}},
-    }
-    run = RunView.of("0.0", replay, "small", replay.info["runs"][1], summary)
+    summary = replace(
+        replay.summary.runs[1],
+        metrics={"retained_mass": MetricSummary(0.5)},
+        bounds=BoundShares(0.9, None),
+        gap=LoopGap(0.8, {}, None),
+        tails={"retained_mass": Tails(0.25, 0.05, StepPlace(0.05, 0, 0, 0, 0), 0.1, HeadPlace(0, 0))},
+    )
+    run = RunView.of("0.0", replay, "small", summary)
     assert {name: run.mean(name) for name in run.metrics} == {
         "retained_mass": 0.5,
         "share_of_belady": 0.9,
@@ -369,8 +374,8 @@ def test_what_a_summary_says_beside_its_metrics_is_shown_with_them(replay: Repla
 
 
 def test_a_bound_that_is_not_exact_says_so(replay: Replay) -> None:
-    info = {**replay.info["runs"][1], "certificate": {"exact": False, "gap": 0.012}}
-    assert RunView.of("0.0", replay, "small", info, {}).marks == ["at most 0.012 of mass from the optimum"]
+    info = replace(replay.summary.runs[1], certificate=Certificate(False, 0.012))
+    assert RunView.of("0.0", replay, "small", info).marks == ["at most 0.012 of mass from the optimum"]
 
 
 def test_keys_by_depth_are_shown_for_what_shares_them_out_itself(source: ReportInput, gated: ReportInput) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 import kvscope
+from kvscope.core.records import LoopGap
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.report.attended import attended
 from kvscope.report.encoding import packed_bytes, unpacked
@@ -32,6 +33,7 @@ from kvscope.report.source import ReportInput
 from kvscope.trace.reader import Trace
 from tests.report.make import HEADS, KV_HEADS, LENGTH, make_replay, make_trace
 from tests.report.test_summary_panels import run_of
+from tests.results.make import with_summary
 
 
 def limited(source: ReportInput, **limits: int) -> ReportInput:
@@ -379,7 +381,7 @@ def test_agreement_is_keys_in_both_over_keys_in_either(rich_trace: Trace, tmp_pa
 
 def test_what_both_loops_hold_is_shown_by_layer(trace: Trace, tmp_path: Path) -> None:
     replay = make_replay(tmp_path / "r", trace, mass={"h2o": {"2": 0.5}, "tova": {"4": 0.4}}, loop="closed")
-    replay.summary["runs"][1]["gap"] = {"held_overlap": 0.75, "held_overlap_by_layer": {"0": 1.0, "1": 0.5}}
+    replay = with_summary(replay, 1, gap=LoopGap(0.75, {"0": 1.0, "1": 0.5}, None))
     data = agreement(ReportInput((replay,)))
     assert data is not None and data["groups"] == []
     assert data["loops"] == [{"run": "0.1", "all": 0.75, "layers": [1.0, 0.5]}]

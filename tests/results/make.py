@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvscope.core.records import REPLAY, ReplayRecord
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
@@ -18,8 +20,8 @@ METRICS = {
 }
 
 
-def info(lengths: list[int], identity: str = "abc", policies: tuple[str, ...] = ("h2o", "tova")) -> dict[str, Any]:
-    return {
+def info(lengths: list[int], identity: str = "abc", policies: tuple[str, ...] = ("h2o", "tova")) -> ReplayRecord:
+    data = {
         "trace": {
             "name": "t",
             "path": "traces/t",
@@ -51,6 +53,7 @@ def info(lengths: list[int], identity: str = "abc", policies: tuple[str, ...] = 
         "versions": {},
         "command": None,
     }
+    return REPLAY.decode(data, Path("run.json"), ReplayRecord)
 
 
 def values(seed: int, length: int, empty: bool = False) -> dict[str, np.ndarray]:
@@ -67,7 +70,7 @@ def make(path: Path, lengths: list[int], *, shift: float = 0.0, force: bool = Fa
     """Return a replay of two runs with random values; `shift` is added to every value."""
     about = info(lengths, **of_info)
     with ReplayWriter(path, about, force=force) as writer:
-        for run in range(len(about["runs"])):
+        for run in range(len(about.runs)):
             for sequence, length in enumerate(lengths):
                 for layer in (0, 1):
                     key = np.tile(np.arange(length), 2)
@@ -82,3 +85,12 @@ def make(path: Path, lengths: list[int], *, shift: float = 0.0, force: bool = Fa
                         run, sequence, layer, np.arange(length), {n: v + np.float32(shift) for n, v in of_layer.items()}
                     )
         return writer.finish(seconds=0.5)
+
+
+def with_summary(replay: Replay, run: int, **changes: Any) -> Replay:
+    """Return a replay whose summary says something else of one run, as a replay on disk might."""
+    summary = replay.summary
+    runs = tuple(replace(each, **changes) if each.run == run else each for each in summary.runs)
+    made = Replay(replay.path, replay.info)
+    made.__dict__["summary"] = replace(summary, runs=runs)
+    return made

@@ -39,7 +39,7 @@ def intervals_of(stays: list[Stay], length: int = LENGTH) -> ResidencyIntervals:
 
 def compared(base: Path, new: Path, most: int = 10) -> Decisions:
     one, other = load_summary(base), load_summary(new)
-    return compare_decisions("h2o", (one["source"], one["runs"][0]), (other["source"], other["runs"][0]), most)
+    return compare_decisions("h2o", (str(base), one.runs[0]), (str(new), other.runs[0]), most)
 
 
 def kept(**leave: int) -> list[Stay]:
@@ -177,7 +177,7 @@ def test_other_decisions_fail_the_build_whatever_the_metrics_say(tmp_path: Path)
     base, new = load_summary(tmp_path / "a"), load_summary(tmp_path / "b")
     assert not diff(base, new).regressed
     assert diff(base, new).decisions is None
-    found = diff(base, new, decisions=True)
+    found = diff(base, new, decisions=True, sources=(str(tmp_path / "a"), str(tmp_path / "b")))
     assert found.regressed and not found.regressions
     assert found.verdict().endswith("Decisions differ in 1 of 1 runs.")
     (row,) = json.loads(json.dumps(found.to_dict()))["decisions"]

@@ -51,11 +51,11 @@ def test_every_format_holds_the_same(tmp_path: Path, form: ExportFormat) -> None
     assert list(runs["label"]) == ["h2o", "tova"]
     assert list(runs["budget_keys"]) == [2.5, 2.5]
     assert list(runs["params"]) == ["{}", "{}"]
-    for run, row in zip(replay.summary["runs"], runs.to_dict("records"), strict=True):
-        for name, value in run["metrics"].items():
-            assert row[name] == pytest.approx(value["mean"])
-            assert row[f"{name}_count"] == value["count"]
-        assert row["decisions"] == run["decisions"]
+    for run, row in zip(replay.summary.runs, runs.to_dict("records"), strict=True):
+        for name, value in run.metrics.items():
+            assert row[name] == pytest.approx(value.mean)
+            assert row[f"{name}_count"] == value.count
+        assert row["decisions"] == run.decisions
 
 
 def mean(numbers: list[float]) -> float:

@@ -1,11 +1,16 @@
 """Perplexity and its kin from losses, and the gap between the loops from residency intervals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from kvscope.core.options import Prefill
+from kvscope.core.records import MetricSummary, ReplayRecord, RunSummary, SequenceRef, summary_of
 from kvscope.core.residency import ResidencyIntervals
-from kvscope.results.loop_gap import LoopGap
+from kvscope.results.loop_gap import LoopGapCounter
 from kvscope.results.outcome import OUTCOMES, Outcomes
+from tests.results.make import info
 
 
 def losses(seed: int, count: int) -> dict[str, np.ndarray]:
@@ -35,9 +40,9 @@ def test_outcomes_are_those_of_all_tokens_together() -> None:
         "token_kl": joined["kl"].mean(),
         "top1_agreement": joined["top1_equal"].mean(),
     }
-    assert {name: value["mean"] for name, value in found.items()} == pytest.approx(expected)
-    assert {value["count"] for value in found.values()} == {100}
-    assert {(value["low"], value["high"]) for value in found.values()} == {(None, None)}
+    assert {name: value.mean for name, value in found.items()} == pytest.approx(expected)
+    assert {value.count for value in found.values()} == {100}
+    assert {(value.low, value.high) for value in found.values()} == {(None, None)}
     assert given.of(3) == {}
 
 
@@ -45,10 +50,10 @@ def test_five_sequences_have_an_interval() -> None:
     given = Outcomes()
     for sequence in range(4):
         given.add(0, sequence, losses(sequence, 50))
-    assert {value["low"] for value in given.of(0).values()} == {None}
+    assert {value.low for value in given.of(0).values()} == {None}
     given.add(0, 4, losses(4, 50))
     for value in given.of(0).values():
-        assert value["low"] < value["mean"] < value["high"]
+        assert value.low < value.mean < value.high
 
 
 def random_intervals(seed: int, heads: int, length: int) -> ResidencyIntervals:
@@ -80,19 +85,26 @@ def test_held_sets_are_those_of_the_definition(seed: int) -> None:
     assert (intervals.held(4, 9) == expected[:, 4:9]).all()
 
 
-def info(prefill: str, heads: int, length: int) -> dict:
-    return {
-        "runs": [{"run": 0}, {"run": 1, "open_run": 0}, {"run": 2}],
-        "trace": {"sequences": [{"prompt": 5, "length": length}], "kv_heads": heads},
-        "prefill": prefill,
-    }
+def record(prefill: str, length: int) -> ReplayRecord:
+    """Return the record of an open run, its closed run, and a run apart, over one sequence."""
+    made = info([length], policies=("h2o", "h2o", "tova"))
+    runs = tuple(replace(run, open_run={1: 0}.get(run.run)) for run in made.runs)
+    sequences = (SequenceRef(5, length),)
+    return replace(made, runs=runs, prefill=Prefill(prefill), trace=replace(made.trace, sequences=sequences))
+
+
+def summaries(*masses: float | None) -> dict[int, RunSummary]:
+    """Return runs of which only the retained mass is known."""
+    runs = record("full", 19).runs
+    figures = [{} if mass is None else {"retained_mass": MetricSummary(mass)} for mass in masses]
+    return {number: summary_of(runs[number], metrics=own) for number, own in enumerate(figures)}
 
 
 @pytest.mark.parametrize(("prefill", "first"), [("full", 4), ("stream", 0)])
 def test_the_gap_is_the_mean_overlap(monkeypatch: pytest.MonkeyPatch, prefill: str, first: int) -> None:
     heads, length = 2, 19
     monkeypatch.setattr("kvscope.results.loop_gap.BLOCK", 3 * heads * length)  # several blocks
-    gap = LoopGap(info(prefill, heads, length))
+    gap = LoopGapCounter(record(prefill, length))
     layers = []
     for layer in (0, 1):
         pair = [random_intervals(10 * layer + side, heads, length) for side in (0, 1)]
@@ -100,17 +112,17 @@ def test_the_gap_is_the_mean_overlap(monkeypatch: pytest.MonkeyPatch, prefill: s
             gap.add(run, 0, layer, intervals)
         a, b = (intervals.held(first, length) for intervals in pair)
         layers.append(np.mean((a & b).sum(-1) / np.maximum((a | b).sum(-1), 1)))
-    found = gap.of(1, {0: {"retained_mass": {"mean": 0.5}}, 1: {"retained_mass": {"mean": 0.4}}})
+    found = gap.of(1, summaries(0.5, 0.4))
     assert found is not None
-    assert found["held_overlap_by_layer"] == pytest.approx({"0": layers[0], "1": layers[1]})
-    assert found["held_overlap"] == pytest.approx(np.mean(layers))
-    assert found["retained_mass"] == pytest.approx(-0.1)
+    assert found.held_overlap_by_layer == pytest.approx({"0": layers[0], "1": layers[1]})
+    assert found.held_overlap == pytest.approx(np.mean(layers))
+    assert found.retained_mass == pytest.approx(-0.1)
     assert gap.of(0, {}) is None and gap.of(2, {}) is None
 
 
 def test_equal_decisions_overlap_wholly() -> None:
-    gap = LoopGap(info("full", 2, 19))
+    gap = LoopGapCounter(record("full", 19))
     for run in (0, 1):
         gap.add(run, 0, 0, random_intervals(3, 2, 19))
-    found = gap.of(1, {0: {}, 1: {}})
-    assert found is not None and found["held_overlap"] == 1 and found["retained_mass"] is None
+    found = gap.of(1, summaries(None, None))
+    assert found is not None and found.held_overlap == 1 and found.retained_mass is None

@@ -1,12 +1,12 @@
 """What other programs read: Markdown that renders, JUnit XML that test reporters accept."""
 
-import copy
 from pathlib import Path
 from xml.etree import ElementTree as xml
 
 import pytest
 from markdown_it import MarkdownIt
 
+from kvscope.core.records import SUMMARY, SummaryRecord
 from kvscope.results.baseline import load_summary
 from kvscope.results.decisions import Decisions, Moved
 from kvscope.results.diff import Diff, DiffRow, diff
@@ -30,11 +30,12 @@ CHILD = {"testsuites": "testsuite", "testsuite": "testcase", "testcase": "failur
 @pytest.fixture
 def found(tmp_path: Path) -> Diff:
     base = load_summary(make(tmp_path / "base", [8]).path)
-    new = copy.deepcopy(base)
-    new["runs"][0]["metrics"]["retained_mass"]["mean"] -= 0.25
-    new["runs"][0]["metrics"]["output_error"]["mean"] -= 0.25
-    new["runs"][1]["metrics"]["held_keys"]["mean"] = None
-    return diff(base, new, decisions=True)
+    data = SUMMARY.plain(base)
+    data["runs"][0]["metrics"]["retained_mass"]["mean"] -= 0.25
+    data["runs"][0]["metrics"]["output_error"]["mean"] -= 0.25
+    data["runs"][1]["metrics"]["held_keys"]["mean"] = None
+    new = SUMMARY.decode(data, tmp_path, SummaryRecord)
+    return diff(base, new, decisions=True, sources=(str(tmp_path / "base"), "new"))
 
 
 def cells(text: str) -> list[list[list[str]]]:

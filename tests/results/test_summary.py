@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvscope.core.records import MetricSummary
 from kvscope.results.statistics import interval
 from kvscope.results.stream import batches, means
 from kvscope.results.summary import Means
@@ -34,18 +35,18 @@ def nested_mean(run: int, lengths: list[int], name: str) -> tuple[float, int]:
 
 def test_means_equal_plain_loops(tmp_path: Path) -> None:
     summary = make(tmp_path / "r", [9, 5]).summary
-    for run in summary["runs"]:
+    for run in summary.runs:
         for name in METRICS:
-            mean, count = nested_mean(run["run"], [9, 5], name)
-            assert run["metrics"][name]["mean"] == pytest.approx(mean, abs=1e-6)
-            assert run["metrics"][name]["count"] == count
-            assert run["metrics"][name]["low"] is None
-    assert summary["runs"][0]["budget_keys"] == [4, 2]
+            mean, count = nested_mean(run.run, [9, 5], name)
+            assert run.metrics[name].mean == pytest.approx(mean, abs=1e-6)
+            assert run.metrics[name].count == count
+            assert run.metrics[name].low is None
+    assert summary.runs[0].budget_keys == (4, 2)
 
 
 def test_five_sequences_have_an_interval(tmp_path: Path) -> None:
-    metric = make(tmp_path / "r", [6] * 5).summary["runs"][0]["metrics"]["retained_mass"]
-    assert metric["low"] < metric["mean"] < metric["high"]
+    metric = make(tmp_path / "r", [6] * 5).summary.runs[0].metrics["retained_mass"]
+    assert metric.low < metric.mean < metric.high
     assert interval(np.arange(6.0)) == interval(np.arange(6.0))
     sample = np.random.default_rng(1).normal(size=400)
     low, high = interval(sample - sample.mean())
@@ -61,10 +62,10 @@ def test_blocks_of_steps_and_the_order_of_layers_change_nothing(tmp_path: Path) 
     pieces = Means(list(METRICS))
     for layer, start, stop in [(1, 0, 4), (0, 0, 9), (1, 4, 5), (1, 5, 9)]:
         pieces.add(0, 0, layer, {name: array[:, start:stop] for name, array in values(layer, 9).items()})
-    one, other = (means.summary(info([9], policies=("h2o",)))["runs"][0]["metrics"] for means in (whole, pieces))
+    one, other = (means.summaries(0) for means in (whole, pieces))
     for name in METRICS:
-        assert one[name]["count"] == other[name]["count"] == 2 * 4 * 7
-        assert one[name]["mean"] == pytest.approx(other[name]["mean"], abs=1e-12)
+        assert one[name].count == other[name].count == 2 * 4 * 7
+        assert one[name].mean == pytest.approx(other[name].mean, abs=1e-12)
 
 
 def test_the_summary_has_the_same_bytes_each_time(tmp_path: Path) -> None:
@@ -78,8 +79,7 @@ def test_a_run_without_values_has_no_mean(tmp_path: Path) -> None:
     with ReplayWriter(tmp_path / "r", info([6], policies=("full",))) as writer:
         writer.fidelity(0, 0, 0, np.arange(6), values(0, 6, empty=True))
         summary = writer.finish().summary
-    assert summary["runs"][0]["metrics"]["retained_mass"] == {"mean": None, "low": None, "high": None, "count": 0}
-    json.dumps(summary, allow_nan=False)
+    assert summary.runs[0].metrics["retained_mass"] == MetricSummary(None, None, None, 0)
 
 
 @pytest.mark.parametrize("rows", [1, 100, 10**6])
@@ -90,10 +90,10 @@ def test_what_is_read_back_has_the_means_that_were_written(
     monkeypatch.setattr("kvscope.results.writer.GROUP_ROWS", rows)
     replay = make(tmp_path / "r", [9, 5])
     found = means(replay)
-    for run in replay.summary["runs"]:
+    for run in replay.summary.runs:
         for name in METRICS:
-            assert found.of(run["run"], name, "run")[()] == pytest.approx(run["metrics"][name]["mean"], abs=1e-12)
-            assert found.of(run["run"], name, "head").keys() == set(np.ndindex(2, 2, 4))
+            assert found.of(run.run, name, "run")[()] == pytest.approx(run.metrics[name].mean, abs=1e-12)
+            assert found.of(run.run, name, "head").keys() == set(np.ndindex(2, 2, 4))
     one = means(replay, [1], ["output_error"])
     assert one.of(0, "output_error", "run") == {}
     assert one.of(1, "output_error", "layer") == found.of(1, "output_error", "layer")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvscope.results.tails import OF, Tails
-from tests.reference import tails as twin
+from kvscope.results.tails import OF, TailCounter
+from tests.reference import tails as reference
 from tests.results.make import make
 
 
@@ -18,7 +18,7 @@ from tests.results.make import make
 @settings(max_examples=80, deadline=None)
 def test_tails_equal_the_plain_loop(seed, steps, pieces, missing) -> None:
     random = np.random.default_rng(seed)
-    found = Tails()
+    found = TailCounter()
     given: dict[tuple[int, int], list[list[float | None]]] = {}
     for place in [(0, 0), (0, 2), (1, 0), (1, 2)]:
         values = np.round(random.random((3, steps)), 1)
@@ -32,22 +32,22 @@ def test_tails_equal_the_plain_loop(seed, steps, pieces, missing) -> None:
         assert got == {}
         return
     own = got["retained_mass"]
-    for name, value in twin.tails(given).items():
-        assert own[name] == pytest.approx(value), name
-    at = own["worst_step_at"]
-    assert given[at["sequence"], at["layer"]][at["head"]][at["step"] - 20] == pytest.approx(at["value"])
-    assert at["value"] == min(x for rows in given.values() for row in rows for x in row if x is not None)
-    where = own["worst_head_at"]
+    for name, value in reference.tails(given).items():
+        assert getattr(own, name) == pytest.approx(value), name
+    at = own.worst_step_at
+    assert given[at.sequence, at.layer][at.head][at.step - 20] == pytest.approx(at.value)
+    assert at.value == min(x for rows in given.values() for row in rows for x in row if x is not None)
+    where = own.worst_head_at
     means = [
-        np.mean([x for x in given[sequence, where["layer"]][where["head"]] if x is not None])
+        np.mean([x for x in given[sequence, where.layer][where.head] if x is not None])
         for sequence in (0, 1)
-        if any(x is not None for x in given[sequence, where["layer"]][where["head"]])
+        if any(x is not None for x in given[sequence, where.layer][where.head])
     ]
-    assert np.mean(means) == pytest.approx(own["worst_head"])
+    assert np.mean(means) == pytest.approx(own.worst_head)
 
 
 def test_of_a_run_that_is_not_there() -> None:
-    assert Tails().of(3) == {}
+    assert TailCounter().of(3) == {}
 
 
 def test_the_summary_has_them(tmp_path: Path) -> None:

@@ -54,10 +54,10 @@ def _loops(source: ReportInput) -> list[JsonDict]:
     """Return for each run of the closed loop its overlap with the open one: over all layers, and in each."""
     found: list[JsonDict] = []
     for run in source.ranking:
-        gap = run.info.get("gap")
+        gap = run.info.gap
         if gap:
-            layers = [rounded(value) for value in gap["held_overlap_by_layer"].values()]
-            found.append({"run": run.id, "all": rounded(gap["held_overlap"]), "layers": layers})
+            layers = [rounded(value) for value in gap.held_overlap_by_layer.values()]
+            found.append({"run": run.id, "all": rounded(gap.held_overlap), "layers": layers})
     return found
 
 

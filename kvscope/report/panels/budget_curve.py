@@ -80,7 +80,7 @@ def _superseded(name: LineKey, lines: Mapping[LineKey, Sequence[RunView]]) -> bo
 
 def _references(source: ReportInput) -> list[JsonDict]:
     """Return for each bounding metric and protocol the runs that carry it, one for each budget."""
-    bounds = {str(run.info["policy"]) for run in source.runs if run.kind == "bound"}
+    bounds = {str(run.info.policy) for run in source.runs if run.kind == "bound"}
     made: list[JsonDict] = []
     for metric, bound in REFERENCES.items():
         if "ideal" in bounds or metric not in source.metrics:

@@ -31,11 +31,11 @@ def depth(source: ReportInput) -> JsonDict | None:
         return None
     shown = {each.id: each for run in free for each in (run, *_beside(source, run))}
     lines = [_line(source, run) for run in list(shown.values())[: source.limits.rows]]
-    return {"layers": free[0].replay.info["trace"]["layers"], "lines": lines}
+    return {"layers": list(free[0].replay.info.trace.layers), "lines": lines}
 
 
 def _shares_out(run: RunView) -> bool:
-    return run.kind == "own size" or run.info.get("allocate", "uniform") != "uniform"
+    return run.kind == "own size" or run.info.allocate != "uniform"
 
 
 def _beside(source: ReportInput, run: RunView) -> list[RunView]:

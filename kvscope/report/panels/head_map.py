@@ -32,7 +32,7 @@ def head_map(source: ReportInput) -> JsonDict:
         left -= sum(packed_bytes(each) for each in made.values())
         if left < 0:
             break
-        maps[run.id] = {"layers": [int(layer) for layer in run.replay.info["trace"]["layers"]], "values": made}
+        maps[run.id] = {"layers": [int(layer) for layer in run.replay.info.trace.layers], "values": made}
         for name in made:
             low, high = finite_range(values[name])
             least, largest = scale.get(name, (low, high))

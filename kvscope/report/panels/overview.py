@@ -47,7 +47,7 @@ def overview(source: ReportInput) -> JsonDict:
     notes = []
     if len(shown) < len(runs):
         notes.append(f"The table shows {len(shown)} of {len(runs)} rows; the others are in summary.json.")
-    if not any(value.get("low") is not None for run in shown for value in run.metrics.values()):
+    if not any(value.low is not None for run in shown for value in run.metrics.values()):
         notes.append("No intervals: they need five or more sequences.")
     if len({run.protocol[1] for run in runs}) > 1:
         notes.append("The upper table shows the closed loop where there is one; the lower one shows both.")
@@ -156,10 +156,10 @@ def _winners(group: Sequence[RunView], metric: MetricFacts) -> tuple[float | Non
 
 def _near(group: Sequence[RunView], best: Sequence[RunView], metric: str) -> int:
     """Return how many other runs lie inside the interval of the best one: sequences do not tell these apart."""
-    value = best[0].metrics[metric] if best else {}
-    low, high = value.get("low"), value.get("high")
-    if low is None or high is None:
+    value = best[0].metrics[metric] if best else None
+    if value is None or value.low is None or value.high is None:
         return 0
+    low, high = value.low, value.high
     others = (run.mean(metric) for run in group if run not in best)
     return sum(mean is not None and low <= mean <= high for mean in others)
 

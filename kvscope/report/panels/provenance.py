@@ -7,6 +7,7 @@ from pathlib import PurePath
 
 from kvscope.core.decode import encode
 from kvscope.core.json import JsonDict
+from kvscope.core.json_records import plain
 from kvscope.report.panel import panel
 from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
@@ -48,11 +49,11 @@ MASS = (
 )
 def provenance(source: ReportInput) -> JsonDict:
     """Return facts of every replay and trace, and what is approximate about them."""
-    traces = {replay.info["trace"]["identity"]: source.trace_of(replay) for replay in source.replays}
+    traces = {replay.info.trace.identity: source.trace_of(replay) for replay in source.replays}
     absent = [
         name
         for name, replay in zip(source.names, source.replays, strict=True)
-        if not source.trace_of(replay) and replay.info["trace"].get("kind") != "text"
+        if not source.trace_of(replay) and replay.info.trace.kind != "text"
     ]
     return {
         "sources": [
@@ -66,24 +67,24 @@ def provenance(source: ReportInput) -> JsonDict:
 
 def _replay(name: str, replay: Replay) -> JsonDict:
     info = replay.info
-    trace = info["trace"]
+    trace = info.trace
     return {
         "kind": "replay",
         "name": name,
         "facts": _known(
             {
-                "trace": trace.get("name"),
-                "trace identity": trace["identity"],
-                "model": trace.get("model"),
-                "prefill": info.get("prefill"),
-                "loop": info.get("loop"),
-                "runs": len(info["runs"]),
-                "seconds": info.get("seconds"),
-                "versions": _versions(info.get("versions") or {}, info.get("kvscope")),
-                "command": info.get("command"),
+                "trace": trace.name,
+                "trace identity": trace.identity,
+                "model": trace.model,
+                "prefill": info.prefill,
+                "loop": info.loop,
+                "runs": len(info.runs),
+                "seconds": info.seconds,
+                "versions": _versions(info.versions),
+                "command": info.command,
             }
         ),
-        "prompts": _files(trace.get("texts")),
+        "prompts": _files([plain(text) for text in trace.texts]),
     }
 
 
@@ -146,7 +147,7 @@ def _approximate(source: ReportInput) -> list[str]:
         found.append(FLOAT16)
     if any(header.learned_sinks for header in headers):
         found.append(SINKS)
-    found += dict.fromkeys(line for replay in source.replays for line in replay.info["trace"].get("approximate", []))
+    found += dict.fromkeys(line for replay in source.replays for line in replay.info.trace.approximate)
     if "retained_mass" in source.metrics:
         found.append(MASS)
     return found
@@ -156,7 +157,8 @@ def _known(facts: Mapping[str, object]) -> list[list[str]]:
     return [[name, str(value)] for name, value in facts.items() if value not in (None, "", [], {})]
 
 
-def _versions(versions: Mapping[str, str], kvscope: str | None) -> str:
+def _versions(versions: Mapping[str, str], kvscope: str | None = None) -> str:
+    """Return versions as text; old traces name that of kvscope apart from the others."""
     known = {**({} if kvscope is None else {"kvscope": kvscope}), **versions}
     return ", ".join(f"{name} {version}" for name, version in sorted(known.items()))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
-from kvscope.core.json import JsonDict
+from kvscope.core.json import Json, JsonDict
 from kvscope.report.panel import panel
 from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
@@ -30,11 +31,11 @@ def sweep(source: ReportInput) -> JsonDict | None:
     """
     lines: dict[tuple[str, ...], list[tuple[float, RunView]]] = defaultdict(list)
     for run in source.runs:
-        params = run.info.get("params") or {}
+        params = run.info.params
         for name, value in params.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 rest = json.dumps({key: params[key] for key in sorted(params) if key != name}, default=str)
-                same = (str(run.info["policy"]), name, rest, str(run.budget), run.source, *run.protocol, run.phase)
+                same = (run.info.policy, name, rest, str(run.budget), run.source, *run.protocol, run.phase)
                 lines[same].append((float(value), run))
     sweeps: dict[tuple[str, str], list[JsonDict]] = defaultdict(list)
     for (policy, name, *_), found in lines.items():
@@ -53,12 +54,18 @@ def _tuned(run: RunView) -> Iterator[JsonDict]:
 
     Budgets of one file share what they got: the first of them has it.
     """
-    params = run.info.get("params") or {}
-    settings, choice = params.get("settings"), params.get("choice")
-    budgets = [each["budget"] for each in run.replay.info["runs"] if each.get("label") == run.info.get("label")]
-    if not settings or not choice or run.info["budget"] != budgets[0]:
+    params = run.info.params  # of a tuned policy: its settings, and the number of that of each head
+    settings = cast("Sequence[Mapping[str, Json]] | None", params.get("settings"))
+    choice = cast("Sequence[Sequence[int]] | None", params.get("choice"))
+    budgets = [each.budget for each in run.replay.info.runs if each.label == run.info.label]
+    if not settings or not choice or run.info.budget != budgets[0]:
         return
     for name in sorted(set().union(*settings)):
         values = [[settings[at].get(name) for at in heads] for heads in choice]
         if len({value for setting in settings if (value := setting.get(name)) is not None}) > 1:
-            yield {"run": run.id, "parameter": name, "layers": params["layers"], "values": values}
+            yield {
+                "run": run.id,
+                "parameter": name,
+                "layers": cast("Sequence[int]", params["layers"]),
+                "values": values,
+            }
