@@ -1,5 +1,7 @@
 # make demo    set up, then trace, replay and report on the bundled model
 # make test    set up, then run the tests
+# make test-portable
+#              set up, then see that decisions and tests are the same on other processors
 # make check   set up, then format, lint, types, tests and docs: what a change must pass
 # make format  rewrite the code in the project's format
 
@@ -10,7 +12,7 @@ JOBS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-portable check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvscope demo
@@ -20,6 +22,9 @@ test check: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+test-portable: $(VENV)/.installed-dev
+	$(BIN)/python tools/portable.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -126,7 +126,10 @@ def _require_gate(trace: Trace, plan: EvictionPlan, name: str) -> None:
 
 @torch.no_grad()
 def _margins(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
-    """Return by how much gates are above their thresholds, ``[L, G, T]``, from recorded layer inputs."""
+    """Return by how much gates are above their thresholds, ``[L, G, T]``, from recorded layer inputs.
+
+    In double, rounded at the end: the order in which a processor adds must not open or shut a gate.
+    """
     gate, prompt = load_gate(name), trace.sequences[sequence].prompt
-    inputs = ((layer, torch.from_numpy(trace.hidden(sequence, layer))[None]) for layer in layers)
-    return torch.cat([gate.margins(layer, hidden, prompt) for layer, hidden in inputs])
+    inputs = ((layer, torch.from_numpy(trace.hidden(sequence, layer))[None].double()) for layer in layers)
+    return torch.cat([gate.margins(layer, hidden, prompt).float() for layer, hidden in inputs])

@@ -67,6 +67,7 @@ class CAKE(Policy):
         newest = torch.arange(rows.shape[-2], 0, -1, device=rows.device) <= used[:, None]  # [R, w]
         count = newest.sum(-1)[:, None, None, None]
         newest = newest[:, None, None, :, None]
-        mean = (rows * newest).sum(-2) / count.clamp(min=1)
+        mean = (rows * newest).sum(-2, dtype=torch.float64) / count.clamp(min=1)
         deviations = (rows - mean[..., None, :]) * newest
-        return mean + self.gamma * (deviations**2).sum(-2) / (count - 1).clamp(min=1)
+        votes = mean + self.gamma * (deviations**2).sum(-2) / (count - 1).clamp(min=1)
+        return votes.to(rows.dtype)

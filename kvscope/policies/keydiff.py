@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -36,7 +37,19 @@ class KeyDiff(Policy):
     def observe(self, step: Step, score: Tensor) -> Tensor:
         if not step.compresses:
             return score
-        unit = functional.normalize(step.signals["keys"].to(score.dtype), dim=-1)  # [., L, G, n, D]
-        total = step.visible.to(score.dtype)[..., None, :] @ unit  # [R, L, G, 1, D]
+        unit = self._units(step)  # [., L, G, n, D]
+        total = step.visible.double()[..., None, :] @ unit  # [R, L, G, 1, D]
         mean = functional.normalize(total, dim=-1)
-        return -(unit @ mean.transpose(-1, -2))[..., 0]
+        return -(unit @ mean.transpose(-1, -2))[..., 0].to(score.dtype)
+
+    def _units(self, step: Step) -> Tensor:
+        """Return the directions of all keys, ``[., L, G, n, D]``, and remember them.
+
+        In double: the order in which a processor adds must not decide between keys that are almost equally close.
+        """
+        known = step.memory.get("directions")
+        new = step.signals["keys"][..., 0 if known is None else known.shape[-2] :, :]
+        unit = functional.normalize(new.double(), dim=-1)
+        step.memory["directions"] = unit if known is None else torch.cat([known, unit], -2)
+        directions: Tensor = step.memory["directions"]
+        return directions

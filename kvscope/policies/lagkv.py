@@ -62,8 +62,8 @@ class LagKV(Policy):
         new = order.to(score.dtype).expand_as(place)  # without a rank: above all ranks, at least `lag`
         parts = (place.shape[-1] - self.sinks) // self.lag
         if parts >= 2:
-            keys, values = (at(place, step.signals[name].to(score.dtype)) for name in ("keys", "values"))
-            spread = self._spread(keys, parts) + self._spread(values, parts)
+            keys, values = (at(place, step.signals[name].double()) for name in ("keys", "values"))
+            spread = (self._spread(keys, parts) + self._spread(values, parts)).to(score.dtype)
             rank = spread.argsort(dim=-1, stable=True).argsort(-1).flatten(-2)
             rank = functional.pad(rank, (self.sinks, place.shape[-1] - self.sinks - rank.shape[-1]))
             new = torch.where((order >= self.sinks) & (order < ranked), rank, new)

@@ -42,4 +42,5 @@ class LRU(Policy):
 
 def even_share(step: Step, weights: Tensor) -> Tensor:
     """Return the mean of rows ``[R, L, S, n]`` over the keys that are visible, ``[R, L, S, 1]``."""
-    return weights.sum(-1, keepdim=True) / step.visible.sum(-1, keepdim=True)
+    total = weights.sum(-1, keepdim=True, dtype=torch.float64).to(weights.dtype)  # the order of a sum decides nothing
+    return total / step.visible.sum(-1, keepdim=True)

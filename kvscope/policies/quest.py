@@ -71,11 +71,11 @@ class Quest(Policy):
     def _bounds(self, step: Step) -> Tensor:
         """Return the bound of every page for every query head, ``[., L, H, pages]``."""
         low, high = self._extremes(step)
-        queries = step.signals["queries"]
+        queries = step.signals["queries"].double()  # the order in which a product adds must decide nothing
         runs, layers, heads, size = queries.shape
         grouped = queries.reshape(runs, layers, step.kv_heads, -1, size)
         bound = grouped.clamp(min=0) @ high.transpose(-1, -2) + grouped.clamp(max=0) @ low.transpose(-1, -2)
-        return bound.reshape(bound.shape[0], layers, heads, -1)
+        return bound.reshape(bound.shape[0], layers, heads, -1).to(step.signals["queries"].dtype)
 
     def _extremes(self, step: Step) -> tuple[Tensor, Tensor]:
         """Return the smallest and largest values of each page, ``[., L, G, pages, D]``, and remember them."""
@@ -84,6 +84,7 @@ class Quest(Policy):
         new = keys[..., first * self.page_size :, :].transpose(-1, -2)  # [., L, G, D, keys of the new pages]
         low = self._paged(new, torch.inf).amin(-1).transpose(-1, -2)
         high = self._paged(new, -torch.inf).amax(-1).transpose(-1, -2)
+        low, high = low.double(), high.double()
         if first:
             low = torch.cat([memory["low"][..., :first, :], low], -2)
             high = torch.cat([memory["high"][..., :first, :], high], -2)

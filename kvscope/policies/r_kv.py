@@ -67,10 +67,11 @@ class RKV(Policy):
         if not step.compresses or not bool((step.visible.sum(-1) > step.budget).any()):
             return score
         place, there = without_gaps(step.visible)
-        keys = at(place, step.signals["keys"].to(score.dtype))
-        attention = self._attention(step, queries.to(score.dtype), keys, there, place)
+        # In double: the order in which a product adds must decide nothing.
+        keys = at(place, step.signals["keys"].double())
+        attention = self._attention(step, queries.double(), keys, there, place)
         mixed = self.mix_lambda * attention - (1 - self.mix_lambda) * redundancy(keys, there, self.similar)
-        return score.scatter(-1, place, torch.where(there, mixed, 0))
+        return score.scatter(-1, place, torch.where(there, mixed, 0).to(score.dtype))
 
     def _remember(self, step: Step) -> Tensor:
         """Return the last `window` queries, newest first, ``[., L, H, window or fewer, D]``, and keep them."""

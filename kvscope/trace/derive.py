@@ -1,7 +1,11 @@
 """From recorded vectors to what a trace of maps would hold: rows, their sums, norms, cosines, mean queries.
 
-Everything is float32. Where a query sees little of what is computed, little is computed: blocks of queries end at
-their last key, and begin where a sliding window does.
+Everything comes back as float32 and is computed in float64. The order in which a BLAS or a vector unit adds, and the
+last digit of its exponentials, then changes a number only where the error of float64 crosses a rounding of float32,
+about once in a hundred million numbers: another processor reads the same rows, and decides the same from them.
+
+Where a query sees little of what is computed, little is computed: blocks of queries end at their last key, and begin
+where a sliding window does.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from kvscope.trace.record import LayerAttention, TraceHeader
 from kvscope.trace.schema import Which
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 KeptKeys = OrderedDict[tuple[int, int], Floats]
 Vectors = Callable[[int, int, Which, int, int], Floats]  # sequence, layer, which, start, stop -> [heads, n, D]
 
@@ -38,42 +43,64 @@ def attend(query: Floats, key: Floats, first: int, layer: LayerAttention, rows: 
     rows : array
         ``[H, b, >= first + b]``, zeros; row ``i`` gets its weights on keys ``0..first + i``.
     """
-    count = query.shape[1]
+    count, together = query.shape[1], len(query) // len(key)
     sums = np.empty(query.shape[:2], np.float32)
     for start in range(0, count, BLOCK_QUERIES):
         stop = min(start + BLOCK_QUERIES, count)
         last = first + stop
         begin = 0 if layer.sliding_window is None else max(0, first + start - layer.sliding_window + 1)
-        block = rows[:, start:stop, begin:last]
-        sums[:, start:stop] = _softmax(query[:, start:stop], key[:, begin:last], first + start - begin, layer, block)
+        for group, own in enumerate(key[:, begin:last]):  # one at a time, as float64 takes twice the memory
+            heads = slice(group * together, (group + 1) * together)
+            block, asking = rows[heads, start:stop, begin:last], query[heads, start:stop].astype(np.float64)
+            sinks = None if layer.sinks is None else np.asarray(layer.sinks, np.float64)[heads]
+            block[...], sums[heads, start:stop] = _softmax(
+                asking, own.astype(np.float64), first + start - begin, layer, sinks
+            )
     return sums
 
 
-def _softmax(query: Floats, key: Floats, first: int, layer: LayerAttention, out: Floats) -> Floats:
-    """Fill `out` ``[H, b, n]``, where `first` is the index of the first query's own key; return ``[H, b]`` sums."""
-    (heads, count, size), (groups, keys, _) = query.shape, key.shape
-    scaled = (query * np.float32(layer.scaling)).reshape(groups, heads // groups, count, size)
-    # Splitting the first axis of a slice makes a view of it: the products land in `out`.
-    np.matmul(scaled, key[:, None].swapaxes(-1, -2), out=out.reshape(groups, heads // groups, count, keys))
+def _softmax(
+    query: Doubles, key: Doubles, first: int, layer: LayerAttention, sinks: Doubles | None
+) -> tuple[Doubles, Doubles]:
+    """Return the rows ``[Q, b, n]`` of the query heads of one key/value head, and their sums ``[Q, b]``.
+
+    `first` is the index of the first query's own key, `sinks` the learned sinks of these heads, ``[Q]``.
+    """
+    (_, count, _), (keys, _) = query.shape, key.shape
+    out: Doubles = (query * layer.scaling) @ key.T
     if layer.softcap is not None:
-        out /= np.float32(layer.softcap)
+        out /= layer.softcap
         np.tanh(out, out=out)
-        out *= np.float32(layer.softcap)
+        out *= layer.softcap
     np.copyto(out[:, :, first:], -np.inf, where=~np.tri(count, keys - first, dtype=bool))
     if layer.sliding_window is not None:
         gone = max(0, first + count - layer.sliding_window)  # keys that some query no longer sees
         np.copyto(out[:, :, :gone], -np.inf, where=np.tri(count, gone, first - layer.sliding_window, dtype=bool))
-    peak = out.max(-1, keepdims=True)  # [H, b, 1]
-    if layer.sinks is not None:
-        sink = np.asarray(layer.sinks, np.float32)[:, None, None]
-        np.maximum(peak, sink, out=peak)
+    peak = out.max(-1, keepdims=True)  # [Q, b, 1]
+    if sinks is not None:
+        np.maximum(peak, sinks[:, None, None], out=peak)
     out -= peak
     np.exp(out, out=out)
     total = own = out.sum(-1, keepdims=True)
-    if layer.sinks is not None:
-        total = own + np.exp(sink - peak)
+    if sinks is not None:
+        total = own + np.exp(sinks[:, None, None] - peak)
     out /= total
-    return np.asarray((own / total)[..., 0])
+    return out, (own / total)[..., 0]
+
+
+def norms(vectors: Floats, order: int) -> Doubles:
+    """Return the L1 or L2 norm of vectors ``[..., D]``."""
+    if order == 1:
+        return np.asarray(np.abs(vectors).sum(-1, dtype=np.float64))
+    return np.asarray(np.sqrt(np.square(vectors, dtype=np.float64).sum(-1)))
+
+
+def cosines(key: Floats) -> Floats:
+    """Return the cosine of every two keys ``[T, D]`` of a head, ``[T, T]``, 1 on the diagonal."""
+    unit = key / np.maximum(norms(key, 2), np.finfo(np.float32).tiny)[:, None]
+    result = np.clip(unit @ unit.T, -1, 1).astype(np.float32)
+    np.fill_diagonal(result, 1)
+    return result
 
 
 class Derived:
@@ -118,23 +145,17 @@ class Derived:
         """Return ``value_l1``, ``value_l2`` or ``key_l2``, ``[G, T]``."""
         which: Which = "keys" if column.startswith("key") else "values"
         vectors = self._vectors(sequence, layer, which, 0, self._lengths[sequence])
-        return np.asarray(np.linalg.norm(vectors, 1 if column.endswith("l1") else 2, -1))
+        return norms(vectors, 1 if column.endswith("l1") else 2).astype(np.float32)
 
     def similarity(self, sequence: int, layer: int) -> Floats:
         """Return the cosine of every two keys, ``[G, T, T]``, 1 on the diagonal."""
-        key = self._keys(sequence, layer)
-        unit = key / np.maximum(np.linalg.norm(key, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-        cosines = unit @ unit.swapaxes(-1, -2)
-        np.clip(cosines, -1, 1, out=cosines)
-        own = np.arange(cosines.shape[-1])
-        cosines[:, own, own] = 1
-        return np.asarray(cosines)
+        return np.stack([cosines(key) for key in self._keys(sequence, layer)])
 
     def mean_queries(self, sequence: int, layer: int) -> Floats:
         """Return the mean over the query heads, ``[T, D]``."""
         means = np.empty((self._lengths[sequence], self._header.head_dim), np.float32)
         for first, last, query in self._queries(sequence, layer, 0, len(means), self._header.head_dim):
-            means[first:last] = query.mean(0)
+            means[first:last] = query.mean(0, dtype=np.float64)
         return means
 
     def _queries(

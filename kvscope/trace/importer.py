@@ -12,6 +12,7 @@ import numpy as np
 from kvscope.core.errors import TraceError, UsageError
 from kvscope.core.output import checksum
 from kvscope.trace.blocks import Array
+from kvscope.trace.derive import cosines, norms
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
 from kvscope.trace.schema import VECTORS
@@ -219,14 +220,13 @@ def _derive(arrays: dict[str, Array]) -> None:
     """Add norms and cosines that follow from the vectors."""
     if "values" in arrays:
         values = arrays["values"].astype(np.float32)
-        arrays.setdefault("value_l1", np.abs(values).sum(-1))
-        arrays.setdefault("value_l2", np.linalg.norm(values, axis=-1))
+        arrays.setdefault("value_l1", norms(values, 1).astype(np.float32))
+        arrays.setdefault("value_l2", norms(values, 2).astype(np.float32))
     if "keys" in arrays:
         keys = arrays["keys"].astype(np.float32)
-        norms = np.linalg.norm(keys, axis=-1)
-        arrays.setdefault("key_l2", norms)
-        unit = keys / np.maximum(norms, np.finfo(np.float32).tiny)[..., None]
-        arrays["similarity"] = np.clip(unit @ unit.swapaxes(-1, -2), -1, 1)
+        arrays.setdefault("key_l2", norms(keys, 2).astype(np.float32))
+        similarity = [cosines(key) for key in keys.reshape(-1, *keys.shape[-2:])]
+        arrays["similarity"] = np.stack(similarity).reshape(*keys.shape[:-1], keys.shape[-2])
 
 
 def _stored(arrays: Mapping[str, Array]) -> list[str]:
