@@ -12,6 +12,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from kvscope.core.version import __version__ as __version__
+
 if TYPE_CHECKING:
     import inspect
 
@@ -48,8 +50,6 @@ if TYPE_CHECKING:
     from kvscope.trace.importer import import_maps as import_maps
     from kvscope.trace.reader import Trace as Trace
     from kvscope.trace.reader import open_trace as open
-
-__version__ = "0.1.0"
 
 # Public name -> where it is defined.
 _PUBLIC = {

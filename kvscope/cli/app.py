@@ -14,9 +14,9 @@ from typing import Annotated
 
 import typer
 
-from kvscope import __version__
 from kvscope.cli.command import add_commands
 from kvscope.core.errors import ExitStatus, KvscopeError
+from kvscope.core.version import __version__
 
 app = typer.Typer(
     name="kvscope",

@@ -48,7 +48,8 @@ def show(trace: Trace, *, as_json: bool = False, verified: bool = False) -> None
 
 def describe(trace: Trace, *, verified: bool = False) -> JsonDict:
     """Return the facts about a trace as plain data."""
-    from kvscope.core.decode import encode
+    from kvscope.core.json_records import plain
+    from kvscope.trace.record import model_to_json
 
     header = trace.header
     return {
@@ -57,15 +58,15 @@ def describe(trace: Trace, *, verified: bool = False) -> JsonDict:
         "identity": trace.identity,
         "whole": True,
         "verified": verified,
-        "model": encode(header.model),
+        "model": model_to_json(header.model),
         "source": header.source,
         "protocol": header.protocol,
         "created": trace.record.created,
         "kvscope": header.versions.get("kvscope", "unknown"),
         "device": header.device,
         "seed": header.seed,
-        "sampling": encode(header.sampling),
-        "prompts": [encode(prompt) for prompt in header.prompts],
+        "sampling": plain(header.sampling),
+        "prompts": [plain(prompt) for prompt in header.prompts],
         "layers": list(trace.layers),
         "n_layers": header.n_layers,
         "heads": trace.heads,
@@ -80,7 +81,7 @@ def describe(trace: Trace, *, verified: bool = False) -> JsonDict:
         "stored": sorted(header.stored),
         "derived": sorted(header.derived),
         "top": header.top,
-        "loss": {} if trace.storage_error is None else encode(trace.storage_error),
+        "loss": {} if trace.storage_error is None else plain(trace.storage_error),
         "head_numbers": header.head_numbers,
         "n_heads": header.n_heads,
         "query_stride": header.query_stride,

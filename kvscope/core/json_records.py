@@ -1,52 +1,62 @@
 """JSON files as typed records: read into frozen dataclasses, checked field by field, and written back.
 
-A field that was added to a format later has a default and is left out of the file while it has it, so that a file that
-is read and written again stays as it was.
+A field is annotated ``Annotated[type, about("one line")]``: the type and its range are checked when a file is read, the
+line is its documentation. A field that was added to a format later has a default; one that is written only where it
+differs from its default is marked with ``omit=True``, so that a file that is read and written again stays as it was.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar, get_type_hints
+from typing import Annotated, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 from kvscope.core.errors import KvscopeError
 from kvscope.core.json import Json, JsonDict
 
 T = TypeVar("T")
 MOST = 2**53  # largest whole number that every JSON reader keeps exactly
-Number = Annotated[int, msgspec.Meta(ge=0, le=MOST)]  # a count, a position, the number of something
-Positive = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Plain = object  # JSON of any form: parameters of a policy, the configuration of a model
+LARGEST = 1.7976931348623157e308  # a range that NaN and infinity are outside of
+Number = Annotated[int, Meta(ge=0, le=MOST)]  # a count, a position, the number of something
+Positive = Annotated[int, Meta(ge=1, le=MOST)]
+Finite = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
+NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Plain = object  # any JSON: parameters of a policy, the configuration of a model
 
 
-def about(text: str) -> T:  # type: ignore[type-var]
-    """Return a required field with one line about it, for the documentation of the format."""
-    return field(metadata={"about": text})  # type: ignore[no-any-return]
+def about(text: str, *, omit: bool = False) -> Meta:
+    """Return what a field is, for the documentation of its format.
+
+    Parameters
+    ----------
+    text : str
+        One line.
+    omit : bool
+        Whether the field is written only where it differs from its default.
+    """
+    return Meta(description=text, extra={"omit": omit})
 
 
-def given(text: str, default: T) -> T:
-    """Return a field that may be absent from a file, and then has `default`; it is always written."""
-    return _with_default(text, default, omit=False)
+class FieldError(ValueError):
+    """A field that is missing, has another type, is out of its range, or contradicts another one.
 
+    Parameters
+    ----------
+    place : str
+        Where the field is: ``sequences[0].prompt``; empty for the whole.
+    why : str
+        What is wrong with it.
+    """
 
-def later(text: str, default: T) -> T:
-    """Return a field that may be absent from a file; it is written only where it differs from `default`."""
-    return _with_default(text, default, omit=True)
-
-
-def _with_default(text: str, default: T, *, omit: bool) -> T:
-    about_it = {"about": text, "omit": omit}
-    if isinstance(default, dict):
-        empty: T = field(default_factory=dict, metadata=about_it)  # type: ignore[assignment]
-        return empty
-    made: T = field(default=default, metadata=about_it)
-    return made
+    def __init__(self, place: str, why: str) -> None:
+        super().__init__(f"{place}: {why}" if place else why)
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,8 @@ class Format:
         Value of ``kind`` in the file.
     noun : str
         What a person calls it: ``replay``, ``summary``.
-    oldest, newest : int
-        Values of ``schema`` that are read; `newest` is written.
+    newest : int
+        Value of ``schema`` that is written; from 1 to this all are read.
     error : type
         Raised for a file that is not of this format.
     again : str
@@ -69,7 +79,6 @@ class Format:
 
     kind: str
     noun: str
-    oldest: int
     newest: int
     error: type[KvscopeError]
     again: str
@@ -85,20 +94,18 @@ class Format:
         """
         return self.decode(self.header(file, example=example), file, of)
 
-    def header(self, file: Path, *, example: str) -> Mapping[str, object]:
+    def header(self, file: Path, *, example: str) -> JsonDict:
         """Return the content of a file of this kind and of a version that is read; raises as `read`."""
         try:
-            content = file.read_bytes()
+            data = parse(file.read_bytes())
         except OSError as error:
             raise self.error(f"cannot read {file}: {error.strerror}", f"Name a {self.noun} that exists.") from error
-        try:
-            data = msgspec.json.decode(content)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except ValueError as error:
             raise self.error(f"{file} is damaged: it is no JSON ({error})", self.again) from error
         if not isinstance(data, dict) or data.get("kind") != self.kind:
             raise self.error(f"{file} is not a kvscope {self.noun}", example)
         version = data.get("schema")
-        if not isinstance(version, int) or isinstance(version, bool) or version < self.oldest:
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise self.error(f"{file} has the older format {version}", f"{self.again[:-1]} with this kvscope.")
         if version > self.newest:
             raise self.error(
@@ -109,9 +116,9 @@ class Format:
     def decode(self, data: Mapping[str, object], file: Path, of: type[T]) -> T:
         """Return the record in the content of a file; raises `error` that names the field."""
         try:
-            return msgspec.convert(data, type=of)
-        except (msgspec.ValidationError, RecursionError) as error:
-            raise self.error(f"{file} is damaged: {_located(error)}", self.again) from error
+            return decode(data, of)
+        except FieldError as error:
+            raise self.error(f"{file} is damaged: {error}", self.again) from error
 
     def plain(self, record: object) -> JsonDict:
         """Return a record as the content of its file."""
@@ -122,30 +129,78 @@ class Format:
         return json.dumps(self.plain(record), indent=1, allow_nan=False, sort_keys=ordered) + "\n"
 
 
+def parse(content: bytes) -> object:
+    """Return the value of a JSON text; raises ValueError if it is none, NaN and too deeply nested text included."""
+    try:
+        return msgspec.json.decode(content)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def decode(data: object, of: type[T]) -> T:
+    """Return the record in JSON data; raises FieldError, which names the field, where it is not one."""
+    try:
+        return msgspec.convert(data, type=of)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$")
+        what = re.sub(r"^Object missing required field", "is missing the field", what)
+        raise FieldError(where.rstrip("`").lstrip("."), what[:1].lower() + what[1:]) from error
+    except RecursionError as error:
+        raise FieldError("", "it is nested too deeply") from error
+
+
 def plain(record: object) -> JsonDict:
-    """Return a record as JSON data: fields in order, without those that have the default of a later field."""
+    """Return a record as JSON data, its fields in order."""
     assert is_dataclass(record) and not isinstance(record, type)
-    found = {each.name: getattr(record, each.name) for each in fields(record)}
-    kept = [
-        each.name for each in fields(record) if not (each.metadata.get("omit") and found[each.name] == each.default)
-    ]
-    return {name: _plain(found[name]) for name in kept}
+    found: JsonDict = {}
+    for each, meta in _fields(type(record)):
+        value = getattr(record, each.name)
+        if not (_extra(meta)["omit"] and value == _default(each)):
+            found[each.name] = _plain(value)
+    return found
 
 
 def described(of: type) -> Iterator[tuple[str, str, str]]:
-    """Yield name, type and meaning of every field of a record, for the documentation of the format."""
-    hints = get_type_hints(of)
+    """Yield name, type and meaning of every field of a record, for the documentation of its format."""
+    hints = get_type_hints(of, include_extras=True)
+    for each, meta in _fields(of):
+        yield each.name, type_name(hints[each.name]), meta.description or ""
+
+
+def type_name(hint: object) -> str:
+    """Return a type as a person reads it: ``list of int``, ``str or null``, ``RunRecord``."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return type_name(arguments[0])
+    if hint is type(None):
+        return "null"
+    if hint is object:
+        return "any"
+    if origin in (list, tuple):
+        inner = [type_name(each) for each in arguments if each is not ...]
+        return f"list of {inner[0]}" if len(set(inner)) == 1 else f"list of ({', '.join(inner)})"
+    if origin in (dict, Mapping):
+        return f"object of {type_name(arguments[-1])}"
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if arguments:
+        return " or ".join(dict.fromkeys(type_name(each) for each in arguments))
+    return getattr(hint, "__name__", str(hint))
+
+
+def _fields(of: type) -> Iterator[tuple[Field[object], Meta]]:
+    hints = get_type_hints(of, include_extras=True)
     for each in fields(of):
-        optional = "" if each.default is MISSING and each.default_factory is MISSING else ", may be absent"
-        yield each.name, _type_name(hints[each.name]) + optional, _about(each)
+        (meta,) = (note for note in hints[each.name].__metadata__ if isinstance(note, Meta) and note.description)
+        yield each, meta
+
+
+def _extra(meta: Meta) -> dict[str, bool]:
+    return meta.extra or {"omit": False}
 
 
 def _default(each: Field[object]) -> object:
     return each.default if each.default_factory is MISSING else each.default_factory()
-
-
-def _about(each: Field[object]) -> str:
-    return str(each.metadata["about"])
 
 
 def _plain(value: object) -> Json:
@@ -157,15 +212,3 @@ def _plain(value: object) -> Json:
         return [_plain(item) for item in value]
     assert value is None or isinstance(value, bool | int | float | str), f"{type(value).__name__} is no JSON"
     return value
-
-
-def _located(error: Exception) -> str:
-    """Return what is wrong and with which field: ``runs[0].budget: expected `str`, got `int```."""
-    what, _, where = str(error).partition(" - at `$.")
-    what = what[:1].lower() + what[1:]
-    return f"{where.rstrip('`')}: {what}" if where else what
-
-
-def _type_name(hint: object) -> str:
-    name = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
-    return name.replace("kvscope.core.records.", "").replace("NoneType", "None")

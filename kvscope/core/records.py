@@ -7,20 +7,20 @@ A replay is a folder. Its ``run.json`` (`ReplayRecord`) says what was replayed, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from kvscope.core.errors import ResultError
-from kvscope.core.json_records import Format, Number, Plain, Positive, Share, about, given, later
+from kvscope.core.json_records import Format, Number, Plain, Positive, Share, about
 from kvscope.core.options import Loop, Positions, Prefill
 
 SCHEMA_VERSION = 1
 HISTORY = {
     1: "first version: open loop; added since, as nothing breaks: `decisions` and `tails` of every run, `left_out`",
 }
-REPLAY = Format("kvscope-replay", "replay", 1, SCHEMA_VERSION, ResultError, "Replay again.")
-SUMMARY = Format("kvscope-summary", "summary", 1, SCHEMA_VERSION, ResultError, "Replay again.")
+REPLAY = Format("kvscope-replay", "replay", SCHEMA_VERSION, ResultError, "Replay again.")
+SUMMARY = Format("kvscope-summary", "summary", SCHEMA_VERSION, ResultError, "Replay again.")
 RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"
 Direction = Literal["higher", "lower", "none"]
 
@@ -29,8 +29,8 @@ Direction = Literal["higher", "lower", "none"]
 class SequenceRef:
     """A sequence of the trace, or a window of a text."""
 
-    prompt: Positive = about("tokens of the prompt, `P`")
-    length: Positive = about("tokens in all, `T`")
+    prompt: Annotated[Positive, about("tokens of the prompt, `P`")]
+    length: Annotated[Positive, about("tokens in all, `T`")]
 
     def __post_init__(self) -> None:
         if self.prompt > self.length:
@@ -41,34 +41,36 @@ class SequenceRef:
 class TextRef:
     """A text file that was read."""
 
-    file: str = about("its path")
-    sha256: str = about("SHA-256 of its text")
+    file: Annotated[str, about("its path")]
+    sha256: Annotated[str, about("SHA-256 of its text")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceRef:
     """The trace that was replayed, as a summary names it."""
 
-    name: str = about("name of its folder; of plain text, of the file")
-    identity: str = about("SHA-256 by which its content is known again")
-    model: str | None = about("name of the model, null where it is not known")
-    sequences: tuple[SequenceRef, ...] = about("its sequences, in order")
-    lossy: Mapping[str, Plain] | None = later("of a trace that stores a part of every row: how much is outside", None)
-    approximate: tuple[str, ...] = later("what about it is approximate, in sentences", ())
+    name: Annotated[str, about("name of its folder; of plain text, of the file")]
+    identity: Annotated[str, about("SHA-256 by which its content is known again")]
+    model: Annotated[str | None, about("name of the model, null where it is not known")]
+    sequences: Annotated[tuple[SequenceRef, ...], about("its sequences, in order")]
+    lossy: Annotated[
+        Mapping[str, Plain] | None, about("of a trace that stores a part of every row: how much is outside", omit=True)
+    ] = None
+    approximate: Annotated[tuple[str, ...], about("what about it is approximate, in sentences", omit=True)] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRef(TraceRef):
     """The trace or text that was replayed, as the replay itself names it."""
 
-    path: str | None = later("where it was; absent for plain text", None)
-    kind: Literal["trace", "text"] = later("`text` for plain text", "trace")
-    layers: tuple[Number, ...] = about("numbers of the layers that were replayed")
-    heads: Positive = about("query heads of a layer, `H`")
-    kv_heads: Positive = about("key/value heads of a layer, `G`")
-    protocol: str = given("`generated`, `forced`, `import`, or `text`", "")
-    window: Positive | None = later("of plain text: tokens of a window", None)
-    texts: tuple[TextRef, ...] = later("of plain text: the files", ())
+    path: Annotated[str | None, about("where it was; absent for plain text", omit=True)] = None
+    kind: Annotated[Literal["trace", "text"], about("`text` for plain text", omit=True)] = "trace"
+    layers: Annotated[tuple[Number, ...], about("numbers of the layers that were replayed")]
+    heads: Annotated[Positive, about("query heads of a layer, `H`")]
+    kv_heads: Annotated[Positive, about("key/value heads of a layer, `G`")]
+    protocol: Annotated[str, about("`generated`, `forced`, `import`, or `text`")] = ""
+    window: Annotated[Positive | None, about("of plain text: tokens of a window", omit=True)] = None
+    texts: Annotated[tuple[TextRef, ...], about("of plain text: the files", omit=True)] = ()
 
     @property
     def summarised(self) -> TraceRef:
@@ -80,19 +82,22 @@ class SourceRef(TraceRef):
 class MetricRecord:
     """What a metric declares of itself."""
 
-    direction: Direction = about("which way is better")
-    range: tuple[float | None, float | None] = given("smallest and largest value; null is no limit", (None, None))
-    when_nothing_evicted: float | None = given("its value where nothing was evicted; null is none", None)
-    unit: str = later("unit of its values", "")
-    summary: str = later("what it measures, in one line", "")
+    direction: Annotated[Direction, about("which way is better")]
+    range: Annotated[tuple[float | None, float | None], about("smallest and largest value; null is no limit")] = (
+        None,
+        None,
+    )
+    when_nothing_evicted: Annotated[float | None, about("its value where nothing was evicted; null is none")] = None
+    unit: Annotated[str, about("unit of its values", omit=True)] = ""
+    summary: Annotated[str, about("what it measures, in one line", omit=True)] = ""
 
 
 @dataclass(frozen=True)
 class Certificate:
     """How near the schedule of a clairvoyant policy is to the best one."""
 
-    exact: bool = about("whether it is the best, up to rounding")
-    gap: float = about("mass for each step and head by which it may be worse")
+    exact: Annotated[bool, about("whether it is the best, up to rounding")]
+    gap: Annotated[float, about("mass for each step and head by which it may be worse")]
 
 
 @dataclass(frozen=True)
@@ -109,30 +114,40 @@ class RunCounts:
 class RunRecord:
     """One policy under one budget, and how it was run."""
 
-    run: Number = about("its number")
-    policy: str = about("name of the policy")
-    label: str = about("policy with the parameters and choices that differ from the defaults")
-    params: Mapping[str, Plain] = about("every parameter of the policy")
-    budget: str | None = about("budget as it was given; null for a policy that holds to none")
-    budget_keys: Positive | tuple[Positive, ...] = about("`B` in keys, of each sequence; one number where all agree")
-    prefill: Prefill = about("`full` or `stream`")
-    phase: str = given("when it evicts: `step`, `prefill`, `every:N` or `none`", "step")
-    allocate: str = given("how the budget is allocated to layers and heads", "uniform")
-    accumulate: str = given("precision of live rows and sums", "float32")
-    reads: bool = given("whether it is a sparse reader: it holds every key and reads some", False)
-    clairvoyant: bool = given("whether it is a bound, which knows rows to come", False)
-    bounded: bool = given("whether it is held to its budget", True)
-    published: bool = given("whether it reproduces a published code with its quirks", False)
-    loop: Loop = given("`open` or `closed`", Loop.open)
-    scope: str = given("what decides: each `kv_head`, or the `layer` as one", "kv_head")
-    lossy: bool | None = later("whether it saw rows that were rebuilt approximately", None)
-    positions: Positions | None = later("of a closed run: RoPE positions of the keys", None)
-    open_run: Number | None = later("of a closed run: number of the open run of the same policy and budget", None)
-    decisions: str | None = later("SHA-256 of its residency: equal exactly where every key came and went alike", None)
-    allocated_keys: Number | None = later("keys that were handed out to all heads together", None)
-    uniform_keys: Number | None = later("keys that an equal share for every head would come to", None)
-    decisions_changed: Number | None = later("evictions at another step than with sums in float32", None)
-    certificate: Certificate | None = later("of a schedule: how near it is to the best", None)
+    run: Annotated[Number, about("its number")]
+    policy: Annotated[str, about("name of the policy")]
+    label: Annotated[str, about("policy with the parameters and choices that differ from the defaults")]
+    params: Annotated[Mapping[str, Plain], about("every parameter of the policy")]
+    budget: Annotated[str | None, about("budget as it was given; null for a policy that holds to none")]
+    budget_keys: Annotated[
+        Positive | tuple[Positive, ...], about("`B` in keys, of each sequence; one number where all agree")
+    ]
+    prefill: Annotated[Prefill, about("`full` or `stream`")]
+    phase: Annotated[str, about("when it evicts: `step`, `prefill`, `every:N` or `none`")] = "step"
+    allocate: Annotated[str, about("how the budget is allocated to layers and heads")] = "uniform"
+    accumulate: Annotated[str, about("precision of live rows and sums")] = "float32"
+    reads: Annotated[bool, about("whether it is a sparse reader: it holds every key and reads some")] = False
+    clairvoyant: Annotated[bool, about("whether it is a bound, which knows rows to come")] = False
+    bounded: Annotated[bool, about("whether it is held to its budget")] = True
+    published: Annotated[bool, about("whether it reproduces a published code with its quirks")] = False
+    loop: Annotated[Loop, about("`open` or `closed`")] = Loop.open
+    scope: Annotated[str, about("what decides: each `kv_head`, or the `layer` as one")] = "kv_head"
+    lossy: Annotated[bool | None, about("whether it saw rows that were rebuilt approximately", omit=True)] = None
+    positions: Annotated[Positions | None, about("of a closed run: RoPE positions of the keys", omit=True)] = None
+    open_run: Annotated[
+        Number | None, about("of a closed run: number of the open run of the same policy and budget", omit=True)
+    ] = None
+    decisions: Annotated[
+        str | None, about("SHA-256 of its residency: equal exactly where every key came and went alike", omit=True)
+    ] = None
+    allocated_keys: Annotated[Number | None, about("keys that were handed out to all heads together", omit=True)] = None
+    uniform_keys: Annotated[
+        Number | None, about("keys that an equal share for every head would come to", omit=True)
+    ] = None
+    decisions_changed: Annotated[
+        Number | None, about("evictions at another step than with sums in float32", omit=True)
+    ] = None
+    certificate: Annotated[Certificate | None, about("of a schedule: how near it is to the best", omit=True)] = None
 
     def keys(self, sequence: int) -> int:
         """Return ``B`` for a sequence."""
@@ -148,67 +163,71 @@ class RunRecord:
 class MetricSummary:
     """The mean of a metric over steps, then heads, layers and sequences."""
 
-    mean: float | None = about("the mean; null where it has no value")
-    low: float | None = given("lower end of the 95 % bootstrap interval over sequences", None)
-    high: float | None = given("upper end", None)
-    count: Number | None = given("values that it is the mean of", None)
+    mean: Annotated[float | None, about("the mean; null where it has no value")]
+    low: Annotated[float | None, about("lower end of the 95 % bootstrap interval over sequences")] = None
+    high: Annotated[float | None, about("upper end")] = None
+    count: Annotated[Number | None, about("values that it is the mean of")] = None
 
 
 @dataclass(frozen=True)
 class StepPlace:
     """A step of a head."""
 
-    value: float = about("value of the metric there")
-    sequence: Number = about("number of the sequence")
-    layer: Number = about("layer")
-    head: Number = about("query head")
-    step: Number = about("query position")
+    value: Annotated[float, about("value of the metric there")]
+    sequence: Annotated[Number, about("number of the sequence")]
+    layer: Annotated[Number, about("layer")]
+    head: Annotated[Number, about("query head")]
+    step: Annotated[Number, about("query position")]
 
 
 @dataclass(frozen=True)
 class HeadPlace:
     """A head."""
 
-    layer: Number = about("layer")
-    head: Number = about("query head")
+    layer: Annotated[Number, about("layer")]
+    head: Annotated[Number, about("query head")]
 
 
 @dataclass(frozen=True)
 class Tails:
     """What a mean hides of a metric."""
 
-    share_below_half: Share = about("share of the steps at which a head is below one half")
-    worst_step: float = about("least value of any step of a head, mean over heads, layers and sequences")
-    worst_step_at: StepPlace = about("where the least of all is")
-    worst_head: float = about("least mean of any head")
-    worst_head_at: HeadPlace = about("which head that is")
+    share_below_half: Annotated[Share, about("share of the steps at which a head is below one half")]
+    worst_step: Annotated[float, about("least value of any step of a head, mean over heads, layers and sequences")]
+    worst_step_at: Annotated[StepPlace, about("where the least of all is")]
+    worst_head: Annotated[float, about("least mean of any head")]
+    worst_head_at: Annotated[HeadPlace, about("which head that is")]
 
 
 @dataclass(frozen=True)
 class BoundShares:
     """A run beside the best that any policy could do at its budget."""
 
-    share_of_belady: float | None = about("its retained mass divided by that of `belady`; null where that was not run")
-    belady_of_ideal: float | None = about("retained mass of `belady` divided by that of `ideal`")
+    share_of_belady: Annotated[
+        float | None, about("its retained mass divided by that of `belady`; null where that was not run")
+    ]
+    belady_of_ideal: Annotated[float | None, about("retained mass of `belady` divided by that of `ideal`")]
 
 
 @dataclass(frozen=True)
 class LoopGap:
     """A closed run beside its open run."""
 
-    held_overlap: Share = about("overlap of the keys that both hold, intersection over union, mean over layers")
-    held_overlap_by_layer: Mapping[str, float] = about("the same of each layer")
-    retained_mass: float | None = about("retained mass of the closed run minus that of the open one")
+    held_overlap: Annotated[
+        Share, about("overlap of the keys that both hold, intersection over union, mean over layers")
+    ]
+    held_overlap_by_layer: Annotated[Mapping[str, float], about("the same of each layer")]
+    retained_mass: Annotated[float | None, about("retained mass of the closed run minus that of the open one")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary(RunRecord):
     """A run with its figures."""
 
-    metrics: Mapping[str, MetricSummary] = about("figures of every metric, by name")
-    bounds: BoundShares = given("the run beside the bounds", BoundShares(None, None))
-    tails: Mapping[str, Tails] = given("tails of retained mass, by metric", {})
-    gap: LoopGap | None = later("of a closed run: how it differs from its open run", None)
+    metrics: Annotated[Mapping[str, MetricSummary], about("figures of every metric, by name")]
+    bounds: Annotated[BoundShares, about("the run beside the bounds")] = BoundShares(None, None)
+    tails: Annotated[Mapping[str, Tails], about("tails of retained mass, by metric")] = field(default_factory=dict)
+    gap: Annotated[LoopGap | None, about("of a closed run: how it differs from its open run", omit=True)] = None
 
     def mean(self, metric: str) -> float | None:
         """Return the mean of a metric; None where it was not computed or has no value."""
@@ -225,9 +244,9 @@ class RunSummary(RunRecord):
 class SummaryRecord:
     """The content of ``summary.json``."""
 
-    trace: TraceRef = about("the trace")
-    metrics: Mapping[str, MetricRecord] = about("every metric, as it declares itself")
-    runs: tuple[RunSummary, ...] = about("every run, with its figures")
+    trace: Annotated[TraceRef, about("the trace")]
+    metrics: Annotated[Mapping[str, MetricRecord], about("every metric, as it declares itself")]
+    runs: Annotated[tuple[RunSummary, ...], about("every run, with its figures")]
 
     def __post_init__(self) -> None:
         for run in self.runs:
@@ -240,29 +259,31 @@ class SummaryRecord:
 class Scored:
     """The replay whose decisions were scored again."""
 
-    replay: str = about("its name")
-    created: str = about("when it was made")
+    replay: Annotated[str, about("its name")]
+    created: Annotated[str, about("when it was made")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayRecord:
     """The content of ``run.json``."""
 
-    trace: SourceRef = about("the trace or text")
-    prefill: Prefill = about("`full` or `stream`")
-    loop: str = about("`open`, `closed`, or `open and closed`")
-    metrics: Mapping[str, MetricRecord] = about("every metric, as it declares itself")
-    runs: tuple[RunRecord, ...] = about("every run: one policy under one budget")
-    versions: Mapping[str, str] = given("versions of what computed it", {})
-    command: str | None = given("command line; null from Python", None)
-    left_out: Mapping[str, str] = given("metrics that were skipped, and why", {})
-    scored: Scored | None = later("of `kvscope score`: the replay that was scored", None)
-    complete: bool = later("whether it was written to its end", False)
-    writer: Mapping[str, Plain] | None = later("while it is written: the process that writes it", None)
-    created: str = later("when it was finished, in UTC", "")
-    sizes: Mapping[str, Number] = later("bytes of every file", {})
-    checksums: Mapping[str, str] = later("SHA-256 of every file", {})
-    seconds: float | None = later("how long it took", None)
+    trace: Annotated[SourceRef, about("the trace or text")]
+    prefill: Annotated[Prefill, about("`full` or `stream`")]
+    loop: Annotated[str, about("`open`, `closed`, or `open and closed`")]
+    metrics: Annotated[Mapping[str, MetricRecord], about("every metric, as it declares itself")]
+    runs: Annotated[tuple[RunRecord, ...], about("every run: one policy under one budget")]
+    versions: Annotated[Mapping[str, str], about("versions of what computed it")] = field(default_factory=dict)
+    command: Annotated[str | None, about("command line; null from Python")] = None
+    left_out: Annotated[Mapping[str, str], about("metrics that were skipped, and why")] = field(default_factory=dict)
+    scored: Annotated[Scored | None, about("of `kvscope score`: the replay that was scored", omit=True)] = None
+    complete: Annotated[bool, about("whether it was written to its end", omit=True)] = False
+    writer: Annotated[
+        Mapping[str, Plain] | None, about("while it is written: the process that writes it", omit=True)
+    ] = None
+    created: Annotated[str, about("when it was finished, in UTC", omit=True)] = ""
+    sizes: Annotated[Mapping[str, Number], about("bytes of every file", omit=True)] = field(default_factory=dict)
+    checksums: Annotated[Mapping[str, str], about("SHA-256 of every file", omit=True)] = field(default_factory=dict)
+    seconds: Annotated[float | None, about("how long it took", omit=True)] = None
 
     def run(self, number: int) -> RunRecord:
         """Return the run of a number; raises KeyError if there is none."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvscope import __version__
 from kvscope.core.errors import ResultError
 from kvscope.core.json import JsonDict
 from kvscope.core.output import require_free
 from kvscope.core.records import MetricSummary
+from kvscope.core.version import __version__
 from kvscope.report.encoding import rounded, visible, visible_everywhere
 from kvscope.report.limits import Limits
 from kvscope.report.panel import PANELS, Panel

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,12 +41,6 @@ class Replay:
     def summary(self) -> SummaryRecord:
         """The content of ``summary.json``."""
         return read_summary(self.path / SUMMARY_FILE)
-
-    def plot(self, name: str = "budget_curve", **options: Any) -> Any:
-        """Return a Plotly figure of this replay; names, options and errors are those of `kvscope.plot`."""
-        import kvscope  # the public name: this room does not know who draws
-
-        return kvscope.plot(self, name, **options)
 
     def _repr_html_(self) -> str:
         """Return the summary as a table, for notebooks: the mean of every metric of every run."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from kvscope.core.decode import entries, type_name
+from kvscope.core.json_records import described
 from kvscope.trace import record
 from kvscope.trace.columns import FILES
 from kvscope.trace.schema import HEADER, HISTORY, SCHEMA_VERSION
 from kvscope.trace.storage_error import describe_bounds
 
+NAMES = {"class_name": "class"}  # in the file, where an attribute cannot have that name
 # Objects inside `trace.json`, in the order in which they appear.
 PARTS = (
     record.ModelRecord,
@@ -49,11 +50,10 @@ def _table(kind: type) -> list[str]:
 
 
 def _rows(kind: type) -> list[str]:
-    rows = []
-    for entry in entries(kind):
-        if entry.about.inline:
-            assert isinstance(entry.hint, type)
-            rows += _rows(entry.hint)
+    rows: list[str] = []
+    for name, type_, about in described(kind):
+        if name == "header":
+            rows += _rows(record.TraceHeader)
         else:
-            rows.append(f"| `{entry.key}` | `{type_name(entry.hint)}` | {entry.about.text} |")
+            rows.append(f"| `{NAMES.get(name, name)}` | {type_} | {about} |")
     return rows

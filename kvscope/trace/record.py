@@ -1,7 +1,7 @@
 """``trace.json`` as typed records: the only module that reads and writes it.
 
 `TraceHeader` is what is known before a recording starts, `TraceRecord` the whole file of a finished trace. Types,
-ranges and documentation of the fields stand in their annotations (see `kvscope.core.decode`).
+ranges and documentation of the fields stand in their annotations (see `kvscope.core.json_records`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar, cast
 
-from kvscope.core.decode import About, FieldError, decode, encode
 from kvscope.core.errors import TraceError
+from kvscope.core.json import Json, JsonDict
+from kvscope.core.json_records import FieldError, Finite, NotNegative, Number, Positive, about, decode, plain
 from kvscope.trace.schema import (
     DERIVED,
     HEADER,
@@ -31,135 +32,128 @@ from kvscope.trace.schema import (
     VECTORS,
 )
 
+V = TypeVar("V")
+
 
 @dataclass(frozen=True)
 class LayerAttention:
     """How a layer turns queries and keys into weights: scale, cap, mask, softmax with the sinks, which are left out."""
 
-    scaling: Annotated[float, About("factor of the logits")]
-    softcap: Annotated[float | None, About("cap of the scaled logits: softcap * tanh(logits / softcap)")] = None
-    sliding_window: Annotated[int | None, About("keys that a query sees at most, itself included", at_least=1)] = None
-    sinks: Annotated[list[float] | None, About("learned sink logit of each query head", may_be_nan=True)] = None
-    mask: Annotated[str, About("`causal`: a query sees itself and earlier keys, within the window")] = "causal"
+    scaling: Annotated[Finite, about("factor of the logits")]
+    softcap: Annotated[Finite | None, about("cap of the scaled logits: softcap * tanh(logits / softcap)")] = None
+    sliding_window: Annotated[Positive | None, about("keys that a query sees at most, itself included")] = None
+    sinks: Annotated[list[float] | None, about("learned sink logit of each query head")] = None
+    mask: Annotated[str, about("`causal`: a query sees itself and earlier keys, within the window")] = "causal"
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
     """How the model computed attention while it was recorded."""
 
-    kernel: Annotated[str | None, About("attention implementation in transformers: `sdpa`, `eager`, ...")] = None
-    scaling: Annotated[float | None, About("factor of the logits, of the first layer")] = None
+    kernel: Annotated[str | None, about("attention implementation in transformers: `sdpa`, `eager`, ...")] = None
+    scaling: Annotated[Finite | None, about("factor of the logits, of the first layer")] = None
 
 
 @dataclass(frozen=True)
 class ModelRecord:
     """The model that was recorded, or the file that was imported."""
 
-    id: Annotated[str | None, About("name by which it can be loaded again; of an import, what file it was")] = None
-    revision: Annotated[str | None, About("commit of a Hub model")] = None
-    class_name: Annotated[str | None, About("its class in transformers", key="class", omit_none=True)] = None
-    dtype: Annotated[str | None, About("dtype of its weights: `float32`, `bfloat16`, ...", omit_none=True)] = None
-    config: Annotated[dict[str, object] | None, About("its configuration, as transformers has it", omit_none=True)] = (
-        None
-    )
-    attention: Annotated[AttentionKernel | None, About("how it computed attention", omit_none=True)] = None
+    id: Annotated[str | None, about("name by which it can be loaded again; of an import, what file it was")] = None
+    revision: Annotated[str | None, about("commit of a Hub model")] = None
+    class_name: Annotated[str | None, about("its class in transformers", omit=True)] = None
+    dtype: Annotated[str | None, about("dtype of its weights: `float32`, `bfloat16`, ...", omit=True)] = None
+    config: Annotated[dict[str, object] | None, about("its configuration, as transformers has it", omit=True)] = None
+    attention: Annotated[AttentionKernel | None, about("how it computed attention", omit=True)] = None
     weights: Annotated[
-        list[float] | None,
-        About("a sample of its weights, by which it is known again; beside `hidden`", may_be_nan=True, omit_none=True),
+        list[float] | None, about("a sample of its weights, by which it is known again; beside `hidden`", omit=True)
     ] = None
-    sha256: Annotated[str | None, About("SHA-256 of the imported file", omit_none=True)] = None
+    sha256: Annotated[str | None, about("SHA-256 of the imported file", omit=True)] = None
 
 
 @dataclass(frozen=True)
 class PromptRecord:
     """One prompt."""
 
-    file: Annotated[str | None, About("its file, if it came from one")] = None
-    text: Annotated[str | None, About("its text, of an import", omit_none=True)] = None
-    sha256: Annotated[str | None, About("SHA-256 of its text in UTF-8")] = None
-    tokens: Annotated[int | None, About("its tokens, of a recording", at_least=0, omit_none=True)] = None
+    file: Annotated[str | None, about("its file, if it came from one")] = None
+    text: Annotated[str | None, about("its text, of an import", omit=True)] = None
+    sha256: Annotated[str | None, about("SHA-256 of its text in UTF-8")] = None
+    tokens: Annotated[Number | None, about("its tokens, of a recording", omit=True)] = None
 
 
 @dataclass(frozen=True)
 class SamplingRecord:
     """How the next token was chosen, as in transformers' ``generate``; nothing for an import."""
 
-    do_sample: Annotated[bool | None, About("whether tokens were drawn at random", omit_none=True)] = None
-    temperature: Annotated[float | None, About("divisor of the logits", at_least=0, omit_none=True)] = None
-    top_p: Annotated[float | None, About("smallest set of tokens of this probability", at_least=0, omit_none=True)] = (
-        None
-    )
-    top_k: Annotated[int | None, About("so many likeliest tokens; 0 is all", at_least=0, omit_none=True)] = None
+    do_sample: Annotated[bool | None, about("whether tokens were drawn at random", omit=True)] = None
+    temperature: Annotated[NotNegative | None, about("divisor of the logits", omit=True)] = None
+    top_p: Annotated[NotNegative | None, about("smallest set of tokens of this probability", omit=True)] = None
+    top_k: Annotated[Number | None, about("so many likeliest tokens; 0 is all", omit=True)] = None
 
 
 @dataclass(frozen=True)
 class SequenceRecord:
     """Lengths of one sequence."""
 
-    prompt: Annotated[int, About("tokens of the prompt, P", at_least=1)]
-    length: Annotated[int, About("tokens altogether, T", at_least=1)]
-    forced: Annotated[bool, About("whether the continuation was given")] = False
+    prompt: Annotated[Positive, about("tokens of the prompt, P")]
+    length: Annotated[Positive, about("tokens altogether, T")]
+    forced: Annotated[bool, about("whether the continuation was given")] = False
 
 
 @dataclass(frozen=True)
 class StorageError:
     """How far rebuilt rows can be from the recorded ones: shares of a row's mass outside its stored weights."""
 
-    mean: Annotated[float, About("mean over all rows", at_least=0)]
-    mean_after_prompt: Annotated[float | None, About("mean over rows after the prompt; null without any", at_least=0)]
-    worst: Annotated[float, About("largest of all rows and heads", at_least=0)]
+    mean: Annotated[NotNegative, about("mean over all rows")]
+    mean_after_prompt: Annotated[NotNegative | None, about("mean over rows after the prompt; null without any")]
+    worst: Annotated[NotNegative, about("largest of all rows and heads")]
 
 
 @dataclass(frozen=True)
 class TraceHeader:
     """What ``trace.json`` says of a trace, apart from what is known only at its end."""
 
-    source: Annotated[Literal["model", "import"], About("where the rows come from")]
+    source: Annotated[Literal["model", "import"], about("where the rows come from")]
     protocol: Annotated[
-        Literal["generated", "forced", "import"], About("whether the model wrote the continuation or it was given")
+        Literal["generated", "forced", "import"], about("whether the model wrote the continuation or it was given")
     ]
-    model: Annotated[ModelRecord, About("which model")]
-    layers: Annotated[list[int], About("recorded layers, by their number in the model", at_least=0)]
-    n_layers: Annotated[int, About("layers of the model, L", at_least=1)]
-    heads: Annotated[int, About("query heads of a layer that were recorded, H", at_least=1)]
-    kv_heads: Annotated[int, About("key/value heads of a layer that were recorded, G", at_least=1)]
-    head_dim: Annotated[int, About("size of a head, D; 0 where an import has no vectors", at_least=0)]
-    layer_types: Annotated[list[str], About("`full` or `sliding`, of each recorded layer")]
-    sliding_window: Annotated[
-        list[int | None], About("keys that a query of the layer sees at most; null is all", at_least=1)
-    ]
+    model: Annotated[ModelRecord, about("which model")]
+    layers: Annotated[list[Number], about("recorded layers, by their number in the model")]
+    n_layers: Annotated[Positive, about("layers of the model, L")]
+    heads: Annotated[Positive, about("query heads of a layer that were recorded, H")]
+    kv_heads: Annotated[Positive, about("key/value heads of a layer that were recorded, G")]
+    head_dim: Annotated[Number, about("size of a head, D; 0 where an import has no vectors")]
+    layer_types: Annotated[list[str], about("`full` or `sliding`, of each recorded layer")]
+    sliding_window: Annotated[list[Positive | None], about("keys that a query of the layer sees at most; null is all")]
     learned_sinks: Annotated[
-        bool, About("whether rows sum to less than one because a learned sink takes part in the softmax")
+        bool, about("whether rows sum to less than one because a learned sink takes part in the softmax")
     ] = False
-    softcap: Annotated[float | None, About("cap of the attention logits")] = None
+    softcap: Annotated[Finite | None, about("cap of the attention logits")] = None
     stored: Annotated[
         list[str],
-        About(
+        about(
             "signals: `maps`, `topk`, `value_l1`, `value_l2`, `key_l2`, `similarity`, `queries`, `hidden`, "
             "`vectors:keys`, ..."
         ),
     ] = field(default_factory=lambda: [MAPS])
     attention: Annotated[
-        list[LayerAttention], About("store `qkv`: how each recorded layer makes rows; otherwise empty")
+        list[LayerAttention], about("store `qkv`: how each recorded layer makes rows; otherwise empty")
     ] = field(default_factory=list)
     prefill_chunk: Annotated[
-        int | None, About("tokens of a prompt that went through the model at a time, if it had more", at_least=1)
+        Positive | None, about("tokens of a prompt that went through the model at a time, if it had more")
     ] = None
-    top: Annotated[int | None, About("store `topk`: weights of a row that are kept at most", at_least=1)] = None
-    head_numbers: Annotated[
-        list[int], About("where only some query heads were recorded, which of the model's", at_least=0)
-    ] = field(default_factory=list)
-    n_heads: Annotated[int | None, About("with `head_numbers`: query heads of the model", at_least=1)] = None
-    query_stride: Annotated[
-        int, About("every how many-th row was recorded: with 4, positions 3, 7, 11, ...", at_least=1)
-    ] = 1
-    prompts: Annotated[list[PromptRecord], About("prompt of each sequence")] = field(default_factory=list)
-    device: Annotated[str | None, About("device that computed it")] = "cpu"
-    seed: Annotated[int | None, About("seed of the sampling")] = None
-    sampling: Annotated[SamplingRecord, About("how the next token was chosen")] = SamplingRecord()
-    tokenizer: Annotated[str | None, About("class of the tokenizer")] = None
-    versions: Annotated[dict[str, str], About("versions of what recorded it")] = field(default_factory=dict)
-    command: Annotated[str | None, About("command line that recorded it")] = None
+    top: Annotated[Positive | None, about("store `topk`: weights of a row that are kept at most")] = None
+    head_numbers: Annotated[list[Number], about("where only some query heads were recorded, which of the model's")] = (
+        field(default_factory=list)
+    )
+    n_heads: Annotated[Positive | None, about("with `head_numbers`: query heads of the model")] = None
+    query_stride: Annotated[Positive, about("every how many-th row was recorded: with 4, positions 3, 7, 11, ...")] = 1
+    prompts: Annotated[list[PromptRecord], about("prompt of each sequence")] = field(default_factory=list)
+    device: Annotated[str | None, about("device that computed it")] = "cpu"
+    seed: Annotated[int | None, about("seed of the sampling")] = None
+    sampling: Annotated[SamplingRecord, about("how the next token was chosen")] = SamplingRecord()
+    tokenizer: Annotated[str | None, about("class of the tokenizer")] = None
+    versions: Annotated[dict[str, str], about("versions of what recorded it")] = field(default_factory=dict)
+    command: Annotated[str | None, about("command line that recorded it")] = None
 
     @property
     def store(self) -> str:
@@ -191,19 +185,22 @@ class TraceHeader:
 class TraceRecord:
     """Everything in ``trace.json`` of a finished trace."""
 
-    kind: Annotated[Literal["kvscope-trace"], About("what the folder is")] = KIND
-    schema: Annotated[int, About("version of the format", at_least=OLDEST_VERSION)] = SCHEMA_VERSION
-    kvscope: Annotated[str | None, About("version of kvscope that wrote it")] = None
-    header: Annotated[TraceHeader, About("what is known before the recording starts", inline=True)]
-    complete: Annotated[Literal[True], About("false while it is written")] = True
-    created: Annotated[str, About("when it was finished, ISO 8601 in UTC")]
-    sequences: Annotated[list[SequenceRecord], About("lengths of each sequence")]
-    storage_error: Annotated[
-        StorageError | None, About("store `topk`: what the stored weights lack", key="loss", omit_none=True)
-    ] = None
-    bytes: Annotated[int | None, About("bytes of all Parquet files", at_least=0)] = None
-    sizes: Annotated[dict[str, int], About("bytes of each Parquet file", at_least=0)]
-    checksums: Annotated[dict[str, str], About("SHA-256 of each Parquet file")]
+    kind: Annotated[Literal["kvscope-trace"], about("what the folder is")] = KIND
+    schema: Annotated[Positive, about("version of the format")] = SCHEMA_VERSION
+    kvscope: Annotated[str | None, about("version of kvscope that wrote it")] = None
+    header: Annotated[TraceHeader, about("what is known before the recording starts")]
+    complete: Annotated[bool, about("false while it is written")] = True
+    created: Annotated[str, about("when it was finished, ISO 8601 in UTC")]
+    sequences: Annotated[list[SequenceRecord], about("lengths of each sequence")]
+    loss: Annotated[StorageError | None, about("store `topk`: what the stored weights lack", omit=True)] = None
+    bytes: Annotated[Number | None, about("bytes of all Parquet files")] = None
+    sizes: Annotated[dict[str, Number], about("bytes of each Parquet file")]
+    checksums: Annotated[dict[str, str], about("SHA-256 of each Parquet file")]
+
+    @property
+    def storage_error(self) -> StorageError | None:
+        """How far rebuilt rows can be from the recorded ones; None where every row is stored."""
+        return self.loss
 
     @property
     def identity(self) -> str:
@@ -226,22 +223,50 @@ def parse_record(data: Mapping[str, object], path: Path) -> TraceRecord:
     """Return the record in the content of ``trace.json`` of the trace at `path`; raises as `read_record`."""
     _require_readable(data, path)
     try:
-        record = decode(TraceRecord, data)
+        record = decode(
+            {**data, "header": {**data, "model": _renamed(data.get("model"), "class", "class_name")}}, TraceRecord
+        )
         _require_consistent(record)
     except FieldError as error:
-        raise TraceError(f"trace {path} is damaged: {HEADER}: {error}", "Record the trace again.") from error
+        field = str(error).removeprefix("header.").replace("model.class_name", "model.class")
+        raise TraceError(f"trace {path} is damaged: {HEADER}: {field}", "Record the trace again.") from error
     return record
+
+
+def to_json(record: TraceRecord) -> JsonDict:
+    """Return the content of ``trace.json``."""
+    data = plain(record)
+    first = {name: data.pop(name) for name in ("kind", "schema", "kvscope")}
+    del data["header"]
+    return {**first, **header_to_json(record.header), **data}
+
+
+def header_to_json(header: TraceHeader) -> JsonDict:
+    """Return what ``trace.json`` says of a trace before the recording starts."""
+    return {**plain(header), "model": model_to_json(header.model)}
+
+
+def model_to_json(model: ModelRecord) -> Json:
+    """Return what ``trace.json`` says of the model."""
+    return _renamed(plain(model), "class_name", "class")
+
+
+def _renamed(data: V, old: str, new: str) -> V:
+    """Return an object with one field renamed in its place: ``class`` cannot be the name of an attribute."""
+    if not isinstance(data, dict):
+        return data
+    return cast(V, {new if name == old else name: value for name, value in data.items()})
 
 
 def write_record(folder: Path, record: TraceRecord) -> None:
     """Write ``trace.json`` of a finished trace; raises OSError where it cannot be written."""
-    _write_json(folder, encode(record))
+    _write_json(folder, to_json(record))
 
 
 def write_unfinished(folder: Path, header: TraceHeader, writer: Mapping[str, object]) -> None:
     """Write ``trace.json`` of a recording that starts; `writer` says which process writes it."""
     made = {"kind": KIND, "schema": SCHEMA_VERSION, "kvscope": version("kvscope")}
-    _write_json(folder, {**made, **encode(header), "complete": False, "writer": dict(writer)})
+    _write_json(folder, {**made, **header_to_json(header), "complete": False, "writer": dict(writer)})
 
 
 def _write_json(folder: Path, data: Mapping[str, object]) -> None:

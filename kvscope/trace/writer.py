@@ -235,7 +235,7 @@ class TraceWriter:
                     header=self.header,
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
                     sequences=list(sequences),
-                    storage_error=self._outside.summed_up(sequences) if TOPK in self.header.stored else None,
+                    loss=self._outside.summed_up(sequences) if TOPK in self.header.stored else None,
                     bytes=sum(sizes.values()),
                     sizes=sizes,
                     checksums={name: checksum(self.work / name) for name in sizes},

@@ -18,7 +18,7 @@ from tests.report.make import make_replay
 
 
 def test_budget_curve_has_a_line_per_policy_against_the_keys_held(replay: Replay) -> None:
-    figure = kvscope.report.plot(replay, "budget_curve")
+    figure = kvscope.plot(replay, "budget_curve")
     lines = {line.name: line for line in figure.data}
     assert list(lines) == ["h2o", "tova", "window"]
     assert list(lines["tova"].x) == [2.0, 4.0]
@@ -27,8 +27,7 @@ def test_budget_curve_has_a_line_per_policy_against_the_keys_held(replay: Replay
 
 
 def test_a_replay_draws_itself_in_a_notebook(replay: Replay) -> None:
-    assert replay.plot() == kvscope.report.plot(replay, "budget_curve")
-    assert replay.plot("over_time", run=3) == kvscope.report.plot(replay, "over_time", run=3)
+    assert kvscope.plot(replay) == kvscope.plot(replay, "budget_curve")
 
 
 def test_a_replay_shows_its_summary_in_a_notebook(trace: Trace, tmp_path: Path) -> None:
@@ -41,7 +40,7 @@ def test_a_replay_shows_its_summary_in_a_notebook(trace: Trace, tmp_path: Path) 
 
 
 def test_lines_that_the_page_does_not_show_at_first_wait_in_the_legend(rich: ReportInput) -> None:
-    figure = kvscope.report.plot(rich.replays[0])
+    figure = kvscope.plot(rich.replays[0])
     visible = {line.name: line.visible for line in figure.data}
     assert visible["h2o"] is True
     assert visible["a2sf:alpha=0.1"] == "legendonly"
@@ -49,13 +48,13 @@ def test_lines_that_the_page_does_not_show_at_first_wait_in_the_legend(rich: Rep
 
 
 def test_head_map_is_one_run_by_layer_and_head(replay: Replay) -> None:
-    (heat,) = kvscope.report.plot(replay, "head_map", metric="output_error", run=3).data
+    (heat,) = kvscope.plot(replay, "head_map", metric="output_error", run=3).data
     assert np.asarray(heat.z).shape == (2, 4)
     assert heat.z[0][0] == pytest.approx(0.4)
 
 
 def test_over_time_shows_the_runs_of_one_budget(replay: Replay) -> None:
-    figure = kvscope.report.plot(replay, "over_time", run=3)
+    figure = kvscope.plot(replay, "over_time", run=3)
     assert {line.name for line in figure.data} == {"h2o", "tova", "window"}
     line = next(line for line in figure.data if line.name == "tova")
     assert list(line.x) == [3, 4, 5]
@@ -63,7 +62,7 @@ def test_over_time_shows_the_runs_of_one_budget(replay: Replay) -> None:
 
 
 def test_several_replays_share_a_figure(rich: ReportInput) -> None:
-    names = [line.name for line in kvscope.report.plot(rich.replays).data]
+    names = [line.name for line in kvscope.plot(rich.replays).data]
     assert len(names) == len(set(names)) == 17
     assert replace(rich).names == ("open", "closed")
 
@@ -78,12 +77,12 @@ def test_several_replays_share_a_figure(rich: ReportInput) -> None:
 )
 def test_what_there_is_not_is_an_error(replay: Replay, name: str, options: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError) as caught:
-        kvscope.report.plot(replay, name, **options)
+        kvscope.plot(replay, name, **options)
     assert says in f"{caught.value.what} {caught.value.todo}"
 
 
 def test_a_run_without_values_is_an_error(replay: Replay) -> None:
     with pytest.raises(ResultError, match="no value to show"):
-        kvscope.report.plot(replay, "head_map", run=0)
+        kvscope.plot(replay, "head_map", run=0)
     with pytest.raises(AttributeError):
         _ = kvscope.report.no_such_thing

@@ -201,7 +201,7 @@ def test_states_that_end_early_are_damage(tmp_path: Path) -> None:
     [
         ({"attention": []}, "does not hold maps"),
         ({"attention": [{"scaling": 1.0}]}, r"damaged: trace\.json: attention: it has 1 entries for 2 layers"),
-        ({"attention": [{"scaled": 1.0}]}, r"damaged: trace\.json: attention\[0\]\.scaling: is missing"),
+        ({"attention": [{"scaled": 1.0}]}, r"damaged: trace\.json: attention\[0\]: is missing the field `scaling`"),
         ({"stored": ["vectors:keys"]}, "does not hold maps"),
     ],
 )

@@ -10,10 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvscope.core.decode import encode, entries
 from kvscope.core.errors import TraceError
+from kvscope.core.json_records import described, plain
 from kvscope.trace.reader import open_trace
-from kvscope.trace.record import LayerAttention, TraceHeader, TraceRecord, parse_record, read_record, write_record
+from kvscope.trace.record import (
+    LayerAttention,
+    TraceHeader,
+    TraceRecord,
+    parse_record,
+    read_record,
+    to_json,
+    write_record,
+)
 from kvscope.trace.schema import HEADER, OLDEST_VERSION, SCHEMA_VERSION
 
 EXAMPLE = Path(__file__).parents[2] / "traces" / "example"
@@ -23,7 +31,7 @@ SINCE = {2: ["attention", "prefill_chunk"], 4: ["top", "head_numbers", "n_heads"
 def example() -> dict[str, Any]:
     """Return the content of an example with every optional part."""
     data = json.loads((EXAMPLE / HEADER).read_text())
-    attention = [encode(LayerAttention(0.5, 30.0, 4, [0.5])) for _ in data["layers"]]
+    attention = [plain(LayerAttention(0.5, 30.0, 4, [0.5])) for _ in data["layers"]]
     model = data["model"] | {"weights": [0.5, 1.0], "sha256": "0", "config": {"id2label": {"0": "x"}, "a": [None, 1]}}
     loss = {"mean": 0.1, "mean_after_prompt": None, "worst": 0.5}
     return data | {"schema": SCHEMA_VERSION, "attention": attention, "model": model, "loss": loss, "top": 3}
@@ -83,7 +91,7 @@ def test_a_changed_file_is_read_as_it_is_or_refused(data: st.DataObject, count: 
         lines = str(error).splitlines()
     else:
         lines = []
-        written = encode(record)
+        written = to_json(record)
         assert given_in(written, changed) == known(written, changed)
         assert parse_record(written, EXAMPLE) == record
     assert len(lines) in (0, 2)
@@ -111,24 +119,24 @@ def test_every_version_so_far_is_read(version: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("heads",), "8", "heads: '8' is no int"),
-        (("heads",), True, "heads: True is no int"),
+        (("heads",), "8", "heads: expected `int`, got `str`"),
+        (("heads",), True, "heads: expected `int`, got `bool`"),
         (("kv_heads",), 3, "kv_heads: 3 do not share 8 query heads evenly"),
-        (("kv_heads",), 0, "kv_heads: 0 is below 1"),
-        (("layers", 0), -1, r"layers\[0\]: -1 is below 0"),
+        (("kv_heads",), 0, "kv_heads: expected `int` >= 1"),
+        (("layers", 0), -1, r"layers\[0\]: expected `int` >= 0"),
         (("layers", 0), 2, "layers: they are not ascending numbers below n_layers, 4"),
         (("sliding_window",), [None], "sliding_window: it has 1 entries for 4 layers"),
-        (("softcap",), math.inf, "softcap: inf is not finite"),
-        (("source",), "dream", "source: 'dream' is none of 'model', 'import'"),
-        (("model",), [], r"model: \[\] is no object"),
+        (("softcap",), math.inf, "softcap: expected `float` <= "),
+        (("source",), "dream", "source: invalid enum value 'dream'"),
+        (("model",), [], r"model: expected `object`, got `array`"),
         (("model", "weights"), None, "model.weights: is missing beside hidden"),
-        (("prompts", 0, "tokens"), 1.5, r"prompts\[0\].tokens: 1.5 is no int"),
-        (("sampling", "temperature"), "hot", "sampling.temperature: 'hot' is no float"),
+        (("prompts", 0, "tokens"), 1.5, r"prompts\[0\].tokens: expected `int \| null`, got `float`"),
+        (("sampling", "temperature"), "hot", r"sampling.temperature: expected `float \| null`, got `str`"),
         (("sequences", 0, "prompt"), 10**6, r"sequences\[0\].prompt: 1000000 is above its length 107"),
         (("sizes", "../x"), 1, "checksums: they are of other files than sizes"),
-        (("sizes", "tokens.parquet"), -1, r"sizes\['tokens.parquet'\]: -1 is below 0"),
-        (("created",), None, "created: None is no str"),
-        (("loss", "worst"), None, "loss.worst: None is no float"),
+        (("sizes", "tokens.parquet"), -1, r"sizes\[...\]: expected `int` >= 0"),
+        (("created",), None, "created: expected `str`, got `null`"),
+        (("loss", "worst"), None, "loss.worst: expected `float`, got `null`"),
     ],
 )
 def test_the_field_is_named(path: tuple[Any, ...], value: object, message: str) -> None:
@@ -165,4 +173,4 @@ def test_a_file_name_that_is_no_unicode_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [TraceRecord, TraceHeader])
 def test_every_field_is_documented(kind: type) -> None:
-    assert all(entry.about.text for entry in entries(kind))
+    assert all(about for _, _, about in described(kind))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
-from kvscope.core.decode import encode
 from kvscope.core.json import JsonDict
 from kvscope.core.json_records import plain
 from kvscope.report.panel import panel
@@ -105,7 +104,7 @@ def _trace(trace: Trace) -> JsonDict:
                 "tokenizer": header.tokenizer,
                 "device": header.device,
                 "seed": header.seed,
-                "sampling": _pairs(encode(header.sampling)),
+                "sampling": _pairs(plain(header.sampling)),
                 "recorded layers": _layers(header),
                 "sliding windows": ", ".join(str(window) for window in windows),
                 "soft cap": header.softcap,
@@ -115,7 +114,7 @@ def _trace(trace: Trace) -> JsonDict:
                 "versions": _versions(header.versions, trace.record.kvscope),
             }
         ),
-        "prompts": _files([encode(prompt) for prompt in header.prompts]),
+        "prompts": _files([plain(prompt) for prompt in header.prompts]),
     }
 
 
