@@ -18,6 +18,7 @@ STORE = "maps+vectors"  # so that policies which look at keys and queries are th
 def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
     """Trace the bundled model, replay every policy at three budgets, write the report: under a minute, offline."""
     from kvscope.cli import console, places
+    from kvscope.cli.hints import next_command
     from kvscope.cli.summary import show
     from kvscope.cli.trace import announce, progress_callback
 
@@ -54,3 +55,4 @@ def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
         return
     show(made)
     console.show_text(f"\nreport: {page}")
+    console.note(next_command(trace), quiet=quiet)

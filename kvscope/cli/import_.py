@@ -39,6 +39,7 @@ def import_maps(
     Optional arrays: value_l1, value_l2, key_l2 [L, G, T]; keys, values, queries [L, G or H, T, D]; tokens.
     """
     from kvscope.cli import console, places
+    from kvscope.cli.hints import next_command
     from kvscope.cli.info import show
     from kvscope.trace.importer import import_maps as convert
 
@@ -46,5 +47,4 @@ def import_maps(
     with console.working(f"importing {maps}", quiet=quiet):
         made = convert(maps, prompt, path, prompt_length=prompt_length, learned_sinks=learned_sinks, force=force)
     show(made, as_json=json)
-    stream = any(sequence.prompt >= sequence.length for sequence in made.sequences)
-    console.note(f"next: kvscope replay --policy a2sf{' --prefill stream' if stream else ''}", quiet=quiet)
+    console.note(next_command(made), quiet=quiet)

@@ -55,6 +55,7 @@ def trace(
     The trace goes to traces/NAME; its size is said, and checked against the disk, before the first token.
     """
     from kvscope.cli import console
+    from kvscope.cli.hints import next_command
     from kvscope.cli.info import show
     from kvscope.cli.places import TRACES, place
 
@@ -76,7 +77,7 @@ def trace(
         announce(plan, quiet)
         made = plan.execute(progress_callback(update))
     show(made, as_json=json)
-    console.note("next: kvscope replay --policy a2sf", quiet=quiet)
+    console.note(next_command(made), quiet=quiet)
 
 
 def announce(plan: RecordingPlan, quiet: bool) -> None:

@@ -13,6 +13,8 @@ Anything else that escapes is a defect of kvscope and shows its traceback.
 
 from enum import IntEnum
 
+REPLAY_COMMAND = "kvscope replay --policy h2o --policy tova"  # suggested where a replay is missing
+
 
 class ExitStatus(IntEnum):
     """Exit status of the command line."""

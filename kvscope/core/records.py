@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from kvscope.core.errors import ResultError
+from kvscope.core.errors import REPLAY_COMMAND, ResultError
 from kvscope.core.json_records import Format, Number, Plain, Positive, Share, about
 from kvscope.core.options import Loop, Positions, Prefill
 
@@ -303,7 +303,7 @@ def read_replay(path: Path) -> ReplayRecord:
         unfinished = path.with_name(path.name + ".incomplete")
         if unfinished.exists():
             raise ResultError(f"replay {path} is incomplete: it stopped before its end", _again(unfinished))
-        raise ResultError(f"no replay at {path}", "Make one: kvscope replay --policy h2o --policy tova")
+        raise ResultError(f"no replay at {path}", f"Make one: {REPLAY_COMMAND}")
     if not file.is_file():
         raise ResultError(f"{path} is not a kvscope replay: it has no {RUN_FILE}", "Name a folder under reports/.")
     data = REPLAY.header(file, example="Name a replay, as kvscope replay writes it.")

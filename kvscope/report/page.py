@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvscope.core.errors import ResultError
+from kvscope.core.errors import REPLAY_COMMAND, ResultError
 from kvscope.core.json import JsonDict
 from kvscope.core.output import require_free
 from kvscope.core.records import MetricSummary
@@ -92,7 +92,7 @@ def report_input(replays: Sequence[Replay], traces: Mapping[str, Trace], limits:
         If there is no replay.
     """
     if not replays:
-        raise ResultError("no replay to report on", "Make one first: kvscope replay --policy h2o")
+        raise ResultError("no replay to report on", f"Make one: {REPLAY_COMMAND}")
     return ReportInput(tuple(replays), dict(traces), limits or Limits())
 
 

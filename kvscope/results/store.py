@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.errors import REPLAY_COMMAND, ResultError, UsageError
 from kvscope.core.output import checksum
 from kvscope.core.records import SUMMARY_FILE, ReplayRecord, SummaryRecord, read_replay, read_summary
 from kvscope.results.schema import LOSSES
@@ -74,7 +74,7 @@ class Replay:
             If no run of the replay is closed.
         """
         if not (self.path / LOSSES).exists():
-            raise UsageError(f"replay {self.path} has no closed loop", "Make one: kvscope replay --perplexity")
+            raise UsageError(f"replay {self.path} has no closed loop", f"Make one: {REPLAY_COMMAND} --perplexity")
         return self._frame("tokens", run, sequence, None)
 
     def resident(self, run: int, sequence: int, layer: int) -> NDArray[np.bool_]:
@@ -169,7 +169,7 @@ def newest_replay(folder: Path = Path("reports")) -> Path:
             continue  # unfinished, foreign, damaged or of another version: not what "newest whole replay" means
         found.append((info.created, candidate.stat().st_mtime, candidate))
     if not found:
-        raise ResultError(f"no whole replay under {folder}/", "Make one: kvscope replay --policy a2sf")
+        raise ResultError(f"no whole replay under {folder}/", f"Make one: {REPLAY_COMMAND}")
     return max(found)[2]
 
 

@@ -201,7 +201,9 @@ def test_demo(run: Run) -> None:
     page = re.search(r"report: (\S+\.html)", done.out)
     assert page is not None
     assert Path(page[1]).is_file()
-    summary = json.loads(next(Path("reports").glob("*/summary.json")).read_text())
+    assert "next: kvscope replay --policy h2o --policy tova" in done.err
+    assert run("replay", "--policy", "h2o", "--policy", "tova").status == 0, "the suggested command runs"
+    summary = json.loads(Path("reports/demo/summary.json").read_text())
     assert {row["budget"] for row in summary["runs"] if row["policy"] == "a2sf"} == {"10%", "20%", "40%"}
     trace = json.loads(next(Path("traces").glob("*/trace.json")).read_text())
     (sequence,) = trace["sequences"]
