@@ -113,6 +113,7 @@ def train(
     to the target. With --distill nothing of the model runs: gates learn which keys later queries looked at most.
     """
     from kvscope.cli import console
+    from kvscope.cli.hints import replay_of
 
     _require_arguments(model, text, distill, output, force)
     design = GateDesign(heads, head_size, form, tau, sinks)
@@ -124,7 +125,9 @@ def train(
         source = ModelSource(str(model), revision, dtype, device)
         made = training.on_texts(source, text or [], TextWindows(window, tokens))
     _show(made, as_json=json)
-    console.note(f"next: kvscope replay --policy attention-gate:gate={output}", quiet=quiet)
+    command = replay_of(f"attention-gate:gate={output}", distill or ())
+    before = "" if distill else "record a trace of this model with --hidden, then "
+    console.note(f"next: {before}{command}", quiet=quiet)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvscope.core.errors import REPLAY_COMMAND
+from kvscope.core.options import Prefill
 
 if TYPE_CHECKING:
     from kvscope.trace.reader import Trace
@@ -32,3 +35,17 @@ def next_command(trace: Trace) -> str:
     if trace.path.resolve().parent != TRACES.resolve():
         command = command.replace("replay", f"replay {shlex.quote(str(trace.path))}", 1)
     return f"next: {command}"
+
+
+def replay_of(spec: str, traces: Sequence[str], prefill: Prefill = Prefill.full) -> str:
+    """Return the command that replays one policy; a trace is named in it if `traces` names exactly one."""
+    words = ["kvscope", "replay", *(traces if len(traces) == 1 else ()), "--policy", spec]
+    return shlex.join(words + ([] if prefill is Prefill.full else ["--prefill", prefill.value]))
+
+
+def next_report(replay: Path) -> str:
+    """Return the line that follows a new replay; one outside ``reports/`` is named, as ``kvscope report`` needs it."""
+    from kvscope.cli.places import REPORTS
+
+    name = [] if replay.resolve().parent == REPORTS.resolve() else [str(replay)]
+    return f"next: {shlex.join(['kvscope', 'report', *name])}"

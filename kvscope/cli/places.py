@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvscope.cli.console import note
-from kvscope.core.errors import REPLAY_COMMAND, KvscopeError, ResultError, TraceError, UsageError
+from kvscope.core.errors import RECORD_ONE, REPLAY_COMMAND, KvscopeError, ResultError, TraceError, UsageError
 from kvscope.core.output import require_free
 from kvscope.core.registry import nearest
 
 TRACES = Path("traces")
 REPORTS = Path("reports")
-MAKE = {TRACES: "Record one: kvscope trace --model demo prompt.txt", REPORTS: f"Make one: {REPLAY_COMMAND}"}
+MAKE = {TRACES: RECORD_ONE, REPORTS: f"Make one: {REPLAY_COMMAND}"}
 INCOMPLETE = ".incomplete"  # what the name of something half written ends in
 
 

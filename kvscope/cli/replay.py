@@ -57,6 +57,7 @@ def replay(
     it is.
     """
     from kvscope.cli import console, places
+    from kvscope.cli.hints import next_report
     from kvscope.cli.parameters import only_word, select
     from kvscope.cli.summary import show
     from kvscope.core.output import size
@@ -86,7 +87,7 @@ def replay(
     with console.bar("replaying", tokens, "tokens", quiet=quiet) as update:
         made = job.execute(OutputOptions(path, force, command_line(ctx)), lambda share: update(share * tokens))
     show(made, as_json=json)
-    console.note("next: kvscope report", quiet=quiet)
+    console.note(next_report(path), quiet=quiet)
 
 
 def _require_closed_loop(closed: ClosedLoopOptions, perplexity: bool) -> None:

@@ -50,6 +50,7 @@ def tune(
     The file is read with --policy a2sf:@tuned.toml. Without TRACE, the newest whole one under traces/ is taken.
     """
     from kvscope.cli import console, places
+    from kvscope.cli.hints import replay_of
     from kvscope.core.errors import UsageError
     from kvscope.core.output import require_free
 
@@ -71,7 +72,8 @@ def tune(
     output.write_text(to_toml(found), encoding="utf-8")
     _show(found, output, as_json=json)
     if not json:
-        console.note(f"next: kvscope replay --policy {_name(policy)}:@{output}", quiet=quiet)
+        spec = f"{_name(policy)}:@{output}"
+        console.note(f"next: {replay_of(spec, traces or (), prefill)}", quiet=quiet)
 
 
 def _grid(policy: str, given: list[str]) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ Anything else that escapes is a defect of kvscope and shows its traceback.
 
 from enum import IntEnum
 
+RECORD_ONE = "Try kvscope demo, or record one of a text file: kvscope trace --model demo FILE"
 REPLAY_COMMAND = "kvscope replay --policy h2o --policy tova"  # suggested where a replay is missing
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvscope.core.errors import TraceError
+from kvscope.core.errors import RECORD_ONE, TraceError
 from kvscope.trace.record import read_record
 
 
@@ -24,5 +24,5 @@ def newest_trace(folder: Path = Path("traces")) -> Path:
             continue  # unfinished, foreign or of another version: not what "newest whole trace" means
         found.append((record.created, candidate.stat().st_mtime, candidate))
     if not found:
-        raise TraceError(f"no whole trace under {folder}/", "Record one: kvscope trace --model demo prompt.txt")
+        raise TraceError(f"no whole trace under {folder}/", RECORD_ONE)
     return max(found)[2]

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, cast
 
-from kvscope.core.errors import TraceError
+from kvscope.core.errors import RECORD_ONE, TraceError
 from kvscope.core.json import Json, JsonDict
 from kvscope.core.json_records import FieldError, Finite, NotNegative, Number, Positive, about, decode, plain
 from kvscope.trace.schema import (
@@ -280,7 +280,7 @@ def _read_json(path: Path) -> Mapping[str, object]:
         unfinished = path.with_name(path.name + ".incomplete")
         if unfinished.exists():
             raise TraceError(f"trace {path} is incomplete: recording stopped before its end", _again(unfinished))
-        raise TraceError(f"no trace at {path}", "Record one: kvscope trace --model demo prompt.txt")
+        raise TraceError(f"no trace at {path}", RECORD_ONE)
     if not file.is_file():
         raise TraceError(f"{path} is not a kvscope trace: it has no {HEADER}", "Name a folder under traces/.")
     try:

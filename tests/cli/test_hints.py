@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvscope.cli.hints import replay_of
+from kvscope.core.options import Prefill
 from tests.cli.conftest import PROMPT, Result, Run, maps
 
 TEXT = (
@@ -60,7 +62,9 @@ def test_a_trace_with_missing_rows_suggests_no_replay(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "more"), [(("--prompt-length", str(PROMPT)), ""), ((), " --prefill stream")], ids=["prompt", "no prompt"]
+    ("options", "more"),
+    [(("--prompt-length", str(PROMPT)), ""), ((), " --prefill stream")],
+    ids=["prompt", "no prompt"],
 )
 def test_import_suggests_a_replay_that_runs(run: Run, npz: Path, options: tuple[str, ...], more: str) -> None:
     done = run("import", npz, *options)
@@ -90,3 +94,23 @@ def test_a_replay_suggests_a_report_that_is_written(run: Run, small: Path) -> No
     assert done.status == 0, done.err
     page = follow(run, suggested(done.err)).out.strip()
     assert Path(page).is_file()
+
+
+def test_a_replay_outside_reports_is_named(run: Run, small: Path) -> None:
+    done = run("replay", "--policy", "h2o", "-o", "./a replay")
+    assert suggested(done.err) == "kvscope report 'a replay'"
+    follow(run, suggested(done.err))
+
+
+def test_after_tuning_and_distilling_the_trace_and_the_prefill_are_named() -> None:
+    assert replay_of("a2sf:@tuned.toml", ["many"], Prefill.stream) == (
+        "kvscope replay many --policy a2sf:@tuned.toml --prefill stream"
+    )
+    assert replay_of("a2sf:@t.toml", ["one", "two"]) == "kvscope replay --policy a2sf:@t.toml"
+    assert replay_of("a2sf:@my tuned.toml", []) == "kvscope replay --policy 'a2sf:@my tuned.toml'"
+
+
+def test_where_a_trace_is_missing_no_file_is_named_that_may_not_exist(run: Run) -> None:
+    for command in (["info"], ["info", "none"], ["replay", "--policy", "h2o"]):
+        _, todo = run(*command).two_lines()
+        assert "kvscope demo" in todo and "prompt.txt" not in todo
