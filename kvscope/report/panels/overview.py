@@ -22,8 +22,8 @@ USUAL = (
 )
 HEADLINES = ("retained_mass", "ideal_cosine", "output_error", "perplexity_ratio")
 ANSWERS = {
-    "retained_mass": "retains the most attention, {:.3f}",
-    "perplexity_ratio": "loses the least perplexity, {:.3f} times that of the full cache",
+    "retained_mass": "the highest retained mass ({:.3f})",
+    "perplexity_ratio": "the lowest perplexity ({:.2f}x full cache)",
 }
 IDEAL = "ideal_mass"  # what the ideal set retains with as many keys
 
@@ -77,7 +77,9 @@ def answer(source: ReportInput) -> str:
         if value is not None:
             near = _near(group, best, name)
             names = " and ".join(run.label for run in best[:2]) + (" and others" if len(best) > 2 else "")
-            said.append(f"{names} {words.format(value)}" + (f" ({near} more within its interval)" if near else ""))
+            verb = "has" if len(best) == 1 else "have"
+            also = f" ({near} more within its interval)" if near else ""
+            said.append(f"{names} {verb} {words.format(value)}{also}")
     keys = _span(group, "held_keys")
     held = "" if keys is None else f", {keys[0]:.0f} of {group[0].full_keys:.0f} keys held"
     many = f"of {len(group)} policies (kind: {first.kind}), " if len(group) > 1 else ""
