@@ -71,7 +71,7 @@ def test_perplexity_of_a_pair(folder: Path, pair: Pair, prompt: Path) -> None:
     options = PerplexityOptions(window=16)
     jobs = [compile_perplexity(ModelSource(model), [prompt], ["tova"], "4", options) for model in (pair, str(folder))]
     assert jobs[0].closed.model is pair[0]
-    assert jobs[0].about == jobs[1].about
+    assert jobs[0].source == jobs[1].source
 
 
 def test_a_plan_says_everything_before_the_first_token(folder: Path, prompt: Path, tmp_path: Path) -> None:
