@@ -167,7 +167,7 @@ def _paired(of_a: Values, one: RunRecord, of_b: Values, other: RunRecord, name: 
 
 
 def _better(both: Paired, direction: str) -> str:
-    if direction == "none" or not both.told_apart or both.difference is None:
+    if direction == "none" or not both.significant or both.difference is None:
         return ""
     return "B" if (both.difference > 0) == (direction == "higher") else "A"
 

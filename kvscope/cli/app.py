@@ -1,6 +1,7 @@
-"""The command ``kvscope``: wires the commands together, and turns errors into two lines and an exit status.
+"""The program ``kvscope``: runs one command and turns errors into two lines and an exit status.
 
-Exit status: 0 fine, 1 an error that the message explains, 2 usage, 3 `diff` found a regression, 130 interrupted.
+Exit status: 0 success, 1 an error that the message explains, 2 wrong usage, 3 `diff` found a regression or `verify` a
+difference, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ app = typer.Typer(
 add_commands(app)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"kvscope {__version__}")  # noqa: T201
         raise typer.Exit
 
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Return the exit status of one command; a user's mistake prints two lines, ours its traceback."""
+    """Return the exit status of one command; a user error prints two lines, a defect of kvscope its traceback."""
     from kvscope.cli import console
 
     try:
@@ -64,12 +65,12 @@ def run(arguments: Sequence[str]) -> int:
         console.fail(error.what, error.todo)
         return error.exit_status
     except typer.TyperException as error:
-        if error.format_message():  # a bare `kvscope` has printed its help, and nothing is left to say
+        if error.format_message():  # empty after a bare `kvscope`, which has printed its help
             console.fail(error.format_message(), _help_hint(error))
         return int(error.exit_code)
     except KeyboardInterrupt:
         status = ExitStatus.interrupted
-    except BrokenPipeError:  # the reader of a pipe left early; nobody is there to be told, also not at exit
+    except BrokenPipeError:  # the reader closed the pipe: nothing can be printed, at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitStatus.error
     except OSError as error:
@@ -79,27 +80,27 @@ def run(arguments: Sequence[str]) -> int:
         console.fail(*explained)
         return ExitStatus.error
     if status == ExitStatus.interrupted:
-        console.fail("interrupted", "What was half written ends in .incomplete and can be deleted.")
+        console.fail("interrupted", "Unfinished output has a name that ends in .incomplete and can be deleted.")
     return status if isinstance(status, int) else ExitStatus.ok
 
 
 _OS_ERRORS = {
     errno.EACCES: "Check the permissions, or work in a folder that you may write to.",
     errno.EPERM: "Check the permissions, or work in a folder that you may write to.",
-    errno.EROFS: "This file system is read-only: work in another folder.",
+    errno.EROFS: "Work in another folder: this file system is read-only.",
     errno.ENOSPC: "Free some space, or write to another disk with -o.",
     errno.EDQUOT: "Free some space, or write to another disk with -o.",
-    errno.ENOTDIR: "A file stands where a folder is needed: move it away, or write elsewhere with -o.",
-    errno.EEXIST: "A file stands where a folder is needed: move it away, or write elsewhere with -o.",
-    errno.EISDIR: "A file is needed here, and this is a folder.",
+    errno.ENOTDIR: "A file is in the way of a folder: move the file, or write elsewhere with -o.",
+    errno.EEXIST: "A file is in the way of a folder: move the file, or write elsewhere with -o.",
+    errno.EISDIR: "Name a file: this is a folder.",
     errno.ENOENT: "Check the path.",
     errno.ENAMETOOLONG: "Use a shorter name.",
-    errno.ELOOP: "A link points to itself: use another path.",
+    errno.ELOOP: "Use another path: this link points to itself.",
 }
 
 
 def _explain(error: OSError) -> tuple[str, str] | None:
-    """Return the two lines for an error of the file system, or None if it is a defect of ours."""
+    """Return the two lines for a file system error, or None if it is a defect of kvscope."""
     todo = _OS_ERRORS.get(error.errno or 0)
     if todo is None:
         return None

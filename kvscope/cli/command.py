@@ -1,4 +1,4 @@
-"""How a file of this folder becomes a command: ``@command("name", order=...)`` above its function."""
+"""Registration of commands: ``@command("name", order=...)`` above a function of this package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Command:
     name : str
         What the user types.
     order : int
-        The help lists commands from the smallest to the largest, and groups of commands after them.
+        The help lists commands from the smallest order to the largest, then groups of commands.
     run : callable or typer.Typer
         The function with its options, or a group of commands.
     epilog, options_metavar, extra_arguments
@@ -55,13 +55,13 @@ def command(
     name : str
         What the user types.
     order : int
-        Place in the help; leave gaps of ten.
+        Position in the help; leave gaps of ten.
     epilog : str, optional
         Text below the options in the command's help.
     options_metavar : str
         What the usage line shows for the options.
     extra_arguments : bool
-        Whether options that it does not declare are left in ``ctx.args``, as for parameters of policies.
+        Whether to accept options that it does not declare, in ``ctx.args``: parameters of policies.
     """
 
     def register(run: Run) -> Run:
@@ -73,14 +73,14 @@ def command(
 
 
 def command_group(name: str, *, order: int, help: str) -> typer.Typer:
-    """Return a new group of commands, ``kvscope NAME COMMAND``; its file adds the commands to it."""
+    """Return a new group of commands, ``kvscope NAME COMMAND``, to which its module adds the commands."""
     group = typer.Typer(help=help, no_args_is_help=True, rich_markup_mode="markdown")
     COMMANDS.register(name, Command(name, order, group))
     return group
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add every command of this folder to `app`, in their order."""
+    """Add every command of this package to `app`, sorted by `Command.order`."""
     for each in sorted((member for _, member in COMMANDS.items()), key=lambda member: member.order):
         if isinstance(each.run, typer.Typer):
             app.add_typer(each.run, name=each.name)

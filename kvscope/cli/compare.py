@@ -1,4 +1,4 @@
-"""``kvscope compare``: is one policy better than another, and how many sequences say so."""
+"""``kvscope compare``: whether one policy is better than another on the same sequences."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from kvscope.results.store import Replay
 
 NOTE = (
-    "B - A over sequences, with its 95 % bootstrap interval. p: exact sign test. better: only where both agree. "
-    "Of 20 such rows one has p <= 0.05 by chance."
+    "B - A: mean over sequences, with its 95 % bootstrap interval. p: exact sign test. better: only where interval "
+    "and test agree. By chance alone, one row in 20 has p <= 0.05."
 )
 
 
@@ -28,7 +28,7 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="REPLAY",
-            help="One replay, or two of the same trace: A is of the first, B of the second. Default: the newest.",
+            help="Take both policies from one replay, or A and B from two of the same trace. Default: the newest.",
             show_default=False,
         ),
     ] = None,
@@ -38,19 +38,23 @@ def compare(
             "--policy",
             "-p",
             metavar="POLICY",
-            help="Twice: A, then B, as a label, a name or the number of a run. Once for the same in two replays.",
+            help="Name A, then B, by label, name or run number. Once is enough for one policy in two replays.",
         ),
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Repeatable. Default: all that have a better direction.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="Compare this metric. Repeatable. Default: all with a better direction.",
+            show_default=False,
+        ),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare two policies on the same sequences, at every budget that both ran under.
 
-    The sign test counts the sequences in which B is above A; a warning says when they are too few to carry any claim.
+    The sign test counts the sequences in which B is above A. A warning is printed where they are too few for any claim.
     """
     from kvscope.analysis.compare import compare as run
     from kvscope.cli import console, places
@@ -58,7 +62,7 @@ def compare(
     from kvscope.results.store import open_replay
 
     if len(replays or ()) > 2:
-        raise UsageError(f"{len(replays or ())} replays", "Compare policies of one replay or of two.")
+        raise UsageError(f"{len(replays or ())} replays are named", "Name one replay or two.")
     named: list[str | None] = [*replays] if replays else [None]
     opened = [open_replay(places.find_replay(name, quiet=quiet)) for name in named]
     chosen = _policies(opened, policy or [])
@@ -74,7 +78,7 @@ def compare(
 
 
 def columns(rows: Sequence[ComparisonRow]) -> list[Column]:
-    """Return the columns of the comparison; a budget is named once."""
+    """Return the columns of the comparison; a budget is shown in its first row only."""
     from kvscope.cli.console import Column
     from kvscope.results.render import number
 
@@ -97,19 +101,19 @@ def columns(rows: Sequence[ComparisonRow]) -> list[Column]:
 
 
 def _policies(replays: Sequence[Replay], given: Sequence[str]) -> tuple[str, str]:
-    """Return A and B: those named, or the only two there are."""
+    """Return A and B: the named policies, or the only two of these replays."""
     from kvscope.analysis.compare import policies
     from kvscope.core.errors import UsageError
 
     if len(given) == 2:
         return given[0], given[1]
     if len(given) > 2:
-        raise UsageError(f"{len(given)} policies", "Compare two at a time: --policy A --policy B")
+        raise UsageError(f"{len(given)} policies are named", "Name two: --policy A --policy B")
     if len(replays) == 2:
         known = [given or policies(replay) for replay in replays]
         if all(len(names) == 1 for names in known):
             return known[0][0], known[1][0]
     elif not given and len(names := policies(replays[0])) == 2:
         return names[0], names[1]
-    there = list(dict.fromkeys(name for replay in replays for name in policies(replay)))
-    raise UsageError("it is not said which two policies to compare", f"Name two with --policy: {', '.join(there)}")
+    known_names = list(dict.fromkeys(name for replay in replays for name in policies(replay)))
+    raise UsageError("two policies must be named", f"Name two of these with --policy: {', '.join(known_names)}")

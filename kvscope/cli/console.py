@@ -1,4 +1,4 @@
-"""Everything that is printed: tables on stdout, notes, bars and errors on stderr. Nobody else uses Rich."""
+"""All output: results on stdout; notes, progress bars and errors on stderr. No other module uses Rich."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-PIPE_WIDTH = 200  # a file or a pipe has no edge: no column is left out, no line is broken
-GAP = 2  # columns between two columns of a table: padding, and the separator of the box
-ALWAYS = 100  # of `Column.keep`: never left out
+PIPE_WIDTH = 200  # where stdout is no terminal: wide enough for every column
+GAP = 2  # characters between two columns of a table: padding and the separator of the box
+ALWAYS = 100  # of `Column.keep`: never dropped
 
 
 def stdout() -> Console:
@@ -27,12 +27,12 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    """Return a console for notes, bars and errors: that of the bar while one moves, so that lines go above it."""
+    """Return a console for notes and errors: while a bar is shown, that of the bar, so that lines go above it."""
     return _live[-1] if _live else _console(sys.stderr)
 
 
 def note(text: str, *, quiet: bool = False) -> None:
-    """Print one line about what is going on, unless `quiet`."""
+    """Print one line of information, unless `quiet`."""
     if not quiet:
         stderr().print(Text(text, style="dim"), soft_wrap=True)
 
@@ -43,14 +43,14 @@ def warn(text: str) -> None:
 
 
 def fail(what: str, todo: str) -> None:
-    """Print an error: one line what is wrong, one line what to do."""
+    """Print an error: what is wrong on one line, what to do on the next."""
     console = stderr()
     console.print(Text.assemble(("error: ", "bold red"), _one_line(what)), soft_wrap=True)
     console.print(Text(_one_line(todo)), soft_wrap=True)
 
 
-def show_json(value: Any) -> None:
-    """Print a value as JSON; numbers that JSON does not know become null."""
+def show_json(value: object) -> None:
+    """Print a value as JSON; NaN and infinities become null."""
     sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
 
@@ -65,13 +65,13 @@ class Column:
     cells : list of str
         One for each row.
     keep : int
-        Where the terminal is too narrow, the columns with the lowest number go first; `ALWAYS` stays.
+        Columns with the lowest number are dropped first where the terminal is too narrow; `ALWAYS` is never dropped.
     numeric : bool
         Whether to align to the right.
     dim : set of int
-        Rows whose cell is shown dimmed.
+        Rows whose cell is dimmed.
     wrap : int
-        Width down to which cells may be broken into lines; 0 if they may not.
+        Smallest width to which cells may be wrapped; 0 if they may not be.
     """
 
     header: str
@@ -82,15 +82,15 @@ class Column:
     wrap: int = 0
 
     def width(self) -> int:
-        """Return the columns that it takes at least, the gap included."""
+        """Return the smallest width in characters, the gap included."""
         longest = max(len(line) for text in (self.header, *self.cells) for line in text.split("\n"))
         return (min(longest, self.wrap) if self.wrap else longest) + GAP
 
 
 def show_table(columns: Sequence[Column], *, title: str = "", notes: Sequence[str] = ()) -> None:
-    """Print a table on stdout; columns that do not fit are left out, and named under the table."""
+    """Print a table on stdout; columns that do not fit are dropped and listed under the table."""
     console = stdout()
-    shown, left_out = fit(columns, console.width)
+    shown, dropped = fit(columns, console.width)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, GAP - 1, 0, 0), show_edge=False, header_style="bold")
     for column in shown:
         table.add_column(
@@ -108,27 +108,27 @@ def show_table(columns: Sequence[Column], *, title: str = "", notes: Sequence[st
     console.print(table)
     for line in notes:
         console.print(Text(line, style="dim"))
-    if left_out:
-        names = ", ".join(column.header.replace("\n", " ") for column in left_out)
-        console.print(Text(f"Too narrow for: {names}. --json has everything.", style="dim"))
+    if dropped:
+        names = ", ".join(column.header.replace("\n", " ") for column in dropped)
+        console.print(Text(f"Too narrow for: {names}. --json prints everything.", style="dim"))
 
 
 def fit(columns: Sequence[Column], width: int) -> tuple[list[Column], list[Column]]:
-    """Return the columns that fit into `width`, in order, and those that do not."""
+    """Return the columns that fit into `width`, and those that are dropped, both in order."""
     shown = list(columns)
-    left_out: list[Column] = []
+    dropped: list[Column] = []
     while sum(column.width() for column in shown) - GAP > width:
         droppable = [column for column in shown if column.keep < ALWAYS]
         if not droppable:
             break
         least = min(droppable, key=lambda column: column.keep)
         shown.remove(least)
-        left_out.append(least)
-    return shown, [column for column in columns if column in left_out]
+        dropped.append(least)
+    return shown, [column for column in columns if column in dropped]
 
 
 def show_pairs(pairs: Sequence[tuple[str, str]], *, title: str = "") -> None:
-    """Print names and values, one pair a line."""
+    """Print names and values, one pair per line."""
     console = stdout()
     if title:
         console.print(Text(title, style="bold"))
@@ -141,12 +141,12 @@ def show_pairs(pairs: Sequence[tuple[str, str]], *, title: str = "") -> None:
 
 
 def show_text(text: str, *, style: str = "") -> None:
-    """Print text on stdout as it is, wrapped to the terminal."""
+    """Print text on stdout, wrapped to the terminal."""
     stdout().print(Text(text, style=style))
 
 
 def show_raw(text: str) -> None:
-    """Write text on stdout as it is: what another program reads."""
+    """Write text to stdout unchanged, for another program to read."""
     sys.stdout.write(text)
 
 
@@ -154,17 +154,17 @@ _live: list[Console] = []
 
 
 class Update(Protocol):
-    """Moves a progress bar."""
+    """Updates a progress bar."""
 
     def __call__(self, done: float, detail: str = "", total: float | None = None) -> None:
-        """Set what is done, a word about it, and the total where it was not known before."""
+        """Set the amount done, a short detail, and the total if it was not known before."""
 
 
 @contextmanager
 def bar(title: str, total: float | None, unit: str, *, quiet: bool = False) -> Iterator[Update]:
-    """Give a function that moves a progress bar with rate and time left.
+    """Yield a function that updates a progress bar with rate and remaining time.
 
-    There is no bar with `quiet`, or where stderr is no terminal.
+    No bar is shown with `quiet`, or where stderr is no terminal.
     """
     console = stderr()
     if quiet or not console.is_terminal:
@@ -188,23 +188,23 @@ def bar(title: str, total: float | None, unit: str, *, quiet: bool = False) -> I
             rate = f"{done / seconds:,.0f} {unit}/s" if seconds else ""
             progress.update(task, completed=done, total=total, detail=detail, rate=rate)
 
-        with _owning(console):
+        with _in_use(console):
             yield update
 
 
 @contextmanager
 def working(title: str, *, quiet: bool = False) -> Iterator[None]:
-    """Show that something of unknown length is going on, unless `quiet` or stderr is no terminal."""
+    """Show a spinner while something of unknown length runs, unless `quiet` or stderr is no terminal."""
     console = stderr()
     if quiet or not console.is_terminal:
         yield
         return
-    with console.status(title), _owning(console):
+    with console.status(title), _in_use(console):
         yield
 
 
 @contextmanager
-def _owning(console: Console) -> Iterator[None]:
+def _in_use(console: Console) -> Iterator[None]:
     _live.append(console)
     try:
         yield
@@ -213,10 +213,10 @@ def _owning(console: Console) -> Iterator[None]:
 
 
 def _no_update(done: float, detail: str = "", total: float | None = None) -> None:
-    """Take the place of a bar where there is none."""
+    """Do nothing: no bar is shown."""
 
 
-def _console(file: Any) -> Console:
+def _console(file: TextIO) -> Console:
     width = None if file.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     return Console(file=file, highlight=False, width=width)
 
@@ -225,7 +225,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

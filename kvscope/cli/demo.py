@@ -11,7 +11,7 @@ from kvscope.core.recording_options import StoreOptions, TextOptions
 
 BUDGETS = "10%,20%,40%"
 NEW_TOKENS = 128
-STORE = "maps+vectors"  # so that policies which look at keys and queries are there too
+STORE = "maps+vectors"  # so that policies that need keys and queries can run
 
 
 @command("demo", order=170)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Json, Quiet
+from kvscope.cli.options import (
+    AllowedChange,
+    DiffBase,
+    DiffForm,
+    DiffNew,
+    Json,
+    ListedChanges,
+    Quiet,
+    UnchangedToo,
+    UpdateBase,
+    WithDecisions,
+)
 from kvscope.core.errors import ExitStatus
 from kvscope.core.options import DiffFormat
 
@@ -22,38 +33,20 @@ if TYPE_CHECKING:
 
 @command("diff", order=100)
 def diff(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="A replay (name or folder), or a summary.json.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="The same, later.")],
-    tolerance: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tolerance",
-            "-t",
-            metavar="[METRIC=]AMOUNT",
-            help="How much worse a metric may become, as 0.01 or 1%; for all metrics, or for one. Repeatable. "
-            "Default: 0.001.",
-            show_default=False,
-        ),
-    ] = None,
-    decisions: Annotated[
-        bool, typer.Option("--decisions", help="Compare also which keys were evicted when; any difference fails.")
-    ] = False,
-    first: Annotated[
-        int, typer.Option(metavar="N", help="With --decisions: evictions to name for each run, earliest first.", min=0)
-    ] = 10,
-    update: Annotated[
-        bool, typer.Option("--update", help="Accept NEW: write its summary to BASE, a .json file, and end with 0.")
-    ] = False,
-    form: Annotated[
-        DiffFormat, typer.Option("--format", help="text, markdown, json, or junit (XML for test reports).")
-    ] = DiffFormat.text,
-    everything: Annotated[bool, typer.Option("--all", help="Show the values that are the same too.")] = False,
+    base: DiffBase,
+    new: DiffNew,
+    tolerance: AllowedChange = None,
+    decisions: WithDecisions = False,
+    first: ListedChanges = 10,
+    update: UpdateBase = False,
+    form: DiffForm = DiffFormat.text,
+    everything: UnchangedToo = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare two replays of the same trace; exit status 3 where fidelity fell by more than the tolerance.
+    """Compare two replays of one trace; exit with status 3 if fidelity fell by more than the tolerance.
 
-    In a GitHub workflow the result is added to the job summary as well.
+    In a GitHub workflow, the result is also added to the job summary.
     """
     from kvscope.cli import console, places
     from kvscope.core.errors import ResultError
@@ -62,19 +55,18 @@ def diff(
     from kvscope.results.diff import parse_tolerance
 
     allowed = parse_tolerance(tolerance or [])
-    begins = update and base.endswith(".json") and not Path(base).exists()
-    before = Path(base) if begins else places.find_replay(base, quiet=quiet)
-    after = places.find_replay(new, quiet=quiet)
-    later = load_summary(after)
-    if begins:
-        accept(after, before)
-        console.note(f"{base} is written: the summary of {after}", quiet=quiet)
+    if update and base.endswith(".json") and not Path(base).exists():
+        source = places.find_replay(new, quiet=quiet)
+        accept(source, Path(base))
+        console.note(f"{base} is written: the summary of {source}", quiet=quiet)
         return
+    before, after = places.find_replay(base, quiet=quiet), places.find_replay(new, quiet=quiet)
+    later = load_summary(after)
     try:
         sources = str(before), str(after)
         found = compare(load_summary(before), later, allowed, decisions=decisions, first=first, sources=sources)
     except ResultError as error:
-        raise ResultError(error.what, f"To begin anew, remove {before} first.") if update else error from None
+        raise ResultError(error.what, f"To start a new baseline, remove {before} first.") if update else error from None
     if update:
         accept(after, before)
     show(found, _format(form, json), everything=everything, quiet=quiet)
@@ -86,7 +78,7 @@ def diff(
 
 
 def show(found: Diff, form: DiffFormat, *, everything: bool, quiet: bool) -> None:
-    """Print a comparison; where it is not for people, its verdict goes to stderr as well."""
+    """Print a comparison; for formats that programs read, its verdict is printed on stderr as well."""
     from kvscope.cli import console
     from kvscope.results.render import junit, markdown
 
@@ -101,7 +93,7 @@ def show(found: Diff, form: DiffFormat, *, everything: bool, quiet: bool) -> Non
 
 
 def columns(rows: Sequence[DiffRow]) -> list[Column]:
-    """Return the columns of the comparison; a run is named once."""
+    """Return the columns of the comparison; a run is named in its first row only."""
     from kvscope.cli.console import ALWAYS, Column
     from kvscope.results.render import number
 
@@ -120,24 +112,24 @@ def columns(rows: Sequence[DiffRow]) -> list[Column]:
 
 def _show_tables(found: Diff, everything: bool) -> None:
     from kvscope.cli import console
-    from kvscope.results.render import MOVED, counted, moved_cells
+    from kvscope.results.render import CHANGE_COLUMNS, change_cells, change_count
 
     shown = found.shown(everything)
     if shown:
         console.show_table(columns(shown), title=f"{found.base} -> {found.new}")
-    for run in found.redecided:
+    for run in found.changed_decisions:
         if run.first:
-            cells = zip(*map(moved_cells, run.first), strict=True)
+            cells = zip(*map(change_cells, run.first), strict=True)
             table = [
                 console.Column(name, list(column), numeric=name not in ("base", "new"))
-                for name, column in zip(MOVED, cells, strict=True)
+                for name, column in zip(CHANGE_COLUMNS, cells, strict=True)
             ]
-            more = "" if run.changed == len(run.first) else f"; the first {len(run.first)} in time"
-            console.show_table(table, title=f"{run.run}: {counted(run)}{more}")
+            more = "" if run.changed == len(run.first) else f"; the earliest {len(run.first)}"
+            console.show_table(table, title=f"{run.run}: {change_count(run)}{more}")
         else:
-            console.show_text(f"{run.run}: {counted(run)}")
+            console.show_text(f"{run.run}: {change_count(run)}")
     hidden = len(found.rows) - len(shown)
-    more = f" {hidden} values that are the same are not shown: --all." if hidden else ""
+    more = f" {hidden} unchanged values are not shown; --all shows them." if hidden else ""
     console.show_text(found.verdict() + more, style="bold" if found.regressed else "")
 
 
@@ -145,12 +137,12 @@ def _format(form: DiffFormat, json: bool) -> DiffFormat:
     from kvscope.core.errors import UsageError
 
     if json and form not in (DiffFormat.text, DiffFormat.json):
-        raise UsageError(f"--json and --format {form}", "Give one of the two.")
+        raise UsageError(f"--json and --format {form} exclude each other", "Use one of the two.")
     return DiffFormat.json if json else form
 
 
 def _add_to_job_summary(found: Diff) -> None:
-    """Append to the summary page of a GitHub job, if this runs in one."""
+    """Append to the summary page of a GitHub job, if there is one."""
     from kvscope.results.render import markdown
 
     file = os.environ.get("GITHUB_STEP_SUMMARY")

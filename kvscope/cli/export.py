@@ -1,4 +1,4 @@
-"""``kvscope export``: a replay as plain tables for DuckDB, Polars, pandas, R, spreadsheets."""
+"""``kvscope export``: write a replay as plain tables for DuckDB, Polars, pandas, R or spreadsheets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def export(
 ) -> None:
     """Write runs, fidelity and residency as tables in which every row names its policy and budget: no join is needed.
 
-    Large replays are written piece by piece. export.json says what the columns are.
+    Large replays are written in pieces. export.json describes the columns.
     """
     from kvscope.cli import console, places
     from kvscope.results.export import export as write

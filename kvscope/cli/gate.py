@@ -1,4 +1,4 @@
-"""``kvscope gate``: learned gates that say which keys are worth keeping."""
+"""``kvscope gate``: train learned gates, which decide which keys to retain."""
 
 from __future__ import annotations
 
@@ -22,59 +22,65 @@ if TYPE_CHECKING:
 app = command_group(
     "gate",
     order=150,
-    help="Train gates for attention-gate: small modules that say, at each layer, which keys are worth keeping.",
+    help="Train gates for attention-gate: small modules that decide, in each layer, which keys to retain.",
 )
 
 
 GateModel = Annotated[
-    str | None, typer.Option("--model", "-m", help="As in kvscope trace. Needed with --text.", show_default=False)
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Load demo, an alias, a Hub id, or a folder. Required with --text.", show_default=False
+    ),
 ]
 Text = Annotated[
     list[Path] | None,
-    typer.Option("--text", metavar="FILE", help="UTF-8 text that the model reads through the gates. Repeatable."),
+    typer.Option(
+        "--text", metavar="FILE", help="Train on this UTF-8 text, which the model reads through the gates. Repeatable."
+    ),
 ]
 Distill = Annotated[
     list[str] | None,
     typer.Option(
         "--distill",
         metavar="TRACE",
-        help="Learn from recorded attention what is worth keeping, without the model. Repeatable.",
+        help="Train on the attention of this trace, without the model. Repeatable.",
     ),
 ]
-Output = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where the gate goes.")]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Write the gate to this file.")]
 TargetKeep = Annotated[float, typer.Option("--target-keep", help="Retain this share of the keys.")]
 Eviction = Annotated[
     EvictionLoss,
     typer.Option(
         "--eviction-loss",
         metavar="FORM",
-        help="Of the distance x to the target: one-sided, max(0, x); absolute, |x|; or square.",
+        help="Penalise the distance x to the target: one-sided, max(0, x); absolute, |x|; or square.",
     ),
 ]
-Strength = Annotated[float, typer.Option("--strength", help="Weigh the eviction loss by this.")]
+Strength = Annotated[float, typer.Option("--strength", help="Weight of the eviction loss.")]
 Form = Annotated[
-    GateForm, typer.Option("--form", help="A gate looks back, or the gates of a prompt look at all of it.")
+    GateForm,
+    typer.Option("--form", help="Let a gate attend to earlier tokens only, or the gates of a prompt to all of it."),
 ]
-Heads = Annotated[int, typer.Option("--heads", help="Give the gate's own attention so many heads.", min=1)]
-HeadSize = Annotated[int, typer.Option("--head-size", help="Give each head so many numbers.", min=1)]
+Heads = Annotated[int, typer.Option("--heads", help="Number of attention heads in a gate.", min=1)]
+HeadSize = Annotated[int, typer.Option("--head-size", help="Size of each of these heads.", min=1)]
 Tau = Annotated[float, typer.Option("--tau", help="Retain a key whose gate, 0 to 1, is above this.")]
-Sinks = Annotated[int, typer.Option("--sinks", help="Always retain so many first tokens.", min=0)]
+Sinks = Annotated[int, typer.Option("--sinks", help="Always retain this many first tokens.", min=0)]
 Window = Annotated[
     int, typer.Option("--window", metavar="TOKENS", help="With --text: read sequences of this length.", min=2)
 ]
-Tokens = Annotated[int, typer.Option("--tokens", help="With --text: read so many in one step.", min=2)]
-Steps = Annotated[int, typer.Option("--steps", help="Train for so many steps at most.", min=1)]
-Rate = Annotated[float, typer.Option("--rate", help="Learning rate, which falls to zero.")]
-Every = Annotated[int, typer.Option("--every", help="Write a checkpoint and judge the gate every N steps.", min=1)]
-Patience = Annotated[int, typer.Option("--patience", help="Stop after N checkpoints without a better gate.", min=1)]
-Ramp = Annotated[float, typer.Option("--ramp", help="Lower the target from all keys over this share of steps.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed everything that is drawn.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint beside the output.")]
+Tokens = Annotated[int, typer.Option("--tokens", help="With --text: read this many tokens per step.", min=2)]
+Steps = Annotated[int, typer.Option("--steps", help="Train for at most this many steps.", min=1)]
+Rate = Annotated[float, typer.Option("--rate", help="Initial learning rate; it decays to zero.")]
+Every = Annotated[int, typer.Option("--every", help="Evaluate the gate and write a checkpoint every N steps.", min=1)]
+Patience = Annotated[int, typer.Option("--patience", help="Stop after N checkpoints without improvement.", min=1)]
+Ramp = Annotated[float, typer.Option("--ramp", help="Lower the target from 100 % over this share of the steps.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all random numbers.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint beside the output.")]
 
 
 @app.callback()
 def gates() -> None:
-    """Train gates for attention-gate: small modules that say, at each layer, which keys are worth keeping."""
+    """Train gates for attention-gate: small modules that decide, in each layer, which keys to retain."""
 
 
 @app.command("train")
@@ -107,10 +113,11 @@ def train(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train gates on texts, or on recorded attention; the model itself stays as it is.
+    """Train gates on texts, or on recorded attention; the model itself is not changed.
 
-    With --text the model reads through the gates: its loss, and an eviction loss that pulls the share of keys that stay
-    to the target. With --distill nothing of the model runs: gates learn which keys later queries looked at most.
+    With --text the model runs with the gates: its own loss is minimised together with an eviction loss, which pulls the
+    share of retained keys to the target. With --distill the model does not run: gates learn which keys later queries
+    attended to most.
     """
     from kvscope.cli import console
     from kvscope.cli.hints import replay_of
@@ -132,7 +139,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Training:
-    """One training with its progress bar, on texts or on traces."""
+    """A training on texts or on traces, with a progress bar."""
 
     output: Path
     design: GateDesign
@@ -185,22 +192,25 @@ class _Training:
         from kvscope.cli.console import bar
 
         with bar("training gates", self.settings.steps, "steps", quiet=self.quiet) as update:
-            yield lambda step, look: update(step, f"loss {look.loss:.3f}, keeps {look.keep:.0%}")
+            yield lambda step, look: update(step, f"loss {look.loss:.3f}, retains {look.keep:.0%}")
 
 
 def _require_arguments(
     model: str | None, text: list[Path] | None, distill: list[str] | None, output: Path, force: bool
 ) -> None:
-    """Raise UsageError unless either texts and a model or traces are named, and the output can be written."""
+    """Raise UsageError unless texts with a model, or traces, are named and the output can be written."""
     from kvscope.core.errors import UsageError
     from kvscope.core.output import require_free
 
     if bool(text) == bool(distill):
-        raise UsageError("name either texts or traces", "Write --model M --text FILE, or --distill TRACE")
+        raise UsageError(
+            "both texts and traces are named" if text else "neither texts nor traces are named",
+            "Use --model M --text FILE, or --distill TRACE.",
+        )
     if text and model is None:
-        raise UsageError("--text needs a model", "Name it: --model demo")
+        raise UsageError("--text needs a model", "Name one: --model demo")
     if output.is_dir() or not output.absolute().parent.is_dir():
-        raise UsageError(f"{output} cannot be a file here", "Name a file in a folder that exists: -o gate.safetensors")
+        raise UsageError(f"{output} cannot be written", "Name a file in a folder that exists: -o gate.safetensors")
     require_free(output, force=force)
 
 

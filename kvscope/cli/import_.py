@@ -1,4 +1,4 @@
-"""``kvscope import``: attention maps captured elsewhere become a trace."""
+"""``kvscope import``: make a trace of attention maps captured elsewhere."""
 
 from __future__ import annotations
 
@@ -17,24 +17,29 @@ def import_maps(
         Path,
         typer.Argument(
             metavar="MAPS",
-            help=".npz or .safetensors with attention [L, H, T, T] or [S, L, H, T, T].",
+            help="Read attention [L, H, T, T] or [S, L, H, T, T] from this .npz or .safetensors file.",
             show_default=False,
         ),
     ],
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt, or a file that holds it.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Store this prompt: a text, or a file that holds it.")
+    ] = None,
     prompt_length: Annotated[
         int | None,
-        typer.Option(help="How many of the tokens are the prompt; without it, only streaming replays.", min=1),
+        typer.Option(help="Count this many tokens as prompt; without it, only --prefill stream can replay.", min=1),
     ] = None,
     learned_sinks: Annotated[
-        bool, typer.Option("--learned-sinks", help="Rows may sum to less than one: a learned sink takes a share.")
+        bool,
+        typer.Option(
+            "--learned-sinks", help="Accept rows that sum to less than one because a learned sink takes a share."
+        ),
     ] = False,
     output: TraceOutput = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn attention maps into a trace; every row is checked first.
+    """Make a trace of attention maps; every row is checked first.
 
     Optional arrays: value_l1, value_l2, key_l2 [L, G, T]; keys, values, queries [L, G or H, T, D]; tokens.
     """

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvscope.core.options import Positions, Prefill, TuneLevel
+from kvscope.core.options import DiffFormat, Positions, Prefill, TuneLevel
 
 # What is replayed.
 Policy = Annotated[
@@ -26,7 +26,7 @@ Budget = Annotated[
         "--budget",
         "-b",
         metavar="LIST",
-        help="Limit the cache to keys or shares: 20%,40%,256. Default: 20%.",
+        help="Limit the cache to a number or share of keys: 20%,40%,256. Default: 20%.",
         show_default=False,
     ),
 ]
@@ -37,13 +37,13 @@ PrefillMode = Annotated[
 Compress = Annotated[
     str | None,
     typer.Option(
-        "--compress", metavar="WHEN", help="Evict at prefill, step or every:N. Default: each policy as published."
+        "--compress", metavar="WHEN", help="Evict at prefill, step or every:N. Default: as each policy was published."
     ),
 ]
 Allocate = Annotated[
     str | None,
     typer.Option(
-        "--allocate", metavar="NAME", help="Share the budget among layers and heads: uniform, pyramid, ada, cake."
+        "--allocate", metavar="NAME", help="Allocate the budget to layers and heads: uniform, pyramid, ada, cake."
     ),
 ]
 Accumulate = Annotated[
@@ -54,7 +54,7 @@ Metrics = Annotated[
     typer.Option(
         "--metric",
         metavar="NAME",
-        help="Compute a metric. Repeatable. Default: all that the trace allows.",
+        help="Compute this metric. Repeatable. Default: all that the trace allows.",
         show_default=False,
     ),
 ]
@@ -62,62 +62,70 @@ Metrics = Annotated[
 # The model.
 Model = Annotated[str, typer.Option("--model", "-m", help="Load demo, an alias (llama2-7b), a Hub id, or a folder.")]
 ClosedLoop = Annotated[
-    bool, typer.Option("--perplexity", help="Run the model again with the policies inside: the closed loop.")
+    bool,
+    typer.Option("--perplexity", help="Add the closed loop: run the model again with the policies in its attention."),
 ]
 TracedModel = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="Load the model from here instead of from where the trace had it."),
+    typer.Option("--model", metavar="NAME", help="Load the model from here. Default: as recorded in the trace."),
 ]
 PositionsMode = Annotated[
     Positions,
-    typer.Option("--positions", help="Let keys keep their place in the text, or take that in the cache."),
+    typer.Option("--positions", help="RoPE positions: original, or compacted (renumbered within the cache)."),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="Load the model in auto, float64, float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option("--device", help="Compute on cpu, cuda, cuda:1, mps or auto.")]
 DeviceMap = Annotated[
-    str | None, typer.Option("--device-map", help="Place the parts of the model as in transformers; needs accelerate.")
+    str | None,
+    typer.Option("--device-map", help="Distribute the model over devices, as in transformers; needs accelerate."),
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Load a branch, tag or commit of a Hub model.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let the model bring Python code of its own.")
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
 
 # What is recorded.
 Prompts = Annotated[
     list[Path],
-    typer.Argument(metavar="PROMPT", help="Text files, or JSONL with a prompt per line.", show_default=False),
+    typer.Argument(
+        metavar="PROMPT", help="Record these text files, or JSONL files with a prompt per line.", show_default=False
+    ),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Generate so many tokens at most.", min=0)]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Generate at most this many tokens.", min=0)]
 Continuation = Annotated[
     Path | None,
     typer.Option("--continuation", metavar="FILE", help="Force this text after the prompt instead of generating."),
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")]
 SamplingSeed = Annotated[int, typer.Option("--seed", help="Seed the sampling.")]
-DoSample = Annotated[bool, typer.Option("--do-sample", help="Sample instead of taking the likeliest token.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="With --do-sample.")]
-TopP = Annotated[float, typer.Option("--top-p", help="With --do-sample.")]
-TopK = Annotated[int, typer.Option("--top-k", help="With --do-sample; 0 is all tokens.")]
+DoSample = Annotated[bool, typer.Option("--do-sample", help="Sample instead of taking the most probable token.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="With --do-sample: sample at this temperature.")]
+TopP = Annotated[float, typer.Option("--top-p", help="With --do-sample: keep this probability mass.")]
+TopK = Annotated[int, typer.Option("--top-k", help="With --do-sample: keep this many tokens; 0 keeps all.")]
 Layers = Annotated[str | None, typer.Option("--layers", metavar="LIST", help="Record these layers only: 0,3,8-11.")]
 Heads = Annotated[
     str | None,
     typer.Option(
         "--heads",
         metavar="LIST",
-        help="Record these query heads only: 0-3,8-11. Heads that share keys and values go together; policies that "
-        "decide per layer do not replay on such a trace.",
+        help="Record these query heads only: 0-3,8-11. Name all heads that share keys and values; policies that decide "
+        "per layer cannot replay such a trace.",
     ),
 ]
 QueryStride = Annotated[
     int,
-    typer.Option("--query-stride", help="Record every n-th row of attention only: it cannot be replayed.", min=1),
+    typer.Option(
+        "--query-stride", help="Record every n-th attention row only; such a trace cannot be replayed.", min=1
+    ),
 ]
-QueryBlock = Annotated[int, typer.Option("--query-block", help="Build the rows of so many queries at a time.", min=1)]
+QueryBlock = Annotated[
+    int, typer.Option("--query-block", help="Compute the rows of this many queries at a time.", min=1)
+]
 PrefillChunk = Annotated[
     int | None,
     typer.Option(
         "--prefill-chunk",
-        help="Send so many tokens of a prompt through the model at once. Default: by memory.",
+        help="Process this many tokens of a prompt at a time. Default: as memory allows.",
         min=1,
     ),
 ]
@@ -125,16 +133,16 @@ Store = Annotated[
     str,
     typer.Option(
         "--store",
-        help="maps; maps+vectors: also every query, key and value; qkv: these alone, for long prompts: rows are "
-        "recomputed when they are read; topk:K: the K heaviest keys of each row and sums of columns, lossy. What "
-        "waits to be written is at most 64 MB.",
+        help="Store maps; maps+vectors: also every query, key and value; qkv: these alone, for long prompts: rows are "
+        "recomputed when they are read; topk:K: the K heaviest keys of each row and sums of columns, lossy. The write "
+        "buffer holds at most 64 MB.",
     ),
 ]
 Hidden = Annotated[
     bool | None,
     typer.Option(
         "--hidden",
-        help="Record layer inputs too, which gates need. Default: for models with a gate beside them, as demo.",
+        help="Record layer inputs, which gates need. Default: for models that come with a gate, as demo.",
         show_default=False,
     ),
 ]
@@ -142,11 +150,17 @@ Hidden = Annotated[
 # What is read.
 TraceSource = Annotated[
     str | None,
-    typer.Option("--trace", metavar="TRACE", help="Read the trace here. Default: where it was.", show_default=False),
+    typer.Option(
+        "--trace", metavar="TRACE", help="Read the trace from here. Default: its recorded path.", show_default=False
+    ),
 ]
 ReplayName = Annotated[
     str | None,
-    typer.Argument(metavar="REPLAY", help="Name under reports/, or a path. Default: the newest.", show_default=False),
+    typer.Argument(
+        metavar="REPLAY",
+        help="Read this replay: a name under reports/, or a path. Default: the newest.",
+        show_default=False,
+    ),
 ]
 RunPolicy = Annotated[
     list[str] | None,
@@ -164,7 +178,7 @@ RunBudget = Annotated[
         "--budget",
         "-b",
         metavar="LIST",
-        help="Select runs by their budgets as given: 20%,256. Default: all.",
+        help="Select runs by budget, as it was given: 20%,256. Default: all.",
         show_default=False,
     ),
 ]
@@ -172,24 +186,26 @@ RunBudget = Annotated[
 # What is written.
 TraceOutput = Annotated[
     str | None,
-    typer.Option("-o", "--output", "--name", metavar="NAME", help="Write here: a name under traces/, or a path."),
+    typer.Option("-o", "--output", "--name", metavar="NAME", help="Write to this name under traces/, or path."),
 ]
 ReportOutput = Annotated[
     str | None,
-    typer.Option("-o", "--output", "--name", metavar="NAME", help="Write here: a name under reports/, or a path."),
+    typer.Option("-o", "--output", "--name", metavar="NAME", help="Write to this name under reports/, or path."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 
 # Of `perplexity`.
-TextFiles = Annotated[list[str], typer.Argument(metavar="TEXT", help="UTF-8 text files.", show_default=False)]
+TextFiles = Annotated[
+    list[str], typer.Argument(metavar="TEXT", help="Score these UTF-8 text files.", show_default=False)
+]
 Window = Annotated[
     int | None,
     typer.Option(
         "--window",
         metavar="TOKENS",
-        help="Cut texts into windows of so many tokens. Default: 1024, or the context.",
+        help="Cut texts into windows of this many tokens. Default: 1024, or the context.",
         min=2,
     ),
 ]
@@ -202,7 +218,7 @@ PromptLength = Annotated[
     typer.Option(
         "--prompt-length",
         metavar="TOKENS",
-        help="Read so many tokens of each window with the full cache, unscored.",
+        help="Read this many tokens of each window with the full cache, unscored.",
         min=1,
     ),
 ]
@@ -217,7 +233,11 @@ FirstSequences = Annotated[
 # Of `tune`.
 TraceNames = Annotated[
     list[str] | None,
-    typer.Argument(metavar="TRACE", help="Names under traces/, or paths. Default: the newest.", show_default=False),
+    typer.Argument(
+        metavar="TRACE",
+        help="Use these traces: names under traces/, or paths. Default: the newest.",
+        show_default=False,
+    ),
 ]
 TunedPolicy = Annotated[str, typer.Option("--policy", "-p", metavar="POLICY", help="Tune this policy.")]
 Grid = Annotated[
@@ -225,24 +245,54 @@ Grid = Annotated[
     typer.Option(
         "--grid",
         metavar="NAME=LIST",
-        help="Try values: alpha=0.1,0.5,0.9. Repeatable. Default: those that the policy names.",
+        help="Try these values: alpha=0.1,0.5,0.9. Repeatable. Default: the grid of the policy.",
         show_default=False,
     ),
 ]
 Level = Annotated[
-    TuneLevel, typer.Option("--per", help="Choose a setting for the model, each layer or key/value head.")
+    TuneLevel, typer.Option("--per", help="Choose parameters for the model, or for each layer or key/value head.")
 ]
-OneBudget = Annotated[str, typer.Option("--budget", "-b", metavar="BUDGET", help="Limit the cache to keys or a share.")]
+OneBudget = Annotated[
+    str, typer.Option("--budget", "-b", metavar="BUDGET", help="Limit the cache to a number or share of keys.")
+]
 TunedMetric = Annotated[str, typer.Option("--metric", metavar="NAME", help="Improve this metric.")]
 HeldOut = Annotated[
     int | None,
-    typer.Option("--held-out", metavar="N", help="Keep N sequences for the reported gain. Default: a quarter."),
+    typer.Option("--held-out", metavar="N", help="Hold out N sequences to measure the gain. Default: a quarter."),
 ]
 TomlFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Write this TOML file.")]
+# Of `diff`.
+DiffBase = Annotated[
+    str, typer.Argument(metavar="BASE", help="Compare with this replay (name or folder) or summary.json.")
+]
+DiffNew = Annotated[str, typer.Argument(metavar="NEW", help="Compare this later replay or summary.json.")]
+AllowedChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tolerance",
+        "-t",
+        metavar="[METRIC=]AMOUNT",
+        help="Allow a metric to become worse by 0.01 or 1%; without METRIC, any of them. Repeatable. Default: 0.001.",
+        show_default=False,
+    ),
+]
+WithDecisions = Annotated[
+    bool, typer.Option("--decisions", help="Compare also which keys were evicted when; any difference fails.")
+]
+ListedChanges = Annotated[
+    int, typer.Option("--first", metavar="N", help="With --decisions: list the first N differences of each run.", min=0)
+]
+UpdateBase = Annotated[
+    bool, typer.Option("--update", help="Accept NEW: write its summary to BASE, a .json file, and exit with status 0.")
+]
+DiffForm = Annotated[
+    DiffFormat, typer.Option("--format", help="Print text, markdown, json, or junit (XML for test reports).")
+]
+UnchangedToo = Annotated[bool, typer.Option("--all", help="Show unchanged values too.")]
 
 
 def command_line(ctx: typer.Context) -> str:
-    """Return the command as it was typed, for the provenance of what it writes."""
+    """Return the command as it was typed: part of the provenance of its output."""
     import shlex
 
     return shlex.join(["kvscope", *ctx.find_root().obj])

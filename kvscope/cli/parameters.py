@@ -1,4 +1,4 @@
-"""Policies and their parameters on a command line."""
+"""Policies, their parameters and budgets, as a command line names them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PARAMETERS = (
     "Any other --NAME VALUE sets a parameter of every named policy that has it, as in --alpha 0.7; "
-    "'kvscope policies' lists them. --policy a2sf:alpha=0.7,recent=16 sets it for one."
+    "'kvscope policies' lists them. --policy a2sf:alpha=0.7,recent=16 sets them for one policy."
 )
 
 
@@ -28,13 +28,13 @@ class Selection:
     words : list of str
         Arguments that are neither options nor parameters of policies.
     policies : list of Policy
-        Ready, with their parameters.
+        Instances with their parameters.
     budgets : list of Budget
-        Every policy runs under every one.
+        Each policy runs under each of them.
     name : str
-        For the folder of the results: names of the policies, or ``all``.
+        Part of the name of the results folder: names of the policies, or ``all``.
     everything : bool
-        Whether ``all`` was asked for: policies that cannot run are then skipped.
+        Whether ``all`` was named: policies that cannot run are then skipped.
     """
 
     words: list[str]
@@ -52,7 +52,7 @@ def select(
     *,
     quiet: bool = False,
 ) -> Selection:
-    """Return what a command line selects, from the options and the words that Typer did not know.
+    """Return what a command line selects: its options, and the arguments that Typer does not know.
 
     Raises
     ------
@@ -63,32 +63,32 @@ def select(
     from kvscope.cli.console import note
     from kvscope.core.budget import parse_budgets
 
-    own, params = split(words)
+    arguments, params = split(words)
     specs = list(policies or ())
     chosen = named_policies(specs, params, options_of(ctx))
     limits = parse_budgets(",".join(budgets) if budgets else "20%")
     if not budgets:
         note("budget: 20% (the default)", quiet=quiet)
     name = "all" if "all" in specs else places.joined(list(dict.fromkeys(item.name for item in chosen)))
-    return Selection(own, chosen, limits, name, "all" in specs)
+    return Selection(arguments, chosen, limits, name, "all" in specs)
 
 
 def only_word(words: Sequence[str]) -> str | None:
-    """Return the one trace that is named, or None; raises UsageError for two."""
+    """Return the trace that is named, or None; raises UsageError for two."""
     from kvscope.core.errors import UsageError
 
     if len(words) > 1:
-        raise UsageError(f"two traces: {words[0]} and {words[1]}", "Name one trace at a time.")
+        raise UsageError(f"two traces are named: {words[0]} and {words[1]}", "Name one trace.")
     return words[0] if words else None
 
 
 def options_of(ctx: typer.Context) -> list[str]:
-    """Return the options of the command itself, as they are typed."""
+    """Return the flags that the command declares."""
     return [flag for item in ctx.command.params for flag in item.opts]
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the words and the policy parameters of what Typer did not know.
+    """Return the arguments that are no flags, and policy parameters, among those that Typer does not know.
 
     Raises
     ------
@@ -99,19 +99,19 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
     words: list[str] = []
     params: dict[str, str] = {}
-    left = list(arguments)
-    while left:
-        word = left.pop(0)
+    remaining = list(arguments)
+    while remaining:
+        word = remaining.pop(0)
         if not word.startswith("-") or word == "-":
             words.append(word)
             continue
         name, equals, value = word.partition("=")
         if not name.startswith("--") or len(name) == 2:
-            raise UsageError(f"no option {name}", "See: --help, and kvscope policies")
+            raise UsageError(f"unknown option {name}", "See --help for options, and kvscope policies for parameters.")
         if not equals:
-            if not left or left[0].startswith("--"):
-                raise UsageError(f"{name} has no value", f"Write {name} VALUE. Parameters: kvscope policies")
-            value = left.pop(0)
+            if not remaining or remaining[0].startswith("--"):
+                raise UsageError(f"{name} has no value", f"Write {name} VALUE; kvscope policies lists the parameters.")
+            value = remaining.pop(0)
         key = name.removeprefix("--").replace("-", "_")
         if key in params:
             raise UsageError(f"{name} is given twice", "Set it for one policy with --policy NAME:parameter=value")
@@ -119,8 +119,8 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return words, params
 
 
-def named_policies(specs: Sequence[str], params: dict[str, str], own: Sequence[str]) -> list[Policy]:
-    """Return the policies that the command line names; a misspelt option, one of `own`, is told from a parameter."""
+def named_policies(specs: Sequence[str], params: dict[str, str], flags: Sequence[str]) -> list[Policy]:
+    """Return the policies that are named; the error for an unknown parameter suggests a similar option of `flags`."""
     import difflib
 
     from kvscope.core.errors import UsageError
@@ -137,7 +137,7 @@ def named_policies(specs: Sequence[str], params: dict[str, str], own: Sequence[s
         return parse_policies(names, params)
     except UsageError as error:
         for flag in ("--" + name.replace("_", "-") for name in params):
-            close = difflib.get_close_matches(flag, own, n=1, cutoff=0.75)
+            close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.75)
             if close and flag in error.what:
                 raise UsageError(error.what, f"Did you mean {close[0]}?") from None
         raise

@@ -58,8 +58,8 @@ def perplexity(
 ) -> None:
     """Measure what policies cost in perplexity on text files: language modelling under a cache limit.
 
-    Every token is scored in the closed loop while the cache is held to the budget from the first token on. Many
-    policies and budgets ride in one pass of the model.
+    The closed loop scores every token while the cache is limited to the budget from the first token on. One pass of
+    the model evaluates many policies and budgets.
     """
     from kvscope.cli import console, places
     from kvscope.cli.parameters import select
@@ -68,7 +68,9 @@ def perplexity(
     with console.working("loading transformers", quiet=quiet):
         from kvscope.closed_loop.compile import compile_perplexity
 
-    selected = select(ctx, [*files, *ctx.args], policy, budget, quiet=quiet)  # what Typer does not know lands in files
+    selected = select(
+        ctx, [*files, *ctx.args], policy, budget, quiet=quiet
+    )  # Typer puts options that it does not know into files
     texts = [Path(word) for word in selected.words]
     source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code)
     options = PerplexityOptions(

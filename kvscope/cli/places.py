@@ -1,4 +1,4 @@
-"""Where things are and where they go: ``traces/NAME`` and ``reports/NAME``."""
+"""Where commands read and write: ``traces/NAME`` and ``reports/NAME``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kvscope.core.registry import nearest
 TRACES = Path("traces")
 REPORTS = Path("reports")
 MAKE = {TRACES: RECORD_ONE, REPORTS: f"Make one: {REPLAY_COMMAND}"}
-INCOMPLETE = ".incomplete"  # what the name of something half written ends in
+INCOMPLETE = ".incomplete"  # suffix of unfinished output
 
 
 def find_trace(given: str | None, *, quiet: bool = False) -> Path:
-    """Return the folder of a trace: a path, a name under ``traces/``, or the newest whole one, which is said.
+    """Return the folder of a trace: a path, a name under ``traces/``, or the newest complete one, which is printed.
 
     Raises
     ------
@@ -30,12 +30,12 @@ def find_trace(given: str | None, *, quiet: bool = False) -> Path:
     from kvscope.trace.newest import newest_trace
 
     path = newest_trace(TRACES)
-    note(f"trace: {path} (the newest; name another to use that)", quiet=quiet)
+    note(f"trace: {path} (the newest; name another to use it instead)", quiet=quiet)
     return path
 
 
 def find_replay(given: str | None, *, quiet: bool = False) -> Path:
-    """Return a replay: a folder, a ``summary.json``, a name under ``reports/``, or the newest, which is said.
+    """Return a replay: a folder, a ``summary.json``, a name under ``reports/``, or the newest, which is printed.
 
     Raises
     ------
@@ -47,30 +47,30 @@ def find_replay(given: str | None, *, quiet: bool = False) -> Path:
     from kvscope.results.store import newest_replay
 
     path = newest_replay(REPORTS)
-    note(f"replay: {path} (the newest; name another to use that)", quiet=quiet)
+    note(f"replay: {path} (the newest; name another to use it instead)", quiet=quiet)
     return path
 
 
 def place(folder: Path, given: str | None, name: str, *, force: bool, suffix: str = "") -> Path:
-    """Return where to write: what the user gave, or the first free of ``name``, ``name-2``, ``name-3``, ...
+    """Return where to write: the path of the user, or the first free one of ``name``, ``name-2``, ``name-3``, ...
 
     Parameters
     ----------
     folder : Path
-        ``traces`` or ``reports``; a bare name that the user gives lands there.
+        ``traces`` or ``reports``: a bare name means a folder in it.
     given : str or None
         Name or path from ``-o``.
     name : str
-        What to call it otherwise.
+        Name to use otherwise.
     force : bool
-        Whether what is there may be replaced.
+        Whether an existing output may be replaced.
     suffix : str
         ``.html`` for a page.
 
     Raises
     ------
     OutputExists
-        If what the user gave exists and `force` is off.
+        If the path of the user exists and `force` is off.
     """
     if given is None:
         stem, number = readable(name), 1
@@ -80,7 +80,7 @@ def place(folder: Path, given: str | None, name: str, *, force: bool, suffix: st
             path = folder / f"{stem}-{number}{suffix}"
         return path
     if not given.strip():
-        raise UsageError("-o names nothing", "Give a name or a path: -o NAME")
+        raise UsageError("-o is empty", "Name a folder or a path: -o NAME")
     bare = Path(given).name == given and given not in (".", "..")
     path = folder / given if bare else Path(given)
     if suffix and path.suffix != suffix:
@@ -95,7 +95,7 @@ def readable(name: str) -> str:
 
 
 def joined(names: Sequence[str], most: int = 3) -> str:
-    """Return names as one: all of up to `most`, otherwise the first and how many more."""
+    """Return up to `most` names joined, of more names the first and how many follow."""
     return "+".join(names) if len(names) <= most else f"{names[0]}+{len(names) - 1}-more"
 
 
@@ -104,10 +104,10 @@ def _taken(path: Path) -> bool:
 
 
 def _find(given: str, folder: Path, kind: str, error: type[KvscopeError]) -> Path:
-    """Return `given` as it is if it exists, otherwise what has that name in the folder, finished or not."""
+    """Return the path `given` if it exists, otherwise the path of that name in the folder, finished or not."""
     for path in (Path(given), folder / given):
         if path.exists() or path.with_name(path.name + INCOMPLETE).exists():
             return path
     known = [item.name for item in folder.iterdir() if item.is_dir()] if folder.is_dir() else []
-    hint = nearest(given, known) if known else f"None is there yet. {MAKE[folder]}"
+    hint = nearest(given, known) if known else f"There is none yet. {MAKE[folder]}"
     raise error(f"no {kind} {given}: neither a path nor a name under {folder}/", hint)

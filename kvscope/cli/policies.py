@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 @command("policies", order=140)
 def policies(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Everything about one policy.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="Describe this policy in full.", show_default=False)
     ] = None,
     json: Json = False,
 ) -> None:
-    """List the policies, or say everything about one."""
+    """List the policies, or describe one in full."""
     from kvscope.cli import console
     from kvscope.policies import POLICIES
     from kvscope.policies.describe import describe
 
     rows = describe(name)
     for broken, why in POLICIES.broken.items():
-        console.warn(f"policy {broken} is installed and left out: {why}")
+        console.warn(f"policy {broken} is installed but cannot be loaded: {why}")
     if json:
         console.show_json(rows if name is None else rows[0])
     elif name is None:
         console.show_table(
             columns(rows),
-            notes=["kvscope policies NAME says more. --PARAMETER VALUE sets it, as in --alpha 0.7."],
+            notes=["kvscope policies NAME describes one policy. Set a parameter with --NAME VALUE, as in --alpha 0.7."],
         )
     else:
         _show_one(rows[0])
@@ -49,12 +49,12 @@ def columns(rows: Sequence[PolicyDescription]) -> list[Column]:
     return [
         Column("policy", [row["name"] for row in rows]),
         Column("parameters", ["\n".join(_setting(item) for item in row["parameters"]) or "-" for row in rows]),
-        Column("keeps", [_flowing(row["summary"]) for row in rows], wrap=32),
+        Column("retains", [_unwrapped(row["summary"]) for row in rows], wrap=32),
         Column("needs", [", ".join(row["needs"]) or "-" for row in rows], keep=30),
         Column("evicts", [_evicts(row) for row in rows], keep=25),
         Column("scope", [row["scope"].replace("_", " ") for row in rows], keep=20),
         Column("from", [row["paper"] for row in rows], keep=10),
-        Column("proven against", [row["proven"] or "-" for row in rows], keep=5, wrap=24),
+        Column("compared with", [row["proven"] or "-" for row in rows], keep=5, wrap=24),
     ]
 
 
@@ -62,18 +62,18 @@ def _show_one(row: PolicyDescription) -> None:
     from kvscope.cli import console
 
     console.show_text(row["name"], style="bold")
-    console.show_text(_flowing(row["doc"]) + "\n")
+    console.show_text(_unwrapped(row["doc"]) + "\n")
     console.show_pairs(
         [
-            ("needs", ", ".join(row["needs"]) or "nothing from the trace but its length"),
+            ("needs", ", ".join(row["needs"]) or "nothing but the length of the trace"),
             ("decides per", row["scope"].replace("_", " ")),
             ("evicts", _evicts(row)),
-            ("budget", "the engine's" if row["bounded"] else "its own: it decides how much stays"),
-            ("shared out", row["allocate"]),
+            ("budget", "as given" if row["bounded"] else "ignored: it decides how many keys to retain"),
+            ("allocation", row["allocate"]),
             ("prefill", ", ".join(row["prefills"])),
             ("variants", ", ".join(row["variants"]) or "none"),
             ("from", row["paper"]),
-            ("proven against", row["proven"] or "nothing but the contract of every policy"),
+            ("compared with", row["proven"] or "the contract that holds for every policy"),
         ]
     )
     if not row["parameters"]:
@@ -100,11 +100,11 @@ def _evicts(row: PolicyDescription) -> str:
         evicts = f"every {phase.removeprefix('every:')} steps"
     else:
         evicts = {"step": "at every step", "prefill": "once, after the prompt"}.get(phase, "never")
-    return f"{evicts}; a bound that knows the future" if row["clairvoyant"] else evicts
+    return f"{evicts}; a bound that uses the future" if row["clairvoyant"] else evicts
 
 
-def _flowing(doc: str) -> str:
-    """Return a docstring as text for a terminal: paragraphs that flow, code as it is, without the marks of either."""
+def _unwrapped(doc: str) -> str:
+    """Return a docstring as text for a terminal: paragraphs on one line, code unchanged, without markup."""
     plain = re.sub(r"^(\w+)\n-+$", r"\1:\n", doc.replace("``", ""), flags=re.MULTILINE)
     paragraphs = re.split(r"\n\n+", plain)
     return "\n\n".join(

@@ -29,7 +29,7 @@ def regret(
     replay: ReplayName = None,
     policy: RunPolicy = None,
     budget: RunBudget = None,
-    top: Annotated[int, typer.Option(metavar="N", help="Evictions to list.", min=1)] = 20,
+    top: Annotated[int, typer.Option(metavar="N", help="List N evictions.", min=1)] = 20,
     trace: TraceSource = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -99,7 +99,7 @@ def worst(evictions: Sequence[EvictionRegret], *, several: bool = False) -> list
     """Return a row for each eviction, the one with most regret first."""
     from kvscope.cli.console import Column
 
-    wanted = [", ".join(map(str, each["wanted"])) for each in evictions]
+    attended = [", ".join(map(str, each["wanted"])) for each in evictions]
     return [
         *_sequence(evictions, several),
         Column("layer", [str(each["layer"]) for each in evictions], numeric=True),
@@ -107,7 +107,7 @@ def worst(evictions: Sequence[EvictionRegret], *, several: bool = False) -> list
         Column("key", [str(each["key"]) for each in evictions], numeric=True),
         Column("token", [in_context(each) for each in evictions], wrap=24),
         Column("evicted\nafter", [str(each["gone"]) for each in evictions], numeric=True),
-        Column("missed\nmost at", wanted, keep=80, numeric=True),
+        Column("missed\nmost at", attended, keep=80, numeric=True),
         Column("weight\nthen", [f"{each['weights'][0]:.3f}" for each in evictions], keep=70, numeric=True),
         Column("lag", [str(each["lag"]) for each in evictions], keep=90, numeric=True),
         Column("mass", [f"{each['mass']:.3f}" for each in evictions], numeric=True),

@@ -1,4 +1,4 @@
-"""``kvscope replay``: what policies would have kept of a trace, and how faithful that is."""
+"""``kvscope replay``: which keys policies would have retained of a trace, and how faithful that is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kvscope.cli.options import (
 from kvscope.cli.parameters import PARAMETERS
 from kvscope.core.options import ClosedLoopOptions, OutputOptions, PlanOptions, Positions, Prefill, ReplayOptions
 
-EPILOG = f"{PARAMETERS} Without TRACE, the newest whole one under traces/ is taken."
+EPILOG = f"{PARAMETERS} Without TRACE, the newest complete one under traces/ is used."
 
 
 @command("replay", order=20, options_metavar="[TRACE] [OPTIONS]", epilog=EPILOG, extra_arguments=True)
@@ -52,9 +52,8 @@ def replay(
 ) -> None:
     """Replay any number of policies and budgets over a trace, in one pass.
 
-    The results go to reports/NAME and a summary is printed. In the open loop each layer sees the recorded attention, so
-    what an eviction would do to later layers and tokens is not part of it; --perplexity adds the closed loop, in which
-    it is.
+    The results go to reports/NAME and a summary is printed. The open loop uses the recorded attention, so it does not
+    include the effect of an eviction on later layers and tokens; the closed loop, with --perplexity, does.
     """
     from kvscope.cli import console, places
     from kvscope.cli.hints import next_report
@@ -83,7 +82,7 @@ def replay(
     for why in job.skipped.values():
         console.warn(f"skipped: {why}")
     needs, tokens = job.footprint, sum(sequence.length for sequence in trace.sequences)
-    console.note(f"about {size(needs.bytes)} of memory for {needs.layers} layers at a time", quiet=quiet)
+    console.note(f"about {size(needs.bytes)} of memory, for {needs.layers} layers at a time", quiet=quiet)
     with console.bar("replaying", tokens, "tokens", quiet=quiet) as update:
         made = job.execute(OutputOptions(path, force, command_line(ctx)), lambda share: update(share * tokens))
     show(made, as_json=json)
@@ -91,10 +90,8 @@ def replay(
 
 
 def _require_closed_loop(closed: ClosedLoopOptions, perplexity: bool) -> None:
-    """Raise UsageError where options of the closed loop are given without it."""
+    """Raise UsageError for options of the closed loop without --perplexity."""
     from kvscope.core.errors import UsageError
 
     if closed != ClosedLoopOptions() and not perplexity:
-        raise UsageError(
-            "--model, --dtype, --device-map and --positions are about the closed loop", "Add --perplexity."
-        )
+        raise UsageError("--model, --dtype, --device-map and --positions need the closed loop", "Add --perplexity.")

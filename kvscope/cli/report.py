@@ -1,4 +1,4 @@
-"""``kvscope report``: one self-contained HTML page from one or more replays."""
+"""``kvscope report``: write a self-contained HTML page of one or more replays."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def report(
         list[str] | None,
         typer.Argument(
             metavar="REPLAY",
-            help="Names under reports/, or paths. Default: the newest.",
+            help="Show these replays: names under reports/, or paths. Default: the newest.",
             show_default=False,
         ),
     ] = None,
     output: ReportOutput = None,
-    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
-    data_only: Annotated[bool, typer.Option("--data-only", help="Write the JSON behind the page instead.")] = False,
+    title: Annotated[str | None, typer.Option(help="Set the heading of the page.")] = None,
+    data_only: Annotated[bool, typer.Option("--data-only", help="Write the data of the page as JSON instead.")] = False,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -54,7 +54,7 @@ def report(
 
 
 def traces_of(replays: Sequence[Replay]) -> dict[str, Trace]:
-    """Return the traces that replays were made from, by identity, as far as they are still where they were."""
+    """Return the traces of the replays by identity, as far as they are still at their recorded paths."""
     from kvscope.cli.console import warn
     from kvscope.core.errors import TraceError
     from kvscope.trace.reader import open_trace
@@ -67,10 +67,10 @@ def traces_of(replays: Sequence[Replay]) -> dict[str, Trace]:
         try:
             trace = open_trace(source.path)
         except TraceError as error:
-            warn(f"the report lacks token text: {error.what}")
+            warn(f"the report has no token text: {error.what}")
             continue
         if trace.identity == source.identity:
             traces[trace.identity] = trace
         else:
-            warn(f"the report lacks token text: {trace.path} is no longer the trace of {replay.path}")
+            warn(f"the report has no token text: {trace.path} is no longer the trace of {replay.path}")
     return traces

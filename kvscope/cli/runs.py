@@ -1,4 +1,4 @@
-"""Which runs of a replay a command is about, and the trace that they were made from."""
+"""The runs of a replay that a command line selects, and the trace of the replay."""
 
 from __future__ import annotations
 
@@ -24,27 +24,29 @@ def chosen(replay: Replay, policies: Sequence[str] | None, budgets: Sequence[str
     from kvscope.core.errors import UsageError
 
     numbers = {run.run for policy in policies or () for run in runs_named(replay, policy)}
-    wanted = {part.strip() for budget in budgets or () for part in budget.split(",")}
+    selected = {part.strip() for budget in budgets or () for part in budget.split(",")}
     runs = [
         run
         for run in replay.info.runs
-        if (not policies or run.run in numbers) and (not wanted or str(run.budget) in wanted)
+        if (not policies or run.run in numbers) and (not selected or str(run.budget) in selected)
     ]
     if not runs:
-        there = ", ".join(dict.fromkeys(str(run.budget) for run in replay.info.runs))
-        raise UsageError(f"{replay.path} has no such run at {', '.join(sorted(wanted))}", f"Its budgets: {there}.")
+        known = ", ".join(dict.fromkeys(str(run.budget) for run in replay.info.runs))
+        raise UsageError(
+            f"{replay.path} has no such run at {', '.join(sorted(selected))}", f"Name one of its budgets: {known}."
+        )
     return runs
 
 
 def trace_of(replay: Replay, given: str | None) -> Trace:
-    """Return the trace that a replay was made from: the one named, or where it was then.
+    """Return the trace of a replay: the one that is named, or the one at the recorded path.
 
     Raises
     ------
     ResultError
-        If the replay was made of plain text.
+        If the replay was made from plain text.
     TraceError
-        If there is no trace any more.
+        If there is no trace at this path.
     """
     from kvscope.cli import places
     from kvscope.core.errors import ResultError, TraceError
@@ -53,17 +55,17 @@ def trace_of(replay: Replay, given: str | None) -> Trace:
     source = replay.info.trace
     if source.path is None:
         raise ResultError(
-            f"{replay.path} was made of plain text, and its attention is not recorded",
-            "Record a trace with kvscope trace, and replay that.",
+            f"{replay.path} was made from plain text, of which no attention is recorded",
+            "Record a trace of the text with kvscope trace, and replay that.",
         )
     if given is not None:
         return open_trace(places.find_trace(given))
     try:
         return open_trace(source.path)
     except TraceError as error:
-        raise TraceError(error.what, "Say where it is now with --trace.") from error
+        raise TraceError(error.what, "Name its new path with --trace.") from error
 
 
 def title(run: Mapping[str, object]) -> str:
-    """Return what a run of an analysis is called in a table: label, budget and loop."""
+    """Return the name of a run of an analysis in a table: label, budget and loop."""
     return f"{run['label']} {run['budget'] or 'full cache'} {run['loop']}"

@@ -1,4 +1,4 @@
-"""``kvscope score``: other metrics of a replay, without replaying it."""
+"""``kvscope score``: compute other metrics of a replay, without replaying it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def score(
 ) -> None:
     """Compute metrics from the decisions of a replay and its trace, as the replay itself would have.
 
-    They go to a new replay, REPLAY-scored, with the same decisions. Runs of a closed loop are left out: what they paid
-    attention to is not recorded.
+    They are written to a new replay, REPLAY-scored, with the same decisions. Runs of the closed loop are skipped: their
+    attention is not recorded.
     """
     from kvscope.cli import console, places
     from kvscope.cli.runs import trace_of
@@ -48,9 +48,7 @@ def score(
     path = places.place(places.REPORTS, output, f"{opened.name}-scored", force=force)
     job = compile_score(opened, source, metric, device)
     if job.skipped_runs:
-        console.warn(
-            f"{job.skipped_runs} runs of the closed loop are left out: what they paid attention to is not recorded"
-        )
+        console.warn(f"{job.skipped_runs} runs of the closed loop are skipped: their attention is not recorded")
     tokens = sum(sequence.length for sequence in source.sequences)
     with console.bar("scoring", tokens, "tokens", quiet=quiet) as update:
         made = job.execute(OutputOptions(path, force, command_line(ctx)), lambda share: update(share * tokens))

@@ -32,7 +32,7 @@ def spans(
         list[int] | None,
         typer.Option(
             metavar="STEP",
-            help="Report what is held after this step. Repeatable. Default: end of the prompt, end.",
+            help="Report what is held after this step. Repeatable. Default: the ends of prompt and sequence.",
             show_default=False,
         ),
     ] = None,
@@ -45,7 +45,7 @@ def spans(
 ) -> None:
     """Report how much of a span of tokens the heads hold, and when half of it had been evicted.
 
-    One run is shown layer by layer; several runs one line each, all layers together.
+    A single run is shown layer by layer, several runs on one line each.
     """
     from kvscope.analysis.spans import parse_spans, spans_of
     from kvscope.cli import console, places
@@ -59,7 +59,7 @@ def spans(
     runs = chosen(opened, policy, budget)
     sequences = opened.info.trace.sequences
     if sequence >= len(sequences):
-        raise UsageError(f"{opened.path} has no sequence {sequence}", f"It has {len(sequences)}, from 0 on.")
+        raise UsageError(f"{opened.path} has no sequence {sequence}", f"Name one from 0 to {len(sequences) - 1}.")
     prompt, length = sequences[sequence].prompt, sequences[sequence].length
 
     def texts() -> list[str]:
@@ -77,7 +77,7 @@ def spans(
 
 NOTE = (
     "held: share of the span's tokens held after a step, mean over heads. whole: share of heads that hold all of "
-    "them. half gone: first step after which the mean head holds no more than half."
+    "them. half evicted: first step after which heads hold half of them or less, on average."
 )
 
 
@@ -87,7 +87,7 @@ def _show(report: SpanReport, steps: Sequence[int], about: str) -> None:
 
     runs, notes = report["runs"], [about, NOTE]
     if any(run["reads"] for run in runs):
-        notes.append("For a sparse reader: what it reads; it holds every key.")
+        notes.append("Of a sparse reader, which holds every key: what it reads.")
     single = len(runs) == 1
     heading = f"{report['replay']}: {title(runs[0])}" if single else report["replay"]
     console.show_table(columns(runs, steps, by_layer=single), title=heading, notes=notes)
@@ -114,8 +114,8 @@ def columns(runs: Sequence[RunSpans], steps: Sequence[int], *, by_layer: bool) -
         for name in ("held", "whole"):
             cells = [_share(layer["at"][place][name]) for _, _, layer in rows]
             table.append(Column(f"{name}\nat {step}", cells, keep=90 - place, numeric=True))
-    gone = ["-" if layer["half_gone"] is None else str(layer["half_gone"]) for _, _, layer in rows]
-    return [*table, Column("half\ngone", gone, numeric=True)]
+    half_evicted = ["-" if layer["half_gone"] is None else str(layer["half_gone"]) for _, _, layer in rows]
+    return [*table, Column("half\nevicted", half_evicted, numeric=True)]
 
 
 def _share(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The summary table of a replay: plain columns first, then the drawing."""
+"""The summary table of a replay: its columns, and the notes under it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kvscope.core.records import MetricRecord, ReplayRecord, RunSummary, SourceRef
     from kvscope.results.store import Replay
 
-# Metric, header, and how long the column stays on a narrow terminal (`Column.keep`).
+# Metric, header, and `Column.keep`: how late the column is dropped on a narrow terminal.
 _METRICS = (
     ("retained_mass", "retained\nmass", ALWAYS),
     ("retained_mass_no_sinks", "without\nsinks", 90),
@@ -23,7 +23,7 @@ _METRICS = (
     ("mask_cosine", "mask\ncosine", 40),
     ("ideal_recall", "ideal\nrecall", 95),
 )
-# Of the closed loop: metric, header, digits, and how long the column stays.
+# Of the closed loop: metric, header, digits, and `Column.keep`.
 _OUTCOMES = (
     ("perplexity", "perplexity", 3, 99),
     ("perplexity_ratio", "ratio\nto full", 3, 98),
@@ -50,11 +50,11 @@ def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) ->
     Parameters
     ----------
     runs : sequence of RunSummary
-        Those of ``summary.json``.
+        The runs of ``summary.json``.
     declared : mapping of str to MetricRecord
-        Properties of the metrics: a run that evicted nothing shows the declared value, dimmed.
+        Properties of the metrics; a run that evicted nothing shows the declared value, dimmed.
     """
-    untouched = {row for row, run in enumerate(runs) if _count(run) == 0}
+    without_evictions = {row for row, run in enumerate(runs) if _count(run) == 0}
     table = [
         Column("policy", [_label(run) for run in runs], wrap=16),
         Column("budget", [str(run.budget or "-") for run in runs], numeric=True),
@@ -67,9 +67,10 @@ def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) ->
         if not any(name in run.metrics for run in runs):
             continue
         cells = [
-            _declared(declared.get(name)) if row in untouched else _number(run, name, 3) for row, run in enumerate(runs)
+            _declared(declared.get(name)) if row in without_evictions else _number(run, name, 3)
+            for row, run in enumerate(runs)
         ]
-        table.append(Column(header, cells, keep=keep, numeric=True, dim=untouched))
+        table.append(Column(header, cells, keep=keep, numeric=True, dim=without_evictions))
         if name == "retained_mass" and any(_of_belady(run) is not None for run in runs):
             shares = [_of_belady(run) for run in runs]
             cells = ["-" if share is None else f"{share:.3f}" for share in shares]
@@ -86,14 +87,14 @@ def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) ->
 
 
 def _differing(runs: Sequence[RunSummary]) -> list[Column]:
-    """Return columns of what differs between the runs beside policy and budget."""
+    """Return columns of the properties in which the runs differ, other than policy and budget."""
     found = []
     evicts = [_evicts(run) for run in runs]
     if len(set(evicts) - {"never"}) > 1:
         found.append(Column("evicts", evicts, keep=94))
-    shared = [run.allocate for run in runs]
-    if set(shared) != {"uniform"}:
-        found.append(Column("shared\nout", shared, keep=42))
+    allocations = [run.allocate for run in runs]
+    if set(allocations) != {"uniform"}:
+        found.append(Column("allocation", allocations, keep=42))
     if any(run.decisions_changed is not None for run in runs):
         cells = ["-" if run.decisions_changed is None else f"{run.decisions_changed:,}" for run in runs]
         found.append(Column("decisions\nchanged", cells, keep=93, numeric=True))
@@ -111,7 +112,7 @@ def _evicts(run: RunSummary) -> str:
 
 
 def _paired(runs: Sequence[RunSummary]) -> list[RunSummary]:
-    """Return the runs in order, each closed one after the open one that it belongs to."""
+    """Return the runs in order, each closed run after its open run."""
 
     def place(run: RunSummary) -> tuple[int, bool]:
         return (run.run, False) if run.open_run is None else (run.open_run, True)
@@ -125,17 +126,19 @@ def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
     trace = replay.trace
     lines = [f"{'; '.join(kind)}; trace {trace.name}, model {trace.model or 'unknown'}."]
     lines += trace.approximate
-    errors = "; of output error, 0" if any("output_error" in run.metrics for run in runs) else ""
-    lines.append(f"Means over the steps, heads and layers in which something had been evicted; 1 is best{errors}.")
-    lines += [f"{name} is left out: {why}" for name, why in replay.left_out.items()]
+    errors = "; 0 for output error" if any("output_error" in run.metrics for run in runs) else ""
+    lines.append(f"Means over the steps, heads and layers at which something had been evicted; 1 is best{errors}.")
+    lines += [f"{name} was not computed: {why}" for name, why in replay.left_out.items()]
     if len({_evicts(run) for run in runs} - {"never"}) > 1:
         lines.append(
-            "At one budget, policies that evict once or every few steps, or only read less, hold more keys than those "
-            "that evict at all steps: compare them by read and held."
+            "At one budget, policies that evict once or every few steps, or that only read less, hold more keys than "
+            "those that evict at every step: compare read and held as well."
         )
     sums = {run.accumulate for run in runs if run.decisions_changed is not None}
     if sums:
-        lines.append(f"Decisions changed: evictions at another step than with sums in float32, by {', '.join(sums)}.")
+        lines.append(
+            f"Decisions changed: evictions at another step than with sums in float32, due to {', '.join(sums)}."
+        )
     full = [run.metrics["perplexity_full"].mean for run in runs if "perplexity_full" in run.metrics]
     if full:
         scored = max(run.count("perplexity") for run in runs)
@@ -143,42 +146,42 @@ def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
     gaps = [run.gap.held_overlap for run in runs if run.gap]
     if gaps:
         lines.append(
-            f"Open and closed loop hold the same keys to {min(gaps):.0%} (worst policy) to {max(gaps):.0%} (best): "
-            "the lower, the less the open loop says."
+            f"Overlap of the keys held in open and closed loop: {min(gaps):.0%} (lowest policy) to {max(gaps):.0%} "
+            "(highest). The lower it is, the less the open loop predicts."
         )
     if any(_of_belady(run) is not None for run in runs):
         lines.append(_bounds(runs))
     if any(_count(run) == 0 for run in runs):
-        lines.append("Dimmed: nothing was evicted, so these are the values of an untouched cache, not measurements.")
+        lines.append("Dimmed: nothing was evicted; these are the declared values of a full cache, not measurements.")
     if any(value.low is not None for run in runs for name, value in run.metrics.items() if name == "retained_mass"):
         lines.append("Second line of a cell: 95 % interval over sequences.")
     return lines
 
 
 def _of_belady(run: RunSummary) -> float | None:
-    """Return the retained mass as a share of what the best schedule of evictions retains, where that is known."""
+    """Return the retained mass divided by that of the best eviction schedule, where that is known."""
     return run.bounds.share_of_belady
 
 
 def _bounds(runs: Sequence[RunSummary]) -> str:
-    """Return the line about the bounds."""
-    line = "Of belady: share of the mass that the best schedule of evictions retains"
+    """Return the note about the bounds."""
+    line = "Of belady: retained mass divided by that of the best eviction schedule"
     shares = {run.bounds.belady_of_ideal for run in runs}
-    left = sorted(share for share in shares if share is not None)
-    if left:
-        span = f"{left[0]:.3f}" if len(left) == 1 else f"{left[0]:.3f} to {left[-1]:.3f}"
-        line += f", which itself retains {span} of the ideal set's"
+    known = sorted(share for share in shares if share is not None)
+    if known:
+        span = f"{known[0]:.3f}" if len(known) == 1 else f"{known[0]:.3f} to {known[-1]:.3f}"
+        line += f", which retains {span} times the mass of the ideal set"
     if any((_of_belady(run) or 0) > 1.0005 and not run.clairvoyant for run in runs):
-        line += "; above 1: it holds more keys at some steps, or they come back"
+        line += "; above 1: the policy holds more keys at some steps, or reads evicted keys again"
     return f"{line}."
 
 
 def _protocol(trace: SourceRef) -> str:
-    """Return what kind of text was scored, in words."""
+    """Return which kind of text was scored, as a phrase."""
     words = {
-        "generated": ", which the model generated itself: that flatters every policy",
-        "forced": ", a given continuation",
-        "text": f", plain text in windows of {trace.window}",
+        "generated": " that the model generated itself, which flatters every policy",
+        "forced": " of a given continuation",
+        "text": f" of plain text in windows of {trace.window}",
     }
     return words.get(trace.protocol, "")
 

@@ -50,9 +50,10 @@ def trace(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Generate with a real model and record every attention row, or what it follows from.
+    """Generate with a real model and record every attention row, or the vectors that determine it.
 
-    The trace goes to traces/NAME; its size is said, and checked against the disk, before the first token.
+    The trace goes to traces/NAME. The estimated size is printed and checked against free disk space before the first
+    token.
     """
     from kvscope.cli import console
     from kvscope.cli.hints import next_command
@@ -81,27 +82,27 @@ def trace(
 
 
 def announce(plan: RecordingPlan, quiet: bool) -> None:
-    """Say how large a trace will be, before it starts."""
+    """Print how large a trace will be, before the recording starts."""
     from kvscope.cli.console import note
     from kvscope.core.output import size
 
     others = ", ".join(f"{store}: {size(count)}" for store, count in plan.others.items())
     note(f"{plan.path}: about {size(plan.bytes)} to write ({others}), {size(plan.free)} free on the disk", quiet=quiet)
     if plan.bytes > plan.in_flight:
-        note(f"at most {size(plan.in_flight)} of it wait in memory", quiet=quiet)
+        note(f"at most {size(plan.in_flight)} of it are buffered in memory", quiet=quiet)
     if plan.prefill_chunk is not None:
-        note(f"prompts go through the model {plan.prefill_chunk:,} tokens at a time", quiet=quiet)
+        note(f"prompts are processed {plan.prefill_chunk:,} tokens at a time", quiet=quiet)
 
 
 def progress_callback(update: Update) -> Callable[[Progress], None]:
-    """Return a callback that moves a bar by the tokens done, and shows the bytes written."""
+    """Return a callback that shows the tokens done and the bytes written in a bar."""
     from kvscope.core.output import size
 
     return lambda now: update(now.done, size(now.bytes), now.total)
 
 
 def _name(prompts: Sequence[Path], model: str) -> str:
-    """Return a name that says what was traced: ``prompt-demo``, ``a+3-more-Llama-2-7b-hf``."""
+    """Return a name of prompts and model: ``prompt-demo``, ``a+3-more-Llama-2-7b-hf``."""
     from kvscope.cli.places import joined
 
     stems = joined([path.stem for path in prompts], most=1)
@@ -119,7 +120,7 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise UsageError(
-                f"{option} {text!r}: {part.strip()!r} is no {option.strip('-').removesuffix('s')}",
+                f"{option} {text!r}: {part.strip()!r} is not a {option.strip('-').removesuffix('s')}",
                 f"Write numbers and ranges: {option} 0,3,8-11",
             )
         chosen.update(range(int(first), int(last if dash else first) + 1))

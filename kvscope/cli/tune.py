@@ -1,10 +1,10 @@
-"""``kvscope tune``: which parameters suit a model, a layer, a head."""
+"""``kvscope tune``: search the parameters that suit a model, a layer or a head."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvscope.cli.command import command
 from kvscope.cli.options import (
@@ -45,9 +45,9 @@ def tune(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Search a policy's parameters on recorded attention, and measure the gain on sequences left out of the search.
+    """Search a policy's parameters on recorded attention, and measure the gain on held-out sequences.
 
-    The file is read with --policy a2sf:@tuned.toml. Without TRACE, the newest whole one under traces/ is taken.
+    Use the file with --policy a2sf:@tuned.toml. Without TRACE, the newest complete one under traces/ is used.
     """
     from kvscope.cli import console, places
     from kvscope.cli.hints import replay_of
@@ -55,7 +55,7 @@ def tune(
     from kvscope.core.output import require_free
 
     if output.is_dir() or not output.parent.is_dir():
-        raise UsageError(f"{output} cannot be a file here", "Name a file in a folder that exists: -o tuned.toml")
+        raise UsageError(f"{output} cannot be written", "Name a file in a folder that exists: -o tuned.toml")
     require_free(output, force=force)
     with console.working("loading torch", quiet=quiet):
         from kvscope.trace.reader import open_trace
@@ -88,13 +88,15 @@ def _grid(policy: str, given: list[str]) -> dict[str, list[str]]:
         name = flag.strip().lstrip("-").replace("-", "_")
         listed = [value.strip() for value in values.split(",") if value.strip()]
         if not name or not listed or name in grid:
-            raise UsageError(f"--grid {text!r} names no values of one parameter", "Write --grid alpha=0.1,0.5,0.9")
+            raise UsageError(
+                f"--grid {text!r} is not a list of values of one parameter", "Write --grid alpha=0.1,0.5,0.9"
+            )
         grid[name] = listed
     return grid
 
 
 def _name(policy: str) -> str:
-    """Return the name of a policy without its settings: ``a2sf``, or ``mine.py:Mine``."""
+    """Return the name of a policy without its parameters: ``a2sf``, or ``mine.py:Mine``."""
     found = re.match(r"\s*(.+?\.py:\w+|[\w-]+)", policy)
     assert found is not None, f"{policy} has been tuned"
     return found[1]
@@ -105,7 +107,7 @@ def _show(found: Tuning, output: Path, *, as_json: bool) -> None:
 
     about, gain = found.about, found.gain
     if as_json:
-        data: dict[str, Any] = {
+        data: dict[str, object] = {
             **about,
             "searched": {name: _mean(values) for name, values in found.searched.items()},
             "held_out": {name: _mean(values) for name, values in found.held_out.items()},
@@ -137,7 +139,7 @@ def _show(found: Tuning, output: Path, *, as_json: bool) -> None:
 
 
 def _verdict(gain: Paired) -> list[str]:
-    """Return what the held-out sequences say, and what they cannot."""
+    """Return the lines about the gain on the held-out sequences, and how certain it is."""
     difference = gain.difference or 0.0
     verdict = "better" if difference > 0 else "not better"
     spread = "" if gain.low is None else f", 95 % interval {gain.low:+.4f} to {gain.high:+.4f}"
@@ -146,8 +148,8 @@ def _verdict(gain: Paired) -> list[str]:
     ]
     if gain.warning:
         lines.append(gain.warning[0].upper() + gain.warning[1:] + ".")
-    elif not gain.told_apart:
-        lines.append("These sequences do not tell the two apart.")
+    elif not gain.significant:
+        lines.append("On these sequences, the difference is not significant.")
     return lines
 
 

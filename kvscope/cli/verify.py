@@ -1,8 +1,8 @@
-"""``kvscope verify``: real decoding with a shortened cache, beside the closed loop."""
+"""``kvscope verify``: compare real decoding with a shortened cache with the closed loop."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -51,8 +51,8 @@ def verify(
 ) -> None:
     """Decode token by token with a physically shortened cache, and compare with the closed loop.
 
-    Both must hold the same keys at every step and give the same logits: this is what makes the perplexities of the
-    closed loop those of real decoding. Any policy that evicts can be verified, your own included.
+    Both must hold the same keys at every step and give the same logits; then the perplexities of the closed loop are
+    those of real decoding. Any policy that evicts can be verified, also one from your own file.
     """
     from kvscope.cli import console, places
     from kvscope.cli.parameters import only_word, select
@@ -86,7 +86,7 @@ def _show(found: Sequence[Verdict], title: str, *, as_json: bool) -> None:
     from kvscope.cli.console import Column, show_json, show_table
 
     if as_json:
-        rows: list[dict[str, Any]] = [{**asdict(item), "agrees": item.agrees} for item in found]
+        rows = [{**asdict(item), "agrees": item.agrees} for item in found]
         show_json({"verdicts": rows, "agrees": all(item.agrees for item in found)})
         return
     columns = [
@@ -100,10 +100,10 @@ def _show(found: Sequence[Verdict], title: str, *, as_json: bool) -> None:
         Column("logits\ndiffer by", [f"{item.logit_difference:.1e}" for item in found], numeric=True),
         Column("verdict", [_verdict(item) for item in found]),
     ]
-    notes = ["The closed loop beside token-by-token decoding with a cache from which evicted keys are really gone."]
+    notes = ["The closed loop, compared with token-by-token decoding and a cache that evicted keys are removed from."]
     if not all(item.decided for item in found):
         notes.append(
-            "Below float64 rounding can tip one decision, and what follows from it: measured here, not judged."
+            "Below float64, rounding can change a decision and those that follow: agreement is reported, not required."
         )
     show_table(columns, title=title, notes=notes)
 

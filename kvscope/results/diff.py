@@ -1,4 +1,4 @@
-"""Did fidelity fall? Two summaries side by side."""
+"""Comparison of two summaries: which metrics became worse, and whether decisions changed."""
 
 from __future__ import annotations
 
@@ -7,39 +7,48 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from kvscope.core.errors import ResultError, UsageError
 from kvscope.core.records import Direction, MetricRecord, RunSummary, SummaryRecord
 from kvscope.core.registry import nearest
 from kvscope.results.decisions import Decisions, compare_decisions
 
-Verdict = Literal["worse", "missing", "changed", "new", "better", "same"]  # what a reader asks for first
+Verdict = Literal["worse", "missing", "changed", "new", "better", "same"]  # the most important first
 REGRESSIONS = ("worse", "missing")
 DECLARED = ("direction", "range", "when_nothing_evicted")
-ALIGNED = ("policy", "params", "budget", "prefill", "loop", "phase", "allocate", "accumulate")  # one run on both sides
-FEW = 50  # rows up to which values that are the same are shown too
-APART = "No run is on both sides; two policies are set side by side by: kvscope compare"
-FIRST = 10  # stays that are named for each run whose decisions differ
+ALIGNED = (
+    "policy",
+    "params",
+    "budget",
+    "prefill",
+    "loop",
+    "phase",
+    "allocate",
+    "accumulate",
+)  # equal for runs that are compared
+FEW = 50  # number of rows up to which unchanged values are shown too
+NOTHING_COMMON = "The two have no run in common; to compare two policies, use: kvscope compare"
+FIRST = 10  # differences that are listed for each run
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much a metric may change before it counts.
+    """The largest change of a metric that is tolerated.
 
     Attributes
     ----------
     amount : float
         From 0 up.
     relative : bool
-        Whether `amount` is percent of the base's absolute value.
+        Whether `amount` is a percentage of the absolute value of the base.
     """
 
     amount: float
     relative: bool = False
 
     def of(self, base: float | None) -> float:
-        """Return the largest change that is allowed from `base`."""
+        """Return the largest change from `base` that is tolerated."""
         return self.amount / 100 * abs(base or 0.0) if self.relative else self.amount
 
     def __str__(self) -> str:
@@ -53,9 +62,9 @@ DEFAULT_TOLERANCE = Tolerance(0.001)
 class DiffRow:
     """One metric of one run on both sides.
 
-    `verdict` is ``worse`` for a fall by more than the tolerance, ``changed`` for a metric without a better direction
-    that moved by more (keys read and held), ``missing`` where the new side lacks a run or a value, ``new`` where the
-    base does. `tolerance` is the largest change that is allowed, `stated` how that was said: ``0.001`` or ``1%``.
+    `verdict` is ``worse`` for a fall by more than the tolerance, ``changed`` for a larger change of a metric without a
+    better direction (keys read and held), ``missing`` where the new side has no such run or value, ``new`` where the
+    base has none. `tolerance` is the largest tolerated change, `stated` the tolerance as given: ``0.001`` or ``1%``.
     """
 
     run: str
@@ -69,7 +78,7 @@ class DiffRow:
 
     @property
     def fails(self) -> bool:
-        """Whether it fails a build."""
+        """Whether it fails a CI regression check."""
         return self.verdict in REGRESSIONS
 
 
@@ -84,21 +93,21 @@ class Diff:
 
     @property
     def regressions(self) -> list[DiffRow]:
-        """Rows that fail a build: worse, missing."""
+        """Rows that fail a CI regression check: worse, missing."""
         return [row for row in self.rows if row.fails]
 
     @property
-    def redecided(self) -> list[Decisions]:
-        """Runs that did not decide the same, which fails a build too."""
+    def changed_decisions(self) -> list[Decisions]:
+        """Runs whose decisions differ, which fails a CI regression check too."""
         return [run for run in self.decisions or () if not run.equal]
 
     @property
     def regressed(self) -> bool:
-        """Whether anything fails a build."""
-        return bool(self.regressions or self.redecided)
+        """Whether the CI regression check fails."""
+        return bool(self.regressions or self.changed_decisions)
 
     def shown(self, everything: bool = False) -> list[DiffRow]:
-        """Return the rows for a reader: all if they are few, otherwise those that are not the same."""
+        """Return the rows to show: all if they are few, otherwise those that changed."""
         if everything or len(self.rows) <= FEW:
             return self.rows
         return [row for row in self.rows if row.verdict != "same"]
@@ -106,15 +115,15 @@ class Diff:
     def verdict(self) -> str:
         """Return the result in one line."""
         counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in get_args(Verdict)}
-        told = f"{len(self.rows)} values: {', '.join(f'{count} {name}' for name, count in counts.items() if count)}."
+        text = f"{len(self.rows)} values: {', '.join(f'{count} {name}' for name, count in counts.items() if count)}."
         if self.decisions is not None:
-            told += f" Decisions differ in {len(self.redecided)} of {len(self.decisions)} runs."
+            text += f" Decisions differ in {len(self.changed_decisions)} of {len(self.decisions)} runs."
         if self.rows and {row.verdict for row in self.rows} <= {"missing", "new"}:
-            told += f" {APART}"
-        return told
+            text += f" {NOTHING_COMMON}"
+        return text
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for ``--json``."""
+    def to_dict(self) -> dict[str, object]:
+        """Return JSON data for ``--json``."""
         return {
             "kind": "kvscope-diff",
             "schema": 1,
@@ -142,19 +151,19 @@ def diff(
     base, new : SummaryRecord
         Summaries, as `load_summary` gives them.
     tolerance : float, Tolerance, or mapping of str to these
-        How much a metric may fall; for a mapping, ``""`` is for the metrics that it does not name.
+        How much a metric may become worse; in a mapping, ``""`` is for metrics without an entry.
     decisions : bool
-        Whether to compare also which keys were evicted when.
+        Whether to compare also at which step each key was evicted.
     first : int
-        How many of the evictions that changed to name for each run.
+        Number of differences to list for each run.
     sources : (str, str)
-        Paths of the replay folders or ``summary.json`` files, for messages; decisions are compared eviction by eviction
-        where both are folders.
+        Paths of the replay folders or ``summary.json`` files, for messages; decisions are compared interval by interval
+        if both are folders.
 
     Raises
     ------
     ResultError
-        If the two are of different traces, models, protocols or metric definitions, or do not say what was decided.
+        If traces, models, protocols or metric definitions differ, or there is no digest of the decisions.
     UsageError
         If the tolerance names a metric that neither side has.
     """
@@ -164,7 +173,7 @@ def diff(
     declared = {**new.metrics, **base.metrics}
     for name in allowed:
         if name and name not in declared:
-            raise UsageError(f"tolerance for {name!r}, which no run has", nearest(name, declared))
+            raise UsageError(f"the tolerance is for metric {name!r}, which no run has", nearest(name, declared))
     before, after = _by_key(base, sources[0]), _by_key(new, sources[1])
     rows: list[DiffRow] = []
     decided: list[Decisions] = []
@@ -199,28 +208,28 @@ def parse_tolerance(texts: Sequence[str]) -> dict[str, Tolerance]:
 
 
 def require_same_origin(base: SummaryRecord, new: SummaryRecord) -> None:
-    """Raise ResultError unless two summaries are of one trace, model, protocol and definition of each metric."""
+    """Raise ResultError unless two summaries have the same trace, model, protocol and metric definitions."""
     origins = (("model", base.trace.model, new.trace.model), ("identity", base.trace.identity, new.trace.identity))
     for what, old, other in origins:
         if old != other:
             raise ResultError(
-                f"the two are of different traces: {what} {_short(old)} and {_short(other)}",
+                f"the replays are of different traces: {what} {_short(old)} and {_short(other)}",
                 "Compare replays of the same trace.",
             )
     for what in ("prefill", "loop"):
         old_set, new_set = ({str(getattr(run, what)) for run in side.runs} for side in (base, new))
         if old_set != new_set:
             raise ResultError(
-                f"the two are of different protocols: {what} {_names(old_set)} and {_names(new_set)}",
-                "Replay both with the same --prefill, in the same loop.",
+                f"the replays have different protocols: {what} {_names(old_set)} and {_names(new_set)}",
+                "Replay both with the same --prefill and in the same loop.",
             )
     for name in sorted(base.metrics.keys() & new.metrics.keys()):
         for what in DECLARED:
             one, another = (getattr(side.metrics[name], what) for side in (base, new))
             if one != another:
                 raise ResultError(
-                    f"metric {name} is defined differently on the two sides: {what} {one} and {another}",
-                    "Replay both with one kvscope.",
+                    f"the definitions of metric {name} differ: {what} {one} and {another}",
+                    "Replay both with the same version of kvscope.",
                 )
 
 
@@ -284,7 +293,7 @@ def _by_key(summary: SummaryRecord, source: str) -> dict[str, RunSummary]:
         if key in found:
             raise ResultError(
                 f"{source} has two runs of {run.label} at {run.budget or 'full cache'}",
-                "Replay each policy and budget once: of two, it is not known which to compare.",
+                "Replay each policy and budget once, so that runs can be paired.",
             )
         found[key] = run
     return found

@@ -1,4 +1,4 @@
-"""A comparison as other programs read it: Markdown for a job summary or a comment, JUnit XML for test reports."""
+"""Formats of a comparison: Markdown for a job summary or a comment, JUnit XML for test reports."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 from collections.abc import Sequence
 from xml.etree import ElementTree as xml
 
-from kvscope.results.decisions import Decisions, Moved
+from kvscope.results.decisions import Decisions, ResidencyChange
 from kvscope.results.diff import Diff, DiffRow
 
-MOST = 1000  # rows of a Markdown table: a job summary may have 1 MiB
-MOVED = ("sequence", "layer", "kv_head", "key", "base", "new")
+MOST = 1000  # rows of a Markdown table: a job summary is limited to 1 MiB
+CHANGE_COLUMNS = ("sequence", "layer", "kv_head", "key", "base", "new")
 _COUNTED = (("tests", "testcase"), ("failures", "failure"))
-UNNAMED = "Which ones cannot be said: of one side only the summary is there. Compare the replay folders."
+UNNAMED = "One side has only a summary; compare the replay folders to list the differences."
 
 
 def markdown(found: Diff) -> str:
-    """Return a comparison as Markdown: the verdict, then tables of what is not the same, or of all if it is short.
+    """Return a comparison as Markdown: the verdict, then a table of changed values, or of all if there are few.
 
-    The table syntax is that of GitHub; whatever comes from names of policies and files is escaped.
+    Tables use the syntax of GitHub; names of policies and files are escaped.
     """
     rows = found.shown()
     lines = [f"### kvscope: {'regression' if found.regressed else 'no regression'}", ""]
@@ -28,17 +28,17 @@ def markdown(found: Diff) -> str:
         lines += _table(head, [_cells(row) for row in rows[:MOST]], numeric=(2, 3, 4, 5))
     if len(rows) > MOST:
         lines += [f"{len(rows) - MOST} more rows are not shown.", ""]
-    for run in found.redecided:
-        lines += [f"**{_escape(run.run)}**: {_escape(counted(run))}", ""]
+    for run in found.changed_decisions:
+        lines += [f"**{_escape(run.run)}**: {_escape(change_count(run))}", ""]
         if run.first:
-            lines += _table(MOVED, [moved_cells(moved) for moved in run.first], numeric=range(4))
+            lines += _table(CHANGE_COLUMNS, [change_cells(change) for change in run.first], numeric=range(4))
     return "\n".join(lines).rstrip() + "\n"
 
 
 def junit(found: Diff) -> str:
     """Return a comparison as JUnit XML: a suite for each run, a case for each metric and for the decisions.
 
-    Elements and attributes are those that the schemas in use share: ``testsuites``, ``testsuite``, ``testcase`` and
+    Only elements and attributes that all JUnit schemas share are used: ``testsuites``, ``testsuite``, ``testcase`` and
     ``failure``. The times are 0: nothing is timed.
     """
     root = xml.Element("testsuites", name="kvscope diff", time="0")
@@ -50,7 +50,9 @@ def junit(found: Diff) -> str:
                 _case(suite, run, row.metric, row.verdict, failed)
         for decided in found.decisions or ():
             if decided.run == run:
-                _case(suite, run, "decisions", "different", "" if decided.equal else counted(decided), decided.first)
+                _case(
+                    suite, run, "decisions", "different", "" if decided.equal else change_count(decided), decided.first
+                )
     for part in (root, *root):
         count = {name: str(len(part.findall(f".//{tag}"))) for name, tag in _COUNTED}
         part.attrib |= count | {"errors": "0"}
@@ -58,18 +60,18 @@ def junit(found: Diff) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + xml.tostring(root, encoding="unicode") + "\n"
 
 
-def counted(run: Decisions) -> str:
-    """Return in words how many decisions of a run differ."""
+def change_count(run: Decisions) -> str:
+    """Return a sentence on how many residency intervals of a run differ."""
     if run.equal:
         return "decisions are the same"
     if run.changed is None:
         return f"decisions differ. {UNNAMED}"
-    return f"{run.changed:,} of {run.stays:,} stays of keys differ"
+    return f"{run.changed:,} of {run.stays:,} residency intervals differ"
 
 
-def moved_cells(moved: Moved) -> list[str]:
-    """Return the cells of the columns `MOVED`."""
-    return [str(moved.sequence), str(moved.layer), str(moved.kv_head), str(moved.key), *moved.words()]
+def change_cells(change: ResidencyChange) -> list[str]:
+    """Return the cells of the columns `CHANGE_COLUMNS`."""
+    return [str(change.sequence), str(change.layer), str(change.kv_head), str(change.key), *change.words()]
 
 
 def number(value: float | None, sign: bool = False) -> str:
@@ -83,8 +85,8 @@ def _cells(row: DiffRow) -> list[str]:
 
 def _said(row: DiffRow) -> str:
     if row.verdict == "missing":
-        return "is missing: the base has it, the new side does not"
-    return f"went from {number(row.base)} to {number(row.new)} ({number(row.change, True)}; tolerance {row.stated})"
+        return "is missing in the new replay"
+    return f"changed from {number(row.base)} to {number(row.new)} ({number(row.change, True)}; tolerance {row.stated})"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int]) -> list[str]:
@@ -93,16 +95,20 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence
     return [f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:])] + [""]
 
 
-def _case(suite: xml.Element, run: str, name: str, verdict: str, failed: str, first: Sequence[Moved] = ()) -> None:
+def _case(
+    suite: xml.Element, run: str, name: str, verdict: str, failed: str, first: Sequence[ResidencyChange] = ()
+) -> None:
     case = xml.SubElement(suite, "testcase", classname=_printable(run), name=_printable(name), time="0")
     if failed:
         failure = xml.SubElement(case, "failure", message=_printable(failed), type=verdict)
-        lines = [", ".join(f"{n} {v}" for n, v in zip(MOVED, moved_cells(moved), strict=True)) for moved in first]
+        lines = [
+            ", ".join(f"{n} {v}" for n, v in zip(CHANGE_COLUMNS, change_cells(change), strict=True)) for change in first
+        ]
         failure.text = _printable("\n".join([failed, *lines]))
 
 
 def _escape(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
+    """Return text escaped for Markdown, on one line."""
     return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", " ".join(_printable(text).split()))
 
 

@@ -30,8 +30,8 @@ def test_split(given: list[str], words: list[str], params: dict[str, str]) -> No
         (["--alpha"], "--alpha has no value"),
         (["--alpha", "--recent", "3"], "--alpha has no value"),
         (["--alpha", "1", "--alpha", "2"], "--alpha is given twice"),
-        (["-z"], "no option -z"),
-        (["--"], "no option --"),
+        (["-z"], "unknown option -z"),
+        (["--"], "unknown option --"),
     ],
 )
 def test_split_refuses(words: list[str], what: str) -> None:
@@ -49,5 +49,5 @@ def test_numbers() -> None:
 
 @pytest.mark.parametrize("text", ["", "a", "1,", "3-1", "1-", "-1", "1.5"])
 def test_numbers_refuses(text: str) -> None:
-    with pytest.raises(UsageError, match="is no layer"):
+    with pytest.raises(UsageError, match="is not a layer"):
         numbers("--layers", text)

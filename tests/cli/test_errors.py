@@ -155,7 +155,7 @@ def test_existing_outputs_are_left_alone(run: Run, small: Path, npz: Path) -> No
 
 @pytest.mark.parametrize("folder", ["traces", "reports"])
 def test_a_folder_that_cannot_be_written(run: Run, small: Path, npz: Path, folder: str) -> None:
-    """A file stands where the folder should be: permissions do not hold for root, this does."""
+    """A file is in the way where the folder should be: permissions do not hold for root, this does."""
     kept = small.rename("elsewhere")
     shutil.rmtree("traces", ignore_errors=True)
     Path(folder).write_text("not a folder")
@@ -257,7 +257,7 @@ def test_a_replay_cut_in_half(run: Run, small: Path) -> None:
         (errno.ENOSPC, "space"),
         (errno.EACCES, "permissions"),
         (errno.EROFS, "read-only"),
-        (errno.ENOTDIR, "file stands"),
+        (errno.ENOTDIR, "file is in the way"),
     ],
 )
 def test_what_the_file_system_refuses(

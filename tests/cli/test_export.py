@@ -109,11 +109,11 @@ def test_too_few_sequences_are_said(run: Run, small: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "what", "todo"),
     [
-        (["-p", "h2o"], "which two policies", "h2o, tova"),
+        (["-p", "h2o"], "two policies must be named", "h2o, tova"),
         (["-p", "h2o", "-p", "h20"], "'h20'", "h2o"),
         (["-p", "h2o", "-p", "tova", "-p", "h2o"], "3 policies", "--policy A --policy B"),
         (["--metric", "retained_mas"], "'retained_mas'", "retained_mass"),
-        (["everything", "everything", "everything"], "3 replays", "of two"),
+        (["everything", "everything", "everything"], "3 replays", "one replay or two"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

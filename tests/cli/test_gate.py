@@ -79,7 +79,7 @@ def test_one_protected_key_fewer_is_caught_by_the_decisions(replays: Run) -> Non
     assert decided["first"][0]["step"] == prompt - 1, "the first eviction, at the end of the prompt, is already another"
     told = replays("diff", "before", "after", "-t", "1", "--decisions", "--first", "2")
     assert told.status == 3
-    assert f"{decided['changed']:,} of {decided['stays']:,} stays of keys differ; the first 2 in time" in told.out
+    assert f"{decided['changed']:,} of {decided['stays']:,} residency intervals differ; the earliest 2" in told.out
     assert len(re.findall("evicted at", told.out)) >= 2
     assert replays("diff", "before", "before", "--decisions").status == 0
 
@@ -89,7 +89,7 @@ def test_a_committed_summary_catches_it_without_the_folder(replays: Run) -> None
     shutil.rmtree("reports/before")
     done = replays("diff", "baseline.json", "after", "-t", "1", "--decisions")
     assert done.status == 3
-    assert "only the summary is there" in done.out
+    assert "has only a summary" in done.out
 
 
 def test_update_accepts_the_new_side(replays: Run) -> None:

@@ -47,7 +47,7 @@ def test_what_was_scored_is_what_was_replayed(run: Run, example: None) -> None:
 def test_a_trace_without_values_says_which_metric_is_left_out(run: Run, small: Path) -> None:
     done = run("replay", "-p", "window", "--prefill", "stream", "-b", "30%")
     assert done.status == 0, done.err
-    assert "output_error is left out: it needs values" in " ".join(done.out.split())
+    assert "output_error was not computed: it needs values" in " ".join(done.out.split())
     what, todo = run("score", "--metric", "output_error").two_lines()
     assert "output_error needs values" in what and "--store" in todo
 
@@ -110,7 +110,7 @@ def test_spans_of_several_runs_at_chosen_steps(run: Run, example: None) -> None:
         (["spans", "two", "--span", "a=text:nowhere"], "is not in the sequence", "positions"),
         (["spans", "two", "--span", "a=0:900"], f"not a range within {SEQUENCE.length} tokens", "START:STOP"),
         (["spans", "two", "--span", "a=0:9", "--at", "900"], "no step 900", str(LAST)),
-        (["spans", "two", "--span", "a=0:9", "--sequence", "3"], "no sequence 3", "has 1"),
+        (["spans", "two", "--span", "a=0:9", "--sequence", "3"], "no sequence 3", "from 0 to 0"),
         (["spans", "two", "--span", "a=0:9", "-p", "h2o"], "no policy 'h2o'", "tova"),
         (["regret", "two", "-b", "30%"], "no such run at 30%", "20%, 40%"),
         (["regret", "two", "--top", "0"], "--top", "--help"),

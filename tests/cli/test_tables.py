@@ -81,7 +81,7 @@ def test_the_share_of_the_best_schedule_is_shown_where_it_is_known() -> None:
     runs.append(a_run("full", count=0, budget=None, bounds=unknown))
     assert cells(columns(runs, DECLARED), "of belady") == ["0.840", "1.100", "-"]
     (line,) = (line for line in notes(runs, RECORD) if "belady" in line.lower())
-    assert "0.900 of the ideal set" in line and "above 1" not in line
+    assert "0.900 times the mass of the ideal set" in line and "above 1" not in line
     runs.append(a_run("snapkv", bounds={"share_of_belady": 1.01, "belady_of_ideal": 0.95}))
     assert any("0.900 to 0.950" in line and "above 1" in line for line in notes(runs, RECORD))
     for without in ([a_run()], [a_run(bounds=unknown)]):

@@ -45,7 +45,7 @@ def test_a_lossy_trace_is_marked_from_info_to_report(run: Run, record) -> None:
     assert {row["policy"]: row["lossy"] for row in about["runs"]} == {"a2sf": True, "window": False}
     summary = json.loads(Path("reports/mine/summary.json").read_text())
     assert summary["trace"]["approximate"] == about["trace"]["approximate"]
-    assert "output_error is left out" in " ".join(done.out.split())
+    assert "output_error was not computed" in " ".join(done.out.split())
 
     assert run("report", "mine").status == 0
     assert "Lossy: the trace keeps the 16 heaviest keys" in Path("reports/mine.html").read_text()
@@ -96,7 +96,7 @@ def test_every_nth_row_is_for_reading(run: Run, record) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--heads", "2-x"), "is no head"),
+        (("--heads", "2-x"), "is not a head"),
         (("--heads", "1"), "split a group of 2"),
         (("--query-stride", "0"), "query-stride"),
         (("--query-stride", "2", "--store", "topk:4"), "no every n-th row"),

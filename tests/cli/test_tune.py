@@ -112,10 +112,10 @@ class Mine(Policy):
 @pytest.mark.parametrize(
     ("arguments", "what", "todo"),
     [
-        (["--grid", "alpha"], "--grid 'alpha' names no values", "--grid alpha=0.1,0.5,0.9"),
-        (["--grid", "alpha= , "], "names no values", "--grid alpha=0.1,0.5,0.9"),
-        (["--grid", "=1,2"], "names no values", "--grid alpha=0.1,0.5,0.9"),
-        (["--grid", "alpha=0,1", "--grid", "--alpha=0.5,0.6"], "names no values of one", "--grid"),
+        (["--grid", "alpha"], "--grid 'alpha' is not a list of values", "--grid alpha=0.1,0.5,0.9"),
+        (["--grid", "alpha= , "], "is not a list of values", "--grid alpha=0.1,0.5,0.9"),
+        (["--grid", "=1,2"], "is not a list of values", "--grid alpha=0.1,0.5,0.9"),
+        (["--grid", "alpha=0,1", "--grid", "--alpha=0.5,0.6"], "is not a list of values of one", "--grid"),
         (["--grid", "alhpa=1,2"], "--alhpa", "alpha"),
         (["--grid", "alpha=1"], "the grid has one setting", "two values"),
         (["--grid", "alpha=0,much"], "much", "kvscope policies a2sf"),
@@ -129,7 +129,7 @@ class Mine(Policy):
         (["many", "many"], "given twice", "once"),
         (["-o", "no/where.toml"], "no/where.toml", "folder that exists"),
         (["-o", "traces", "--force"], "traces", "-o tuned.toml"),
-        (["-o", ""], "cannot be a file", "-o tuned.toml"),
+        (["-o", ""], "cannot be written", "-o tuned.toml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

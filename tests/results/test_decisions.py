@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvscope.core.errors import ResultError
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.results.baseline import load_summary
-from kvscope.results.decisions import Decisions, Moved, compare_decisions
+from kvscope.results.decisions import Decisions, ResidencyChange, compare_decisions
 from kvscope.results.diff import diff
 from kvscope.results.digest import Digests
 from kvscope.results.store import Replay
@@ -53,11 +53,11 @@ def test_what_changed_is_named_earliest_first(tmp_path: Path) -> None:
     found = compared(tmp_path / "a", tmp_path / "b")
     assert (found.equal, found.changed, found.stays) == (False, 3, 4 * 2 * LENGTH)
     assert found.first == [
-        Moved(1, 0, 0, 0, 2, base=(0, None), new=(0, 2)),
-        Moved(0, 0, 1, 2, 4, base=(2, 4), new=(2, None)),
-        Moved(1, 0, 1, 3, 4, base=(3, None), new=(3, 4)),
+        ResidencyChange(1, 0, 0, 0, 2, base=(0, None), new=(0, 2)),
+        ResidencyChange(0, 0, 1, 2, 4, base=(2, 4), new=(2, None)),
+        ResidencyChange(1, 0, 1, 3, 4, base=(3, None), new=(3, 4)),
     ]
-    assert [moved.words() for moved in found.first[:2]] == [("kept", "evicted at 2"), ("evicted at 4", "kept")]
+    assert [moved.words() for moved in found.first[:2]] == [("retained", "evicted at 2"), ("evicted at 4", "retained")]
     assert compared(tmp_path / "a", tmp_path / "b", most=1).first == found.first[:1]
 
 
@@ -66,12 +66,12 @@ def test_keys_that_come_back_are_paired_in_order(tmp_path: Path) -> None:
     record(tmp_path / "b", {(0, 0): [(0, 0, 0, 2), (0, 0, 3, 5), (0, 1, 1, 2), (0, 1, 4, -1), (0, 2, 2, -1)]})
     found = compared(tmp_path / "a", tmp_path / "b")
     assert found.first == [
-        Moved(0, 0, 0, 1, 2, base=(1, None), new=(1, 2)),
-        Moved(0, 0, 0, 2, 2, base=None, new=(2, None)),
-        Moved(0, 0, 0, 0, 4, base=(3, 4), new=(3, 5)),
-        Moved(0, 0, 0, 1, 4, base=None, new=(4, None)),
+        ResidencyChange(0, 0, 0, 1, 2, base=(1, None), new=(1, 2)),
+        ResidencyChange(0, 0, 0, 2, 2, base=None, new=(2, None)),
+        ResidencyChange(0, 0, 0, 0, 4, base=(3, 4), new=(3, 5)),
+        ResidencyChange(0, 0, 0, 1, 4, base=None, new=(4, None)),
     ]
-    assert [moved.words()[0] for moved in found.first] == ["kept", "not held", "held 3 to 3", "not held"]
+    assert [moved.words()[0] for moved in found.first] == ["retained", "not held", "held 3 to 3", "not held"]
     assert found.first[3].words()[1] == "held from 4"
 
 
@@ -156,7 +156,7 @@ def test_of_a_committed_summary_it_is_said_that_it_differs_and_not_which(tmp_pat
     without = json.loads(committed.read_text())
     del without["runs"][0]["decisions"]
     committed.write_text(json.dumps(without))
-    with pytest.raises(ResultError, match=r"baseline\.json does not say what h2o decided"):
+    with pytest.raises(ResultError, match=r"baseline\.json has no digest of the decisions of h2o"):
         compared(committed, tmp_path / "b")
 
 

@@ -13,7 +13,7 @@ from kvscope.core.errors import ResultError, UsageError
 from kvscope.core.records import SUMMARY, SummaryRecord
 from kvscope.results import diff as module
 from kvscope.results.baseline import load_summary
-from kvscope.results.diff import ALIGNED, APART, Diff, Tolerance, parse_tolerance
+from kvscope.results.diff import ALIGNED, NOTHING_COMMON, Diff, Tolerance, parse_tolerance
 from tests.results.make import METRICS, make
 
 
@@ -89,16 +89,16 @@ def test_sides_without_a_common_run_say_what_compares_policies(base: dict) -> No
     other = copy.deepcopy(base)
     for run in other["runs"]:
         run["budget"] = "7%"
-    assert APART in diff(base, other).verdict()
+    assert NOTHING_COMMON in diff(base, other).verdict()
     other["runs"][0]["budget"] = base["runs"][0]["budget"]
-    assert APART not in diff(base, other).verdict()
+    assert NOTHING_COMMON not in diff(base, other).verdict()
 
 
 def test_one_tolerance_for_each_metric(base: dict) -> None:
     new = changed(base, "retained_mass", -0.02)
     assert not diff(base, new, {"": 0.0, "retained_mass": 0.05}).regressed
     assert diff(base, new, {"": 0.05, "retained_mass": 0.0}).regressed
-    with pytest.raises(UsageError, match="tolerance for 'retained_mas'"):
+    with pytest.raises(UsageError, match="tolerance is for metric 'retained_mas'"):
         diff(base, new, {"retained_mas": 0.1})
 
 
@@ -161,9 +161,7 @@ def test_other_protocols_cannot_be_compared(base: dict, what: str, other: str) -
 def test_other_definitions_cannot_be_compared(base: dict) -> None:
     new = copy.deepcopy(base)
     new["metrics"]["retained_mass"]["range"] = [0, 100]
-    with pytest.raises(
-        ResultError, match=r"retained_mass is defined differently.*range \(0.0, 1.0\) and \(0.0, 100.0\)"
-    ):
+    with pytest.raises(ResultError, match=r"metric retained_mass differ.*range \(0.0, 1.0\) and \(0.0, 100.0\)"):
         diff(base, new)
     new["metrics"]["retained_mass"] = {**base["metrics"]["retained_mass"], "summary": "in other words"}
     assert not diff(base, new).regressed

@@ -8,7 +8,7 @@ from markdown_it import MarkdownIt
 
 from kvscope.core.records import SUMMARY, SummaryRecord
 from kvscope.results.baseline import load_summary
-from kvscope.results.decisions import Decisions, Moved
+from kvscope.results.decisions import Decisions, ResidencyChange
 from kvscope.results.diff import Diff, DiffRow, diff
 from kvscope.results.render import MOST, junit, markdown
 from tests.results.make import make
@@ -67,11 +67,11 @@ def test_the_markdown_table_renders(found: Diff) -> None:
 
 def test_names_cannot_break_the_markdown_nor_the_xml() -> None:
     row = DiffRow(NASTY, NASTY, 1.0, 0.5, -0.5, 0.1, "0.1", "worse")
-    moved = Moved(0, 1, 2, 3, 4, base=(3, None), new=(3, 4))
+    moved = ResidencyChange(0, 1, 2, 3, 4, base=(3, None), new=(3, 4))
     found = Diff(NASTY, NASTY, [row], [Decisions(NASTY, False, 1, 9, [moved])])
     first, second = cells(markdown(found))
     assert first[1][:2] == [VISIBLE, VISIBLE]
-    assert second[1] == ["0", "1", "2", "3", "kept", "evicted at 4"]
+    assert second[1] == ["0", "1", "2", "3", "retained", "evicted at 4"]
     html = MarkdownIt("commonmark").enable("table").render(markdown(found))
     assert "<script" not in html and html.count("<table>") == 2
     root = xml.fromstring(junit(found).encode())
@@ -113,12 +113,12 @@ def test_junit_has_the_form_that_test_reporters_know(found: Diff) -> None:
 
 def test_junit_names_the_evictions_that_changed() -> None:
     row = DiffRow("h2o", "m", 1.0, 1.0, 0.0, 0.1, "0.1", "same")
-    moved = Moved(0, 1, 2, 3, 4, base=(3, 9), new=(3, 4))
+    moved = ResidencyChange(0, 1, 2, 3, 4, base=(3, 9), new=(3, 4))
     root = xml.fromstring(junit(Diff("a", "b", [row], [Decisions("h2o", False, 1, 9, [moved])])).encode())
     check(root)
     (failure,) = root.iter("failure")
     assert failure.get("type") == "different"
-    assert failure.get("message") == "1 of 9 stays of keys differ"
+    assert failure.get("message") == "1 of 9 residency intervals differ"
     assert "layer 1, kv_head 2, key 3, base evicted at 9, new evicted at 4" in (failure.text or "")
     root = xml.fromstring(junit(Diff("a", "b", [row], [Decisions("h2o", False)])).encode())
-    assert "only the summary" in next(root.iter("failure")).get("message", "")
+    assert "has only a summary" in next(root.iter("failure")).get("message", "")

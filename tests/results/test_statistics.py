@@ -51,16 +51,16 @@ def test_too_few_sequences_are_said(sequences: int, equal: int, told: str) -> No
     found = paired([0.0] * sequences, [0.0] * equal + [1.0] * (sequences - equal))
     assert found.warning.startswith(told)
     assert bool(found.warning) == bool(told)
-    assert found.told_apart == (not told)
+    assert found.significant == (not told)
 
 
 def test_one_outlier_is_no_finding() -> None:
     """A large mean difference that one sequence makes, and an agreement too small to matter, are both not enough."""
-    assert not paired([0.0] * 10, [9.0] + [-0.1] * 4 + [0.1] * 5).told_apart
+    assert not paired([0.0] * 10, [9.0] + [-0.1] * 4 + [0.1] * 5).significant
     mixed = paired([0.0] * 8, [1.0] * 7 + [-60.0])
-    assert mixed.p > 0.05 and not mixed.told_apart
+    assert mixed.p > 0.05 and not mixed.significant
     outlier = paired([0.0] * 10, [1.0] * 9 + [-60.0])
-    assert outlier.p < 0.05 and not outlier.told_apart
+    assert outlier.p < 0.05 and not outlier.significant
 
 
 def test_the_interval_is_as_wide_as_its_documentation_says() -> None:
@@ -77,7 +77,7 @@ def test_four_sequences_have_no_interval() -> None:
 
 
 def test_unlike_sequences_are_a_defect() -> None:
-    with pytest.raises(ValueError, match="not the same sequences"):
+    with pytest.raises(ValueError, match="different shapes"):
         paired([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="not finite"):
         paired([1.0], [float("nan")])
