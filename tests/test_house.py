@@ -53,6 +53,7 @@ ONLY_IN = {
     "tokenizers": {"model"},
     "accelerate": {"model"},
     "numba": {"kernels"},
+    "triton": {"kernels"},
     "torch": {
         *("bounds", "cli", "closed_loop", "engine", "gates", "kernels", "metrics"),
         *("model", "policies", "replay", "training", "tune"),
@@ -61,7 +62,7 @@ ONLY_IN = {
 
 # What a command may import at its top: it loads nothing but the standard library.
 LIGHT = ("errors", "gate_options", "options", "output", "recording_options", "registry", "version")
-HEAVY = ("numba", "torch", "plotly", "transformers", "pandas", "pyarrow", "numpy")
+HEAVY = ("numba", "triton", "torch", "plotly", "transformers", "pandas", "pyarrow", "numpy")
 
 
 def files() -> list[Path]:

@@ -25,7 +25,7 @@ from kvscope.engine.signal_axes import with_run_axis
 from kvscope.engine.sparse_reader import SparseReader
 from kvscope.engine.stepper import StepInputs, Stepper
 from kvscope.engine.torch_stepper import TorchStepper
-from kvscope.kernels import available
+from kvscope.kernels import available, triton_available
 from kvscope.policies.base import Policy, Step, recurrence_of
 
 
@@ -195,8 +195,15 @@ def choose_stepper(fallback: TorchStepper, inputs: StepInputs, state: CacheState
     plan, traits = inputs.plan, inputs.plan.policy.traits
     plain = traits.bounded and not traits.reads and plan.accumulate is None and sharing.fixed
     rule = recurrence_of(plan.policy) if plain else None
-    if rule is not None and state.leave.device.type == "cpu" and available():
+    if rule is None:
+        return fallback
+    device = state.leave.device.type
+    if device == "cpu" and available():
         return NumbaStepper(inputs, state, rule)
+    if device == "cuda" and triton_available():
+        from kvscope.engine.triton_stepper import TritonStepper  # loads triton, which only a GPU needs
+
+        return TritonStepper(inputs, state, rule)
     return fallback
 
 

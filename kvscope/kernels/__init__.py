@@ -1,4 +1,4 @@
-"""Loops compiled for a CPU where numba is there; each has a fallback in torch that computes the same."""
+"""Loops compiled for a CPU where numba is installed, and for a GPU where Triton is; each has a fallback in torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,12 @@ def available() -> bool:
     except ImportError:
         return False
     return True
+
+
+@cache
+def triton_available() -> bool:
+    """Return whether Triton is installed, as it is with torch's builds for CUDA."""
+    return not os.environ.get(OFF) and find_spec("triton") is not None
 
 
 def spread(work: Callable[[int, int], None], units: int) -> None:

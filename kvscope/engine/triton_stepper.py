@@ -1,0 +1,68 @@
+"""Steps through rows in a Triton kernel: for policies whose score is a recurrence, on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from kvscope.engine.cache_state import CacheState
+from kvscope.engine.rows import Block
+from kvscope.engine.signal_axes import with_run_axis
+from kvscope.engine.stepper import StepInputs
+from kvscope.kernels.step_block_triton import MOST_KEYS, TritonState, step_block
+from kvscope.policies.recurrence import Recurrence
+
+
+class TritonStepper:
+    """Steps blocks of rows in one kernel launch each, which makes the decisions of `TorchStepper`.
+
+    Parameters
+    ----------
+    inputs : StepInputs
+        What the steps depend on.
+    state : CacheState
+        What they change. Its budgets do not change.
+    rule : Recurrence
+        The policy's score.
+    most_keys : int
+        Length up to which the kernel holds the state of a cache in registers.
+    """
+
+    def __init__(self, inputs: StepInputs, state: CacheState, rule: Recurrence, *, most_keys: int = MOST_KEYS) -> None:
+        self._inputs, self._state, self._rule, self._most_keys = inputs, state, rule, most_keys
+        device = state.leave.device
+        self._decay = torch.tensor([rule.decay], dtype=state.score.dtype, device=device)
+        self._evicts = torch.tensor(
+            [inputs.evicts_after(t) for t in range(inputs.shape.length)], dtype=torch.uint8, device=device
+        )
+        self._tensors = TritonState(
+            alive=state.alive,
+            score=state.score,
+            leave=state.leave,
+            n_alive=state.n_alive,
+            evictions=state.evictions,
+            budget=state.budget.contiguous(),
+            sinks=state.sinks,
+            recent=state.recent,
+            windows=torch.tensor(state.windows, dtype=torch.int64, device=device),
+        )
+
+    def step_block(self, block: Block) -> None:
+        """Let all queries of a block attend, be scored and evict, in order of their position."""
+        inputs, rows = self._inputs, block.rows.detach()
+        stop = block.start + rows.shape[-2]
+        missing = inputs.missing_mass
+        bad = step_block(
+            self._rule.weights,
+            self._decay,
+            self._tensors,
+            rows if rows.ndim == 5 else rows[None],
+            block.start,
+            self._evicts[block.start : stop],
+            missing=None if missing is None else with_run_axis("missing", missing).detach(),
+            scale=None if self._rule.scale is None else inputs.signals[self._rule.scale].detach(),
+            most_keys=self._most_keys,
+        )
+        self._state.nan_scores |= (bad != 0).any()
+        evicting = [t for t in range(block.start, stop) if inputs.evicts_after(t)]
+        if evicting:
+            self._state.length_at_eviction.fill_(evicting[-1] + 1)
