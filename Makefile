@@ -1,8 +1,8 @@
-# make demo    set up, then trace, replay and report on the bundled model
-# make test    set up, then run the tests
+# make demo    install, then trace, replay and report on the bundled model
+# make test    install, then run the tests
 # make test-portable
-#              set up, then see that decisions and tests are the same on other processors
-# make check   set up, then format, lint, types, tests and docs: what a change must pass
+#              install, then check that other processors make the same decisions and pass the tests
+# make check   install, then format, lint, types, tests and docs: a change must pass all of them
 # make format  rewrite the code in the project's format
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 demo: $(VENV)/.installed
 	$(BIN)/kvscope demo
 
-# One thread for each of several test processes: more threads than cores make everything slower.
+# One thread for each test process: more threads than cores would slow down all of them.
 test check: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.installed-dev
@@ -40,7 +40,7 @@ format: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV)
 
-# torch goes first and alone: with its version given, pip takes a wheel that is at hand and looks for no other.
+# torch is installed first, by its exact version, so that pip uses a wheel that is already in its cache.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvscope needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

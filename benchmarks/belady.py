@@ -1,12 +1,13 @@
-"""The best schedule of evictions: seconds for one head, beside scipy's assignment, and how exact.
+"""Time to compute the best schedule of evictions of one head, compared with scipy's assignment, and how exact it is.
 
 ``python benchmarks/belady.py [--budget 20] [--runs 3] [--output benchmarks/results/belady.json]``
 
-Streaming prefill. Up to 1,024 tokens the rows are those of the bundled model over its prompt and what it generates, all
-heads of all layers; beyond its context they are random rows that look like attention: keys of unequal weight, a decay
-with distance, and matches of content. Each head is scheduled by kvscope, by scipy's ``linear_sum_assignment`` on the
-same costs with a row for each eviction alone (the fastest way to put it), and, up to 2,048 tokens, on the gains of all
-keys in all slots, the ones for keys that stay included (the plain way). All three are timed in turn in one process.
+Prefill is streaming. Up to 1,024 tokens, the rows are those of the bundled model on its prompt and the text that it
+generates, for all heads of all layers. Beyond the context of the model they are random rows that resemble attention:
+keys of unequal weight, a decay with distance, and matches of content. Each head is scheduled by kvscope and by scipy's
+``linear_sum_assignment`` on the same costs, with one row for each eviction (the fastest formulation). Up to 2,048
+tokens, scipy also solves the plain formulation, with the gains of all keys in all slots, including a slot for each key
+that is never evicted. All three are timed in turn in one process.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from kvscope.model.names import demo_folder
 Floats = NDArray[np.float64]
 REAL, RANDOM = (512, 1024), (512, 1024, 2048, 4096)
 SEEDS = 3
-PLAIN = 2048  # tokens up to which the plain way is tried
-NEVER = 1e6  # cost of what cannot be; more than any schedule loses
+PLAIN = 2048  # tokens up to which the plain formulation is timed
+NEVER = 1e6  # cost of an impossible eviction; more than any schedule loses
 HOW = (
     "CPU seconds of one thread; every figure is the median over heads of the median of the runs of a head, and 'worst' "
     "the largest of those. Ratios are formed head by head."
@@ -104,7 +105,7 @@ def measure(heads: list[Floats], args: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     gap = 0.0
     for rows in heads:
-        after = np.tril(rows, -1)[budget + 1 :]  # rows that see evictions; their own keys are visible in any case
+        after = np.tril(rows, -1)[budget + 1 :]  # rows after the first eviction; their own keys are always visible
         taken: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(args.runs):
             lost = {}
@@ -132,7 +133,7 @@ def by_kvscope(after: Floats, budget: int) -> float:
 
 
 def by_scipy(after: Floats, budget: int) -> float:
-    """Return the same: what a key still gets when it leaves, for every eviction and key."""
+    """Return the same; a cost is the mass that a key would still receive after an eviction."""
     count, tokens = after.shape
     cost = after[::-1].cumsum(0)[::-1]
     cost[np.arange(tokens) > np.arange(tokens - 1 - count, tokens - 1)[:, None]] = NEVER
@@ -140,7 +141,7 @@ def by_scipy(after: Floats, budget: int) -> float:
 
 
 def by_scipy_plain(after: Floats, budget: int) -> float:
-    """Return the same: what a key has gathered when it leaves, for every eviction, every place that stays, and key."""
+    """Return the same; a gain is the mass that a key has received by its eviction, or by the end."""
     count, tokens = after.shape
     gathered = np.concatenate([np.zeros((1, tokens)), after.cumsum(0)])
     gain = np.concatenate([gathered[:-1], np.repeat(gathered[-1:], budget + 1, axis=0)])

@@ -1,13 +1,13 @@
-"""The closed loop beside real decoding: seconds, their ratio, what more runs cost, and memory.
+"""The closed loop compared with decoding token by token: seconds, their ratio, the cost of more runs, and memory.
 
 ``python benchmarks/closed_loop.py [--tokens 1024] [--runs 5] [--output benchmarks/results/closed_loop.json]``
 
-On a CPU with the bundled model; with ``--device cuda --shape llama2-7b`` a model of that shape with random weights is
-made on the device (half precision) and read along random tokens. Streaming prefill: every token is decoded under the
-policy. Real decoding feeds one token at a time through transformers' own forward with a cache that is cut after every
-step, the same policy deciding through the same step; ``generate`` is transformers' own loop with the whole cache. All
-are timed in turn in one process; figures are medians, and ratios are formed pair by pair. Memory is the highest of the
-resident size (CPU) or of what torch allocated (GPU) above what the model takes.
+The default is the bundled model on a CPU. With ``--device cuda --shape llama2-7b``, a model of that shape with random
+weights is created on the device in half precision and reads random tokens. Prefill is streaming: every token is decoded
+under the policy. Decoding feeds one token at a time through transformers' own forward pass, with a cache from which
+keys are evicted after every step; the same policy decides in the same step. ``generate`` is transformers' own loop with
+the full cache. All are timed in turn in one process. Figures are medians, and ratios are computed round by round.
+Memory is the peak of the resident size (CPU) or of torch's allocations (GPU), minus the memory of the model.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def measured(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> dict[st
 
 
 def commands(runs: int) -> list[float]:
-    """Return how long ``kvscope perplexity`` takes with the eight beside one, start of the program included."""
+    """Return seconds of ``kvscope perplexity`` with eight runs and with one, including the start of the program."""
     passages = json.loads(DATA.read_text())["passages"]
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
@@ -126,32 +126,32 @@ def commands(runs: int) -> list[float]:
 
 
 def command(folder: str, names: list[str], budgets: str) -> None:
-    """Score a text from the command line."""
+    """Run ``kvscope perplexity`` on a text."""
     chosen = [part for name in names for part in ("--policy", name)]
     words = ["perplexity", "--model", "demo", "text.txt", *chosen, "--budget", budgets, "-q", "--force", "-o", "run"]
     subprocess.run([sys.executable, "-m", "kvscope", *words], cwd=folder, check=True, capture_output=True)
 
 
 class Nothing:
-    """A sink that keeps nothing."""
+    """A result sink that discards everything."""
 
     def residency(self, *_: Any, **__: Any) -> None:
-        """Take stays."""
+        """Discard residency intervals."""
 
     def fidelity(self, *_: Any, **__: Any) -> None:
-        """Take metrics."""
+        """Discard metrics."""
 
     def tokens(self, *_: Any, **__: Any) -> None:
-        """Take losses."""
+        """Discard losses."""
 
 
 def plans(names: list[str]) -> list[EvictionPlan]:
-    """Return plans as published."""
+    """Return the published plans of some policies."""
     return [EvictionPlan.published(policy) for policy in parse_policies(names)]
 
 
 def closed(model: Any, ids: torch.Tensor, runs: list[RunSpec]) -> None:
-    """Score a text under some runs."""
+    """Compute the losses of a text under some runs."""
     evaluate(model, [Passage(TokenSequence(0, 1, len(ids)), ids)], runs, [], "stream", Nothing())
 
 
@@ -162,7 +162,7 @@ def real(model: Any, ids: torch.Tensor, run: RunSpec) -> None:
 
 
 def generate(model: Any, ids: torch.Tensor) -> None:
-    """Generate as many tokens with the whole cache."""
+    """Generate as many tokens with the full cache."""
     with torch.inference_mode():
         count = len(ids) - 1
         model.generate(ids[None, :1], max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
@@ -178,7 +178,7 @@ def timed(run: Callable[[], object], device: str) -> float:
 
 
 def memory_of(run: Callable[[], object], device: str) -> float:
-    """Return MiB above what was there before: torch's peak on a GPU, the growth of the process's peak on a CPU."""
+    """Return the rise of peak memory in MiB: of torch's allocations on a GPU, of the process on a CPU."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,15 +1,16 @@
-"""What gates cost on held-out text and in recall, beside policies that hold as many keys on average.
+"""Perplexity and recall with gates on held-out text, compared with policies that hold as many keys on average.
 
 ``python benchmarks/gates.py GATE... [--questions 10] [--output benchmarks/results/gates.json]``
 
-The bundled model reads passages of books that it never saw: with eviction from the first token on (``text``), and with
-the first half as a prompt that is read with the full cache and cut at its end, every later token being kept, as
-published (``continued``). And it reads episodes in which a fact is stated and asked for 64 to 512 tokens later, whose
-prompt up to the question is cut at its end (``recall``). A gate decides how many keys it keeps; each other policy gets
-the budget at which it holds as many, on average over the steps, layers and heads; ``full`` evicts nothing. ``keep`` is
-the share of the keys before the cut that are held. An answer is right if every token of it is the model's first choice.
-Intervals are 95 %, over passages and over questions. ``than_gate`` is a policy's mean loss, or share of right answers,
-minus the gate's, with its interval, and p an exact sign test of the two.
+The bundled model reads passages of books that it was not trained on. In ``text``, keys are evicted from the first token
+on. In ``continued``, the first half is a prompt that is read with the full cache; keys are evicted once, at its end,
+and all later keys are retained, as published. In ``recall``, the model reads episodes in which a fact is stated and
+asked for 64 to 512 tokens later; keys are evicted once, at the end of the prompt, which ends with the question. A gate
+decides how many keys it retains. Every other policy gets the budget at which it holds as many, on average over steps,
+layers and heads; ``full`` evicts nothing. ``keep`` is the share of the keys before the eviction that are held. An
+answer is right if every token of it is the model's first choice. Intervals are 95 %, over passages and over questions.
+``than_gate`` is a policy's mean loss, or share of right answers, minus that of the gate, with its interval, and p is
+from an exact sign test of the two.
 """
 
 from __future__ import annotations
@@ -47,21 +48,21 @@ Array = NDArray[np.float64]
 
 
 class Kept:
-    """A sink that keeps losses, right answers and held keys, by run and sequence."""
+    """A result sink that collects losses, right answers and held keys, by run and sequence."""
 
     def __init__(self) -> None:
         self.tokens_of: dict[tuple[int, int], Mapping[str, NDArray[Any]]] = {}
         self.held: dict[tuple[int, int], list[float]] = defaultdict(list)  # of each layer
 
     def residency(self, *_: Any, **__: Any) -> None:
-        """Take nothing of it."""
+        """Discard residency intervals."""
 
     def fidelity(self, run: int, sequence: int, layer: int, steps: Any, values: Mapping[str, NDArray[Any]]) -> None:
-        """Keep the mean of the keys held in a layer."""
+        """Collect the mean number of keys held in a layer."""
         self.held[run, sequence].append(float(np.nanmean(values["held_keys"])))
 
     def tokens(self, run: int, sequence: int, position: Any, values: Mapping[str, NDArray[Any]]) -> None:
-        """Keep what became of the tokens."""
+        """Collect the losses and first choices of the tokens."""
         self.tokens_of[run, sequence] = values
 
     def mean(self, run: int, name: str) -> Array:
@@ -110,7 +111,7 @@ def of_distance(questions: Sequence[Mapping[str, Any]], distance: int) -> list[M
 
 
 def passage(loaded: Loaded, number: int, prompt: str, value: str) -> Passage:
-    """Return a text of which what follows the prompt is scored; a text alone is scored from its second token on."""
+    """Return a passage whose tokens after the prompt are scored; without a prompt, all but the first token are."""
     first, rest = (loaded.tokenizer(text)["input_ids"] if text else [] for text in (prompt, value))
     return Passage(TokenSequence(number, len(first) if rest else 1, len(first) + len(rest)), torch.tensor(first + rest))
 
@@ -118,7 +119,7 @@ def passage(loaded: Loaded, number: int, prompt: str, value: str) -> Passage:
 def measured(
     loaded: Loaded, texts: Sequence[Passage], prefill: Prefill, specs: Sequence[tuple[str, int | None]]
 ) -> Kept:
-    """Return what became of texts under policies and their budgets in thousandths, closed loop."""
+    """Return the results of passages under policies with budgets in thousandths, in the closed loop."""
     cut = "prefill" if prefill == "full" else None
     runs = []
     for number, (spec, share) in enumerate(specs):
@@ -130,7 +131,7 @@ def measured(
 
 
 def rows(loaded: Loaded, texts: Sequence[Passage], prefill: Prefill, gate: str) -> tuple[Kept, list[Spec]]:
-    """Return what became of texts under a gate and under the others, which hold as many keys."""
+    """Return the results of passages under a gate, and under policies that hold as many keys."""
     held = measured(loaded, texts, prefill, [(gate, None)]).held_keys(0)
     share = min(range(1, 1001), key=lambda share: abs(mean_held(texts, prefill, share) - held))
     specs: list[Spec] = [(gate, None), ("full", None), *((name, share) for name in OTHERS)]
@@ -138,7 +139,7 @@ def rows(loaded: Loaded, texts: Sequence[Passage], prefill: Prefill, gate: str) 
 
 
 def mean_held(texts: Sequence[Passage], prefill: Prefill, share: int) -> float:
-    """Return the keys held under a budget in thousandths, mean over the steps of texts that see an eviction."""
+    """Return the keys held under a budget in thousandths, mean over the steps after the first eviction."""
     means = []
     for prompt, length in ((one.sequence.prompt, one.sequence.length) for one in texts):
         if prefill == "full":
@@ -172,7 +173,7 @@ def text_rows(loaded: Loaded, passages: Sequence[Passage], prefill: Prefill, gat
 def described(
     kept: Kept, number: int, spec: str, share: int | None, texts: Sequence[Passage], prefill: Prefill
 ) -> dict[str, Any]:
-    """Return what a run is, the keys that it held, and which share that is of those that could have gone."""
+    """Return policy and budget of a run, the keys that it held, and their share of the keys that could be evicted."""
     none, every = (mean_held(texts, prefill, share) for share in (0, 1000))
     held = kept.held_keys(number)
     return {

@@ -1,10 +1,10 @@
-"""A long prompt from end to end on a small machine: seconds and peak memory of tracing, replaying and reporting it.
+"""Seconds and peak memory to trace, replay and report a long prompt on a small machine.
 
 ``python benchmarks/long_context.py [--tokens 32768] [--output benchmarks/results/long_context.json]``
 
-A random model of the demo model's shape with room for so many tokens reads books over and over and generates 64. The
-commands are those of a user: ``kvscope trace --store qkv``, ``kvscope replay`` with three policies under a budget of
-2,048 keys, ``kvscope report``, each in a process of its own. Peak memory is the resident size of that process.
+A random model of the demo model's shape, with a context for so many tokens, reads books repeatedly and generates 64
+tokens. The commands are ``kvscope trace --store qkv``, ``kvscope replay`` with three policies under a budget of 2,048
+keys, and ``kvscope report``, each in its own process. Peak memory is the resident size of that process.
 """
 
 from __future__ import annotations

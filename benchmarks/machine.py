@@ -1,4 +1,4 @@
-"""What figures were measured on."""
+"""The machine and the library versions that figures were measured with."""
 
 from __future__ import annotations
 

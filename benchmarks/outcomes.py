@@ -1,14 +1,15 @@
-"""What every policy costs on held-out text and in recall, and which cheap metric tells it beforehand.
+"""Perplexity and recall of every policy on held-out text, and which cheap metric predicts them.
 
 ``python benchmarks/outcomes.py [--questions 10] [--output benchmarks/results/outcomes.json]``
 
-The bundled model reads passages of books that it never saw, and episodes in which a fact is stated and asked for 64 to
-512 tokens later. Both are recorded once and replayed under every policy at four budgets, open and closed loop, under
-both prefills: ``stream`` holds the cache to the budget from the first token on, ``full`` reads the prompt (half of a
-passage, or all of an episode but the answer) with the full cache and compresses it then. An answer is right if every
-token of it is the model's first choice. Rank agreement is Spearman's, over all pairs of policy and budget: each metric
-of the open loop, and each of its tails, against the perplexity ratio of the passages, and against the share of right
-answers: as it is on the passages (``recall``), and on the questions themselves (``recall_of_its_own``).
+The bundled model reads passages of books that it was not trained on, and episodes in which a fact is stated and asked
+for 64 to 512 tokens later. Both are recorded once and replayed under every policy at four budgets, in the open and the
+closed loop, under both prefills: ``stream`` holds the cache to the budget from the first token on; ``full`` reads the
+prompt (half of a passage, or all of an episode but the answer) with the full cache and evicts at its end. An answer is
+right if every token of it is the model's first choice. Rank agreement is Spearman's correlation, over all pairs of
+policy and budget, of each open-loop metric and its tails with the perplexity ratio of the passages and with the share
+of right answers. For the latter, the metric is computed on the passages (``recall``) or on the questions
+(``recall_of_its_own``).
 """
 
 from __future__ import annotations
@@ -140,9 +141,9 @@ def compared(text: Replay, recall: Replay, distances: Sequence[int]) -> dict[str
 
 
 def within_a_budget(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return rank agreement with both outcomes among the policies of one budget, which itself cannot agree, by budget.
+    """Return for each budget the rank agreement with both outcomes among its policies alone.
 
-    Metrics are those of the passages.
+    Metrics are those on the passages.
     """
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     for name in SHOWN:

@@ -1,9 +1,9 @@
-"""What more policies and budgets cost in one replay: seconds of many runs beside those of one.
+"""The cost of more policies and budgets in one replay: seconds of many runs compared with one.
 
 ``python benchmarks/replay_runs.py [--policies 25] [--runs 3] [--output benchmarks/results/replay_runs.json]``
 
 The bundled model's demo prompt is recorded once. Then one policy at one budget, and many policies at three budgets, are
-replayed in turn in one process; figures are medians, and the ratio is formed pair by pair.
+replayed in turn in one process. Figures are medians, and the ratio is computed round by round.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measured(trace: Trace, folder: Path, args: argparse.Namespace) -> dict[str, 
     job = compile_replay(trace, every, BUDGETS, ReplayOptions(skip_unsupported=True))
     many = [plan.policy for plan in job.plans][: args.policies]
     one, all_ = [], []
-    seconds(trace, [args.one], "20%", folder / "first")  # loads what is compiled
+    seconds(trace, [args.one], "20%", folder / "first")  # compiles and loads the kernels
     for number in range(args.runs):
         one.append(seconds(trace, [args.one], "20%", folder / f"one-{number}"))
         all_.append(seconds(trace, many, BUDGETS, folder / f"all-{number}"))
@@ -70,7 +70,7 @@ def measured(trace: Trace, folder: Path, args: argparse.Namespace) -> dict[str, 
 
 
 def seconds(trace: Trace, policies: Any, budgets: str, output: Path) -> float:
-    """Return the seconds of a replay with all metrics, its files included."""
+    """Return the seconds of a replay with all metrics, including its files."""
     start = time.perf_counter()
     kvscope.replay(trace, policies, budgets, output=output)
     return time.perf_counter() - start

@@ -1,12 +1,12 @@
-"""How fast a trace is replayed: score updates in a second, beside reading it, and how that grows.
+"""The speed of a replay: score updates per second, compared with reading the trace, at several lengths.
 
 ``python benchmarks/replay_speed.py [--runs 5] [--output benchmarks/results/replay_speed.json]``
 
 A score update is one key that a query attends to, in one head, layer and step of one run. The bundled model reads 1,024
-tokens of books that it never saw, with eviction from the first token on. ``stepping`` is the engine alone over rows in
-memory, compiled and in torch; ``replay`` is `kvscope.replay` with its files, with retained mass alone and with all
-metrics; ``reading`` is going through the stored rows once. Figures are medians of what is timed in turn in one process,
-and ratios are formed pair by pair.
+tokens of books that it was not trained on, with eviction from the first token on. ``stepping`` is the engine alone over
+rows in memory, with kernels and in torch. ``replay`` is `kvscope.replay` including its files, with retained mass alone
+and with all metrics. ``reading`` reads the stored rows once. Figures are medians of measurements taken in turn in one
+process, and ratios are computed round by round.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def of_length(length: int, folder: Path, runs: int) -> dict[str, Any]:
     for lap in range(runs + 1):
         for name, run in work.items():
             if name == "stepping_24_torch" and lap > 1:
-                continue  # slow, and steady
+                continue  # slow and steady: measured once
             took = timed(run)
-            if lap:  # the first lap compiles
+            if lap:  # the first round compiles
                 seconds[name].append(took)
     updates = {1: many_updates(trace, ["h2o"], "20%"), 24: many_updates(trace, POLICIES, BUDGETS)}
     return {
@@ -140,7 +140,7 @@ def simulations(trace: Trace, policies: list[str], budgets: str) -> list[CacheSi
 
 
 def stepping(trace: Trace, rows: list[torch.Tensor], policies: list[str], budgets: str) -> Callable[[], None]:
-    """Return what steps policies through rows in memory."""
+    """Return a function that steps policies through rows in memory."""
 
     def step() -> None:
         for simulation in simulations(trace, policies, budgets):
@@ -151,7 +151,7 @@ def stepping(trace: Trace, rows: list[torch.Tensor], policies: list[str], budget
 
 
 def in_torch(trace: Trace, rows: list[torch.Tensor]) -> Callable[[], None]:
-    """Return the same without kernels."""
+    """Return the same, without kernels."""
 
     def step() -> None:
         with mock.patch.object(engine, "available", return_value=False):
@@ -161,7 +161,7 @@ def in_torch(trace: Trace, rows: list[torch.Tensor]) -> Callable[[], None]:
 
 
 def many_updates(trace: Trace, policies: list[str], budgets: str) -> int:
-    """Return how many keys all queries of all heads attend to: the budget and the query's own, once it is reached."""
+    """Return how many keys all queries of all heads attend to: at most the budget and the query's own."""
     sequence = trace.sequences[0]
     keys = [
         budget.keys(prompt=sequence.prompt, length=sequence.length, prefill="stream")
@@ -179,7 +179,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def ratio(seconds: dict[str, list[float]], one: str, other: str) -> dict[str, Any]:
-    """Return how two compare, pair by pair."""
+    """Return the ratio of two measurements, round by round."""
     return summary([a / b for a, b in zip(seconds[one], seconds[other], strict=True)])
 
 

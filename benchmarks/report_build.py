@@ -1,12 +1,12 @@
-"""What a report costs: time and memory to build, size of the page, time until it is read.
+"""The cost of a report: time and memory to build it, size of the page, and time until it can be read.
 
 ``python benchmarks/report_build.py [--lengths 1024 4096 8192] [--output benchmarks/results/report_build.json]``
 
-A model of 32 layers with 32 heads each, without grouped queries, a prompt with full prefill and 128 tokens after it,
-and six runs: three policies that hold sinks, scattered keys and a window, under two budgets. Trace and replay are
-synthetic and lie on disk as real ones do; the trace stores vectors (of four numbers, so that it fits on a laptop),
-from which attention rows are recomputed. Times until the page is read are those of headless Chromium: first paint, the
-overview, all panels drawn.
+The model has 32 layers of 32 heads, without grouped queries. A prompt with full prefill is followed by 128 tokens. Six
+runs are three policies that hold sinks, scattered keys and a window, under two budgets. Trace and replay are synthetic,
+and are written to disk like real ones. The trace stores vectors of only four numbers, so that it fits on a laptop, from
+which attention rows are recomputed. Times until the page can be read are measured in headless Chromium: first paint,
+the overview, all panels drawn.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def measure(folder: Path, length: int) -> dict[str, Any]:
 
 
 def opened(page: Path) -> dict[str, float]:
-    """Return seconds from navigation until first paint, until the overview is there, until all panels are drawn."""
+    """Return seconds from navigation to the first paint, to the overview, and to the last panel."""
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1400, "height": 900})
@@ -172,7 +172,7 @@ def synthetic_replay(path: Path, trace: Trace, length: int) -> Replay:
 
 
 def leaving(random: np.random.Generator, length: int, budget: int) -> np.ndarray:
-    """Return the step at which each key leaves, ``[G, T]``: of the prompt stay sinks, scattered keys and a window."""
+    """Return the step at which each key is evicted, ``[G, T]``: sinks, scattered keys and a window are retained."""
     prompt, recent = length - NEW, budget // 2
     leave = np.maximum(np.arange(length) + recent, prompt - 1) + np.zeros((HEADS, 1), int)
     scattered = random.random((HEADS, prompt - recent)) < (budget - recent) / (prompt - recent)

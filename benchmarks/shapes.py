@@ -1,4 +1,4 @@
-"""Models of known shapes with random weights: what time and memory depend on."""
+"""Models of known shapes with random weights: time and memory depend on the shape alone."""
 
 from __future__ import annotations
 
@@ -43,5 +43,5 @@ def random_model(shape: str, device: str) -> Any:
 
 
 def random_loaded(shape: str, device: str) -> Loaded:
-    """Return the same as if it had been loaded; it has no tokenizer."""
+    """Return the same model as a loaded one, without a tokenizer."""
     return Loaded(random_model(shape, device), None, f"random {shape}", "made here", None)

@@ -1,13 +1,14 @@
-"""What tracing costs: time beside plain generate and beside eager attention, and memory as the prompt grows.
+"""The cost of tracing: time compared with plain generation and with eager attention, and memory as the prompt grows.
 
 ``python benchmarks/trace_cost.py [--output benchmarks/results/trace_cost.json]``
 
-Time: plain greedy decoding with the model's own kernel (sdpa), the same while attention is recorded to disk in either
-store, and decoding as one gets attention from transformers itself (``attn_implementation="eager"`` with
-``output_attentions=True``, kept in memory), all in turn in one process; medians and the ratios lap by lap, by the clock
-and in processor time. Memory: how far the resident size of a fresh process rises above what it was before the prompt,
-for a random model of the demo model's shape with a longer context. All rows of one layer at 4,096 tokens would be 512
-MiB in float32, and four times less at 2,048. One thread, unless told: several wait for each other where others work.
+Time is measured for plain greedy decoding with the model's own kernel (sdpa), for the same while attention is recorded
+to disk in either store, and for decoding as one gets attention from transformers itself
+(``attn_implementation="eager"`` with ``output_attentions=True``, kept in memory). All are timed in turn in one process,
+as wall time and processor time; figures are medians, and ratios are computed round by round. Memory is the rise of the
+resident size of a fresh process above its size before the prompt, for a random model of the demo model's shape with a
+longer context. All rows of one layer at 4,096 tokens take 512 MiB in float32, and a quarter of that at 2,048. One
+thread unless set otherwise: on a busy machine, several threads wait for each other.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 def action(kind: str, loaded: Loaded) -> Callable[[int, int], None]:
-    """Return what decodes with the kernel that this kind takes: ``action(kind, loaded)(prompt, new)``."""
+    """Return a function that decodes with the kernel of this kind: ``action(kind, loaded)(prompt, new)``."""
     loaded.model.set_attn_implementation("eager" if kind == "eager" else "sdpa")
     if kind in ("plain", "eager"):
         return partial(decode, loaded, attentions=kind == "eager")
@@ -89,10 +90,10 @@ def action(kind: str, loaded: Loaded) -> Callable[[int, int], None]:
 
 
 def times(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
-    """Return seconds of decoding of each kind, in turn, by the clock and of processor time, and ratios to plain."""
+    """Return wall and processor seconds of decoding of each kind, measured in turn, and their ratios to plain."""
     laps: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     with torch.inference_mode():
-        for _ in range(args.runs + 1):  # the first lap is a warm-up
+        for _ in range(args.runs + 1):  # the first round is a warm-up
             for kind in KINDS:
                 laps[kind].append(timed(partial(action(kind, loaded), args.prompt, args.new)))
     figures: dict[str, Any] = {"prompt": args.prompt, "new": args.new, "runs": args.runs}
@@ -124,7 +125,7 @@ def memory(model: str) -> list[dict[str, float]]:
 
 
 def gpu_memory(loaded: Loaded, args: argparse.Namespace) -> dict[str, float]:
-    """Return what torch allocated at most above the model, in MiB, for each kind."""
+    """Return the peak of torch's allocations minus the model, in MiB, for each kind."""
     found = {}
     for kind in KINDS:
         run = action(kind, loaded)
@@ -149,8 +150,8 @@ def peak(model: str, prompt: int, kind: str) -> float:
     """Return by how many MiB the resident size rises in a prefill and a few steps."""
     run = action(kind, load(ModelSource(model)))
     with torch.inference_mode():
-        run(64, 2)  # whatever is allocated once
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+        run(64, 2)  # allocate what is allocated only once
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak (Linux)
         before = resident("VmRSS")
         run(prompt, 8)
     return round(resident("VmHWM") - before, 1)
@@ -210,7 +211,7 @@ def record(loaded: Loaded, prompt: int, new: int, *, store: str) -> None:
 
 
 def timed(action: Callable[[], object]) -> tuple[float, float]:
-    """Return the seconds that an action takes by the clock, and of processor time."""
+    """Return the wall seconds and the processor seconds of an action."""
     start, busy = time.perf_counter(), time.process_time()
     action()
     if torch.cuda.is_available():

@@ -1,10 +1,13 @@
 """The documentation tells the truth, and the check that says so can see a lie."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.test_house import MAY_IMPORT
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,3 +48,11 @@ def test_readme_says_what_a_trace_is_in_its_first_paragraph() -> None:
     first = (ROOT / "README.md").read_text().split("\n\n")[1]
     assert "attention" in first
     assert "not the block hashes" in first
+
+
+def test_the_table_of_rooms_is_the_one_that_the_tests_enforce() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .* \| ([^|]*) \|$", page, re.MULTILINE)
+    stated = {room: set(re.findall(r"`(\w+)`", others)) for room, others in rows}
+    enforced = {room: others - {"core"} for room, others in MAY_IMPORT.items() if not room.startswith("__")}
+    assert stated == enforced

@@ -1,4 +1,4 @@
-"""What the bundled model learns from and is judged by: books, recall episodes, repeats."""
+"""Training and evaluation data of the bundled model: books, recall episodes, repeated passages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Sample:
 
 
 def read_books(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the first nine tenths of each book, and the last tenths, which nobody trains on."""
+    """Return the first nine tenths of each book for training, and the last tenths for evaluation."""
     train, held_out = [], []
     for name in BOOKS:
         text = (folder / f"{name}.txt").read_text(encoding="utf-8").replace("\r", "")
@@ -94,14 +94,14 @@ class Source:
         return Sample(self.text(length), [1.0] * length)
 
     def repeats(self, length: int, period: int | None = None) -> Sample:
-        """Return a passage of random tokens that repeats; the repeats count. A short period teaches no copying."""
+        """Return a repeated passage of random tokens; only the repeats count. A short period teaches no copying."""
         period = self.random.randint(length // 8, length // 2) if period is None else period
         once = self.numpy.integers(1, self.vocabulary, period).tolist()
         ids = (once * (length // period + 1))[:length]
         return Sample(ids, [0.0] * period + [1.0] * (length - period))
 
     def repeated_text(self, length: int) -> Sample:
-        """Return book text in which a passage comes back later."""
+        """Return book text in which a passage is repeated later."""
         passage = self.text(max(8, length // 5))
         first = self.random.randint(0, length // 5)
         ids = self.text(first) + passage if first else list(passage)

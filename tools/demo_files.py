@@ -1,7 +1,7 @@
-"""Write what goes with the bundled model: ``python tools/demo_files.py TEXTS MODEL --tests tests/data``.
+"""Write the files beside the bundled model: ``python tools/demo_files.py TEXTS MODEL --tests tests/data``.
 
-A held-out set for the tests (``demo_heldout.json``), the demo prompt (``MODEL/prompt.txt``) and the model card
-(``MODEL/README.md``), from the trained model, its ``training_log.json``, and the last tenths of the books.
+They are a held-out set for the tests (``demo_heldout.json``), the demo prompt (``MODEL/prompt.txt``) and the model card
+(``MODEL/README.md``). Input is the trained model, its ``training_log.json``, and the last tenths of the books.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 DISTANCES = [64, 128, 256, 512]
 PROMPT_TOKENS = (600, 760)
-BROKEN = "\ufffd"  # where a draw cuts through the bytes of a character
+BROKEN = "\ufffd"  # where a passage begins or ends within a character
 
 CARD = """# The bundled model
 

@@ -1,8 +1,8 @@
-"""Writes the descriptions of the files and policies, and checks that the documentation tells the truth.
+"""Write the generated parts of the documentation, and check commands, links and tables in it.
 
 python tools/docs.py           write traces/README.md and reports/README.md from the schemas, and the tables of
                                README.md from the policies and the figures
-python tools/docs.py --check   change nothing; say what is wrong, and end with status 1 if anything is
+python tools/docs.py --check   change nothing; print every problem, and end with status 1 if there is any
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def problems() -> Iterator[str]:
-    """Yield a line for everything that the documentation says and that is not so."""
+    """Yield a line for every statement in the documentation that is wrong."""
     for name, text in GENERATED.items():
         if not (ROOT / name).is_file() or (ROOT / name).read_text(encoding="utf-8") != text():
             yield f"{name}: differs from the schema; run: python tools/docs.py"
@@ -71,7 +71,7 @@ def problems() -> Iterator[str]:
 
 
 def with_tables(page: str) -> str:
-    """Return a page with its generated tables between their marks, which must be there."""
+    """Return a page with its generated tables between their marks, which it must have."""
     tables = {"policies": policies_table()}
     if (ROOT / OUTCOMES).is_file():
         figures = json.loads((ROOT / OUTCOMES).read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def agreement_table(figures: dict[str, Any]) -> str:
 
 
 def gates_table(figures: dict[str, Any]) -> str:
-    """Return what each gate costs on text and in recall, and what others cost that hold as many keys."""
+    """Return perplexity and recall of each gate, and of policies that hold as many keys."""
     lines = [
         "| gate | policy | keeps | text, streamed | text, continued | right answers |",
         "|---|---|---|---|---|---|",
@@ -141,7 +141,7 @@ def gates_table(figures: dict[str, Any]) -> str:
 
 
 def speed_table(results: Path) -> str:
-    """Return what things cost, from the figures that the benchmarks have left."""
+    """Return the table of speed, from the files that the benchmarks wrote."""
     figures = {name: json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in MEASURED}
     rows = [
         *_tracing(figures["trace_cost"]),
@@ -217,7 +217,7 @@ def _times(figure: dict[str, Any]) -> str:
 
 
 def _beside(row: dict[str, Any] | None, name: str) -> str:
-    """Return a figure with its interval, and with a star where it and the gate's can be told apart."""
+    """Return a figure with its interval, and with a star where it differs from the gate's."""
     if row is None:
         return "-"
     (low, high), (least, most) = row["interval"], row["than_gate_interval"]
@@ -245,7 +245,7 @@ def policies_table() -> str:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a policy comes with the package: others may be installed beside it."""
+    """Whether a policy comes with the package: other packages may add their own."""
     return POLICIES.get(name).__module__.startswith("kvscope.policies.")
 
 
@@ -269,11 +269,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _links(page: Path, text: str) -> Iterator[str]:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in target and not (page.parent / target).exists():
-            yield f"links to {target}, which is not there"
+            yield f"links to {target}, which does not exist"
 
 
 def _commands(text: str) -> Iterator[str]:
-    """Yield what is wrong with the commands in code blocks and in backticks."""
+    """Yield unknown commands and options in code blocks and in backticks."""
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
     quoted = [line for line in re.findall(r"`(kvscope [^`]*)`", text) if not line.endswith("=")]
     # parameters of classes that the page itself defines

@@ -1,11 +1,11 @@
-"""Rebuilds what git holds of data: an example trace, its replay, its report, and the baseline of the fidelity gate.
+"""Rebuild the data that is committed: an example trace, its replay and report, and the baseline of the CI check.
 
 python tools/examples.py
 
-traces/example.txt becomes traces/example, that becomes reports/example and reports/example.html and, as
-.github/workflows/fidelity.yml says, tests/data/baseline.json. All are made with the commands that a user has, from the
-root of the repository, so that no path in them tells of the machine. bfloat16 halves the vectors, which are most of a
-trace this short; the closed loop runs in float32. Pictures of the report: tools/screenshots.py
+traces/example.txt is recorded as traces/example and replayed as reports/example and reports/example.html. The replay of
+.github/workflows/fidelity.yml becomes tests/data/baseline.json. All are made with the ordinary commands in the root of
+the repository, so that they contain no absolute path. bfloat16 halves the size of the vectors, most of a trace
+this short; the closed loop runs in float32. Pictures of the report: tools/screenshots.py
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> int:
     """Return the exit status of the first command that fails, or 0."""
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as folder:
-        for command in (*EXAMPLES, *gate(Path(folder) / "gate")):
+        for command in (*EXAMPLES, *regression_check(Path(folder) / "check")):
             print(f"kvscope {command}")
             status = run([*shlex.split(command), "--quiet"])
             if status:
@@ -41,8 +41,8 @@ def main() -> int:
     return 0
 
 
-def gate(replay: Path) -> tuple[str, str]:
-    """Return the commands that make the replay of the fidelity gate, and accept it as the new baseline."""
+def regression_check(replay: Path) -> tuple[str, str]:
+    """Return the commands that make the replay of the CI regression check, and accept it as the new baseline."""
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "fidelity.yml").read_text(encoding="utf-8"))
     env = workflow["env"]
     Path(env["BASELINE"]).unlink(missing_ok=True)  # one of another trace is never updated

@@ -1,12 +1,13 @@
-"""Shows that decisions and tests do not hang on the processor: other vector units, BLAS kernels, numbers of threads.
+"""Check that decisions and tests are the same on other processors: vector units, BLAS kernels, numbers of threads.
 
 python tools/portable.py [TRACE ...]
 
-Every policy, both prefills and three budgets are replayed over the example, and over a trace of the same prompt whose
-rows are recomputed from queries and keys; or over the traces that are named. Each of `SETTINGS` is a process of its
-own, as these variables are read when libraries load. A table says for each policy under which settings its decisions
-differ from those of the first. Without TRACE, tests that compare computed floats with files, or two computations with
-each other, follow under the settings of `TESTED`. The exit status is 0 where all is well.
+Every policy is replayed with both prefills and three budgets over the example, and over a trace of the same prompt
+whose rows are recomputed from queries and keys; or over the given traces. Each of `SETTINGS` needs a process of its
+own, because libraries read these variables when they are loaded. A table shows for each policy the settings whose
+decisions differ from those of the first. Without TRACE, the tests that compare computed floats with files, or two
+computations with each other, are then run under the settings of `TESTED`. The exit status is 0 if there is no
+difference and no failure.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 }
 RECORD = "trace --model demo traces/example.txt --max-new-tokens 16 --store qkv --dtype bfloat16"
 BUDGETS = "10%,20%,40%"
-# Beside all policies as they are: parameters under which they decide more often, or from more sums.
+# Besides all policies with their defaults: parameters that make them decide more often, or from more sums.
 FULL = ("all", "lagkv:lag=8", "quest:page_size=4,skip_layers=0", "a2sf:alpha=0.9,group=max", "vatp:base=tova")
 STREAM = ("all", "quest:page_size=4,skip_layers=0", "scissorhands:history=16", "morphkv:window=8,fuse=sum")
 REPLAYS = (
@@ -73,14 +74,14 @@ def main(traces: list[str]) -> int:
         over = traces or [str(ROOT / "traces" / "example"), str(Path(folder) / "qkv")]
         if not traces:
             command(f"{RECORD} --output {over[1]}", {})
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process of one thread
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process with one thread
             found = dict(zip(SETTINGS, pool.map(lambda one: decisions(over, one), SETTINGS.values()), strict=True))
     status = show(found)
     return status if traces or status else test()
 
 
 def test() -> int:
-    """Return 0 where the sensitive tests pass under the settings that are `TESTED`."""
+    """Return 0 if the sensitive tests pass under each setting of `TESTED`."""
     for name in TESTED:
         print(f"{name}: {shlex.join(TESTS)}", flush=True)
         words = [sys.executable, "-m", "pytest", "-q", *TESTS]

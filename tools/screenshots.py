@@ -1,4 +1,4 @@
-"""Takes the pictures of the example report that README.md shows: reports/example-*.png.
+"""Take the pictures of the example report that README.md shows: reports/example-*.png.
 
 python tools/screenshots.py
 
@@ -22,7 +22,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 @dataclass(frozen=True)
 class Picture:
-    """What is seen where: a panel, or the top of the page, with a choice that the address carries."""
+    """A picture of a panel or of the top of the page, with the selection in its address."""
 
     name: str
     panel: str | None
@@ -32,7 +32,7 @@ class Picture:
 
 
 def pictures(data: dict[str, Any]) -> list[Picture]:
-    """Return the three pictures of a page: the answer, two policies side by side, and a fact that one of them lost."""
+    """Return the three pictures of a page: the answer, two policies side by side, and a fact that one evicted."""
     run = {each["label"]: each["id"] for each in data["runs"] if (each["budget"], each["loop"]) == ("20%", "closed")}
     part = data["parts"]["0.0"]
     fact, asked = part["tokens"].index("5"), part["prompt"]  # the number to recall, and the step that has to
@@ -45,7 +45,7 @@ def pictures(data: dict[str, Any]) -> list[Picture]:
 
 
 def main() -> int:
-    """Return 0 when the pictures are taken, 2 where there is no browser."""
+    """Return 0 if the pictures are taken, 2 if there is no browser."""
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         print("no chromium: apt-get install chromium", file=sys.stderr)
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def data_of(browser: Browser) -> dict[str, Any]:
-    """Return what the page carries."""
+    """Return the data embedded in the page."""
     page = browser.new_page()
     page.goto(PAGE.as_uri())
     data = page.evaluate("JSON.parse(document.getElementById('data').textContent)")
@@ -79,7 +79,7 @@ def take(browser: Browser, picture: Picture) -> Path:
         page.evaluate("scrollTo(0, 0)")
         page.screenshot(path=file)
     else:
-        page.add_style_tag(content="nav, .choice { position: static !important }")  # they would lie over the panel
+        page.add_style_tag(content="nav, .choice { position: static !important }")  # they would cover the panel
         page.locator(f"#{picture.panel}").screenshot(path=file)
     page.close()
     return file

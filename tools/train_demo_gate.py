@@ -1,8 +1,8 @@
 """Train the gate of the bundled model: ``python tools/train_demo_gate.py TEXTS -o gate.safetensors``.
 
-It learns from what the model itself was trained on, books and recall episodes, through the loop behind ``kvscope gate
-train``, whose texts are plain files. What judges it is held out of those too, so that neither the gate nor the choice
-of its best step has seen the text that the model was never trained on, with which benchmarks and tests measure.
+The gate learns from the training data of the model, books and recall episodes, with the training loop of ``kvscope gate
+train``, which reads plain text files only. The data that selects its best step is held out of this training data. So
+neither the gate nor that selection uses the text that the model was not trained on; benchmarks and tests use that text.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from kvscope.training.train_gate import finish
 LENGTHS = [256, 256, 256, 256, 512]
 TOKENS = 2048  # of a step
 EPISODES = 0.5  # share of sequences in which facts are asked for
-JUDGED = 6  # batches of sequences that judge
-LAST = 20  # the last of so many parts of each book judges
+JUDGED = 6  # batches of sequences for evaluation
+LAST = 20  # each book has so many parts; the last one is for evaluation
 
 
 def texts(source: Source, seed: list[int], length: int) -> Texts:
-    """Return sequences that depend on the seed alone."""
+    """Return sequences; the same seed gives the same sequences."""
     source.random = random.Random(str(seed))
     source.numpy = np.random.default_rng(seed)
     samples: list[Sample] = [
@@ -43,7 +43,7 @@ def texts(source: Source, seed: list[int], length: int) -> Texts:
 
 
 def apart(books: list[str]) -> tuple[list[str], list[str]]:
-    """Return what of each book is trained on, and what judges."""
+    """Return the part of each book for training, and the part that evaluates the gate."""
     cuts = [len(book) * (LAST - 1) // LAST for book in books]
     return (
         [book[:cut] for book, cut in zip(books, cuts, strict=True)],

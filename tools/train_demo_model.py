@@ -1,8 +1,8 @@
 """Train the bundled model: ``python tools/train_demo_model.py TEXTS --output DIR``.
 
-A Llama of under two million parameters learns book text, and to recall facts that were planted hundreds of tokens
-before. It starts with a rough ability to copy and first learns to copy well, on repeated random tokens; without that
-it does not find recall in a short training.
+A Llama of under two million parameters learns book text, and to recall facts that were stated hundreds of tokens
+before. It starts with a rough ability to copy and first learns to copy well, on repeated random tokens. Without that,
+it does not learn recall in a short training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WARM_UP_TOKENS = 2048
 COPIED = 0.3  # loss on repeats, in nats, at which copying is learned
 SHORT_LENGTHS = [64, 128, 256]
 LENGTHS = [128, 256, 512, 256, 1024]
-SHORT = 0.35  # share of the training that stays with short sequences, which hold more questions
+SHORT = 0.35  # share of the training on short sequences only, which contain more questions
 
 
 def build(vocabulary: int) -> LlamaForCausalLM:
@@ -59,8 +59,8 @@ def head_start(
 ) -> None:
     """Let training start with a rough ability to copy, which a short training does not reliably find by itself.
 
-    The first key/value head of layer 0 looks at the previous token and adds a projection of it to the stream. Two
-    key/value heads of layer 1 look for the token that followed an earlier occurrence of the present one, and add
+    The first key/value head of layer 0 attends to the previous token and adds a projection of it to the stream. Two
+    key/value heads of layer 1 attend to the token that followed an earlier occurrence of the present one, and add
     that token to the prediction. All of these are ordinary weights, which training then changes like any other.
     """
     config = model.config

@@ -1,4 +1,4 @@
-"""The gate in a build: an off-by-one in a policy is caught, and nothing else is."""
+"""The CI regression check finds an off-by-one in a policy, and reports nothing else."""
 
 import json
 import os
