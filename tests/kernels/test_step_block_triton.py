@@ -3,8 +3,6 @@
 Where there is no GPU it runs in Triton's interpreter, on shapes that are small because that is slow.
 """
 
-import os
-
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -21,8 +19,6 @@ from kvscope.policies.spec import parse_policies
 from tests.engine.maps import KINDS, attention, signals
 
 pytestmark = pytest.mark.skipif(not triton_available(), reason="triton is not installed: pip install triton")
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel's module is imported
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPECS = [
     "h2o",
