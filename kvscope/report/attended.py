@@ -1,4 +1,4 @@
-"""What recorded attention says about keys: how much they received, and how much evicted ones would still have."""
+"""Recorded attention per key: how much each key received, and how much it would have received while evicted."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from kvscope.trace.reader import Trace
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
 _NONE = np.zeros(0, np.int64)
-BLOCK = 2**24  # weights of a layer that are in memory at once
+BLOCK = 2**24  # number of weights of a layer in memory at once
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Absences of keys, and the full-cache attention that falls into each; one element for each.
+    """Absences of keys, and the full-cache attention on the key during each; one element per absence.
 
     Attributes
     ----------
     head, key, start, until : array
-        Key/value head, position of the key, first step at which it is gone, and the one at which it is back, ``T``
-        where that is never.
+        Key/value head, position of the key, first step after which it is not held, and the step after which it is held
+        again: ``T`` if it never is.
     mass : array
         Sum of the key's weight in the rows that could not see it, mean over the query heads of the group.
     """
@@ -44,9 +44,9 @@ class Attended:
     Attributes
     ----------
     received : array
-        Sum of the weights that each key received from its own row on, mean over the group, ``[G, T]``.
+        Sum of the weights that each key received from its own position on, mean over the group, ``[G, T]``.
     losses : dict of str to Losses
-        By the name of the residency intervals that they follow from.
+        By the name of the residency intervals that they are of.
     """
 
     received: Floats
@@ -57,8 +57,8 @@ def attended(trace: Trace, sequence: int, layer: int, residency: Mapping[str, Re
     """Return what keys received and what was lost, reading every row of the layer once."""
     length = trace.sequences[sequence].length
     absent = {run: intervals.absences() for run, intervals in residency.items()}
-    asked = [_asked(each, length) for each in absent.values()]
-    steps, heads, keys = (np.concatenate(parts) for parts in zip(*asked, strict=True)) if asked else [_NONE] * 3
+    requests = [_sums_at(each, length) for each in absent.values()]
+    steps, heads, keys = (np.concatenate(parts) for parts in zip(*requests, strict=True)) if requests else [_NONE] * 3
     found = np.zeros(len(steps))
     order = np.argsort(steps, kind="stable")
     ordered = steps[order]
@@ -83,13 +83,13 @@ def attended(trace: Trace, sequence: int, layer: int, residency: Mapping[str, Re
 def heaviest(
     trace: Trace, sequence: int, layer: int, gaps: Sequence[tuple[int, int, int, int]]
 ) -> list[tuple[int, float]]:
-    """Return for each (key/value head, key, step, step) the query between that looked at the key most, and its weight.
+    """Return for each (key/value head, key, step, step) the query between the steps with the largest weight on the key.
 
-    A key that is gone after a step is missed by the queries after that step, until the one after which it is back; -1
-    where none looked at it.
+    A key that is evicted after one step and held again after another is missing for the queries from the first step + 1
+    to the second. The query is -1 where none attended to the key.
     """
     best = [(-1, 0.0)] * len(gaps)
-    first = min((gone for _, _, gone, _ in gaps), default=0) + 1  # after a full prefill, this leaves out the prompt
+    first = min((gone for _, _, gone, _ in gaps), default=0) + 1  # after a full prefill, this skips the prompt
     for start, rows in _blocks(trace, sequence, layer, first):
         for place, (head, key, gone, back) in enumerate(gaps):
             later, stop = max(gone + 1 - start, 0), min(back + 1 - start, rows.shape[1])
@@ -102,8 +102,8 @@ def heaviest(
     return best
 
 
-def _asked(absences: Absences, length: int) -> tuple[Whole, Whole, Whole]:
-    """Return where sums are needed: at the first step without the key, then at the last query that misses it."""
+def _sums_at(absences: Absences, length: int) -> tuple[Whole, Whole, Whole]:
+    """Return where sums are needed: after the first step without the key, then after the last query without it."""
     steps = np.concatenate([absences.start, np.minimum(absences.until, length - 1)])
     return steps, np.tile(absences.head, 2), np.tile(absences.key, 2)
 

@@ -1,4 +1,4 @@
-"""Values as a page carries them: numbers packed and deflated, few digits, text in which nothing hides."""
+"""Encoding of values in a page: packed and deflated numbers, few digits, text without invisible characters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from kvscope.core.json import Json, JsonDict
 
 SPACE = "␣"
-SIGNS = {"\n": "↵", "\t": "⇥"}  # in every common font, which the control pictures of Unicode are not
+SIGNS = {"\n": "↵", "\t": "⇥"}  # in every common font, unlike the control pictures of Unicode
 HIDING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, format and bidi marks, surrogates, separators
-INTEGERS = ("uint8", "int16", "uint16", "int32")  # the first that holds all values is taken
-NOTHING = 2**16 - 1  # NaN among packed floats
-EFFORT = 6  # of deflate: 9 takes several times as long and saves a hundredth
+INTEGERS = ("uint8", "int16", "uint16", "int32")  # the first that can represent all values is used
+NOTHING = 2**16 - 1  # stands for NaN in packed floats
+EFFORT = 6  # of deflate: 9 takes several times as long and saves 1 %
 
 
 def visible(text: str) -> str:
@@ -34,7 +34,7 @@ def visible_token(text: str) -> str:
 
 
 def visible_everywhere(value: Json) -> Json:
-    """Return JSON-able data in which every string, keys included, went through `visible`."""
+    """Return JSON data with `visible` applied to every string, keys included."""
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, Mapping):
@@ -60,7 +60,7 @@ def packed(values: np.ndarray) -> JsonDict:
 
 
 def packed_floats(values: np.ndarray) -> JsonDict:
-    """Return floats as 65,535 even steps from the smallest, ``low``, to the largest, ``high``; NaN stays."""
+    """Return floats as 65,535 even steps from the smallest, ``low``, to the largest, ``high``; NaN is kept."""
     array = np.asarray(values, dtype=np.float64)
     there = np.isfinite(array)
     low, high = finite_range(array)
@@ -76,7 +76,7 @@ def finite_range(values: np.ndarray) -> tuple[float, float]:
 
 
 def packed_halves(values: np.ndarray) -> JsonDict:
-    """Return 16-bit floats as they are: attention weights as the trace holds them."""
+    """Return 16-bit floats unchanged: attention weights as the trace stores them."""
     return _deflated(np.asarray(values), "float16")
 
 

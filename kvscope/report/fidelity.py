@@ -1,4 +1,4 @@
-"""Metrics of every step and head, brought down to what a page shows: means by head, and means by step."""
+"""Means of metrics for the page: by head, and by step."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Means:
     Attributes
     ----------
     runs : dict of int to int
-        Number of a run -> its place in the arrays.
+        Number of a run -> its index in the arrays.
     by_head : dict of str to array
         Metric -> ``[R, L, H]``: mean over steps, then over sequences.
     by_step : dict of int to dict of str to array
-        Sequence -> metric -> ``[R, T]``: mean over layers and heads that have a value at the step, for the sequences
-        that were asked for.
+        Sequence -> metric -> ``[R, T]``: mean over layers and heads that have a value at the step, for the selected
+        sequences.
     """
 
     runs: dict[int, int]
@@ -34,7 +34,7 @@ class Means:
 
 
 def read_means(replay: Replay, metrics: list[str], sequences: list[int]) -> Means:
-    """Return the means of a replay, read once, layer by layer; by step only of some `sequences`."""
+    """Return the means of a replay, read once, layer by layer; means by step only for `sequences`."""
     trace = replay.info.trace
     lengths = {number: int(trace.sequences[number].length) for number in sequences}
     runs = {int(run.run): place for place, run in enumerate(replay.info.runs)}
@@ -59,14 +59,14 @@ def read_means(replay: Replay, metrics: list[str], sequences: list[int]) -> Mean
 
 
 class _Sums:
-    """Sums and counts of values that fall into cells of a grid."""
+    """Sums and counts of values in the cells of a grid."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
         self.sums, self.counts = (np.zeros(int(np.prod(shape))) for _ in range(2))
 
     def add(self, where: tuple[NDArray[np.int64], ...], values: Floats) -> None:
-        """Take values; NaN is none."""
+        """Add values to cells; NaN is skipped."""
         there = ~np.isnan(values)
         cells = np.ravel_multi_index(where, self.shape)[there]
         self.sums += np.bincount(cells, values[there], len(self.sums))
@@ -74,14 +74,14 @@ class _Sums:
 
     @property
     def means(self) -> Floats:
-        """Mean of each cell; NaN where nothing fell."""
+        """Mean of each cell; NaN for an empty one."""
         means = np.full(len(self.sums), np.nan)
         np.divide(self.sums, self.counts, out=means, where=self.counts > 0)
         return means.reshape(self.shape)
 
 
 def _mean(values: Floats, axis: int) -> Floats:
-    """Return means without NaN; NaN where there is nothing else."""
+    """Return means that ignore NaN; NaN where all values are."""
     counts = (~np.isnan(values)).sum(axis)
     means = np.full(counts.shape, np.nan)
     np.divide(np.nansum(values, axis=axis), counts, out=means, where=counts > 0)

@@ -1,4 +1,4 @@
-"""Plotly figures for notebooks, from the same data as the page."""
+"""Plotly figures for notebooks, made from the data of the page."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def plot(
     replays : Replay or sequence of Replay
         What to show.
     name : str
-        ``budget_curve`` (a metric over the keys really held, one line per policy), ``head_map`` (a metric of one run
+        ``budget_curve`` (a metric over the keys held, one line per policy), ``head_map`` (a metric of one run
         by layer and query head), or ``over_time`` (a metric of every run of one budget by step).
     metric : str, optional
-        The first metric that has a best end by default.
+        By default the first metric with a better direction.
     run : int, optional
-        Number of the run in the first replay, for ``head_map``, and whose budget ``over_time`` shows; by default the
-        one with which the page opens.
+        Number of a run of the first replay: the run of ``head_map``, and the one whose budget ``over_time`` shows. By
+        default the run that the page shows first.
     traces : mapping of str to Trace, optional
         As for `report`.
 
@@ -58,7 +58,7 @@ def plot(
     metrics = {each.name: each for each in source.metric_facts()}
     usual = next((each.name for each in metrics.values() if each.direction != "none"), next(iter(metrics)))
     if (metric or usual) not in metrics:
-        raise UsageError(f"no replay here has the metric {metric!r}", nearest(str(metric), metrics))
+        raise UsageError(f"none of the replays has metric {metric!r}", nearest(str(metric), metrics))
     figure = _FIGURES[name](source, metrics[metric or usual], _run(source, run))
     if not figure.data:
         raise ResultError(f"{metric or usual} has no value to show", "Choose another metric or run.")
@@ -70,12 +70,12 @@ def _run(source: ReportInput, number: int | None) -> RunView:
         return source.first
     found = [run for run in source.runs if run.replay is source.replays[0] and run.number == number]
     if not found:
-        raise UsageError(f"replay {source.replays[0].path} has no run {number}", "run.json lists its runs.")
+        raise UsageError(f"replay {source.replays[0].path} has no run {number}", "Name a run of its run.json.")
     return found[0]
 
 
 def _budget_curve(source: ReportInput, metric: MetricFacts, _: RunView) -> Figure:
-    """Return one line per policy; those that the page does not show at first wait in the legend."""
+    """Return one line per policy; those that the page does not show at first are hidden in the legend."""
     figure = _figure(metric.title, "keys held, mean over the steps", _axis(metric))
     for line in curve_lines(source)[: source.limits.rows]:
         points = [(run.mean("held_keys"), run.mean(metric.name), run.budget) for run in line.runs]
@@ -123,7 +123,7 @@ def _over_time(source: ReportInput, metric: MetricFacts, run: RunView) -> Figure
 
 
 def _figure(title: str, x: str, y: str) -> Figure:
-    from plotly.graph_objects import Figure  # plotly loads with the first figure, not with the room
+    from plotly.graph_objects import Figure  # slow to import: only when a figure is made
 
     figure = Figure()
     figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")

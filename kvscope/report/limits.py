@@ -1,4 +1,4 @@
-"""How much of the results a page carries."""
+"""Limits on the amount of data in a page."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """How much goes into one page; whatever is left out is said there. Bytes are those in the page.
+    """How much data one page may contain; the page states what is omitted. Bytes are those in the page.
 
     Attributes
     ----------
     rows : int
         Rows of a table, and lines of a plot.
     text_bytes : int
-        Token texts; sequences beyond it have no part in the panels that show single tokens.
+        Token texts; sequences beyond the limit are not shown in the panels of single tokens.
     raster_bytes, share_bytes, map_bytes, line_bytes, row_bytes, key_bytes : int
         Residency rasters; shares of heads by token and step; layer x head maps; lines over steps; attention rows;
-        what is known of each key.
+        values of each key.
     weights : int
-        Attention weights that are read from the traces, for what evicted keys would still have received.
+        Attention weights that are read from the traces to compute the attention on evicted keys.
     worst : int
         Evictions listed for each run.
     bins : int
         Steps of the text view; a line over steps has twice as many points.
     sequences : int
-        Sequences that have a part in the panels that show single tokens.
+        Sequences in the panels of single tokens.
     """
 
     rows: int = 400

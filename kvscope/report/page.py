@@ -1,4 +1,4 @@
-"""The page: data of every panel, and the one file that carries them."""
+"""The page: the data of every panel, written as one HTML or JSON file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def report(
     replays : sequence of Replay
         One or more.
     traces : mapping of str to Trace
-        The traces they were made from, by identity, as far as they are at hand.
+        Their traces by identity, as far as they are available.
     output : Path
         File to write.
     force : bool
@@ -48,12 +48,12 @@ def report(
     title : str, optional
         Heading of the page; the names of the replays by default.
     limits : Limits, optional
-        How much the page may carry.
+        How much data the page may contain.
 
     Raises
     ------
     ResultError
-        If there is no replay, or the file exists, or cannot be written.
+        If there is no replay, or the file exists or cannot be written.
     """
     output = Path(output)
     _require_free(output, force)
@@ -75,7 +75,7 @@ def report_data(
     """Return the path of a JSON file with everything that `report` would show; parameters and errors are the same.
 
     Packed numbers are ``{"dtype", "shape", "data"}``: base64 of zlib of little-endian numbers. With ``low`` and
-    ``high`` they are 65,535 even steps between these two, and 65535 is no value.
+    ``high`` they are 65,535 even steps between these two, and 65535 stands for NaN.
     """
     output = Path(output)
     _require_free(output, force)
@@ -84,7 +84,7 @@ def report_data(
 
 
 def report_input(replays: Sequence[Replay], traces: Mapping[str, Trace], limits: Limits | None = None) -> ReportInput:
-    """Return what panels are built from.
+    """Return the input of the panels.
 
     Raises
     ------
@@ -102,9 +102,9 @@ def ordered_panels() -> list[Panel]:
 
 
 def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Panel] | None = None) -> JsonDict:
-    """Return everything the page shows as plain JSON-able data, every string of it safe to look at."""
-    asked = ordered_panels() if panels is None else panels
-    fitting = [each for each in asked if each.needs <= source.offers]
+    """Return everything the page shows as JSON data, without invisible characters."""
+    selected = ordered_panels() if panels is None else panels
+    fitting = [each for each in selected if each.needs <= source.offers]
     built = [_panel_data(each, source) for each in fitting]
     page: JsonDict = {
         "title": title or f"KV-cache eviction: {', '.join(source.names)}",
@@ -118,14 +118,14 @@ def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Pa
         "first": source.first.id,
         "runs": [_run(source, run) for run in source.ranking],
         "parts": {part.name: _part(source, part) for part in source.parts.values()},
-        "notes": _notes(source, [each.title for each in asked if "trace" in each.needs - source.offers]),
+        "notes": _notes(source, [each.title for each in selected if "trace" in each.needs - source.offers]),
         "panels": [each for each in built if each is not None],
     }
     return {visible(name): visible_everywhere(value) for name, value in page.items()}
 
 
 def _labels(source: ReportInput) -> list[str]:
-    """Return the labels that get colours, in this order: those shown first, then the others; bounds have none."""
+    """Return the labels that get colours, in this order: those shown at first, then the others; bounds have none."""
     bounds = {run.label for run in source.runs if run.kind == "bound"}
     return [
         label for label in dict.fromkeys((*source.usual, *(run.label for run in source.runs))) if label not in bounds
@@ -198,18 +198,20 @@ def _part(source: ReportInput, part: Part) -> JsonDict:
 
 
 def _notes(source: ReportInput, missing: Sequence[str]) -> list[str]:
-    """Return what is to be said of all panels that show single tokens."""
+    """Return the notes on the panels of single tokens."""
     notes = []
     for name, replay in zip(source.names, source.replays, strict=True):
         if replay.info.trace.kind == "text":
-            notes.append(f"{name} is a replay of plain text: there is no trace of it, and so no token text.")
+            notes.append(f"{name} is a replay of plain text without a trace, so there is no token text.")
         elif source.trace_of(replay) is None:
-            notes.append(f"Token texts and attention rows are missing: the trace of {name} is not at hand.")
+            notes.append(f"Token texts and attention rows are missing: the trace of {name} was not found.")
     if missing:
-        notes.append(f"Not shown without a trace: {', '.join(missing)}. Build the report where the trace lies.")
-    if source.left_out:
-        total = len(source.parts) + source.left_out
-        notes.append(f"Below, {len(source.parts)} of {total} sequences are shown; the numbers above count all of them.")
+        notes.append(f"Not shown without a trace: {', '.join(missing)}. Make the report where the trace is stored.")
+    if source.omitted:
+        total = len(source.parts) + source.omitted
+        notes.append(
+            f"Below, {len(source.parts)} of {total} sequences are shown; the numbers above are of all sequences."
+        )
     return notes
 
 
@@ -241,12 +243,12 @@ def _count(number: int, what: str) -> str:
 
 def _require_free(output: Path, force: bool) -> None:
     if output.is_dir():
-        raise ResultError(f"{output} is a folder", "Name a file, for instance reports/NAME.html.")
+        raise ResultError(f"{output} is a folder", "Name a file: reports/NAME.html.")
     require_free(output, force=force)
 
 
 def _write(output: Path, content: bytes) -> Path:
-    """Write under another name, then rename: a page that is there is whole."""
+    """Write under another name, then rename, so that an existing page is complete."""
     unfinished = output.with_name(output.name + ".incomplete")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -258,6 +260,6 @@ def _write(output: Path, content: bytes) -> Path:
     except OSError as error:
         raise ResultError(
             f"{output} cannot be written: {error.strerror or error}",
-            "Choose a folder that you may write to and that has room.",
+            "Choose a folder that is writable and has free space.",
         ) from error
     return output

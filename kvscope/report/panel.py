@@ -1,11 +1,11 @@
-"""What a panel is: a function from replays and traces to plain data, and a script beside it that draws the data.
+"""Definition of a panel: a function from replays and traces to plain data, and a script that draws the data.
 
 The script calls ``kvscope.drawing(name, (box, data, page) => ...)``, which may be asynchronous; it puts elements into
 ``box``. ``page`` is what `kvscope.report.page.page_data` returns; its ``page.run()``, ``page.part()`` and
 ``page.token(position)`` return the selected run, part and token. ``kvscope.state.declare(name, usual, valid)``,
-``get``, ``set`` and ``on`` hold choices, in the address too; ``kvscope.numbers(packed)`` gives packed numbers;
+``get``, ``set`` and ``on`` manage the selection, which the address stores; ``kvscope.numbers(packed)`` unpacks numbers;
 ``kvscope.plot(box, traces, layout)`` draws with Plotly, ``kvscope.heat`` a table of colours; ``kvscope.latest(draw)``
-keeps drawings that wait for something in order, and ``kvscope.onTheme(draw)`` repeats them when the colours change.
+runs asynchronous drawings one at a time, and ``kvscope.onTheme(draw)`` repeats them when the colours change.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class Panel:
     order : int
         Panels are shown from the smallest to the largest.
     needs : frozenset of str
-        What the input must offer: ``summary``, ``fidelity``, ``residency``, ``trace``, ``outcome``.
+        Data that the panel needs: ``summary``, ``fidelity``, ``residency``, ``trace``, ``outcome``.
     help : str
-        Two sentences: how to read this.
+        How to read the panel, in two to four sentences.
     build : callable
-        Function from `ReportInput` to JSON-able data. A list of strings under ``notes`` is shown under the heading.
-        With None, where there is nothing to show, the panel is omitted.
+        Function from `ReportInput` to JSON data. A list of strings under ``notes`` is shown under the heading.
+        The panel is omitted if it returns None, because there is nothing to show.
     script : Path
         JavaScript that draws the data: the file beside the function's module with the suffix ``.js``.
     detail : bool
-        Whether it shows the chosen run, layer, head, step and token: such panels stand below the bar that chooses them.
+        Whether it shows the chosen run, layer, head, step and token: such panels are placed below the selection bar.
     """
 
     name: str
@@ -71,20 +71,20 @@ def panel(
     Raises
     ------
     UsageError
-        If it needs what no report offers, or if no script of the same name lies beside the module.
+        If it needs data that no report has, or if there is no script of the same name beside the module.
     """
 
     def register(function: Builder) -> Builder:
         needed = frozenset(needs)
         if not needed <= OFFERS:
             raise UsageError(
-                f"panel {name!r} needs {', '.join(sorted(needed - OFFERS))}, which no report offers",
+                f"panel {name!r} needs {', '.join(sorted(needed - OFFERS))}, which no report has",
                 f"Choose from: {', '.join(sorted(OFFERS))}.",
             )
         script = Path(inspect.getfile(function)).with_suffix(".js")
         if not script.is_file():
             raise UsageError(
-                f"panel {name!r} has no drawing: {script} does not exist",
+                f"panel {name!r} has no script: {script} does not exist",
                 f"Write one that calls kvscope.drawing({name!r}, (box, data, page) => ...).",
             )
         made = Panel(name, title, order, needed, help, function, script, detail)

@@ -1,4 +1,4 @@
-"""Sequences as the panels that show single tokens know them, and which layers to show where not all fit."""
+"""Sequences in the panels of single tokens, and the order of layers where not all fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvscope.trace.reader import Trace
 
 @dataclass(frozen=True)
 class Part:
-    """One sequence of one trace, as the panels that show single tokens know it.
+    """One sequence of one trace, with its token texts.
 
     Attributes
     ----------
@@ -23,7 +23,7 @@ class Part:
     number, prompt, length : int
         Number of the sequence, ``P`` and ``T``.
     tokens : list of str or None
-        Texts; None where the trace is absent.
+        Texts; None if the trace was not found.
     """
 
     name: str
@@ -35,19 +35,19 @@ class Part:
 
 
 def sequences_of(replays: Sequence[Replay], traces: Mapping[str, Trace]) -> Iterator[Part]:
-    """Yield every sequence, the first of each trace first; replays of one trace share theirs."""
+    """Yield every sequence once, first sequences of all traces first."""
     distinct = list({replay.info.trace.identity: replay.info.trace for replay in replays}.values())
     for number in range(max(len(trace.sequences) for trace in distinct)):
         for index, trace in enumerate(distinct):
             if number < len(trace.sequences):
-                info, at_hand = trace.sequences[number], traces.get(trace.identity)
-                tokens = None if at_hand is None else _texts(at_hand, number)
+                info, opened = trace.sequences[number], traces.get(trace.identity)
+                tokens = None if opened is None else _texts(opened, number)
                 name = f"{index}.{number}"
                 yield Part(name, trace.identity, number, info.prompt, info.length, tokens)
 
 
 def spread(layers: Sequence[int]) -> list[int]:
-    """Return layers in an order in which every beginning is spread over the depth: middle, first, last, quarters."""
+    """Return layers in an order of which every prefix is spread over the depth: middle, first, last, quarters."""
     last = len(layers) - 1
     order, queue = [last // 2, 0, last], [(0, last)]
     while queue:

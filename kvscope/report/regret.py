@@ -1,4 +1,4 @@
-"""Regret: which evictions cost most attention, and which later query missed each of those keys most."""
+"""Regret: the evictions that lost most attention, and the later query that missed each of these keys most."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kvscope.trace.reader import Trace
 
 
 class Eviction(NamedTuple):
-    """One key that was let go.
+    """One eviction of one key.
 
-    ``gone`` is the first step without the key, ``back`` the one at which it is there again, ``T`` where that is never.
-    ``mass`` is the attention it would have received between, ``missed`` the query with the largest share of it,
-    ``weight`` that share.
+    ``gone`` is the first step after which the key is not held, ``back`` the step after which it is held again: ``T`` if
+    it never is. ``mass`` is the full-cache attention on the key between the two, ``missed`` the query with the largest
+    part of it, ``weight`` that part.
     """
 
     layer: int
@@ -32,13 +32,13 @@ class Eviction(NamedTuple):
 def worst_evictions(
     trace: Trace, sequence: int, layers: Mapping[int, Attended], runs: Sequence[str], most: int
 ) -> dict[str, list[Eviction]]:
-    """Return the evictions of each run with the most regret, the worst first; of equal ones the first layer."""
+    """Return the evictions of each run with the most regret, the worst first; of equal ones that of the first layer."""
     found = {run: _of_run(layers, run, most) for run in runs}
     missed: dict[tuple[int, ...], tuple[int, float]] = {}
     for layer in layers:
-        asked = sorted({each[1:5] for evictions in found.values() for each in evictions if each.layer == layer})
-        steps = heaviest(trace, sequence, layer, asked) if asked else []
-        missed |= {(layer, *where): step for where, step in zip(asked, steps, strict=True)}
+        gaps = sorted({each[1:5] for evictions in found.values() for each in evictions if each.layer == layer})
+        steps = heaviest(trace, sequence, layer, gaps) if gaps else []
+        missed |= {(layer, *where): step for where, step in zip(gaps, steps, strict=True)}
     return {run: [Eviction(*each[:6], *missed[each[:5]]) for each in evictions] for run, evictions in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""Residency intervals as the page carries them."""
+"""Encoding of residency intervals in a page."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kvscope.report.encoding import packed, packed_bytes
 def packed_intervals(intervals: ResidencyIntervals) -> JsonDict:
     """Return residency intervals as plain data of packed integers.
 
-    Where every key has one interval, ``leave`` alone is given, head by head and key by key. Otherwise ``counts`` says
-    how many intervals each head has, and ``key``, ``enter`` and ``leave`` give them. If all heads agree, one of them
-    is given; ``stored`` says how many are.
+    If every key has one interval, only ``leave`` is stored, head by head and key by key. Otherwise ``counts`` is the
+    number of intervals of each head, with their ``key``, ``enter`` and ``leave``. If all heads are equal, one is
+    stored; ``stored`` is the number of heads that are.
     """
     own = intervals.ordered
     counts = np.bincount(own.kv_head, minlength=own.heads)

@@ -1,4 +1,4 @@
-"""One run of a replay as the report knows it: what it is called, what it costs, what it may be compared with."""
+"""One run in the report: its name, its metrics, its kind, and the runs that it is compared with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvscope.core.records import MetricSummary, RunSummary
 from kvscope.report.encoding import rounded
 from kvscope.results.store import Replay
 
-# What a reader looks at first, and what it cost; other metrics stand between them.
+# The metrics that come first and last; the others are between them.
 FIRST = (
     "retained_mass",
     "retained_mass_no_sinks",
@@ -26,18 +26,19 @@ LAST = ("read_keys", "held_keys")
 TAILED = "retained_mass"  # the metric whose tails are shown
 TAILS = ("share_below_half", "worst_head", "worst_step")
 
-# What a summary says of a run beside its metrics; here they are metrics as any other.
+# Values of a run in the summary that are no metrics there; the page treats them as metrics.
 BESIDE: dict[str, dict[str, Any]] = {
     "share_of_belady": {
         "direction": "higher",
         "range": [0.0, None],
-        "summary": "Retained mass divided by that of the best schedule of evictions for good: how well it predicts; "
-        "above 1 where a policy holds more keys, lets them come back, or shares them out among heads.",
+        "summary": "Retained mass divided by that of the best eviction schedule: how well the policy predicts. Above 1 "
+        "where a policy holds more keys, reads evicted keys again, or allocates keys among heads.",
     },
     "belady_of_ideal": {
         "direction": "none",
         "range": [0.0, 1.0],
-        "summary": "Retained mass of that schedule divided by the ideal set's: what evicting for good costs anybody.",
+        "summary": "Retained mass of the best eviction schedule divided by that of the ideal set: the cost of "
+        "irreversible eviction for any policy.",
     },
     "share_below_half": {
         "direction": "lower",
@@ -57,19 +58,19 @@ BESIDE: dict[str, dict[str, Any]] = {
     "held_overlap": {
         "direction": "none",
         "range": [0.0, 1.0],
-        "summary": "Keys held in both loops, as a share of those held in either: how far to trust the open one.",
+        "summary": "Keys held in both loops, as a share of those held in either: how reliable the open loop is.",
     },
 }
 
-# Kind -> what it means: runs of one kind hold and read in the same way, so only they are ranked among each other.
+# Kind -> what it means. Runs of one kind have the same kind of cost, so only these are ranked among each other.
 KINDS = {
-    "every step": "evicts at every step, so that the cache never outgrows its budget",
-    "prompt only": "compresses the prompt once and keeps whatever comes later, so that the cache grows",
-    "every N steps": "evicts now and then; between that the cache grows",
+    "every step": "evicts at every step, so that the cache never exceeds its budget",
+    "prompt only": "compresses the prompt once and retains all later tokens, so that the cache grows",
+    "every N steps": "evicts every few steps; between these the cache grows",
     "reads a part": "holds every key and reads some of them: saves reading, not memory",
-    "own size": "decides by itself how many keys stay",
-    "no eviction": "keeps everything",
-    "bound": "knows the future: no policy can do this, it says how far one could get",
+    "own size": "decides by itself how many keys to retain",
+    "no eviction": "retains everything",
+    "bound": "uses the future, which no policy can: a limit on what any policy can reach",
 }
 
 
@@ -82,13 +83,13 @@ class RunView:
     id : str
         Unique in the page: number of the replay, a dot, number of the run.
     replay : Replay
-        Where it comes from.
+        The replay that it is in.
     source : str
         Name of the replay, unique in the page.
     info : RunSummary
-        What the summary says of it.
+        Its record in the summary.
     metrics : mapping of str to MetricSummary
-        Its metrics by name, with its bounds, its gap and its tails as metrics too.
+        Its metrics by name, including bounds, loop gap and tails.
     """
 
     id: str
@@ -99,7 +100,7 @@ class RunView:
 
     @classmethod
     def of(cls, id: str, replay: Replay, source: str, info: RunSummary) -> RunView:
-        """Return a run with what the summary says of it."""
+        """Return a run from its record in the summary."""
         tails = info.tails.get(TAILED)
         beside = {
             "share_of_belady": info.bounds.share_of_belady,
@@ -135,7 +136,7 @@ class RunView:
 
     @property
     def protocol(self) -> tuple[str, str, str]:
-        """Trace identity, loop and prefill: numbers compare only where these are equal."""
+        """Trace identity, loop and prefill: numbers are comparable only if these are equal."""
         return self.replay.info.trace.identity, self.info.loop, self.info.prefill
 
     @property
@@ -158,12 +159,12 @@ class RunView:
 
     @property
     def comparable(self) -> tuple[str, ...] | None:
-        """What two runs must share for one to be better than the other; None where a run has no budget."""
+        """What must be equal in two runs that are ranked; None for a run without a budget."""
         return None if self.budget is None else (*self.protocol, self.budget, self.kind, self.phase)
 
     @property
     def marks(self) -> list[str]:
-        """What sets it apart from the others of its kind: how keys are shared out, whose code it follows, precision."""
+        """Properties in which it differs from others of its kind: allocation, published code, positions, precision."""
         marks = []
         if self.kind == "every N steps":
             marks.append(self.phase.replace(":", " ") + " steps")
@@ -197,7 +198,7 @@ class RunView:
 
 @dataclass(frozen=True)
 class MetricFacts:
-    """What a page says of a metric: name and title, which direction is better, range, meaning."""
+    """Facts about a metric in the page: name, title, better direction, range, meaning."""
 
     name: str
     title: str
@@ -207,7 +208,7 @@ class MetricFacts:
 
     @classmethod
     def of(cls, name: str, declaration: Mapping[str, Any]) -> MetricFacts:
-        """Return what the declaration of a metric says; a metric without one has no better direction."""
+        """Return the facts from the declaration of a metric; without one, no direction is better."""
         low, high = declaration.get("range") or (None, None)
         return cls(
             name,
@@ -219,7 +220,7 @@ class MetricFacts:
 
 
 def ends(runs: Sequence[RunView], metric: MetricFacts) -> tuple[float, float] | None:
-    """Return the best and the last value of some runs; None where there is no best, or all are equal."""
+    """Return the best and the worst value of some runs; None if no direction is better, or all are equal."""
     values = [value for run in runs if (value := rounded(run.mean(metric.name))) is not None]
     if metric.direction == "none" or len(values) < 2 or min(values) == max(values):
         return None

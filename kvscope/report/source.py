@@ -1,4 +1,4 @@
-"""What panels are built from: opened replays, the traces behind them, and how much of them a page may carry."""
+"""Input of the panels: opened replays, their traces, and the limits of the page."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 
-BASELINES = ("random", "window")  # shown from the start: a policy that does not beat them is none
-FEW = 3  # policies of the largest kind that are shown from the start
+BASELINES = ("random", "window")  # shown at first: every policy should be better than these
+FEW = 3  # policies of the largest kind that are shown at first
 OFFERS = frozenset({"summary", "fidelity", "residency", "trace", "outcome"})
 CACHED = 500_000_000  # bytes of residency intervals that are kept between panels
 
 
 @dataclass(frozen=True)
 class ReportInput:
-    """Everything a panel may look at.
+    """Everything that a panel may use.
 
     Attributes
     ----------
     replays : tuple of Replay
-        In the order in which they were named.
+        In the order of the command line.
     traces : mapping of str to Trace
-        By identity; a trace may be absent, then its token text is missing.
+        By identity; without its trace, a replay has no token text.
     limits : Limits
-        How much goes into the page.
+        How much data the page may contain.
     """
 
     replays: tuple[Replay, ...]
@@ -49,7 +49,7 @@ class ReportInput:
 
     @cached_property
     def offers(self) -> frozenset[str]:
-        """What there is for panels to need."""
+        """The data that panels may need and that is available."""
         offered = {"summary", "fidelity", "residency"}
         if any(self.trace_of(replay) for replay in self.replays):
             offered.add("trace")
@@ -59,7 +59,7 @@ class ReportInput:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Name of each replay; those of equal name get a number."""
+        """Name of each replay; equal names get a number."""
         plain = [replay.name for replay in self.replays]
         return tuple(
             name if plain.count(name) == 1 else f"{name} ({plain[:index].count(name) + 1})"
@@ -86,12 +86,12 @@ class ReportInput:
 
     @cached_property
     def ranking(self) -> tuple[RunView, ...]:
-        """Every run, the smallest budget first, within a budget by the first metric that has a best end."""
+        """Every run, the smallest budget first, within a budget by the first metric with a better direction."""
         return tuple(sorted(self.runs, key=self._place))
 
     @cached_property
     def groups(self) -> dict[tuple[str, ...], list[RunView]]:
-        """Runs that compare with each other, in the order of `ranking`."""
+        """Groups of comparable runs, in the order of `ranking`."""
         groups: dict[tuple[str, ...], list[RunView]] = defaultdict(list)
         for run in self.ranking:
             if run.comparable is not None:
@@ -100,7 +100,7 @@ class ReportInput:
 
     @cached_property
     def detailed(self) -> tuple[RunView, ...]:
-        """Every run, the best of each group first, then the second of each: what comes first fits into the page."""
+        """Every run in the order in which it is added to the page: the best of each group, the second of each, ..."""
         place = {run.id: at for group in self.groups.values() for at, run in enumerate(group)}
         order = {run.id: at for at, run in enumerate(self.ranking)}
         return tuple(sorted(self.runs, key=lambda run: (place.get(run.id, 0), order[run.id])))
@@ -122,7 +122,7 @@ class ReportInput:
 
     @cached_property
     def first(self) -> RunView:
-        """The run that a page shows at first: the best that decides at every step, under the middle budget."""
+        """The run that a page shows at first: the best that evicts at every step, under the middle budget."""
         stepping = [run for run in self.ranking if run.kind == "every step" and run.budget is not None]
         for runs in (stepping, [run for run in self.ranking if run.budget is not None], list(self.ranking)):
             budgets = list(dict.fromkeys(run.budget for run in runs))
@@ -132,12 +132,12 @@ class ReportInput:
 
     @cached_property
     def parts(self) -> dict[str, Part]:
-        """Sequences whose texts fit, by name; those of several replays of one trace are the same."""
+        """Sequences whose texts fit into the page, by name."""
         return {part.name: part for part in self._parts[0]}
 
     @property
-    def left_out(self) -> int:
-        """How many sequences did not fit."""
+    def omitted(self) -> int:
+        """Number of sequences that did not fit."""
         return self._parts[1]
 
     @cached_property
@@ -153,7 +153,7 @@ class ReportInput:
         return made, missing
 
     def trace_of(self, replay: Replay) -> Trace | None:
-        """Return the trace a replay was made from, if it is at hand."""
+        """Return the trace that a replay was made from, or None if it was not found."""
         return self.traces.get(replay.info.trace.identity)
 
     def parts_of(self, replay: Replay) -> list[Part]:
@@ -179,7 +179,7 @@ class ReportInput:
 
     @cached_property
     def readable(self) -> dict[str, list[int]]:
-        """Name of a sequence -> the layers whose attention rows may all be read, spread over the depth."""
+        """Name of a sequence -> the layers of which all attention rows may be read, spread over the depth."""
         found: dict[str, list[int]] = {name: [] for name in self.parts}
         left = self.limits.weights
         for part in self.parts.values():
@@ -193,15 +193,15 @@ class ReportInput:
         return found
 
     def unread(self, part: Part) -> str | None:
-        """Return what to say where not all layers of a sequence were read."""
+        """Return a note where not all layers of a sequence were read."""
         layers, read = self.layers_of(part), sorted(self.readable[part.name])
         if len(read) == len(layers):
             return None
         named = f" ({', '.join(map(str, read))})" if read else ""
-        return f"To keep the time short, every row was read in {len(read)} of {len(layers)} layers only{named}."
+        return f"To limit the time, all rows were read in only {len(read)} of {len(layers)} layers{named}."
 
     def attended(self, part: Part, layer: int) -> Attended:
-        """Return what the keys of a readable layer received, and what every run lost there, by its id."""
+        """Return the attention that keys of a readable layer received, and that every run lost there, by run id."""
         if (part.name, layer) not in self._attended:
             trace = self.traces[part.identity]
             self._attended[part.name, layer] = attended(trace, part.number, layer, self.residency(part, layer))
@@ -225,7 +225,7 @@ class ReportInput:
         return self._means[index]
 
     def scored(self, run: RunView, part: Part) -> pd.DataFrame | None:
-        """Return the scored tokens of a run of the closed loop: the columns of ``tokens.parquet``; None of another."""
+        """Return the scored tokens of a closed run, the columns of ``tokens.parquet``; None for an open run."""
         if run.protocol[1] != "closed":
             return None
         index = self.replays.index(run.replay)
@@ -235,7 +235,7 @@ class ReportInput:
         return frame[(frame["run"] == run.number) & (frame["sequence"] == part.number)]
 
     def title_of(self, run: RunView) -> str:
-        """Return the policy and, where they differ among the runs, the loop and the replay."""
+        """Return the policy, with loop and replay where these differ among the runs."""
         loop = [f"{run.protocol[1]} loop"] if len({each.protocol[1] for each in self.runs}) > 1 else []
         return " · ".join([run.label, *loop, *([run.source] if len(self.replays) > 1 else [])])
 
@@ -244,7 +244,7 @@ class ReportInput:
         return self.title_of(run) if run.budget is None else f"{self.title_of(run)} · {run.budget}"
 
     def metric_facts(self) -> list[MetricFacts]:
-        """Return what the page says of every metric, in its order."""
+        """Return the facts about every metric, in the order of the page."""
         return [MetricFacts.of(name, declaration) for name, declaration in self.metrics.items()]
 
     @cached_property

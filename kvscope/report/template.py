@@ -1,4 +1,4 @@
-"""The frame of the page: one HTML document with its style, scripts and data inside, and no way to the network."""
+"""The HTML document of a page: style, scripts and data inline, without network access."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from importlib.resources import files
 from kvscope.core.json import Json, JsonDict
 from kvscope.report.encoding import deflated_text
 
-# What ends a script element early, or changes how the rest of it is read, whatever surrounds it.
+# Characters that can end a script element early or change how it is parsed.
 INERT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
-# What drawings use, in the order in which they need each other.
+# Scripts that the drawings use, in order of dependence.
 SCRIPTS = ("core.js", "numbers.js", "state.js", "plot.js", "heat.js", "raster.js", "raster_view.js", "page.js")
 
 DOCUMENT = """<!DOCTYPE html>
@@ -30,7 +30,7 @@ DOCUMENT = """<!DOCTYPE html>
 <style>{style}</style>
 </head>
 <body>
-<noscript>This page draws itself with the scripts it carries; allow scripts to see it.</noscript>
+<noscript>This page needs JavaScript, which it contains; enable scripts to see it.</noscript>
 <div id="page"></div>
 <script type="application/json" id="data">{data}</script>
 <script type="text/plain" id="plotly">{plotly}</script>
@@ -43,7 +43,7 @@ DOCUMENT = """<!DOCTYPE html>
 def document(page: JsonDict, scripts: Sequence[str]) -> str:
     """Return the HTML document of a page.
 
-    Plotly's script, by far the largest part, is carried deflated; the page inflates it when the first plot is drawn.
+    Plotly's script, by far the largest part, is deflated; the page inflates it when the first plot is drawn.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def document(page: JsonDict, scripts: Sequence[str]) -> str:
     scripts : sequence of str
         JavaScript of the drawings.
     """
-    # plotly is the only heavy import of the room, and only drawing needs it
+    # slow to import, and only a page needs it
     from plotly.offline import get_plotlyjs
 
     plotly = get_plotlyjs()
@@ -69,7 +69,7 @@ def document(page: JsonDict, scripts: Sequence[str]) -> str:
 
 
 def inert_json(value: Json) -> str:
-    """Return JSON in ASCII, with sorted keys, that no HTML parser can take for anything but text."""
+    """Return JSON in ASCII, with sorted keys, that every HTML parser reads as text."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character, escaped in INERT.items():
         text = text.replace(character, escaped)
@@ -86,7 +86,7 @@ def security_policy(scripts: Sequence[str]) -> str:
 
 
 def element_text(script: str) -> str:
-    """Return a script as it may stand inside its element: one kind of line end, nothing that ends the element.
+    """Return a script as it may be written in its element: with line feeds only, and nothing that ends the element.
 
     Raises
     ------

@@ -240,7 +240,7 @@ def test_the_address_brings_back_the_whole_choice(browser: Any, rich_page: Path,
     tab = Tab(browser, rich_page, fragment)
     assert (tab.chosen("Policy"), tab.chosen("Budget"), tab.chosen("Layer")) == ("tova · open loop · open", "8", "0")
     assert tab.chosen("Compare with") == "window · open loop · open"
-    assert tab.text("#residency h3") == "tova · open loop · open · 8 against window · open loop · open · 8"
+    assert tab.text("#residency h3") == "tova · open loop · open · 8 and window · open loop · open · 8"
     assert "only window" in tab.text("#residency .legend:visible")
     assert (
         tab.page.locator("#residency canvas")
@@ -288,7 +288,7 @@ def test_the_table_sorts_and_warns_of_kinds(tab: Tab) -> None:
 
 def test_bounds_stand_apart(tab: Tab) -> None:
     rows = tab.run("[...document.querySelectorAll('#overview .bounds tr')].map(it => it.textContent)")
-    assert rows[0].startswith("Bounds: these know the future")
+    assert rows[0].startswith("Bounds: these use the future")
     assert len(rows) == 3
     assert all("belady" in row for row in rows[1:])
 
@@ -327,13 +327,13 @@ def test_the_raster_says_why_a_key_went(tab: Tab, rich: ReportInput) -> None:
 
     assert said("h2o", 21, 22).startswith("held since step 21, to the end; attention of query head 0: ")
     assert said("h2o", 3, 22).startswith(
-        "gone: left at step 9, held since step 3; of the prompt's 10 keys, h2o chose others at its end; "
+        "evicted at step 9, held since step 3; at the end of the prompt, h2o retained others of its 10 keys; "
         "it would still have received "
     )
     gone = said("h2o", 12, 22)
-    assert gone.startswith("gone: left at step 16, held since step 12; token 16 “,” needed room, and h2o scored it")
-    assert said("quest", 12, 22).startswith("not read: left at step 16, read since step 12; quest chose others to read")
-    assert "the best schedule for the rows to come" in said("belady", 12, 22)
+    assert gone.startswith("evicted at step 16, held since step 12; token 16 “,” needed its place, and h2o scored it")
+    assert said("quest", 12, 22).startswith("not read at step 16, read since step 12; quest read other keys")
+    assert "the best schedule for the following rows" in said("belady", 12, 22)
 
 
 def test_the_raster_is_walked_with_the_keyboard(tab: Tab) -> None:
@@ -447,16 +447,16 @@ def test_it_prints_in_light_without_what_only_a_screen_needs(browser: Any, rich_
     tab.context.close()
 
 
-def test_what_is_not_carried_is_said_in_its_panel(browser: Any, rich: ReportInput, tmp_path: Path) -> None:
+def test_panels_name_what_the_page_does_not_contain(browser: Any, rich: ReportInput, tmp_path: Path) -> None:
     few = Limits(raster_bytes=300, share_bytes=200, map_bytes=200, line_bytes=300, row_bytes=200, weights=1400)
     page = report(rich.replays, rich.traces, tmp_path / "few.html", limits=few)
     last = run_of(rich, "h2o", "8").id
     tab = Tab(browser, page, f"#text?run={last}&layer=1")
     assert tab.said == []
-    assert "is not carried in this page" in tab.text("#residency .small")
-    assert tab.text("#head-map .small").endswith("its map is not carried in this page.")
-    assert "not carried" in tab.text("#text .small")
-    assert "is not carried" in tab.text("#norms .small")
+    assert "The page does not contain the raster" in tab.text("#residency .small")
+    assert tab.text("#head-map .small").endswith("the page does not contain its map.")
+    assert "The page does not contain" in tab.text("#text .small")
+    assert "is not in this page" in tab.text("#norms .small")
     assert tab.count(".notes li") >= 6
     tab.context.close()
 

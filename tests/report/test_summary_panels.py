@@ -142,13 +142,14 @@ def test_the_closed_loop_stands_for_both_in_the_best_table(rich: ReportInput) ->
         line["run"] for line in data["best"]
     }
     assert all(line["best"]["perplexity_ratio"]["value"] for line in data["best"])
-    assert "The upper table shows the closed loop where there is one; the lower one shows both." in data["notes"]
+    assert "The upper table shows the closed loop where it was replayed, the lower table both loops." in data["notes"]
 
 
 def test_the_page_begins_with_the_answer(rich: ReportInput, source: ReportInput, trace: Trace, tmp_path: Path) -> None:
     """A reader who sees nothing else sees which policy is best at which budget, and what that costs."""
-    best = "tova has the highest retained mass (0.625)."
-    assert answer(source) == f"At budget 2, 2 of 5 keys held: of 3 policies (kind: every step), {best}"
+    assert answer(source) == (
+        "At budget 2, 2 of 5 keys held: of 3 policies (kind: every step), tova has the highest retained mass (0.625)."
+    )
     said = page_data(rich)["answer"]
     assert said.startswith("At budget 4, 4 of 18 keys held: of 6 policies (kind: every step), a2sf:alpha=0.9 has the ")
     assert said.endswith(f"a2sf:alpha=0.9 has the lowest perplexity ({math.exp(1.1) / math.e:.2f}x full cache).")
@@ -165,9 +166,9 @@ def test_runs_of_different_prefill_are_not_compared(trace: Trace, tmp_path: Path
 
 
 def test_overview_says_why_there_is_no_interval_and_what_is_left_out(source: ReportInput) -> None:
-    assert overview(source)["notes"] == ["No intervals: they need five or more sequences."]
+    assert overview(source)["notes"] == ["No intervals are shown: they need five or more sequences."]
     notes = overview(replace(source, limits=Limits(rows=5)))["notes"]
-    assert notes[0] == "The table shows 5 of 7 rows; the others are in summary.json."
+    assert notes[0] == "The table shows 5 of 7 rows; summary.json has the others."
 
 
 def test_intervals_come_with_five_sequences(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_curve_has_a_point_per_budget_and_a_line_per_policy(source: ReportInput)
     data = budget_curve(source)
     assert [line["name"] for line in data["lines"]] == ["h2o", "tova", "window"]
     assert [named(source, id) for id in data["lines"][1]["runs"]] == [("tova", "2"), ("tova", "4")]
-    assert data["notes"] == ["Without a budget, and so without a line: full."]
+    assert data["notes"] == ["No line, because they have no budget: full."]
     (reference,) = data["references"]
     assert (reference["metric"], reference["values"]) == ("retained_mass", "ideal_mass")
     assert [named(source, id)[1] for id in reference["runs"]] == ["2", "4"]
@@ -226,7 +227,7 @@ def test_a_handful_of_lines_is_shown_at_first_with_bounds_and_baselines(rich: Re
 
 def test_curve_of_one_budget_says_how_to_get_a_line(trace: Trace, tmp_path: Path) -> None:
     data = budget_curve(ReportInput((make_replay(tmp_path / "one", trace, mass={"h2o": {"2": 0.5}}),)))
-    assert data["notes"] == ["Only one budget was replayed: lines need two or more, for instance --budget 10%,20%,40%."]
+    assert data["notes"] == ["Only one budget was replayed. Lines need two or more: --budget 10%,20%,40%."]
 
 
 def test_sweep_finds_the_parameter_that_alone_differs(rich: ReportInput, source: ReportInput) -> None:
@@ -271,7 +272,7 @@ def test_outcome_ranks_the_open_metric_against_the_closed_loop(rich: ReportInput
 def test_outcome_without_an_open_loop_says_whose_metric_it_is(rich: ReportInput) -> None:
     data = outcome(replace(rich, replays=rich.replays[1:]))
     assert data is not None
-    assert data["notes"][0].startswith("For 17 of 17 runs the metric is that of the closed loop")
+    assert data["notes"][0].startswith("17 of 17 runs have no open loop")
 
 
 def test_without_a_closed_loop_there_is_no_word_of_it(source: ReportInput) -> None:
@@ -282,22 +283,21 @@ def test_absent_trace_is_said_and_the_rest_still_shows(source: ReportInput) -> N
     without = replace(source, traces={})
     page = page_data(without)
     assert page["notes"] == [
-        "Token texts and attention rows are missing: the trace of small is not at hand.",
+        "Token texts and attention rows are missing: the trace of small was not found.",
         "Not shown without a trace: Text, Regrets, Attention rows, Value norms, Query similarity. "
-        "Build the report where the trace lies.",
+        "Make the report where the trace is stored.",
     ]
     assert page["parts"]["0.0"]["tokens"] is None
     assert {"residency", "agreement", "head-map"} <= {panel["name"] for panel in page["panels"]}
     assert [each["kind"] for each in provenance(without)["sources"]] == ["replay"]
-    assert "not at hand" in provenance(without)["notes"][0]
+    assert "was not found" in provenance(without)["notes"][0]
 
 
 def test_a_replay_of_plain_text_misses_no_trace(replay: Replay) -> None:
     text = replace(replay.info.trace, kind="text", texts=(TextRef("book.txt", "d" * 64),))
     source = ReportInput((Replay(replay.path, replace(replay.info, trace=text)),))
     assert (
-        page_data(source)["notes"][0]
-        == "small is a replay of plain text: there is no trace of it, and so no token text."
+        page_data(source)["notes"][0] == "small is a replay of plain text without a trace, so there is no token text."
     )
     data = provenance(source)
     assert data["notes"] == []

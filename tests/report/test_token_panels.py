@@ -134,7 +134,7 @@ def test_long_sequences_need_more_than_16_bit() -> None:
     assert unpacked(raster["leave"]).tolist() == [length - 1] * 9 + [length] * (length - 9)
 
 
-LIMITED = "rasters of all layers and sequences are limited to {} bytes. residency.parquet has all of them."
+LIMITED = "all rasters together are limited to {} bytes. residency.parquet has all of them."
 
 
 def test_raster_limit_is_said_and_keeps_runs_comparable(source: ReportInput) -> None:
@@ -167,7 +167,7 @@ def test_sequences_that_do_not_fit_are_said(tmp_path: Path) -> None:
     source = ReportInput((replay,), {trace.identity: trace}, Limits(sequences=2))
     assert list(source.parts) == ["0.0", "0.1"]
     page = page_data(source)
-    assert page["notes"] == ["Below, 2 of 3 sequences are shown; the numbers above count all of them."]
+    assert page["notes"] == ["Below, 2 of 3 sequences are shown; the numbers above are of all sequences."]
     assert list(page_data(replace(source, limits=Limits(text_bytes=1)))["parts"]) == ["0.0"]
 
 
@@ -186,7 +186,7 @@ def test_map_limit_is_said(source: ReportInput) -> None:
     assert 0 < len(data["maps"]) < 7
     missing = 7 - len(data["maps"])
     assert data["notes"] == [
-        f"Maps of {missing} of 7 runs are left out to keep the page small; fidelity.parquet has them."
+        f"Maps of {missing} of 7 runs are omitted to limit the size of the page; fidelity.parquet has them."
     ]
 
 
@@ -290,10 +290,10 @@ def test_regrets_are_bounded_and_say_which_layers_were_read(rich: ReportInput) -
     one_layer = regrets(limited(rich, weights=HEADS * 24 * 25 // 2))
     assert one_layer is not None
     assert {row[0] for rows in one_layer["parts"]["0.0"]["worst"].values() for row in rows} == {0}
-    assert one_layer["notes"] == ["To keep the time short, every row was read in 1 of 2 layers only (0)."]
+    assert one_layer["notes"] == ["To limit the time, all rows were read in only 1 of 2 layers (0)."]
     nothing = regrets(limited(rich, weights=0))
     assert nothing is not None
-    assert nothing["notes"] == ["To keep the time short, every row was read in 0 of 2 layers only."]
+    assert nothing["notes"] == ["To limit the time, all rows were read in only 0 of 2 layers."]
 
 
 def test_a_key_that_comes_back_is_missed_only_in_between(rich: ReportInput) -> None:
@@ -337,9 +337,7 @@ def test_inspector_carries_rows_as_the_trace_holds_them(rich: ReportInput) -> No
     for row in rows[:20]:
         expected = trace.attention(0, row["layer"], row["step"], row["step"] + 1)[row["head"], 0]
         np.testing.assert_array_equal(unpacked(row["weights"]), expected.astype(np.float16))
-    assert data["notes"] == [
-        f"{len(rows)} of {2 * 4 * 24} attention rows are carried, to keep the page small; the trace has all."
-    ]
+    assert data["notes"] == [f"The page contains {len(rows)} of {2 * 4 * 24} attention rows; the trace has all."]
 
 
 def test_inspector_takes_the_rows_that_miss_a_key_first(rich: ReportInput) -> None:
@@ -352,7 +350,7 @@ def test_inspector_takes_the_rows_that_miss_a_key_first(rich: ReportInput) -> No
     assert carried <= missed, "every run of the fixture holds the same keys, and so has the same regrets"
     none = inspector(limited(rich, row_bytes=1))
     assert none is not None
-    assert none["notes"][0].startswith("0 of 192 attention rows are carried")
+    assert none["notes"][0].startswith("The page contains 0 of 192 attention rows")
 
 
 def test_heavy_hitters_are_the_keys_that_received_most(rich: ReportInput) -> None:

@@ -1,9 +1,9 @@
-/* What every drawing uses: elements, controls, texts, colours. Text enters the page as text, never as HTML. */
+/* Elements, controls, texts and colours for all drawings. Text is added to the page as text, never as HTML. */
 const kvscope = (() => {
   const drawings = {};
   const redraws = [];
 
-  /* Colours that stay apart for colour-blind readers (Okabe and Ito, darkened where they are too pale for lines). */
+  /* Colours that colour-blind readers can distinguish (Okabe and Ito, darkened where they are too pale for lines). */
   const PALETTE = {
     light: ["#0072b2", "#c44e00", "#00805e", "#b5478d", "#9a6a00", "#2a93cf", "#6a4fb3", "#4d4d4d"],
     dark: ["#56b4e9", "#f08a4b", "#2fc795", "#e59ac6", "#e6b23c", "#9fd3f5", "#b7a3f0", "#c9c9c9"],
@@ -77,7 +77,7 @@ const kvscope = (() => {
   const unique = (values) => [...new Set(values)];
   const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
-  /* A table of plain cells behind a plot, closed at first; its rows are made when it is opened. */
+  /* A table of the values of a plot, closed at first; its rows are made when it is opened. */
   function tableBehind(summary, headers, rows) {
     const body = element("tbody");
     const fill = () => body.replaceChildren(...(typeof rows === "function" ? rows() : rows).map((cells) => element("tr", {}, cells.map((cell, index) =>
@@ -106,7 +106,7 @@ const kvscope = (() => {
     return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   }
 
-  /* Colour and marker by policy; the dash changes with the way of replaying, and by two when the colours begin again. */
+  /* Colour and marker by policy; the dash changes with replay and loop, and by two when the colours repeat. */
   function lineStyle(index, way = 0) {
     const palette = PALETTE[isDark() ? "dark" : "light"];
     const at = index < 0 ? 0 : index;
@@ -114,7 +114,7 @@ const kvscope = (() => {
     return { color: palette[at % palette.length], symbol: MARKERS[(at + round) % MARKERS.length], dash: DASHES[(2 * round + way) % DASHES.length] };
   }
 
-  /* A drawing that waits for something, once at a time: what is asked for meanwhile is drawn after it, and only the last. */
+  /* An asynchronous drawing, one at a time: of the requests made meanwhile, only the last is drawn. */
   const pending = new Set();
   function latest(draw) {
     let running = null;

@@ -1,4 +1,4 @@
-/* Tables whose cells carry colour and number: maps that a keyboard can walk and a printer can print. */
+/* Tables with a colour and a number in every cell: maps that work by keyboard and in print. */
 Object.assign(kvscope, (() => {
   const STOPS = [[0, 34, 78], [18, 53, 112], [59, 73, 109], [87, 92, 109], [112, 113, 115], [138, 134, 120], [165, 156, 116], [195, 179, 105], [225, 204, 85], [254, 232, 56]]; // Cividis
 
@@ -18,7 +18,7 @@ Object.assign(kvscope, (() => {
   }
 
   /*
-   * `rows` and `columns` are names; `value(r, c)` a number or null; `say(r, c)` the words of a cell; `text(value)` what stands in it
+   * `rows` and `columns` are names; `value(r, c)` a number or null; `say(r, c)` the description of a cell; `text(value)` its content
    * where there is room. `chosen(r, c)` marks cells, `click(r, c)` is optional. Arrow keys walk, Enter chooses.
    */
   function heat(box, { label, corner, rows, columns, value, say, text, scale, chosen = () => false, click = null, upright = false }) {

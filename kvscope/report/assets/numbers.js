@@ -1,4 +1,4 @@
-/* Packed numbers and texts: base64 of deflated bytes. Everything here is asynchronous because inflating is. */
+/* Packed numbers and texts: base64 of deflated bytes. Inflating is asynchronous, so everything here is. */
 Object.assign(kvscope, (() => {
   const opened = new WeakMap();
   const SIZES = { uint8: Uint8Array, int16: Int16Array, uint16: Uint16Array, int32: Int32Array, float16: Uint16Array };

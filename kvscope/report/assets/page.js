@@ -1,4 +1,4 @@
-/* The page itself: heading, links, the bar that chooses, and the panels, drawn one after the other. */
+/* The page: heading, links, the selection bar, and the panels, drawn one after the other. */
 kvscope.show = (() => {
   const { element, select, slider, options, unique, state } = kvscope;
   const NONE = "none";
@@ -21,7 +21,7 @@ kvscope.show = (() => {
     }).box;
   }
 
-  /* The rules of the shared choice: a run, another to compare with, a sequence, a layer, a query head, a step, a token. */
+  /* The rules of the shared selection: a run, another to compare with, a sequence, a layer, a query head, a step, a token. */
   function declareChoice(page) {
     const ids = page.runs.map((run) => run.id);
     page.run = (id = state.get("run")) => page.byId.get(id);
@@ -38,7 +38,7 @@ kvscope.show = (() => {
     const sameParts = () => [NONE, ...ids.filter((id) => id !== state.get("run") && page.byId.get(id).parts.includes(state.get("part")))];
     state.declare("other", () => NONE, oneOf(sameParts));
     const layers = () => (page.part() ? page.part().layers : [0]);
-    state.declare("layer", () => (page.part() ? page.part().layer : 0), oneOf(layers)); // the one that is carried if only one is
+    state.declare("layer", () => (page.part() ? page.part().layer : 0), oneOf(layers)); // the one in the page, if it has only one
     state.declare("head", () => "all", (value) => (value === "all" ? value : whole(() => 0, () => (page.part() ? page.part().heads - 1 : 0))(value)));
     const last = () => (page.part() ? page.part().length - 1 : 0);
     state.declare("step", last, whole(() => 0, last));
@@ -111,7 +111,7 @@ kvscope.show = (() => {
       try {
         await kvscope.drawings[panel.name](box, panel.data, page);
       } catch (error) {
-        box.append(element("p", { class: "failed", role: "alert" }, `This panel could not be drawn: ${error.message}`));
+        box.append(element("p", { class: "failed", role: "alert" }, `This panel cannot be drawn: ${error.message}`));
         throw error;
       }
     };
@@ -140,7 +140,7 @@ kvscope.show = (() => {
         themeSelect()),
       nav,
       element("main", {}, inMain),
-      element("footer", {}, `Made by ${page.generator}; plots by plotly.js (MIT licence). This page is complete in itself and fetches nothing.`));
+      element("footer", {}, `Made by ${page.generator}; plots by plotly.js (MIT licence). This page is self-contained and fetches nothing.`));
     const measure = () => {
       const chosen = document.querySelector(".choice");
       const stuck = (each) => (each && getComputedStyle(each).position === "sticky" ? each.offsetHeight : 0);
@@ -166,10 +166,10 @@ kvscope.show = (() => {
         faults += 1;
         console.error(error);
       }
-      await new Promise((go) => { setTimeout(go); }); // lets the browser show what is there
+      await new Promise((go) => { setTimeout(go); }); // lets the browser show the panels drawn so far
     }
     if (named) document.getElementById(named)?.scrollIntoView();
     window.addEventListener("hashchange", () => document.getElementById(state.follow())?.scrollIntoView());
-    document.documentElement.dataset.ready = faults ? "with faults" : "yes"; // for whoever waits for the whole page
+    document.documentElement.dataset.ready = faults ? "with faults" : "yes"; // tests wait for this
   };
 })();

@@ -5,11 +5,11 @@ Object.assign(kvscope, (() => {
   function library() {
     if (!loading) {
       loading = (async () => {
-        const carried = document.getElementById("plotly");
+        const packed = document.getElementById("plotly");
         const script = document.createElement("script");
-        script.textContent = await kvscope.inflateText(carried.textContent); // the security policy knows its hash
+        script.textContent = await kvscope.inflateText(packed.textContent); // the security policy knows its hash
         document.head.append(script);
-        carried.remove();
+        packed.remove();
         if (!window.Plotly) throw new Error("the drawing library did not start");
       })();
     }

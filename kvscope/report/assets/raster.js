@@ -1,8 +1,8 @@
-/* Stays of keys as pixels: stays are counted per pixel, so any zoom costs the same and shows true shares. */
+/* Residency intervals as pixels: intervals are counted per pixel, so every zoom takes the same time and shows exact shares. */
 kvscope.raster = (() => {
   const opened = new WeakMap();
 
-  /* Stays by head, sorted by key, with the place of each key's first stay; `leave` is `length` where a key never left. */
+  /* Intervals by head, sorted by key, with the index of each key's first interval; `leave` is `length` for a key that is never evicted. */
   async function unpack(each, length) {
     const [leave, key, enter] = await Promise.all(["leave", "key", "enter"].map((name) => (each[name] ? kvscope.numbers(each[name]) : null)));
     const made = [];
@@ -23,15 +23,15 @@ kvscope.raster = (() => {
     return opened.get(each);
   }
 
-  /* The stays of one key in one head, as [enter, leave] pairs. */
-  function staysOf(head, key) {
+  /* The intervals of one key in one head, as [enter, leave] pairs. */
+  function intervalsOf(head, key) {
     const found = [];
-    for (let stay = head.first[key]; stay < head.first[key + 1]; stay += 1) found.push([head.enter[stay], head.leave[stay]]);
+    for (let place = head.first[key]; place < head.first[key + 1]; place += 1) found.push([head.enter[place], head.leave[place]]);
     return found;
   }
-  const holds = (head, key, step) => staysOf(head, key).some(([from, to]) => from <= step && step < to);
+  const holds = (head, key, step) => intervalsOf(head, key).some(([from, to]) => from <= step && step < to);
 
-  /* Share of the keys of each pixel that are held, and whether any exists: +1 where a stay begins, -1 where it ends. */
+  /* Share of the keys of each pixel that are held, and whether any exists: +1 where an interval begins, -1 where it ends. */
   function shares(heads, view, width, height) {
     const held = new Float32Array((width + 1) * height);
     const there = new Float32Array((width + 1) * height);
@@ -43,9 +43,9 @@ kvscope.raster = (() => {
         const bottom = Math.max(top + 1, Math.floor(((key + 1 - k0) / (k1 - k0)) * height));
         for (let row = top * (width + 1); row < bottom * (width + 1); row += width + 1) {
           there[row + x(key)] += 1;
-          for (let stay = first[key]; stay < first[key + 1]; stay += 1) {
-            held[row + x(enter[stay])] += 1;
-            held[row + x(leave[stay])] -= 1;
+          for (let place = first[key]; place < first[key + 1]; place += 1) {
+            held[row + x(enter[place])] += 1;
+            held[row + x(leave[place])] -= 1;
           }
         }
       }
@@ -77,7 +77,7 @@ kvscope.raster = (() => {
     return made;
   }
 
-  /* `kept` where all keys of a pixel are held, `gone` where none is, clear where none exists. */
+  /* `kept` where all keys of a pixel are held, `gone` where none is held, transparent where none exists. */
   function image(context, share, width, height, kept, gone) {
     const [full, none] = [rgb(kept), rgb(gone)];
     return paint(context, width, height, (at) => (share[at] < 0 ? null : [[share[at], full], [1 - share[at], none]]));
@@ -92,5 +92,5 @@ kvscope.raster = (() => {
     });
   }
 
-  return { difference, holds, image, open, shares, staysOf };
+  return { difference, holds, image, open, shares, intervalsOf };
 })();

@@ -1,9 +1,9 @@
-/* One canvas of stays with its axes, pointer and keyboard; what it shows comes with `show`. */
+/* One canvas of residency intervals with axes, pointer and keyboard; `show` sets the runs. */
 kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, chosenHeads, describedBy }) => {
   const { element, colour, clamp, raster, state } = kvscope;
   const FOOT = 44;
   const ROW = 13; // from this many pixels on, a row has its token's text beside it
-  let sets = []; // [run, stays] of one run, or of two to be compared
+  let sets = []; // [run, intervals] of one run, or of two to be compared
   let gutter = 150;
   let tall = 600;
 
@@ -17,7 +17,7 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
 
   function show(next) {
     sets = next;
-    title.textContent = sets.map(([run]) => page.byId.get(run).name).join(" against ");
+    title.textContent = sets.map(([run]) => page.byId.get(run).name).join(" and ");
     draw();
   }
   function draw() {
@@ -31,7 +31,7 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
     canvas.height = Math.round(tall * ratio);
     const context = canvas.getContext("2d");
     const [width, height] = [Math.round((wide - gutter - 8) * ratio), Math.round((tall - FOOT) * ratio)];
-    const shares = sets.map(([, stays]) => raster.shares(chosenHeads(stays), view(), width, height));
+    const shares = sets.map(([, intervals]) => raster.shares(chosenHeads(intervals), view(), width, height));
     const picture = shares.length === 1
       ? raster.image(context, shares[0], width, height, colour("kept"), colour("gone"))
       : raster.difference(context, ...shares, width, height, ["mine", "only", "both", "neither"].map(colour));
@@ -46,11 +46,11 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
   function note() {
     const now = view();
     const [perRow, perColumn] = [(now.k1 - now.k0) / (tall - FOOT), (now.t1 - now.t0) / Math.max(1, plane.clientWidth - gutter - 8)];
-    const [, stays] = sets[0] || [];
+    const [, intervals] = sets[0] || [];
     const parts = [];
     if (perRow > 1) parts.push(`each pixel row is the mean of about ${perRow.toFixed(1)} tokens`);
     if (perColumn > 1) parts.push(`each pixel column is ${perColumn.toFixed(1)} steps`);
-    if (stays && chosenHeads(stays).length > 1) parts.push(stays.alike ? `all ${stays.heads.length} key/value heads of this layer hold the same keys` : `the shade is the share of ${stays.heads.length} key/value heads that hold the token`);
+    if (intervals && chosenHeads(intervals).length > 1) parts.push(intervals.alike ? `all ${intervals.heads.length} key/value heads of this layer hold the same keys` : `the shade is the share of ${intervals.heads.length} key/value heads that hold the token`);
     return parts.length ? `In this view ${parts.join("; ")}.` : "";
   }
 
@@ -80,7 +80,7 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
       context.fillStyle = colour("text");
       for (let key = k0; key < k1; key += 1) {
         context.fillText(String(key), gutter - 8, y(key + 0.5));
-        context.fillText(tokens[key].slice(0, gutter > 120 ? 14 : 6), gutter - 46, y(key + 0.5)); // apart, or a right-to-left token would move the number
+        context.fillText(tokens[key].slice(0, gutter > 120 ? 14 : 6), gutter - 46, y(key + 0.5)); // drawn separately: a right-to-left token would move the number
       }
     } else for (const key of ticks(k0, k1, height)) context.fillText(`token ${key}`, gutter - 8, Math.max(7, y(key + 0.5)));
     context.textBaseline = "alphabetic";

@@ -1,12 +1,12 @@
-/* What is chosen, shared by all panels and kept in the address: #panel?run=0.3&layer=2. Every value is checked before it is used. */
+/* The selection that all panels share, also stored in the address: #panel?run=0.3&layer=2. Every value is validated. */
 kvscope.state = (() => {
-  const rules = new Map(); // name -> {usual, valid}, in the order in which they depend on each other
+  const rules = new Map(); // name -> {usual, valid}, in order of dependence
   const values = new Map();
   const listeners = [];
-  let given = new Map(); // from the address, for rules that are still to come
+  let given = new Map(); // from the address, for rules that are not declared yet
   let panel = "";
 
-  /* `valid` returns the value as it is used, or undefined where it is none; `usual` gives one that is always good. */
+  /* `valid` returns the value to use, or undefined for an invalid one; `usual` returns a default that is always valid. */
   function declare(name, usual, valid) {
     rules.set(name, { usual, valid });
     values.set(name, checked(name, given.get(name)));

@@ -9,7 +9,7 @@ kvscope.drawing("agreement", async (box, data, page) => {
     const { budget } = page.run();
     const group = data.groups.find((each) => each.runs.includes(state.get("run")));
     const runs = group ? group.runs.map((id) => page.byId.get(id)) : [];
-    said.textContent = group ? `Budget ${budget}.` : `${page.run().name} is compared with no other run: ${budget === null ? "it has no budget" : "no other was replayed under its budget"}.`;
+    said.textContent = group ? `Budget ${budget}.` : `${page.run().name} is not compared with another run: ${budget === null ? "it has no budget" : "no other run has its budget"}.`;
     area.hidden = behind.hidden = !group;
     if (!group) return;
     const values = await numbers(group.values);
@@ -27,7 +27,7 @@ kvscope.drawing("agreement", async (box, data, page) => {
     area.prepend(scaleBar(scale, percent));
     behind.replaceChildren(kvscope.tableBehind("The numbers behind this matrix", ["Policy", ...runs.map(name)], () => runs.map((run, r) => [name(run), ...runs.map((_, c) => at(r, c).toFixed(3))])));
   });
-  /* Open against closed loop: what one budget's policies hold in both. */
+  /* Open and closed loop: keys that the policies of one budget hold in both. */
   function drawLoops() {
     const rows = data.loops.map((each) => ({ ...each, run: page.byId.get(each.run) })).filter(({ run }) => run.budget === page.run().budget && run.parts.includes(state.get("part")));
     loops.hidden = !rows.length;
@@ -42,8 +42,8 @@ kvscope.drawing("agreement", async (box, data, page) => {
       say: (r, c) => `${rows[r].run.label}, ${c ? `layer ${layers[c - 1]}` : "all layers"}: open and closed loop share ${percent(values[r][c])} of the keys that either holds`,
       chosen: (r) => rows[r].run.id === state.get("run"), click: (r) => state.set({ run: rows[r].run.id }),
     });
-    loops.replaceChildren(element("h3", {}, "Open against closed loop"),
-      element("p", { class: "small" }, "Keys held in both loops, of those held in either. Below the first layer the closed loop sees what the evictions before did; where the overlap is small, the open loop says little."), scaleBar(scale, percent), grid);
+    loops.replaceChildren(element("h3", {}, "Open and closed loop"),
+      element("p", { class: "small" }, "Keys held in both loops, as a share of those held in either. Above the first layer, the closed loop includes the effect of evictions in earlier layers; where the overlap is small, the open loop predicts little."), scaleBar(scale, percent), grid);
   }
   box.append(said, area, behind, loops);
   state.on(["run", "part"], drawLoops);

@@ -1,4 +1,4 @@
-"""Agreement: how far policies hold the same keys."""
+"""Agreement: which share of their keys two policies have in common."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvscope.report.parts import Part
 from kvscope.report.runs import KINDS, RunView
 from kvscope.report.source import ReportInput
 
-STEPS = 32  # evenly spaced steps at which the sets are compared
-MOST = 40  # runs of one budget
+STEPS = 32  # evenly spaced steps at which sets of keys are compared
+MOST = 40  # runs of one budget that are compared
 
 
 @panel(
@@ -26,18 +26,20 @@ MOST = 40  # runs of one budget
     needs=("residency",),
     detail=True,
     help="Each cell is the share of keys that two policies both hold, of those that either holds, over all heads and "
-    "layers at evenly spaced steps, under the budget of the chosen run. Policies that agree are one choice under two "
-    "names, and a low number beside equal fidelity means that there is more than one good set; where both loops were "
-    "replayed, a second table has the overlap of what a policy holds in the open and in the closed one, by layer.",
+    "layers at evenly spaced steps, under the budget of the chosen run. Policies that agree make the same choice under "
+    "two names; a low number with equal fidelity means that more than one set of keys is good. Where both loops were "
+    "replayed, a second table shows the overlap of the keys that a policy holds in the open and in the closed loop.",
 )
 def agreement(source: ReportInput) -> JsonDict | None:
-    """Return for each budget the overlap (Jaccard index) of what every two runs hold; of a sparse reader: reads."""
+    """Return for each budget the overlap (Jaccard index) of the keys that every two runs hold; sparse readers: read."""
     groups: dict[tuple[str, ...], list[RunView]] = defaultdict(list)
     for run in source.detailed:
         if run.budget is not None:
             groups[(*run.protocol, run.budget)].append(run)
     made: list[JsonDict] = []
-    notes = [f"The sets are compared at {STEPS} evenly spaced steps; of a policy that reads a part, what it reads."]
+    notes = [
+        f"Keys are compared at {STEPS} evenly spaced steps; for a policy that reads a part, the keys that it reads."
+    ]
     for (identity, *_, budget), runs in groups.items():
         shown = runs[:MOST]
         if len(shown) < len(runs):
@@ -51,7 +53,7 @@ def agreement(source: ReportInput) -> JsonDict | None:
 
 
 def _loops(source: ReportInput) -> list[JsonDict]:
-    """Return for each run of the closed loop its overlap with the open one: over all layers, and in each."""
+    """Return for each run of the closed loop its overlap with the open loop: over all layers, and in each."""
     found: list[JsonDict] = []
     for run in source.ranking:
         gap = run.info.gap

@@ -1,4 +1,4 @@
-/* Budget curves: lines with their own colour, marker and dash; which of them are shown is chosen in a list. */
+/* Budget curves: one colour, marker and dash for each line; a list selects the lines that are shown. */
 kvscope.drawing("budget-curve", async (box, data, page) => {
   const { element, select, button, checkbox, plain, plot, number, colour, options, sample, state, axisTitle } = kvscope;
   const AXES = { held: ["held_keys", "keys held, mean over the steps"], read: ["read_keys", "keys read, mean over the steps"], budget: [null, "budget, keys per key/value head"] };
@@ -15,7 +15,7 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
   const area = element("div", { class: "plot curve" });
   const legend = element("div", { class: "legend" });
   const behind = element("div");
-  /* A bound is one for its budget, whatever it holds itself: the ideal set is chosen anew from all keys. */
+  /* A bound is drawn at its budget, not at the keys that it holds: the ideal set is chosen anew from all keys. */
   const place = (id) => (AXES[state.get("axis")][0] && page.byId.get(id).kind !== "bound" ? value(id, AXES[state.get("axis")][0])[0] : page.byId.get(id).keys);
   const way = (id) => { const run = page.byId.get(id); return [run.replay, run.loop, run.prefill].join(); };
   const styleOf = (line) => page.style(page.byId.get(line.runs[0]));
@@ -49,7 +49,7 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
       hovertemplate: "%{text}<extra></extra>",
     };
   }
-  /* The name of a reference stands at its end: it has no place in the list of lines. */
+  /* The name of a reference is written at its end: the list of lines does not contain it. */
   function names(traces) {
     return traces.filter((trace) => !trace.customdata && trace.x.length).map((trace) => ({
       x: trace.x[trace.x.length - 1], y: trace.y[trace.y.length - 1], text: trace.name, showarrow: false, xanchor: "right", yanchor: "bottom", font: { color: colour("muted"), size: 12 },

@@ -1,4 +1,4 @@
-"""Fidelity over budget: one line per policy, any metric, against the keys that were really held or read."""
+"""Budget curves: any metric against the keys that were held or read, one line per policy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvscope.report.panel import panel
 from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
 
-# Metric -> the metric that bounds it for the same number of keys; drawn where no run is that bound itself.
+# Metric -> the metric that bounds it at the same number of keys; drawn where no run of the bound was replayed.
 REFERENCES = {"retained_mass": "ideal_mass"}
 
 LineKey = tuple[str, ...]  # label, replay, trace, loop, prefill
@@ -19,7 +19,7 @@ LineKey = tuple[str, ...]  # label, replay, trace, loop, prefill
 
 @dataclass(frozen=True)
 class CurveLine:
-    """One policy under one protocol: its runs by rising budget, and whether it is shown at first."""
+    """One policy under one protocol: its runs in order of budget, and whether it is shown at first."""
 
     name: str
     kind: str
@@ -31,9 +31,9 @@ class CurveLine:
     "budget-curve",
     title="Budget curves",
     order=20,
-    help="Each line is one policy from its smallest budget to its largest, against the keys that it really held or "
-    "read, so that policies of different kinds stand where their cost is. A line that stays high while it moves left "
-    "loses little, and the distance to the dashed bounds is what a better choice of keys could gain.",
+    help="Each line is one policy from its smallest to its largest budget, plotted against the number of keys that it "
+    "held or read, so that policies of different kinds appear at their cost. A line that is still high at few keys "
+    "loses little; the distance to the dashed bounds is what a better choice of keys could gain.",
 )
 def budget_curve(source: ReportInput) -> JsonDict:
     """Return one line per policy and protocol, as the runs of its budgets, and which of them to show at first."""
@@ -44,9 +44,9 @@ def budget_curve(source: ReportInput) -> JsonDict:
         notes.append(f"The plot offers {len(shown)} of {len(lines)} lines; the others are in summary.json.")
     without = list(dict.fromkeys(run.label for run in source.runs if run.budget_keys is None))
     if without:
-        notes.append(f"Without a budget, and so without a line: {', '.join(without)}.")
+        notes.append(f"No line, because they have no budget: {', '.join(without)}.")
     if lines and all(len(line.runs) == 1 for line in lines):
-        notes.append("Only one budget was replayed: lines need two or more, for instance --budget 10%,20%,40%.")
+        notes.append("Only one budget was replayed. Lines need two or more: --budget 10%,20%,40%.")
     return {
         "lines": [{"name": line.name, "kind": line.kind, "runs": [run.id for run in line.runs]} for line in shown],
         "usual": [place for place, line in enumerate(shown) if line.usual],
@@ -73,13 +73,13 @@ def _lines(runs: Sequence[RunView]) -> dict[LineKey, list[RunView]]:
 
 
 def _superseded(name: LineKey, lines: Mapping[LineKey, Sequence[RunView]]) -> bool:
-    """Return whether a line of the open loop has one of the closed loop, which knows all that it knows and more."""
+    """Return whether an open-loop line has a closed-loop one, which has all of its metrics and more."""
     label, _, identity, loop, prefill = name
     return loop == "open" and any((other[0], *other[2:]) == (label, identity, "closed", prefill) for other in lines)
 
 
 def _references(source: ReportInput) -> list[JsonDict]:
-    """Return for each bounding metric and protocol the runs that carry it, one for each budget."""
+    """Return for each bounding metric and protocol the runs that have it, one for each budget."""
     bounds = {str(run.info.policy) for run in source.runs if run.kind == "bound"}
     made: list[JsonDict] = []
     for metric, bound in REFERENCES.items():

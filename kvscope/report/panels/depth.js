@@ -20,7 +20,7 @@ kvscope.drawing("depth", async (box, data, page) => {
       };
     }), { xaxis: { title: { text: "layer" }, dtick: Math.ceil(data.layers.length / 16) }, yaxis: { title: { text: "share of keys held" }, tickformat: ".0%", rangemode: "tozero" }, showlegend: false });
   });
-  box.append(legend, area, kvscope.tableBehind("The numbers behind this plot", ["Run", "Layer", "Held", "Least of a head", "Most of a head"],
+  box.append(legend, area, kvscope.tableBehind("The numbers behind this plot", ["Run", "Layer", "Held", "Lowest head", "Highest head"],
     () => data.lines.flatMap((line) => data.layers.map((layer, at) => [name(line), layer, percent(line.mean[at]), percent(line.low[at]), percent(line.high[at])]))));
   kvscope.onTheme(draw);
   await draw();

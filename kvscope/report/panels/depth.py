@@ -1,4 +1,4 @@
-"""Keys by depth: what share of the keys each layer keeps, where a policy does not give every layer the same."""
+"""Keys by depth: the share of keys that each layer holds, for policies that do not give every layer the same."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ HELD = "held_keys"
     order=24,
     needs=("fidelity",),
     help="Each line is the share of all keys that a run held in each layer, mean over steps and heads; bars reach from "
-    "the head that holds least to the one that holds most. Learned gates, thresholds and allocations (these under one "
-    "budget) decide it themselves; beside them are runs with a budget that hold about as many keys in all.",
+    "the head that holds least to the one that holds most. Learned gates, thresholds and allocations (under one "
+    "budget) determine this share; for comparison, runs with a fixed budget that hold about as many "
+    "keys in total are shown.",
 )
 def depth(source: ReportInput) -> JsonDict | None:
-    """Return the held share of each layer for runs that share keys out themselves, and for those nearest in size."""
-    free = [run for run in source.runs if _shares_out(run) and run.mean(HELD) is not None]
+    """Return the held share of each layer for runs that allocate keys themselves, and for runs of similar size."""
+    free = [run for run in source.runs if _allocates(run) and run.mean(HELD) is not None]
     closed = {(run.protocol[0], run.protocol[2]) for run in free if run.protocol[1] == "closed"}
     free = [run for run in free if run.protocol[1] == "closed" or (run.protocol[0], run.protocol[2]) not in closed]
     free = [run for run in free if run.budget in (None, source.first.budget) or run.kind == "own size"]
@@ -34,7 +35,7 @@ def depth(source: ReportInput) -> JsonDict | None:
     return {"layers": list(free[0].replay.info.trace.layers), "lines": lines}
 
 
-def _shares_out(run: RunView) -> bool:
+def _allocates(run: RunView) -> bool:
     return run.kind == "own size" or run.info.allocate != "uniform"
 
 
@@ -45,7 +46,7 @@ def _beside(source: ReportInput, run: RunView) -> list[RunView]:
     nearest: dict[str, RunView] = {}
     for other in source.runs:
         mean = other.mean(HELD)
-        if mean is None or other.protocol != run.protocol or other.kind != "every step" or _shares_out(other):
+        if mean is None or other.protocol != run.protocol or other.kind != "every step" or _allocates(other):
             continue
         best = nearest.get(other.label)
         if other.label in source.usual and (best is None or abs(mean - held) < abs((best.mean(HELD) or 0) - held)):

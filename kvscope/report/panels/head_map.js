@@ -14,7 +14,7 @@ kvscope.drawing("head-map", async (box, data, page) => {
     const run = page.run();
     const map = data.maps[run.id];
     const packed = map && map.values[metric.name];
-    said.textContent = packed ? "" : `${run.name}: ${map ? "no values, since nothing was evicted or the metric was not computed." : "its map is not carried in this page."}`;
+    said.textContent = packed ? "" : `${run.name}: ${map ? "no values, since nothing was evicted or the metric was not computed." : "the page does not contain its map."}`;
     if (!packed) { area.replaceChildren(); legend.replaceChildren(); return; }
     const values = await numbers(packed);
     const [layers, heads] = packed.shape;

@@ -1,4 +1,4 @@
-"""Layer x head map: where in the model a policy loses what it loses."""
+"""Layer x head map: the layers and heads in which a policy loses fidelity."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from kvscope.report.source import ReportInput
     needs=("fidelity",),
     detail=True,
     help="Each cell is one query head of one layer: the mean of the chosen metric over all steps and sequences of the "
-    "chosen run. Cells that stand out from their row are heads for which this choice of keys fits better or worse "
-    "than for their neighbours; choose one, and the panels around show that head.",
+    "chosen run. Cells that differ from their row are heads for which this choice of keys is better or worse than for "
+    "the other heads of the layer. Choose a cell to show that head in all panels.",
 )
 def head_map(source: ReportInput) -> JsonDict:
     """Return the mean of every metric for every run, layer and head, with one scale per metric for all runs."""
@@ -38,5 +38,5 @@ def head_map(source: ReportInput) -> JsonDict:
             least, largest = scale.get(name, (low, high))
             scale[name] = [min(least, low), max(largest, high)]
     missing = f"{len(source.runs) - len(maps)} of {len(source.runs)} runs"
-    notes = [f"Maps of {missing} are left out to keep the page small; fidelity.parquet has them."]
+    notes = [f"Maps of {missing} are omitted to limit the size of the page; fidelity.parquet has them."]
     return {"maps": maps, "scale": scale, "notes": notes if len(maps) < len(source.runs) else []}

@@ -17,17 +17,17 @@ kvscope.drawing("inspector", async (box, data, page) => {
   const table = element("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": "Heaviest keys of the row" },
     element("table", {}, element("thead", {}, element("tr", {}, ["Token", "Position", "Full weight", "Live weight", "Seen", "Ideal", "Mark"].map((text, at) => element("th", { scope: "col", class: at ? "number" : null }, text)))), body));
 
-  /* The carried row of the chosen layer and head that is nearest to the chosen step. */
+  /* The row of the chosen layer and head in this page that is nearest to the chosen step. */
   function nearest() {
     const rows = (data.parts[state.get("part")] || { rows: [] }).rows.filter((row) => row.layer === state.get("layer") && (state.get("head") === "all" || row.head === state.get("head")));
     return rows.reduce((best, row) => (!best || Math.abs(row.step - state.get("step")) < Math.abs(best.step - state.get("step")) ? row : best), null);
   }
-  /* Which keys the chosen run could see at the row's step; null where its raster is not carried. */
+  /* Which keys the chosen run could see at the row's step; null where the page does not contain its raster. */
   async function visible(row) {
     const each = (residency && residency.data ? residency.data.rasters : []).find((one) => one.run === state.get("run") && one.part === state.get("part") && one.layer === row.layer);
     if (!each) return null;
-    const stays = await raster.open(each, page.part().length);
-    const head = stays.heads[Math.floor(row.head / page.part().group)];
+    const intervals = await raster.open(each, page.part().length);
+    const head = intervals.heads[Math.floor(row.head / page.part().group)];
     return Array.from({ length: row.step + 1 }, (_, key) => key === row.step || raster.holds(head, key, row.step - 1));
   }
   /* The current key and as many others as the run saw, by weight; of equal weights the newer. */
@@ -41,7 +41,7 @@ kvscope.drawing("inspector", async (box, data, page) => {
     const layers = [...new Set((data.parts[state.get("part")] || { rows: [] }).rows.map((each) => each.layer))].sort((a, b) => a - b);
     table.hidden = area.hidden = !row;
     facts.textContent = "";
-    if (!row) { said.textContent = `No row of layer ${state.get("layer")}${state.get("head") === "all" ? "" : `, query head ${state.get("head")}`} is carried in this page. Layers with rows: ${layers.join(", ") || "none"}.`; return; }
+    if (!row) { said.textContent = `No row of layer ${state.get("layer")}${state.get("head") === "all" ? "" : `, query head ${state.get("head")}`} is in this page. Layers with rows: ${layers.join(", ") || "none"}.`; return; }
     const weights = await numbers(row.weights);
     const seen = await visible(row);
     const count = seen ? seen.filter(Boolean).length : 0;
@@ -53,7 +53,7 @@ kvscope.drawing("inspector", async (box, data, page) => {
     const kind = (key) => (seen && seen[key] ? (best.has(key) ? 0 : 1) : best.has(key) ? 2 : 3);
     const heavy = new Set((data.parts[state.get("part")].heavy[row.layer] || [])[Math.floor(row.head / page.part().group)] || []);
     const mark = (key) => [key < data.sinks ? "S" : "", heavy.has(key) ? "H" : ""].filter(Boolean).join(" ");
-    said.textContent = `Layer ${row.layer}, query head ${row.head}, step ${row.step} ${page.token(row.step)}${row.step === state.get("step") ? "" : `, the nearest carried to step ${state.get("step")}`}${state.get("head") === "all" ? "; choose a head in the bar for another" : ""}.${seen ? "" : " What the chosen run saw is not known here: its raster of this layer is not carried."}`;
+    said.textContent = `Layer ${row.layer}, query head ${row.head}, step ${row.step} ${page.token(row.step)}${row.step === state.get("step") ? "" : `, the available row nearest to step ${state.get("step")}`}${state.get("head") === "all" ? "; choose a head in the bar for another" : ""}.${seen ? "" : " The page does not contain the raster of this layer, so what the chosen run saw is unknown."}`;
     if (seen) facts.textContent = `${page.run().name} sees ${count} of ${weights.length} keys with ${percent(mass / whole)} of the row; the ideal set of as many keys has ${percent(bestMass / whole)}.`;
     const order = [...all].sort((a, b) => weights[b] - weights[a]);
     body.replaceChildren(...order.slice(0, FEW).map((key) => element("tr", { class: key === state.get("token") ? "shown" : null },
@@ -80,7 +80,7 @@ kvscope.drawing("inspector", async (box, data, page) => {
     });
   });
 
-  /* For the raster's pointer: the weight that the row of a step gives to a key, where that row is carried. */
+  /* For the raster's pointer: the weight that the row of a step gives to a key, where the page contains that row. */
   kvscope.weightAt = async (step, key) => {
     const rows = data.parts[state.get("part")]?.rows || [];
     const row = rows.find((each) => each.layer === state.get("layer") && each.head === state.get("head") && each.step === step);

@@ -1,4 +1,4 @@
-"""Attention inspector: single rows of attention with token texts, what a run saw of them, and the ideal set."""
+"""Attention inspector: single attention rows with token texts, the keys that a run saw, and the ideal set."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ RowIndex = tuple[int, int, int]  # layer, query head, step
     order=70,
     needs=("residency", "trace"),
     detail=True,
-    help="The points are one row of recorded attention, key by key on a logarithmic scale: what the run could see, "
-    "what the ideal set of the same size would hold, and where the two differ. S marks sinks, the first four "
-    "positions, and H heavy hitters, the keys that received the most attention in this head over the whole sequence.",
+    help="The points are one row of recorded attention, key by key on a logarithmic scale: the keys that the run could "
+    "see, the ideal set of the same size, and where the two differ. S marks sinks, the first four positions; H marks "
+    "heavy hitters, the keys that received the most attention in this head over the whole sequence.",
 )
 def inspector(source: ReportInput) -> JsonDict | None:
-    """Return as many rows as fit: those that miss an evicted key most, then evenly spaced steps of every head."""
+    """Return as many rows as fit: those that missed an evicted key most, then evenly spaced steps of every head."""
     left = source.limits.row_bytes
     parts: JsonDict = {}
-    carried = total = 0
+    shown = total = 0
     for part in source.parts.values():
         if part.identity not in source.traces:
             continue
@@ -48,11 +48,11 @@ def inspector(source: ReportInput) -> JsonDict | None:
             rows.append(row)
         heavy = {str(layer): _heavy(source, part, layer) for layer in source.readable[part.name]}
         parts[part.name] = {"rows": rows, "heavy": heavy}
-        carried += len(rows)
+        shown += len(rows)
         total += len(source.layers_of(part)) * source.traces[part.identity].heads * part.length
     if not parts:
         return None
-    notes = [f"{carried:,} of {total:,} attention rows are carried, to keep the page small; the trace has all."]
+    notes = [f"The page contains {shown:,} of {total:,} attention rows; the trace has all."]
     return {"parts": parts, "sinks": SINKS, "notes": notes}
 
 
@@ -73,7 +73,7 @@ def _rows(source: ReportInput, part: Part) -> Iterator[tuple[JsonDict, int]]:
 
 
 def _selected(source: ReportInput, part: Part) -> Iterator[RowIndex]:
-    """Yield layer, query head and step of rows, the most telling first."""
+    """Yield layer, query head and step of rows, the most informative first."""
     trace = source.traces[part.identity]
     group = trace.heads // trace.kv_heads
     worst = source.worst(part)

@@ -11,18 +11,18 @@ kvscope.drawing("norms", async (box, data, page) => {
     const layers = data.parts[state.get("part")] || {};
     const found = layers[state.get("layer")];
     area.hidden = behind.hidden = !found;
-    if (!found) { said.textContent = `Layer ${state.get("layer")} is not carried in this page; carried layers: ${Object.keys(layers).join(", ") || "none"}.`; return; }
+    if (!found) { said.textContent = `Layer ${state.get("layer")} is not in this page; layers in this page: ${Object.keys(layers).join(", ") || "none"}.`; return; }
     const { length, group } = page.part();
     const head = state.get("head") === "all" ? 0 : Math.floor(state.get("head") / group);
     const [received, norm] = await Promise.all([numbers(found.received), numbers(found.norm)]);
     const each = (residency && residency.data ? residency.data.rasters : []).find((one) => one.run === state.get("run") && one.part === state.get("part") && one.layer === state.get("layer"));
-    const stays = each ? (await raster.open(each, length)).heads[head] : null;
+    const intervals = each ? (await raster.open(each, length)).heads[head] : null;
     const step = state.get("step");
     const keys = [...Array(length).keys()].filter((key) => received[head * length + key] > 0 && norm[head * length + key] > 0);
     const kinds = [
       { name: "sinks", symbol: "star", tone: "text", size: 11, has: (key) => key < SINKS },
-      { name: stays ? `held at step ${step} by the chosen run` : "keys", symbol: "circle", tone: "kept", size: 6, has: (key) => key >= SINKS && (!stays || raster.holds(stays, key, step)) },
-      { name: "gone, or not there yet", symbol: "x-thin-open", tone: "only", size: 6, has: (key) => key >= SINKS && stays && !raster.holds(stays, key, step) },
+      { name: intervals ? `held at step ${step} by the chosen run` : "keys", symbol: "circle", tone: "kept", size: 6, has: (key) => key >= SINKS && (!intervals || raster.holds(intervals, key, step)) },
+      { name: "evicted, or not generated yet", symbol: "x-thin-open", tone: "only", size: 6, has: (key) => key >= SINKS && intervals && !raster.holds(intervals, key, step) },
     ];
     said.textContent = `Layer ${state.get("layer")}, key/value head ${head}${state.get("head") === "all" ? " (choose a query head in the bar for another)" : ""}.`;
     const token = state.get("token");

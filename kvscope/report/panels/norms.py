@@ -1,4 +1,4 @@
-"""Value norms against attention: keys that are looked at and carry little, and the reverse (VATP's picture)."""
+"""Value norms against attention: keys with much attention and small values, and the reverse (figure of VATP)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvscope.report.source import ReportInput
     needs=("trace",),
     detail=True,
     help="Each point is one key of the chosen layer and head: the attention that it received from all later queries "
-    "against the L1 norm of its value, both on a logarithmic scale. Sinks stand far to the right and low, looked at "
-    "by all and carrying almost nothing, which is why VATP (arXiv:2406.12335) multiplies the two.",
+    "against the L1 norm of its value, both on a logarithmic scale. Sinks are far to the right and low: all queries "
+    "attend to them, but their values are small, which is why VATP (arXiv:2406.12335) multiplies the two.",
 )
 def norms(source: ReportInput) -> JsonDict | None:
     """Return for each readable layer the attention that each key received and the norm of its value, ``[G, T]``."""
@@ -42,5 +42,5 @@ def norms(source: ReportInput) -> JsonDict | None:
     if not parts:
         return None
     if missing:
-        notes.append(f"{missing} layers are left out to keep the page small; the trace has them.")
+        notes.append(f"{missing} layers are omitted to limit the size of the page; the trace has them.")
     return {"parts": parts, "notes": list(dict.fromkeys(notes))}

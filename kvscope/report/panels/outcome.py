@@ -1,4 +1,4 @@
-"""Outcome: what eviction does to the model's predictions, and how far the cheap metrics foresee it."""
+"""Outcome: the effect of eviction on the predictions of the model, and how well cheap metrics predict it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ FEWEST = 3  # runs for a rank agreement
     order=25,
     needs=("outcome",),
     help="Each point is one run of the closed loop: a metric that needs no second run of the model against the "
-    "perplexity relative to the full cache, where 1 is no loss. The rank agreement (Spearman, from -1 to 1) says how "
-    "far the metric alone would have put these runs into the right order; over all budgets it flatters any metric "
-    "that grows with the budget, so read the one within a budget first.",
+    "perplexity relative to the full cache, where 1 is no loss. The rank agreement (Spearman, from -1 to 1) measures "
+    "how well the metric alone orders these runs. Over all budgets it favours any metric that grows with the budget, "
+    "so read the agreement within a budget first.",
 )
 def outcome(source: ReportInput) -> JsonDict | None:
-    """Return runs with an outcome, the metrics that stand against it, and the rank agreement of each."""
+    """Return the runs with an outcome, the metrics to compare it with, and the rank agreement of each."""
     runs = [run for run in source.ranking if run.mean(OUTCOME) is not None]
     if not runs:
         return None
@@ -37,7 +37,7 @@ def outcome(source: ReportInput) -> JsonDict | None:
     for run in runs:
         groups[run.protocol].append(run)
     cheap = [name for name in source.metrics if name not in COSTLY]
-    # the open loop is what a metric costs; without one, the closed run's own value stands for it
+    # a metric is cheap in the open loop; without an open run, the value of the closed run is used
     opened = {_same(run): run for run in source.runs if run.protocol[1] == "open"}
     made: list[JsonDict] = []
     for group in groups.values():
@@ -51,7 +51,7 @@ def outcome(source: ReportInput) -> JsonDict | None:
             }
         )
     alone = sum(_same(run) not in opened for run in runs)
-    notes = [f"For {alone} of {len(runs)} runs the metric is that of the closed loop: there is no open one of theirs."]
+    notes = [f"{alone} of {len(runs)} runs have no open loop: their metrics are those of the closed loop."]
     return {"groups": made, "notes": notes if alone else []}
 
 
@@ -66,7 +66,7 @@ def _value(run: RunView, counterpart: RunView | None, metric: str) -> float | No
 def _agreement(values: list[float | None], runs: list[RunView]) -> JsonDict:
     """Return the rank agreement of a metric with the outcome over all runs, and its mean within a budget and kind.
 
-    Over all runs, any number that grows with the budget agrees; only within a budget a metric shows what it knows.
+    Over all runs, any number that grows with the budget agrees; only the agreement within a budget is informative.
     """
     budgets: dict[tuple[str, ...] | None, list[tuple[float, float]]] = defaultdict(list)
     for value, run in zip(values, runs, strict=True):

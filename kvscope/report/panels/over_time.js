@@ -2,8 +2,8 @@
 kvscope.drawing("over-time", async (box, data, page) => {
   const { element, select, checkbox, state, numbers, plot, plain, number, sample, unique } = kvscope;
   const KEYS = "held_keys";
-  const carried = new Set(Object.values(data.parts).flatMap((part) => Object.values(part.runs).flatMap(Object.keys)));
-  const usable = page.metrics.filter((metric) => carried.has(metric.name) && metric.name !== KEYS);
+  const known = new Set(Object.values(data.parts).flatMap((part) => Object.values(part.runs).flatMap(Object.keys)));
+  const usable = page.metrics.filter((metric) => known.has(metric.name) && metric.name !== KEYS);
   if (!usable.length) return;
   const curves = page.panels.find((panel) => panel.name === "budget-curve");
   state.declare("track", () => usable[0].name, state.oneOf(() => usable.map((metric) => metric.name)));
@@ -28,7 +28,7 @@ kvscope.drawing("over-time", async (box, data, page) => {
     const width = (edges[edges.length - 1] - edges[0]) / (edges.length - 1);
     const steps = edges.slice(0, -1).map((from, index) => (from + edges[index + 1] - 1) / 2);
     said.textContent = [
-      part.runs[state.get("run")] ? "" : "The chosen run is not carried in this page.",
+      part.runs[state.get("run")] ? "" : "The page does not contain the chosen run.",
       width > 1 ? `Each point is the mean of about ${width.toFixed(1)} steps.` : "",
     ].join(" ");
     legend.replaceChildren(...shown.map((id) => element("span", { class: id === state.get("run") ? "front" : null }, sample(page.style(page.byId.get(id)), false), element("bdi", {}, page.byId.get(id).name))));

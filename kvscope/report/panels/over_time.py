@@ -1,4 +1,4 @@
-"""Over time: every metric against the step, with the keys held, so that a growing cache is seen for what it is."""
+"""Over time: every metric against the step, together with the keys held, which show a growing cache."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ RATIO = "perplexity_ratio"  # of a bin: exp of the mean loss change of its token
     needs=("fidelity",),
     detail=True,
     help="The upper plot is the chosen metric, mean over layers and heads, against the step; the lower one is how "
-    "many keys are held at that step. A policy that compresses only the prompt looks better the longer it goes on, "
-    "and the lower plot shows what it pays.",
+    "many keys are held at that step. A policy that compresses only the prompt looks better as the sequence grows, and "
+    "the lower plot shows the cost.",
 )
 def over_time(source: ReportInput) -> JsonDict | None:
     """Return for each sequence the means of every metric by step, for as many runs as fit, in even bins of steps."""
@@ -52,7 +52,7 @@ def over_time(source: ReportInput) -> JsonDict | None:
         parts[part.name] = {"edges": edges.tolist(), "runs": made}
     if not parts:
         return None
-    notes = [f"Lines of {missing} runs are left out to keep the page small; fidelity.parquet has them."]
+    notes = [f"Lines of {missing} runs are omitted to limit the size of the page; fidelity.parquet has them."]
     return {"parts": parts, "notes": notes if missing else []}
 
 
@@ -81,7 +81,7 @@ def _binned(values: NDArray[np.float64], edges: NDArray[np.int64]) -> NDArray[np
     there = ~np.isnan(values)
     sums = np.add.reduceat(np.where(there, values, 0.0), edges[:-1])
     counts = np.add.reduceat(there.astype(np.int64), edges[:-1])
-    # the last bin of reduceat runs to the end of the sequence, where nothing follows it
+    # the last bin of reduceat extends to the end of the sequence
     means = np.full(len(counts), np.nan)
     np.divide(sums, counts, out=means, where=counts > 0)
     return means

@@ -17,7 +17,7 @@ kvscope.drawing("overview", (box, data, page) => {
   }
   const kindChip = (kind) => element("span", { class: `chip kind k-${page.kindOf[kind].place}`, title: page.kindOf[kind].meaning }, kind);
 
-  /* What all rows share of loop and prefill is said once; a column shows the rest. */
+  /* Loop and prefill that all rows share are shown once; a column shows those that differ. */
   const parts = [["loop", (run) => `${run.loop} loop`], ["prefill", (run) => `${run.prefill} prefill`]];
   const differs = ([name]) => new Set(data.rows.map((row) => runs[row.run][name])).size > 1;
   const [varying, common] = [parts.filter(differs), parts.filter((part) => !differs(part))];
@@ -30,7 +30,7 @@ kvscope.drawing("overview", (box, data, page) => {
       if (!found || found.value === null) return "–";
       const names = found.runs.slice(0, 2).map((id) => runs[id].label).join(", ") + (found.runs.length > 2 ? ", …" : "");
       return [button(element("bdi", {}, names), () => { state.set({ run: found.runs[0] }); mark(); }, { class: "plain", title: "show this run in the panels below" }), element("span", { class: "value" }, found.value.toFixed(3)),
-        found.near ? element("small", { title: "policies whose mean lies inside the 95 % interval of the best" }, ` +${found.near} within its interval`) : null];
+        found.near ? element("small", { title: "policies whose mean is inside the 95 % interval of the best" }, ` +${found.near} within its interval`) : null];
     };
     const ideal = data.best.some((line) => line.ideal !== null);
     const head = ["Budget", "Kind", ...shown.map((name) => ["best by", element("br"), metricOf[name].title]), ...(ideal ? [["ideal", element("br"), "mass"]] : []), ["Keys", element("br"), "read"], ["Keys held,", element("br"), "of all"]];
@@ -135,10 +135,10 @@ kvscope.drawing("overview", (box, data, page) => {
     body.replaceChildren(...rows.filter((row) => !isBound(row)).map(line));
     last = null;
     const bounds = rows.filter(isBound);
-    boundsBody.replaceChildren(...(bounds.length ? [element("tr", {}, element("th", { class: "group", colspan: columns().length, scope: "rowgroup" }, "Bounds: these know the future, no policy can"))] : []), ...bounds.map(line));
+    boundsBody.replaceChildren(...(bounds.length ? [element("tr", {}, element("th", { class: "group", colspan: columns().length, scope: "rowgroup" }, "Bounds: these use the future, which no policy can"))] : []), ...bounds.map(line));
     const mixed = new Set(rows.filter((row) => !isBound(row)).map((row) => runs[row.run].kind).filter((kind) => kind !== "no eviction"));
     warning.textContent = mixed.size > 1
-      ? `The rows are of ${mixed.size} kinds, which hold and read different numbers of keys: rank them only within a kind.` : "";
+      ? `The rows are of ${mixed.size} kinds, which hold and read different numbers of keys: compare only within a kind.` : "";
     mark();
   }
   function mark() {

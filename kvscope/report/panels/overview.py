@@ -1,4 +1,4 @@
-"""Overview: the best policy of each kind at each budget and what it costs, then every run with all its metrics."""
+"""Overview: the best policy of each kind at each budget and its cost, then every run with all its metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvscope.report.panel import panel
 from kvscope.report.runs import KINDS, MetricFacts, RunView, ends
 from kvscope.report.source import ReportInput
 
-# What stands in the table until the reader asks for all metrics.
+# Columns of the table until the reader selects all metrics.
 USUAL = (
     "retained_mass",
     "ideal_cosine",
@@ -33,10 +33,10 @@ IDEAL = "ideal_mass"  # what the ideal set retains with as many keys
     title="Overview",
     order=10,
     help="The upper table names the best policy of each kind at each budget, with the keys it holds and reads: "
-    "policies are ranked only within a kind, since a cache that grows or that is read in part costs something else. "
-    "Below, each row is one policy under one budget, ★ marks the best and ▽ the last of its kind, budget and "
-    "protocol, and a number is the mean over steps, then heads, layers and sequences, with its 95 % interval where "
-    "there are five or more sequences.",
+    "policies are ranked only within a kind, since a cache that grows or that is read in part has another cost. In "
+    "the lower table, each row is one policy under one budget; ★ marks the best and ▽ the last of its kind, budget "
+    "and protocol. A number is the mean over steps, then heads, layers and sequences, with its 95 % interval for five "
+    "or more sequences.",
 )
 def overview(source: ReportInput) -> JsonDict:
     """Return the best of each group, and rows in the order of budget and of the first metric that has a best end."""
@@ -46,11 +46,11 @@ def overview(source: ReportInput) -> JsonDict:
     marks = _marks(source, metrics)
     notes = []
     if len(shown) < len(runs):
-        notes.append(f"The table shows {len(shown)} of {len(runs)} rows; the others are in summary.json.")
+        notes.append(f"The table shows {len(shown)} of {len(runs)} rows; summary.json has the others.")
     if not any(value.low is not None for run in shown for value in run.metrics.values()):
-        notes.append("No intervals: they need five or more sequences.")
+        notes.append("No intervals are shown: they need five or more sequences.")
     if len({run.protocol[1] for run in runs}) > 1:
-        notes.append("The upper table shows the closed loop where there is one; the lower one shows both.")
+        notes.append("The upper table shows the closed loop where it was replayed, the lower table both loops.")
     return {
         "usual": [name for name in USUAL if name in source.metrics],
         "headlines": [name for name in HEADLINES if name in source.metrics],
@@ -61,13 +61,13 @@ def overview(source: ReportInput) -> JsonDict:
 
 
 def answer(source: ReportInput) -> str:
-    """Return in one sentence which policies are the best of the first run's kind and budget, and what they cost."""
+    """Return one sentence that names the best policies of the kind and budget of the first run, and their cost."""
     first = source.first
-    alike = (first.protocol[0], first.protocol[2], first.budget, first.kind, first.phase)
+    comparable = (first.protocol[0], first.protocol[2], first.budget, first.kind, first.phase)
     groups = [
         group
         for group in _shown_groups(source)
-        if (group[0].protocol[0], group[0].protocol[2], group[0].budget, group[0].kind, group[0].phase) == alike
+        if (group[0].protocol[0], group[0].protocol[2], group[0].budget, group[0].kind, group[0].phase) == comparable
     ]
     if not groups:
         return ""
@@ -87,7 +87,7 @@ def answer(source: ReportInput) -> str:
 
 
 def _marks(source: ReportInput, metrics: Sequence[MetricFacts]) -> dict[str, dict[str, str]]:
-    """Return for each run the metrics in which it is the best, or the last, of those it compares with."""
+    """Return for each run the metrics in which it is the best or the last of its group."""
     marks: dict[str, dict[str, str]] = {run.id: {} for run in source.runs}
     for group in source.groups.values():
         if group[0].kind == "bound":
@@ -104,7 +104,7 @@ def _marks(source: ReportInput, metrics: Sequence[MetricFacts]) -> dict[str, dic
 
 
 def _best(source: ReportInput, metrics: Sequence[MetricFacts]) -> list[JsonDict]:
-    """Return one line for each budget and kind: who is the best in what, out of how many, at what cost."""
+    """Return one line for each budget and kind: the best runs in each metric, the number of runs, and the cost."""
     lines: list[JsonDict] = []
     for group in _shown_groups(source):
         first = group[0]
@@ -129,7 +129,7 @@ def _best(source: ReportInput, metrics: Sequence[MetricFacts]) -> list[JsonDict]
 
 
 def _shown_groups(source: ReportInput) -> list[list[RunView]]:
-    """Return groups by trace and prefill, then budget and kind; no bounds, and no open one that has a closed one."""
+    """Return groups by trace and prefill, then budget and kind; without bounds, nor open groups with a closed one."""
     groups = [group for group in source.groups.values() if group[0].kind != "bound"]
     closed = {_apart_from_loop(group[0]) for group in groups if group[0].protocol[1] == "closed"}
     shown = [group for group in groups if group[0].protocol[1] != "open" or _apart_from_loop(group[0]) not in closed]
@@ -148,7 +148,7 @@ def _apart_from_loop(run: RunView) -> tuple[str, ...]:
 
 
 def _winners(group: Sequence[RunView], metric: MetricFacts) -> tuple[float | None, list[RunView]]:
-    """Return the best value and who has it; a run without rivals is named as it is."""
+    """Return the best value and the runs that have it; a run without competitors is the best."""
     found = ends(group, metric)
     value = found[0] if found else (rounded(group[0].mean(metric.name)) if len(group) == 1 else None)
     if value is None:
@@ -157,7 +157,7 @@ def _winners(group: Sequence[RunView], metric: MetricFacts) -> tuple[float | Non
 
 
 def _near(group: Sequence[RunView], best: Sequence[RunView], metric: str) -> int:
-    """Return how many other runs lie inside the interval of the best one: sequences do not tell these apart."""
+    """Return how many other runs have a mean inside the interval of the best: their difference is not significant."""
     value = best[0].metrics[metric] if best else None
     if value is None or value.low is None or value.high is None:
         return 0

@@ -12,7 +12,7 @@ kvscope.drawing("provenance", (box, data) => {
       element("summary", {}, each.prompts.length === 1 ? "1 prompt" : `${each.prompts.length} prompts`),
       facts(each.prompts.map((prompt) => [prompt.file, prompt.sha256 ? `sha256 ${prompt.sha256}` : "no hash"]))) : null);
   box.append(
-    element("h3", {}, "What is approximate"),
+    element("h3", {}, "Approximations"),
     element("ul", {}, data.approximate.map((text) => element("li", {}, text))),
     element("div", { class: "sources" }, data.sources.map(source)));
 });

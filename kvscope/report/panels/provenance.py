@@ -1,4 +1,4 @@
-"""Provenance: where the numbers come from, and what about them is approximate."""
+"""Provenance: the sources of the numbers, and their approximations."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from kvscope.trace.reader import Trace
 from kvscope.trace.record import TraceHeader
 
 OPEN_LOOP = (
-    "Open loop: decisions are replayed from recorded full-cache attention. Within a layer this is exact; what an "
-    "eviction does to the hidden states of later layers and later tokens is not seen."
+    "Open loop: decisions are replayed from recorded full-cache attention. Within a layer this is exact; the effect of "
+    "an eviction on the hidden states of later layers and tokens is not included."
 )
 CLOSED_LOOP = (
-    "Closed loop: the model ran again on the same tokens with the policy inside its attention. What it would have "
-    "written instead, had it gone on by itself, is not seen."
+    "Closed loop: the model ran again on the same tokens with the policy in its attention. The text that it would have "
+    "generated itself under the policy is not measured."
 )
 MIXED = (
-    "Policies of several kinds stand on this page. Those that compress only the prompt hold more keys the longer they "
-    "run, and those that read a part hold them all: compare within a kind, or at equal keys held."
+    "This page shows policies of several kinds. Those that compress only the prompt hold more keys as the sequence "
+    "grows, and those that read a part hold all keys: compare within a kind, or at equal keys held."
 )
-BOUNDS = "Bounds know the whole recording in advance: they say what could be had, not what a policy could do."
+BOUNDS = "Bounds use the whole recording in advance: they limit what any policy can reach, and are no policies."
 GENERATED = (
-    "The model wrote the continuation itself. Self-generated text repeats itself, which flatters every policy; "
-    "force a given continuation for text as people write it."
+    "The model generated the continuation. Generated text is repetitive, which flatters every policy; force a given "
+    "continuation to measure text as people write it."
 )
-FLOAT16 = "Attention rows are recorded in 16 bit: weights below about 6e-8 count as zero, others carry three digits."
-SINKS = "This model has learned sinks: recorded rows sum to less than one, and the sink keeps its share in every row."
+FLOAT16 = (
+    "Attention rows are recorded in 16 bit: weights below about 6e-8 are zero, others have three significant digits."
+)
+SINKS = "This model has learned sinks: recorded rows sum to less than one, and the sink takes the rest of every row."
 MASS = (
-    "Attention mass says how ordinary text fares. It does not say whether a fact that nobody looked at for hundreds of "
-    "steps survives."
+    "Attention mass predicts the loss on ordinary text. It does not predict whether a fact that received no attention "
+    "for hundreds of steps is retained."
 )
 
 
@@ -43,11 +45,11 @@ MASS = (
     title="Provenance",
     order=90,
     needs=("summary",),
-    help="Everything needed to make these numbers again: model, prompt, versions and command. The list of "
-    "approximations says what the numbers leave out; read it before you quote one of them.",
+    help="Everything needed to reproduce these numbers: model, prompt, versions and command. The list of "
+    "approximations states what the numbers do not include; read it before you quote one of them.",
 )
 def provenance(source: ReportInput) -> JsonDict:
-    """Return facts of every replay and trace, and what is approximate about them."""
+    """Return the facts of every replay and trace, and their approximations."""
     traces = {replay.info.trace.identity: source.trace_of(replay) for replay in source.replays}
     absent = [
         name
@@ -60,7 +62,7 @@ def provenance(source: ReportInput) -> JsonDict:
             *(_trace(trace) for trace in traces.values() if trace is not None),
         ],
         "approximate": _approximate(source),
-        "notes": [f"The trace of {name} is not at hand: model revision and prompts are not known." for name in absent],
+        "notes": [f"The trace of {name} was not found: model revision and prompts are unknown." for name in absent],
     }
 
 
@@ -119,7 +121,7 @@ def _trace(trace: Trace) -> JsonDict:
 
 
 def _files(texts: Sequence[Mapping[str, object]] | None) -> list[dict[str, str]]:
-    """Return name and hash of prompts or texts; of a file named from the root, its last name alone."""
+    """Return name and hash of prompts or texts; of an absolute path, the file name alone."""
 
     def name(text: Mapping[str, object]) -> str:
         file = PurePath(str(text.get("file") or "given text"))
@@ -157,7 +159,7 @@ def _known(facts: Mapping[str, object]) -> list[list[str]]:
 
 
 def _versions(versions: Mapping[str, str], kvscope: str | None = None) -> str:
-    """Return versions as text; old traces name that of kvscope apart from the others."""
+    """Return versions as text; old traces store that of kvscope apart from the others."""
     known = {**({} if kvscope is None else {"kvscope": kvscope}), **versions}
     return ", ".join(f"{name} {version}" for name, version in sorted(known.items()))
 

@@ -9,7 +9,7 @@ kvscope.drawing("queries", async (box, data, page) => {
     const part = data.parts[state.get("part")];
     const packed = part && part.layers[state.get("layer")];
     area.hidden = behind.hidden = !packed;
-    if (!packed) { said.textContent = "The queries of this sequence are not at hand."; return; }
+    if (!packed) { said.textContent = "The page does not contain the queries of this sequence."; return; }
     const { edges } = part;
     const count = edges.length - 1;
     const width = (edges[count] - edges[0]) / count;

@@ -1,4 +1,4 @@
-"""Query similarity over time: how long a full step stays representative (Recycled Attention's picture)."""
+"""Query similarity: for how many steps a full step is representative (figure of Recycled Attention)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ LAGS = (1, 5, 50)  # neighbours, Recycled Attention's comparison, and its usual 
     order=85,
     needs=("trace",),
     detail=True,
-    help="Each line is the cosine of a layer's mean query with the one some steps before: high where the model keeps "
-    "asking for the same. A policy that reuses the keys of an earlier full step, as Recycled Attention "
+    help="Each line is the cosine of a layer's mean query with that of some steps before: high where successive "
+    "queries attend to the same keys. A policy that reuses the keys of an earlier full step, as Recycled Attention "
     "(arXiv:2411.05787) does, is safe where the line of its stride is high, and should refresh where it drops.",
 )
 def queries(source: ReportInput) -> JsonDict | None:

@@ -1,4 +1,4 @@
-"""Regrets: the evictions that cost most attention, by what the full cache shows each key would still have received."""
+"""Regrets: the evictions that lost most attention, measured by the full-cache attention after each eviction."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from kvscope.report.source import ReportInput
     order=65,
     needs=("residency", "trace"),
     detail=True,
-    help="Each row is one key that the chosen run let go too early: the regret is the attention that the full cache "
-    "gives it in all later steps that could not see it, summed, mean over the query heads that share it. Choose a "
-    "row, and the panels around show that head, that token and the step that missed it most.",
+    help="Each row is one key that the chosen run evicted too early. Its regret is the full-cache attention on the "
+    "key, summed over all later steps that could not see it, mean over the query heads that share it. Choose a "
+    "row to show that head, that token and the step that missed it most in all panels.",
 )
 def regrets(source: ReportInput) -> JsonDict | None:
-    """Return the worst evictions of every run, and the regret of every token over all heads that were read."""
+    """Return the worst evictions of every run, and the regret of every token over all layers that were read."""
     left = source.limits.key_bytes
     parts: JsonDict = {}
     notes = []
@@ -47,7 +47,7 @@ def regrets(source: ReportInput) -> JsonDict | None:
     if not parts:
         return None
     if left < 0:
-        notes.append("The regret of every token is left out for some runs to keep the page small.")
+        notes.append("For some runs, the regret of every token is omitted to limit the size of the page.")
     return {"parts": parts, "notes": list(dict.fromkeys(notes))}
 
 

@@ -1,11 +1,11 @@
-/* Residency raster on canvases: one run, two side by side, or their difference; all share one view and one cursor. */
+/* Residency raster on canvases: one run, two side by side, or their difference, with a shared view and cursor. */
 kvscope.drawing("residency", async (box, data, page) => {
   const { element, select, button, clamp, raster, state, unique } = kvscope;
   if (!data.rasters.length) return;
   const regrets = page.panels.find((panel) => panel.name === "regrets");
   const MODES = { two: "side by side", difference: "difference" };
   const index = new Map(data.rasters.map((each) => [JSON.stringify([each.run, each.part, each.layer]), each]));
-  const carried = (run, layer = state.get("layer")) => index.get(JSON.stringify([run, state.get("part"), layer]));
+  const rasterOf = (run, layer = state.get("layer")) => index.get(JSON.stringify([run, state.get("part"), layer]));
   state.declare("mode", () => "two", state.oneOf(() => Object.keys(MODES)));
   state.declare("view", () => "", (text) => (/^\d+(\.\d+){3}$/.test(text) ? text : undefined));
 
@@ -16,9 +16,9 @@ kvscope.drawing("residency", async (box, data, page) => {
   let views = [];
 
   const part = () => page.part();
-  const chosenHeads = (stays) => (state.get("head") === "all" ? stays.heads : [stays.heads[Math.floor(state.get("head") / part().group)]]);
+  const chosenHeads = (intervals) => (state.get("head") === "all" ? intervals.heads : [intervals.heads[Math.floor(state.get("head") / part().group)]]);
 
-  /* keys k0..k1, steps t0..t1, half open; after a full prefill everything happens behind the prompt: that is the first view */
+  /* keys k0..k1, steps t0..t1, half open; after a full prefill nothing changes within the prompt, so the first view starts at its end */
   function view() {
     const { length, prompt } = part();
     const text = state.get("view");
@@ -47,27 +47,27 @@ kvscope.drawing("residency", async (box, data, page) => {
   const whole = () => zoom(0, part().length, 0, part().length);
   const generated = () => zoom(0, part().length, Math.max(0, Math.min(part().prompt - 1, part().length - 4)), part().length);
 
-  /* What one key lives through under one run, in words. */
-  function life(run, stays, key, step) {
-    const chosen = stays.alike ? stays.heads.slice(0, 1) : chosenHeads(stays);
-    const verb = page.byId.get(run).kind === "reads a part" ? ["read", "reads", "not read"] : ["held", "hold", "gone"];
-    if (step < key) return "not there yet";
+  /* Residency of one key under one run, in words. */
+  function life(run, intervals, key, step) {
+    const chosen = intervals.alike ? intervals.heads.slice(0, 1) : chosenHeads(intervals);
+    const verb = page.byId.get(run).kind === "reads a part" ? ["read", "reads", "not read"] : ["held", "hold", "evicted"];
+    if (step < key) return "not generated yet";
     if (chosen.length > 1) return `${verb[0]} by ${chosen.filter((head) => raster.holds(head, key, step)).length} of ${chosen.length} key/value heads`;
-    const spans = raster.staysOf(chosen[0], key);
+    const spans = raster.intervalsOf(chosen[0], key);
     const now = spans.find(([from, to]) => from <= step && step < to);
-    if (now) return `${verb[0]} since step ${now[0]}, ${now[1] >= part().length ? "to the end" : `leaves at step ${now[1]}`}`;
+    if (now) return `${verb[0]} since step ${now[0]}, ${now[1] >= part().length ? "to the end" : `until step ${now[1]}`}`;
     const before = spans.filter(([, to]) => to <= step).pop();
-    return before ? `${verb[2]}: left at step ${before[1]}, ${verb[0]} since step ${before[0]}; ${why(page.byId.get(run), before[1])}${cost(run, key, before[1])}` : `never ${verb[0]}`;
+    return before ? `${verb[2]} at step ${before[1]}, ${verb[0]} since step ${before[0]}; ${why(page.byId.get(run), before[1])}${cost(run, key, before[1])}` : `never ${verb[0]}`;
   }
-  /* Why a key went: what happened at that step, and the rule by which this one was taken. */
+  /* Why a key was evicted: the event at that step, and the rule by which this key was chosen. */
   function why(run, left) {
     const { prompt, length } = part();
-    if (run.kind === "reads a part") return `${run.label} chose others to read at that step`;
-    if (run.kind === "own size") return `${run.label} judged it not worth keeping`;
-    if (run.prefill === "full" && left < prompt) return `of the prompt's ${prompt} keys, ${run.label} chose others at its end`;
-    if (run.kind === "every N steps") return `${run.label} cut the cache at that step and scored it too low`;
-    if (run.kind === "bound") return "the best schedule for the rows to come lets it go there";
-    return left < length ? `token ${left} ${page.token(left)} needed room, and ${run.label} scored it lowest of the keys not protected` : "";
+    if (run.kind === "reads a part") return `${run.label} read other keys at that step`;
+    if (run.kind === "own size") return `${run.label} decided not to retain it`;
+    if (run.prefill === "full" && left < prompt) return `at the end of the prompt, ${run.label} retained others of its ${prompt} keys`;
+    if (run.kind === "every N steps") return `${run.label} compressed the cache at that step, and its score was too low`;
+    if (run.kind === "bound") return "the best schedule for the following rows evicts it there";
+    return left < length ? `token ${left} ${page.token(left)} needed its place, and ${run.label} scored it lowest of the unprotected keys` : "";
   }
   /* What it cost, where this is among the worst evictions of the run. */
   function cost(run, key, left) {
@@ -79,10 +79,10 @@ kvscope.drawing("residency", async (box, data, page) => {
     const { prompt } = part();
     return [
       `token ${key} ${page.token(key)}, ${key < prompt ? "prompt" : "generated"}`, `step ${step} ${page.token(step)}`,
-      ...shown.map(([run, stays]) => (shown.length > 1 ? `${page.byId.get(run).name}: ` : "") + life(run, stays, key, step)),
+      ...shown.map(([run, intervals]) => (shown.length > 1 ? `${page.byId.get(run).name}: ` : "") + life(run, intervals, key, step)),
     ];
   }
-  /* One more line where the attention row of the step is carried. */
+  /* One more line where the page contains the attention row of the step. */
   async function looked(key, step) {
     const weight = kvscope.weightAt ? await kvscope.weightAt(step, key) : null;
     return weight === null ? [] : [`attention of query head ${state.get("head")}: ${weight.toPrecision(3)}`];
@@ -91,11 +91,11 @@ kvscope.drawing("residency", async (box, data, page) => {
 
   const layout = kvscope.latest(async () => {
     const runs = [state.get("run"), state.get("other")].filter((id) => page.byId.has(id));
-    const there = runs.filter((id) => carried(id));
+    const there = runs.filter((id) => rasterOf(id));
     const layers = unique(data.rasters.filter((each) => each.run === runs[0] && each.part === state.get("part")).map((each) => each.layer)).sort((a, b) => a - b);
-    missing.textContent = there.length === runs.length ? "" : `The raster of ${runs.filter((id) => !there.includes(id)).map((id) => page.byId.get(id).name).join(" and ")} in layer ${state.get("layer")} is not carried in this page${layers.length ? `; carried layers: ${layers.join(", ")}` : ""}.`;
-    const stays = await Promise.all(there.map((id) => raster.open(carried(id), part().length)));
-    const shown = there.map((id, at) => [id, stays[at]]);
+    missing.textContent = there.length === runs.length ? "" : `The page does not contain the raster of ${runs.filter((id) => !there.includes(id)).map((id) => page.byId.get(id).name).join(" and ")} in layer ${state.get("layer")}${layers.length ? `; layers in the page: ${layers.join(", ")}` : ""}.`;
+    const intervals = await Promise.all(there.map((id) => raster.open(rasterOf(id), part().length)));
+    const shown = there.map((id, at) => [id, intervals[at]]);
     const sets = shown.length === 2 && state.get("mode") === "difference" ? [shown] : shown.map((each) => [each]);
     if (sets.length !== views.length) {
       views = sets.map(() => kvscope.rasterView({ page, view, zoom, zoomBy, whole, point, words, looked, chosenHeads, describedBy: readout.id }));
@@ -115,13 +115,13 @@ kvscope.drawing("residency", async (box, data, page) => {
   const modes = select("Two policies", Object.entries(MODES).map(([value, text]) => ({ value, text })), state.get("mode"), (mode) => state.set({ mode }));
   const legendNames = [element("bdi"), element("bdi")];
   const sign = (name, ...text) => element("span", {}, element("i", { class: name }), ...text);
-  const legendOne = element("span", { class: "legend" }, sign("kept", "held"), sign("gone", "evicted"), sign("future", "not there yet"));
+  const legendOne = element("span", { class: "legend" }, sign("kept", "held"), sign("gone", "evicted"), sign("future", "not generated yet"));
   const legendTwo = element("span", { class: "legend" }, sign("mine", legendNames[0]), sign("only", legendNames[1]), sign("both", "both hold it"), sign("neither", "neither"));
   box.append(
     element("div", { class: "controls" }, modes.box, button("Whole sequence", whole), button("After the prompt", generated),
       button("Zoom in", () => zoomBy(0.5)), button("Zoom out", () => zoomBy(2)), legendOne, legendTwo),
     missing, frames, scaleNote, readout,
-    element("p", { class: "small" }, "Drag to zoom, double-click for the whole; a click chooses token and step for all panels. With the keyboard: arrows move the cursor (shift: ten at a time), + and − zoom, Escape shows the whole."));
+    element("p", { class: "small" }, "Drag to zoom, double-click to show the whole sequence, click to choose token and step for all panels. Keyboard: arrows move the cursor (with shift, by ten), + and − zoom, Escape shows the whole sequence."));
   state.on(["run", "other", "part", "layer", "head", "step", "token", "mode", "view"], (changed) => {
     if (changed.has("part") && !changed.has("view")) state.set({ view: "" });
     modes.value = state.get("mode");

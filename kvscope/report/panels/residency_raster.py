@@ -18,16 +18,16 @@ from kvscope.report.source import ReportInput
     order=50,
     needs=("residency",),
     detail=True,
-    help="Each row is a token, each column a step: blue where the token's key is still held after the step (of a "
-    "policy that reads a part: where it is read), sand or brown where it has been evicted, empty before it exists. "
-    "Long blue rows are tokens that the policy holds on to, and an edge that runs parallel to the diagonal is a "
-    "window moving on; of a single head, the pointer tells since when a key is held, or why and when it went.",
+    help="Each row is a token, each column a step: blue where the token's key is held after the step (for a policy "
+    "that reads a part: where it is read), sand or brown where it has been evicted, empty before it exists. Long blue "
+    "rows are tokens that the policy retains, and an edge parallel to the diagonal is a sliding window. For a single "
+    "head, the pointer shows since when a key is held, or when and why it was evicted.",
 )
 def residency_raster(source: ReportInput) -> JsonDict:
-    """Return residency intervals per sequence, run and layer as packed integers, as many as the page may carry.
+    """Return residency intervals per sequence, run and layer as packed integers, as many as fit into the page.
 
-    Layers are added for all runs at a time, spread over the depth of the model, sequence by sequence, so that what
-    fits can be compared. Where not even one layer fits, it has the runs that do.
+    A layer is added for all runs at once, so that they can be compared; layers are spread over the depth of the model,
+    sequence by sequence. If not even one layer fits, the runs of it that fit are returned.
     """
     left = source.limits.raster_bytes
     rasters: list[JsonDict] = []
@@ -44,17 +44,17 @@ def residency_raster(source: ReportInput) -> JsonDict:
         if fitting == len(made) or (not rasters and fitting):
             rasters += made[:fitting]
         if fitting < len(made):
-            return {"rasters": rasters, "notes": [_left_out(source, shown, len(layers), fitting, made)]}
+            return {"rasters": rasters, "notes": [_omitted(source, shown, len(layers), fitting, made)]}
     return {"rasters": rasters, "notes": []}
 
 
-def _left_out(source: ReportInput, shown: int, layers: int, fitting: int, made: Sequence[JsonDict]) -> str:
+def _omitted(source: ReportInput, shown: int, layers: int, fitting: int, made: Sequence[JsonDict]) -> str:
     limit = source.limits.raster_bytes
     size = f"{limit / 1e6:g} MB" if limit >= 100_000 else f"{limit} bytes"
     what = f"{shown} of {layers} layers are shown"
     if shown == 0:
         what = f"{fitting} of {len(made)} runs are shown, in 1 of {layers} layers"
-    return f"{what}: rasters of all layers and sequences are limited to {size}. residency.parquet has all of them."
+    return f"{what}: all rasters together are limited to {size}. residency.parquet has all of them."
 
 
 def _order(source: ReportInput) -> Iterator[tuple[Part, int]]:

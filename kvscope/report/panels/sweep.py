@@ -1,4 +1,4 @@
-"""Parameter sweep: what one parameter of a policy does, where several of its values were replayed or tuned."""
+"""Parameter sweep: the effect of one parameter of a policy, of which several values were replayed or tuned."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FEWEST = 3  # values that make a sweep
     order=22,
     help="Each line is one policy at one budget over the values of one of its parameters, everything else being "
     "equal: for A2SF's forgetting factor alpha, 0 is attention of the last step alone and 1 is the plain sum of H2O. "
-    "A flat line means that the parameter does not matter here, a peak inside the range that tuning pays; of a run "
-    "that was tuned, a map shows the value that each layer or head got.",
+    "A flat line means that the parameter has no effect here, a peak inside the range that tuning helps. For a tuned "
+    "run, a map shows the value of each layer or head.",
 )
 def sweep(source: ReportInput) -> JsonDict | None:
-    """Return policies of which at least three values of a number were replayed, all else equal, and what was tuned.
+    """Return policies with at least three values of a numeric parameter, all else equal, and tuned values.
 
-    None without either.
+    None if there is neither.
     """
     lines: dict[tuple[str, ...], list[tuple[float, RunView]]] = defaultdict(list)
     for run in source.runs:
@@ -52,7 +52,7 @@ def sweep(source: ReportInput) -> JsonDict | None:
 def _tuned(run: RunView) -> Iterator[JsonDict]:
     """Yield for each parameter that a tuned run varies its value in every layer or every head, ``[L, 1 | G]``.
 
-    Budgets of one file share what they got: the first of them has it.
+    All budgets of one tuned file have the same values: only the first budget yields them.
     """
     params = run.info.params  # of a tuned policy: its settings, and the number of that of each head
     settings = cast("Sequence[Mapping[str, Json]] | None", params.get("settings"))

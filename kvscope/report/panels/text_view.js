@@ -63,27 +63,27 @@ kvscope.drawing("text", async (box, data, page) => {
   }
 
   const draw = kvscope.latest(async () => {
-    if (!part()) { said.textContent = "The text of this sequence is not known: its trace is not at hand."; text.hidden = true; legend.replaceChildren(); life.replaceChildren(); return; }
+    if (!part()) { said.textContent = "The text of this sequence is unknown: its trace was not found."; text.hidden = true; legend.replaceChildren(); life.replaceChildren(); return; }
     const usable = there();
     choice.fill(usable.map((name) => ({ value: name, text: COLOURINGS[name] })), state.get("shade"));
     if (drawnPart !== state.get("part")) build();
     const known = usable.includes(state.get("shade")) && (state.get("shade") !== "held" || part().runs[state.get("run")]);
-    said.textContent = known ? "" : "The chosen run is not carried here.";
+    said.textContent = known ? "" : "The page does not contain the chosen run.";
     if (known) {
       const how = await colouring(state.get("step"));
       paint(how);
       sayLegend(how);
       if (shaded !== state.get("shade") && state.get("shade") === "loss") text.scrollTop = spans[Math.min(page.part().prompt, spans.length - 1)].offsetTop - 120; // the prompt has none
       shaded = state.get("shade");
-      if (how.at !== undefined && how.at !== state.get("step")) said.textContent = `Step ${how.at}, the nearest of ${part().steps.length} carried steps.`;
+      if (how.at !== undefined && how.at !== state.get("step")) said.textContent = `Step ${how.at}, the nearest of the ${part().steps.length} steps in this page.`;
       await drawLife(how);
     } else paint({ value: () => null, share: () => 0, hue: "loss" });
   });
 
-  /* When each head of each layer let go of the chosen token. */
+  /* When each head of each layer evicted the chosen token. */
   async function drawLife(how) {
     const token = state.get("token");
-    if (token < 0) { life.replaceChildren(element("p", { class: "small" }, "Choose a token to see its life in all layers.")); return; }
+    if (token < 0) { life.replaceChildren(element("p", { class: "small" }, "Choose a token to see when each head evicts it.")); return; }
     const residency = page.panels.find((panel) => panel.name === "residency")?.data;
     const { length, layers } = page.part();
     const rasters = (residency ? residency.rasters : []).filter((each) => each.run === state.get("run") && each.part === state.get("part")).sort((a, b) => a.layer - b.layer);
@@ -92,19 +92,19 @@ kvscope.drawing("text", async (box, data, page) => {
     const heading = element("h3", {}, `Token ${token} `, element("bdi", {}, page.token(token)), found === null ? "" : `: ${state.get("shade") === "held" ? `held by ${percent(found)} of the heads after step ${how.at}` : `${COLOURINGS[state.get("shade")]} ${number(found)}`}`);
     const grid = element("div");
     const heads = rows.length ? rows[0].heads.length : 0;
-    const last = (r, c) => raster.staysOf(rows[r].heads[c], token).reduce((most, [, to]) => Math.max(most, to), -1);
+    const last = (r, c) => raster.intervalsOf(rows[r].heads[c], token).reduce((most, [, to]) => Math.max(most, to), -1);
     const ends = rows.flatMap((_, r) => [...Array(heads).keys()].map((c) => last(r, c))).filter((step) => step >= 0);
     if (ends.length) {
       kvscope.heat(grid, {
-        label: `Step at which each key/value head lets token ${token} go`, corner: "layer / kv head", rows: rasters.map((each) => String(each.layer)), columns: [...Array(heads).keys()].map(String), scale: [Math.min(...ends), Math.max(...ends)],
-        value: (r, c) => (last(r, c) < 0 ? null : last(r, c)), text: (value) => (value >= length ? "kept" : String(value)),
-        say: (r, c) => `layer ${rasters[r].layer}, key/value head ${c}: ${last(r, c) < 0 ? "never held" : last(r, c) >= length ? "held to the end" : `gone at step ${last(r, c)}`}${raster.staysOf(rows[r].heads[c], token).length > 1 ? ", with absences before" : ""}`,
+        label: `Step at which each key/value head evicts token ${token}`, corner: "layer / kv head", rows: rasters.map((each) => String(each.layer)), columns: [...Array(heads).keys()].map(String), scale: [Math.min(...ends), Math.max(...ends)],
+        value: (r, c) => (last(r, c) < 0 ? null : last(r, c)), text: (value) => (value >= length ? "held" : String(value)),
+        say: (r, c) => `layer ${rasters[r].layer}, key/value head ${c}: ${last(r, c) < 0 ? "never held" : last(r, c) >= length ? "held to the end" : `evicted at step ${last(r, c)}`}${raster.intervalsOf(rows[r].heads[c], token).length > 1 ? ", with earlier absences" : ""}`,
         chosen: (r, c) => rasters[r].layer === state.get("layer") && state.get("head") !== "all" && Math.floor(state.get("head") / page.part().group) === c,
         click: (r, c) => state.set({ layer: rasters[r].layer, head: c * page.part().group }),
       });
     }
     life.replaceChildren(heading,
-      heads ? element("p", { class: "small" }, "The step at which each head let it go; the lighter, the longer it stayed.", rasters.length < layers.length ? ` Carried in this page: ${rasters.length} of ${layers.length} layers.` : "") : element("p", { class: "small" }, "The raster of this run is not carried in this page."),
+      heads ? element("p", { class: "small" }, "The step at which each head evicted it; the lighter, the later.", rasters.length < layers.length ? ` The page contains ${rasters.length} of ${layers.length} layers.` : "") : element("p", { class: "small" }, "The page does not contain the raster of this run."),
       grid);
   }
 

@@ -1,4 +1,4 @@
-"""Text: prompt and continuation as they are read, coloured by what became of each token's keys."""
+"""Text: prompt and continuation as running text, coloured by the share of heads that hold each token."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ALL = 255  # a byte: the token is held by every head of every layer
     order=60,
     needs=("residency", "trace"),
     detail=True,
-    help="Every token is shaded by the share of key/value heads, over all layers, that still hold it after the step "
-    "chosen in the bar; struck through means that no head does. Choose a token to see when each head of each layer "
-    "let it go.",
+    help="Every token is shaded by the share of key/value heads, over all layers, that hold it after the step chosen "
+    "in the bar; struck through means that no head does. Choose a token to see when each head of each layer "
+    "evicted it.",
 )
 def text_view(source: ReportInput) -> JsonDict | None:
     """Return for each sequence the share of heads that hold each token at some steps, for as many runs as fit."""
@@ -55,12 +55,12 @@ def text_view(source: ReportInput) -> JsonDict | None:
         }
     if not parts:
         return None
-    notes = [f"{missing} of {total} runs are left out to keep the page small; residency.parquet has them."]
+    notes = [f"{missing} of {total} runs are omitted to limit the size of the page; residency.parquet has them."]
     return {"parts": parts, "notes": notes if missing else []}
 
 
 def _steps(part: Part, runs: list[RunView], most: int) -> NDArray[np.int64]:
-    """Return the steps whose shares are carried: from the first at which anything can have been evicted."""
+    """Return the steps whose shares are in the page, from the first at which anything can have been evicted."""
     start = max(part.prompt - 1, 0) if all(run.protocol[2] == "full" for run in runs) else 0
     return bins(start, part.length, most)[1:] - 1
 
@@ -83,14 +83,14 @@ def _shares(
 
 
 def _surprise(source: ReportInput, part: Part) -> JsonDict | None:
-    """Return the loss of every token under the full cache, nats; None where the trace does not know it."""
+    """Return the loss of every token under the full cache, in nats; None where the trace has none."""
     frame = source.traces[part.identity].tokens(part.number).sort_values("position")
     losses = -frame["logprob"].to_numpy(np.float64)
     return None if np.isnan(losses).all() else packed_floats(losses)
 
 
 def _loss(source: ReportInput, part: Part, run: RunView) -> JsonDict | None:
-    """Return by how much the loss of every token rises under a run, nats; None without a closed loop."""
+    """Return the increase of the loss of every token under a run, in nats; None without a closed loop."""
     scored = source.scored(run, part)
     if scored is None:
         return None
