@@ -30,7 +30,7 @@ from machine import machine
 from shapes import SHAPES, random_loaded
 
 from kvscope.core.options import ModelSource
-from kvscope.model.attention_hook import watching
+from kvscope.model.attention_hook import observe_attention
 from kvscope.model.loading import Loaded, load
 from kvscope.model.pipeline import Pipeline, threads_for
 from kvscope.model.recorder import Recorder
@@ -204,7 +204,7 @@ def record(loaded: Loaded, prompt: int, new: int, *, store: str) -> None:
         with Pipeline(threads_for(loaded.device)) as pipeline:
             recorder = Recorder(writer, layers, store=store, pipeline=pipeline)
             recorder.begin(0, prompt)
-            with watching(loaded.model, recorder):
+            with observe_attention(loaded.model, recorder):
                 decode(loaded, prompt, new)
             recorder.end()
         writer.finish([SequenceRecord(prompt, prompt + new + 1)])

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from demo_data import BOOKS, Sample, Source, read_books
 
+from kvscope.core.gate_options import TrainingSettings
 from kvscope.gates.file import GateFacts
 from kvscope.gates.module import LearnedGate
 from kvscope.model.loading import load
 from kvscope.model.sample import sample
-from kvscope.training.fit import Look, Settings
-from kvscope.training.tasks import Reading, Texts
+from kvscope.training.fit import Evaluation
+from kvscope.training.tasks import TextReading, Texts
 from kvscope.training.train_gate import finish
 
 LENGTHS = [256, 256, 256, 256, 512]
@@ -69,7 +70,7 @@ def main() -> None:
     config = loaded.text_config
     parts = apart(read_books(args.texts)[0])
     trained, judging = (Source(loaded.tokenizer.backend_tokenizer, part, args.seed) for part in parts)
-    task = Reading(
+    task = TextReading(
         loaded.model.requires_grad_(False),
         lambda step: texts(trained, [args.seed, step], LENGTHS[step % len(LENGTHS)]),
         [texts(judging, [args.seed, 10**6 + number], 256) for number in range(JUDGED)],
@@ -82,7 +83,7 @@ def main() -> None:
         kv_heads=config.num_key_value_heads,
         form=args.form,
     )
-    settings = Settings(
+    settings = TrainingSettings(
         target_keep=args.target_keep,
         eviction=args.eviction_loss,
         strength=args.strength,
@@ -90,9 +91,9 @@ def main() -> None:
         rate=args.rate,
     )
 
-    def told(step: int, look: Look) -> None:
-        if step == look.step:
-            print(look, flush=True)
+    def told(step: int, evaluation: Evaluation) -> None:
+        if step == evaluation.step:
+            print(evaluation, flush=True)
 
     gate = LearnedGate(facts, torch.tensor(sample(loaded.model)))
     about = {

@@ -16,7 +16,7 @@ from kvscope.core.gate_options import EvictionLoss, GateDesign, GateForm, TextWi
 from kvscope.core.options import ModelSource
 
 if TYPE_CHECKING:
-    from kvscope.training.fit import Look
+    from kvscope.training.fit import Evaluation
     from kvscope.training.train_gate import Trained
 
 app = command_group(
@@ -188,7 +188,7 @@ class _Training:
         return working("loading transformers", quiet=self.quiet)
 
     @contextmanager
-    def _bar(self) -> Iterator[Callable[[int, Look], None]]:
+    def _bar(self) -> Iterator[Callable[[int, Evaluation], None]]:
         from kvscope.cli.console import bar
 
         with bar("training gates", self.settings.steps, "steps", quiet=self.quiet) as update:

@@ -12,7 +12,7 @@ from kvscope.core.errors import ModelError
 from kvscope.engine.plan import GATE
 from kvscope.engine.signal_axes import VECTORS, time_axis
 from kvscope.engine.simulation import CacheSimulation
-from kvscope.model.attention_hook import Call, Kernel, answering
+from kvscope.model.attention_hook import Call, Kernel, replace_attention
 from kvscope.model.short_cache import ShortLayer
 from kvscope.policies.base import Step
 
@@ -34,10 +34,10 @@ class Decoder:
         inputs = self.simulation.inputs
         prompt = inputs.shape.prompt if inputs.prefill == "full" else 0  # tokens that are not decoded
         if prompt:
-            with answering(self.model, self._prefill):
+            with replace_attention(self.model, self._prefill):
                 logits.append(self._forward(0, prompt))
             self._observe_prompt(prompt)
-        with answering(self.model, self._attend):
+        with replace_attention(self.model, self._attend):
             for t in range(prompt, self.ids.shape[1]):
                 step = self.simulation.see(t)
                 self._cut(self.simulation.visible(t, t + 1)[..., :t])  # a sliding window forgets before the query comes
@@ -95,12 +95,12 @@ class Decoder:
         layer: ShortLayer = self.cache.layers[call.layer]
         queries, keys = call.query.shape[2], call.key.shape[2]
         size = (1, self.simulation.shape.kv_heads, queries, self.head_dim)
-        if not layer.came or any(came.shape != size for came in layer.came) or keys != layer.longest():
+        if not layer.newest or any(came.shape != size for came in layer.newest) or keys != layer.longest():
             raise ModelError(
                 f"layer {call.layer} of {type(self.model).__name__} does not attend to the keys and values it caches",
                 "Decode a model whose layers each cache their own keys and values.",
             )
-        key, value = (came[0].to(self.exact) for came in layer.came)
+        key, value = (came[0].to(self.exact) for came in layer.newest)
         if self.simulation.plan.gates and call.hidden is not None:
             self._hidden.setdefault(call.layer, []).append(call.hidden)
         for name, buffer in self.simulation.inputs.signals.items():

@@ -21,7 +21,7 @@ from kvscope.engine.runs import RunSpec, Sink, Tally
 from kvscope.engine.scoring import MetricSeries
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.metrics import Metric
-from kvscope.model.attention_hook import answering
+from kvscope.model.attention_hook import replace_attention
 from kvscope.model.derotation import Derotation
 
 Array = NDArray[Any]
@@ -136,7 +136,7 @@ class ForwardPass:
         """Return logits ``[1 + R, S, V]`` for the scored tokens, row 0 of the full cache; hands on what was kept."""
         rows = 1 + sum(map(len, self.runs))
         loop = ClosedLoop(self.batches, self.text, self.job.metrics, self._found, self.job.rotary)
-        with answering(self.job.model, loop):
+        with replace_attention(self.job.model, loop):
             logits = logits_of(self.job.model, self.ids.expand(rows, -1), slice(self.scored[0] - 1, self.scored[-1]))
         if sorted(loop.layers) != self.job.layers:
             raise ReplayError(

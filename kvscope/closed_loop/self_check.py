@@ -12,7 +12,7 @@ from kvscope.closed_loop.losses import compare_logits
 from kvscope.core.errors import ModelError, ReplayError
 from kvscope.core.options import Prefill
 from kvscope.engine.plan import EvictionPlan
-from kvscope.model.attention_hook import answering, require_registry
+from kvscope.model.attention_hook import replace_attention, require_registry
 from kvscope.policies.full import Full
 from kvscope.policies.window import Window
 
@@ -41,7 +41,7 @@ def self_check(model: Any, ids: Tensor, prefill: Prefill) -> list[int]:
     if count > 2:
         batches.append(RunBatch(EvictionPlan.published(Window()), [max(1, count // 4)]))
     loop = ClosedLoop(batches, text, [], lambda *_: None)
-    with answering(model, loop):
+    with replace_attention(model, loop):
         logits = logits_of(model, ids.expand(1 + len(batches), -1), slice(None))
     expected = model.config.get_text_config(decoder=True).num_hidden_layers
     if sorted(loop.layers) != list(range(expected)):

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvscope.closed_loop.forward import PassShape, RunBatch, logits_of, require_whole, rows_of, simulation_of
 from kvscope.engine.allocation import ALLOCATORS, AllocationRequest, Allocator
 from kvscope.engine.rows import Block
-from kvscope.model.attention_hook import Call, Kernel, answering
+from kvscope.model.attention_hook import Call, Kernel, replace_attention
 from kvscope.policies.base import Step
 
 
@@ -59,7 +59,7 @@ def surveyed(model: Any, ids: Tensor, batch: RunBatch, text: PassShape) -> RunBa
         found[call.layer] = _watch(rows_of(call, 0, 1), batch, prompt)
         return kernel()
 
-    with answering(model, answer):
+    with replace_attention(model, answer):
         logits_of(model, ids[None, : text.prompt], slice(-1, None))
     merged = _merged(list(found.values()))
     share = ALLOCATORS.get(batch.plan.allocate)().share(merged)  # [R, L, S]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from kvscope.closed_loop.passage import Passage
@@ -26,6 +28,11 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
         raise TraceError(
             f"{trace.path} was imported and has no model, which the closed loop runs again",
             "Record a trace with kvscope trace, or leave --perplexity out.",
+        )
+    if name == trace.header.model.class_name and not Path(name).is_dir():
+        raise TraceError(
+            f"{trace.path} was recorded from a loaded {name} without a name, and the closed loop loads models by name",
+            "Name the model or its folder with --model.",
         )
     if len(trace.layers) != trace.header.n_layers:
         raise TraceError(

@@ -73,15 +73,18 @@ class StoreOptions:
     Attributes
     ----------
     store : str
-        ``maps``, ``maps+vectors``, ``qkv`` or ``topk:K``: see `kvscope.trace`.
+        ``maps``: rows of attention; ``maps+vectors``: also the queries, keys and values of every token, exactly;
+        ``qkv``: only these, whose size grows linearly with the length, and from which rows are recomputed when the
+        trace is read; ``topk:K``: the `K` heaviest keys of every row and sums of columns, from which rows are rebuilt
+        approximately.
     layers : tuple of int, or None
         Layers to record; None is all.
     heads : tuple of int, or None
         Query heads to record, in whole groups that share keys and values; None is all.
     query_stride : int
-        Every how many-th row of attention to record.
+        Record every n-th row of attention. Such a trace can be read, but not replayed.
     hidden : bool or None
-        Whether to record layer inputs too; None where a gate lies beside the model.
+        Whether to record layer inputs too, from which gates decide; None: if the model's folder contains a gate.
 
     Raises
     ------

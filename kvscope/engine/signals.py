@@ -15,7 +15,8 @@ from kvscope.gates.module import load_gate
 from kvscope.metrics import METRICS, Metric
 from kvscope.metrics.base import RECORDED
 from kvscope.trace.derive import Floats
-from kvscope.trace.reader import REMEDIES, Trace
+from kvscope.trace.reader import Trace
+from kvscope.trace.signals import REMEDIES
 
 ROWS = frozenset({"weights", "full_weights", "schedule"})  # these follow from the rows, which every trace has
 # name -> (what the trace calls it, how to read one layer)

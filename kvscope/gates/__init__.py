@@ -1,1 +1,1 @@
-"""Learned gates: the module and the file, what a policy needs of them."""
+"""Learned gates: the module and its file, which the policy ``attention-gate`` uses."""

@@ -1,4 +1,4 @@
-"""The file of a gate: safetensors with its parameters, and in its metadata what it is and where it is from."""
+"""The file of a gate: parameters in safetensors, and in the metadata its sizes, design and provenance."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from safetensors import SafetensorError, safe_open
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.gate_options import GateForm
 
-KIND, VERSION = "kvscope-gate", 1  # key of the metadata, and of what is there
+KIND, VERSION = "kvscope-gate", 1  # key in the metadata, and version of the format
 DEMO = "demo"
-BESIDE = "gate.safetensors"  # name of a gate that comes with a model, in its folder
-WEIGHTS = "weights"  # tensor of some of the model's weights, by which it is known again
+BESIDE = "gate.safetensors"  # file name of a gate in the folder of its model
+WEIGHTS = "weights"  # tensor with a sample of the model's weights, which identifies the model
 AGAIN = "Name a file that kvscope gate train wrote."
 
 
 @dataclass(frozen=True)
 class GateFacts:
-    """What a gate is.
+    """Facts about a gate: its model, its design and its training.
 
     Attributes
     ----------
     model : str
         Name of the model that it was trained for.
     layers, hidden, kv_heads : int
-        Sizes of the model: layers, numbers of a layer's input, key/value heads.
+        Sizes of the model: layers, size of a layer input, key/value heads.
     heads, size : int
-        Heads of the gate's own attention, and the size of one.
+        Heads of the gate's attention, and the size of a head.
     form : GateForm
-        Whether a token's gate looks at the tokens up to its own alone, or those of a prompt look at the whole prompt.
+        ``causal``: the gate of a token attends to the tokens up to it; ``bidirectional``: gates of the prompt attend to
+        the whole prompt.
     tau : float
-        A key whose gate is at or below this is evicted.
+        A key whose gate value is at or below this is evicted.
     sinks : int
-        First tokens whose gates are always open.
+        Number of first tokens that are never evicted.
     provenance : dict
-        How it was trained: targets, losses, seed, texts and their hashes, versions.
+        Settings, losses, seed, hashes of the training texts, and versions.
     """
 
     model: str
@@ -55,11 +56,11 @@ class GateFacts:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
-        """Return the facts as metadata of a safetensors file: under one key, since these have no order."""
+        """Return the facts as metadata of a safetensors file, under one key, since metadata keys are unordered."""
         return {KIND: json.dumps({"version": VERSION, **asdict(self)})}
 
     def require_prefill(self, prefill: str, name: str) -> None:
-        """Raise UsageError where the gate `name` makes no sense under a prefill."""
+        """Raise UsageError if the gate called `name` cannot be used with a prefill mode."""
         if self.form == "bidirectional" and prefill != "full":
             raise UsageError(
                 f"gate {name} looks at the whole prompt, and streaming prefill evicts before its end",
@@ -68,35 +69,35 @@ class GateFacts:
 
 
 def path_of(name: str) -> Path:
-    """Return the file of a gate: a path, or ``demo`` for that of the bundled model.
+    """Return the path of a gate file; ``demo`` is the gate of the bundled model.
 
     Raises
     ------
     UsageError
-        If there is none.
+        If there is no such file.
     """
     path = Path(str(files("kvscope.model") / "demo" / BESIDE)) if name == DEMO else Path(name)
     if not path.is_file():
-        raise UsageError(f"no gate {name}: {path} is no file", "Train one: kvscope gate train, or use gate=demo.")
+        raise UsageError(f"no gate {name}: {path} is not a file", "Train one: kvscope gate train, or use gate=demo.")
     return path
 
 
 def read_facts(name: str) -> GateFacts:
-    """Return what a gate is, without its parameters.
+    """Return the facts about a gate, without loading its parameters.
 
     Raises
     ------
     UsageError
         If there is no such file.
     ModelError
-        If it is no gate, damaged, or of a newer kvscope.
+        If the file is not a gate, damaged, or from a newer kvscope.
     """
     path = path_of(name)
     try:
         with safe_open(path, "pt") as file:
             found: Mapping[str, str] = file.metadata() or {}
     except SafetensorError as error:
-        raise ModelError(f"gate {path} is damaged or no gate: {error}".splitlines()[0], AGAIN) from error
+        raise ModelError(f"{path} is damaged or not a gate: {error}".splitlines()[0], AGAIN) from error
     if KIND not in found:
         raise ModelError(f"{path} is not a gate of kvscope", AGAIN)
     about = json.loads(found[KIND])

@@ -1,7 +1,7 @@
-"""The gate itself: in front of each attention layer, a small attention that opens or shuts a gate for every key.
+"""The gate module: beside each attention layer, a small attention that decides which keys are evicted.
 
-What is known of the paper (arXiv:2410.12876) is its abstract, its introduction and its reviews; there is no public
-code. What they leave open is our choice, and marked so here.
+Source: arXiv:2410.12876, of which abstract, introduction and reviews were available; there is no public code. Choices
+that these do not determine are marked "Ours".
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch.nn import functional
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.gates.file import AGAIN, WEIGHTS, GateFacts, path_of, read_facts
 
-OPEN = 1.0  # bias at the start: gates begin open
-SAME = 0.01  # relative difference of weights that rounding to 16 bit may cause, with room
+OPEN = 1.0  # initial bias, so that untrained gates retain most keys
+SAME = 0.01  # relative tolerance when weights are compared, above the error of rounding to 16 bit
 
 
 class LayerGate(nn.Module):
-    """The gates of one layer: ``g = sigmoid(W A(X) + b)``, one for every key and key/value head.
+    """The gates of one layer: ``g = sigmoid(W A(X) + b)``, one value for every key and key/value head.
 
-    ``A`` is a reduced multi-head attention over the layer's input ``X``, whose tokens are first scaled to a mean square
-    of one. Ours: it has no positions, and a token's own value is added to what it attends to, so that a gate need not
-    find its own token again.
+    ``A`` is a small multi-head attention over the layer input ``X``. Ours: each token of ``X`` is first scaled to a
+    mean square of one; ``A`` has no positional encoding; and the value of the token itself is added to the attention
+    output, since without positions a gate could not find its token.
     """
 
     def __init__(self, facts: GateFacts) -> None:
@@ -39,12 +39,12 @@ class LayerGate(nn.Module):
         nn.init.constant_(self.open.bias, OPEN)
 
     def forward(self, hidden: Tensor, prompt: int) -> Tensor:
-        """Return logits ``[batch, G, T]`` from inputs ``[batch, T, hidden]``, in their precision.
+        """Return logits ``[batch, G, T]`` from layer inputs ``[batch, T, hidden]``, in the dtype of the inputs.
 
-        `prompt` says how many tokens look at each other, if the gate is bidirectional; all others look back.
+        The first `prompt` tokens attend to each other if the gate is bidirectional; all others attend causally.
         """
         batch, length, _ = hidden.shape
-        projected = functional.linear(_even(hidden), self.project.weight.to(hidden))
+        projected = functional.linear(_normalised(hidden), self.project.weight.to(hidden))
         parts = projected.view(batch, length, 3, self._facts.heads, self._facts.size).permute(2, 0, 3, 1, 4)
         query, key, value = parts  # [batch, heads, T, size]
         first = min(prompt, length) if self._facts.form == "bidirectional" else 0
@@ -61,9 +61,9 @@ class LearnedGate(nn.Module):
     Parameters
     ----------
     facts : GateFacts
-        Sizes, and the rest of what it is.
+        Facts about the gate, with its sizes.
     weights : Tensor
-        `sample` of the model that it belongs to.
+        Sample of the weights of its model (`kvscope.model.sample`).
     """
 
     def __init__(self, facts: GateFacts, weights: Tensor) -> None:
@@ -73,42 +73,43 @@ class LearnedGate(nn.Module):
         self.register_buffer(WEIGHTS, weights)
 
     def values(self, layer: int, hidden: Tensor, prompt: int) -> Tensor:
-        """Return how open the gates of a layer are, 0 to 1, ``[batch, G, T]``.
+        """Return the gate values of a layer, 0 to 1, ``[batch, G, T]``; first tokens in `sinks` have 1.
 
         Parameters
         ----------
         layer : int
             Number of the layer.
         hidden : Tensor
-            Its input, ``[batch, T, hidden]``; float32 or better.
+            Layer input ``[batch, T, hidden]``, float32 or float64.
         prompt : int
-            ``P``, for a bidirectional gate.
+            ``P``, used by a bidirectional gate.
         """
-        opened = torch.sigmoid(self.layers[layer](hidden, prompt))
-        first = torch.arange(hidden.shape[1], device=hidden.device) < self.facts.sinks
-        return torch.where(first, 1.0, opened)
+        values = torch.sigmoid(self.layers[layer](hidden, prompt))
+        sink = torch.arange(hidden.shape[1], device=hidden.device) < self.facts.sinks
+        return torch.where(sink, 1.0, values)
 
     def margins(self, layer: int, hidden: Tensor, prompt: int) -> Tensor:
-        """Return by how much each gate is above its threshold; where that is not above zero, the key is evicted."""
+        """Return gate value minus threshold, ``[batch, G, T]``; a key is evicted where that is not above zero."""
         return self.values(layer, hidden, prompt) - self.facts.tau
 
     def require(self, name: str, *, layers: int, hidden: int, kv_heads: int, weights: Sequence[float]) -> None:
         """Raise UsageError unless the gate called `name` was trained for the model of these sizes and weights."""
-        own, others = (self.facts.layers, self.facts.hidden, self.facts.kv_heads), (layers, hidden, kv_heads)
+        trained, given = (self.facts.layers, self.facts.hidden, self.facts.kv_heads), (layers, hidden, kv_heads)
         todo = "Train one for this model: kvscope gate train --model MODEL --text FILE"
-        if own != others:
+        if trained != given:
             raise UsageError(
                 "gate {} is for {}: {} layers, hidden size {}, {} key/value heads; the model has {}, {}, {}".format(
-                    name, self.facts.model, *own, *others
+                    name, self.facts.model, *trained, *given
                 ),
                 todo,
             )
-        mine, given = self.get_buffer(WEIGHTS).cpu(), torch.tensor(weights)
-        if mine.shape != given.shape or bool((mine - given).abs().gt(SAME * (mine.abs() + mine.abs().mean())).any()):
-            raise UsageError(f"gate {name} is for {self.facts.model}, and the weights of this model are others", todo)
+        known, found = self.get_buffer(WEIGHTS).cpu(), torch.tensor(weights)
+        tolerance = SAME * (known.abs() + known.abs().mean())
+        if known.shape != found.shape or bool((known - found).abs().gt(tolerance).any()):
+            raise UsageError(f"gate {name} is for {self.facts.model}, and this model has other weights", todo)
 
     def write(self, path: Path) -> None:
-        """Write the gate, its parameters in 16 bit; what is there is replaced in one step."""
+        """Write the gate to `path`, its parameters in float16; an existing file is replaced atomically."""
         tensors = {
             key: value.detach().cpu().to(torch.float32 if key == WEIGHTS else torch.float16).contiguous()
             for key, value in self.state_dict().items()
@@ -119,18 +120,18 @@ class LearnedGate(nn.Module):
 
 
 def load_gate(name: str) -> LearnedGate:
-    """Return the gate of a file, or ``demo``; as long as the file does not change, the same object.
+    """Return the gate of a file, or ``demo``; cached until the file changes.
 
     Raises
     ------
     UsageError
         If there is no such file.
     ModelError
-        If it is no gate, or damaged.
+        If the file is not a gate, or damaged.
     """
     path = path_of(name)
-    facts = path.stat()
-    return _loaded(path, facts.st_mtime_ns, facts.st_size)
+    status = path.stat()
+    return _loaded(path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=8)
@@ -141,10 +142,10 @@ def _loaded(path: Path, changed: int, size: int) -> LearnedGate:
         gate = LearnedGate(facts, tensors[WEIGHTS])
         gate.load_state_dict(tensors)
     except (SafetensorError, RuntimeError, KeyError) as error:
-        raise ModelError(f"gate {path} is damaged: its parameters do not fit what it says of itself", AGAIN) from error
+        raise ModelError(f"gate {path} is damaged: its parameters do not match its metadata", AGAIN) from error
     return gate.requires_grad_(False).eval()
 
 
-def _even(hidden: Tensor) -> Tensor:
-    """Return tokens scaled to a mean square of one; a token of zeros stays zero."""
+def _normalised(hidden: Tensor) -> Tensor:
+    """Return tokens scaled to a mean square of one; a token of zeros remains zero."""
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + torch.finfo(hidden.dtype).tiny)

@@ -1,1 +1,1 @@
-"""Real models: names, loading, and the hook that sees their attention. The only room that knows transformers."""
+"""Models: names, loading, recording, and the hook into attention. The only room that imports transformers."""

@@ -1,9 +1,10 @@
-"""Watching a model's attention from beside its own kernel, or standing in for it.
+"""Observe the attention calls of a model, or replace their output.
 
-transformers sends every attention call through a registry. While `watching` is open, the model's calls go to a
-function that hands them to an observer and then to the kernel that the model had before, so that the output is the
-kernel's own; while `answering` is open, the function's own output takes the kernel's place. The kernel's mask function
-is registered under the same name: without it transformers builds no mask, and causality is lost.
+transformers looks up the attention function of a model by name in a registry. Both context managers register a function
+under a new name and select it in the model's configuration. `observe_attention` passes each call to an observer and
+then to the original kernel, so the output does not change. `replace_attention` lets a function return the output. The
+kernel's mask function is registered under the same name: without it transformers builds no mask, and the attention
+would not be causal.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ class Call:
     key, value : Tensor
         ``[batch, G, k, D]``, as the cache holds them; a sliding-window layer's cache holds the newest keys only.
     mask : Tensor or None
-        What the kernel gets: bool (True is visible) or additive, ``[batch, 1 or H, q, >= k]``; None is causal.
+        Mask given to the kernel: bool (True is visible) or additive, ``[batch, 1 or H, q, >= k]``; None means causal.
     scaling : float
         Factor of the logits.
     softcap : float or None
         Cap of the logits.
     sinks : Tensor or None
-        Learned sink logits ``[H]``, part of the softmax but no key.
+        Learned sink logits ``[H]``, which take part in the softmax but belong to no key.
     sliding_window : int or None
-        Keys that a query sees at most, itself included.
+        Largest number of keys that a query sees, including its own.
     hidden : Tensor or None
-        ``[batch, q, hidden]``, the input of the layer's attention, as its module got it.
+        ``[batch, q, hidden]``, the input of the layer's attention module.
     """
 
     layer: int
@@ -67,26 +68,31 @@ class Call:
 
     @cached_property
     def exact(self) -> torch.dtype:
-        """Precision of rebuilt rows: float32, or that of the model if it is higher."""
+        """Dtype in which rows are recomputed: float32, or the model's dtype if that is more precise."""
         return torch.promote_types(self.query.dtype, torch.float32)
 
     @cached_property
     def key32(self) -> Tensor:
-        """Keys in that precision, made once for all blocks of queries."""
+        """Keys in the dtype `exact`, converted once for all blocks of queries."""
         return self.key.to(self.exact)
 
     def rows(self, start: int, stop: int, keys: int | None = None) -> Tensor:
-        """Return the attention of queries `start` to `stop` - 1 of this call, ``[batch, H, stop - start, k]``.
+        """Return the attention weights of queries `start` to `stop` - 1 of this call, ``[batch, H, stop - start, k]``.
 
-        With `keys`, over the first so many keys alone, which must be all that these queries see.
+        The weights are recomputed from queries and keys in float32 or better, in the order of the model's eager code:
+        scale, cap, mask, softmax with the learned sink, whose column is then dropped.
 
-        Rebuilt from queries and keys in float32 or better, in the order of the model's own eager code: scale, cap,
-        mask, softmax with the learned sink, which is then left out.
+        Parameters
+        ----------
+        start, stop : int
+            Range of queries.
+        keys : int, optional
+            Compute only the first `keys` columns; these queries must not see any later key.
         """
         return self._softmax(self._logits(start, stop, keys))
 
     def rows_and_log_sums(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return the same rows and, for each, ln of the sum of exp(logit), learned sink included, ``[batch, H, b]``."""
+        """Return the same rows, and for each row ln(sum(exp(logit))) with the learned sink, ``[batch, H, b]``."""
         logits = self._logits(start, stop)
         log_sums = logits.logsumexp(-1)
         if self.sinks is not None:
@@ -100,7 +106,7 @@ class Call:
         logits = (query @ self.key32[:, :, :keys].transpose(2, 3)).mul_(self.scaling)
         logits = logits.view(batch, heads, stop - start, keys)
         if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_() * self.softcap  # not in place: gradients need what tanh gave
+            logits = logits.div_(self.softcap).tanh_() * self.softcap  # not in place: tanh's gradient needs its output
         return self._masked(logits, start, stop)
 
     def _softmax(self, logits: Tensor) -> Tensor:
@@ -118,51 +124,51 @@ class Call:
             return logits.add_(mask)
         if self.query.shape[2] == 1 and self.sliding_window is None:
             return logits
-        before = self.key.shape[2] - self.query.shape[2]  # keys that were there before the first query
-        own = torch.arange(start, stop, device=logits.device)[:, None] + before
-        first = 0 if self.sliding_window is not None else start + before  # older keys are seen by all
+        earlier = self.key.shape[2] - self.query.shape[2]  # keys cached before the first query of the call
+        position = torch.arange(start, stop, device=logits.device)[:, None] + earlier
+        first = 0 if self.sliding_window is not None else start + earlier  # all queries see the keys before it
         key = torch.arange(first, keys, device=logits.device)
-        hidden = key > own
+        hidden = key > position
         if self.sliding_window is not None:
-            hidden |= key <= own - self.sliding_window
+            hidden |= key <= position - self.sliding_window
         logits[..., first:].masked_fill_(hidden, -torch.inf)
         return logits
 
 
 Observer = Callable[[Call], None]
-Kernel = Callable[..., Tensor]  # kernel() for the whole batch, kernel(n) for its first n rows
-Answer = Callable[[Call, Kernel], Tensor]
+Kernel = Callable[..., Tensor]  # kernel() computes the whole batch, kernel(n) the first n entries of it
+AttentionFunction = Callable[[Call, Kernel], Tensor]
 
 
 @contextmanager
-def watching(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """Hand every attention call of the model to `observer`; the output is the kernel's own.
+def observe_attention(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Pass every attention call of the model to `observer`; the output of the model does not change.
 
     Raises
     ------
     ModelError
-        If the model's attention does not go through the registry, or runs a kernel that cannot be watched.
+        If the model's attention does not use the registry, or its kernel is not one of `KERNELS`.
     """
 
-    def answer(call: Call, kernel: Kernel) -> Tensor:
+    def attention(call: Call, kernel: Kernel) -> Tensor:
         observer(call)
         return kernel()
 
-    with answering(model, answer):
+    with replace_attention(model, attention):
         yield
 
 
 @contextmanager
-def answering(model: nn.Module, answer: Answer) -> Iterator[None]:
-    """Let ``answer(call, kernel)`` give the output ``[batch, q, H, D]`` of every attention call of the model.
+def replace_attention(model: nn.Module, attention: AttentionFunction) -> Iterator[None]:
+    """Let ``attention(call, kernel)`` compute the output ``[batch, q, H, D]`` of every attention call of the model.
 
-    ``kernel()`` gives the output that the model would have had, ``kernel(n)`` that of the first ``n`` of the batch.
-    Afterwards, or after an error, nothing is left behind.
+    ``kernel()`` returns the output of the original kernel, ``kernel(n)`` that of the first ``n`` entries of the batch.
+    On exit, also after an error, the model and the registry are as before.
 
     Raises
     ------
     ModelError
-        As `watching`.
+        As `observe_attention`.
     """
     require_registry(model)
     configs = _configs(model)
@@ -171,14 +177,14 @@ def answering(model: nn.Module, answer: Answer) -> Iterator[None]:
     unknown = kernels - set(KERNELS)
     if unknown:
         raise ModelError(
-            f"the attention kernel {sorted(unknown)[0]!r} cannot be watched",
+            f"the attention kernel {sorted(unknown)[0]!r} cannot be observed",
             f"Load the model with one of: {', '.join(KERNELS)}.",
         )
-    inputs: dict[int, Tensor] = {}  # by id of the module that got it, until its attention is called
-    hooks = [module.register_forward_pre_hook(_noting(inputs), with_kwargs=True) for module in _numbered(model)]
+    inputs: dict[int, Tensor] = {}  # id of an attention module -> its input, until its kernel is called
+    hooks = [module.register_forward_pre_hook(_store_input(inputs), with_kwargs=True) for module in _numbered(model)]
     try:
         for kernel in kernels:
-            AttentionInterface.register(PREFIX + kernel, _interface(kernel, answer, inputs))
+            AttentionInterface.register(PREFIX + kernel, _interface(kernel, attention, inputs))
             AttentionMaskInterface.register(PREFIX + kernel, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
         for config, kernel in before:
             config._attn_implementation_internal = PREFIX + kernel
@@ -189,22 +195,22 @@ def answering(model: nn.Module, answer: Answer) -> Iterator[None]:
         for config, kernel in before:
             config._attn_implementation_internal = kernel
         for kernel in kernels:
-            # The registries have no way to take a name back, so it is taken out of their mapping.
+            # The registries have no method to unregister a name.
             AttentionInterface._global_mapping.pop(PREFIX + kernel, None)
             AttentionMaskInterface._global_mapping.pop(PREFIX + kernel, None)
 
 
 def require_registry(model: nn.Module) -> None:
-    """Raise ModelError if the model's code does not send its attention through transformers' registry.
+    """Raise ModelError if the model does not look up its attention function in transformers' registry.
 
-    Models with an index of sparse attention are refused too: they apply the index only under the names of
-    transformers' own kernels, and would silently become dense.
+    Models with indexed sparse attention are refused too: they apply the index only if the selected kernel has one of
+    transformers' names, and would silently run dense attention here.
     """
     name = type(model).__name__
     source = sys.modules[type(model).__module__]
     if not hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
         raise ModelError(
-            f"{name} does not use transformers' attention registry, so its attention cannot be watched",
+            f"{name} does not use transformers' attention registry, so its attention cannot be observed",
             "Trace a model that does: Llama, Mistral, Qwen, Gemma, Phi-3, GPT-2, OPT, GPT-NeoX, ...",
         )
     config = getattr(model, "config", None)
@@ -214,7 +220,7 @@ def require_registry(model: nn.Module) -> None:
         )
     if getattr(config, "index_topk", None) is not None:
         raise ModelError(
-            f"{name} reads its cache through a learned index, which a watched kernel would switch off",
+            f"{name} reads its cache through a learned index, which is disabled while attention is observed",
             "Trace a model with dense attention.",
         )
 
@@ -229,7 +235,7 @@ def _configs(model: nn.Module) -> list[ModelConfig]:
 
 
 def _numbered(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that know the number of their layer, and hold none that does: attention is among them."""
+    """Return the innermost modules that have a layer number; the attention modules are among them."""
     return [
         module
         for module in model.modules()
@@ -237,22 +243,29 @@ def _numbered(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _noting(inputs: dict[int, Tensor]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("hidden_states", args[0] if args else None)
-        if isinstance(given, Tensor):
-            inputs[id(module)] = given
+def _store_input(inputs: dict[int, Tensor]) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+    """Return a forward pre-hook that stores the input of a module in `inputs`."""
 
-    return note
+    def store(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        if isinstance(hidden, Tensor):
+            inputs[id(module)] = hidden
+
+    return store
 
 
-def _interface(kernel: str, answer: Answer, inputs: dict[int, Tensor]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    def answered(
+def _interface(
+    kernel: str, attention: AttentionFunction, inputs: dict[int, Tensor]
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return the function to register in place of the kernel called `kernel`."""
+
+    def replaced(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         if kwargs.get("position_bias") is not None:
             raise ModelError(
-                f"{type(module).__name__} adds a position bias, which is not traced", "Trace a model without it."
+                f"{type(module).__name__} adds a position bias, which cannot be recorded",
+                "Trace a model without a position bias.",
             )
         sinks = kwargs.get("s_aux")
         scaling = kwargs.get("scaling")
@@ -269,7 +282,7 @@ def _interface(kernel: str, answer: Answer, inputs: dict[int, Tensor]) -> Callab
             hidden=inputs.pop(id(module), None),
         )
 
-        def own(rows: int | None = None) -> Tensor:
+        def original(rows: int | None = None) -> Tensor:
             if kernel == "eager":
                 function = sys.modules[type(module).__module__].eager_attention_forward  # differs between models
             else:
@@ -278,6 +291,6 @@ def _interface(kernel: str, answer: Answer, inputs: dict[int, Tensor]) -> Callab
             output, _ = function(module, query[:rows], key[:rows], value[:rows], mask, **kwargs)
             return output  # type: ignore[no-any-return]
 
-        return answer(call, own), None
+        return attention(call, original), None
 
-    return answered
+    return replaced

@@ -1,4 +1,4 @@
-"""From names of a model and prompts to a recording plan: everything is loaded, checked and measured here."""
+"""Compile a recording: load the model, read the prompts, check everything and estimate the size, before it runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import MAPS, STORES, TOP, parse_store
 from kvscope.trace.space import estimate_bytes, free_bytes, require_space
 
-GATE = "gate.safetensors"  # file beside a model whose gates need its layer inputs
+GATE = "gate.safetensors"  # gate file in a model's folder; where there is one, layer inputs are recorded by default
 
 
 def compile_recording(
@@ -37,45 +37,45 @@ def compile_recording(
     sampling: Sampling = Sampling(),  # noqa: B008
     blocks: BlockOptions = BlockOptions(),  # noqa: B008
 ) -> RecordingPlan:
-    """Return the plan of a recording: the model is loaded and checked, prompts are read, sizes are known.
+    """Return a checked plan of a recording, with the model loaded, the prompts as tokens and the size estimated.
 
     Raises
     ------
     UsageError
-        An empty prompt, one that does not fit the context, an unknown layer, a bad setting.
+        If a prompt is empty or longer than the context, a layer or head does not exist, or a setting is invalid.
     ModelError
-        The model cannot be loaded or watched, or the self-check fails.
+        If the model cannot be loaded, its attention cannot be observed, or the self-check fails.
     TraceError
-        The trace exists, or the disk cannot hold it.
+        If the trace exists, or the disk has too little space.
     """
     _require_rows(store)
     texts = read_prompts(prompts, text.continuation)
     require_free(output.path, force=output.force)
     loaded = load(source)
     require_registry(loaded.model)
-    made = tuple(encode(loaded, *one, chat=text.chat, max_new_tokens=text.max_new_tokens) for one in texts)
+    encoded = tuple(encode(loaded, *one, chat=text.chat, max_new_tokens=text.max_new_tokens) for one in texts)
     layers = layers_of(loaded, store.layers)
     with torch.inference_mode(), memory_explained(loaded.name):
-        facts = self_check(loaded.model, torch.tensor([made[0].ids], device=loaded.device))
-        longest = max(len(prompt.ids) + len(prompt.forced or []) for prompt in made)
+        facts = self_check(loaded.model, torch.tensor([encoded[0].ids], device=loaded.device))
+        longest = max(len(prompt.ids) + len(prompt.forced or []) for prompt in encoded)
         chunk = chunk_size(loaded, facts, longest, blocks.prefill_chunk)
         hidden = (Path(loaded.source) / GATE).is_file() if store.hidden is None else store.hidden
-        chosen = replace(store, layers=layers, heads=heads_of(loaded, facts, store.heads), hidden=hidden)
+        selected = replace(store, layers=layers, heads=heads_of(loaded, facts, store.heads), hidden=hidden)
         known = header(
-            loaded, facts, made, chosen, sampling, seed=text.seed, command=output.command, prefill_chunk=chunk
+            loaded, facts, encoded, selected, sampling, seed=text.seed, command=output.command, prefill_chunk=chunk
         )
     new = text.max_new_tokens
-    lengths = [len(prompt.ids) + (new if prompt.forced is None else len(prompt.forced)) for prompt in made]
+    lengths = [len(prompt.ids) + (new if prompt.forced is None else len(prompt.forced)) for prompt in encoded]
     sizes = _sizes(known, lengths, loaded.text_config.hidden_size)
     needed = sizes.pop(known.store)
     require_space(output.path, needed)
     return RecordingPlan(
         loaded=loaded,
-        prompts=made,
+        prompts=encoded,
         header=known,
         output=output,
         text=text,
-        store=chosen,
+        store=selected,
         sampling=sampling,
         query_block=blocks.query_block,
         tokens=sum(lengths),
@@ -86,20 +86,22 @@ def compile_recording(
 
 
 def default_output(source: ModelSource, prompts: Sequence[Path | str]) -> Path:
-    """Return the folder of a trace that is not named: ``traces/PROMPT-MODEL``."""
+    """Return the default folder of a trace, ``traces/PROMPT-MODEL``."""
     stem = Path(prompts[0]).stem if prompts else "trace"
     return Path("traces") / f"{stem}-{Path(model_name(source)).name}"
 
 
 def _require_rows(store: StoreOptions) -> None:
-    """Raise UsageError for an unknown store, or a stride over rows where no rows are stored."""
+    """Raise UsageError for an unknown store, or a query stride in a store without rows."""
     kind, _ = parse_store(store.store)
     if store.query_stride > 1 and "maps" not in STORES[kind]:
-        raise UsageError(f"store {store.store} has no every n-th row", f"Use --query-stride with --store {MAPS}.")
+        raise UsageError(
+            f"store {store.store} cannot record every n-th row only", f"Use --query-stride with --store {MAPS}."
+        )
 
 
 def _sizes(known: TraceHeader, lengths: list[int], hidden: int) -> dict[str, int]:
-    """Return the bytes that each store takes about, of sequences of these lengths and layer inputs of this size."""
+    """Return the estimated bytes of each store for sequences of these lengths; `hidden` is a layer input's size."""
     inputs = ("hidden",) if "hidden" in known.stored else ()
     return {
         store: estimate_bytes(
@@ -118,34 +120,36 @@ def _sizes(known: TraceHeader, lengths: list[int], hidden: int) -> dict[str, int
     }
 
 
-def layers_of(loaded: Loaded, asked: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the layers to record; raises UsageError if the model lacks one."""
+def layers_of(loaded: Loaded, requested: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the layers to record, by default all; raises UsageError if the model does not have one."""
     count = loaded.text_config.num_hidden_layers
-    for layer in asked or []:
+    for layer in requested or []:
         if not 0 <= layer < count:
-            raise UsageError(f"no layer {layer} in {loaded.name}", f"Its layers are 0 to {count - 1}.")
-    return tuple(sorted(set(asked)) if asked else range(count))
+            raise UsageError(f"no layer {layer} in {loaded.name}", f"Choose from 0 to {count - 1}.")
+    return tuple(sorted(set(requested)) if requested else range(count))
 
 
-def heads_of(loaded: Loaded, facts: AttentionFacts, asked: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the query heads to record, none for all.
+def heads_of(loaded: Loaded, facts: AttentionFacts, requested: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the query heads to record; empty for all.
 
     Raises
     ------
     UsageError
-        If the model lacks one, or heads that share keys and values are not all among them.
+        If the model does not have one, or only some of the heads that share keys and values are requested.
     """
-    chosen, group = sorted(set(asked or ())), facts.heads // facts.kv_heads
-    for head in chosen:
+    selected, group = sorted(set(requested or ())), facts.heads // facts.kv_heads
+    for head in selected:
         if not 0 <= head < facts.heads:
-            raise UsageError(f"no query head {head} in {loaded.name}", f"Its heads are 0 to {facts.heads - 1}.")
-    whole = sorted({head // group * group + number for head in chosen for number in range(group)})
-    if whole != chosen:
+            raise UsageError(
+                f"no query head {head} in {loaded.name}", f"Choose from its heads, 0 to {facts.heads - 1}."
+            )
+    whole = sorted({head // group * group + number for head in selected for number in range(group)})
+    if whole != selected:
         raise UsageError(
-            f"heads {_listed(chosen)} split a group of {group} that shares keys and values in {loaded.name}",
+            f"heads {_listed(selected)} split a group of {group} that shares keys and values in {loaded.name}",
             f"Record whole groups: --heads {_listed(whole)}",
         )
-    return () if len(chosen) == facts.heads else tuple(chosen)
+    return () if len(selected) == facts.heads else tuple(selected)
 
 
 def _listed(numbers: Sequence[int]) -> str:

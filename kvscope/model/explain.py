@@ -1,4 +1,4 @@
-"""What transformers, the Hub and safetensors raise, in two lines: what is wrong with a model, and what to do."""
+"""Turn errors of transformers, the Hub and safetensors into two lines: what is wrong with a model, and what to do."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 
 from kvscope.core.errors import ModelError
 
-# What the Hub's HTTP client raises without an answer; the client is httpx in huggingface_hub 1, and httpx2 in 2.
+# Base class of the HTTP client's errors; the client is httpx in huggingface_hub 1, and httpx2 in 2.
 HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 @contextmanager
 def explained(source: str, part: str, *, offline: bool = False) -> Iterator[None]:
-    """Turn what transformers and the Hub raise while they load a part into a `ModelError` with what to do.
+    """Turn errors raised while a part of a model is loaded into a `ModelError` that says what to do.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def explained(source: str, part: str, *, offline: bool = False) -> Iterator[None
     part : str
         ``configuration``, ``tokenizer`` or ``weights``.
     offline : bool
-        Whether the source is a Hub id of which only what is in the cache can be read.
+        Whether the source is a Hub id and only files in the local cache can be read.
     """
     try:
         yield
@@ -63,7 +63,7 @@ def explained(source: str, part: str, *, offline: bool = False) -> Iterator[None
 
 @contextmanager
 def memory_explained(name: str) -> Iterator[None]:
-    """Turn running out of memory, while the model called `name` runs, into the `ModelError` of `out_of_memory`."""
+    """Turn an out-of-memory error raised while the model called `name` runs into a `ModelError`."""
     try:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
@@ -75,7 +75,7 @@ def memory_explained(name: str) -> Iterator[None]:
 
 
 def out_of_memory(name: str) -> ModelError:
-    """Return the error for a model that does not fit."""
+    """Return the error for a model that does not fit in memory."""
     gc.collect()
     return ModelError(
         f"out of memory with {name}",
@@ -89,33 +89,31 @@ def _explain_text(source: str, part: str, error: Exception) -> ModelError:
         return ModelError(
             f"model {source} has no safetensors weights", "Convert it: pickled weights can run code and are not loaded."
         )
-    lost = isinstance(error, HttpError) and not isinstance(error, HfHubHTTPError)
-    if lost or "couldn't connect" in low or "connection error" in low:
+    unreachable = isinstance(error, HttpError) and not isinstance(error, HfHubHTTPError)
+    if unreachable or "couldn't connect" in low or "connection error" in low:
         return _not_here(source, part)
     if "out of memory" in low or "can't allocate memory" in low:
         return out_of_memory(source)
     if "trust_remote_code" in low:
-        return ModelError(
-            f"{kind(source)} {source} brings Python code of its own", "If you trust it: --trust-remote-code."
-        )
+        return ModelError(f"{kind(source)} {source} contains Python code", "If you trust it, add --trust-remote-code.")
     if "gated repo" in low:
         return _gated(source)
     if "is not a local folder and is not a valid model identifier" in low:
         return _unknown(source)
     return ModelError(
         f"the {part} of {kind(source)} {source} cannot be loaded: {first_line(error)}",
-        f"Check that it is a causal language model, or fetch all of it anew: {fetch(source)}",
+        f"Check that it is a causal language model, or download it again: {fetch(source)}",
     )
 
 
 def _not_here(source: str, part: str) -> ModelError:
     what = f"model {source}" if part == "configuration" else f"the {part} of model {source}"
-    why, first = "the Hub cannot be reached", f"Fetch it where there is a network ({fetch(source)})"
+    why, first = "the Hub cannot be reached", f"Download it where there is a network ({fetch(source)})"
     if is_offline_mode():
-        why, first = "HF_HUB_OFFLINE forbids to ask the Hub", "Unset HF_HUB_OFFLINE"
+        why, first = "HF_HUB_OFFLINE forbids access to the Hub", "Unset HF_HUB_OFFLINE"
     return ModelError(
         f"{what} {'is' if part != 'weights' else 'are'} not on this machine, and {why}",
-        f"{first}, set HF_HOME to the cache that has it, or name a local folder.",
+        f"{first}, set HF_HOME to a cache that contains it, or name a local folder.",
     )
 
 
@@ -137,7 +135,7 @@ def kind(source: str) -> str:
 
 
 def fetch(source: str) -> str:
-    """Return the command that fetches a model, into its folder if it has one."""
+    """Return the command that downloads a model, into `source` if that is a folder."""
     return f"hf download ORG/NAME --local-dir {source}" if Path(source).is_dir() else f"hf download {source}"
 
 

@@ -1,4 +1,4 @@
-"""What ``trace.json`` says of a recording before it starts."""
+"""The header of a recording: the part of ``trace.json`` that is known before it starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def header(
     loaded: Loaded,
     facts: AttentionFacts,
     prompts: Sequence[Prompt],
-    chosen: StoreOptions,
+    selected: StoreOptions,
     sampling: Sampling,
     *,
     seed: int,
@@ -42,26 +42,26 @@ def header(
     Parameters
     ----------
     loaded, facts
-        The model, and what its attention calls showed.
+        The model, and the facts of its attention.
     prompts, sampling
-        What it reads, and how it goes on.
-    chosen : StoreOptions
-        With the layers and heads (none for all) to record, and whether layer inputs are stored.
+        The prompts as tokens, and how the next token is chosen.
+    selected : StoreOptions
+        With the layers and heads (empty for all) to record, and whether layer inputs are stored.
     seed, command, prefill_chunk
-        As the header has them.
+        Fields of the header.
 
     Raises
     ------
     ModelError
         If a layer to record has no attention.
     """
-    layers, heads = list(chosen.layers or ()), list(chosen.heads or ())
+    layers, heads = list(selected.layers or ()), list(selected.heads or ())
     windows = _windows(loaded, facts, layers)
-    store, top = parse_store(chosen.store)
+    store, top = parse_store(selected.store)
     return TraceHeader(
         source="model",
         protocol="forced" if all(prompt.forced is not None for prompt in prompts) else "generated",
-        model=_model(loaded, facts, sample(loaded.model) if chosen.hidden else None),
+        model=_model(loaded, facts, sample(loaded.model) if selected.hidden else None),
         layers=layers,
         n_layers=loaded.text_config.num_hidden_layers,
         heads=len(heads) or facts.heads,
@@ -71,12 +71,12 @@ def header(
         sliding_window=windows,
         learned_sinks=facts.learned_sinks,
         softcap=facts.softcap,
-        stored=[*STORES[store], *(["hidden"] if chosen.hidden else [])],
+        stored=[*STORES[store], *(["hidden"] if selected.hidden else [])],
         attention=[_narrowed(facts.attention[layer], heads) for layer in layers] if store == QKV else [],
         top=top,
         head_numbers=heads,
         n_heads=facts.heads if heads else None,
-        query_stride=chosen.query_stride,
+        query_stride=selected.query_stride,
         prompts=[_prompt(prompt) for prompt in prompts],
         device=str(loaded.device),
         sampling=SamplingRecord(**asdict(sampling)),
@@ -89,12 +89,12 @@ def header(
 
 
 def _windows(loaded: Loaded, facts: AttentionFacts, layers: Sequence[int]) -> list[int | None]:
-    """Return the sliding window of each layer; raises ModelError if one has no attention."""
+    """Return the sliding window of each layer; raises ModelError if a layer has no attention."""
     missing = [layer for layer in layers if layer not in facts.windows]
     if missing:
         raise ModelError(
             f"layers {missing} of {loaded.name} have no attention",
-            f"Record the others: --layers {','.join(map(str, facts.windows))}",
+            f"Record the layers with attention: --layers {','.join(map(str, facts.windows))}",
         )
     return [facts.windows[layer] for layer in layers]
 
@@ -109,7 +109,7 @@ def _versions() -> dict[str, str]:
 
 
 def _narrowed(attention: LayerAttention, heads: list[int]) -> LayerAttention:
-    """Return how a layer makes weights of some heads alone; of all where none is named."""
+    """Return the attention parameters of a layer for the given heads only; an empty list means all."""
     if not heads or attention.sinks is None:
         return attention
     return replace(attention, sinks=[attention.sinks[head] for head in heads])
@@ -118,7 +118,7 @@ def _narrowed(attention: LayerAttention, heads: list[int]) -> LayerAttention:
 def _model(loaded: Loaded, facts: AttentionFacts, weights: list[float] | None) -> ModelRecord:
     config = loaded.model.config
     described = config.to_dict()
-    described.pop("_name_or_path", None)  # a path would tell of the machine, and "id" names the model
+    described.pop("_name_or_path", None)  # a local path would end up in the trace; "id" names the model
     return ModelRecord(
         id=loaded.name if loaded.name == loaded.source or loaded.name == "demo" else loaded.source,
         revision=loaded.revision,

@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer, with errors that say what to do."""
+"""Load a model and its tokenizer, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -27,13 +27,30 @@ DTYPES: dict[str, str | torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate; any other is one device
-REACH_SECONDS = 5  # how long the Hub may take to say whether it is there
+DEVICE_MAPS = (
+    "auto",
+    "balanced",
+    "balanced_low_0",
+    "sequential",
+)  # of accelerate; any other value is one device
+REACH_SECONDS = 5  # timeout of the request that checks whether the Hub can be reached
 
 
 @dataclass
 class Loaded:
-    """A model that is ready to run, its tokenizer, and what it was loaded from."""
+    """A model that is ready to run, its tokenizer, and its source.
+
+    Attributes
+    ----------
+    model, tokenizer
+        As transformers loads them; the model in eval mode.
+    name : str
+        As the user named it.
+    source : str
+        Local folder or Hub id that the name stands for.
+    revision : str or None
+        Commit of a Hub model.
+    """
 
     model: CausalModel
     tokenizer: Tokenizer
@@ -43,17 +60,17 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        """Where its input goes."""
+        """Device of the input embeddings, on which inputs must be."""
         return torch.device(self.model.get_input_embeddings().weight.device)
 
     @property
     def text_config(self) -> ModelConfig:
-        """The configuration of the language model, also inside a multimodal one."""
+        """The configuration of the language model; of a multimodal model, that of its text part."""
         return self.model.config.get_text_config(decoder=True)
 
     @property
     def context(self) -> int | None:
-        """Longest sequence that the model was made for, if it says so."""
+        """Longest sequence that the model supports, in tokens; None if its configuration does not say."""
         return getattr(self.text_config, "max_position_embeddings", None)
 
 
@@ -63,22 +80,23 @@ def load(source: ModelSource) -> Loaded:
     Parameters
     ----------
     source : ModelSource
-        A name to load, or a pair ``(model, tokenizer)`` that is loaded already: it is used as it is, where it is.
+        A name to load, or a loaded pair ``(model, tokenizer)``, which is used as it is, on its device.
 
     Raises
     ------
     UsageError
-        For an unknown name, dtype or device; for a loaded pair, if the model is in training mode or the source also
-        says how to load it.
+        For an unknown name, dtype or device; for a loaded pair, if the model is in training mode or the source has
+        options for loading.
     ModelError
-        Not found, gated, no network, no safetensors, out of memory, damaged: each says which, and what to do.
+        If the model is not found, gated, not in safetensors, damaged or too large, or the Hub cannot be reached.
     """
     if isinstance(source.model, str):
         return _load_name(source.model, source)
     given = [name for name, value in asdict(replace(source, model="")).items() if value != _DEFAULTS[name]]
     if given:
         raise UsageError(
-            f"a loaded model is given together with {', '.join(given)}", "Leave that out: it is for loading by name."
+            f"a loaded model is given together with {', '.join(given)}",
+            "Omit these options: they apply to names only.",
         )
     model, tokenizer = source.model
     if model.training:
@@ -91,7 +109,7 @@ _DEFAULTS = asdict(ModelSource(""))
 
 
 def model_name(source: ModelSource) -> str:
-    """Return the name of a model: as given, or for a loaded one its configuration's, or that of its class."""
+    """Return the name of a model as given; for a loaded pair, its configuration's ``name_or_path`` or its class."""
     if isinstance(source.model, str):
         return source.model
     model, _ = source.model
@@ -105,14 +123,14 @@ def _load_name(name: str, how: ModelSource) -> Loaded:
     if local:
         _require_files(Path(source))
         if how.revision is not None:
-            raise UsageError(f"--revision {how.revision}: folder {source} has no revisions", "Leave --revision out.")
+            raise UsageError(f"--revision {how.revision}: folder {source} has no revisions", "Omit --revision.")
     offline = not local and not _hub_answers(source, how.revision)
     common = {
         "revision": how.revision,
         "trust_remote_code": how.trust_remote_code,
         "local_files_only": local or offline,
     }
-    transformers_log.disable_progress_bar()  # type: ignore[no-untyped-call]  # the command has its own
+    transformers_log.disable_progress_bar()  # type: ignore[no-untyped-call]  # the command line draws its own
     with explained(source, "configuration", offline=offline):
         config = AutoConfig.from_pretrained(source, **common)
         _refuse_by_name(config)
@@ -128,7 +146,7 @@ def _load_name(name: str, how: ModelSource) -> Loaded:
 
 
 def _dtype(how: ModelSource) -> str | torch.dtype:
-    """Return the dtype that transformers loads; raises UsageError for an unknown dtype or device map."""
+    """Return the dtype to pass to transformers; raises UsageError for an unknown dtype or device map."""
     if how.dtype not in DTYPES:
         raise UsageError(f"dtype {how.dtype!r} is unknown", f"Use one of: {', '.join(DTYPES)}.")
     if how.device_map is not None and how.device_map not in DEVICE_MAPS:
@@ -139,32 +157,32 @@ def _dtype(how: ModelSource) -> str | torch.dtype:
 
 
 def _commit(source: str, revision: str | None) -> str | None:
-    """Return the commit of a Hub model, which names the folder in the cache that it was loaded from."""
+    """Return the commit of a cached Hub model, which is the name of its folder in the cache."""
     file = try_to_load_from_cache(source, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else revision
 
 
 def _hub_answers(source: str, revision: str | None) -> bool:
-    """Tell whether the Hub answers at all, after one question.
+    """Return whether the Hub can be reached, after one request.
 
-    transformers would ask for every file anew, and wait and ask again for half a minute when nobody answers.
+    Without this check transformers would request every file, and retry each for half a minute.
     """
     with explained(source, "configuration"):
         address = hf_hub_url(source, "config.json", revision=revision)
     try:
         get_hf_file_metadata(address, timeout=REACH_SECONDS)
     except HfHubHTTPError:
-        return True  # with a refusal, which loading meets again and explains
+        return True  # it answered with an error, which loading will meet again and explain
     except (HttpError, OfflineModeIsEnabled):
         return False
     return True
 
 
 def _require_files(folder: Path) -> None:
-    """Raise ModelError unless a local folder has a configuration, and weights in whole safetensors files."""
-    todo = f"Name the folder of a model, or fetch one into it: {fetch(str(folder))}"
+    """Raise ModelError unless a local folder has a configuration, and weights in intact safetensors files."""
+    todo = f"Name the folder of a model, or download one into it: {fetch(str(folder))}"
     if not (folder / "config.json").is_file():
-        raise ModelError(f"folder {folder} has no config.json, so it is no model", todo)
+        raise ModelError(f"folder {folder} has no config.json, so it is not a model", todo)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
@@ -179,21 +197,21 @@ def _require_files(folder: Path) -> None:
             with safe_open(file, "pt"):
                 pass
         except SafetensorError as error:
-            raise ModelError(f"{file} is damaged or cut short: {first_line(error)}", "Download it again.") from error
+            raise ModelError(f"{file} is damaged or truncated: {first_line(error)}", "Download it again.") from error
 
 
 def _require_vocabulary(source: str, tokenizer: Tokenizer) -> None:
-    """Raise ModelError for a tokenizer of nothing, which transformers makes for some models without its files."""
+    """Raise ModelError for an empty tokenizer, which transformers makes for some models whose files are missing."""
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise ModelError(
-            f"the tokenizer of {kind(source)} {source} has no vocabulary", f"Fetch all of the model: {fetch(source)}"
+            f"the tokenizer of {kind(source)} {source} has no vocabulary", f"Download the whole model: {fetch(source)}"
         )
 
 
 def _weights(source: str, **options: object) -> CausalModel:
-    """Return the model; transformers would fill weights that are not there with random ones, and only log it."""
+    """Return the model; raises ModelError for missing weights, which transformers would fill with random numbers."""
     log = logging.getLogger("transformers.modeling_utils")
-    before, log.disabled = log.disabled, True  # its table of every such weight
+    before, log.disabled = log.disabled, True  # it logs a table of every missing weight
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
@@ -205,8 +223,8 @@ def _weights(source: str, **options: object) -> CausalModel:
     for names, what in (({name for name, *_ in info["mismatched_keys"]}, "of another shape"), (missing, "missing")):
         if names:
             raise ModelError(
-                f"{len(names)} of the weights of {kind(source)} {source} are {what}: {min(names)} is one",
-                "Download it again, or name the model that its weights were saved from.",
+                f"{len(names)} of the weights of {kind(source)} {source} are {what}, among them {min(names)}",
+                "Download it again, or name the model whose weights were saved.",
             )
     return model
 
@@ -214,12 +232,12 @@ def _weights(source: str, **options: object) -> CausalModel:
 def _refuse_by_name(config: ModelConfig) -> None:
     if config.model_type in UNSUPPORTED:
         raise ModelError(
-            f"models of type {config.model_type} do not use transformers' attention registry and cannot be watched",
+            f"models of type {config.model_type} do not use transformers' attention registry and cannot be observed",
             "Trace a model that does: Llama, Mistral, Qwen, Gemma, Phi-3, GPT-2, OPT, GPT-NeoX, ...",
         )
 
 
-# Causal models of transformers 5 whose attention is their own code, or is none.
+# Causal models of transformers 5 that have no attention, or do not use the attention registry.
 UNSUPPORTED = frozenset(
     "bloom codegen cpmant falcon falcon_mamba fuyu gpt_neo gpt_neox_japanese gptj mamba mamba2 megatron-bert mpt mvp "
     "prophetnet rembert roformer rwkv xglm xlstm big_bird trocr".split()

@@ -1,4 +1,4 @@
-"""Short names of the usual models."""
+"""Short names of popular models."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ ALIASES = {
 
 
 def demo_folder() -> Path:
-    """Return the folder of the bundled model, with its demo prompt.
+    """Return the folder of the bundled model and its prompt.
 
     Raises
     ------
     ModelError
-        If the installation lacks it.
+        If the installation does not contain it.
     """
     folder = Path(str(files("kvscope.model") / "demo"))
     if not (folder / "model.safetensors").is_file():
@@ -63,14 +63,14 @@ def demo_folder() -> Path:
 
 
 def resolve(name: str) -> str:
-    """Return what transformers loads for a name: a local folder, a Hub id, or what an alias stands for.
+    """Return the local folder or Hub id that a name stands for: ``demo``, an alias, a folder or a Hub id.
 
     Raises
     ------
     UsageError
-        If it is none of them; the message suggests the nearest alias.
+        If it is none of these; the message suggests the nearest alias.
     ModelError
-        If it is ``demo``, and the installation lacks that model.
+        If it is ``demo``, and the installation does not contain that model.
     """
     if name == DEMO:
         return str(demo_folder())
@@ -79,9 +79,9 @@ def resolve(name: str) -> str:
     if name and Path(name).is_dir():
         return name
     if Path(name).is_file():
-        raise UsageError(f"model {name} is a file", "Name the folder that holds it, with its config.json.")
+        raise UsageError(f"model {name} is a file", "Name the folder of the model, which contains config.json.")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
         return name
     raise UsageError(
-        f"no model is called {name!r}, and there is no such folder", nearest(name.lower(), [DEMO, *ALIASES])
+        f"no model is called {name!r}, and no folder has that name", nearest(name.lower(), [DEMO, *ALIASES])
     )

@@ -1,4 +1,4 @@
-"""From the device to the disk beside the model: copies to the host, threads that write, and a bound on what waits."""
+"""Write tensors to disk in threads while the model runs: copies to the host, and a limit on the bytes that wait."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-IN_FLIGHT = 64 * 10**6  # bytes on the host that wait to be written, at most
-THREADS = 4  # that write beside a device; beside a model on the CPU one, which takes what the model leaves
-Write = Callable[..., None]  # takes arrays by name
+IN_FLIGHT = 64 * 10**6  # limit on the bytes on the host that wait to be written
+THREADS = 4  # most threads that write while the model runs on a device; one while it runs on the CPU
+Write = Callable[..., None]  # takes arrays as keyword arguments
 
 
 @dataclass
@@ -27,22 +26,22 @@ class _Job:
 
 
 def threads_for(device: torch.device) -> int:
-    """Return how many threads write what a model on this device gives."""
+    """Return how many threads write while a model runs on this device."""
     return 1 if device.type == "cpu" else max(1, min(THREADS, (os.cpu_count() or 1) // 2))
 
 
 class Pipeline:
-    """Has tensors written by threads while the model goes on; a context, at whose end all has been written.
+    """A context manager whose threads write tensors while the model runs; on exit everything has been written.
 
-    What belongs to one layer is written by one thread, in the order in which it came. Whoever brings more than may
-    wait is held up until there is room. An error of a thread is raised at the next call, or at the end.
+    All blocks of one layer are written by the same thread, in the order of the calls of `put`. `put` blocks while the
+    limit is reached. An error in a thread is raised by the next call of `put`, or on exit.
 
     Parameters
     ----------
     threads : int
-        Threads that write.
+        Number of threads that write.
     limit : int
-        Bytes that wait at most; something larger waits alone.
+        Limit on the bytes that wait; a block above the limit waits alone.
     """
 
     def __init__(self, threads: int = 1, limit: int = IN_FLIGHT) -> None:
@@ -52,7 +51,7 @@ class Pipeline:
         self._queues: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(threads)]
         self._threads = [threading.Thread(target=self._work, args=(queue,), daemon=True) for queue in self._queues]
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self.peak = 0  # bytes that have waited at most
+        self.peak = 0  # largest number of bytes that waited at once
 
     def __enter__(self) -> Pipeline:
         for thread in self._threads:
@@ -63,7 +62,7 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._error = self._error or error  # what still waits is not written
+            self._error = self._error or error  # blocks that still wait are not written
         for queue in self._queues:
             queue.put(None)
         for thread in self._threads:
@@ -72,12 +71,12 @@ class Pipeline:
             raise self._error
 
     def put(self, layer: int, write: Write, tensors: Mapping[str, Tensor]) -> None:
-        """Have ``write(**arrays)`` called with tensors that nobody changes any more.
+        """Let a thread call ``write(**arrays)`` with copies of the tensors; they must not be modified afterwards.
 
         Raises
         ------
         BaseException
-            What a thread has met with: a disk that is full, a weight that is no number.
+            The first error of a thread, such as a full disk or a weight that is not finite.
         """
         size = sum(tensor.nbytes for tensor in tensors.values())
         with self._room:
@@ -90,7 +89,7 @@ class Pipeline:
         self._queues[layer % len(self._queues)].put(_Job(write, host, copied, size))
 
     def _to_host(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-        """Return copies on the host, and for those of a CUDA device what happens when they are complete."""
+        """Return copies on the host and, for a CUDA device, the event that marks the copies as complete."""
         device = next(iter(tensors.values())).device
         if device.type != "cuda":
             return {name: tensor.cpu() for name, tensor in tensors.items()}, None
@@ -103,7 +102,7 @@ class Pipeline:
             for name, tensor in tensors.items():
                 host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 host[name].copy_(tensor, non_blocking=True)
-                tensor.record_stream(stream)  # its memory is not given to others before the copy is made
+                tensor.record_stream(stream)  # its memory must not be reused before it is copied
         return host, stream.record_event()
 
     def _work(self, queue: SimpleQueue[_Job | None]) -> None:
@@ -114,7 +113,7 @@ class Pipeline:
             except BaseException as error:
                 self._error = self._error or error
             size = job.size
-            del job  # with its memory, before others may take as much
+            del job  # free its memory before other blocks may use the room
             with self._room:
                 self._waiting -= size
                 self._room.notify_all()
@@ -123,5 +122,4 @@ class Pipeline:
 def _write(job: _Job) -> None:
     if job.copied is not None:
         job.copied.synchronize()
-    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in job.host.items()}
-    job.write(**arrays)
+    job.write(**{name: tensor.numpy() for name, tensor in job.host.items()})

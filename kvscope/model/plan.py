@@ -1,4 +1,4 @@
-"""A recording that has been checked and measured, and not begun."""
+"""A recording that is checked and ready to run."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from kvscope.trace.writer import TraceWriter
 
 @dataclass(frozen=True)
 class RecordingPlan:
-    """All that is known of a recording before the first token: see `compile_recording`.
+    """A compiled recording, as `compile_recording` returns it.
 
     Attributes
     ----------
     loaded : Loaded
         The model.
     prompts : tuple of Prompt
-        What it reads, as tokens.
+        The prompts as tokens.
     header : TraceHeader
-        What ``trace.json`` will say.
+        Header of the trace.
     output : OutputOptions
-        Where the trace goes, and whether one that is there is replaced.
+        Folder of the trace, and whether an existing one is replaced.
     text, store, sampling
-        The choices, with the layers, heads and layer inputs that they come to.
+        The options; `store` with the selected layers and heads, and whether layer inputs are stored.
     query_block : int
-        Queries whose rows exist at a time.
+        Queries whose rows are computed at a time.
     tokens : int
-        Tokens of all sequences, at most.
+        Upper bound on the tokens of all sequences.
     bytes, free : int
-        Bytes that it takes about, and that are free there.
+        Estimated bytes of the trace, and free bytes of the disk.
     others : dict of str to int
-        Bytes that the other stores would take about.
+        Estimated bytes for each of the other stores.
     in_flight : int
-        Bytes that wait to be written at most, beside what files collect for a block of rows.
+        Limit on the bytes that wait to be written, without those that files buffer for a row group.
     """
 
     loaded: Loaded
@@ -66,21 +66,21 @@ class RecordingPlan:
 
     @property
     def path(self) -> Path:
-        """Where the trace goes."""
+        """Folder of the trace."""
         return self.output.path
 
     @property
     def sequences(self) -> int:
-        """How many sequences there are."""
+        """Number of sequences."""
         return len(self.prompts)
 
     @property
     def prefill_chunk(self) -> int | None:
-        """Tokens of a prompt that go through the model at a time, where one has more than that."""
+        """Tokens of a prompt per forward pass; None if every prompt is read in one pass."""
         return self.header.prefill_chunk
 
     def execute(self, progress_callback: Callable[[Progress], None] | None = None) -> Trace:
-        """Return the trace, recorded now.
+        """Run the recording and return the trace.
 
         Parameters
         ----------
@@ -90,9 +90,9 @@ class RecordingPlan:
         Raises
         ------
         ModelError
-            If memory runs out, or a layer does not show what is to be recorded.
+            If memory runs out, or the store cannot represent the attention of a layer.
         TraceError
-            If the trace exists, or cannot be written.
+            If the trace exists or cannot be written.
         """
         with (
             torch.inference_mode(),

@@ -1,4 +1,4 @@
-"""Prompts: from files to token ids, and from ids back to what each token adds to the text."""
+"""Read prompts from files, encode them, and split the text into the parts that each token adds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvscope.model.loading import Loaded
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its text, where it is from, its token ids, and the ids of a forced continuation."""
+    """One prompt: its file, its text, its token ids, and the ids of a forced continuation."""
 
     file: str
     text: str
@@ -28,7 +28,7 @@ def read_prompts(prompts: Sequence[Path | str], continuation: Path | None) -> li
     Raises
     ------
     UsageError
-        If a file cannot be read, is empty, or a line of a JSONL file is no prompt.
+        If a file cannot be read or is empty, or a line of a JSONL file is not a prompt.
     """
     forced = None if continuation is None else read_text(Path(continuation))
     texts: list[tuple[str, str, str | None]] = []
@@ -39,16 +39,16 @@ def read_prompts(prompts: Sequence[Path | str], continuation: Path | None) -> li
             continue
         lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
         if not lines:
-            raise UsageError(f"{file} is empty", 'Write a prompt into each line: {"prompt": "..."}')
+            raise UsageError(f"{file} is empty", 'Write one prompt per line: {"prompt": "..."}')
         texts.extend((str(file), *_jsonl(file, number, line, forced)) for number, line in lines)
     if not texts:
         raise UsageError("no prompt is named", "Name a text file: kvscope trace --model demo prompt.txt")
-    for name, text, own in texts:
+    for name, text, following in texts:
         if not text.strip():
-            raise UsageError(f"prompt {name} is empty", "Write something into it.")
-        if own == "":
+            raise UsageError(f"prompt {name} is empty", "Write some text into it.")
+        if following == "":
             raise UsageError(
-                f"the continuation of prompt {name} is empty", "Write something into it, or generate: leave it out."
+                f"the continuation of prompt {name} is empty", "Write some text into it, or omit it to generate."
             )
     return texts
 
@@ -56,18 +56,18 @@ def read_prompts(prompts: Sequence[Path | str], continuation: Path | None) -> li
 def _jsonl(file: Path, number: int, line: str, forced: str | None) -> tuple[str, str | None]:
     try:
         entry = json.loads(line)
-        text, own = entry["prompt"], entry.get("continuation", forced)
-        if not isinstance(text, str) or not isinstance(own, str | None):
+        text, following = entry["prompt"], entry.get("continuation", forced)
+        if not isinstance(text, str) or not isinstance(following, str | None):
             raise TypeError
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UsageError(
-            f"{file}, line {number}: no prompt", 'Each line is an object with a text: {"prompt": "..."}'
+            f"{file}, line {number}: no prompt", 'Write an object with a text into each line: {"prompt": "..."}'
         ) from None
-    return text, own
+    return text, following
 
 
 def read_text(file: Path) -> str:
-    """Return a UTF-8 file; raises UsageError if it cannot be read."""
+    """Return the text of a UTF-8 file; raises UsageError if it cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
@@ -82,34 +82,34 @@ def encode(loaded: Loaded, file: str, text: str, forced: str | None, *, chat: bo
     Raises
     ------
     UsageError
-        If nothing is left of the prompt, it does not fit the context, or the model has no chat template.
+        If the prompt has no tokens or exceeds the context, or `chat` is set and the model has no chat template.
     """
     tokenizer = loaded.tokenizer
     if chat:
         if not getattr(tokenizer, "chat_template", None):
-            raise UsageError(f"model {loaded.name} has no chat template", "Leave --chat out, or trace a chat model.")
+            raise UsageError(f"model {loaded.name} has no chat template", "Omit --chat, or trace a chat model.")
         rendered = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
         ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
     else:
-        ids = tokenizer(text, verbose=False)["input_ids"]  # its warning about the length comes before our error
+        ids = tokenizer(text, verbose=False)["input_ids"]  # no warning about the length: it is checked below
     if not ids:
-        raise UsageError(f"prompt {file} is empty", "Write something into it.")
+        raise UsageError(f"prompt {file} is empty", "Write some text into it.")
     after = None if forced is None else tokenizer(forced, add_special_tokens=False, verbose=False)["input_ids"]
     new = max_new_tokens if after is None else len(after)
     if loaded.context is not None and len(ids) + new > loaded.context:
         raise UsageError(
-            f"prompt {file} has {len(ids)} tokens, with {new} new ones more than the context of {loaded.context}",
+            f"prompt {file} has {len(ids)} tokens, which with {new} new ones exceeds the context of {loaded.context}",
             "Shorten the prompt, or lower --max-new-tokens.",
         )
     return Prompt(file, text, list(ids), None if after is None else list(after))
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Return what each token adds to the text, so that the parts joined are the text.
+    """Return the text that each token adds; joined, these parts are the whole text.
 
-    A token that ends inside a character adds nothing; the one that completes it adds the character.
+    A token that ends inside a multi-byte character adds nothing; the token that completes the character adds it.
     """
     texts, start, shown = [], 0, ""
     for stop in range(1, len(ids) + 1):
@@ -118,6 +118,6 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
             texts.append("")
             continue
         texts.append(whole[len(shown) :])
-        # The last token stays as context: some tokenizers drop the space of a first word.
+        # Decode the next tokens after this one: some tokenizers drop the space before the first word.
         start, shown = stop - 1, tokenizer.decode(ids[stop - 1 : stop], clean_up_tokenization_spaces=False)
     return texts

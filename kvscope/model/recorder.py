@@ -1,4 +1,4 @@
-"""From attention calls to the blocks of a trace: rows or their heaviest keys, norms, similarities, vectors."""
+"""Turn attention calls into the blocks of a trace: rows or their heaviest keys, norms, similarities, vectors."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from kvscope.model.pipeline import IN_FLIGHT, Pipeline, Write
 from kvscope.trace.schema import MAPS, STORES, STRETCH, TOPK, VECTORS, parse_store
 from kvscope.trace.writer import TraceWriter
 
-HELD_STEPS = 32  # decoding steps of a layer that are rebuilt and written as one block
-HIDDEN = -1e4  # what an additive mask adds to a hidden logit is below this, in every dtype
+HELD_STEPS = 32  # decoding steps of a layer that are recomputed and written as one block
+HIDDEN = -1e4  # an additive mask is below this for a hidden key, in every dtype
 
 
 @dataclass
 class _Layer:
-    """What one layer has of the current sequence: how far it is, and the decoding steps that wait for each other."""
+    """State of one layer in the current sequence: tokens seen, and decoding steps that wait to be written together."""
 
     seen: int = 0
     directions: Tensor | None = None  # unit keys [G, seen, D], in a buffer that grows by doubling
-    queries: list[Tensor] = field(default_factory=list)  # of the steps that wait, [1, H, 1, D] each
-    hidden: list[Tensor] = field(default_factory=list)  # and their inputs, [1, 1, hidden] each
-    newest: Call | None = None  # the call of the last of them; its keys are those of all
-    sums: Tensor | None = None  # [2, H, seen]: what rows since the last stretch put on each key, and outside the top
+    queries: list[Tensor] = field(default_factory=list)  # of the waiting steps, [1, H, 1, D] each
+    hidden: list[Tensor] = field(default_factory=list)  # layer inputs of the waiting steps, [1, 1, hidden] each
+    newest: Call | None = None  # the last waiting call; its keys include those of the others
+    sums: Tensor | None = None  # [2, H, seen]: column sums since the last stretch, of whole rows and outside the top K
 
 
 class Recorder:
-    """Writes what it observes, for one sequence at a time.
+    """An observer that writes the attention calls of a model to a trace, one sequence at a time.
 
-    Decoding steps are rebuilt together: a cache that only grows holds, at the last of them, the keys of all.
+    Several decoding steps are recomputed together from the last call: the full cache then holds the keys of all.
 
     Parameters
     ----------
     writer : TraceWriter
-        Where blocks go.
+        Writes the blocks.
     layers : collection of int
         Layers to record.
     query_block : int
-        Queries whose rows exist at a time; the memory for rows is ``H x query_block x T``. Fewer where they are many
-        bytes, so that what waits to be written stays within `IN_FLIGHT`.
+        Most queries whose rows are computed at a time; rows take ``H x query_block x T`` numbers. Blocks are smaller
+        where they would not fit into `IN_FLIGHT` bytes.
     store : str
         One of `STORES`, or ``topk:K``.
     hidden : bool
         Whether to write layer inputs too.
     heads : sequence of int
-        Query heads to record, in whole groups; all if empty.
+        Query heads to record, in whole groups that share keys and values; empty for all.
     query_stride : int
-        Every how many-th row to record.
+        Record every n-th row.
     pipeline : Pipeline, optional
-        What writes, beside the model; by default the model waits for it.
+        Writes blocks in threads; without it each block is written before the model continues.
     """
 
     def __init__(
@@ -73,17 +73,17 @@ class Recorder:
         self.writer, self.query_block, self._stored = writer, query_block, frozenset(STORES[name])
         self._inputs, self._heads, self._stride = hidden, list(heads), query_stride
         self._put = _write_now if pipeline is None else pipeline.put
-        self._wanted = frozenset(layers)
+        self._selected = frozenset(layers)
         self._layers: dict[int, _Layer] = {}
         self._sequence = self._prompt = 0
 
     def begin(self, sequence: int, prompt: int = 0) -> None:
-        """Start a sequence, of which `prompt` tokens are the prompt; the one before has been finished with `end`."""
+        """Start a sequence with `prompt` tokens of prompt; call `end` for the previous sequence first."""
         self._sequence, self._prompt = sequence, prompt
-        self._layers = {layer: _Layer() for layer in self._wanted}
+        self._layers = {layer: _Layer() for layer in self._selected}
 
     def end(self) -> None:
-        """Write what still waits."""
+        """Write the waiting steps and column sums of the sequence."""
         for layer, state in sorted(self._layers.items()):
             self._flush(state)
             self._write_columns(layer, state)
@@ -94,9 +94,9 @@ class Recorder:
         Raises
         ------
         ModelError
-            If rows are not stored and would not follow from the vectors: the mask is not causal within the window.
+            If rows are not stored and cannot be recomputed from vectors: the mask is not causal within the window.
         """
-        if call.layer not in self._wanted:
+        if call.layer not in self._selected:
             return
         state = self._layers[call.layer]
         if call.query.shape[2] == 1 and call.mask is None and call.sliding_window is None:
@@ -136,8 +136,8 @@ class Recorder:
                 self._write_hidden(call, first, start, stop)
 
     def _blocks(self, first: int, count: int, call: Call) -> Iterator[tuple[int, int]]:
-        """Yield first and last query of blocks; none goes beyond a stretch of rows whose columns are summed up."""
-        room = IN_FLIGHT // 4  # so that four blocks can wait
+        """Yield the first and last query of each block; with store topk, blocks also end where a stretch ends."""
+        room = IN_FLIGHT // 4  # four blocks can wait at a time
         size = max(1, min(self.query_block, room // self._bytes(call, first + count)))
         start = 0
         while start < count:
@@ -149,7 +149,7 @@ class Recorder:
             start = stop
 
     def _bytes(self, call: Call, keys: int) -> int:
-        """Return how many bytes a query brings at once, at most."""
+        """Return the most bytes that one query passes to the pipeline in one call."""
         heads, size = call.query.shape[1], call.query.shape[3]
         vectors = 4 * size * (heads + 2 * call.key.shape[1])
         rows = 2 * heads * keys if "maps" in self._stored else 0
@@ -158,25 +158,25 @@ class Recorder:
     def _write_rows(self, call: Call, first: int, start: int, stop: int) -> None:
         """Write the rows of queries `start` to `stop` - 1 of a call whose first query is position `first`."""
         rows = _placed(call.rows(start, stop)[0], call, first)[..., : first + stop]
-        skipped = -(first + start + 1) % self._stride  # rows before the next that is recorded
+        skipped = -(first + start + 1) % self._stride  # rows before the next recorded one
         rows = rows[:, skipped :: self._stride]
         if rows.shape[1]:
             write = partial(
                 self.writer.attention, call.layer, self._sequence, first + start + skipped, stride=self._stride
             )
             tensors = {"row_sum": rows.sum(-1), "rows": rows.half()}
-            del rows  # twice as large as what is written
+            del rows  # twice the size of the float16 copy
             self._put(call.layer, write, tensors)
 
     def _write_topk(self, call: Call, state: _Layer, first: int, start: int, stop: int) -> None:
-        """Write the heaviest keys of the same queries, and sums of columns where a stretch of rows ends."""
+        """Write the heaviest keys of these queries, and the column sums where a stretch of rows ends."""
         assert self._top is not None
         rows, log_sums = call.rows_and_log_sums(start, stop)
         rows, last = _placed(rows[0], call, first)[..., : first + stop], first + stop
         position = torch.arange(first + start, last, device=rows.device)
         row_sum, sums = rows.sum(-1), rows.sum(1)
         rows = rows.masked_fill(torch.arange(last, device=rows.device) > position[:, None], -1)
-        keys = rows.topk(min(self._top, last), sorted=False).indices.sort(-1).values  # those to come are last
+        keys = rows.topk(min(self._top, last), sorted=False).indices.sort(-1).values  # later keys come last
         weights = rows.gather(-1, keys)
         rows.scatter_(-1, keys, 0).clamp_(min=0)
         tensors = {
@@ -201,7 +201,7 @@ class Recorder:
             state.sums = None
 
     def _write_signals(self, call: Call, part: Call, state: _Layer, first: int, start: int, stop: int) -> None:
-        """Write what follows from the vectors of the same queries: of heads in `part`, and the mean query of all."""
+        """Write norms and cosines of the keys and values of `part`, and the mean over all query heads of `call`."""
         position = first + start
         key, value = (tensor.float() for tensor in _own(part, start, stop))
         signals = {"value_l1": value.abs().sum(-1), "value_l2": value.norm(dim=-1), "key_l2": key.norm(dim=-1)}
@@ -212,10 +212,11 @@ class Recorder:
         self._put(call.layer, partial(self.writer.queries, call.layer, self._sequence, position), mean)
 
     def _write_hidden(self, call: Call, first: int, start: int, stop: int) -> None:
-        """Write the layer inputs of the same queries, exactly."""
+        """Write the layer inputs of these queries, exactly."""
         if call.hidden is None:
             raise ModelError(
-                f"layer {call.layer} does not show the input of its attention", "Record the trace without --hidden."
+                f"the input of the attention of layer {call.layer} cannot be observed",
+                "Record the trace without --hidden.",
             )
         write = partial(self.writer.hidden, call.layer, self._sequence, first + start)
         self._put(call.layer, write, {"inputs": call.hidden[0, start:stop].to(torch.float32, copy=True)})
@@ -226,12 +227,12 @@ def _write_now(layer: int, write: Write, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _narrowed(call: Call, heads: list[int]) -> Call:
-    """Return the call with some query heads alone, in whole groups, and their keys and values."""
+    """Return the call restricted to some query heads, in whole groups, and to their keys and values."""
     group = call.query.shape[1] // call.key.shape[1]
-    own = sorted({head // group for head in heads})
+    kv_heads = sorted({head // group for head in heads})
     mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask[:, heads]
     sinks = None if call.sinks is None else call.sinks[heads]
-    key, value = call.key[:, own], call.value[:, own]
+    key, value = call.key[:, kv_heads], call.value[:, kv_heads]
     return replace(call, query=call.query[:, heads], key=key, value=value, mask=mask, sinks=sinks)
 
 
@@ -239,53 +240,53 @@ def _cosines(state: _Layer, key: Tensor, norm: Tensor, first: int) -> Tensor:
     """Return the cosines of new keys ``[G, n, D]`` with all keys so far, float16 ``[G, n, first + n]``."""
     unit = key / norm.clamp(min=torch.finfo(norm.dtype).tiny)[..., None]
     last = first + key.shape[1]
-    state.directions = _room(state.directions, unit, last)
+    state.directions = _grown(state.directions, unit, last)
     state.directions[:, first:last] = unit
     return (unit @ state.directions[:, :last].transpose(1, 2)).clamp_(-1, 1).half()
 
 
 def _own(call: Call, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Return keys and values of the positions of queries `start` to `stop` - 1 of a call, ``[G, n, D]``."""
+    """Return the keys and values at the positions of queries `start` to `stop` - 1 of a call, ``[G, n, D]``."""
     count = call.query.shape[2]
     return call.key[0, :, -count:][:, start:stop], call.value[0, :, -count:][:, start:stop]
 
 
 def _vectors(call: Call, start: int, stop: int) -> dict[str, Tensor]:
-    """Return queries `start` to `stop` - 1 of a call, and their own keys and values, ``[heads, n, D]``.
+    """Return queries `start` to `stop` - 1 of a call, and the keys and values at their positions, ``[heads, n, D]``.
 
-    In float32, which holds every number of a 16-bit model, and in memory of their own: the model goes on with its own.
+    They are copies, since the model may reuse its memory, in float32, which represents every 16-bit number exactly.
     """
-    given = (call.query[0, :, start:stop], *_own(call, start, stop))
-    return {name: part.to(torch.float32, copy=True) for name, part in zip(VECTORS, given, strict=True)}
+    vectors = (call.query[0, :, start:stop], *_own(call, start, stop))
+    return {name: part.to(torch.float32, copy=True) for name, part in zip(VECTORS, vectors, strict=True)}
 
 
 def _require_causal(call: Call, start: int, stop: int) -> None:
-    """Raise ModelError if queries `start` to `stop` - 1 see other keys than those up to their own, in their window."""
+    """Raise ModelError unless queries `start` to `stop` - 1 see exactly the keys up to their own within the window."""
     if call.mask is None:
         return
     count, keys = call.query.shape[2], call.key.shape[2]
     mask = call.mask[:, :, start:stop, :keys]
-    own = torch.arange(start, stop, device=mask.device)[:, None] + keys - count
+    position = torch.arange(start, stop, device=mask.device)[:, None] + keys - count
     key = torch.arange(keys, device=mask.device)
-    seen = key <= own
+    seen = key <= position
     if call.sliding_window is not None:
-        seen &= key > own - call.sliding_window
-    right = mask == seen if mask.dtype == torch.bool else torch.where(seen, mask == 0, mask < HIDDEN)
-    if not bool(right.all()):
+        seen &= key > position - call.sliding_window
+    correct = mask == seen if mask.dtype == torch.bool else torch.where(seen, mask == 0, mask < HIDDEN)
+    if not bool(correct.all()):
         raise ModelError(
-            f"layer {call.layer} has a mask that is not causal within a window: rows do not follow from vectors alone",
-            "Record the rows themselves: --store maps.",
+            f"layer {call.layer} has a mask that is not causal within a window, so vectors do not determine its rows",
+            "Record the rows: --store maps.",
         )
 
 
 def _placed(rows: Tensor, call: Call, first: int) -> Tensor:
-    """Put rows over the newest keys to their positions: zeros for the keys that a sliding-window cache has dropped."""
+    """Return rows padded with zeros for the oldest keys, which a sliding-window cache no longer holds."""
     offset = first + call.query.shape[2] - call.key.shape[2]
     return torch.nn.functional.pad(rows, (offset, 0)) if offset else rows
 
 
-def _room(buffer: Tensor | None, like: Tensor, size: int) -> Tensor:
-    """Return the buffer, with room for `size` positions."""
+def _grown(buffer: Tensor | None, like: Tensor, size: int) -> Tensor:
+    """Return the buffer, enlarged if necessary to hold `size` positions."""
     if buffer is not None and buffer.shape[1] >= size:
         return buffer
     grown = like.new_zeros(like.shape[0], max(size, 2 * (0 if buffer is None else buffer.shape[1]), 256), like.shape[2])

@@ -1,4 +1,4 @@
-"""Running a model over prompts while a recorder watches: forced texts are read, others are continued."""
+"""Run a model over prompts while a recorder observes its attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvscope.core.model_types import ModelOutput
-from kvscope.model.attention_hook import watching
+from kvscope.model.attention_hook import observe_attention
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt, token_texts
 from kvscope.model.recorder import Recorder
@@ -21,12 +21,12 @@ from kvscope.trace.record import SequenceRecord
 from kvscope.trace.writer import TraceWriter
 
 LOGIT_BLOCK = 256  # positions whose logits are normalised at a time
-Score = tuple[NDArray[np.floating], NDArray[np.floating]]  # log-probability and entropy of some tokens
+Score = tuple[NDArray[np.floating], NDArray[np.floating]]  # log-probabilities and entropies of some tokens, nats
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a recording is: tokens done, tokens in all (at most), bytes written."""
+    """Progress of a recording: tokens processed, upper bound on all tokens, bytes written."""
 
     done: int
     total: int
@@ -34,16 +34,20 @@ class Progress:
 
 
 class RecordingRun:
-    """The model side of one recording: sequences go through the model one after the other.
+    """Runs the model of a recording over one sequence after the other.
 
     Parameters
     ----------
-    loaded, writer, recorder
-        The model, and what tokens and attention calls are written with.
+    loaded : Loaded
+        The model.
+    writer : TraceWriter
+        Writes the tokens.
+    recorder : Recorder
+        Writes the attention calls.
     prefill_chunk : int or None
-        Tokens of a prompt that go through the model at a time; None is all.
+        Tokens of a prompt per forward pass; None for all.
     total : int
-        Tokens of all sequences, at most.
+        Upper bound on the tokens of all sequences.
     progress_callback : callable, optional
         Called with `Progress` after every forward pass.
     """
@@ -62,15 +66,15 @@ class RecordingRun:
         self.stops = _stop_ids(loaded)
 
     def record(self, number: int, prompt: Prompt, max_new_tokens: int, choose: Chooser) -> SequenceRecord:
-        """Record one sequence, and return its entry for the header."""
+        """Record one sequence and return its entry for ``trace.json``."""
         self.recorder.begin(number, len(prompt.ids))
-        with watching(self.loaded.model, self.recorder):
+        with observe_attention(self.loaded.model, self.recorder):
             if prompt.forced is not None:
                 ids, scores = self._forced(prompt.ids + prompt.forced)
             else:
                 ids, scores = self._generated(prompt.ids, max_new_tokens, choose)
         self.recorder.end()
-        first: Score = (np.full(1, np.nan), np.full(1, np.nan))  # nothing predicts the first token
+        first: Score = (np.full(1, np.nan), np.full(1, np.nan))  # the first token has no prediction
         logprob, entropy = (np.concatenate(part) for part in zip(first, *scores, strict=True))
         self.writer.tokens(
             number,
@@ -88,7 +92,7 @@ class RecordingRun:
         return ids, self._read(ids, cache)[0]
 
     def _generated(self, prompt: list[int], new: int, choose: Chooser) -> tuple[list[int], list[Score]]:
-        """Decode token by token; the last token goes through the model too, so that every token has its rows."""
+        """Decode token by token; the last token is also run through the model, so that every token has its rows."""
         cache = DynamicCache(config=self.loaded.model.config)
         scores, last = self._read(prompt, cache)
         ids = list(prompt)
@@ -104,7 +108,7 @@ class RecordingRun:
         return ids, scores
 
     def _read(self, ids: list[int], cache: DynamicCache | None) -> tuple[list[Score], Tensor]:
-        """Send tokens through the model, chunk by chunk; return scores and the last logits ``[1, vocabulary]``."""
+        """Run the model over tokens, chunk by chunk; return scores and the last logits ``[1, vocabulary]``."""
         tokens = torch.tensor([ids], device=self.loaded.device)
         scores: list[Score] = []
         size = self.chunk or len(ids)
@@ -114,7 +118,7 @@ class RecordingRun:
             scores += _scores(logits[: len(following)], following)
             last = logits[-1:].clone()
             self._report(len(logits))
-            del logits  # before the next chunk makes its own
+            del logits  # free the memory before the next chunk allocates as much
         return scores, last
 
     def _forward(self, tokens: Tensor, cache: DynamicCache | None) -> ModelOutput:
@@ -127,13 +131,13 @@ class RecordingRun:
 
 
 def _scores(logits: Tensor, ids: Tensor) -> list[Score]:
-    """Return log-probabilities of the tokens and entropies of their distributions, nats, block by block."""
+    """Return the log-probabilities of tokens and the entropies of their distributions, nats, in blocks."""
     parts: list[Score] = []
     for start in range(0, len(ids), LOGIT_BLOCK):
-        share = torch.log_softmax(logits[start : start + LOGIT_BLOCK].float(), -1)
-        chosen = share.gather(-1, ids[start : start + LOGIT_BLOCK, None])[:, 0]
-        entropy = -torch.where(share.isneginf(), 0.0, share.exp() * share).sum(-1)
-        parts.append((chosen.cpu().numpy(), entropy.cpu().numpy()))
+        logprobs = torch.log_softmax(logits[start : start + LOGIT_BLOCK].float(), -1)
+        selected = logprobs.gather(-1, ids[start : start + LOGIT_BLOCK, None])[:, 0]
+        entropy = -torch.where(logprobs.isneginf(), 0.0, logprobs.exp() * logprobs).sum(-1)
+        parts.append((selected.cpu().numpy(), entropy.cpu().numpy()))
     return parts
 
 

@@ -1,17 +1,17 @@
-"""A few of a model's weights, by which it is known again whatever it is called and whatever its precision."""
+"""A sample of a model's weights, which identifies the model independently of its name and precision."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-PARAMETERS, ENTRIES = 16, 4  # how many are looked at, and how many numbers of each
+PARAMETERS, ENTRIES = 16, 4  # number of parameters in the sample, and of numbers from each
 
 
 def sample(model: nn.Module) -> list[float]:
-    """Return `PARAMETERS` x `ENTRIES` numbers of a model: of parameters, and of places in them, evenly apart.
+    """Return `PARAMETERS` x `ENTRIES` weights of a model, from evenly spaced parameters at evenly spaced indices.
 
-    NaN where a parameter is elsewhere for want of memory.
+    NaN for a parameter that is offloaded, and so not in memory.
     """
     parameters = [parameter for _, parameter in sorted(model.named_parameters())]
     numbers: list[float] = []

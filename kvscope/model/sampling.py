@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Choose the next token, greedily or at random."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transformers.generation.logits_process import (
 
 from kvscope.core.recording_options import Sampling
 
-Chooser = Callable[[Tensor, Tensor], int]  # from ids [1, t] and logits [1, vocabulary] to the next token
+Chooser = Callable[[Tensor, Tensor], int]  # (ids [1, t], logits [1, vocabulary]) -> next token
 
 
 def chooser(sampling: Sampling, seed: int) -> Chooser:
-    """Return the function that picks the next token: the likeliest, or one drawn with a seeded generator."""
+    """Return the function that chooses the next token: the likeliest one, or a random one from a seeded generator."""
     if not sampling.do_sample:
         return lambda ids, logits: int(logits.argmax(-1))
     warpers = LogitsProcessorList()
@@ -32,7 +32,7 @@ def chooser(sampling: Sampling, seed: int) -> Chooser:
     generator = torch.Generator().manual_seed(seed)
 
     def choose(ids: Tensor, logits: Tensor) -> int:
-        share = torch.softmax(warpers(ids, logits.float()), -1).cpu()  # type: ignore[arg-type]  # asks for LongTensor
-        return int(torch.multinomial(share, 1, generator=generator))
+        probabilities = torch.softmax(warpers(ids, logits.float()), -1).cpu()  # type: ignore[arg-type]  # LongTensor
+        return int(torch.multinomial(probabilities, 1, generator=generator))
 
     return choose

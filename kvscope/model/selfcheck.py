@@ -1,4 +1,4 @@
-"""Before the first token: does what would be recorded agree with what the model does?"""
+"""Check on a few tokens that observing a model does not change it, and that its rows are valid attention."""
 
 from __future__ import annotations
 
@@ -9,16 +9,30 @@ from torch import Tensor
 
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel
-from kvscope.model.attention_hook import Call, watching
+from kvscope.model.attention_hook import Call, observe_attention
 from kvscope.trace.record import LayerAttention
 
-PROBE = 24  # tokens
-TOLERANCE = 1e-4  # of a row's sum, in float32
+PROBE = 24  # tokens that are run
+TOLERANCE = 1e-4  # allowed error of a row's sum in float32
 
 
 @dataclass(frozen=True)
 class AttentionFacts:
-    """What the attention calls of a model show: sizes, windows by layer, scaling, cap, learned sinks, all by layer."""
+    """Facts read from the attention calls of a model.
+
+    Attributes
+    ----------
+    heads, kv_heads, head_dim : int
+        ``H``, ``G`` and ``D``.
+    windows : dict of int to int or None
+        Sliding window by layer.
+    scaling, softcap
+        Factor and cap of the logits in the first layer.
+    learned_sinks : bool
+        Whether any layer has learned sinks.
+    attention : dict of int to LayerAttention
+        How each layer turns queries and keys into weights.
+    """
 
     heads: int
     kv_heads: int
@@ -31,25 +45,25 @@ class AttentionFacts:
 
 
 def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
-    """Return the facts of the model's attention, after a look at a few tokens of the prompt, ``[1, P]``.
+    """Return the facts of the model's attention, checked on the first tokens of a prompt ``[1, P]``.
 
     Raises
     ------
     ModelError
-        If watching changes the output, no attention is seen, layers differ in their heads, or a recorded row is not
-        causal, not finite, or has another sum than it should.
+        If observing changes the output, no attention call is seen, layers differ in their heads, or a row is not
+        causal, not finite, or does not sum to one.
     """
     ids = ids[:, :PROBE]
     calls: list[Call] = []
-    plain = model(input_ids=ids, use_cache=False).logits
-    with watching(model, calls.append):
-        watched = model(input_ids=ids, use_cache=False).logits
+    expected = model(input_ids=ids, use_cache=False).logits
+    with observe_attention(model, calls.append):
+        observed = model(input_ids=ids, use_cache=False).logits
     name = type(model).__name__
-    if not torch.equal(plain, watched):
-        difference = (plain - watched).abs().max().item()
+    if not torch.equal(expected, observed):
+        difference = (expected - observed).abs().max().item()
         raise ModelError(
-            f"watching {name} changes its logits by {difference:.3g}",
-            "This kvscope cannot trace it; please report the model.",
+            f"observing the attention of {name} changes its logits by {difference:.3g}",
+            "Trace another model, and please report this one.",
         )
     if not calls:
         raise ModelError(f"no attention of {name} was seen", "Trace a model with softmax attention in its layers.")
@@ -84,7 +98,7 @@ def _check_rows(name: str, call: Call) -> None:
     rows = call.rows(0, count)[0]
     where = f"layer {call.layer} of {name}"
     if not bool(torch.isfinite(rows).all()):
-        raise ModelError(f"{where} gives attention that is not finite", "Try --dtype float32.")
+        raise ModelError(f"{where} has attention weights that are not finite", "Try --dtype float32.")
     if rows.shape[-1] != count or bool(rows.triu(1).any()):
         raise ModelError(f"{where} looks at later tokens", "Trace a causal language model.")
     sums = rows.sum(-1)

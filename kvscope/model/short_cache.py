@@ -1,9 +1,8 @@
-"""A cache of transformers from which keys are really taken out, each key/value head for itself."""
+"""A transformers cache from which evicted keys are removed, separately for each key/value head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,24 +15,24 @@ from kvscope.model.derotation import Derotation
 
 
 class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """The cache of one layer of one sequence; key/value heads may hold different keys, and different numbers of them.
+    """The cache of one layer for one sequence; key/value heads may hold different keys, and different numbers of keys.
 
     Parameters
     ----------
     rotary : Derotation, optional
-        Takes the position off every key that comes in; `update` then hands keys out at the positions 0, 1, ... that
-        they have in the cache, oldest first. Without it keys stay as they came.
+        Removes the position from every new key; `update` then returns the keys rotated to their index in the cache:
+        0, 1, ..., oldest first. Without it keys are stored and returned as the model computes them.
 
     Attributes
     ----------
     head_keys, head_values : list of Tensor
-        For each of ``G`` heads ``[n, D]``, oldest first; nothing else is kept.
+        The held keys and values of each of ``G`` heads, ``[n, D]``, oldest first.
     positions : list of Tensor
-        For each head int64 ``[n]``: where in the text they are from.
-    came : tuple of Tensor
-        Keys and values ``[1, G, q, D]`` of the newest tokens, as the model gave them.
+        For each head the positions of its keys in the text, int64 ``[n]``.
+    newest : tuple of Tensor
+        Keys and values ``[1, G, q, D]`` of the latest call of `update`, as the model computed them.
     seen : int
-        Tokens that have come in.
+        Tokens added so far.
     """
 
     def __init__(self, rotary: Derotation | None = None) -> None:
@@ -42,47 +41,47 @@ class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.head_keys: list[Tensor] = []
         self.head_values: list[Tensor] = []
         self.positions: list[Tensor] = []
-        self.came: tuple[Tensor, ...] = ()
+        self.newest: tuple[Tensor, ...] = ()
         self.seen = 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Add the newest tokens, ``[1, G, q, D]``, and return all that is held, ``[1, G, n, D]``.
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of new tokens ``[1, G, q, D]`` and return all that are held, ``[1, G, n, D]``.
 
-        The ends of heads that hold fewer are NaN: whoever reads beyond a head's keys cannot miss it.
+        Heads that hold fewer keys are padded with NaN, so that reading beyond a head's keys shows in the output.
         """
-        self.came = (key_states, value_states)
+        self.newest = (key_states, value_states)
         fresh = torch.arange(self.seen, self.seen + key_states.shape[2], device=key_states.device)
         keys = key_states if self.rotary is None else self.rotary.off(key_states, fresh)
         self.seen += len(fresh)
         self.positions = _joined(self.positions, [fresh] * key_states.shape[1])
         self.head_keys = _joined(self.head_keys, keys[0])
         self.head_values = _joined(self.head_values, value_states[0])
-        return _side_by_side([self._placed(held) for held in self.head_keys]), _side_by_side(self.head_values)
+        return _padded([self._placed(held) for held in self.head_keys]), _padded(self.head_values)
 
-    def cut(self, stays: Tensor) -> None:
-        """Keep only the keys of the positions in `stays`, bool ``[G, seen]``; memory of the others is given back.
+    def cut(self, retained: Tensor) -> None:
+        """Remove all keys but those at the positions in `retained`, bool ``[G, seen]``, and free their memory.
 
         Raises
         ------
         ReplayError
-            If a key should stay that is not there any more.
+            If a key in `retained` is not in the cache.
         """
-        for head, own in enumerate(stays):
-            keep = own[self.positions[head]]
-            if int(keep.sum()) != int(own.sum()):
+        for head, positions in enumerate(retained):
+            keep = positions[self.positions[head]]
+            if int(keep.sum()) != int(positions.sum()):
                 raise ReplayError(
-                    "a policy keeps a key that has left the cache", "An evicted key never returns: check the policy."
+                    "a policy retains a key that is already evicted", "Fix the policy: an evicted key never returns."
                 )
             self.positions[head] = self.positions[head][keep]
             self.head_keys[head] = self.head_keys[head][keep]
             self.head_values[head] = self.head_values[head][keep]
 
     def longest(self) -> int:
-        """Return how many keys the fullest head holds."""
+        """Return the largest number of keys that a head holds."""
         return max(len(held) for held in self.head_keys)
 
     def get_seq_length(self) -> int:
-        """Return how many tokens have come in: the position of the next one, however many are held."""
+        """Return the number of tokens added so far, which is the position of the next token, evicted keys included."""
         return self.seen
 
     def _placed(self, keys: Tensor) -> Tensor:
@@ -100,5 +99,5 @@ def _joined(held: Sequence[Tensor], more: Sequence[Tensor] | Tensor) -> list[Ten
     return [torch.cat(pair) for pair in zip(held, more, strict=True)] if held else list(more)
 
 
-def _side_by_side(heads: list[Tensor]) -> Tensor:
+def _padded(heads: list[Tensor]) -> Tensor:
     return pad_sequence(heads, batch_first=True, padding_value=torch.nan)[None]

@@ -1,19 +1,19 @@
-"""From arrays to columns: the lower triangle of rows, the places of rows, and what is no weight."""
+"""Convert arrays to columns of a trace, and check that attention weights are valid."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvscope.core.errors import TraceError
 
-Array = NDArray[Any]
+Array: TypeAlias = NDArray[Any]  # of any dtype
 
 
 def places(layer: int, sequence: int, heads: int, position: Array, head: str = "head") -> dict[str, Array]:
-    """Return the columns that say of what a row is, for each head the positions in turn."""
+    """Return the columns that identify a row: sequence, layer, head and position, ordered by head, then position."""
     count = heads * len(position)
     return {
         "sequence": np.full(count, sequence, np.int32),
@@ -24,20 +24,20 @@ def places(layer: int, sequence: int, heads: int, position: Array, head: str = "
 
 
 def own(position: Array, rows: Array) -> Array:
-    """Return where a key is not later than its query, ``[q, n]``."""
+    """Return the causal mask, True where a key is not later than the query, ``[q, n]``."""
     return np.arange(rows.shape[-1]) <= position[:, None]
 
 
 def not_finite(layer: int, first: int, count: int, what: str) -> TraceError:
-    """Return the error for numbers of some positions that are infinite or NaN."""
+    """Return the error for numbers that are infinite or NaN, in `count` positions from `first` on."""
     return TraceError(
         f"layer {layer}, positions {first} to {first + count - 1}: {what} are not finite",
-        "They exceed the model's precision: try --dtype float32.",
+        "Use a dtype with a larger range: try --dtype float32.",
     )
 
 
 def lower(rows: Array, lengths: Array) -> Array:
-    """Return the first so many numbers of each row, head by head."""
+    """Return the first ``lengths[i]`` numbers of each row ``[heads, q, n]``, flattened, head by head."""
     heads = len(rows)
     flat = np.empty((heads, int(lengths.sum())), rows.dtype)
     stop = 0
@@ -50,5 +50,5 @@ def lower(rows: Array, lengths: Array) -> Array:
 def are_weights(flat: Array) -> bool:
     """Return whether all numbers are finite and none is negative."""
     if flat.dtype == np.float16 and flat.size and flat.view(np.uint16).max() < np.float16(np.inf).view(np.uint16):
-        return True  # in 16 bits, what is negative, infinite or no number comes after every finite number
+        return True  # as integers, negative, infinite and NaN float16 are above every finite weight
     return bool((np.isfinite(flat) & (flat >= 0)).all())

@@ -1,6 +1,6 @@
-"""The Parquet files of a trace: what a row is, and name, type and meaning of every column.
+"""The Parquet files of a trace: what one row is, and the name, type and meaning of every column.
 
-A change of this module is a change of the format: see `kvscope.trace.schema`.
+A change of a column is a change of the format: see `kvscope.trace.schema`.
 """
 
 from __future__ import annotations

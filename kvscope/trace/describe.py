@@ -1,4 +1,4 @@
-"""The documentation of the trace format: ``trace.json``, and every file and column."""
+"""Document the trace format: ``trace.json``, and every file and column."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvscope.trace.columns import FILES
 from kvscope.trace.schema import HEADER, HISTORY, SCHEMA_VERSION
 from kvscope.trace.storage_error import describe_bounds
 
-NAMES = {"class_name": "class"}  # in the file, where an attribute cannot have that name
+NAMES = {"class_name": "class"}  # attribute -> name in the file, where that is a Python keyword
 # Objects inside `trace.json`, in the order in which they appear.
 PARTS = (
     record.ModelRecord,

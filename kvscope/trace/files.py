@@ -1,4 +1,4 @@
-"""The Parquet files of a finished trace: are they whole, and the rows that they hold."""
+"""Read the Parquet files of a finished trace, and check that they are intact."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 
 
 class TraceFiles:
-    """Reads tables of the files of one trace; a file that cannot be read raises TraceError.
+    """Reads tables from the files of one trace; raises TraceError for a file that cannot be read.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class TraceFiles:
         self._index: dict[str, list[tuple[int, int, int]]] = {}
 
     def of_sequence(self, name: str, sequence: int, columns: list[str]) -> pa.Table:
-        """Return columns of a file, of one sequence."""
+        """Return columns of a file for one sequence."""
         try:
             return pq.read_table(
                 self._path / name, partitioning=None, columns=columns, filters=[("sequence", "=", sequence)]
@@ -39,22 +39,22 @@ class TraceFiles:
             raise damaged(self._path, name, "it cannot be read") from error
 
     def whole(self, name: str) -> pa.Table:
-        """Return all of a file."""
+        """Return a whole file."""
         try:
             return pq.read_table(self._path / name, partitioning=None)
         except (OSError, pa.ArrowException) as error:
             raise damaged(self._path, name, "it cannot be read") from error
 
     def rows(self, name: str, sequence: int, start: int, stop: int, columns: list[str]) -> pa.Table:
-        """Return the row groups of a layer's file that hold any of the positions."""
+        """Return the row groups of a layer's file that contain any of the positions `start` to `stop` - 1."""
         try:
             with pq.ParquetFile(self._path / name) as file:
                 if name not in self._index:
                     self._index[name] = _ranges(file.metadata)
                 selected = [
                     number
-                    for number, (of, first, last) in enumerate(self._index[name])
-                    if of == sequence and first < stop and last >= start
+                    for number, (group_sequence, first, last) in enumerate(self._index[name])
+                    if group_sequence == sequence and first < stop and last >= start
                 ]
                 return file.read_row_groups(selected, columns=columns)
         except (OSError, pa.ArrowException) as error:
@@ -62,7 +62,7 @@ class TraceFiles:
 
 
 def require_whole(path: Path, record: TraceRecord, *, verify: bool) -> None:
-    """Raise TraceError unless every file is there with its size, and with `verify` its checksum."""
+    """Raise TraceError unless every file exists with its recorded size and, with `verify`, checksum."""
     for name, size in record.sizes.items():
         file = path / name
         if not file.is_file():
@@ -70,7 +70,7 @@ def require_whole(path: Path, record: TraceRecord, *, verify: bool) -> None:
         if file.stat().st_size != size:
             raise damaged(path, name, f"it has {file.stat().st_size} bytes instead of {size}")
         if verify and checksum(file) != record.checksums[name]:
-            raise damaged(path, name, "its checksum is another")
+            raise damaged(path, name, "its checksum differs from the recorded one")
 
 
 def _ranges(metadata: pq.FileMetaData) -> list[tuple[int, int, int]]:
@@ -86,7 +86,7 @@ def _ranges(metadata: pq.FileMetaData) -> list[tuple[int, int, int]]:
 
 
 def scatter(target: Floats, head: NDArray[np.integer], query: NDArray[np.integer], lists: pa.ListArray) -> None:
-    """Put list rows into ``target[head, query, :len]``; copying slices is faster than an index of all numbers."""
+    """Copy lists into ``target[head, query, :len]``; copying slices is faster than indexing every number."""
     edges = lists.offsets.to_numpy() - lists.offsets[0].as_py()
     values, flat = lists.flatten().to_numpy(zero_copy_only=False), target.reshape(-1)
     starts = (head.astype(np.int64) * target.shape[1] + query) * target.shape[2]
@@ -95,5 +95,5 @@ def scatter(target: Floats, head: NDArray[np.integer], query: NDArray[np.integer
 
 
 def damaged(path: Path, file: str, why: str) -> TraceError:
-    """Return the error for a file of a trace that is not as it was recorded."""
+    """Return the error for a damaged file of a trace."""
     return TraceError(f"trace {path} is damaged: {file}: {why}", "Record it again, or restore the file from a copy.")

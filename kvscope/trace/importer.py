@@ -1,4 +1,4 @@
-"""Attention maps that were captured elsewhere become a trace; every row is checked first."""
+"""Import attention maps that were captured elsewhere as a trace; every row is checked first."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from kvscope.trace.schema import VECTORS
 from kvscope.trace.space import estimate_bytes, require_space
 from kvscope.trace.writer import TraceWriter
 
-SUM_TOLERANCE = 1e-2  # half-precision softmax over thousands of keys is off by less
-ABOVE_TOLERANCE = 1e-6  # weight above the diagonal that counts as none
+SUM_TOLERANCE = 1e-2  # above the error of a half-precision softmax over thousands of keys
+ABOVE_TOLERANCE = 1e-6  # largest weight above the diagonal that counts as zero
 PER_KEY = ("value_l1", "value_l2", "key_l2")
 BLOCK = 256  # rows written at a time
 
@@ -34,12 +34,12 @@ def import_maps(
     learned_sinks: bool = False,
     force: bool = False,
 ) -> Trace:
-    """Return a trace made of the arrays of a file.
+    """Return a trace of the arrays in a file.
 
     Parameters
     ----------
     source : Path
-        ``.npz`` or ``.safetensors`` with ``attention`` ``[L, H, T, T]`` or ``[S, L, H, T, T]``, and perhaps
+        ``.npz`` or ``.safetensors`` with ``attention`` ``[L, H, T, T]`` or ``[S, L, H, T, T]``, and optionally
         ``value_l1``, ``value_l2``, ``key_l2`` ``[L, G, T]``, ``keys``, ``values`` ``[L, G, T, D]``, ``queries``
         ``[L, H, T, D]``, ``tokens`` ``[T]`` (ids or texts), ``prompt_length``; with a leading ``S`` where attention
         has one.
@@ -48,19 +48,19 @@ def import_maps(
     output : Path
         Folder of the trace.
     prompt_length : int, optional
-        ``P``. Without it, and without an array of that name, the whole sequence counts as prompt, and the trace can be
-        replayed with streaming prefill only.
+        ``P``. Without it, and without an array of that name, the whole sequence is the prompt, and the trace can be
+        replayed only with streaming prefill.
     learned_sinks : bool
-        Whether rows may sum to less than one because a learned sink takes a share.
+        Whether rows may sum to less than one because a learned sink takes part in the softmax.
     force : bool
         Whether to replace an existing trace.
 
     Raises
     ------
     UsageError
-        If the file cannot be read, or an array has another shape than it should.
+        If the file cannot be read, or an array has the wrong shape.
     TraceError
-        If a row is not causal, not finite, negative, or has another sum; the message names layer, head and row.
+        If a row is not causal, not finite, negative, or does not sum to one; the message names layer, head and row.
     """
     arrays = _batched(read_arrays(Path(source)))
     attention = arrays["attention"]
@@ -116,7 +116,7 @@ def read_arrays(source: Path) -> dict[str, Array]:
     Raises
     ------
     UsageError
-        If there is no such file, it is neither, or it has no ``attention``.
+        If the file does not exist, has another format, or has no ``attention``.
     """
     if not source.is_file():
         raise UsageError(f"no file {source}", "Name an .npz or .safetensors file.")
@@ -124,13 +124,14 @@ def read_arrays(source: Path) -> dict[str, Array]:
         arrays = _load(source)
     except UsageError:
         raise
-    except Exception as error:  # whatever a damaged file makes the two readers raise
+    except Exception as error:  # the readers raise many kinds of error for a damaged file
         raise UsageError(
             f"{source} cannot be read: {error}".splitlines()[0], "Write it again, as .npz or .safetensors."
         ) from error
     if "attention" not in arrays:
         raise UsageError(
-            f"{source} has no array called attention", f"It has: {', '.join(sorted(arrays)) or 'nothing'}."
+            f"{source} has no array called attention",
+            f"Name the maps attention; the file contains: {', '.join(sorted(arrays)) or 'nothing'}.",
         )
     return arrays
 
@@ -147,7 +148,7 @@ def _load(source: Path) -> dict[str, Array]:
             for name in names:
                 if file.get_slice(name).get_dtype() == "BF16":
                     raise UsageError(
-                        f"{source}: {name} is bfloat16, which NumPy lacks", "Save it as float16 or float32."
+                        f"{source}: {name} is bfloat16, which NumPy does not support", "Save it as float16 or float32."
                     )
             return {name: file.get_tensor(name) for name in names}
     raise UsageError(f"{source} is neither .npz nor .safetensors", "Write the arrays with numpy.savez or safetensors.")
@@ -160,50 +161,46 @@ def _batched(arrays: Mapping[str, Array]) -> dict[str, Array]:
         return dict(arrays)
     if attention.ndim != 4:
         raise UsageError(
-            f"attention has the shape {list(attention.shape)}", "It must be [L, H, T, T], or [S, L, H, T, T]."
+            f"attention has the shape {list(attention.shape)}", "Save it as [L, H, T, T] or [S, L, H, T, T]."
         )
     return {name: array[None] for name, array in arrays.items()}
 
 
 def _check_shapes(arrays: Mapping[str, Array]) -> int:
-    """Return ``G``; raise UsageError for an array of another shape than it should have."""
+    """Return ``G``; raise UsageError for an array with the wrong shape."""
     count, layers, heads, length, keys = arrays["attention"].shape
     if length != keys or 0 in arrays["attention"].shape:
         raise UsageError(
-            f"attention has the shape {list(arrays['attention'].shape)}", "Its last two axes are both T, above 0."
+            f"attention has the shape {list(arrays['attention'].shape)}", "Make its last two axes both T, above 0."
         )
     groups = next((arrays[name].shape[2] for name in (*PER_KEY, "keys", "values") if name in arrays), heads)
     if groups == 0 or heads % groups:
-        raise UsageError(
-            f"{heads} query heads do not share {groups} key/value heads evenly", "H must be a multiple of G."
-        )
+        raise UsageError(f"{heads} query heads do not share {groups} key/value heads evenly", "Make H a multiple of G.")
     for name in (*PER_KEY, *VECTORS):
         if name in arrays:
             expected = (count, layers, heads if name == "queries" else groups, length)
             if arrays[name].shape[:4] != expected or arrays[name].ndim != (4 if name in PER_KEY else 5):
                 raise UsageError(
                     f"{name} has the shape {list(arrays[name].shape)}",
-                    f"It must begin with {list(expected)} (S, L, heads, T).",
+                    f"Make it begin with {list(expected)} (S, L, heads, T).",
                 )
             if not np.isfinite(arrays[name]).all():
-                raise UsageError(f"{name} holds values that are not numbers", "Write it again.")
+                raise UsageError(f"{name} contains values that are not finite", "Save it without NaN and infinity.")
     if "tokens" in arrays and arrays["tokens"].shape != (count, length):
-        raise UsageError(
-            f"tokens has the shape {list(arrays['tokens'].shape)}", f"It must be {[count, length]} (S, T)."
-        )
+        raise UsageError(f"tokens has the shape {list(arrays['tokens'].shape)}", f"Make it {[count, length]} (S, T).")
     return int(groups)
 
 
 def _check_rows(attention: Array, learned_sinks: bool) -> None:
-    """Raise TraceError for the first row that is no causal attention, ``[L, H, T, T]``."""
+    """Raise TraceError for the first row of ``[L, H, T, T]`` that is not causal attention."""
     above = ~np.tri(attention.shape[-1], dtype=bool)
     for layer, heads in enumerate(attention):
         for head, rows in enumerate(heads.astype(np.float32)):
             sums = rows.sum(-1)
             faults = {
-                "holds a weight that is not a number": ~np.isfinite(rows).all(-1),
-                "holds a negative weight": (rows < 0).any(-1),
-                "looks at a later key": (np.where(above, np.abs(rows), 0) > ABOVE_TOLERANCE).any(-1),
+                "has a weight that is not finite": ~np.isfinite(rows).all(-1),
+                "has a negative weight": (rows < 0).any(-1),
+                "attends to a later key": (np.where(above, np.abs(rows), 0) > ABOVE_TOLERANCE).any(-1),
                 "sums to more than one": sums > 1 + SUM_TOLERANCE,
                 "sums to less than one": (sums < 1 - SUM_TOLERANCE) & (not learned_sinks),
             }
@@ -212,12 +209,12 @@ def _check_rows(attention: Array, learned_sinks: bool) -> None:
                     row = int(where.argmax())
                     raise TraceError(
                         f"layer {layer}, head {head}, row {row} {what} (sum {sums[row]:.4f})",
-                        "Attention is after softmax, [query, key], and causal; learned sinks must be declared.",
+                        "Save attention after softmax, [query, key], causal; declare learned sinks.",
                     )
 
 
 def _derive(arrays: dict[str, Array]) -> None:
-    """Add norms and cosines that follow from the vectors."""
+    """Add the norms and cosines of the vectors, unless the file contains them."""
     if "values" in arrays:
         values = arrays["values"].astype(np.float32)
         arrays.setdefault("value_l1", norms(values, 1).astype(np.float32))
@@ -247,7 +244,7 @@ def _prompt_lengths(arrays: Mapping[str, Array], given: int | None, count: int, 
         lengths = [length] * count
     for value in lengths:
         if not 1 <= value <= length:
-            raise UsageError(f"prompt_length={value} does not fit {length} tokens", "It is from 1 to the length.")
+            raise UsageError(f"prompt_length={value} does not fit {length} tokens", "Use 1 to the number of tokens.")
     return lengths
 
 

@@ -1,4 +1,4 @@
-"""Finding the trace that was recorded last."""
+"""Find the trace that was recorded last."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from kvscope.trace.record import read_record
 
 
 def newest_trace(folder: Path = Path("traces")) -> Path:
-    """Return the newest whole trace under `folder`.
+    """Return the folder of the newest complete trace in `folder`.
 
     Raises
     ------
     TraceError
-        If there is none.
+        If there is no complete trace.
     """
     found: list[tuple[str, float, Path]] = []
     for candidate in folder.iterdir() if folder.is_dir() else []:
         try:
             record = read_record(candidate)
         except TraceError:
-            continue  # unfinished, foreign or of another version: not what "newest whole trace" means
+            continue  # incomplete, not a trace, or of a version that cannot be read
         found.append((record.created, candidate.stat().st_mtime, candidate))
     if not found:
-        raise TraceError(f"no whole trace under {folder}/", RECORD_ONE)
+        raise TraceError(f"no complete trace in {folder}/", RECORD_ONE)
     return max(found)[2]

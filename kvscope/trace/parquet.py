@@ -1,4 +1,4 @@
-"""One Parquet file of a trace while it is written: blocks wait until they fill a row group."""
+"""Write one Parquet file of a trace: blocks are buffered until they fill a row group."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import pyarrow.parquet as pq
 from kvscope.trace.blocks import Array
 from kvscope.trace.columns import HIDDEN, STATES, TOP
 
-# A row group holds about this many list items. An open Parquet file keeps about 18 bytes for each item of its largest
-# row group, and a recording has two files or more open for each layer; smaller groups are no slower to write. A least
-# number of rows keeps the footers of long sequences small.
+# A row group has about this many list items. An open Parquet file uses about 18 bytes of memory for each item of its
+# largest row group, and a recording has two or more open files for each layer; smaller groups are not slower to write.
+# The minimum number of rows keeps the file footers of long sequences small.
 ROW_GROUP_VALUES = 2**17
 ROW_GROUP_ROWS = 32
 COMPRESSION = "lz4"
-# The bytes of a vector's numbers lie together by significance: what 16-bit models leave zero takes no space, and what
-# the numbers have in common little; there zstd takes a tenth to a quarter less than lz4, and writes as fast.
+# The bytes of vectors are grouped by significance (byte stream split): the low bytes, zero in 16-bit models, take no
+# space. On such data zstd takes 10 to 25 % less space than lz4 and is as fast to write.
 SPLIT = {
     STATES: [f"{name}.list.element" for name in ("queries", "keys", "values")],
     HIDDEN: ["hidden.list.element"],
 }
 SPLIT_COMPRESSION = "zstd"
-DELTA = {TOP: {"keys.list.element": "DELTA_BINARY_PACKED"}}  # of ascending positions the steps are small
-# Numbers; or of a list column the numbers of all its rows in turn, and how many each row has.
+DELTA = {TOP: {"keys.list.element": "DELTA_BINARY_PACKED"}}  # positions ascend in small steps
+# Numbers; for a list column, the numbers of all rows concatenated, and the length of each row.
 Column: TypeAlias = "Array | tuple[Array, Array] | pa.Array"
 
 
 class LayerFile:
-    """One Parquet file that collects blocks until a row group is full."""
+    """A Parquet file that buffers blocks until a row group is full."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.schema = schema
@@ -51,11 +51,11 @@ class LayerFile:
 
     @property
     def size(self) -> int:
-        """Bytes that reached the file, and bytes that wait."""
+        """Bytes written to the file, plus bytes buffered."""
         return self._reached + self._waiting
 
     def add(self, columns: dict[str, Column]) -> None:
-        """Take a block."""
+        """Add a block; write the buffer first if the block is of another sequence."""
         if self._pending and self._pending[-1]["sequence"][0] != columns["sequence"][0]:
             self._flush()
         self._pending.append(columns)
@@ -66,13 +66,13 @@ class LayerFile:
             self._flush()
 
     def close(self) -> None:
-        """Write what waits, and close the file."""
+        """Write the buffer and close the file."""
         self._flush()
         self._writer.close()
         self._sink.close()
 
     def abandon(self) -> None:
-        """Let go of the file, without a word about a disk that is full already."""
+        """Close the file without writing the buffer; a full disk was already reported, and is no error here."""
         if not self._sink.closed:
             self._pending = []
             try:

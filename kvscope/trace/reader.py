@@ -1,4 +1,4 @@
-"""Reading a trace: blocks of attention rows, norms, similarities, tokens."""
+"""Read a trace: blocks of attention rows, norms, similarities, vectors, tokens."""
 
 from __future__ import annotations
 
@@ -17,29 +17,15 @@ from kvscope.trace.columns import layer_file
 from kvscope.trace.derive import Derived, Floats, KeptKeys
 from kvscope.trace.files import TraceFiles, damaged, require_whole, scatter
 from kvscope.trace.record import StorageError, TraceRecord, read_record
-from kvscope.trace.schema import MAPS_AND_VECTORS, QKV, TOPK, VECTORS, Which
+from kvscope.trace.schema import TOPK, VECTORS, Which
+from kvscope.trace.signals import missing_signal
 from kvscope.trace.storage_error import approximate
 from kvscope.trace.topk import KeptRates, Rebuilt
-
-REMEDIES = {
-    "maps": "Record it again with kvscope trace, or import it with attention.",
-    "value_l1": "Record it again with kvscope trace, or import it with value_l1 or values.",
-    "value_l2": "Record it again with kvscope trace, or import it with value_l2 or values.",
-    "key_l2": "Record it again with kvscope trace, or import it with key_l2 or keys.",
-    "similarity": "Record it again with kvscope trace, or import it with keys.",
-    "queries": "Record it again with kvscope trace, or import it with queries.",
-    "hidden": "Record it again with --hidden.",
-    TOPK: f"Record it again with --store {TOPK}.",
-    **{
-        f"vectors:{name}": f"Record it again with --store {MAPS_AND_VECTORS} or {QKV}, or import it with {name}."
-        for name in VECTORS
-    },
-}
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One sequence of a trace: its number, ``P``, ``T``, and whether its continuation was given."""
+    """One sequence of a trace: its number, ``P``, ``T``, and whether its continuation was forced."""
 
     index: int
     prompt: int
@@ -48,7 +34,7 @@ class TokenSequence:
 
 
 class States(NamedTuple):
-    """Vectors of one layer as attention got them: queries ``[H, T, D]``, keys and values ``[G, T, D]``, float32."""
+    """Inputs of the attention of one layer, float32: queries ``[H, T, D]``, keys and values ``[G, T, D]``."""
 
     queries: Floats
     keys: Floats
@@ -56,21 +42,21 @@ class States(NamedTuple):
 
 
 class Trace:
-    """A whole trace on disk. Open one with `open_trace`.
+    """A complete trace on disk. Open one with `open_trace`.
 
-    Every store answers the same calls: what is not stored is recomputed from the vectors that are, in float32. To
-    compute rows elsewhere, on a device, read `vectors` in blocks; ``header.attention`` says what to do with them.
+    The methods are the same for every store: signals that are not stored are recomputed from stored vectors. To compute
+    rows on a device instead, read `vectors` in blocks; ``header.attention`` defines how they become weights.
 
     Attributes
     ----------
     path : Path
-        Its folder.
+        Folder of the trace.
     header : TraceHeader
         What was recorded, and how.
     record : TraceRecord
-        All of ``trace.json``.
+        The content of ``trace.json``.
     sequences : list of TokenSequence
-        Lengths.
+        Number and lengths of each sequence.
     """
 
     def __init__(self, path: Path, record: TraceRecord) -> None:
@@ -110,24 +96,24 @@ class Trace:
 
     @property
     def stored(self) -> frozenset[str]:
-        """Signals that can be read: those on disk, and those that follow from them, of ``topk`` approximately."""
+        """Signals that can be read: those on disk, those derived from them, and the rebuilt rows of ``topk``."""
         rebuilt = ["maps"] if TOPK in self.header.stored else []
         return frozenset((*self.header.stored, *self.header.derived, *rebuilt))
 
     @property
     def storage_error(self) -> StorageError | None:
-        """How far rebuilt rows of store ``topk`` can be from the recorded ones; None where nothing is lost."""
+        """How far rebuilt rows of store ``topk`` can be from the recorded ones; None if the rows are exact."""
         error = self.record.storage_error
         return error if error is not None and error.worst else None
 
     @property
     def approximate(self) -> list[str]:
-        """What about it is not the whole, in sentences: rows of store ``topk``, some heads, every n-th row."""
+        """Sentences on what the trace lacks: exact rows (store ``topk``), some heads, some rows; empty if nothing."""
         return approximate(self.header, self.storage_error)
 
     @property
     def identity(self) -> str:
-        """SHA-256 over the checksums of the files: two traces with the same content have the same."""
+        """SHA-256 over the checksums of the files, which is equal for traces with the same content."""
         return self.record.identity
 
     def attention(self, sequence: int, layer: int, start: int = 0, stop: int | None = None) -> Floats:
@@ -138,12 +124,12 @@ class Trace:
         sequence, layer : int
             Number of the sequence; layer of the model.
         start, stop : int
-            Positions of the queries; to the end of the sequence by default.
+            Range of query positions; `stop` is by default the end of the sequence.
 
         Raises
         ------
         TraceError
-            If only every n-th row was recorded, and others are asked for.
+            If only every n-th row was recorded, and the range includes others.
         """
         stop = self.sequences[sequence].length if stop is None else stop
         self._require_rows(start, stop)
@@ -162,18 +148,18 @@ class Trace:
         return rows
 
     def row_sums(self, sequence: int, layer: int) -> Floats:
-        """Return the sum of every row before it was rounded to 16 bit, float32 ``[H, T]``; NaN if not recorded."""
+        """Return the sum of every row before rounding to 16 bit, float32 ``[H, T]``; NaN for rows not recorded."""
         if TOPK not in self.header.stored and self._is_derived("maps"):
             return self._derived.row_sums(sequence, layer)
         return self._of_rows("row_sum", sequence, layer)
 
     def residuals(self, sequence: int, layer: int) -> Floats:
-        """Return what every row of store ``topk`` has outside its stored keys, float32 ``[H, T]``."""
+        """Return for every row of store ``topk`` the mass on keys that are not stored, float32 ``[H, T]``."""
         self._require(TOPK)
         return self._of_rows("residual", sequence, layer)
 
     def positions(self, sequence: int) -> NDArray[np.int64]:
-        """Return the positions whose rows of attention were recorded, all unless every n-th was asked for."""
+        """Return the positions whose rows of attention were recorded; all unless a query stride was chosen."""
         stride = self.header.query_stride
         return np.arange(stride - 1, self.sequences[sequence].length, stride)
 
@@ -186,7 +172,7 @@ class Trace:
         return self._norms("key_l2", sequence, layer)
 
     def similarity(self, sequence: int, layer: int) -> Floats:
-        """Return the cosine of every two keys as cached, float32 ``[G, T, T]``, symmetric, 1 on the diagonal."""
+        """Return the cosines of all pairs of cached keys, float32 ``[G, T, T]``, symmetric, 1 on the diagonal."""
         if self._is_derived("similarity"):
             return self._derived.similarity(sequence, layer)
         length = self.sequences[sequence].length
@@ -206,20 +192,20 @@ class Trace:
         return np.asarray(flat.reshape(len(order), -1)[order], np.float32)
 
     def states(self, sequence: int, layer: int) -> States:
-        """Return queries, keys and values of every token, of stores ``maps+vectors`` and ``qkv``, or imported."""
+        """Return queries, keys and values of every token; for stores ``maps+vectors`` and ``qkv``, and imports."""
         return States(*(self.vectors(sequence, layer, name) for name in VECTORS))
 
     def vectors(self, sequence: int, layer: int, which: Which, start: int = 0, stop: int | None = None) -> Floats:
-        """Return one of them, float32 ``[heads, stop - start, D]``: an import may hold some without the others.
+        """Return queries, keys or values, float32 ``[heads, stop - start, D]``; an import may have only some of them.
 
         Parameters
         ----------
         sequence, layer : int
             Number of the sequence; layer of the model.
         which : {"queries", "keys", "values"}
-            As attention got them, after rotary embedding, exactly.
+            Which of them; as passed to attention, after rotary embedding, exactly.
         start, stop : int
-            Positions; to the end of the sequence by default.
+            Range of positions; `stop` is by default the end of the sequence.
         """
         self._require(f"vectors:{which}")
         stop = self.sequences[sequence].length if stop is None else stop
@@ -257,12 +243,12 @@ class Trace:
         )
 
     def _require_rows(self, start: int, stop: int) -> None:
-        stride, first = self.header.query_stride, range(start, min(stop, start + 2))  # of any two, one is missing
-        missing = [position for position in first if position % stride != stride - 1]
+        stride, checked = self.header.query_stride, range(start, min(stop, start + 2))  # of two rows one is missing
+        missing = [position for position in checked if position % stride != stride - 1]
         if missing:
             raise TraceError(
-                f"trace {self.path} holds every {stride}th row of attention, and not that of position {missing[0]}",
-                "Read rows of Trace.positions one by one, or record it again without --query-stride.",
+                f"trace {self.path} has every {stride}th row of attention, and not that of position {missing[0]}",
+                "Read only rows in Trace.positions, one at a time, or record it again without --query-stride.",
             )
 
     def _grid(self, table: pa.Table, head: str, column: str, heads: int, sequence: int) -> Floats:
@@ -280,31 +266,29 @@ class Trace:
         return Derived(self.header, [item.length for item in self.sequences], self.vectors, self._kept)
 
     def _is_derived(self, signal: str) -> bool:
-        """Return whether a signal is to be recomputed; raise TraceError if it is neither stored nor follows."""
+        """Return whether a signal must be recomputed; raise TraceError if it is neither stored nor derived."""
         self._require(signal)
         return signal not in self.header.stored
 
     def _require(self, signal: str) -> None:
         if signal not in self.stored:
-            raise TraceError(
-                f"trace {self.path} does not hold {signal}", REMEDIES.get(signal, "Import it with that array.")
-            )
+            raise missing_signal(self.path, signal)
 
 
 def open_trace(path: Path | str, *, verify: bool = False) -> Trace:
-    """Return a whole trace.
+    """Return the trace in a folder.
 
     Parameters
     ----------
     path : Path or str
-        Its folder.
+        Folder of the trace.
     verify : bool
-        Whether to compare the checksum of every file too; sizes are compared always.
+        Whether to compare the checksum of every file; sizes are always compared.
 
     Raises
     ------
     TraceError
-        Nothing there, not a trace, older, newer, incomplete, or damaged: each says which.
+        If there is no trace, or it is incomplete, damaged, or of a version that cannot be read.
     """
     path = Path(path)
     record = read_record(path)

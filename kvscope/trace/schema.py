@@ -1,8 +1,8 @@
-"""What a trace is: its files, its stores, and what changed from version to version.
+"""The format of a trace: its files, its stores, and the history of its versions.
 
-A trace is a folder: ``trace.json`` says what it is, Parquet files hold the data, one file per layer. A change of this
-module, of `kvscope.trace.record` or of `kvscope.trace.columns` is a change of the format: raise `SCHEMA_VERSION` and
-add a line to `HISTORY`.
+A trace is a folder: ``trace.json`` describes it, Parquet files contain the data, one file per layer. A change of this
+module, of `kvscope.trace.record` or of `kvscope.trace.columns` that changes files is a change of the format: raise
+`SCHEMA_VERSION` and add a line to `HISTORY`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from kvscope.trace.columns import FILES
 KIND: Final = "kvscope-trace"
 HEADER = "trace.json"
 _FOLDERS = "|".join(name.partition("/")[0] for name in FILES if "/" in name)
-MEMBERS = rf"trace\.json|tokens\.parquet|({_FOLDERS})/layer=\d+\.parquet"  # and nothing else
+MEMBERS = rf"trace\.json|tokens\.parquet|({_FOLDERS})/layer=\d+\.parquet"  # regular expression for the files of a trace
 SCHEMA_VERSION = 4
-OLDEST_VERSION = 1  # that can still be read
+OLDEST_VERSION = 1  # oldest version that can be read
 HISTORY = {
     1: "first version: store maps (attention rows, norms, similarities, mean queries)",
     2: "store qkv: vectors alone, from which rows are recomputed as `attention` in `trace.json` says; `prefill_chunk`",
@@ -28,18 +28,18 @@ HISTORY = {
 Which = Literal["queries", "keys", "values"]
 VECTORS: tuple[Which, ...] = ("queries", "keys", "values")
 MAPS, MAPS_AND_VECTORS, QKV, TOPK = "maps", "maps+vectors", "qkv", "topk"
-TOP = 256  # weights of a row that store topk keeps, unless told
-STRETCH = 256  # positions over which it sums columns; a stretch also ends where a prompt or a sequence does
+TOP = 256  # default number of weights per row in store topk
+STRETCH = 256  # rows over which store topk sums columns; a stretch also ends with the prompt and with the sequence
 _OF_MAPS = ("maps", "value_l1", "value_l2", "key_l2", "similarity", "queries")
 _OF_VECTORS = tuple(f"vectors:{name}" for name in VECTORS)
-# What a recording may keep, and the signals that it then holds.
+# Store -> signals that a recording contains.
 STORES = {
     MAPS: _OF_MAPS,
     MAPS_AND_VECTORS: (*_OF_MAPS, *_OF_VECTORS),
     QKV: _OF_VECTORS,
     TOPK: (TOPK, "value_l1", "value_l2", "key_l2", "queries"),
 }
-# A signal that is not stored, and the vectors that it follows from.
+# Signal -> vectors from which it is recomputed if it is not stored.
 DERIVED = {
     "maps": ("queries", "keys"),
     "value_l1": ("values",),
@@ -51,12 +51,12 @@ DERIVED = {
 
 
 def parse_store(text: str) -> tuple[str, int | None]:
-    """Return the name of a store and how many weights of a row it keeps: ``topk:64``; None is all of them.
+    """Return the name of a store and the number of weights per row: ``topk`` and 64 for ``topk:64``, None for all.
 
     Raises
     ------
     UsageError
-        If it is unknown, or the number is none.
+        If the store is unknown, or the number is not an integer from 1 up.
     """
     name, colon, count = text.partition(":")
     if name not in STORES or (colon and name != TOPK):
@@ -64,5 +64,7 @@ def parse_store(text: str) -> tuple[str, int | None]:
     if name != TOPK:
         return name, None
     if colon and (not count.isdecimal() or int(count) < 1):
-        raise UsageError(f"store {text!r}: {count!r} is no number of weights", f"Write topk:{TOP}, or any from 1 up.")
+        raise UsageError(
+            f"store {text!r}: {count!r} is not a number of weights", f"Use a number from 1 up: topk:{TOP}."
+        )
     return name, int(count) if colon else TOP

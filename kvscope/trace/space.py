@@ -1,4 +1,4 @@
-"""How much disk a trace takes, and whether there is as much."""
+"""Estimate the size of a trace, and check that the disk has enough space."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvscope.trace.schema import MAPS, STORES, STRETCH, TOP, TOPK, VECTORS
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free bytes of the disk that holds `path`, or its nearest parent that exists."""
+    """Return the free bytes of the disk of `path`, or of its nearest parent that exists."""
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -43,16 +43,20 @@ def estimate_bytes(
     top: int = TOP,
     query_stride: int = 1,
 ) -> int:
-    """Return about how many bytes a trace of these sizes takes on disk.
+    """Return the estimated bytes of a trace on disk.
 
     Parameters
     ----------
+    layers, heads, kv_heads, head_dim : int
+        Recorded layers, ``H``, ``G`` and ``D``.
+    lengths : sequence of int
+        ``T`` of each sequence.
     stored : collection of str
-        Its signals, as in the header.
+        Stored signals, as in the header.
     number_bytes : float
-        Of one number of a stored vector: about 2 where the model's dtype has 16 bits.
+        Bytes of one number of a vector on disk: about 2 for models of 16 bit.
     hidden : int
-        Numbers of a layer's input, where these are stored.
+        Size of a layer input, if these are stored.
     top, query_stride : int
         As in the header.
     """
@@ -73,6 +77,6 @@ def estimate_bytes(
 
 
 def _topk_bytes(length: int, top: int) -> float:
-    """Return about how many bytes a head takes: a weight 2, its position 1, a sum of a column 4 and 4 outside."""
+    """Return the estimated bytes of a head: per weight 2 and 1 for its position, per column 4 for each of two sums."""
     kept = sum(min(top, position + 1) for position in range(length))
     return 3 * kept + 16 * length + 8 * length * (length / STRETCH + 1) / 2

@@ -1,4 +1,4 @@
-"""How far rows that are rebuilt from a trace are from the recorded ones, and what that means for metrics."""
+"""How far rows that are rebuilt from a trace can be from the recorded ones, and bounds on the error of metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvscope.trace.record import SequenceRecord, StorageError, TraceHeader
 Floats = NDArray[np.floating]
 REST = "r / (m + r)"
 NONE = "none"
-# How far a metric of store topk can be from that of all rows, for the same decisions, step by step.
+# Metric -> bound on its error at each step with store topk, for the same decisions.
 BOUNDS = {
     "retained_mass": "r",
     "retained_mass_no_sinks": REST,
@@ -34,18 +34,18 @@ BOUNDS = {
 
 
 class Outside:
-    """Collects the share of each row that store ``topk`` leaves out."""
+    """Collects the share of each row's mass that store ``topk`` does not store."""
 
     def __init__(self) -> None:
-        # (layer, sequence) -> blocks of positions in turn: mean and largest share over the heads
+        # (layer, sequence) -> for consecutive blocks of positions, the mean and the largest share over the heads
         self._blocks: dict[tuple[int, int], list[tuple[Floats, Floats]]] = defaultdict(list)
 
     def add(self, layer: int, sequence: int, share: Floats) -> None:
-        """Take the shares ``[H, q]`` of the rows that follow."""
+        """Add the shares ``[H, q]`` of the next rows."""
         self._blocks[layer, sequence].append((share.mean(0), share.max(0)))
 
     def summed_up(self, sequences: Sequence[SequenceRecord]) -> StorageError:
-        """Return the shares over all rows; `sequences` are the lengths of each sequence."""
+        """Return mean and maximum of the shares over all rows; `sequences` gives the lengths of each sequence."""
         shares: list[Floats] = []
         later: list[Floats] = []
         worst = 0.0
@@ -63,17 +63,19 @@ class Outside:
 
 
 def approximate(header: TraceHeader, error: StorageError | None) -> list[str]:
-    """Return what about a trace is not the whole, in sentences; none for a trace that is whole.
+    """Return sentences about what a trace lacks: exact rows, some heads, some rows; empty for a full trace.
 
     Parameters
     ----------
+    header : TraceHeader
+        Header of the trace.
     error : StorageError or None
-        As `Outside.summed_up` gives it; None where whole rows are stored.
+        From `Outside.summed_up`; None if whole rows are stored.
     """
-    said = []
+    sentences = []
     if error is not None:
         after = error.mean if error.mean_after_prompt is None else error.mean_after_prompt
-        said.append(
+        sentences.append(
             f"Lossy: the trace keeps the {header.top} heaviest keys of a row; {after:.1%} of a row's attention after "
             f"the prompt is on others (mean; {error.worst:.1%} at worst). Retained mass is known to within that; "
             "which of these others a policy keeps is an estimate from exact sums of columns. Policies that read no "
@@ -81,12 +83,12 @@ def approximate(header: TraceHeader, error: StorageError | None) -> list[str]:
         )
     if header.head_numbers:
         numbers = ", ".join(map(str, header.head_numbers))
-        said.append(
+        sentences.append(
             f"Sampled: of the model's {header.n_heads} query heads {numbers} were recorded, numbered here from 0."
         )
     if header.query_stride > 1:
-        said.append(f"Sampled: every {header.query_stride}th row of attention was recorded.")
-    return said
+        sentences.append(f"Sampled: every {header.query_stride}th row of attention was recorded.")
+    return sentences
 
 
 def describe_bounds() -> list[str]:

@@ -1,9 +1,9 @@
-"""From the heaviest keys of every row, and sums of columns, to whole rows again.
+"""Rebuild whole rows from the heaviest keys of every row and sums of columns (store ``topk``).
 
-What a row has outside its stored keys is known as a sum, and so is, over a stretch of rows, what each key got outside.
-A key's share of the residual in these rows is taken to be the same in each of them: in sums over many rows, by which
-most policies decide, little is lost. No weight that is made up reaches the smallest stored one, so that the heaviest
-keys of a row are those that were recorded.
+The trace contains the residual of each row, its mass on keys that are not stored, and, over a stretch of rows, the sum
+of what each key received from residuals. The residual of a row is divided among keys in proportion to these sums, so
+that sums over many rows, on which most policies decide, are nearly exact. A rebuilt weight is always below the smallest
+stored weight of its row, so the heaviest keys of a row are the recorded ones.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import STRETCH
 
 Ints = NDArray[np.integer]
-Read = Callable[[str, int, int, int, list[str]], pa.Table]  # file, sequence, start, stop, columns; may give more rows
+Read = Callable[[str, int, int, int, list[str]], pa.Table]  # file, sequence, start, stop, columns; may return more rows
 KeptRates = OrderedDict[tuple[int, int, int], Floats]
-LEAST = 1e-30  # residual mass below which nothing is said of a key
+LEAST = 1e-30  # below this residual mass, the rate of a key is 0
 
 
 def stretches(prompt: int, length: int) -> list[int]:
-    """Return where the stretches of rows end that columns are summed over: the first row that each leaves out."""
+    """Return the ends (exclusive) of the stretches of rows over which columns are summed."""
     return sorted({*range(STRETCH, length, STRETCH), prompt, length})
 
 
 class Top(NamedTuple):
-    """Stored keys of some rows, ``[N]`` each, and the residuals and smallest weights of the rows, ``[H, q]``."""
+    """Stored weights of some rows, ``[N]`` each, and each row's residual and smallest stored weight, ``[H, q]``."""
 
     head: Ints
     query: Ints
@@ -46,7 +46,7 @@ class Top(NamedTuple):
 
 
 class Rebuilt:
-    """Rows of store ``topk``, block by block.
+    """Rebuilds rows of store ``topk``, block by block.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class Rebuilt:
     read : callable
         Reads rows of a file.
     kept : dict
-        Rates that were used last, by sequence, layer and end of the stretch.
+        Cache of rates by sequence, layer and end of the stretch, least recently used first.
     """
 
     def __init__(self, header: TraceHeader, lengths: list[tuple[int, int]], read: Read, kept: KeptRates) -> None:
@@ -79,7 +79,7 @@ class Rebuilt:
         return rows
 
     def top(self, sequence: int, layer: int, start: int, stop: int) -> Top:
-        """Return what is stored of rows `start` to `stop` - 1."""
+        """Return the stored weights of rows `start` to `stop` - 1."""
         names = ["head", "position", "residual", "keys", "weights"]
         table = self._read(layer_file("topk", layer), sequence, start, stop, names)
         position = table["position"].to_numpy()
@@ -95,31 +95,31 @@ class Rebuilt:
         return Top(np.repeat(head, lengths), np.repeat(query, lengths), key, weight, residual, least)
 
     def _rate(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
-        """Return what a key got per unit of residual in the rows from `start` on that lack it, ``[H, stop]``."""
+        """Return the mass of each key per unit of residual, in rows that see but do not store it, ``[H, stop]``."""
         if (sequence, layer, stop) not in self._kept:
-            self._kept[sequence, layer, stop] = self._made_rate(sequence, layer, start, stop)
+            self._kept[sequence, layer, stop] = self._computed_rate(sequence, layer, start, stop)
             while len(self._kept) > 1 and sum(rate.nbytes for rate in self._kept.values()) > CACHE_BYTES:
                 self._kept.popitem(last=False)
         self._kept.move_to_end((sequence, layer, stop))
         return self._kept[sequence, layer, stop]
 
-    def _made_rate(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
+    def _computed_rate(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
         heads, count = self._header.heads, stop - start
         top = self.top(sequence, layer, start, stop)
         residual = top.residual.astype(np.float64)
-        before = np.zeros((heads, count + 1))  # residual of the rows before each
+        before = np.zeros((heads, count + 1))  # sum of the residuals of the rows before each row
         np.cumsum(residual, axis=1, out=before[:, 1:])
         key, window = np.arange(stop), self._window(layer)
-        seen = np.clip(key - start, 0, count)  # first row that sees the key, and the first that no longer does
-        gone = np.full(stop, count) if window is None else np.clip(key + window - start, 0, count)
-        asked = before[:, gone] - before[:, seen]  # [H, stop]
-        own = np.bincount(top.head * stop + top.key, residual[top.head, top.query], heads * stop)
-        asked -= own.reshape(heads, stop)
+        first = np.clip(key - start, 0, count)  # first row that sees the key
+        last = np.full(stop, count) if window is None else np.clip(key + window - start, 0, count)  # exclusive
+        mass = before[:, last] - before[:, first]  # residual of the rows that see each key, [H, stop]
+        stored = np.bincount(top.head * stop + top.key, residual[top.head, top.query], heads * stop)
+        mass -= stored.reshape(heads, stop)  # without rows that store the key
         outside = self._outside(sequence, layer, stop)
-        return np.where(asked > LEAST, outside / np.maximum(asked, LEAST), 0).astype(np.float32)
+        return np.where(mass > LEAST, outside / np.maximum(mass, LEAST), 0).astype(np.float32)
 
     def _outside(self, sequence: int, layer: int, stop: int) -> Floats:
-        """Return what the stretch that ends before row `stop` has outside on each key, ``[H, stop]``."""
+        """Return the column sums of residuals in the stretch that ends before row `stop`, ``[H, stop]``."""
         table = self._read(layer_file("columns", layer), sequence, stop - 1, stop, ["head", "position", "outside"])
         table = table.filter(pa.array(table["position"].to_numpy() == stop - 1)).combine_chunks()
         if table.num_rows < self._header.heads:
@@ -137,16 +137,16 @@ class Rebuilt:
 
 
 def _fill(rows: Floats, first: int, rate: Floats, top: Top, window: int | None) -> None:
-    """Fill in rows ``[H, q, n]`` of which the first is of position `first`."""
+    """Fill `rows` ``[H, q, n]`` with the rebuilt rows of positions from `first` on."""
     count, n = rows.shape[1:]
-    key, own = np.arange(n), np.arange(first, first + count)[:, None]
-    unseen = key > own
+    key, position = np.arange(n), np.arange(first, first + count)[:, None]
+    unseen = key > position
     if window is not None:
-        unseen |= key <= own - window
+        unseen |= key <= position - window
     rows[:] = rate[:, None, :n]
     np.copyto(rows, 0, where=unseen)
     rows[top.head, top.query, top.key] = 0
-    total = rows.sum(-1, dtype=np.float64)  # so that a row is the same however many keys its block has
+    total = rows.sum(-1, dtype=np.float64)  # float64, so that a row does not depend on the width of its block
     rows *= (top.residual / np.where(total > 0, total, 1)).astype(np.float32)[..., None]
     np.minimum(rows, np.nextafter(top.least, np.float32(0))[..., None], out=rows)
     rows[top.head, top.query, top.key] = top.weight

@@ -1,4 +1,4 @@
-"""Writing a trace: blocks come in, row groups go out, and only a finished trace gets its name."""
+"""Write a trace block by block; the folder gets its final name only when the trace is complete."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from kvscope.trace.storage_error import Outside
 
 
 class TraceWriter:
-    """Records one trace into ``PATH.incomplete`` and gives it its name at `finish`.
+    """Writes one trace to ``PATH.incomplete``, which `finish` renames to ``PATH``.
 
     Parameters
     ----------
     path : Path
         Folder of the trace.
     header : TraceHeader
-        What is known before the start.
+        What is known before the recording starts.
     force : bool
-        Whether an existing trace may be replaced, once this one is whole.
+        Whether an existing trace is replaced when this one is complete.
 
     Raises
     ------
@@ -61,7 +61,7 @@ class TraceWriter:
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of all files so far, with what waits in memory to become a row group."""
+        """Bytes of all files so far, including buffered row groups."""
         return sum(file.size for file in list(self._files.values()))
 
     def attention(
@@ -69,13 +69,13 @@ class TraceWriter:
     ) -> None:
         """Write rows ``[H, q, n]``: query ``i`` is position ``t = first + stride * i`` and has ``t + 1 <= n`` weights.
 
-        Blocks of one layer come in ascending order of sequence and position. `row_sum` ``[H, q]`` is given where the
-        rows have been rounded to 16 bit already.
+        Write the blocks of one layer in ascending order of sequence and position. Pass `row_sum` ``[H, q]`` if the rows
+        are already rounded to 16 bit.
 
         Raises
         ------
         TraceError
-            If a weight is not a number, negative, or the disk is full.
+            If a weight is not finite or negative, or the disk is full.
         """
         heads, count, _ = rows.shape
         position = np.arange(first, first + stride * count, stride, dtype=np.int32)
@@ -92,15 +92,15 @@ class TraceWriter:
         self._add(layer_file("attention", layer), ATTENTION, columns)
 
     def topk(self, layer: int, sequence: int, first: int, keys: Array, weights: Array, **sums: Array) -> None:
-        """Write the heaviest keys ``[H, q, K]`` of rows, ascending, and their weights; the row of `first` is the first.
+        """Write the heaviest keys ``[H, q, K]``, ascending, and their weights, of the rows from position `first` on.
 
-        Of a row with fewer than ``K`` keys the first so many count. `sums` are ``row_sum``, ``residual`` and
-        ``log_sum_exp``, each ``[H, q]``. Blocks come as in `attention`.
+        A row of ``t + 1 < K`` keys uses the first ``t + 1`` entries. `sums` are ``row_sum``, ``residual`` and
+        ``log_sum_exp``, each ``[H, q]``. Write the blocks in the order of `attention`.
 
         Raises
         ------
         TraceError
-            If a weight is not a number, or the disk is full.
+            If a weight is not finite or negative, or the disk is full.
         """
         heads, count, top = keys.shape
         position = np.arange(first, first + count, dtype=np.int32)
@@ -119,7 +119,10 @@ class TraceWriter:
         self._add(layer_file("topk", layer), TOP, columns)
 
     def columns(self, layer: int, sequence: int, last: int, sums: Array, outside: Array) -> None:
-        """Write what the rows since the last time, up to position `last`, put on each key: ``[H, last + 1]`` both."""
+        """Write the column sums ``[H, last + 1]`` of the rows since the last call, up to position `last`.
+
+        `sums` are over whole rows, `outside` only over the weights that are not stored.
+        """
         heads, length = sums.shape
         columns = {
             **places(layer, sequence, heads, np.array([last], np.int32)),
@@ -139,7 +142,7 @@ class TraceWriter:
         key_l2: Array | None = None,
         similarity: Array | None = None,
     ) -> None:
-        """Write norms ``[G, n]`` of keys from position `first` on, and their cosines ``[G, n, >= first + n]``."""
+        """Write norms ``[G, n]`` of keys and values from position `first` on, and cosines ``[G, n, >= first + n]``."""
         given = next(array for array in (value_l1, value_l2, key_l2, similarity) if array is not None)
         heads, count = given.shape[:2]
         length = first + count
@@ -167,12 +170,12 @@ class TraceWriter:
         self._per_token("hidden", HIDDEN, layer, sequence, first, "hidden", inputs)
 
     def vectors(self, layer: int, sequence: int, first: int, **given: Array) -> None:
-        """Write ``queries``, ``keys``, ``values`` from position `first` on, each ``[heads, n, D]``, or some of them.
+        """Write any of ``queries``, ``keys``, ``values`` from position `first` on, each ``[heads, n, D]``.
 
         Raises
         ------
         TraceError
-            If one is not finite, or the disk is full.
+            If a number is not finite, or the disk is full.
         """
         count = next(iter(given.values())).shape[1]
         columns: dict[str, Column] = {
@@ -198,7 +201,7 @@ class TraceWriter:
         logprob: Sequence[float] | Array,
         entropy: Sequence[float] | Array,
     ) -> None:
-        """Write the tokens of a sequence, one value for each position; NaN where a number is unknown."""
+        """Write the tokens of a sequence, one value per position; NaN for an unknown number."""
         count = len(token_id)
         columns = {
             "sequence": np.full(count, sequence, np.int32),
@@ -212,7 +215,7 @@ class TraceWriter:
         self._add("tokens.parquet", TOKENS, columns)
 
     def finish(self, sequences: Sequence[SequenceRecord]) -> Path:
-        """Close the files, note sizes and checksums, and give the trace its name.
+        """Close the files, write ``trace.json`` with sizes and checksums, and rename the folder to its final name.
 
         Parameters
         ----------
@@ -272,5 +275,5 @@ class TraceWriter:
         head, query, key = (int(axis[0]) for axis in np.nonzero(bad))
         return TraceError(
             f"layer {layer}, head {head}, position {position[query]}: weight {rows[head, query, key]} on key {key}",
-            "Attention weights are finite and not negative: try --dtype float32.",
+            "Weights must be finite and not negative: try --dtype float32.",
         )

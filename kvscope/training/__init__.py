@@ -1,1 +1,1 @@
-"""Training of gates."""
+"""Train learned gates."""

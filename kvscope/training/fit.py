@@ -1,4 +1,4 @@
-"""Training a gate: steps, checkpoints, early stopping."""
+"""Train a gate: steps, checkpoints, early stopping."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.gate_options import TrainingSettings
 from kvscope.gates.module import LearnedGate
 from kvscope.training.objective import eviction_loss
-from kvscope.training.tasks import Found, Task
+from kvscope.training.tasks import LossAndFlags, Task
 
 CLIP = 1.0  # largest norm of a step's gradient
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a look at held-out data found, after some steps.
+class Evaluation:
+    """Result of an evaluation on held-out data.
 
     Attributes
     ----------
     step : int
-        Steps made.
+        Steps completed.
     loss : float
-        Of the task.
+        Loss of the task.
     keep : float
-        Share of keys that stay, of all layers and heads.
+        Share of keys that are retained, mean over layers and heads.
     by_layer : list of float
-        The same for each layer.
+        The same share for each layer.
     total : float
-        Loss of the task and eviction loss: what decides which gate is best.
+        Task loss plus eviction loss; the gate with the smallest total is the best.
     """
 
     step: int
@@ -50,13 +50,13 @@ class Look:
 
 @dataclass
 class _State:
-    """Where a training is: everything that the next step depends on."""
+    """State of a training: with the gate and the optimiser, all that the next step depends on."""
 
     step: int = 0
     best: float = math.inf
-    since: int = 0  # looks since the best
-    log: list[Look] = field(default_factory=list)
-    parameters: dict[str, Tensor] = field(default_factory=dict)  # of the best gate
+    since: int = 0  # evaluations since the best one
+    log: list[Evaluation] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)  # parameters of the best gate
 
 
 def train(
@@ -66,32 +66,32 @@ def train(
     checkpoint: Path,
     *,
     resume: bool = False,
-    progress_callback: Callable[[int, Look], None] | None = None,
-) -> list[Look]:
-    """Train a gate in place, and leave it as it was at its best; returns every look at held-out data.
+    progress_callback: Callable[[int, Evaluation], None] | None = None,
+) -> list[Evaluation]:
+    """Train a gate in place, restore its best parameters, and return all evaluations on held-out data.
 
-    A step depends on its number, the gate and the state of the optimiser alone, so a training that goes on from a
-    checkpoint is the training that was never interrupted.
+    A step depends only on its number, the gate and the state of the optimiser, so resuming from a checkpoint gives the
+    same result as training without interruption.
 
     Parameters
     ----------
     gate : LearnedGate
         With parameters in float32.
     task : Task
-        Gives losses.
+        Computes the losses.
     settings : TrainingSettings
-        How.
+        Steps, learning rate, target and stopping rule.
     checkpoint : Path
-        File that is written at every look, and removed at the end.
+        File that is written at every evaluation and removed at the end.
     resume : bool
-        Whether to go on from that file.
+        Whether to continue from that file.
     progress_callback : callable, optional
-        Called after every step with its number and the last look.
+        Called after every step with its number and the last evaluation.
 
     Raises
     ------
     UsageError
-        If there is no checkpoint to go on from, or it was made with other settings.
+        If there is no checkpoint to resume from, or it was written with other settings.
     ModelError
         If the checkpoint is damaged, or a loss is not finite.
     """
@@ -100,12 +100,12 @@ def train(
     if resume:
         state = _read(checkpoint, gate, optimizer, settings)
     else:
-        _look(gate, task, settings, state)
+        _evaluate(gate, task, settings, state)
     while state.step < settings.steps and state.since < settings.patience:
         _step(gate, task, settings, optimizer, state.step)
         state.step += 1
         if state.step % settings.every == 0 or state.step == settings.steps:
-            _look(gate, task, settings, state)
+            _evaluate(gate, task, settings, state)
             _write(checkpoint, gate, optimizer, settings, state)
         if progress_callback is not None:
             progress_callback(state.step, state.log[-1])
@@ -128,15 +128,15 @@ def _step(
     optimizer.step()
 
 
-def _total(found: Found, settings: TrainingSettings, target: float) -> Tensor:
+def _total(found: LossAndFlags, settings: TrainingSettings, target: float) -> Tensor:
     loss, flags = found
-    beyond = eviction_loss([layer.to(loss.device) for layer in flags], target, settings.eviction)
-    return loss + settings.strength * beyond
+    penalty = eviction_loss([layer.to(loss.device) for layer in flags], target, settings.eviction)
+    return loss + settings.strength * penalty
 
 
 @torch.no_grad()
-def _look(gate: LearnedGate, task: Task, settings: TrainingSettings, state: _State) -> None:
-    """Judge the gate on held-out data, and keep its parameters if it is the best."""
+def _evaluate(gate: LearnedGate, task: Task, settings: TrainingSettings, state: _State) -> None:
+    """Evaluate the gate on held-out data, and store its parameters if it is the best so far."""
     losses, totals, shares = [], [], []
     for loss, flags in task.held_out(gate):
         losses.append(float(loss))
@@ -144,7 +144,8 @@ def _look(gate: LearnedGate, task: Task, settings: TrainingSettings, state: _Sta
         shares.append([float(layer.mean()) for layer in flags])
     by_layer = [sum(layer) / len(layer) for layer in zip(*shares, strict=True)]
     total = sum(totals) / len(totals)
-    state.log.append(Look(state.step, sum(losses) / len(losses), sum(by_layer) / len(by_layer), by_layer, total))
+    keep = sum(by_layer) / len(by_layer)
+    state.log.append(Evaluation(state.step, sum(losses) / len(losses), keep, by_layer, total))
     state.since += 1
     if total < state.best:
         state.best, state.since = total, 0
@@ -158,7 +159,8 @@ def _write(
     tensors |= {f"best.{name}": value for name, value in state.parameters.items()}
     for name, parameter in gate.named_parameters():
         tensors |= {f"adam.{kind}.{name}": value for kind, value in optimizer.state[parameter].items()}
-    about = {"step": state.step, "best": state.best, "since": state.since, "log": [asdict(look) for look in state.log]}
+    log = [asdict(evaluation) for evaluation in state.log]
+    about = {"step": state.step, "best": state.best, "since": state.since, "log": log}
     unfinished = path.with_name(path.name + ".incomplete")
     unfinished.write_bytes(
         save(
@@ -170,25 +172,27 @@ def _write(
 
 
 def _read(path: Path, gate: LearnedGate, optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> _State:
-    """Put gate and optimiser where a checkpoint left them, and return the rest of its state."""
+    """Restore gate and optimiser from a checkpoint, and return the rest of its state."""
     if not path.is_file():
-        raise UsageError(f"no checkpoint {path} to go on from", "Start anew: leave --resume out.")
+        raise UsageError(f"no checkpoint {path} to resume from", "Omit --resume to start again.")
     try:
         with safe_open(path, "pt") as file:
             about: Mapping[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         if json.loads(about["settings"]) != asdict(settings) or about["facts"] != _facts(gate):
-            raise UsageError(f"checkpoint {path} was made with other settings", "Resume with those of the first run.")
+            raise UsageError(
+                f"checkpoint {path} was made with other settings", "Resume with the settings of the first run."
+            )
         gate.load_state_dict(_part(tensors, "now."))
         device = next(gate.parameters()).device
         for name, parameter in gate.named_parameters():
             kinds = {kind: tensors[f"adam.{kind}.{name}"] for kind in ("step", "exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {k: value if k == "step" else value.to(device) for k, value in kinds.items()}
         found: dict[str, Any] = json.loads(about["state"])
-        log = [Look(**look) for look in found.pop("log")]
+        log = [Evaluation(**evaluation) for evaluation in found.pop("log")]
         return _State(**found, log=log, parameters=_part(tensors, "best."))
     except (SafetensorError, RuntimeError, KeyError) as error:
-        raise ModelError(f"checkpoint {path} is damaged", "Start anew: leave --resume out.") from error
+        raise ModelError(f"checkpoint {path} is damaged", "Omit --resume to start again.") from error
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What training minimises: a task's loss, and the share of keys that stay beyond the target."""
+"""The loss of training: that of a task, plus a penalty on retaining more keys than the target."""
 
 from __future__ import annotations
 
@@ -14,52 +14,52 @@ from kvscope.model.attention_hook import Call, Kernel
 
 
 def straight_through(values: Tensor, tau: float) -> Tensor:
-    """Return 1 where a gate is above `tau` and 0 elsewhere, with the gradient of the gate itself."""
+    """Return 1 where a gate value is above `tau` and 0 elsewhere, with the gradient of the value (straight-through)."""
     return (values > tau).to(values.dtype) + (values - values.detach())
 
 
 def eviction_loss(flags: Sequence[Tensor], target: float, kind: EvictionLoss) -> Tensor:
-    """Return how far layers are from keeping the share `target` of their keys, summed over layers.
+    """Return how far layers are from retaining the share `target` of their keys, summed over layers.
 
-    The paper's own formula subtracts the target, which then has no gradient (its reviewers say so); these are the three
-    readings that have one. What is averaged are the decisions themselves, so that the target is the share that is
-    really kept.
+    The paper's formula subtracts the target as a constant, which has no effect on the gradient (its reviews point this
+    out); these are the three readings where it has one. The mean is over decisions, not gate values, so that the target
+    is the share of keys that are actually retained.
 
     Parameters
     ----------
     flags : sequence of Tensor
-        Of each layer, ``[batch, G, keys]``, from `straight_through`.
+        Decisions of each layer, ``[batch, G, keys]``, from `straight_through`.
     target : float
-        Share of keys that should stay.
+        Share of keys that should be retained.
     kind : EvictionLoss
         ``max(0, mean - target)``, ``|mean - target|`` or ``(mean - target) ** 2``.
     """
-    beyond = torch.stack([layer.mean() for layer in flags]) - target
+    excess = torch.stack([layer.mean() for layer in flags]) - target
     if kind == EvictionLoss.one_sided:
-        return beyond.clamp(min=0).sum()
-    return beyond.abs().sum() if kind == EvictionLoss.absolute else beyond.square().sum()
+        return excess.clamp(min=0).sum()
+    return excess.abs().sum() if kind == EvictionLoss.absolute else excess.square().sum()
 
 
 class Gated:
-    """Answers attention calls as if evicted keys were gone, in a way that gradients pass.
+    """Differentiable attention without the keys that a gate evicts, for `replace_attention`.
 
-    With streaming prefill a key that is shut is seen by its own query alone, in the whole text, as in the paper's
-    prefill. With full prefill the keys of a prompt are gated, whose rows see everything; later rows see what is left of
-    it, and every later key.
+    With streaming prefill every key is gated, and an evicted key is visible only to its own query, as in the paper's
+    prefill. With full prefill only the keys of the prompt are gated: queries of the prompt see all keys up to their
+    own, later queries see the retained keys of the prompt and every later key.
 
     Parameters
     ----------
     gate : LearnedGate
-        What decides.
+        Gate that decides which keys are evicted.
     prompt : int
         ``P``.
     prefill : {"full", "stream"}
-        What is gated, and who sees it. A bidirectional gate makes sense with ``full`` alone.
+        Which keys are gated. Use a bidirectional gate with ``full`` only.
 
     Attributes
     ----------
     flags : list of Tensor
-        Decisions of every layer on the keys that are gated, ``[batch, G, keys]``.
+        Decisions of each layer on the gated keys, ``[batch, G, keys]``.
     """
 
     def __init__(self, gate: LearnedGate, prompt: int, prefill: str) -> None:
@@ -68,7 +68,7 @@ class Gated:
 
     def __call__(self, call: Call, kernel: Kernel) -> Tensor:
         """Return the output of a layer, ``[batch, T, H, D]``."""
-        assert call.hidden is not None, "attention modules are given their hidden states"
+        assert call.hidden is not None, "attention modules get hidden states"
         length = call.query.shape[2]
         values = self._gate.values(call.layer, call.hidden.to(call.exact), self._prompt)
         flags = straight_through(values, self._gate.facts.tau)
@@ -82,17 +82,17 @@ class Gated:
 
 
 def attended(call: Call, flags: Tensor) -> Tensor:
-    """Return the output of attention whose weights on keys are multiplied by flags and divided by their new sum.
+    """Return the output of attention whose weights are multiplied by the flags of their keys and renormalised.
 
-    A product, and not a sum of logits with the logarithm of the flag: so the gradient of a flag of zero is what the key
-    would do if it came back, where a logarithm has none. A query always sees its own key.
+    Adding the logarithm of the flag to the logits would give the same output but no gradient where a flag is zero; with
+    the product that gradient is the effect of retaining the key. A query always sees its own key.
 
     Parameters
     ----------
     call : Call
-        Of the whole text.
+        Attention call of the whole text.
     flags : Tensor
-        ``[batch, G, T]``, 0 to 1.
+        One flag per key, 0 to 1, ``[batch, G, T]``.
 
     Returns
     -------
@@ -101,7 +101,7 @@ def attended(call: Call, flags: Tensor) -> Tensor:
     """
     batch, groups, length = flags.shape
     rows = call.rows(0, length)  # [batch, H, T, T]
-    value = torch.cat([call.value.to(rows.dtype), torch.ones_like(flags)[..., None]], -1)  # and a column for the sum
+    value = torch.cat([call.value.to(rows.dtype), torch.ones_like(flags)[..., None]], -1)  # last column: sum of weights
     kept = rows.view(batch, groups, -1, length) @ (value * flags[..., None])  # [batch, G, Q * T, D + 1]
     kept = kept.view(batch, groups, -1, length, value.shape[-1])
     own = rows.diagonal(dim1=-2, dim2=-1).view(batch, groups, -1, length)  # [batch, G, Q, T]

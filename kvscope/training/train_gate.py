@@ -1,13 +1,12 @@
-"""From names of models, texts and traces to the file of a trained gate."""
+"""Train a gate on texts or on traces, and write its file."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,27 +22,27 @@ from kvscope.model.prompts import read_text
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import self_check
 from kvscope.trace.reader import Trace
-from kvscope.training.fit import Look, train
+from kvscope.training.fit import Evaluation, train
 from kvscope.training.tasks import RecordedMass, Task, TextReading, Texts
 
-JUDGED = 8  # windows of held-out text that a gate is judged by
-CHECKPOINT = ".checkpoint"  # what the name of a training that is not at its end ends in
+JUDGED = 8  # windows of held-out text in an evaluation
+CHECKPOINT = ".checkpoint"  # suffix of the checkpoint file
 
-ProgressCallback = Callable[[int, Look], None]  # number of the step, and the last look
+ProgressCallback = Callable[[int, Evaluation], None]  # number of the step, and the last evaluation
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained gate: its file, what it is, and every look at held-out data, the first of them before training."""
+    """A trained gate: its file, its facts, and all evaluations on held-out data, the first one before training."""
 
     path: Path
     facts: GateFacts
-    log: list[Look]
+    log: list[Evaluation]
 
     @property
-    def best(self) -> Look:
-        """The look at the gate that was written."""
-        return min(self.log, key=lambda look: look.total)
+    def best(self) -> Evaluation:
+        """Evaluation of the gate that was written."""
+        return min(self.log, key=lambda evaluation: evaluation.total)
 
 
 def train_on_texts(
@@ -58,33 +57,33 @@ def train_on_texts(
     resume: bool = False,
     progress_callback: ProgressCallback | None = None,
 ) -> Trained:
-    """Train the gates of a model on texts that it reads through them; the model itself stays as it is.
+    """Train the gates of a model on texts, and return the result; the model does not change.
 
     Parameters
     ----------
     source : ModelSource
         The model.
     files : sequence of Path
-        UTF-8 texts; the last tenth of each is not trained on, and judges.
+        UTF-8 texts; the last tenth of each is held out for evaluation.
     output : Path
-        File to write; what is there is replaced.
+        File to write; an existing file is replaced.
     design, settings : optional
-        What the gate is, and how it is trained.
+        Design of the gate, and settings of the training.
     windows : TextWindows
-        How much of the texts is read at a time.
+        Length of the windows of text, and tokens per step.
     seed : int
-        Of the first parameters and of the windows.
+        Seed of the initial parameters and of the windows.
     resume : bool
-        Whether to go on from the checkpoint of a training that was interrupted, with the same arguments.
+        Whether to continue from the checkpoint of an interrupted training with the same arguments.
     progress_callback : callable, optional
-        Called after every step with its number and the last look.
+        Called after every step with its number and the last evaluation.
 
     Raises
     ------
     UsageError
-        A text that is too short, a setting out of range, a checkpoint of other settings.
+        If a text is too short, a setting is out of range, or the checkpoint has other settings.
     ModelError
-        The model cannot be loaded or watched, or a loss is not finite.
+        If the model cannot be loaded, its attention cannot be observed, or a loss is not finite.
     """
     texts = [read_text(file) for file in files]
     loaded = load(source)
@@ -112,24 +111,24 @@ def train_on_traces(
     resume: bool = False,
     progress_callback: ProgressCallback | None = None,
 ) -> Trained:
-    """Train gates to keep what the best gate would have kept of recorded attention; the model does not run.
+    """Train gates on recorded attention to retain the keys of an optimal gate; the model does not run.
 
     Parameters
     ----------
     traces : sequence of Trace
-        Of one model, with layer inputs and two sequences or more in all, of which every fifth is not trained on.
+        Traces of one model with layer inputs, together two sequences or more; every fifth sequence is held out.
     output, design, settings, seed, device, resume, progress_callback
         As in `train_on_texts`.
 
     Raises
     ------
     TraceError
-        If a trace lacks what a gate learns from.
+        If a trace has no layer inputs or not all layers, or the traces are of different models.
     UsageError, ModelError
         As `train_on_texts`.
     """
     if not traces:
-        raise UsageError("no trace is named", "Name one or more that were recorded with --hidden.")
+        raise UsageError("no trace is named", "Name one or more traces that were recorded with --hidden.")
     task = RecordedMass(traces, settings.target_keep, design.form, seed, device)
     header = traces[0].header
     facts = GateFacts(
@@ -151,11 +150,11 @@ def finish(
     task: Task,
     settings: TrainingSettings,
     output: Path,
-    about: dict[str, Any],
+    about: Mapping[str, object],
     resume: bool = False,
     progress_callback: ProgressCallback | None = None,
 ) -> Trained:
-    """Train a gate on a task and write it, with what it was trained on (`about`) and how, and what came of it."""
+    """Train a gate on a task and write its file; `about` describes the training data, for the provenance."""
     log = train(
         gate,
         task,
@@ -164,7 +163,7 @@ def finish(
         resume=resume,
         progress_callback=progress_callback,
     )
-    best = min(log, key=lambda look: look.total)
+    best = min(log, key=lambda evaluation: evaluation.total)
     versions = {name: version(name) for name in ("kvscope", "torch", "transformers")}
     found = {"keep": best.keep, "keep_by_layer": best.by_layer, "loss": best.loss, "best_step": best.step}
     gate.facts = replace(gate.facts, provenance={**asdict(settings), **about, **found, "versions": versions})
@@ -173,12 +172,12 @@ def finish(
 
 
 def _untrained(loaded: Loaded, design: GateDesign, ids: Tensor, seed: int) -> LearnedGate:
-    """Return an untrained gate of a model, after a look at a few tokens ``[batch, T]``."""
+    """Return an untrained gate for a model, which is checked on the first tokens of ``[batch, T]``."""
     with torch.inference_mode():
         facts = self_check(loaded.model, ids[:1].to(loaded.device))
     config = loaded.text_config
     if list(facts.windows) != list(range(config.num_hidden_layers)):
-        raise ModelError(f"{loaded.name} has layers without attention", "Gates need a model whose every layer has it.")
+        raise ModelError(f"{loaded.name} has layers without attention", "Use a model with attention in every layer.")
     torch.manual_seed(seed)
     shape = GateFacts(
         model=loaded.name,
@@ -191,7 +190,7 @@ def _untrained(loaded: Loaded, design: GateDesign, ids: Tensor, seed: int) -> Le
 
 
 class _Windows:
-    """Windows of texts: drawn from the first nine tenths of each, evenly spaced in the last."""
+    """Windows of texts: random ones from the first nine tenths of each text, evenly spaced ones from the last tenth."""
 
     def __init__(self, loaded: Loaded, texts: Sequence[str], window: int, batch: int, seed: int) -> None:
         tokenizer = loaded.tokenizer
@@ -201,18 +200,18 @@ class _Windows:
         ids = [torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
         cuts = [len(one) * 9 // 10 for one in ids]
         self._trained = [one[:cut] for one, cut in zip(ids, cuts, strict=True) if cut >= size]
-        left = [one[cut:] for one, cut in zip(ids, cuts, strict=True) if len(one) - cut >= size]
-        if not self._trained or not left:
+        held_out = [one[cut:] for one, cut in zip(ids, cuts, strict=True) if len(one) - cut >= size]
+        if not self._trained or not held_out:
             raise UsageError(
-                f"the last tenth of no text has a window of {window} tokens to judge by",
+                f"the last tenth of no text has a window of {window} tokens for evaluation",
                 "Name longer texts, or lower --window.",
             )
-        starts = [(one, start) for one in left for start in range(0, len(one) - size + 1, size)]
-        chosen = starts[:: max(1, len(starts) // JUDGED)][:JUDGED]
-        self.held_out = [self._texts([one[start : start + size]], window // 2) for one, start in chosen]
+        starts = [(one, start) for one in held_out for start in range(0, len(one) - size + 1, size)]
+        selected = starts[:: max(1, len(starts) // JUDGED)][:JUDGED]
+        self.held_out = [self._texts([one[start : start + size]], window // 2) for one, start in selected]
 
     def draw(self, step: int) -> Texts:
-        """Return the windows of a step, drawn by its number alone."""
+        """Return the random windows of a step, which depend only on its number and the seed."""
         random = torch.Generator().manual_seed(1_000_003 * self._seed + step)
         size = self._window - len(self._first)
         room = torch.tensor([len(one) - size + 1 for one in self._trained])
@@ -221,12 +220,12 @@ class _Windows:
         return self._texts([self._at(place, room, size) for place in places], max(1, prompt))
 
     def _at(self, place: int, room: Tensor, size: int) -> Tensor:
-        """Return the window at one of all places at which a window of any text can start."""
+        """Return window number `place`, counted over all texts; `room` is the number of windows of each text."""
         for one, count in zip(self._trained, room.tolist(), strict=True):
             if place < count:
                 return one[place : place + size]
             place -= count
-        raise AssertionError("a place within the sum of all")
+        raise AssertionError("place is below the sum of room")
 
     def _texts(self, parts: Sequence[Tensor], prompt: int) -> Texts:
         first = torch.tensor(self._first, dtype=torch.int64)

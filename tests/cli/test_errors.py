@@ -230,7 +230,7 @@ def test_what_was_left_half_written_is_called_incomplete(run: Run, small: Path) 
         done = run("info", name)
         assert done.status == 1
         assert "incomplete" in done.two_lines()[0]
-    assert "no whole trace" in run("info").two_lines()[0]
+    assert "no complete trace" in run("info").two_lines()[0]
 
 
 def test_the_newest_trace_is_a_whole_one(run: Run, small: Path, npz: Path) -> None:

@@ -89,7 +89,7 @@ def test_every_nth_row_is_for_reading(run: Run, record) -> None:
     done = run("replay", "part", "--policy", "window")
     assert done.status == 1
     what, todo = done.two_lines()
-    assert "holds every 4th row of attention" in what
+    assert "every 4th row of attention" in what
     assert "--query-stride" in todo
 
 

@@ -181,12 +181,12 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, posit
 
 def test_the_first_layer_is_that_of_the_open_loop() -> None:
     """What it gets does not depend on evictions, so its decisions and metrics are the open loop's."""
-    from kvscope.model.attention_hook import Call, watching
+    from kvscope.model.attention_hook import Call, observe_attention
     from tests.engine.maps import run as open_run
 
     model, text, sink = build("llama").double(), passage(), Kept()
     calls: list[Call] = []
-    with torch.inference_mode(), watching(model, calls.append):
+    with torch.inference_mode(), observe_attention(model, calls.append):
         model(input_ids=text.ids[None], use_cache=False)
     rows = calls[0].rows(0, LENGTH)
     evaluate(model, [text], runs(("a2sf", "8")), [], "full", sink)

@@ -22,7 +22,7 @@ from kvscope.core.residency import NEVER
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Shape
 from kvscope.engine.simulation import CacheSimulation
-from kvscope.model.attention_hook import Call, watching
+from kvscope.model.attention_hook import Call, observe_attention
 from kvscope.model.loading import load
 from kvscope.model.short_cache import ShortLayer
 from kvscope.policies import POLICIES
@@ -154,7 +154,7 @@ def masked(name: str, ids: Tensor, leave: list[Tensor]) -> tuple[Tensor, list[Ca
                 return args, {**kwargs, "attention_mask": mask}
 
             hooks.append(module.register_forward_pre_hook(replaced, with_kwargs=True))
-    with watching(used, calls.append):
+    with observe_attention(used, calls.append):
         logits = forward(name, ids)
     for hook in hooks:
         hook.remove()
@@ -260,7 +260,7 @@ def test_decisions_are_those_of_the_plain_loop(spec: str, prefill: str) -> None:
 def test_the_first_layer_decides_as_in_an_open_loop(spec: str, prefill: str) -> None:
     """What later layers evict cannot reach it: recorded full-cache rows lead to the same decisions."""
     calls: list[Call] = []
-    with watching(model("demo"), calls.append):
+    with observe_attention(model("demo"), calls.append):
         forward("demo", text("demo"))
     found = decode(model("demo"), text("demo"), plan(spec), BUDGET, prompt=100, prefill=prefill)
     simulation = again(plan(spec), calls[:1], 100, prefill)
@@ -321,7 +321,7 @@ def test_learned_sinks_take_their_part_of_a_live_row(spec: str) -> None:
     """The engine divides by what is kept and what the sink takes; without the latter the rows would be too heavy."""
     found = decode(model("gpt_oss"), text(), plan(spec), BUDGET, prompt=PROMPT, prefill="stream")
     calls: list[Call] = []
-    with watching(model("gpt_oss"), calls.append):
+    with observe_attention(model("gpt_oss"), calls.append):
         forward("gpt_oss", text())
     rows = calls[1].rows(0, LENGTH)  # [1, H, T, T]; the first layer has a window and leaves the policy nothing to do
     missing = 1 - rows.sum(-1)
@@ -375,7 +375,7 @@ def test_a_signal_that_nobody_gives_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_learned_positions_cannot_be_compacted(name: str) -> None:
-    with pytest.raises(ModelError, match="no rotary embedding that can be taken off"):
+    with pytest.raises(ModelError, match="no rotary embedding that can be inverted"):
         run(name, positions="compacted")
 
 

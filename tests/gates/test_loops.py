@@ -17,7 +17,7 @@ from kvscope.core.options import ReplayOptions
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import runs_of
 from kvscope.gates.module import load_gate
-from kvscope.model.attention_hook import Call, watching
+from kvscope.model.attention_hook import Call, observe_attention
 from kvscope.model.generate import trace
 from kvscope.policies.spec import parse_policy
 from kvscope.replay.compile import compile_replay
@@ -108,7 +108,7 @@ def test_a_trace_holds_what_the_layers_got(recorded: tuple[Path, Trace]) -> None
     _, made = recorded
     model, calls = build("llama"), list[Call]()
     ids = torch.tensor(made.tokens(0)["token_id"])[None]
-    with torch.no_grad(), watching(model, calls.append):
+    with torch.no_grad(), observe_attention(model, calls.append):
         model(input_ids=ids, use_cache=False)
     for call in calls:
         assert call.hidden is not None
@@ -139,7 +139,7 @@ def test_what_a_trace_gives_is_what_the_gate_says(recorded: tuple[Path, Trace]) 
     folder, made = recorded
     name, model, calls = written(folder, build("llama"), tau=0.3), build("llama"), list[Call]()
     ids = torch.tensor(made.tokens(0)["token_id"])[None]
-    with torch.no_grad(), watching(model, calls.append):
+    with torch.no_grad(), observe_attention(model, calls.append):
         model(input_ids=ids, use_cache=False)
     expected = torch.stack([margins(name, call, call.hidden, PROMPT)[0] for call in calls])
     assert torch.allclose(load_signal(made, f"gate:{name}", 0, [0, 1]), expected, atol=1e-5)
@@ -148,7 +148,7 @@ def test_what_a_trace_gives_is_what_the_gate_says(recorded: tuple[Path, Trace]) 
 def test_a_gate_of_another_model_is_refused(recorded: tuple[Path, Trace], tmp_path: Path) -> None:
     _, made = recorded
     other = written(tmp_path, build("qwen2"))
-    with pytest.raises(UsageError, match="the weights of this model are others"):
+    with pytest.raises(UsageError, match="this model has other weights"):
         replay(made, [f"attention-gate:gate={other}"], output=tmp_path / "r")
     with pytest.raises(UsageError, match="gate demo is for demo: 4 layers"):
         replay(made, ["attention-gate"], output=tmp_path / "r")
@@ -158,7 +158,7 @@ def test_a_gate_of_another_model_is_refused(recorded: tuple[Path, Trace], tmp_pa
         lambda: evaluate(build("llama"), [passage()], runs_of([plan(other)], [], loop="closed"), [], "full", Kept()),
         lambda: decode(build("llama"), passage().ids, plan(other), 1, prompt=PROMPT),
     ):
-        with pytest.raises(UsageError, match="the weights of this model are others"):
+        with pytest.raises(UsageError, match="this model has other weights"):
             work()
     assert not (tmp_path / "r").exists()
 

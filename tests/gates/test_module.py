@@ -104,7 +104,7 @@ def test_a_model_of_other_sizes_is_refused(sizes: dict[str, int]) -> None:
 
 
 def test_another_model_of_the_same_sizes_is_refused() -> None:
-    with pytest.raises(UsageError, match="the weights of this model are others"):
+    with pytest.raises(UsageError, match="this model has other weights"):
         require(gate(build("llama")), build("qwen2"))
 
 
@@ -121,13 +121,13 @@ def broken(folder: Path) -> dict[str, tuple[Path, str]]:
     add("other", "is not a gate of kvscope", {})
     about = json.loads(metadata[KIND])
     add("newer", "newer than this kvscope reads", {KIND: json.dumps({**about, "version": 2})})
-    add("larger", "do not fit what it says of itself", {KIND: json.dumps({**about, "layers": 3})})
-    add("smaller", "do not fit what it says of itself", metadata, **{"layers.0.open.bias": torch.zeros(7)})
+    add("larger", "do not match its metadata", {KIND: json.dumps({**about, "layers": 3})})
+    add("smaller", "do not match its metadata", metadata, **{"layers.0.open.bias": torch.zeros(7)})
     cut = folder / "cut.safetensors"
     cut.write_bytes(whole.read_bytes()[:-40])
     text = folder / "text.safetensors"
     text.write_text("no tensors at all")
-    return {**made, "cut": (cut, "damaged or no gate"), "text": (text, "damaged or no gate")}
+    return {**made, "cut": (cut, "damaged or not a gate"), "text": (text, "damaged or not a gate")}
 
 
 @pytest.mark.parametrize("name", ["other", "newer", "larger", "smaller", "cut", "text"])

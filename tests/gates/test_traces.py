@@ -14,7 +14,7 @@ from kvscope.gates.module import load_gate
 from kvscope.model.generate import trace
 from kvscope.replay.run import replay
 from kvscope.trace.reader import Trace
-from kvscope.training.tasks import RecordedMass, best_keys, mass_to_come
+from kvscope.training.tasks import RecordedMass, best_keys, future_mass
 from kvscope.training.train_gate import train_on_traces
 from tests.model.tiny import saved
 
@@ -40,7 +40,7 @@ def record(folder: Path, prompts: list[list[int]], **more: Any) -> Trace:
 
 
 @pytest.mark.parametrize("form", ["causal", "bidirectional"])
-def test_mass_to_come_is_what_later_queries_pay(form: str, recorded: Trace) -> None:
+def test_future_mass_is_what_later_queries_pay(form: str, recorded: Trace) -> None:
     for layer in range(2):
         rows = recorded.attention(1, layer)  # [H, T, T]
         length = rows.shape[-1]
@@ -49,7 +49,7 @@ def test_mass_to_come_is_what_later_queries_pay(form: str, recorded: Trace) -> N
         for head, t in np.ndindex(4, length):
             for key in range(min(t, keys)):
                 expected[head // 2, key] += rows[head, t, key] / 2 if t >= first else 0
-        found = mass_to_come(recorded, 1, layer, form)
+        found = future_mass(recorded, 1, layer, form)
         assert np.abs(found.numpy() - expected).max() < 1e-4
 
 
@@ -60,7 +60,7 @@ def test_no_other_choice_of_as_many_keys_retains_more(form: str, recorded: Trace
     chosen = best_keys(recorded, 0, share, form)
     for layer, keep in enumerate(chosen):
         assert int(keep.sum()) == round(share * keep.numel())
-        mass = mass_to_come(recorded, 0, layer, form).flatten()
+        mass = future_mass(recorded, 0, layer, form).flatten()
         best, random = float(mass[keep.flatten()].sum()), torch.Generator().manual_seed(layer)
         for _ in range(50):
             other = torch.randperm(mass.numel(), generator=random)[: int(keep.sum())]
@@ -117,9 +117,9 @@ def test_every_sequence_comes_in_turn_and_some_are_never_trained_on(recorded: Tr
 def test_traces_that_cannot_be_learned_from_are_refused(recorded: Trace, tmp_path: Path) -> None:
     saved(tmp_path / "model")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"hidden": False}, "holds no hidden states"),
+        ({"hidden": False}, "has no layer inputs"),
         ({"store": "qkv"}, ""),
-        ({"layers": [0]}, "holds 1 of 2 layers"),
+        ({"layers": [0]}, "has 1 of 2 layers"),
     ]
     for more, message in cases:
         made = record(tmp_path, [[1, 2, 3], [4, 5, 6]], **more)
@@ -128,7 +128,7 @@ def test_traces_that_cannot_be_learned_from_are_refused(recorded: Trace, tmp_pat
                 RecordedMass([made], 0.5, "causal", 0)
         else:
             assert RecordedMass([made], 0.5, "causal", 0), "rows that follow from vectors are as good"
-    with pytest.raises(UsageError, match="one sequence leaves none"):
+    with pytest.raises(UsageError, match="one sequence is too few"):
         RecordedMass([record(tmp_path, [[1, 2, 3]])], 0.5, "causal", 0)
     with pytest.raises(UsageError, match="no trace is named"):
         train_on_traces([], tmp_path / "g")

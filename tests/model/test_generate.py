@@ -124,7 +124,7 @@ def test_some_layers(folder: Path, prompt: Path, tmp_path: Path) -> None:
     [
         ("", {}, "is empty"),
         (" \n", {}, "is empty"),
-        ("w1 " * 60, {"max_new_tokens": 10}, "60 tokens, with 10 new ones more than the context of 64"),
+        ("w1 " * 60, {"max_new_tokens": 10}, "60 tokens, which with 10 new ones exceeds the context of 64"),
         ("w1", {"max_new_tokens": -1}, "negative"),
         ("w1", {"chat": True}, "no chat template"),
         ("w1", {"temperature": 0.0, "do_sample": True}, "temperature"),

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvscope.core.errors import ModelError
-from kvscope.model.attention_hook import Call, watching
+from kvscope.model.attention_hook import Call, observe_attention
 from kvscope.model.loading import UNSUPPORTED
 from kvscope.model.recorder import Recorder
 from kvscope.model.selfcheck import _check_rows, self_check
@@ -64,7 +64,7 @@ def test_rows_are_those_of_eager_attention_and_logits_do_not_move(name: str) -> 
     collector = Collector()
     recorder = Recorder(collector, range(2), query_block=4)
     recorder.begin(0)
-    with watching(model, recorder):
+    with observe_attention(model, recorder):
         watched = generate(model, ids)
     recorder.end()
     assert all(torch.equal(one, other) for one, other in zip(plain, watched, strict=True))
@@ -81,7 +81,7 @@ def test_without_a_prompt_row_the_window_is_where_it_belongs() -> None:
     collector = Collector()
     recorder = Recorder(collector, [0], query_block=64)
     recorder.begin(0)
-    with watching(model, recorder):
+    with observe_attention(model, recorder):
         generate(model, ids)
     recorder.end()
     row = collector.rows[0, LENGTH - 1]
@@ -94,7 +94,7 @@ def test_without_a_prompt_row_the_window_is_where_it_belongs() -> None:
 def test_rows_equal_the_plain_loop(name: str) -> None:
     calls: list[Call] = []
     model = build(name)
-    with watching(model, calls.append):
+    with observe_attention(model, calls.append):
         model(input_ids=tokens(7), use_cache=False)
     for call in calls:
         rows = call.rows(2, 7)[0]
@@ -114,7 +114,7 @@ def test_rows_equal_the_plain_loop(name: str) -> None:
 def test_left_padding_carries_no_weight(name: str) -> None:
     model, ids, pad = build(name), tokens(8), 3
     calls: list[Call] = []
-    with watching(model, calls.append):
+    with observe_attention(model, calls.append):
         model(input_ids=ids, use_cache=False)
         alone = [call.rows(0, 8)[0] for call in calls]
         calls.clear()
@@ -141,12 +141,12 @@ def registered() -> set[str]:
 def test_nothing_is_left_behind() -> None:
     model = build("gemma3")
     before, kernel = registered(), model.config._attn_implementation
-    with watching(model, lambda call: None):
+    with observe_attention(model, lambda call: None):
         assert registered() != before
         assert model.config._attn_implementation != kernel
     assert registered() == before
     assert model.config._attn_implementation == kernel
-    with pytest.raises(RuntimeError, match="inside"), watching(model, lambda call: None):
+    with pytest.raises(RuntimeError, match="inside"), observe_attention(model, lambda call: None):
         raise RuntimeError("inside")
     assert registered() == before
     assert model.config._attn_implementation == kernel
@@ -173,7 +173,7 @@ def test_models_outside_the_registry_are_refused_by_name(name: str) -> None:
 def test_a_kernel_that_returns_no_rows_is_refused() -> None:
     model = build("llama")
     model.config._attn_implementation_internal = "flex_attention"
-    with pytest.raises(ModelError, match="flex_attention"), watching(model, lambda call: None):
+    with pytest.raises(ModelError, match="flex_attention"), observe_attention(model, lambda call: None):
         pass
 
 

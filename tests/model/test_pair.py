@@ -1,4 +1,4 @@
-"""A model that is loaded already takes the place of a name."""
+"""A loaded pair of model and tokenizer can be given in place of a model name."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvscope
 from kvscope.closed_loop.compile import compile_perplexity
-from kvscope.core.errors import OutputExists, UsageError
-from kvscope.core.options import ModelSource, OutputOptions, PerplexityOptions
+from kvscope.closed_loop.trace_passages import load_model_of
+from kvscope.core.errors import OutputExists, TraceError, UsageError
+from kvscope.core.options import ClosedLoopOptions, ModelSource, OutputOptions, PerplexityOptions
 from kvscope.core.recording_options import StoreOptions, TextOptions
 from kvscope.model.compile import compile_recording
 from kvscope.model.loading import load
@@ -52,6 +53,17 @@ def test_a_pair_without_a_name_is_called_by_its_class(pair: Pair, prompt: Path, 
     plan = compile_recording(ModelSource(pair), [prompt], OutputOptions(tmp_path / "t"), text=text)
     assert plan.header.model.id == "LlamaForCausalLM"
     assert not (tmp_path / "t").exists()
+
+
+def test_the_closed_loop_of_a_pair_without_a_name_asks_for_one(
+    folder: Path, pair: Pair, prompt: Path, tmp_path: Path
+) -> None:
+    pair[0].config.name_or_path = ""
+    made = kvscope.trace(pair, [prompt], output=tmp_path / "t", max_new_tokens=4)
+    with pytest.raises(TraceError, match="recorded from a loaded LlamaForCausalLM without a name") as caught:
+        load_model_of(made, ClosedLoopOptions())
+    assert "--model" in caught.value.todo
+    assert load_model_of(made, ClosedLoopOptions(model=str(folder))).source == str(folder)
 
 
 def test_a_pair_is_used_as_it_is(pair: Pair) -> None:

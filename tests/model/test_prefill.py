@@ -139,12 +139,12 @@ def test_rows_of_eager_code_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (LlamaConfig(num_hidden_layers=3), "some of its layers are no attention"),
+        (LlamaConfig(num_hidden_layers=3), "some of its layers have no attention"),
         (
             LlamaConfig(
                 num_hidden_layers=2, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
             ),
-            "depends on the length",
+            "depends on the number of tokens",
         ),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 
 from kvscope.core.errors import TraceError, UsageError
 from kvscope.model import recorder as recorder_module
-from kvscope.model.attention_hook import watching
+from kvscope.model.attention_hook import observe_attention
 from kvscope.model.generate import trace
 from kvscope.model.pipeline import Pipeline
 from kvscope.model.plan import RecordingPlan
@@ -86,7 +86,9 @@ def test_a_logit_is_the_logarithm_of_its_weight_and_the_sum(name: str, prompt: P
     assert np.allclose(made[heavy], logits[top.head, top.query, top.key][heavy], atol=2e-3)
 
 
-@pytest.mark.parametrize(("store", "said"), [("topk:0", "no number"), ("topk:x", "no number"), ("maps:4", "unknown")])
+@pytest.mark.parametrize(
+    ("store", "said"), [("topk:0", "not a number"), ("topk:x", "not a number"), ("maps:4", "unknown")]
+)
 def test_a_store_that_is_none(store: str, said: str, prompt: Path) -> None:
     with pytest.raises(UsageError, match=said):
         trace("no/model", [prompt], store=store)
@@ -136,7 +138,7 @@ def test_every_nth_row(stride: int, prompt: Path, tmp_path: Path) -> None:
         part.attention(0, 1, stride - 1, stride + 1)
     assert plans[1].bytes < plans[0].bytes
     assert "every" in part.approximate[0]
-    with pytest.raises(UsageError, match="has no every n-th row"):
+    with pytest.raises(UsageError, match="cannot record every n-th row only"):
         trace(folder, [prompt], store="qkv", query_stride=2)
 
 
@@ -149,10 +151,10 @@ def test_blocks_are_cut_so_that_what_waits_stays_within_the_limit(monkeypatch: p
         for collector, own in zip(collectors, (pipeline, None), strict=True):
             recorder = Recorder(collector, [0, 1], pipeline=own)
             recorder.begin(0)
-            with watching(model, recorder):
+            with observe_attention(model, recorder):
                 model(input_ids=ids)
             recorder.end()
-    assert limit / 4 < pipeline.peak <= limit
+    assert 0 < pipeline.peak <= limit, "uncut, one block alone is above the limit"
     piped, plain = (collector.rows for collector in collectors)
     assert piped.keys() == plain.keys() == {(layer, t) for layer in (0, 1) for t in range(40)}
     assert all(torch.equal(piped[place], plain[place]) for place in plain)

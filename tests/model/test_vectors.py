@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from kvscope.core.errors import TraceError, UsageError
-from kvscope.model.attention_hook import Call, watching
+from kvscope.model.attention_hook import Call, observe_attention
 from kvscope.model.generate import trace
 from kvscope.model.recorder import HELD_STEPS, Recorder
 from kvscope.trace.reader import Trace, open_trace
@@ -57,7 +57,7 @@ def test_recorded_rows_follow_from_recorded_vectors(name: str, prompt: Path, tmp
     ids = torch.tensor([made.tokens(0)["token_id"].tolist()])
     calls: list[Call] = []
     model = build(name)
-    with torch.inference_mode(), watching(model, calls.append):
+    with torch.inference_mode(), observe_attention(model, calls.append):
         model(input_ids=ids, use_cache=False)
     for layer, call in enumerate(calls):
         states = made.states(0, layer)
@@ -98,7 +98,7 @@ def test_vectors_are_exactly_those_of_the_calls(
             recorder(call)
 
         recorder.begin(0)
-        with watching(model, observe):
+        with observe_attention(model, observe):
             cache = DynamicCache(config=model.config)
             model(input_ids=ids[:, :PROMPT], past_key_values=cache)
             for t in range(PROMPT, LENGTH):

@@ -73,9 +73,9 @@ def test_several_sequences_and_safetensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ((1, 2, 3, 5, 0.01), "layer 1, head 2, row 3 looks at a later key"),
-        ((0, 1, 4, 2, np.nan), "layer 0, head 1, row 4 holds a weight that is not a number"),
-        ((0, 1, 4, 2, -0.1), "layer 0, head 1, row 4 holds a negative weight"),
+        ((1, 2, 3, 5, 0.01), "layer 1, head 2, row 3 attends to a later key"),
+        ((0, 1, 4, 2, np.nan), "layer 0, head 1, row 4 has a weight that is not finite"),
+        ((0, 1, 4, 2, -0.1), "layer 0, head 1, row 4 has a negative weight"),
         ((1, 0, 5, 0, 2.0), "layer 1, head 0, row 5 sums to more than one"),
         ((1, 0, 0, 0, 0.5), "layer 1, head 0, row 0 sums to less than one"),
     ],

@@ -169,7 +169,7 @@ def test_a_killed_recording_never_passes_for_a_trace(tmp_path: Path) -> None:
     child.stdout.close()
     with pytest.raises(TraceError, match="incomplete"):
         open_trace(tmp_path / "t")
-    with pytest.raises(TraceError, match="no whole trace"):
+    with pytest.raises(TraceError, match="no complete trace"):
         newest_trace(tmp_path)
     record(tmp_path / "t", lengths=[4])  # and it is in nobody's way
     assert newest_trace(tmp_path) == tmp_path / "t"

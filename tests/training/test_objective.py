@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvscope.model.attention_hook import Call, Kernel, answering, watching
+from kvscope.model.attention_hook import Call, Kernel, observe_attention, replace_attention
 from kvscope.training.objective import attended, eviction_loss, language_loss, straight_through
 from kvscope.training.tasks import TextReading, Texts
 from tests.gates.make import gate
@@ -58,7 +58,7 @@ class Given:
 def soft(model: Any, flags: list[Tensor]) -> Tensor:
     """Return the language loss as a function of flags that may be any number."""
     given = texts()
-    with answering(model, Given(flags)):
+    with replace_attention(model, Given(flags)):
         logits = model(input_ids=given.ids, use_cache=False).logits
     return language_loss(logits, given.ids, given.weights)
 
@@ -110,7 +110,7 @@ def test_gates_of_the_first_layer_hear_from_those_of_the_second() -> None:
 def test_hard_flags_are_a_mask(name: str) -> None:
     """Multiplying weights and dividing by their sum is the softmax over what is left; every query sees itself."""
     model, calls = build(name), list[Call]()
-    with torch.no_grad(), watching(model, calls.append):
+    with torch.no_grad(), observe_attention(model, calls.append):
         model(input_ids=tokens(LENGTH), use_cache=False)
     for call in calls:
         groups = call.key.shape[1]

@@ -13,7 +13,7 @@ from kvscope.core.gate_options import EvictionLoss, GateDesign, TextWindows, Tra
 from kvscope.core.options import ModelSource
 from kvscope.gates.module import LearnedGate, load_gate
 from kvscope.model.sample import sample
-from kvscope.training.fit import Look, train
+from kvscope.training.fit import Evaluation, train
 from kvscope.training.tasks import TextReading, Texts
 from kvscope.training.train_gate import CHECKPOINT, Trained, train_on_texts
 from tests.gates.make import facts
@@ -41,7 +41,7 @@ def keeps(settings: TrainingSettings, path: Path, **more: Any) -> float:
     model = build("llama").requires_grad_(False)
     log = train(untrained(model, **more), task(model), settings, path / "checkpoint")
     assert log[0].keep > 0.9, "gates begin open"
-    return min(log, key=lambda look: look.total).keep
+    return min(log, key=lambda evaluation: evaluation.total).keep
 
 
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
@@ -68,8 +68,8 @@ class Stopped(Exception):
     """What interrupts a training here."""
 
 
-def stop_at(step: int) -> Callable[[int, Look], None]:
-    def progress(now: int, look: Look) -> None:
+def stop_at(step: int) -> Callable[[int, Evaluation], None]:
+    def progress(now: int, evaluation: Evaluation) -> None:
         if now == step:
             raise Stopped
 
@@ -105,7 +105,7 @@ def test_a_training_that_goes_on_is_the_one_that_was_never_interrupted(interrupt
         learn(tmp_path, "parts", progress_callback=stop_at(interrupted))
     assert not (tmp_path / "parts").exists() and (tmp_path / f"parts{CHECKPOINT}").is_file()
     steps: list[int] = []
-    parts = learn(tmp_path, "parts", resume=True, progress_callback=lambda step, look: steps.append(step))
+    parts = learn(tmp_path, "parts", resume=True, progress_callback=lambda step, evaluation: steps.append(step))
     assert steps[0] == interrupted - interrupted % QUICK.every + 1, "it goes on, and does not start anew"
     assert parts.path.read_bytes() == whole.path.read_bytes() and parts.log == whole.log
     assert not (tmp_path / f"parts{CHECKPOINT}").exists()
@@ -141,8 +141,8 @@ class Script:
 def test_training_stops_when_nothing_gets_better(tmp_path: Path) -> None:
     settings = TrainingSettings(0.5, steps=100, every=2, patience=3)
     log = train(untrained(build("llama")), Script([9, 5, 4, 6, 4, 5, 0]), settings, tmp_path / "c")
-    assert [look.step for look in log] == [0, 2, 4, 6, 8, 10]
-    assert [look.loss for look in log] == [9, 5, 4, 6, 4, 5]
+    assert [evaluation.step for evaluation in log] == [0, 2, 4, 6, 8, 10]
+    assert [evaluation.loss for evaluation in log] == [9, 5, 4, 6, 4, 5]
 
 
 def test_the_best_gate_is_the_one_that_is_left(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_best_gate_is_the_one_that_is_left(tmp_path: Path) -> None:
         Moving([9, 5, 4, 6, 7, 8]),
         TrainingSettings(0.5, steps=100, every=2, patience=3),
         tmp_path / "c",
-        progress_callback=lambda step, look: seen.setdefault(step, made.layers[0].open.bias.detach().clone()),
+        progress_callback=lambda step, evaluation: seen.setdefault(step, made.layers[0].open.bias.detach().clone()),
     )
     assert not torch.equal(seen[4], seen[10])
     assert torch.equal(made.layers[0].open.bias, seen[4])
