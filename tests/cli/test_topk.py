@@ -99,8 +99,8 @@ def test_every_nth_row_is_for_reading(run: Run, record) -> None:
         (("--heads", "2-x"), "is not a head"),
         (("--heads", "1"), "split a group of 2"),
         (("--query-stride", "0"), "query-stride"),
-        (("--query-stride", "2", "--store", "topk:4"), "no every n-th row"),
-        (("--store", "topk:none"), "no number of weights"),
+        (("--query-stride", "2", "--store", "topk:4"), "every n-th row only"),
+        (("--store", "topk:none"), "not a number of weights"),
     ],
 )
 def test_what_cannot_be_recorded_is_said_in_two_lines(run: Run, options: tuple[str, str], said: str) -> None:
