@@ -89,8 +89,6 @@ def test_a_logit_is_the_logarithm_of_its_weight_and_the_sum(name: str, prompt: P
 @pytest.mark.parametrize(
     ("store", "said"), [("topk:0", "not a number"), ("topk:x", "not a number"), ("maps:4", "unknown")]
 )
-    ("store", "said"), [("topk:0", "not a number"), ("topk:x", "not a number"), ("maps:4", "unknown")]
-)
 def test_a_store_that_is_none(store: str, said: str, prompt: Path) -> None:
     with pytest.raises(UsageError, match=said):
         trace("no/model", [prompt], store=store)
