@@ -164,7 +164,7 @@ class Update(Protocol):
 def bar(title: str, total: float | None, unit: str, *, quiet: bool = False) -> Iterator[Update]:
     """Yield a function that updates a progress bar with rate and remaining time.
 
-    No bar is shown with `quiet`, or where stderr is no terminal.
+    No bar is shown with `quiet`, or where stderr is not a terminal.
     """
     console = stderr()
     if quiet or not console.is_terminal:
@@ -194,7 +194,7 @@ def bar(title: str, total: float | None, unit: str, *, quiet: bool = False) -> I
 
 @contextmanager
 def working(title: str, *, quiet: bool = False) -> Iterator[None]:
-    """Show a spinner while something of unknown length runs, unless `quiet` or stderr is no terminal."""
+    """Show a spinner while something of unknown length runs, unless `quiet` or stderr is not a terminal."""
     console = stderr()
     if quiet or not console.is_terminal:
         yield
