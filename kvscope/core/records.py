@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from msgspec import Meta
+
 from kvscope.core.errors import REPLAY_COMMAND, ResultError
-from kvscope.core.json_records import Format, Number, Plain, Positive, Share, about
+from kvscope.core.json_records import Finite, Format, NotNegative, Number, Plain, Positive, Share, about
 from kvscope.core.options import Loop, Positions, Prefill
 
 SCHEMA_VERSION = 1
@@ -23,6 +25,9 @@ REPLAY = Format("kvscope-replay", "replay", SCHEMA_VERSION, ResultError, "Replay
 SUMMARY = Format("kvscope-summary", "summary", SCHEMA_VERSION, ResultError, "Replay again.")
 RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"
 Direction = Literal["higher", "lower", "none"]
+Scope = Literal["kv_head", "layer"]
+Precision = Annotated[str, Meta(pattern="^(float32|float16|bfloat16)$")]
+Phase = Annotated[str, Meta(pattern=r"^(step|prefill|none|every:\d+)$")]
 
 
 @dataclass(frozen=True)
@@ -60,17 +65,25 @@ class TraceRef:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceRef(TraceRef):
+class SourceRef:
     """The trace or text that was replayed, as the replay itself names it."""
 
+    name: Annotated[str, about("name of its folder; of plain text, of the file")]
     path: Annotated[str | None, about("where it was; absent for plain text", omit=True)] = None
     kind: Annotated[Literal["trace", "text"], about("`text` for plain text", omit=True)] = "trace"
+    identity: Annotated[str, about("SHA-256 by which its content is known again")]
+    model: Annotated[str | None, about("name of the model, null where it is not known")]
+    sequences: Annotated[tuple[SequenceRef, ...], about("its sequences, in order")]
     layers: Annotated[tuple[Number, ...], about("numbers of the layers that were replayed")]
     heads: Annotated[Positive, about("query heads of a layer, `H`")]
     kv_heads: Annotated[Positive, about("key/value heads of a layer, `G`")]
     protocol: Annotated[str, about("`generated`, `forced`, `import`, or `text`")] = ""
     window: Annotated[Positive | None, about("of plain text: tokens of a window", omit=True)] = None
     texts: Annotated[tuple[TextRef, ...], about("of plain text: the files", omit=True)] = ()
+    lossy: Annotated[
+        Mapping[str, Plain] | None, about("of a trace that stores a part of every row: how much is outside", omit=True)
+    ] = None
+    approximate: Annotated[tuple[str, ...], about("what about it is approximate, in sentences", omit=True)] = ()
 
     @property
     def summarised(self) -> TraceRef:
@@ -83,11 +96,11 @@ class MetricRecord:
     """What a metric declares of itself."""
 
     direction: Annotated[Direction, about("which way is better")]
-    range: Annotated[tuple[float | None, float | None], about("smallest and largest value; null is no limit")] = (
+    range: Annotated[tuple[Finite | None, Finite | None], about("smallest and largest value; null is no limit")] = (
         None,
         None,
     )
-    when_nothing_evicted: Annotated[float | None, about("its value where nothing was evicted; null is none")] = None
+    when_nothing_evicted: Annotated[Finite | None, about("its value where nothing was evicted; null is none")] = None
     unit: Annotated[str, about("unit of its values", omit=True)] = ""
     summary: Annotated[str, about("what it measures, in one line", omit=True)] = ""
 
@@ -97,7 +110,7 @@ class Certificate:
     """How near the schedule of a clairvoyant policy is to the best one."""
 
     exact: Annotated[bool, about("whether it is the best, up to rounding")]
-    gap: Annotated[float, about("mass for each step and head by which it may be worse")]
+    gap: Annotated[NotNegative, about("mass for each step and head by which it may be worse")]
 
 
 @dataclass(frozen=True)
@@ -123,15 +136,15 @@ class RunRecord:
         Positive | tuple[Positive, ...], about("`B` in keys, of each sequence; one number where all agree")
     ]
     prefill: Annotated[Prefill, about("`full` or `stream`")]
-    phase: Annotated[str, about("when it evicts: `step`, `prefill`, `every:N` or `none`")] = "step"
+    phase: Annotated[Phase, about("when it evicts: `step`, `prefill`, `every:N` or `none`")] = "step"
     allocate: Annotated[str, about("how the budget is allocated to layers and heads")] = "uniform"
-    accumulate: Annotated[str, about("precision of live rows and sums")] = "float32"
+    accumulate: Annotated[Precision, about("precision of live rows and sums")] = "float32"
     reads: Annotated[bool, about("whether it is a sparse reader: it holds every key and reads some")] = False
     clairvoyant: Annotated[bool, about("whether it is a bound, which knows rows to come")] = False
     bounded: Annotated[bool, about("whether it is held to its budget")] = True
     published: Annotated[bool, about("whether it reproduces a published code with its quirks")] = False
     loop: Annotated[Loop, about("`open` or `closed`")] = Loop.open
-    scope: Annotated[str, about("what decides: each `kv_head`, or the `layer` as one")] = "kv_head"
+    scope: Annotated[Scope, about("what decides: each `kv_head`, or the `layer` as one")] = "kv_head"
     lossy: Annotated[bool | None, about("whether it saw rows that were rebuilt approximately", omit=True)] = None
     positions: Annotated[Positions | None, about("of a closed run: RoPE positions of the keys", omit=True)] = None
     open_run: Annotated[
@@ -163,17 +176,21 @@ class RunRecord:
 class MetricSummary:
     """The mean of a metric over steps, then heads, layers and sequences."""
 
-    mean: Annotated[float | None, about("the mean; null where it has no value")]
-    low: Annotated[float | None, about("lower end of the 95 % bootstrap interval over sequences")] = None
-    high: Annotated[float | None, about("upper end")] = None
+    mean: Annotated[Finite | None, about("the mean; null where it has no value")]
+    low: Annotated[Finite | None, about("lower end of the 95 % bootstrap interval over sequences")] = None
+    high: Annotated[Finite | None, about("upper end")] = None
     count: Annotated[Number | None, about("values that it is the mean of")] = None
+
+    def __post_init__(self) -> None:
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"an interval from {self.low} to {self.high}")
 
 
 @dataclass(frozen=True)
 class StepPlace:
     """A step of a head."""
 
-    value: Annotated[float, about("value of the metric there")]
+    value: Annotated[Finite, about("value of the metric there")]
     sequence: Annotated[Number, about("number of the sequence")]
     layer: Annotated[Number, about("layer")]
     head: Annotated[Number, about("query head")]
@@ -193,9 +210,9 @@ class Tails:
     """What a mean hides of a metric."""
 
     share_below_half: Annotated[Share, about("share of the steps at which a head is below one half")]
-    worst_step: Annotated[float, about("least value of any step of a head, mean over heads, layers and sequences")]
+    worst_step: Annotated[Finite, about("least value of any step of a head, mean over heads, layers and sequences")]
     worst_step_at: Annotated[StepPlace, about("where the least of all is")]
-    worst_head: Annotated[float, about("least mean of any head")]
+    worst_head: Annotated[Finite, about("least mean of any head")]
     worst_head_at: Annotated[HeadPlace, about("which head that is")]
 
 
@@ -206,7 +223,7 @@ class BoundShares:
     share_of_belady: Annotated[
         float | None, about("its retained mass divided by that of `belady`; null where that was not run")
     ]
-    belady_of_ideal: Annotated[float | None, about("retained mass of `belady` divided by that of `ideal`")]
+    belady_of_ideal: Annotated[Finite | None, about("retained mass of `belady` divided by that of `ideal`")]
 
 
 @dataclass(frozen=True)
@@ -216,8 +233,8 @@ class LoopGap:
     held_overlap: Annotated[
         Share, about("overlap of the keys that both hold, intersection over union, mean over layers")
     ]
-    held_overlap_by_layer: Annotated[Mapping[str, float], about("the same of each layer")]
-    retained_mass: Annotated[float | None, about("retained mass of the closed run minus that of the open one")]
+    held_overlap_by_layer: Annotated[Mapping[str, Share], about("the same of each layer")]
+    retained_mass: Annotated[Finite | None, about("retained mass of the closed run minus that of the open one")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +300,15 @@ class ReplayRecord:
     created: Annotated[str, about("when it was finished, in UTC", omit=True)] = ""
     sizes: Annotated[Mapping[str, Number], about("bytes of every file", omit=True)] = field(default_factory=dict)
     checksums: Annotated[Mapping[str, str], about("SHA-256 of every file", omit=True)] = field(default_factory=dict)
-    seconds: Annotated[float | None, about("how long it took", omit=True)] = None
+    seconds: Annotated[NotNegative | None, about("how long it took", omit=True)] = None
+
+    def __post_init__(self) -> None:
+        numbers = [run.run for run in self.runs]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError("`runs` has two runs of one number")
+        for run in self.runs:
+            if not isinstance(run.budget_keys, int) and len(run.budget_keys) != len(self.trace.sequences):
+                raise ValueError(f"run {run.run} has not one number of keys for each sequence")
 
     def run(self, number: int) -> RunRecord:
         """Return the run of a number; raises KeyError if there is none."""

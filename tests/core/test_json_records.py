@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -124,13 +125,40 @@ def test_types_are_said_as_a_person_reads_them() -> None:
     assert type_name(object) == "any"
 
 
+def ordered(value: object) -> object:
+    """Return JSON data with its objects as lists, so that the order of their fields counts."""
+    if isinstance(value, dict):
+        return [(name, ordered(item)) for name, item in value.items()]
+    return [ordered(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data["runs"].append(data["runs"][0]), "two runs of one number"),
+        (lambda data: data["runs"][0].update(budget_keys=[1, 2]), "one number of keys for each sequence"),
+        (lambda data: data["runs"][0].update(phase="sometimes"), r"runs\[0\].phase"),
+        (lambda data: data["runs"][0].update(scope="token"), r"runs\[0\].scope"),
+        (lambda data: data["runs"][0].update(accumulate="float8"), r"runs\[0\].accumulate"),
+        (lambda data: data.update(seconds=-1), "seconds"),
+        (lambda data: data["trace"]["sequences"][0].update(prompt=10**6), "a prompt of 1000000 tokens"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(change: Callable[[dict], object], said: str) -> None:
+    data = json.loads(RUN.read_text())
+    change(data)
+    with pytest.raises(ResultError, match=said):
+        REPLAY.decode(data, RUN, ReplayRecord)
+
+
 def test_committed_files_come_back_as_they_are() -> None:
     for file, form, record in (
         (RUN, REPLAY, read_replay(RUN.parent)),
         (SUMMARY_FILE, SUMMARY, read_summary(SUMMARY_FILE)),
     ):
-        written = json.loads(form.text(record))
-        assert written == json.loads(file.read_text())
+        written, kept = json.loads(form.text(record, ordered=form is SUMMARY)), json.loads(file.read_text())
+        assert written == kept
+        assert ordered(written) == ordered(kept)
     assert read_summary(ROOT / "tests/data/baseline.json").runs
 
 

@@ -16,6 +16,8 @@ from kvscope.results.baseline import load_summary
 from kvscope.results.diff import ALIGNED, NOTHING_COMMON, Diff, Tolerance, parse_tolerance
 from tests.results.make import METRICS, make
 
+OTHERS = {"params": {"alpha": 0.5}, "prefill": "full", "loop": "closed", "phase": "prefill", "accumulate": "float16"}
+
 
 def record(summary: dict) -> SummaryRecord:
     """Return the record of edited data; a mean that no JSON file can hold is put in afterwards."""
@@ -119,15 +121,14 @@ def test_a_relative_tolerance_is_of_the_base(base: dict) -> None:
 def test_another_plan_is_another_run(base: dict, choice: str) -> None:
     """A policy that evicts at other times is not the same run with other values."""
     new = copy.deepcopy(base)
-    new["runs"][0][choice] = "another"
+    new["runs"][0][choice] = OTHERS.get(choice, "another")
     assert {row.verdict for row in diff(base, new).rows if row.run.startswith("h2o")} == {"missing", "new"}
 
 
 @pytest.mark.parametrize("what", ALIGNED)
 def test_runs_that_differ_in_one_way_stand_side_by_side(base: dict, what: str) -> None:
     """As an open and a closed run of one policy do in one replay."""
-    others = {"params": {"alpha": 0.5}, "prefill": "full", "loop": "closed"}
-    base["runs"].append(copy.deepcopy(base["runs"][0]) | {what: others.get(what, "another")})
+    base["runs"].append(copy.deepcopy(base["runs"][0]) | {what: OTHERS.get(what, "another")})
     found = diff(base, base)
     assert len(found.rows) == len(METRICS) * len(base["runs"])
     assert {row.verdict for row in found.rows} == {"same"}
