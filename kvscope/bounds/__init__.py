@@ -1,1 +1,1 @@
-"""Clairvoyant schedules: the best that any policy could do."""
+"""Clairvoyant eviction schedules: the best that any policy could do."""

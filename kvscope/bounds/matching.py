@@ -1,15 +1,14 @@
-"""Exact transportation: every key goes to one slot, every slot takes as many keys as it has room, at the least cost.
+"""Exact solver of a transportation problem: assign every key to one slot, fill every slot, at the least cost.
 
-Slots follow each other in time and their prices change smoothly along it, which is what makes this faster than a
-general assignment: the prices of a few merged slots, then of more, are good first guesses of all of them, and from a
-good guess only short paths are left to find. Prices come with every answer and prove it: no assignment costs less than
-they add up to.
+Slots are ordered by time and their optimal prices change smoothly with it, so this is faster than a general assignment:
+the prices of a few merged slots, then of more, are good initial prices of all slots, and with good initial prices only
+short augmenting paths remain. The result includes the prices. They prove that it is optimal: no assignment costs less
+than the sum of the prices.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,29 +16,29 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MERGED = (4, 16, 64, 256, 1024)  # numbers of slots of the problems that are solved first
-HEAT = 0.2  # of soft choices, in steps of price from one slot to the next
-SWEEPS = 5
-WIDTH = 8.0  # in heats: a slot that is dearer than that by a key's best one gets less than a thousandth of it
-TIE = 1e-14  # masses that count as equal, so that a path stops at a key without a slot: rounding is of that size
+MERGED = (4, 16, 64, 256, 1024)  # numbers of slots of the merged problems, solved in this order
+HEAT = 0.2  # temperature of the soft assignment, in units of the mean price difference of neighbouring slots
+SWEEPS = 5  # Sinkhorn iterations
+WIDTH = 8.0  # in temperatures: slots that cost more than this above a key's cheapest slot are ignored (e**-8 < 0.001)
+TIE = 1e-14  # rounding error of a mass; distances this close are equal, so that a path ends at a key without a slot
 
 
 @dataclass(frozen=True)
 class Matching:
-    """An assignment and its proof.
+    """An assignment, with prices that prove it optimal.
 
     Attributes
     ----------
     slot : int ``[T]``
         Slot of each key.
     cost : float
-        What it costs.
+        Total cost of the assignment.
     slot_price : float64 ``[m]``
     key_price : float64 ``[T]``
-        ``slot_price[s] + key_price[k] <= cost[s, k]`` for every pair, with equality where `k` goes to `s`, up to
-        rounding.
+        Dual prices: ``slot_price[s] + key_price[k] <= cost[s, k]`` for every pair, with equality up to rounding where
+        key ``k`` is assigned to slot ``s``.
     bound : float
-        What the prices add up to, each slot's as often as it has room: no assignment costs less.
+        Sum of the prices, each slot price times the slot's room: no assignment costs less.
     """
 
     slot: Ints
@@ -55,15 +54,16 @@ def match(cost: Floats, room: Ints) -> Matching:
     Parameters
     ----------
     cost : float64 ``[m, T]``
-        Of key ``k`` in slot ``s``; infinite where it cannot go, which is in no slot after one where it can. Slots are
-        in the order of time, so that neighbours are alike, and the last stands apart; any other order takes longer.
+        Cost of key ``k`` in slot ``s``; infinite if the assignment is not allowed. The slots that are not allowed for a
+        key come before those that are. Slots are ordered by time, so that neighbouring slots have similar costs; the
+        last slot is separate and is not merged. Any other order gives the same result but takes longer.
     room : int64 ``[m]``
-        How many keys each slot takes, at least one; their sum is ``T``.
+        Number of keys that each slot takes, at least one; the sum is ``T``.
 
     Raises
     ------
     ValueError
-        If there is no assignment, or the room is not that of ``T`` keys.
+        If there is no assignment, or the sum of `room` is not ``T``.
     """
     slots, keys = cost.shape
     if room.sum() != keys or (room < 1).any():
@@ -79,9 +79,10 @@ def match(cost: Floats, room: Ints) -> Matching:
 
 
 def _merge(cost: Floats, room: Ints, size: int) -> tuple[Floats, Ints, Ints]:
-    """Return the problem with all slots but the last merged into `size`, and the slot in the middle of each.
+    """Return the costs and room with all slots but the last merged into `size`, and the middle slot of each.
 
-    A key that can go to some slots of a merged one can go there: what is cheap to feasible stays feasible.
+    A key may be assigned to a merged slot if it may be assigned to one of its slots, so a feasible problem remains
+    feasible.
     """
     last = len(cost) - 1
     edges = np.linspace(0, last, size + 1).astype(np.int64)
@@ -95,7 +96,7 @@ def _merge(cost: Floats, room: Ints, size: int) -> tuple[Floats, Ints, Ints]:
 
 
 def _smooth(cost: Floats, room: Ints, price: Floats) -> Floats:
-    """Return slot prices at which keys that choose softly among nearby slots fill each of them better (Sinkhorn)."""
+    """Return improved slot prices: a few Sinkhorn iterations of a soft assignment to the cheapest slots."""
     heat = HEAT * float(np.ptp(price)) / len(price)
     if heat == 0:
         return price
@@ -109,26 +110,26 @@ def _smooth(cost: Floats, room: Ints, price: Floats) -> Floats:
         total = np.bincount(key, weight, len(of_key))
         of_key -= np.log(total)
         filled = np.bincount(slot, weight / total[key], len(of_slot))
-        of_slot += np.log(room / np.maximum(filled, room / 20))  # an empty slot gets cheaper, but not at once
+        of_slot += np.log(room / np.maximum(filled, room / 20))  # limits the change for an empty slot
     return price + heat * of_slot
 
 
 def _improve(cost: Floats, room: Ints, price: Floats) -> tuple[Ints, Floats]:
-    """Return the slot of each key and the prices of the keys, from a guess of the prices of the slots.
+    """Return the slot of each key and the prices of the keys, from initial prices of the slots.
 
-    Keys take the slot that is cheapest for them while there is room, the first come; then each empty place is filled
-    along the shortest path of moves. As in Jonker and Volgenant (1987), with slots for more than one key.
+    Each key gets its cheapest slot while that has room, in order of position. Then each empty place is filled along the
+    shortest augmenting path, as in Jonker and Volgenant (1987), here with slots for more than one key.
     """
     slots, keys = cost.shape
     excess = cost - price[:, None]
     choice = excess.argmin(0)
     key_price = excess[choice, np.arange(keys)]
     order = choice.argsort(kind="stable")
-    wanted = choice[order]
-    taken = np.arange(keys) - np.searchsorted(wanted, wanted) < room[wanted]
+    cheapest = choice[order]
+    fits = np.arange(keys) - np.searchsorted(cheapest, cheapest) < room[cheapest]
     slot = np.full(keys, -1)
-    slot[order[taken]] = wanted[taken]
-    empty = room - np.bincount(wanted[taken], minlength=slots)
+    slot[order[fits]] = cheapest[fits]
+    empty = room - np.bincount(cheapest[fits], minlength=slots)
     wide = room > 1
     for start in np.repeat(np.arange(slots), empty):
         _fill(cost, slot, key_price, wide, int(start))
@@ -136,16 +137,16 @@ def _improve(cost: Floats, room: Ints, price: Floats) -> tuple[Ints, Floats]:
 
 
 def _fill(cost: Floats, slot: Ints, key_price: Floats, wide: NDArray[np.bool_], start: int) -> None:
-    """Fill one empty place of the slot `start`: move keys along the cheapest path from one without a slot (Dijkstra).
+    """Fill one empty place of slot `start` along the cheapest augmenting path to a key without a slot (Dijkstra).
 
-    Distances are reduced costs. A slot is reached through the first of its keys, its gate; the others are then no
-    nearer than that.
+    Distances are reduced costs. A slot is reached through the first of its keys, called its gate; its other keys are
+    at least as far away.
     """
-    open_price = key_price + np.where(slot < 0, TIE, 0)  # -inf once the slot of a key has been reached
-    distance = cost[start] - open_price  # inf from then on
+    open_price = key_price + np.where(slot < 0, TIE, 0)  # set to -inf when the slot of a key is reached
+    distance = cost[start] - open_price  # set to inf at the same time
     step = np.empty_like(distance)
     reached, gates, offsets = [start], [-1], [0.0]
-    settled: list[tuple[Any, float]] = []
+    settled: list[tuple[Ints | int, float]] = []
     key = int(distance.argmin())
     while (through := slot[key]) >= 0 and np.isfinite(distance[key]):
         near, row = distance[key], cost[through]
@@ -162,18 +163,18 @@ def _fill(cost: Floats, slot: Ints, key_price: Floats, wide: NDArray[np.bool_], 
         key = int(distance.argmin())
     end = distance[key]
     if not np.isfinite(end):
-        raise ValueError("some keys have no slot to go to")
+        raise ValueError("some keys have no slot that they may be assigned to")
     for members, near in settled:
         key_price[members] += near - end
-    _move(cost, slot, np.array(reached), gates, np.array(offsets), key)
+    _reassign(cost, slot, np.array(reached), gates, np.array(offsets), key)
 
 
-def _move(cost: Floats, slot: Ints, reached: Ints, gates: list[int], offsets: Floats, key: int) -> None:
-    """Give `key` to the slot from which it was reached, the gate of that slot to the one before it, and so on."""
+def _reassign(cost: Floats, slot: Ints, reached: Ints, gates: list[int], offsets: Floats, key: int) -> None:
+    """Assign `key` to the slot that it was reached from, that slot's gate to the slot before it, and so on."""
     before = len(reached)
     while True:
-        place = int((offsets[:before] + cost[reached[:before], key]).argmin())
-        slot[key] = reached[place]
-        if place == 0:
+        number = int((offsets[:before] + cost[reached[:before], key]).argmin())
+        slot[key] = reached[number]
+        if number == 0:
             return
-        key, before = gates[place], place
+        key, before = gates[number], number

@@ -1,11 +1,10 @@
-"""The best that any policy could do: schedules of evictions made with the rows to come in hand.
+"""Optimal eviction schedules: the best that any policy could do if it knew all future rows.
 
-From the step at which the cache is full one key leaves for good at every step, so a schedule gives every key a step at
-which it leaves. A key that leaves after step ``t`` loses the attention it would still have got, and the schedule that
-loses least is an assignment problem, which `matching.match` solves with a proof.
+Once the cache is full, one key is evicted at every step, so a schedule assigns an eviction step to every key. Evicting
+a key after step ``t`` loses the attention mass that it would have received later. Finding the schedule that loses the
+least is an assignment problem, which `matching.match` solves together with a proof of optimality.
 
-A layer whose model itself forgets keys fits in: a forgotten key gets no more attention, so that its leaving costs
-nothing, and the step at which it goes by itself is the one that the schedule has for it.
+Sliding-window layers need no special case: a key outside the window gets no attention, so evicting it costs nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Floats = NDArray[np.float64]
 Read = Callable[[int, int, int], Tensor]  # layer, by its position in the group; start; stop -> [H, stop - start, n]
 
 STEPS = 64  # rows that are read at a time
-BYTES = 512 * 2**20  # of the weights that are held at a time
+BYTES = 512 * 2**20  # limit for the weights in memory at a time
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,11 @@ class Schedules:
     Attributes
     ----------
     leaves : Tensor
-        float32 ``[R, L, S, T]``: step after which a key leaves; the length of the sequence for keys that stay.
+        float32 ``[R, L, S, T]``: step after which a key is evicted, ``T`` for keys that are never evicted.
     lost : float64 ``[R]``
-        Mass that goes to keys which are gone, summed over steps, heads and layers.
+        Attention mass on evicted keys, summed over steps, heads and layers.
     least : float64 ``[R]``
-        What no schedule can lose less than; the two differ by rounding.
+        Lower bound of that for any schedule; it equals `lost` up to rounding.
     """
 
     leaves: Tensor
@@ -50,22 +49,28 @@ class Schedules:
 
 
 def schedules(read: Read, shape: Shape, budgets: Sequence[int], prefill: Prefill, scope: Scope) -> Schedules:
-    """Return the schedules that retain most of the full rows' mass over the scored steps.
+    """Return the schedules that retain the most attention mass of the full rows over the scored steps.
 
     The weight of a key is its share of the row, averaged over the query heads that share a decision: those of a
-    key/value head, or with ``scope="layer"`` all of them.
+    key/value head, or with ``scope="layer"`` all heads of the layer.
 
     Parameters
     ----------
     read : callable
-        ``read(position, start, stop)`` gives full rows of the layer at `position` in `shape`, ``[H, stop - start, n]``
-        with `n` at least `stop`.
+        ``read(position, start, stop)`` returns full rows of the layer at `position` in `shape`,
+        ``[H, stop - start, n]`` with `n` at least `stop`.
+    shape : Shape
+        Sizes.
     budgets : sequence of int
         ``B`` of each run.
+    prefill : Prefill
+        What happens during the prompt.
+    scope : {"kv_head", "layer"}
+        Whether each key/value head has its own schedule, or each layer one for all heads.
     """
     heads = 1 if scope == "layer" else shape.kv_heads
     prompt = shape.prompt if prefill == "full" else 1
-    full = [max(prompt - 1, budget) for budget in budgets]  # step after which the first key leaves
+    full = [max(prompt - 1, budget) for budget in budgets]  # step of the first eviction
     leaves = torch.full((len(budgets), len(shape.layers), heads, shape.length), float(shape.length))
     lost, least = np.zeros(len(budgets)), np.zeros(len(budgets))
     first = min(full) + 1
@@ -84,28 +89,28 @@ def schedules(read: Read, shape: Shape, budgets: Sequence[int], prefill: Prefill
 
 
 def schedule(weights: Floats, budget: int) -> tuple[Floats, float, float]:
-    """Return when each key of one head leaves, the mass that this loses, and the least that any schedule loses.
+    """Return the eviction step of each key of one head, the mass that this loses, and the least any schedule loses.
 
     Parameters
     ----------
     weights : float64 ``[n, T]``
-        Rows of the last `n` steps, those after the first eviction; ``n`` is 0 if no row sees an eviction.
+        Rows of the `n` steps after the first eviction; ``n`` is 0 if there is no such step.
     budget : int
-        ``B``: keys that are left after each eviction.
+        ``B``: keys that are held after each eviction.
 
     Returns
     -------
     leaves : float64 ``[T]``
-        Step after which a key leaves, ``T`` where it stays.
+        Step after which a key is evicted, ``T`` if it never is.
     lost, least : float
-        Equal up to rounding.
+        Attention mass; equal up to rounding.
     """
     count, length = weights.shape
     if count == 0:
         return np.full(length, float(length)), 0.0, 0.0
-    first = length - 1 - count  # the step of the first eviction; the slots are the steps from there, and the end
+    first = length - 1 - count  # step of the first eviction; slots are the steps from here on, and "never"
     cost = np.zeros((count + 1, length))
-    np.cumsum(weights[::-1], axis=0, out=cost[-2::-1])  # what a key still gets after each step
+    np.cumsum(weights[::-1], axis=0, out=cost[-2::-1])  # attention mass that a key gets after each step
     key, step = np.arange(length), np.arange(first, length - 1)[:, None]
     cost[:-1][key > step] = np.inf
     room = np.ones(count + 1, dtype=np.int64)
@@ -115,7 +120,7 @@ def schedule(weights: Floats, budget: int) -> tuple[Floats, float, float]:
 
 
 def _weights(read: Read, shape: Shape, layer: int, first: int, heads: int, some: range) -> Floats:
-    """Return what a key's presence is worth in each row from `first` on, ``[S, n, T]`` for the heads `some`."""
+    """Return the attention mass of each key in the rows from `first` on, ``[S, n, T]`` for the heads `some`."""
     length = shape.length
     window = shape.windows[layer] if shape.windows else None
     weights = np.zeros((len(some), max(0, length - first), length))
@@ -125,6 +130,6 @@ def _weights(read: Read, shape: Shape, layer: int, first: int, heads: int, some:
         share = rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         grouped = share.view(heads, -1, stop - start, stop).mean(1)[some.start : some.stop]
         age = torch.arange(start, stop)[:, None] - torch.arange(stop)
-        reached = (age > 0) & (age < (length if window is None else window))  # a query sees its own key in any case
-        weights[:, start - first : stop - first, :stop] = (grouped * reached).numpy()
+        counted = (age > 0) & (age < (length if window is None else window))  # a query always sees its own key
+        weights[:, start - first : stop - first, :stop] = (grouped * counted).numpy()
     return weights

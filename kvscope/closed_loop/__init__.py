@@ -1,1 +1,1 @@
-"""The model runs again, with policies inside its attention."""
+"""The closed loop: the model runs again, with policies evicting keys inside its attention."""

@@ -1,7 +1,7 @@
-"""Attention with compacted positions: the keys of a shortened cache are numbered anew at every step.
+"""Attention with compacted positions: at every step the keys of a shortened cache are renumbered from 0.
 
-As StreamingLLM's code does it: keys are kept without their rotation and get the position that they have in the cache,
-oldest first; the query is the newest. What a query then sees is no part of its full row: it is computed step by step.
+As in StreamingLLM's code, keys are stored without rotation, and each gets the position that it has in the cache, oldest
+first; the query gets the last one. A live row is then no longer a part of the full row, so it is computed step by step.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from kvscope.model.derotation import Derotation
 
 
 class Compacted:
-    """One layer's vectors without their rotation, made once for all blocks of queries.
+    """One layer's attention at compacted positions; its vectors are derotated once for all blocks of queries.
 
     Parameters
     ----------
     call : Call
-        Of one layer, whose batch are the runs.
+        The attention call of the layer; its batch axis is the runs.
     rotary : Derotation
-        Its rotation.
+        Rotation of the layer.
     """
 
     def __init__(self, call: Call, rotary: Derotation) -> None:
         self.call, self.rotary = call, rotary
-        places = torch.arange(call.query.shape[2], device=call.query.device)
-        self.query = rotary.off(call.query, places)  # [R, H, T, D]
-        self.key = rotary.off(call.key, places)  # [R, G, T, D]
+        positions = torch.arange(call.query.shape[2], device=call.query.device)
+        self.query = rotary.off(call.query, positions)  # [R, H, T, D]
+        self.key = rotary.off(call.key, positions)  # [R, G, T, D]
         self.value = call.value.to(call.exact)
 
     def attend(self, simulation: CacheSimulation, rows: Tensor, start: int) -> Tensor:
@@ -38,9 +38,9 @@ class Compacted:
         Parameters
         ----------
         simulation : CacheSimulation
-            Of this layer.
+            The caches of this layer.
         rows : Tensor
-            Full rows of the block ``[R, H, b, stop]``, at the original positions.
+            Full rows of the block ``[R, H, b, stop]``, computed at the original positions.
         start : int
             First query of the block.
         """
@@ -49,7 +49,7 @@ class Compacted:
         for t in range(start, start + rows.shape[2]):
             step = simulation.see(t)
             visible = step.visible[:, 0].expand(-1, groups, -1)  # [R, G, n]
-            if bool(visible.all()):  # nothing is gone: positions are the original ones
+            if bool(visible.all()):  # nothing has been evicted, so the compacted positions are the original ones
                 row = rows[:, :, t - start, : t + 1]
                 grouped = row.reshape(row.shape[0], groups, -1, t + 1)
                 output = grouped @ self.value[:, :, : t + 1]
@@ -66,14 +66,14 @@ class Compacted:
         runs, _, n = visible.shape
         count = visible.sum(-1)  # [R, G]
         most = int(count.max())
-        index = _cached(visible, most)[..., None]  # [R, G, m, 1]
-        places = torch.arange(most, device=index.device)
-        keys = self.rotary.on(self.key.gather(2, index.expand(-1, -1, -1, self.key.shape[-1])), places)
+        index = _visible_keys(visible, most)[..., None]  # [R, G, m, 1]
+        compacted = torch.arange(most, device=index.device)
+        keys = self.rotary.on(self.key.gather(2, index.expand(-1, -1, -1, self.key.shape[-1])), compacted)
         query = self._newest(t, count - 1)
         logits = query @ keys.to(query.dtype).transpose(2, 3) * self.call.scaling  # [R, G, Q, m]
         if self.call.softcap is not None:
             logits = (logits / self.call.softcap).tanh() * self.call.softcap
-        logits = logits.masked_fill((places >= count[..., None])[:, :, None], -torch.inf)
+        logits = logits.masked_fill((compacted >= count[..., None])[:, :, None], -torch.inf)
         live = self._softmax(logits)
         output = live @ self.value.gather(2, index.expand(-1, -1, -1, self.value.shape[-1]))
         row = live.new_zeros(*live.shape[:3], n)
@@ -81,12 +81,12 @@ class Compacted:
         return row.reshape(runs, -1, n), output
 
     def _newest(self, t: int, position: Tensor) -> Tensor:
-        """Return query `t`, ``[R, G, Q, D]``, of each cache turned to its own position ``[R, G]``."""
+        """Return query `t`, ``[R, G, Q, D]``, rotated to its position in each cache, ``[R, G]``."""
         query = self.query[:, :, t]
         _, heads, size = query.shape
         flat = query.reshape(position.numel(), -1, size).transpose(0, 1)[None]  # [1, Q, R * G, D]
-        turned = self.rotary.on(flat, position.flatten()).to(self.call.exact)
-        return turned[0].transpose(0, 1).reshape(*position.shape, heads // position.shape[1], size)
+        rotated = self.rotary.on(flat, position.flatten()).to(self.call.exact)
+        return rotated[0].transpose(0, 1).reshape(*position.shape, heads // position.shape[1], size)
 
     def _softmax(self, logits: Tensor) -> Tensor:
         if self.call.sinks is None:
@@ -96,10 +96,10 @@ class Compacted:
         return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
 
 
-def _cached(visible: Tensor, most: int) -> Tensor:
-    """Return the place in the text of the i-th key of each cache, ``[R, G, most]``; 0 beyond its end."""
+def _visible_keys(visible: Tensor, most: int) -> Tensor:
+    """Return the original position of the i-th visible key, ``[R, G, most]``; 0 where there are fewer keys."""
     n = visible.shape[-1]
-    place = torch.where(visible, visible.cumsum(-1) - 1, most)
+    compacted = torch.where(visible, visible.cumsum(-1) - 1, most)
     index = torch.zeros(*visible.shape[:2], most + 1, dtype=torch.int64, device=visible.device)
-    index.scatter_(-1, place, torch.arange(n, device=visible.device).expand(place.shape))
+    index.scatter_(-1, compacted, torch.arange(n, device=visible.device).expand(compacted.shape))
     return index[..., :most]

@@ -1,11 +1,10 @@
-"""Jobs of the closed loop: everything that can be wrong with one is found here, before anything is written."""
+"""Compilation of closed-loop jobs: all input is checked here, before anything is written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from kvscope.closed_loop.trace_passages import load_model_of, passages_of
 from kvscope.closed_loop.verify import VerifyJob, shortened
 from kvscope.core.budget import Budget, parse_budgets
 from kvscope.core.errors import UsageError
+from kvscope.core.model_types import CausalModel
 from kvscope.core.options import (
     Loop,
     ModelSource,
@@ -44,16 +44,20 @@ Budgets = str | Sequence[str | int | Budget]
 
 
 def compile_closed_loop(
-    model: Any, passages: Sequence[Passage], runs: Sequence[RunSpec], metrics: Sequence[Metric], prefill: Prefill
+    model: CausalModel,
+    passages: Sequence[Passage],
+    runs: Sequence[RunSpec],
+    metrics: Sequence[Metric],
+    prefill: Prefill,
 ) -> ClosedLoopJob:
-    """Return the job of runs that are known to fit the passages, once the model itself has been checked.
+    """Check the model and return the job of runs that have been checked against the passages.
 
     Raises
     ------
     UsageError
-        If a gate belongs to another model.
+        If a gate was trained for another model.
     ModelError
-        If the model cannot be observed, or its keys cannot be given other positions.
+        If the model's attention cannot be observed, or the positions of its keys cannot be changed.
     ReplayError
         If a run that evicts nothing differs from the model's own attention.
     """
@@ -70,18 +74,18 @@ def compile_closed_loop(
 def compile_trace_loop(
     trace: Trace, open_runs: Sequence[RunSpec], metrics: Sequence[Metric], options: ReplayOptions
 ) -> ClosedLoopJob:
-    """Return the job that runs the model of a trace again, with the plans of open runs that are known to fit it.
+    """Return the job that runs the model of a trace again, with the plans of open runs checked against that trace.
 
     Raises
     ------
     TraceError
-        If the trace does not name a model, or was recorded in part.
+        If the trace does not name a model, or lacks layers or heads.
     ModelError
-        If the model cannot be loaded, has other tokens, or cannot be observed.
+        If the model cannot be loaded, has other tokens, or its attention cannot be observed.
     ReplayError
         If the model fails its self-check.
     """
-    assert options.closed is not None, "asked for"
+    assert options.closed is not None, "called only with a closed loop"
     loaded = load_model_of(trace, options.closed, options.device)
     runs = closed_runs(open_runs, options.closed.positions)
     return compile_closed_loop(loaded.model, passages_of(trace, loaded), runs, metrics, options.prefill)
@@ -94,18 +98,18 @@ def compile_perplexity(
     budgets: Budgets = "20%",
     options: PerplexityOptions = PerplexityOptions(),  # noqa: B008  frozen
 ) -> PerplexityJob:
-    """Return the job that measures what policies cost in perplexity on text files.
+    """Return the job that measures the perplexity of text files under each policy and budget.
 
-    The tokens of each file are cut into windows, each of which begins with the tokenizer's first token, if it has one,
-    and an empty cache. All other tokens are scored while the cache is held to the budget: streaming prefill. With a
-    prompt, that many tokens of each window are read with the full cache first, and are not scored.
+    The tokens of each file are divided into windows. Each window starts with an empty cache and, if the tokenizer has
+    one, its first token; all other tokens are scored under the budget (streaming prefill). If a prompt length is given,
+    that many tokens of each window are read with the full cache first and are not scored.
 
     Raises
     ------
     UsageError
-        Unknown names, parameters or budgets; a text too short; a window beyond the context.
+        For unknown names, parameters or budgets; if a text is too short, or a window exceeds the context.
     ModelError
-        The model cannot be loaded or observed.
+        If the model cannot be loaded, or its attention cannot be observed.
     ReplayError
         If the model fails its self-check.
     """
@@ -115,7 +119,7 @@ def compile_perplexity(
     limits = parse_budgets(budgets)
     metrics = [METRICS.get(name) for name in (options.metrics or METRICS.names())]
     if not files:
-        raise UsageError("no text is named", "Name one or more text files.")
+        raise UsageError("no text file is given", "Give one or more text files.")
     texts = {file: read_text(file) for file in files}
     loaded = load(source)
     passages, window = passages_of_texts(loaded, texts, options)
@@ -135,12 +139,12 @@ def compile_verify(
     budgets: Budgets = "20%",
     options: VerifyOptions = VerifyOptions(),  # noqa: B008  frozen
 ) -> VerifyJob:
-    """Return the job that decodes a trace's tokens under each policy and budget, and compares with the closed loop.
+    """Return the job that decodes a trace's tokens under each policy and budget and compares that with the closed loop.
 
     Raises
     ------
     UsageError
-        If a policy holds every key (sparse readers), or cannot run in the closed loop; if there is nothing to decode.
+        If a policy holds every key (sparse readers) or cannot run in the closed loop; if there is no token to decode.
     TraceError, ModelError, ReplayError
         As `compile_trace_loop`.
     """
@@ -156,7 +160,7 @@ def compile_verify(
         require_feasible(plan, limits, workload)
     loaded = load_model_of(trace, closed, options.device)
     whole = passages_of(trace, loaded)
-    passages = [Passage(own, text.ids[: own.length]) for own, text in zip(cut, whole[: len(cut)], strict=True)]
+    passages = [Passage(part, text.ids[: part.length]) for part, text in zip(cut, whole[: len(cut)], strict=True)]
     runs = runs_of(plans, limits, Loop.closed, closed.positions)
     job = compile_closed_loop(loaded.model, passages, runs, [], options.prefill)
     with torch.inference_mode():
@@ -165,7 +169,7 @@ def compile_verify(
 
 
 def evaluate(
-    model: Any,
+    model: CausalModel,
     passages: Sequence[Passage],
     runs: Sequence[RunSpec],
     metrics: Sequence[Metric],
@@ -174,7 +178,7 @@ def evaluate(
     *,
     progress: Callable[[float], None] | None = None,
 ) -> Tally:
-    """Run policies inside a loaded model over texts; `sink` gets losses, residency and fidelity.
+    """Run policies inside a loaded model over texts and return the counts; `sink` gets losses, residency and fidelity.
 
     Raises
     ------
@@ -188,9 +192,9 @@ def evaluate(
     layers = tuple(range(config.num_hidden_layers))
     workload = Workload([passage.sequence for passage in passages], prefill, layers, kv_heads, len(layers))
     for plan in _plans_of(runs):
-        own = [run for run in runs if run.plan == plan]
-        require_closed(plan, own[0].positions)
-        require_feasible(plan, [run.budget for run in own if run.budget is not None], workload)
+        plan_runs = [run for run in runs if run.plan == plan]
+        require_closed(plan, plan_runs[0].positions)
+        require_feasible(plan, [run.budget for run in plan_runs if run.budget is not None], workload)
     return compile_closed_loop(model, passages, runs, metrics, prefill).execute(sink, progress)
 
 

@@ -1,13 +1,12 @@
-"""Real decoding under a policy: token by token, with a cache from which evicted keys are physically gone.
+"""Real decoding under a policy: token by token, with evicted keys physically removed from the cache.
 
-The slow and plain reference of the closed loop: no row of evicted keys exists, nothing is masked, and what the policy
-sees at a step is what the model computed at that step from the shortened cache. It decides live, through the same step.
+This is the slow reference of the closed loop. Nothing is masked: the row that the policy observes at a step is what the
+model computed at that step from the shortened cache. The decisions are made by the same simulation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from kvscope.closed_loop.decoder import Decoder, exact_dtype
 from kvscope.closed_loop.gates import require_gates
 from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Positions, Prefill, choice
 from kvscope.engine.plan import GATE, EvictionPlan, require_room
 from kvscope.engine.rows import Shape
@@ -26,24 +26,24 @@ from kvscope.model.selfcheck import AttentionFacts, self_check
 from kvscope.model.short_cache import short_cache
 
 SIGNALS = frozenset({*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2"})
-KINDS = {"full_attention", "sliding_attention"}  # layer types whose visible keys a window describes
+KINDS = {"full_attention", "sliding_attention"}  # layer types in which all keys, or a window of them, are visible
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What decoding gave.
+    """The result of decoding.
 
     Attributes
     ----------
     logits : Tensor
-        ``[T, V]`` of every position, float32 or the model's precision if that is higher; with full prefill those of
-        the prompt are from one ordinary forward pass.
+        ``[T, V]`` for every position, in float32 or the model's precision if that is higher. With full prefill those of
+        the prompt come from one ordinary forward pass.
     leave : list of Tensor
-        For each layer int32 ``[G, T]``: the step at whose end the key went, `NEVER` if it stays. A key that a
-        sliding-window layer can no longer see goes at the end of the last step that sees it.
+        For each layer int32 ``[G, T]``: the step at whose end the key was evicted, `NEVER` if it was not. A key that
+        slides out of a sliding-window layer is evicted at the end of the last step that sees it.
     held : list of int
-        For each step the keys physically in the cache after it, of the layer and head that holds most. The prompt of a
-        full prefill is there as a whole until its last step cuts it.
+        For each step how many keys are physically in the cache after it, in the layer and head that holds the most.
+        With full prefill the whole prompt is held until its last step.
     """
 
     logits: Tensor
@@ -53,31 +53,31 @@ class Decoded:
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """One text, plan and budget to decode, with nothing left to check.
+    """One text to decode under one plan and budget, all checked.
 
     Attributes
     ----------
     model : PreTrainedModel
         A causal language model of transformers, in eval mode.
     ids : Tensor
-        int64 ``[1, T]``: the text; every token is given, none is chosen.
+        int64 ``[1, T]``: the tokens of the text; decoding follows them and samples nothing.
     plan, budget
         The policy, how it is run, and ``B`` in keys per key/value head.
     prompt : int
         ``P``.
     prefill : Prefill
-        Whether the prompt goes through one ordinary forward pass and the cache is cut at its end, or every token is
-        decoded, from the first.
+        With ``full`` the prompt goes through one ordinary forward pass, and keys are evicted at its end; with
+        ``stream`` every token is decoded.
     sequence : int
-        Number of the sequence, on which draws depend.
+        Number of the sequence, on which random draws depend.
     facts : AttentionFacts
-        Of the model's attention.
+        Facts about the model's attention.
     rotary : list of Derotation, or None
-        Rotation of each layer, where a key has the rotary position of its place in the cache: 0 to n - 1, oldest first,
-        the query n - 1. A policy is shown keys and queries at their original positions.
+        Rotation of each layer if positions are compacted: the keys in the cache have rotary positions 0 to n - 1,
+        oldest first, and the query n - 1. A policy still sees keys and queries at their original positions.
     """
 
-    model: Any
+    model: CausalModel
     ids: Tensor
     plan: EvictionPlan
     budget: int
@@ -89,7 +89,7 @@ class DecodeJob:
 
     @torch.no_grad()
     def execute(self) -> Decoded:
-        """Return what the model computes; raises ReplayError if a policy that should have evicted did not."""
+        """Decode and return the result; raises ReplayError if a policy evicted nothing although it had to."""
         simulation = self._empty_simulation()
         cache = short_cache(len(self.facts.windows), self.rotary)
         decoder = Decoder(self.model, self.ids, simulation, cache, self.facts.head_dim)
@@ -99,7 +99,7 @@ class DecodeJob:
         return Decoded(logits, leave, decoder.held)
 
     def _empty_simulation(self) -> CacheSimulation:
-        """Return a simulation over all layers whose signals are still empty: they are filled in as tokens come."""
+        """Return a simulation over all layers; its signals are zero until the decoder fills them in token by token."""
         facts, length = self.facts, self.ids.shape[1]
         layers, made = len(facts.windows), {"dtype": exact_dtype(self.model), "device": self.model.device}
         shape = Shape(
@@ -121,7 +121,7 @@ class DecodeJob:
 
 
 def decode(
-    model: Any,
+    model: CausalModel,
     ids: Tensor,
     plan: EvictionPlan,
     budget: int,
@@ -131,7 +131,7 @@ def decode(
     positions: str = Positions.original,
     sequence: int = 0,
 ) -> Decoded:
-    """Return what a model computes along given tokens when a policy really shortens its cache.
+    """Return what a model computes on given tokens while a policy evicts keys from its cache.
 
     Parameters
     ----------
@@ -140,58 +140,58 @@ def decode(
     ids : Tensor
         int64 ``[T]`` or ``[1, T]``.
     positions : {"original", "compacted"}
-        Whether a key keeps the rotary position of its place in the text, or has that of its place in the cache.
+        Whether the rotary position of a key is its position in the text or in the cache.
 
     Raises
     ------
     UsageError
-        For a policy that needs more than the shortened cache holds, or sizes that make no sense.
+        For a policy that needs more than the shortened cache holds, or an impossible prompt length or budget.
     ModelError
-        For a model whose attention is not softmax over its cache in every layer.
+        For a model in which some layer's attention is not softmax over its cache.
     ReplayError
-        If a policy that should have evicted did not.
+        If a policy evicted nothing although it had to.
     """
-    how, places = choice(Prefill, prefill, "prefill"), choice(Positions, positions, "positions")
+    how, placing = choice(Prefill, prefill, "prefill"), choice(Positions, positions, "positions")
     require_decodable(plan)
     require_gates(plan, model)
     ids = ids if ids.ndim == 2 else ids[None]
     if ids.ndim != 2 or ids.shape[0] != 1 or not 1 <= prompt <= ids.shape[1] or budget < 1:
         raise UsageError(
             f"ids of shape {tuple(ids.shape)} with a prompt of {prompt} and a budget of {budget} cannot be decoded",
-            "Give one sequence, a prompt of 1 to T of its tokens, and a budget of at least 1.",
+            "Use one sequence of T tokens, a prompt of 1 to T tokens, and a budget of at least 1.",
         )
     plan.require(how)
     require_room(plan.policy, budget, prompt)
     with torch.no_grad():
         facts = attention_facts(model, ids)
-        rotary = derotations(model, ids[:, :1]) if places is Positions.compacted else None
+        rotary = derotations(model, ids[:, :1]) if placing is Positions.compacted else None
     return DecodeJob(model, ids, plan, budget, prompt, how, sequence, facts, rotary).execute()
 
 
 def require_decodable(plan: EvictionPlan) -> None:
-    """Raise UsageError if a plan needs more than a shortened cache holds, or a signal that decoding does not give."""
+    """Raise UsageError if a plan needs more than a shortened cache holds, or a signal that decoding lacks."""
     if plan.policy.traits.reads or "full_weights" in plan.needs:
-        why = "reads" if plan.policy.traits.reads else "looks at the attention on"
+        why = "reads" if plan.policy.traits.reads else "observes the attention on"
         raise UsageError(
             f"{plan.policy.label} {why} keys that a shortened cache does not hold, so it cannot be decoded with one",
-            "Use another policy, or replay it: the closed loop computes what it would do.",
+            "Use another policy, or replay this one in the closed loop.",
         )
     unknown = {name for name in plan.needs - ROWS - SIGNALS if not name.startswith(GATE)}
     if unknown:
         raise UsageError(
-            f"{plan.policy.label} needs a signal called {sorted(unknown)[0]!r}, which decoding does not give",
-            f"Signals: {', '.join(sorted(ROWS | SIGNALS))}.",
+            f"{plan.policy.label} needs a signal called {sorted(unknown)[0]!r}, which decoding does not provide",
+            f"Use one of the known signals: {', '.join(sorted(ROWS | SIGNALS))}.",
         )
 
 
-def attention_facts(model: Any, ids: Tensor) -> AttentionFacts:
-    """Return the facts of the model's attention; raises ModelError if some of it is not decoded here."""
+def attention_facts(model: CausalModel, ids: Tensor) -> AttentionFacts:
+    """Return facts about the model's attention; raises ModelError if it has layers that cannot be decoded here."""
     facts = self_check(model, ids)
     config = model.config.get_text_config(decoder=True)
     other = set(getattr(config, "layer_types", None) or ()) - KINDS
     if other or list(facts.windows) != list(range(config.num_hidden_layers)):
         raise ModelError(
             f"{type(model).__name__} has layers that are not softmax attention over all keys or a sliding window",
-            "Decode a model that has nothing else.",
+            "Use a model that has only such layers.",
         )
     return facts

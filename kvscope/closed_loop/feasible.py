@@ -1,4 +1,4 @@
-"""Which plans can run inside a model, where attention is computed over the keys that are still held."""
+"""Whether a plan can run inside a model, where attention is computed over the visible keys only."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from kvscope.engine.runs import RunSpec
 
 
 def closed_runs(open_runs: Sequence[RunSpec], positions: Positions) -> list[RunSpec]:
-    """Return the closed runs that belong to open ones; bounds, which know the future, have none."""
+    """Return a closed run for each open run, except those of clairvoyant bounds."""
     feasible = [run for run in open_runs if not run.plan.policy.traits.clairvoyant]
     return [
-        replace(run, number=len(open_runs) + place, loop=Loop.closed, positions=positions, open_run=run.number)
-        for place, run in enumerate(feasible)
+        replace(run, number=number, loop=Loop.closed, positions=positions, open_run=run.number)
+        for number, run in enumerate(feasible, start=len(open_runs))
     ]
 
 
 def require_closed(plan: EvictionPlan, positions: Positions = Positions.original) -> None:
-    """Raise UsageError if a plan has no meaning where attention is really computed over the keys that are held."""
+    """Raise UsageError if a plan needs attention that the closed loop does not compute, or has no compacted form."""
     traits = plan.policy.traits
     why = None
     if traits.clairvoyant:
-        why = "looks ahead at attention that depends on what it evicts"
+        why = "needs future attention, which depends on what it evicts"
     elif "full_weights" in plan.needs and not traits.reads:
-        why = "looks at attention on keys that it has evicted"
+        why = "needs the attention on keys that it has evicted"
     elif positions == Positions.compacted and traits.reads:
         why = "holds every key, so there is nothing to compact"
     if why:
         raise UsageError(
-            f"{plan.label} cannot run in the closed loop, {positions} positions: it {why}", "Leave it out."
+            f"{plan.label} cannot run in the closed loop with {positions} positions: it {why}", "Use another policy."
         )

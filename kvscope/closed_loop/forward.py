@@ -1,9 +1,9 @@
-"""The closed loop: policies inside the model's attention, many in one teacher-forced pass.
+"""The forward pass of the closed loop: policies inside the model's attention, many in one teacher-forced pass.
 
-A layer's keys and values never change once computed, and what a policy decides in a layer at step ``t`` depends on that
-layer's rows up to ``t`` alone. So each layer computes all its queries, keys and values at once, steps every policy
-through its rows, applies what they left visible, and passes on: the numbers of token-by-token decoding with a really
-shortened cache, at the price of one forward pass. Runs ride along as a batch; row 0 is the full cache.
+A layer's keys and values never change once computed, and a policy's decision in a layer at step ``t`` depends only on
+that layer's rows up to ``t``. So each layer computes all its queries, keys and values at once, steps every policy
+through its rows, and attends to the keys that these leave visible. The results are those of token-by-token decoding
+with a physically shortened cache, at the cost of one forward pass. The runs are a batch; row 0 has the full cache.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from kvscope.closed_loop.compaction import Compacted
 from kvscope.closed_loop.gates import margins
 from kvscope.core.errors import ReplayError
+from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Prefill
 from kvscope.engine.allocation import Allocator
 from kvscope.engine.plan import GATE, EvictionPlan
@@ -32,22 +32,22 @@ from kvscope.metrics import Metric
 from kvscope.model.attention_hook import Call, Kernel
 from kvscope.model.derotation import Derotation
 
-BLOCK_BYTES = 128 * 2**20  # of one tensor of rows for all runs of a batch
-BLOCK_QUERIES = 128  # queries of a block, so that little of it lies above the diagonal
+BLOCK_BYTES = 128 * 2**20  # limit for one tensor of rows for all runs of a batch
+BLOCK_QUERIES = 128  # limit for the queries of a block, so that few of its weights are above the causal diagonal
 
 
 @dataclass(frozen=True)
 class RunBatch:
-    """Runs of one plan that ride together.
+    """Runs of one plan that are computed together.
 
     Attributes
     ----------
     plan : EvictionPlan
-        Their policy.
+        The policy, and how it is run.
     budgets : list of int
-        ``B`` of each.
+        ``B`` of each run.
     allocators : mapping of int to Allocator
-        For each layer what shares out the budget, where that had to be found beforehand (`survey`).
+        For each layer the allocator of its budget, if the allocation had to be computed beforehand (see `survey`).
     """
 
     plan: EvictionPlan
@@ -57,7 +57,7 @@ class RunBatch:
 
 @dataclass(frozen=True)
 class PassShape:
-    """What a pass reads: ``P``, ``T``, number of the sequence, number of the model's layers, prefill."""
+    """Sizes of a pass: ``P``, ``T``, the sequence's number, the number of layers of the model, and the prefill."""
 
     prompt: int
     length: int
@@ -66,29 +66,29 @@ class PassShape:
     prefill: Prefill
 
 
-Found = Callable[[int, int, CacheSimulation, MetricSeries], None]  # layer, number of the batch, and what it gave
+Found = Callable[[int, int, CacheSimulation, MetricSeries], None]  # layer, number of the batch, and its results
 
 
 class ClosedLoop:
-    """Answers the attention calls of one pass over a batch of ``1 + R`` equal sequences.
+    """Computes the attention of one pass over a batch of ``1 + R`` copies of a sequence.
 
     Parameters
     ----------
     batches : sequence of RunBatch
-        In the order of the rows ``1..R`` of the input.
+        Runs, in the order of the rows ``1..R`` of the input.
     text : PassShape
         Sizes.
     metrics : sequence of Metric
-        Fidelity of the closed loop: of what a row keeps of its own run's attention.
+        Computed from each run's own full rows: the attention it would have in this layer without eviction.
     found : callable
-        Called for each layer and batch when its simulation is done.
+        Called for each layer and batch when its simulation is complete.
     rotary : sequence of Derotation, optional
-        Rotation of each layer. With it positions are compacted: the keys that a query sees lie at 0, 1, 2, ...
+        Rotation of each layer. If given, positions are compacted: the keys that a query sees are at 0, 1, 2, ...
 
     Attributes
     ----------
     layers : list of int
-        Layers that were really called, in order.
+        Layers whose attention was called, in order.
     """
 
     def __init__(
@@ -122,17 +122,17 @@ class ClosedLoop:
         scorer = BlockScorer([series], call.value[:, None])
         most = BLOCK_BYTES // (4 * self.text.length * call.query.shape[0] * call.query.shape[1])
         size = max(1, min(BLOCK_QUERIES, most))
-        renumbered = None if self.rotary is None else Compacted(call, self.rotary[call.layer])
+        compacted = None if self.rotary is None else Compacted(call, self.rotary[call.layer])
         output = []
         for start in range(0, self.text.length, size):
             stop = min(start + size, self.text.length)
             rows = call.rows(start, stop, stop)  # [R, H, b, stop]
             missing = self._missing(call, simulation, rows, start, stop)
-            if renumbered is None:
+            if compacted is None:
                 simulation.block(Block(rows[:, None], start, None if missing is None else missing[:, None]))
                 output.append(_attended(call, simulation, rows, missing, start, stop))
             else:
-                output.append(renumbered.attend(simulation, rows, start))
+                output.append(compacted.attend(simulation, rows, start))
             if self.metrics:
                 scorer.add(rows[:, None], start, None if missing is None else missing[:, None])
             simulation.release(stop)
@@ -142,7 +142,7 @@ class ClosedLoop:
 
     @staticmethod
     def _missing(call: Call, simulation: CacheSimulation, rows: Tensor, start: int, stop: int) -> Tensor | None:
-        """Return the mass that a learned sink takes from rows, ``[R, H, b]``, and tell the simulation of it."""
+        """Return the attention mass of rows on a learned sink, ``[R, H, b]``, and write it to the simulation."""
         if call.sinks is None or simulation.inputs.missing_mass is None:
             return None
         missing = (1 - rows.sum(-1)).clamp(min=0)
@@ -153,7 +153,7 @@ class ClosedLoop:
 def _attended(
     call: Call, simulation: CacheSimulation, rows: Tensor, missing: Tensor | None, start: int, stop: int
 ) -> Tensor:
-    """Return the output of a block of queries over the keys that they saw, ``[R, b, H, D]``."""
+    """Return the output of a block of queries over their visible keys, ``[R, b, H, D]``."""
     kept, total = _kept(simulation, rows, start, stop)
     total = total if missing is None else total + missing
     groups = call.value.shape[1]
@@ -164,7 +164,7 @@ def _attended(
 
 
 def _kept(simulation: CacheSimulation, rows: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Return a block of rows without the keys that queries did not see, and what is left of their mass."""
+    """Return a block of rows with zeros at keys that are not visible, and the rows' remaining mass."""
     if rows.device.type == "cpu" and available() and not simulation.plan.policy.traits.reads:
         kept, total = kept_rows(rows.detach().numpy(), simulation.state.leave[:, 0].numpy(), start)
         return torch.from_numpy(kept), torch.from_numpy(total)
@@ -178,13 +178,13 @@ def require_whole(call: Call, text: PassShape) -> None:
     queries, keys = call.query.shape[2], call.key.shape[2]
     if queries != text.length or keys != queries:
         raise ReplayError(
-            f"layer {call.layer} got {queries} queries on {keys} keys, not the whole text at once",
-            "The closed loop needs a model that attends to its whole input in one call.",
+            f"layer {call.layer} was called with {queries} queries on {keys} keys, not with the whole text at once",
+            "Use a model that attends to its whole input in one call.",
         )
 
 
 def simulation_of(call: Call, batch: RunBatch, text: PassShape) -> CacheSimulation:
-    """Return the simulation of one layer for the runs of a batch, which are the rows of `call`."""
+    """Return the simulation of one layer for the runs of a batch; row ``r`` of `call` is run ``r``."""
     runs, heads, length, _ = call.query.shape
     shape = Shape(
         layers=(call.layer,),
@@ -213,18 +213,18 @@ def simulation_of(call: Call, batch: RunBatch, text: PassShape) -> CacheSimulati
 
 
 def signal(call: Call, name: str, prompt: int) -> Tensor:
-    """Return a signal of a call, with a leading axis of runs and one of its single layer; gates may look at the prompt.
+    """Return a signal of a call, with leading axes for the runs and the single layer; `prompt` is needed by gates.
 
     Raises
     ------
     ModelError
-        If a gate needs the input of the layer, which its module does not show.
+        If a gate needs the input of the layer and the attention module does not expose it.
     """
     if name.startswith(GATE):
         return margins(name.removeprefix(GATE), call, call.hidden, prompt)[:, None]
     if name in ("value_l1", "value_l2", "key_l2"):
-        of = call.value if name.startswith("value") else call.key
-        norm: Tensor = of.to(call.exact).norm(p=1 if name.endswith("l1") else 2, dim=-1)
+        vectors = call.value if name.startswith("value") else call.key
+        norm: Tensor = vectors.to(call.exact).norm(p=1 if name.endswith("l1") else 2, dim=-1)
         return norm[:, None]
     if name == "mean_query":
         return call.query.to(call.exact).mean(1)[:, None]
@@ -232,7 +232,7 @@ def signal(call: Call, name: str, prompt: int) -> Tensor:
 
 
 def rows_of(call: Call, start: int, stop: int) -> Call:
-    """Return a call with rows `start` to `stop` - 1 of its batch alone."""
+    """Return a call with only rows `start` to `stop` - 1 of its batch."""
     mask = call.mask
     if mask is not None and mask.shape[0] > 1:
         mask = mask[start:stop]
@@ -246,10 +246,11 @@ def rows_of(call: Call, start: int, stop: int) -> Call:
     )
 
 
-def logits_of(model: Any, ids: Tensor, keep: slice) -> Tensor:
-    """Return logits ``[batch, S, V]`` of some positions of ids ``[batch, T]``, from one pass without a cache.
+def logits_of(model: CausalModel, ids: Tensor, keep: slice) -> Tensor:
+    """Return logits ``[batch, S, V]`` of the positions `keep` of ids ``[batch, T]``, from one pass without a cache.
 
-    Where the model can, the others are never computed. A slice goes with every device that its parts may be on.
+    If the model supports it, logits of other positions are not computed. `keep` is a slice and not a tensor because
+    the parts of a model may be on several devices.
     """
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits  # type: ignore[no-any-return]

@@ -1,21 +1,20 @@
-"""Gates in the closed loop and in decoding: whether they belong to the model, and what they say of its layer inputs."""
+"""Gates in the closed loop and in decoding: whether they were trained for the model, and their margins."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvscope.core.errors import ModelError
+from kvscope.core.model_types import CausalModel
 from kvscope.engine.plan import EvictionPlan
 from kvscope.gates.module import load_gate
 from kvscope.model.attention_hook import Call
 from kvscope.model.sample import sample
 
 
-def require_gates(plan: EvictionPlan, model: Any) -> None:
-    """Raise UsageError unless the gates that a plan asks were trained for this model."""
+def require_gates(plan: EvictionPlan, model: CausalModel) -> None:
+    """Raise UsageError unless the gates that a plan uses were trained for this model."""
     if not plan.gates:
         return
     config, weights = model.config.get_text_config(decoder=True), sample(model)
@@ -28,26 +27,27 @@ def require_gates(plan: EvictionPlan, model: Any) -> None:
 
 @torch.no_grad()
 def margins(name: str, call: Call, hidden: Tensor | None, prompt: int) -> Tensor:
-    """Return by how much the gates of a layer are above their threshold, ``[batch, G, T]``.
+    """Return by how much the gates of a layer exceed their threshold, ``[batch, G, T]``.
 
     Parameters
     ----------
     name : str
         File of the gate, or ``demo``.
     call : Call
-        Of the layer: its number, its precision and where it is.
+        The attention call of the layer; gives its number, precision and device.
     hidden : Tensor or None
-        The inputs of the layer from the first token on, ``[batch, T, hidden]``.
+        Inputs of the layer for all tokens so far, ``[batch, T, hidden]``.
     prompt : int
         ``P``.
 
     Raises
     ------
     ModelError
-        If there are no inputs: the module of the attention does not show them.
+        If `hidden` is None because the attention module does not expose its input.
     """
     if hidden is None:
         raise ModelError(
-            f"layer {call.layer} does not show the input of its attention, from which gates decide", "Leave them out."
+            f"layer {call.layer} does not expose the input of its attention, which gates need",
+            "Use policies without gates, or another model.",
         )
     return load_gate(name).margins(call.layer, hidden.to(call.exact), prompt).to(call.query.device)

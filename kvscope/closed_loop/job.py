@@ -1,10 +1,10 @@
-"""Scoring tokens in the closed loop: one teacher-forced pass per text and batch of runs."""
+"""Scoring of tokens in the closed loop: one teacher-forced pass for each text and batch of runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from kvscope.closed_loop.losses import compare_logits
 from kvscope.closed_loop.passage import Passage, scored_tokens
 from kvscope.closed_loop.survey import surveyed
 from kvscope.core.errors import ModelError, ReplayError
+from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Prefill
 from kvscope.engine.runs import RunSpec, Sink, Tally
 from kvscope.engine.scoring import MetricSeries
@@ -24,43 +25,44 @@ from kvscope.metrics import Metric
 from kvscope.model.attention_hook import replace_attention
 from kvscope.model.derotation import Derotation
 
-Array = NDArray[Any]
-PASS_BYTES = 2 * 2**30  # of the logits of one pass
-SAME = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.3}  # mean loss, in nats
+Array = NDArray[np.generic]
+PASS_BYTES = 2 * 2**30  # limit for the logits of one pass
+# Largest mean difference, in nats per token, between losses of the same model.
+SAME = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.3}
 
 
 class TokenSink(Sink, Protocol):
-    """Who takes what the closed loop found."""
+    """Receives the results of the closed loop."""
 
     def tokens(self, run: int, sequence: int, position: Array, values: Mapping[str, Array]) -> None:
-        """Take ``nll_full``, ``nll_policy``, ``kl``, ``top1_equal``, ``top1_correct`` of tokens, each ``[S]``."""
+        """Receive ``nll_full``, ``nll_policy``, ``kl``, ``top1_equal``, ``top1_correct`` of tokens, each ``[S]``."""
 
 
 @dataclass(frozen=True)
 class ClosedLoopJob:
-    """Policies inside a model over texts, with nothing left to check.
+    """Runs of policies inside a model over texts, all checked.
 
     With full prefill the tokens after the prompt are scored, with streaming prefill all but the first.
 
     Attributes
     ----------
     model : transformers model
-        In eval mode; its dtype decides the precision.
+        In eval mode; its dtype is the precision of the pass.
     passages : sequence of Passage
-        What it reads.
+        The texts.
     runs : sequence of RunSpec
-        Policies and budgets, all with the same positions. As many as `PASS_BYTES` of logits allow share a pass.
+        Plans and budgets, all with the same positions. A pass takes as many runs as `PASS_BYTES` of logits allow.
     metrics : sequence of Metric
-        Fidelity of each run to its own attention.
+        Computed from each run's own full rows.
     prefill : Prefill
         What happens during the prompt.
     layers : list of int
-        Layers whose attention is called.
+        Layers whose attention must be called.
     rotary : list of Derotation, or None
-        Rotation of each layer, where positions are compacted.
+        Rotation of each layer if positions are compacted.
     """
 
-    model: Any
+    model: CausalModel
     passages: Sequence[Passage]
     runs: Sequence[RunSpec]
     metrics: Sequence[Metric]
@@ -70,12 +72,12 @@ class ClosedLoopJob:
 
     @torch.inference_mode()
     def execute(self, sink: TokenSink, progress_callback: Callable[[float], None] | None = None) -> Tally:
-        """Return what was counted, once `sink` has the losses, residency and fidelity of every run.
+        """Execute the job and return its counts; `sink` gets the losses, residency and fidelity of every run.
 
         Raises
         ------
         ModelError
-            If the model gives other losses than were recorded.
+            If the model's losses differ from the recorded ones.
         ReplayError
             If a loss is not finite, or a layer does not attend to the whole text at once.
         """
@@ -88,7 +90,7 @@ class ClosedLoopJob:
         return tally
 
     def _parts(self, passage: Passage) -> Iterator[list[RunSpec]]:
-        """Yield runs, those of one plan together, as many at a time as the logits of a pass may take."""
+        """Yield the runs of each pass, as many as `PASS_BYTES` allow; runs of one plan are consecutive."""
         scored = len(scored_tokens(passage.sequence, self.prefill))
         size = 4 if self.model.dtype != torch.float64 else 8
         per_run = scored * self.model.config.get_text_config(decoder=True).vocab_size * size
@@ -100,7 +102,7 @@ class ClosedLoopJob:
 
 
 class ForwardPass:
-    """One forward pass over one text with some runs.
+    """One forward pass over one text with some of the runs.
 
     Parameters
     ----------
@@ -109,11 +111,11 @@ class ForwardPass:
     passage : Passage
         The text.
     runs : sequence of RunSpec
-        Those of the job that share the pass, those of one plan together.
+        The runs of the pass; those of one plan are consecutive.
     sink : TokenSink
-        Takes residency, fidelity and losses.
+        Receives residency, fidelity and losses.
     tally : Tally
-        Counts the keys that are handed out.
+        Counts the allocated keys.
     """
 
     def __init__(
@@ -124,16 +126,18 @@ class ForwardPass:
         self.scored = scored_tokens(sequence, job.prefill)
         self.text = PassShape(sequence.prompt, sequence.length, sequence.index, len(job.layers), job.prefill)
         self.ids = passage.ids.to(job.model.get_input_embeddings().weight.device)
-        self.runs = [
-            [run for run in runs if run.plan == plan] for plan in dict.fromkeys(run.plan for run in runs)
-        ]  # of each batch
+        plans = dict.fromkeys(run.plan for run in runs)
+        self.runs = [[run for run in runs if run.plan == plan] for plan in plans]  # by batch
         self.batches = []
-        for own in self.runs:
-            batch = RunBatch(own[0].plan, [run.keys(sequence, job.prefill) for run in own])
+        for batch_runs in self.runs:
+            batch = RunBatch(batch_runs[0].plan, [run.keys(sequence, job.prefill) for run in batch_runs])
             self.batches.append(surveyed(job.model, self.ids, batch, self.text) if batch.plan.looks_across else batch)
 
     def logits(self) -> Tensor:
-        """Return logits ``[1 + R, S, V]`` for the scored tokens, row 0 of the full cache; hands on what was kept."""
+        """Return logits ``[1 + R, S, V]`` for the scored tokens, row 0 with the full cache.
+
+        The sink gets residency and fidelity.
+        """
         rows = 1 + sum(map(len, self.runs))
         loop = ClosedLoop(self.batches, self.text, self.job.metrics, self._found, self.job.rotary)
         with replace_attention(self.job.model, loop):
@@ -141,15 +145,15 @@ class ForwardPass:
         if sorted(loop.layers) != self.job.layers:
             raise ReplayError(
                 f"attention was called in layers {sorted(loop.layers)}, not in {self.job.layers}",
-                "The closed loop needs one call for each layer; please report the model.",
+                "The closed loop needs one call for each layer: report the model as a bug.",
             )
         return logits
 
     def score(self) -> None:
-        """Run, and hand on losses too."""
+        """Run the pass; the sink gets residency, fidelity and losses."""
         logits = self.logits()
         targets = self.ids[torch.from_numpy(self.scored).to(self.ids.device)].to(logits.device)
-        for row, run in enumerate((run for own in self.runs for run in own), start=1):
+        for row, run in enumerate((run for batch_runs in self.runs for run in batch_runs), start=1):
             losses = compare_logits(logits[:1], logits[row], targets)
             values = {name: value.cpu().numpy() for name, value in losses.items()}
             if not all(np.isfinite(value).all() for value in values.values()):
@@ -157,15 +161,15 @@ class ForwardPass:
             self._require_same_model(values["nll_full"])
             self.sink.tokens(run.number, self.text.sequence, self.scored, values)
 
-    def _require_same_model(self, losses: Array) -> None:
-        """Raise ModelError if these are not the losses that were recorded."""
+    def _require_same_model(self, losses: NDArray[np.floating]) -> None:
+        """Raise ModelError if these full-cache losses differ from the recorded ones."""
         if self.passage.logprob is None:
             return
-        away = float(np.abs(losses + self.passage.logprob[self.scored]).mean())
-        if away > SAME[self.job.model.dtype]:
+        difference = float(np.abs(losses + self.passage.logprob[self.scored]).mean())
+        if difference > SAME[self.job.model.dtype]:
             raise ModelError(
-                f"the model gives other losses than the trace, by {away:.3g} nats for each token",
-                "Name the model that was traced with --model, and its --dtype.",
+                f"the model's losses differ from those in the trace by {difference:.3g} nats per token",
+                "Give the model that was traced with --model, and its --dtype.",
             )
 
     def _found(self, layer: int, number: int, simulation: CacheSimulation, series: MetricSeries) -> None:
@@ -175,5 +179,5 @@ class ForwardPass:
         for place, run in enumerate(self.runs[number]):
             self.tally.add_budget(run.number, simulation, place)
             self.sink.residency(run.number, self.text.sequence, layer, simulation.residency(place, 0))
-            one = {name: value[place, 0] for name, value in values.items()}
-            self.sink.fidelity(run.number, self.text.sequence, layer, steps, one)
+            run_values = {name: value[place, 0] for name, value in values.items()}
+            self.sink.fidelity(run.number, self.text.sequence, layer, steps, run_values)

@@ -1,15 +1,19 @@
-"""Losses of tokens under the full cache and under a run, and how far apart the two distributions are."""
+"""Losses of tokens with the full cache and under a run, and the difference of the two distributions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 64 * 2**20  # of the distributions that are compared at a time
+BLOCK_BYTES = 64 * 2**20  # limit for the distributions that are compared at a time
 
 
 def compare_logits(full: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Return losses of targets ``[S]`` under full logits ``[1, S, V]`` and a run's ``[S, V]``, nats, block by block."""
+    """Return a comparison of full-cache logits ``[1, S, V]`` with a run's ``[S, V]`` for target tokens ``[S]``.
+
+    Each value is ``[S]``: ``nll_full`` and ``nll_policy`` are the losses and ``kl`` is KL(full ‖ policy), all in nats;
+    ``top1_equal`` is whether both predict the same token, ``top1_correct`` whether the run predicts the target.
+    """
     size = max(1, BLOCK_BYTES // (logits.shape[-1] * 8))
     parts = []
     for start in range(0, len(targets), size):

@@ -1,9 +1,8 @@
-"""A text that the closed loop reads, and which of its tokens are scored."""
+"""A text for the closed loop, and which of its tokens are scored."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,18 +11,16 @@ from torch import Tensor
 from kvscope.core.options import Prefill
 from kvscope.trace.reader import TokenSequence
 
-Array = NDArray[Any]
-
 
 @dataclass(frozen=True)
 class Passage:
-    """Token ids ``[T]``, how they are divided, and their log-probabilities ``[T]`` where these are known."""
+    """Token ids ``[T]``, their division into prompt and rest, and their log-probabilities ``[T]`` if recorded."""
 
     sequence: TokenSequence
     ids: Tensor
-    logprob: Array | None = None
+    logprob: NDArray[np.floating] | None = None
 
 
-def scored_tokens(sequence: TokenSequence, prefill: Prefill) -> Array:
+def scored_tokens(sequence: TokenSequence, prefill: Prefill) -> NDArray[np.int64]:
     """Return the positions of the tokens that are scored: each is predicted by the one before it."""
     return np.arange(sequence.prompt if prefill == "full" else 1, sequence.length)

@@ -1,4 +1,4 @@
-"""Language modelling under a cache limit, straight from text files: the protocol of papers that report perplexity."""
+"""Perplexity of text files under a cache limit: the protocol of papers that report perplexity."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import TokenSequence
 
 DEFAULT_WINDOW = 1024
-FEWEST = 8  # tokens of a last window that is shorter than the others
+FEWEST = 8  # a last window of this many tokens or fewer is dropped
 
 
 @dataclass(frozen=True)
 class PerplexityJob:
-    """A measurement of perplexity in which nothing is left to check.
+    """A measurement of perplexity whose input has been checked.
 
     Attributes
     ----------
     closed : ClosedLoopJob
         The runs over the windows of all texts.
     source : SourceRef
-        What ``run.json`` says of the texts.
+        Description of the texts in ``run.json``.
     """
 
     closed: ClosedLoopJob
@@ -48,7 +48,7 @@ class PerplexityJob:
         return self.closed.runs
 
     def execute(self, output: OutputOptions, progress_callback: Callable[[float], None] | None = None) -> Replay:
-        """Return what policies cost in perplexity, written to `output`.
+        """Execute the job and return the results that were written to `output`.
 
         Raises
         ------
@@ -69,12 +69,12 @@ class PerplexityJob:
 def passages_of_texts(
     loaded: Loaded, texts: Mapping[Path, str], options: PerplexityOptions
 ) -> tuple[list[Passage], int]:
-    """Return the windows of all texts, and how many tokens a window has.
+    """Return the windows of all texts, and the number of tokens of a window.
 
     Raises
     ------
     UsageError
-        If a text is too short, or a window is larger than the context or the prompt fills it.
+        If a text is too short, or a window is larger than the context or not larger than the prompt.
     """
     size, prompt = _window(loaded, options.window, options.prompt), options.prompt
     found: list[Passage] = []
@@ -85,12 +85,14 @@ def passages_of_texts(
             if len(ids) > max(prompt, FEWEST):
                 found.append(Passage(TokenSequence(len(found), prompt, len(ids), True), torch.tensor(ids)))
         if not found or len(found[-1].ids) <= prompt:
-            raise UsageError(f"text {file} has too few tokens", f"Give it more than {max(prompt, FEWEST)}.")
+            raise UsageError(
+                f"text {file} has too few tokens", f"Use a text of more than {max(prompt, FEWEST)} tokens."
+            )
     return found, size
 
 
 def describe_texts(loaded: Loaded, texts: Mapping[Path, str], passages: Sequence[Passage], window: int) -> SourceRef:
-    """Return what ``run.json`` says of the texts; raises ModelError if the model's attention cannot be observed."""
+    """Return the entry of texts in ``run.json``; raises ModelError if the model's attention cannot be observed."""
     files = list(texts)
     with torch.inference_mode():
         facts = self_check(loaded.model, passages[0].ids[None].to(loaded.device))
@@ -120,7 +122,7 @@ def _window(loaded: Loaded, window: int | None, prompt: int) -> int:
     if context is not None and size > context:
         raise UsageError(f"a window of {size} tokens is more than the model's context of {context}", "Lower --window.")
     if not 1 <= prompt < size:
-        raise UsageError(f"a prompt of {prompt} tokens leaves nothing of a window of {size}", "Lower --prompt-length.")
+        raise UsageError(f"a prompt of {prompt} tokens fills a window of {size}", "Lower --prompt-length.")
     return size
 
 

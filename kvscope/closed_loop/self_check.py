@@ -1,8 +1,6 @@
-"""Before the first run: whether the closed loop with a full cache is the model itself."""
+"""The check before the first run that the closed loop, without eviction, equals the model."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +8,7 @@ from torch import Tensor
 from kvscope.closed_loop.forward import ClosedLoop, PassShape, RunBatch, logits_of
 from kvscope.closed_loop.losses import compare_logits
 from kvscope.core.errors import ModelError, ReplayError
+from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Prefill
 from kvscope.engine.plan import EvictionPlan
 from kvscope.model.attention_hook import replace_attention, require_registry
@@ -21,17 +20,15 @@ PROBE = 128  # tokens
 CLOSE = {torch.float64: 1e-15, torch.float32: 1e-7, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
-def self_check(model: Any, ids: Tensor, prefill: Prefill) -> list[int]:
-    """Return the layers whose attention was called, after a pass over the first tokens of ids ``[T]``.
-
-    A run that evicts nothing must give the model's own logits, and one that does must not leave layers out.
+def self_check(model: CausalModel, ids: Tensor, prefill: Prefill) -> list[int]:
+    """Return the layers whose attention was called in a pass over the first tokens of ids ``[T]``.
 
     Raises
     ------
     ReplayError
-        If it does not.
+        If a run that evicts nothing does not give the model's own logits.
     ModelError
-        If the model has layers without attention, or its attention cannot be watched.
+        If the model has layers without attention, or its attention cannot be observed.
     """
     require_registry(model)
     ids = ids[:PROBE]
@@ -47,12 +44,12 @@ def self_check(model: Any, ids: Tensor, prefill: Prefill) -> list[int]:
     if sorted(loop.layers) != list(range(expected)):
         raise ModelError(
             f"{type(model).__name__} has {expected} layers, and attention was called in {sorted(loop.layers)}",
-            "The closed loop needs a model whose every layer has attention.",
+            "Use a model in which every layer has attention.",
         )
     difference = compare_logits(logits[:1], logits[1], ids.new_zeros(count))["kl"].mean().item()
     if not difference <= CLOSE[model.dtype]:
         raise ReplayError(
             f"a cache that evicts nothing differs from {type(model).__name__}'s own attention by {difference:.3g} nats",
-            "Try --dtype float32; if it stays, please report the model.",
+            "Use --dtype float32; if that does not help, report the model as a bug.",
         )
     return sorted(loop.layers)

@@ -1,19 +1,19 @@
-"""Budgets that depend on all layers, found before the closed loop goes through them one by one.
+"""Budget allocation that depends on all layers, computed before the closed loop, which steps layers one by one.
 
-With full prefill the prompt's rows are those of the full cache in every run, so one pass over the prompt shows an
-allocator all that it may look at, and the pass that evicts gets its answer.
+With full prefill the prompt's rows are those of the full cache in every run. So one pass over the prompt gives an
+allocator all that it observes, and the pass that evicts uses the resulting allocation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvscope.closed_loop.forward import PassShape, RunBatch, logits_of, require_whole, rows_of, simulation_of
+from kvscope.core.model_types import CausalModel
 from kvscope.engine.allocation import ALLOCATORS, AllocationRequest, Allocator
 from kvscope.engine.rows import Block
 from kvscope.model.attention_hook import Call, Kernel, replace_attention
@@ -21,7 +21,7 @@ from kvscope.policies.base import Step
 
 
 class Given(Allocator):
-    """Hands out, at the end of the prompt, what was found beforehand."""
+    """Allocates, at the end of the prompt, shares that were computed beforehand."""
 
     when = "prompt"
 
@@ -32,8 +32,8 @@ class Given(Allocator):
         return self._share.to(request.budget.device)
 
 
-class _Watching(Allocator):
-    """Looks at one layer as another allocator would, and keeps what that one needs to decide."""
+class _Recording(Allocator):
+    """Observes one layer for another allocator, and records the request that this one decides from."""
 
     when = "prompt"
 
@@ -41,53 +41,51 @@ class _Watching(Allocator):
         self._allocator = allocator
         self.request: AllocationRequest | None = None
 
-    def observe(self, step: Step, memory: dict[str, Any]) -> None:
+    def observe(self, step: Step, memory: dict[str, Tensor]) -> None:
         self._allocator.observe(step, memory)
 
     def share(self, request: AllocationRequest) -> Tensor:
-        self.request = replace(request, memory=dict(request.memory))  # the engine clears its own
+        self.request = replace(request, memory=dict(request.memory))  # a copy, since the caller clears the original
         return request.budget[:, None, None].expand(-1, 1, request.heads).clone()
 
 
-def surveyed(model: Any, ids: Tensor, batch: RunBatch, text: PassShape) -> RunBatch:
-    """Return a batch with the share of every layer, found in one pass over the prompt, the first of ids ``[T]``."""
+def surveyed(model: CausalModel, ids: Tensor, batch: RunBatch, text: PassShape) -> RunBatch:
+    """Return a batch with an allocator for each layer, from one pass over the prompt, the start of ids ``[T]``."""
     prompt = replace(text, length=text.prompt)
-    found: dict[int, AllocationRequest] = {}
+    requests: dict[int, AllocationRequest] = {}
 
     def answer(call: Call, kernel: Kernel) -> Tensor:
         require_whole(call, prompt)
-        found[call.layer] = _watch(rows_of(call, 0, 1), batch, prompt)
+        requests[call.layer] = _request_of(rows_of(call, 0, 1), batch, prompt)
         return kernel()
 
     with replace_attention(model, answer):
         logits_of(model, ids[None, : text.prompt], slice(-1, None))
-    merged = _merged(list(found.values()))
+    merged = _merged(list(requests.values()))
     share = ALLOCATORS.get(batch.plan.allocate)().share(merged)  # [R, L, S]
-    own = {layer: Given(share[:, place : place + 1]) for place, layer in enumerate(found)}
-    return replace(batch, allocators=own)
+    allocators = {layer: Given(share[:, place : place + 1]) for place, layer in enumerate(requests)}
+    return replace(batch, allocators=allocators)
 
 
-def _watch(call: Call, batch: RunBatch, prompt: PassShape) -> AllocationRequest:
-    watching = _Watching(ALLOCATORS.get(batch.plan.allocate)())
-    watched = replace(batch, allocators={call.layer: watching})
-    simulation = simulation_of(_repeated(call, len(batch.budgets)), watched, prompt)
+def _request_of(call: Call, batch: RunBatch, prompt: PassShape) -> AllocationRequest:
+    """Return the request that an allocator would get at the end of the prompt for the layer of `call`."""
+    recording = _Recording(ALLOCATORS.get(batch.plan.allocate)())
+    recorded = replace(batch, allocators={call.layer: recording})
+    simulation = simulation_of(_repeated(call, len(batch.budgets)), recorded, prompt)
     rows = call.rows(0, prompt.length)
     simulation.block(Block(rows[:, None], 0))
-    assert watching.request is not None, "asked for at the end of the prompt"
-    return watching.request
+    assert recording.request is not None, "called at the end of the prompt"
+    return recording.request
 
 
 def _merged(layers: Sequence[AllocationRequest]) -> AllocationRequest:
-    """Return the request of all layers from those of single ones."""
+    """Return the request for all layers, merged from those of single layers."""
     device = layers[0].budget.device
 
     def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
         return torch.cat([part.to(device) for part in parts], axis)
 
-    memory = {
-        name: joined([one.memory[name] for one in layers], 1) if isinstance(value, Tensor) else value
-        for name, value in layers[0].memory.items()
-    }
+    memory = {name: joined([one.memory[name] for one in layers], 1) for name in layers[0].memory}
     scores = [one.score for one in layers if one.score is not None]
     return replace(
         layers[0],
@@ -99,7 +97,9 @@ def _merged(layers: Sequence[AllocationRequest]) -> AllocationRequest:
 
 
 def _repeated(call: Call, runs: int) -> Call:
-    def wide(tensor: Tensor) -> Tensor:
+    """Return a call whose single batch row is repeated for each run."""
+
+    def repeat(tensor: Tensor) -> Tensor:
         return tensor.expand(runs, *tensor.shape[1:])
 
-    return replace(call, query=wide(call.query), key=wide(call.key), value=wide(call.value))
+    return replace(call, query=repeat(call.query), key=repeat(call.key), value=repeat(call.value))

@@ -1,4 +1,4 @@
-"""The model and the tokens of a trace, for the closed loop."""
+"""The model and the passages of a trace, for the closed loop."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
     Raises
     ------
     TraceError
-        If the trace does not name a model, or was recorded in part.
+        If the trace does not name a model, or lacks layers or heads.
     ModelError
         If the model cannot be loaded.
     """
     name = options.model or trace.header.model.id
     if trace.header.source != "model" or not name:
         raise TraceError(
-            f"{trace.path} was imported and has no model, which the closed loop runs again",
-            "Record a trace with kvscope trace, or leave --perplexity out.",
+            f"{trace.path} was imported and has no model, which the closed loop needs",
+            "Record a trace with kvscope trace, or omit --perplexity.",
         )
     if name == trace.header.model.class_name and not Path(name).is_dir():
         raise TraceError(
@@ -36,12 +36,12 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
         )
     if len(trace.layers) != trace.header.n_layers:
         raise TraceError(
-            f"{trace.path} holds {len(trace.layers)} of {trace.header.n_layers} layers, and policies act in all",
+            f"{trace.path} holds {len(trace.layers)} of {trace.header.n_layers} layers, and the closed loop needs all",
             "Record it again without --layers.",
         )
     if trace.header.head_numbers:
         raise TraceError(
-            f"{trace.path} holds {trace.heads} of {trace.header.n_heads} query heads, and policies act in all",
+            f"{trace.path} holds {trace.heads} of {trace.header.n_heads} query heads, and the closed loop needs all",
             "Record it again without --heads.",
         )
     revision = None if options.model else trace.header.model.revision
@@ -49,7 +49,7 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
 
 
 def passages_of(trace: Trace, loaded: Loaded) -> list[Passage]:
-    """Return the tokens of each sequence of a trace; raises ModelError if the model has other tokens."""
+    """Return the tokens of each sequence of a trace; raises ModelError if the model's vocabulary lacks some of them."""
     vocabulary = loaded.text_config.vocab_size
     passages = []
     for sequence in trace.sequences:
@@ -57,7 +57,7 @@ def passages_of(trace: Trace, loaded: Loaded) -> list[Passage]:
         if tokens["token_id"].max() >= vocabulary:
             raise ModelError(
                 f"model {loaded.name} has {vocabulary} tokens, and the trace has token {tokens['token_id'].max()}",
-                "Name the model that was traced with --model.",
+                "Give the model that was traced with --model.",
             )
         ids = torch.from_numpy(tokens["token_id"].to_numpy().astype("int64"))
         passages.append(Passage(sequence, ids, tokens["logprob"].to_numpy()))

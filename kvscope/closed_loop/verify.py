@@ -1,10 +1,9 @@
-"""Real decoding with a really shortened cache, beside the closed loop: the proof that the loop's numbers are true."""
+"""Verification of the closed loop: its decisions and logits, compared with those of real decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,31 +19,30 @@ from kvscope.engine.runs import RunSpec, Tally
 from kvscope.model.selfcheck import AttentionFacts
 from kvscope.trace.reader import TokenSequence
 
-Array = NDArray[Any]
-TOLERANCE = 1e-9  # of logits in float64, where both ways differ in the order of sums alone
+TOLERANCE = 1e-9  # for logits in float64, where both computations differ only in the order of summation
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the closed loop and real decoding agree for one policy, budget and sequence.
+    """The agreement of the closed loop and real decoding for one policy, budget and sequence.
 
     Attributes
     ----------
     label, budget, keys, sequence
         What was compared; `keys` is ``B``.
     tokens : int
-        Tokens whose logits were compared.
+        Number of tokens whose logits were compared.
     largest_cache : int
-        Keys that the decoder's cache held at most after any step that evicts, of any head.
+        Largest number of keys that any head of the decoder's cache held after a step that evicts.
     decisions, different : int
-        Keys of all layers and heads, and those that left at another step.
+        Number of keys in all layers and heads, and of those that were evicted at different steps.
     first_difference : int or None
-        First step at which both hold other keys.
+        First step after which both hold different keys.
     logit_difference : float
         Largest absolute difference of logits.
     decided : bool
-        Whether this is float64, where any difference is a failure; in other precisions equal scores and rounding can
-        make one decision differ, and all that follow from it, so that they are measured and not judged.
+        Whether the precision is float64, where any difference is a failure. In lower precisions rounding can change one
+        decision, and with it all later ones, so differences are reported but are no failure.
     """
 
     label: str
@@ -61,20 +59,20 @@ class Verdict:
 
     @property
     def agrees(self) -> bool:
-        """Whether both hold the same keys at every step and give the same logits."""
+        """Whether both hold the same keys at every step and compute the same logits."""
         return not self.different and self.logit_difference <= TOLERANCE
 
 
 @dataclass(frozen=True)
 class VerifyJob:
-    """A comparison of real decoding with the closed loop, in which nothing is left to check.
+    """A comparison of real decoding with the closed loop, whose input has been checked.
 
     Attributes
     ----------
     closed : ClosedLoopJob
         The runs over the texts, without metrics.
     facts : AttentionFacts
-        Of the model's attention.
+        Facts about the model's attention.
     """
 
     closed: ClosedLoopJob
@@ -87,14 +85,14 @@ class VerifyJob:
 
     @torch.inference_mode()
     def execute(self, progress_callback: Callable[[float], None] | None = None) -> list[Verdict]:
-        """Return how both agree, for each sequence and run.
+        """Execute the job and return a verdict for each sequence and run.
 
         Raises
         ------
         ModelError
             If a layer does not attend to the keys and values that it caches.
         ReplayError
-            If a policy that should have evicted did not.
+            If a policy evicted nothing although it had to.
         """
         pairs = [(passage, run) for passage in self.closed.passages for run in self.closed.runs]
         verdicts = []
@@ -105,29 +103,29 @@ class VerifyJob:
         return verdicts
 
     def _compare(self, passage: Passage, run: RunSpec) -> Verdict:
-        sequence, found, job = passage.sequence, _Leaves(), self.closed
-        made = ForwardPass(job, passage, [run], found, Tally())
-        closed = made.logits()[1]
+        sequence, evictions, job = passage.sequence, _EvictionSteps(), self.closed
+        forward = ForwardPass(job, passage, [run], evictions, Tally())
+        closed = forward.logits()[1]
         keys = run.keys(sequence, job.prefill)
         ids = passage.ids[None].to(closed.device)
         real = DecodeJob(
             job.model, ids, run.plan, keys, sequence.prompt, job.prefill, sequence.index, self.facts, job.rotary
         ).execute()
-        one = np.stack([found.layers[layer] for layer in sorted(found.layers)])  # [L, G * T]
-        other = np.stack([leave.reshape(-1).cpu().numpy() for leave in real.leave])
-        unlike = one != other
-        first = int(np.minimum(one, other)[unlike].min()) if unlike.any() else None
+        simulated = np.stack([evictions.layers[layer] for layer in sorted(evictions.layers)])  # [L, G * T]
+        decoded = np.stack([leave.reshape(-1).cpu().numpy() for leave in real.leave])
+        different = simulated != decoded
+        first = int(np.minimum(simulated, decoded)[different].min()) if different.any() else None
         start = sequence.prompt - 1 if job.prefill == "full" else 0
-        logits = real.logits[torch.from_numpy(made.scored - 1)]
+        logits = real.logits[torch.from_numpy(forward.scored - 1)]
         return Verdict(
             label=run.plan.label,
             budget=None if run.budget is None else str(run.budget),
             keys=keys,
             sequence=sequence.index,
-            tokens=len(made.scored),
+            tokens=len(forward.scored),
             largest_cache=max(real.held[start:]),
-            decisions=one.size,
-            different=int(unlike.sum()),
+            decisions=simulated.size,
+            different=int(different.sum()),
             first_difference=first,
             logit_difference=float((logits.to(closed.dtype) - closed).abs().max()),
             decided=closed.dtype == torch.float64,
@@ -135,30 +133,30 @@ class VerifyJob:
 
 
 def shortened(sequence: TokenSequence, tokens: int | None, prefill: Prefill) -> TokenSequence:
-    """Return a sequence with at most so many tokens to decode; raises UsageError if there is none."""
+    """Return a sequence with at most `tokens` tokens to decode; raises UsageError if there is none."""
     most = sequence.length if tokens is None else tokens + (sequence.prompt if prefill == "full" else 0)
     length = min(sequence.length, most)
     prompt = min(sequence.prompt, length)
     if length <= (prompt if prefill == "full" else 1):
         raise UsageError(
-            f"sequence {sequence.index} has nothing to decode under {prefill} prefill",
+            f"sequence {sequence.index} has no token to decode with {prefill} prefill",
             "Use --prefill stream, or a trace with tokens after the prompt.",
         )
     return replace(sequence, prompt=prompt, length=length)
 
 
-class _Leaves:
-    """Keeps when keys left, of one run."""
+class _EvictionSteps:
+    """A sink that keeps the eviction steps of one run."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, Array] = {}
+        self.layers: dict[int, NDArray[np.integer]] = {}
 
     def residency(self, run: int, sequence: int, layer: int, intervals: ResidencyIntervals) -> None:
-        """Keep the step at which every key of a layer was evicted, `NEVER` where it was not."""
+        """Store the step at which each key of a layer was evicted, `NEVER` if it was not."""
         self.layers[layer] = intervals.eviction_steps
 
-    def fidelity(self, *_: Any, **__: Any) -> None:
-        """Take nothing of it."""
+    def fidelity(self, *_: object, **__: object) -> None:
+        """Ignore fidelity."""
 
-    def tokens(self, *_: Any, **__: Any) -> None:
-        """Take nothing of it."""
+    def tokens(self, *_: object, **__: object) -> None:
+        """Ignore losses."""

@@ -1,1 +1,1 @@
-"""The step that both loops share: cache state, scores, eviction, metrics of a block."""
+"""The simulation that the open and the closed loop share: cache state, scores, eviction, and metrics."""

@@ -1,10 +1,10 @@
-"""How the budget of a model is shared out among its layers and heads. The total is always that of the uniform share."""
+"""Budget allocation: how many keys each layer and head may hold. The total always equals that of uniform allocation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,26 +17,26 @@ When = Literal["start", "prompt"]
 
 @dataclass
 class AllocationRequest:
-    """What there is to share out, and what an allocator may look at.
+    """The budget to allocate, and what an allocator may base its decision on.
 
     Attributes
     ----------
     budget : Tensor
-        int64 ``[R]``: mean keys per deciding head.
+        int64 ``[R]``: mean number of keys per deciding head.
     fixed : Tensor
-        int64 ``[R]``: how many of them each head needs for keys that it protects; they are not moved.
+        int64 ``[R]``: how many of them each head needs for protected keys; these cannot be given to other heads.
     layers : Tensor
-        int64 ``[L]``: numbers of the layers at hand.
+        int64 ``[L]``: numbers of the layers that are simulated.
     n_layers : int
         Layers of the model.
     heads : int
         ``S``: deciding heads of a layer.
     prompt : int
-        ``P``; no head can use more than that at the end of the prompt.
+        ``P``; at the end of the prompt no head can hold more keys than that.
     score : Tensor or None
-        float ``[R, L, S, n]`` at the end of the prompt, ``-inf`` where a key is protected or gone.
-    memory : dict
-        What `Allocator.observe` has remembered.
+        float ``[R, L, S, n]`` at the end of the prompt, ``-inf`` where a key is protected or evicted.
+    memory : dict of str to Tensor
+        What `Allocator.observe` has stored; axis 1 of each tensor is the layer.
     """
 
     budget: Tensor
@@ -46,36 +46,36 @@ class AllocationRequest:
     heads: int
     prompt: int
     score: Tensor | None = None
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def free(self) -> Tensor:
-        """Keys per head that can be moved, int64 ``[R]``."""
+        """Keys per head that can be given to other heads, int64 ``[R]``."""
         return self.budget - self.fixed
 
     @property
     def room(self) -> Tensor:
-        """Keys that are not protected at the end of the prompt, int64 ``[R]``."""
+        """Keys at the end of the prompt that are not protected, int64 ``[R]``."""
         return (self.prompt - self.fixed).clamp(min=0)
 
 
 class Allocator:
-    """Shares out a budget: `share` returns how many keys each layer and head may hold.
+    """Allocates a budget: `share` returns how many keys each layer and head may hold.
 
     Attributes
     ----------
     name : str
         Set by the decorator.
     when : {"start", "prompt"}
-        Whether it decides before the first step, or from what it saw of the prompt.
+        Whether it decides before the first step, or from what it observed during the prompt.
     spans : {"none", "heads", "layers"}
-        Among what it moves keys.
+        Whether it gives keys of one head to other heads of the layer, keys of one layer to other layers, or neither.
     needs : frozenset of str
         Signals that `observe` reads.
     looks_across : bool
-        Whether it compares what it saw in different layers, which must then be stepped together.
+        Whether it compares what it observed in different layers, which must then be stepped together.
     paper : str
-        Where the rule comes from.
+        Source of the rule.
     """
 
     name: ClassVar[str] = ""
@@ -85,12 +85,12 @@ class Allocator:
     looks_across: ClassVar[bool] = False
     paper: ClassVar[str] = ""
 
-    def observe(self, step: Step, memory: dict[str, Any]) -> None:
-        """Look at a step of the prompt; nothing by default."""
+    def observe(self, step: Step, memory: dict[str, Tensor]) -> None:
+        """Observe a step of the prompt and store in `memory` what `share` needs; by default nothing."""
 
     def share(self, request: AllocationRequest) -> Tensor:
-        """Return keys per run, layer and head, int64 ``[R, L, S]``."""
-        raise NotImplementedError(f"{type(self).__name__} does not share anything out: define share()")
+        """Return the number of keys per run, layer and head, int64 ``[R, L, S]``."""
+        raise NotImplementedError(f"{type(self).__name__} does not allocate a budget: define share()")
 
 
 ALLOCATORS: Registry[type[Allocator]] = Registry("allocation", "kvscope.allocations", "kvscope.engine.allocators")
@@ -108,36 +108,37 @@ def allocator(name: str) -> Callable[[type[A]], type[A]]:
     return register
 
 
-def apportion(total: Tensor, wish: Tensor, most: Tensor | None = None) -> Tensor:
-    """Return whole numbers along the last axis that sum to `total` and are nearest to `wish` (largest remainders).
+def apportion(total: Tensor, weights: Tensor, most: Tensor | None = None) -> Tensor:
+    """Return whole numbers along the last axis that sum to `total`, in proportion to `weights` (largest remainders).
 
-    Of remainders that are equal to nine digits the first is rounded up.
+    If remainders are equal to nine digits, the first one is rounded up.
 
     Parameters
     ----------
     total : Tensor
         int64 ``[...]``.
-    wish : Tensor
-        float ``[..., N]``, not negative; its sum need not be `total`: it is scaled.
+    weights : Tensor
+        float ``[..., N]``, not negative; they need not sum to `total`, since they are scaled.
     most : Tensor, optional
-        int64, broadcast to `wish`: no share is larger; what does not fit goes to the others by their wish.
+        int64, broadcast to `weights`: upper limit of each share. The excess goes to the other shares, in proportion to
+        their weights.
 
     Returns
     -------
     Tensor
-        int64 ``[..., N]``. If even `most` everywhere is less than `total`, all are `most`.
+        int64 ``[..., N]``. If the limits sum to less than `total`, every share is at its limit.
     """
-    wish = wish.to(torch.float64).clamp(min=0)
-    wish = torch.where(wish.sum(-1, keepdim=True) > 0, wish, torch.ones_like(wish))
-    limit = torch.full_like(wish, torch.inf) if most is None else most.expand_as(wish).to(torch.float64)
+    weights = weights.to(torch.float64).clamp(min=0)
+    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, torch.ones_like(weights))
+    limit = torch.full_like(weights, torch.inf) if most is None else most.expand_as(weights).to(torch.float64)
     total = torch.minimum(total.to(torch.float64), limit.sum(-1))
-    share = torch.zeros_like(wish)
-    for _ in range(wish.shape[-1]):  # each round fills at least one share to its limit, or ends
-        open_ = share < limit
-        weight = torch.where(open_, wish, 0)
-        weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, open_.to(weight.dtype))
-        left = (total - share.sum(-1))[..., None]
-        grown = share + left * weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(wish.dtype).tiny)
+    share = torch.zeros_like(weights)
+    for _ in range(weights.shape[-1]):  # each round fills at least one share to its limit, or ends
+        below_limit = share < limit
+        weight = torch.where(below_limit, weights, 0)
+        weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, below_limit.to(weight.dtype))
+        rest = (total - share.sum(-1))[..., None]
+        grown = share + rest * weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         if bool((grown <= limit).all()):
             share = grown
             break
@@ -145,5 +146,5 @@ def apportion(total: Tensor, wish: Tensor, most: Tensor | None = None) -> Tensor
     floor = (share + 1e-9).floor()
     missing = (total - floor.sum(-1)).round()[..., None]
     remainder = torch.where(floor < limit, ((share - floor) * 1e9).round(), -1e9)
-    place = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
-    return (floor + (place < missing)).to(torch.int64)
+    rank = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
+    return (floor + (rank < missing)).to(torch.int64)

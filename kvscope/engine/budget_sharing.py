@@ -1,4 +1,4 @@
-"""When and from what the budget of a simulation is shared out among its layers and heads."""
+"""When the budget of a simulation is allocated to its layers and heads: before the first step or after the prompt."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from kvscope.policies.base import Step
 
 
 class BudgetSharing:
-    """Asks an allocator for the share of every head: before the first step, or at the end of the prompt.
+    """Calls an allocator at the right time: before the first step, or at the end of the prompt.
 
     Parameters
     ----------
     allocator : Allocator
-        What decides.
+        The rule.
     request : AllocationRequest
-        What there is to share out.
+        The budget to allocate.
     prompt : int
-        ``P`` with full prefill. 0 with streaming prefill, which shows an allocator nothing.
+        ``P`` with full prefill; 0 with streaming prefill, where the allocator observes no step.
     """
 
     def __init__(self, allocator: Allocator, request: AllocationRequest, prompt: int) -> None:
@@ -32,11 +32,11 @@ class BudgetSharing:
         return self.allocator.when == "start"
 
     def at_start(self) -> Tensor:
-        """Return the shares before the first step, int64 ``[R, L, S]``: uniform if they follow from the prompt."""
+        """Return the shares for the first step, int64 ``[R, L, S]``: uniform if the allocator needs the prompt."""
         return (self.allocator if self.fixed else ALLOCATORS.get("uniform")()).share(self._request)
 
     def observe(self, step: Step, state: CacheState) -> None:
-        """Show a scored step of the prompt to the allocator; at the end of the prompt, set the budgets of `state`."""
+        """Let the allocator observe a scored step of the prompt; at the prompt's end, set the budgets of `state`."""
         if self.fixed or step.t >= self._prompt:
             return
         request = self._request

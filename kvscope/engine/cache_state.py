@@ -16,32 +16,32 @@ from kvscope.engine.rows import Shape
 class CacheState:
     """State of every cache: ``R`` runs, ``L`` layers, ``S`` deciding heads, ``T`` keys by position.
 
-    ``S`` is the number of key/value heads, or 1 where a layer decides as one.
+    ``S`` is the number of key/value heads, or 1 where one decision holds for all heads of a layer.
 
     Attributes
     ----------
     alive : Tensor
-        bool ``[R, L, S, T]``: keys that are in the cache.
+        bool ``[R, L, S, T]``: whether the key is in the cache.
     score : Tensor
-        float ``[R, L, S, T]``: score of each key; without meaning where a key is not alive.
+        float ``[R, L, S, T]``: score of each key; undefined where the key is not in the cache.
     leave : Tensor
-        int32 ``[R, L, S, T]``: step at whose end the key was evicted, `NEVER` while it is held. A key enters at its
-        position.
+        int32 ``[R, L, S, T]``: step at whose end the key was evicted, `NEVER` while it is held. Key ``j`` enters at
+        step ``j``.
     n_alive : Tensor
-        int64 ``[R, L, S]``: number of keys that are alive.
+        int64 ``[R, L, S]``: number of keys in the cache.
     evictions : Tensor
-        int64 ``[R, L, S]``: keys that the policy evicted, without those that a sliding-window layer forgot; of a
-        sparse reader, keys that it did not read, summed over steps.
+        int64 ``[R, L, S]``: keys that the policy evicted, without those that slid out of a sliding-window layer. For a
+        sparse reader: keys that it did not read, summed over steps.
     budget : Tensor
         int64 ``[R, L, S]``: keys that each deciding head may hold.
     sinks, recent : Tensor
-        int64 ``[R]``: how many first and how many newest keys are protected.
+        int64 ``[R]``: number of first and of newest keys that are protected.
     windows : tuple of int
-        How many newest keys each layer of the model can see, ``L`` numbers; 0 for all.
+        For each of the ``L`` layers, how many newest keys the model can attend to; 0 for all.
     nan_scores : Tensor
-        bool ``[]``: whether a score was not a number when keys were to be evicted.
+        bool ``[]``: whether any score was NaN at a step that evicts.
     length_at_eviction : Tensor
-        int64 ``[]``: number of positions at the last step at which keys were to be evicted.
+        int64 ``[]``: number of positions at the last step that evicts.
     """
 
     alive: Tensor
@@ -69,9 +69,11 @@ class CacheState:
         budget : Tensor
             int64 ``[R, L, S]``.
         protected : Tensor
-            int64 ``[R, 2]``: how many first and how many newest keys each run protects.
-        device, dtype
-            Of the state, and of its scores.
+            int64 ``[R, 2]``: number of first and of newest keys that each run protects.
+        device : torch.device or str
+            Device of all tensors.
+        dtype : torch.dtype
+            Type of the scores.
         """
         size = (*budget.shape, shape.length)
         return cls(
@@ -89,15 +91,15 @@ class CacheState:
         )
 
     def append(self, t: int) -> None:
-        """Put key `t` into every cache, and drop what sliding-window layers can no longer see."""
+        """Add key `t` to every cache, and remove the key that has slid out of each sliding-window layer."""
         self.alive[..., t] = True
         self.n_alive += 1
         for layer, window in enumerate(self.windows):
             if 0 < window <= t:
-                self._forget(layer, t - window, t - 1)
+                self._slide_out(layer, t - window, t - 1)
 
     def evictable(self, n: int) -> Tensor:
-        """Return which of the first `n` keys are alive and not protected, bool ``[R, L, S, n]``."""
+        """Return which of the first `n` keys are in the cache and not protected, bool ``[R, L, S, n]``."""
         key = torch.arange(n, device=self.alive.device)
         sinks, recent = self._protected
         return self.alive[..., :n] & (key >= sinks) & (key < n - recent)
@@ -112,10 +114,10 @@ class CacheState:
 
     @cached_property
     def _protected(self) -> tuple[Tensor, Tensor]:
-        """`sinks` and `recent` as ``[R, 1, 1, 1]``: they are read at every step."""
+        """`sinks` and `recent` as ``[R, 1, 1, 1]``, cached because every step reads them."""
         return self.sinks[:, None, None, None], self.recent[:, None, None, None]
 
-    def _forget(self, layer: int, key: int, step: int) -> None:
+    def _slide_out(self, layer: int, key: int, step: int) -> None:
         self.n_alive[:, layer] -= self.alive[:, layer, :, key].to(torch.int64)
         self.alive[:, layer, :, key] = False
         leave = self.leave[:, layer, :, key]

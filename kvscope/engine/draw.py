@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, not on what else is drawn."""
+"""Random numbers that depend only on seed, sequence, layer, head and position, not on the order of the draws."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def _uniform(value: Tensor) -> Tensor:
 
 
 def _mix(value: Tensor) -> Tensor:
-    value = value + -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
+    value = value + -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed integer
     value = (value ^ _shift(value, 30)) * -0x40A7B892E31B1A47
     value = (value ^ _shift(value, 27)) * -0x6B2FB644ECCEEE15
     return value ^ _shift(value, 31)
 
 
 def _shift(value: Tensor, by: int) -> Tensor:
-    """Return a logical shift to the right; torch's own keeps the sign."""
+    """Return `value` shifted right logically; the shift of torch is arithmetic."""
     return (value >> by) & ((1 << (64 - by)) - 1)

@@ -1,4 +1,4 @@
-"""Which keys go at the end of a step."""
+"""Eviction at the end of a step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Evictor:
     Parameters
     ----------
     state : CacheState
-        What it changes.
+        Changed in place.
     bounded : bool
-        Whether the policy keeps to a budget; one that does not evicts what it scores ``-inf``.
+        Whether the policy keeps to a budget. If not, the keys that it scores ``-inf`` are evicted.
     """
 
     def __init__(self, state: CacheState, bounded: bool) -> None:
@@ -37,13 +37,13 @@ class Evictor:
             self._evict_lowest(score, surplus, most, t)
 
     def _evict_lowest(self, score: Tensor, surplus: Tensor, most: int, t: int) -> None:
-        """Evict the `surplus` lowest of the evictable keys of each head, at most `most` of them."""
+        """Evict the `surplus` lowest-scoring evictable keys of each head; `most` is the largest surplus."""
         state, n = self._state, t + 1
         ranked = torch.where(state.evictable(n), score.clamp(max=torch.finfo(score.dtype).max), torch.inf)
         if most == 1:
-            lowest = ranked.argmin(-1, keepdim=True)  # the first, so the oldest, of equal scores
+            lowest = ranked.argmin(-1, keepdim=True)  # of equal scores the first, so the oldest
         else:
-            lowest = ranked.sort(dim=-1, stable=True).indices[..., :most]  # the same rule for many
+            lowest = ranked.sort(dim=-1, stable=True).indices[..., :most]  # stable: the same rule for ties
         evicted = torch.arange(most, device=lowest.device) < surplus[..., None]
         alive, leave = state.alive[..., :n], state.leave[..., :n]
         alive.scatter_(-1, lowest, alive.gather(-1, lowest) & ~evicted)

@@ -1,4 +1,4 @@
-"""Which plans can run on which model and sequences: checked once, when a job is compiled."""
+"""Whether a plan can run on a model and its sequences: checked once, when a job is compiled."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from kvscope.trace.reader import TokenSequence
 
 @dataclass(frozen=True)
 class Workload:
-    """What a plan is run on.
+    """The sequences and layers that a plan is run on.
 
     Attributes
     ----------
     sequences : sequence of TokenSequence
-        Their prompts and lengths.
+        The prompt and length of each are checked.
     prefill : Prefill
         What happens during the prompt.
     layers : tuple of int
-        Numbers of the layers at hand.
+        Numbers of the layers that are simulated.
     kv_heads : int
         ``G``.
     n_layers : int
@@ -41,7 +41,7 @@ class Workload:
 
 
 def named_policies(policies: Sequence[str | Policy], params: Mapping[str, str] | None = None) -> list[Policy]:
-    """Return the policies that are named; raises UsageError for an unknown name or parameter, or if there is none."""
+    """Return the policies by their names; raises UsageError for an unknown name or parameter, or an empty list."""
     chosen = parse_policies(policies, params)
     if not chosen:
         raise UsageError("no policy is named", "Name one or more: --policy h2o --policy tova")
@@ -49,12 +49,12 @@ def named_policies(policies: Sequence[str | Policy], params: Mapping[str, str] |
 
 
 def make_plan(policy: Policy, options: PlanOptions) -> EvictionPlan:
-    """Return the plan of a policy with the choices of the user; raises what `EvictionPlan.make` raises."""
+    """Return the plan of a policy with the user's choices; raises what `EvictionPlan.make` raises."""
     return EvictionPlan.make(policy, options.compress, options.allocate, options.accumulate)
 
 
 def require_feasible(plan: EvictionPlan, budgets: Sequence[Budget], workload: Workload) -> None:
-    """Raise UsageError where a plan cannot run under these budgets: phase, prefill, layers, room for protected keys."""
+    """Raise UsageError if a plan cannot run under these budgets: phase, prefill, layers, room for protected keys."""
     plan.require(workload.prefill)
     plan.policy.fit(workload.layers, workload.kv_heads, workload.n_layers)
     for run in runs_of([plan], budgets):

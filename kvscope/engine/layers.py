@@ -16,18 +16,18 @@ from kvscope.trace.reader import TokenSequence, Trace
 
 
 class RecordedLayers:
-    """Some layers of one sequence of a trace, read as they are needed.
+    """Some layers of one sequence of a trace; rows and signals are read on demand.
 
     Parameters
     ----------
     trace : Trace
         Recorded attention.
     sequence : TokenSequence
-        Of the trace.
+        A sequence of the trace.
     layers : sequence of int
-        Numbers of the layers, ``L`` of them.
+        Numbers of the ``L`` layers.
     device : torch.device
-        Where rows and signals go.
+        Device of the rows and signals.
 
     Attributes
     ----------
@@ -54,12 +54,12 @@ class RecordedLayers:
         self._signals: dict[str, Tensor] = {}
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return full rows of steps `start` to `stop` - 1, ``[L, H, stop - start, stop]``; see `layer_rows`."""
-        places = range(len(self._layers))
-        return torch.stack(list(shared(lambda place: self.layer_rows(place, start, stop), places)))
+        """Return full rows of steps `start` to `stop` - 1, ``[L, H, stop - start, stop]``; raises as `layer_rows`."""
+        positions = range(len(self._layers))
+        return torch.stack(list(shared(lambda position: self.layer_rows(position, start, stop), positions)))
 
     def layer_rows(self, position: int, start: int, stop: int) -> Tensor:
-        """Return the rows of one layer of the group, ``[H, stop - start, stop]``.
+        """Return the full rows of the layer at `position` in the group, ``[H, stop - start, stop]``.
 
         Raises
         ------
@@ -67,8 +67,8 @@ class RecordedLayers:
             If a weight is negative, or not a finite number.
         """
         rows = torch.from_numpy(self._trace.attention(self._sequence, self._layers[position], start, stop))
-        low, high = (float(edge) for edge in torch.aminmax(rows))
-        if not (low >= 0 and high < torch.inf):  # false of NaN too
+        low, high = (float(extreme) for extreme in torch.aminmax(rows))
+        if not (low >= 0 and high < torch.inf):  # written so that NaN is refused too
             what = "negative weights" if low < 0 else "weights that are not numbers"
             raise ReplayError(
                 f"{self._trace.path} holds {what} between steps {start} and {stop - 1}",
@@ -77,7 +77,7 @@ class RecordedLayers:
         return rows.to(self._device)
 
     def signal(self, name: str) -> Tensor:
-        """Return a signal of `kvscope.engine.signals.load_signal`, which is read once."""
+        """Return a signal as `kvscope.engine.signals.load_signal` reads it; later calls return the same tensor."""
         if name not in self._signals:
             self._signals[name] = load_signal(self._trace, name, self._sequence, self._layers).to(self._device)
         return self._signals[name]

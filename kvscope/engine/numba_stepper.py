@@ -1,4 +1,4 @@
-"""Steps through rows in a kernel compiled for a CPU: for policies whose score is a recurrence."""
+"""The stepper that uses the kernel compiled by numba: on a CPU, for policies whose score is a recurrence."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from kvscope.engine.cache_state import CacheState
 from kvscope.engine.rows import Block
 from kvscope.engine.signal_axes import with_run_axis
 from kvscope.engine.stepper import StepInputs
-from kvscope.kernels.step_block import KernelState, step_block
+from kvscope.kernels.arrays import KernelState
+from kvscope.kernels.step_block import step_block
 from kvscope.policies.recurrence import Recurrence
 
 
 class NumbaStepper:
-    """Steps blocks of rows in the compiled kernel, which makes the decisions of `TorchStepper`.
+    """Steps through blocks of rows in the compiled kernel, with the same decisions as `TorchStepper`.
 
     Parameters
     ----------
     inputs : StepInputs
-        What the steps depend on.
+        Plan, sizes and signals.
     state : CacheState
-        What they change, in the memory of the CPU. Its budgets do not change.
+        Changed in place, on the CPU. Its budgets must not change between blocks.
     rule : Recurrence
-        The policy's score.
+        How the policy's score is computed.
     """
 
     def __init__(self, inputs: StepInputs, state: CacheState, rule: Recurrence) -> None:
         self._inputs, self._state, self._rule = inputs, state, rule
-        self._arrays = KernelState(  # views of the same memory
+        self._arrays = KernelState(  # views of the state's memory
             alive=state.alive.numpy(),
             score=state.score.numpy(),
             leave=state.leave.numpy(),

@@ -1,4 +1,4 @@
-"""How a policy is run: when it evicts, how its budget is shared out, in which precision it sums."""
+"""How a policy is run: when it evicts, how its budget is allocated, and in which precision it accumulates."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from kvscope.engine.allocation import ALLOCATORS
 from kvscope.gates.module import load_gate
 from kvscope.policies.base import Phase, Policy
 
-GATE = "gate:"  # before the name of a gate, in the name of its signal
+GATE = "gate:"  # prefix of a signal's name; the name of the gate follows
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class EvictionPlan:
-    """A policy and the choices that are not its own.
+    """A policy, with the choices that the user may make for any policy.
 
     Attributes
     ----------
     policy : Policy
-        What scores the keys.
+        Scores the keys.
     phase : str
-        When it evicts: ``step``, ``prefill``, ``every:N`` or ``none``.
+        When keys are evicted: ``step``, ``prefill``, ``every:N`` or ``none``.
     allocate : str
         Name of the allocator.
     accumulate : torch.dtype or None
-        Precision of live rows and sums; None is that of the replay.
+        Precision of live rows and scores; None for that of the simulation.
     """
 
     policy: Policy
@@ -39,7 +39,7 @@ class EvictionPlan:
 
     @classmethod
     def published(cls, policy: Policy) -> EvictionPlan:
-        """Return the plan that the policy's paper or code follows."""
+        """Return the plan with the choices of the policy's paper or code."""
         return cls(policy, policy.traits.phase, policy.traits.allocate)
 
     @classmethod
@@ -51,17 +51,17 @@ class EvictionPlan:
         Raises
         ------
         UsageError
-            If a choice is unknown, or makes no sense for this policy; the message says why.
+            If a choice is unknown, or cannot be made for this policy; the message says why.
         """
         plan = cls.published(policy)
         traits = policy.traits
         why_not = _fixed(policy)
         for flag, given in (("--compress", compress), ("--allocate", allocate)):
             if given is not None and why_not and traits.phase != "none":
-                raise UsageError(f"{flag} does not go with {policy.label}: it {why_not}", f"Leave {flag} out for it.")
+                raise UsageError(f"{flag} cannot be used with {policy.label}: it {why_not}", f"Omit {flag} for it.")
         if accumulate is not None and traits.clairvoyant:
             raise UsageError(
-                f"--accumulate does not go with {policy.label}: it {why_not}", "Leave --accumulate out for it."
+                f"--accumulate cannot be used with {policy.label}: it {why_not}", "Omit --accumulate for it."
             )
         if compress is not None and not why_not:
             plan = replace(plan, phase=parse_phase(compress))
@@ -80,7 +80,7 @@ class EvictionPlan:
 
     @property
     def gates(self) -> list[str]:
-        """Names of the gates that the policy asks."""
+        """Names of the gates that the policy uses."""
         return [name.removeprefix(GATE) for name in sorted(self.needs) if name.startswith(GATE)]
 
     @property
@@ -91,14 +91,15 @@ class EvictionPlan:
     @property
     def label(self) -> str:
         """The policy's label, with what differs from the published plan: ``h2o [every:16, ada]``."""
-        usual = EvictionPlan.published(self.policy)
-        own = [value for value, known in ((self.phase, usual.phase), (self.allocate, usual.allocate)) if value != known]
+        published = EvictionPlan.published(self.policy)
+        choices = ((self.phase, published.phase), (self.allocate, published.allocate))
+        different = [value for value, usual in choices if value != usual]
         if self.accumulate is not None:
-            own.append(str(self.accumulate).removeprefix("torch."))
-        return f"{self.policy.label} [{', '.join(own)}]" if own else self.policy.label
+            different.append(str(self.accumulate).removeprefix("torch."))
+        return f"{self.policy.label} [{', '.join(different)}]" if different else self.policy.label
 
     def require(self, prefill: Prefill) -> None:
-        """Raise UsageError where the plan makes no sense under this prefill, or names a gate that is not there."""
+        """Raise UsageError if the plan is not defined for this prefill, or a gate that it uses does not exist."""
         for name in self.gates:
             load_gate(name).facts.require_prefill(prefill, name)
         if prefill not in self.policy.traits.prefills:
@@ -108,17 +109,17 @@ class EvictionPlan:
             )
         if prefill == "stream" and self.phase == "prefill":
             raise UsageError(
-                f"{self.policy.label} compresses at the end of the prompt, which streaming prefill does not have",
+                f"{self.policy.label} evicts at the end of the prompt only, and streaming prefill evicts at every step",
                 "Use --prefill full, or --compress step.",
             )
         if prefill == "stream" and ALLOCATORS.get(self.allocate).when == "prompt":
             raise UsageError(
-                f"allocation {self.allocate} looks at the whole prompt, and streaming prefill evicts before its end",
+                f"allocation {self.allocate} needs the whole prompt, and streaming prefill evicts before its end",
                 "Use --prefill full, or another --allocate.",
             )
 
     def compresses(self, t: int, prompt: int, prefill: Prefill) -> bool:
-        """Return whether the engine evicts at the end of step `t`."""
+        """Return whether keys are evicted at the end of step `t`."""
         if self.phase == "none" or (prefill == "full" and t < prompt - 1):
             return False
         since = t - (prompt - 1) if prefill == "full" else t + 1
@@ -134,7 +135,7 @@ def parse_phase(text: str) -> Phase:
         return kind
     if kind == "every" and count.isdecimal() and int(count) > 0:
         return f"every:{int(count)}" if int(count) > 1 else "step"
-    raise UsageError(f"--compress {text!r} is unknown", "Write prefill, step, or every:N with a number of steps.")
+    raise UsageError(f"--compress {text!r} is unknown", "Use prefill, step, or every:N with a number of steps.")
 
 
 def protection(policy: Policy, budget: int, prompt: int) -> tuple[int, int]:
@@ -155,24 +156,24 @@ def require_room(policy: Policy, budget: int, prompt: int) -> None:
 
 
 def _fixed(policy: Policy) -> str:
-    """Return why a policy's phase and allocation cannot be chosen, or nothing."""
+    """Return why a policy's phase and allocation cannot be chosen, as the end of a sentence; empty if they can be."""
     traits = policy.traits
     if traits.phase == "none":
         return "evicts nothing"
     if traits.clairvoyant:
-        return "is a bound, the best that is possible at one budget for every head and step"
+        return "is a bound: the best that is possible with the same budget for every head and step"
     if traits.reads:
         return "reads a part of the cache and evicts nothing"
     if not traits.bounded:
-        return "decides itself how much it evicts"
-    return "reproduces a published code" if traits.published else ""
+        return "decides itself how many keys it evicts"
+    return "reproduces published code" if traits.published else ""
 
 
 def _allocation(policy: Policy, name: str) -> str:
     allocator = ALLOCATORS.get(name)
     if allocator.spans == "heads" and policy.traits.scope == "layer":
         raise UsageError(
-            f"allocation {name} shares a layer's budget among its heads, and {policy.label} decides per layer",
+            f"allocation {name} gives each head its own budget, and {policy.label} decides per layer",
             "Use --allocate pyramid or cake for it.",
         )
     return name

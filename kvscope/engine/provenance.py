@@ -1,4 +1,4 @@
-"""What ``run.json`` says of a replay before it begins."""
+"""The part of ``run.json`` that is known before a replay begins: its source, runs, metrics and versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvscope.trace.storage_error import BOUNDS
 
 
 def source_of(trace: Trace) -> SourceRef:
-    """Return what ``run.json`` says of a trace."""
+    """Return the description of a trace in ``run.json``."""
     error = trace.storage_error
     return SourceRef(
         name=trace.name,
@@ -43,7 +43,7 @@ def replay_record(
     command: str | None,
     skipped_metrics: Mapping[str, str] | None = None,
 ) -> ReplayRecord:
-    """Return the record of a replay before it begins: trace or text, runs, metrics, versions, command."""
+    """Return the record of a replay that has not begun: trace or text, runs, metrics, versions, command."""
     return ReplayRecord(
         trace=source,
         prefill=prefill,
@@ -82,6 +82,6 @@ def _run(run: RunSpec, source: SourceRef, sequences: Sequence[TokenSequence], pr
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
+    """Return the versions of Python and of the libraries that a result depends on."""
     libraries = ("kvscope", "torch", "numpy", "pyarrow")
     return {"python": platform.python_version(), **{name: version(name) for name in libraries}}

@@ -1,4 +1,4 @@
-"""What a simulation is stepped through: the sizes of a group of layers, and its rows, block by block."""
+"""The input of a simulation: the sizes of a group of layers, and its attention rows in blocks of steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a group of layers of one sequence, and the numbers of both.
+    """Sizes of a group of layers of one sequence, with the layers' and the sequence's numbers.
 
     Attributes
     ----------
     layers : tuple of int
-        Layer numbers, ``L`` of them; draws depend on the number, not on the grouping.
+        Numbers of the ``L`` layers. Random draws depend on a layer's number, not on its place in the group.
     heads, kv_heads : int
         ``H`` and ``G``.
     prompt, length : int
@@ -24,9 +24,10 @@ class Shape:
     sequence : int
         Number of the sequence.
     windows : tuple of int or None
-        For each layer, the number of newest keys the model itself can see (sliding-window layers), or None.
+        For each layer how many newest keys the model can attend to (sliding-window layers), or None for all; empty if
+        that is None everywhere.
     n_layers : int
-        Layers of the model; 0 where the group has all of them.
+        Layers of the model; 0 if the group has all of them.
     """
 
     layers: tuple[int, ...]
@@ -39,33 +40,33 @@ class Shape:
     n_layers: int = 0
 
     def reach(self) -> list[int]:
-        """Return how many keys each layer can see at most, ``L`` numbers."""
+        """Return for each of the ``L`` layers how many keys a query can attend to at most."""
         windows = self.windows or (None,) * len(self.layers)
         return [self.length if window is None else min(window, self.length) for window in windows]
 
 
 class Block:
-    """Rows of successive steps, and what all simulations of them share.
+    """Rows of consecutive steps; all simulations share their normalised form, which is computed once.
 
     Parameters
     ----------
     rows : Tensor
-        Full rows ``[L, H, b, n]`` of steps `start` to ``start + b - 1``; a leading ``R`` where runs differ.
+        Full rows ``[L, H, b, n]`` of steps `start` to ``start + b - 1``; with a leading axis ``R`` if runs differ.
     start : int
         First step.
     missing : Tensor or None
-        ``[L, H, b]``, mass that a learned sink takes; a leading ``R`` as the rows.
+        ``[L, H, b]``: attention mass on a learned sink; with a leading axis ``R`` if the rows have one.
     """
 
     def __init__(self, rows: Tensor, start: int, missing: Tensor | None = None) -> None:
         self.rows, self.start, self.missing = rows, start, missing
 
     def row(self, t: int) -> Tensor:
-        """Return the row of step `t`, ``[., L, H, t + 1]``."""
+        """Return the row of step `t`, ``[L, H, t + 1]`` or ``[R, L, H, t + 1]``."""
         return self.rows[..., t - self.start, : t + 1]
 
     def normalised_row(self, t: int) -> Tensor:
-        """Return the live row of step `t` if nothing has been evicted, ``[1 or R, L, H, t + 1]``."""
+        """Return what the live row of step `t` is while nothing has been evicted, ``[1 or R, L, H, t + 1]``."""
         row = self._normalised[..., t - self.start, : t + 1]
         return row if row.ndim == 4 else row[None]
 
@@ -75,10 +76,10 @@ class Block:
 
 
 def renormalise(kept: Tensor, missing: Tensor | None = None) -> Tensor:
-    """Return rows divided by their sum over the last axis, plus the mass a learned sink takes.
+    """Return rows divided by their total: the sum over the last axis plus the attention mass on a learned sink.
 
-    A row without any mass stays zero: recorded weights can underflow. Sums are made in double, so that their order, and
-    with it the number of threads or the kernel, changes no decision.
+    A row whose total is zero, as when recorded weights underflow, remains zero. The sum is computed in float64, so that
+    its order, which depends on the number of threads and on the kernel, changes no decision.
     """
     total = kept.sum(-1, keepdim=True, dtype=torch.float64)
     if missing is not None:

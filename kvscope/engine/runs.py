@@ -1,11 +1,12 @@
-"""A run is one plan under one budget: what it is, who takes its results, and what is counted beside them."""
+"""Runs: one plan under one budget each. Their specification, the sink of their results, and their counts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from kvscope.core.budget import Budget
@@ -16,15 +17,25 @@ from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.trace.reader import TokenSequence
 
-Array = NDArray[Any]
-EXACT = 1e-9  # retained mass of a step: what is nearer than this to the best is the best, up to rounding
+EXACT = 1e-9  # retained mass per step; a schedule that is closer than this to its bound is optimal up to rounding
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One plan under one budget; `budget` is None for a policy that the engine holds to none.
+    """One plan under one budget.
 
-    `loop` and `positions` say how it is made; `open_run` is the number of the open run of the same plan and budget.
+    Attributes
+    ----------
+    number : int
+        Number of the run in its replay.
+    plan : EvictionPlan
+        The policy, and how it is run.
+    budget : Budget or None
+        None for a policy that keeps to no budget.
+    loop, positions
+        Whether it runs over recorded attention or inside the model, and there with which rotary positions.
+    open_run : int or None
+        For a closed run the number of the open run with the same plan and budget.
     """
 
     number: int
@@ -42,27 +53,35 @@ class RunSpec:
 
 
 class Sink(Protocol):
-    """Who takes what a group found: a `ReplayWriter`, or whoever wants the numbers alone."""
+    """Receives the results of a replay: a `ReplayWriter`, or code that needs the numbers without a file."""
 
     def residency(self, run: int, sequence: int, layer: int, intervals: ResidencyIntervals) -> None:
-        """Take the residency intervals of a layer."""
+        """Receive the residency intervals of one layer."""
 
-    def fidelity(self, run: int, sequence: int, layer: int, steps: Array, values: Mapping[str, Array]) -> None:
-        """Take metrics, each ``[H, S]``."""
+    def fidelity(
+        self,
+        run: int,
+        sequence: int,
+        layer: int,
+        steps: NDArray[np.int64],
+        values: Mapping[str, NDArray[np.float32]],
+    ) -> None:
+        """Receive the metrics of one layer at `steps`, each ``[H, S]``."""
 
 
 @dataclass
 class Tally:
-    """What a replay counts beside its metrics, by number of the run.
+    """What a replay counts in addition to its metrics, by number of the run.
 
     Attributes
     ----------
     allocated : dict of int to list of int
-        Keys handed out to heads and, beside it, those of the uniform share.
+        Keys allocated to all heads, and how many uniform allocation would give them.
     changed : dict of int to int
-        Keys that leave at another step than they would with sums in float32.
+        Keys that are evicted at another step than in the float32 baseline.
     planned : dict of int to list of float
-        Mass that a schedule loses, the least that any could lose, and the number of steps and heads they are sums over.
+        Mass that a schedule loses, the least that any schedule can lose, and the number of steps times heads that both
+        are summed over.
     """
 
     allocated: dict[int, list[int]] = field(default_factory=dict)
@@ -70,29 +89,29 @@ class Tally:
     planned: dict[int, list[float]] = field(default_factory=dict)
 
     def add_budget(self, run: int, simulation: CacheSimulation, number: int) -> None:
-        """Count the keys that run `run`, which is the simulation's `number`, handed out to its heads."""
-        share = simulation.state.budget[number]  # [L, S]
-        handed, uniform = self.allocated.get(run, [0, 0])
-        self.allocated[run] = [handed + int(share.sum()), uniform + simulation.budgets[number] * share.numel()]
+        """Count the keys allocated to the heads of run `run`, which is number `number` of the simulation."""
+        budget = simulation.state.budget[number]  # [L, S]
+        allocated, uniform = self.allocated.get(run, [0, 0])
+        self.allocated[run] = [allocated + int(budget.sum()), uniform + simulation.budgets[number] * budget.numel()]
 
     def add_changed(self, run: int, keys: int) -> None:
-        """Count keys that left at another step than with sums in float32."""
+        """Count keys that were evicted at another step than in the float32 baseline."""
         self.changed[run] = self.changed.get(run, 0) + keys
 
     def add_planned(self, run: int, lost: float, least: float, steps: int) -> None:
-        """Count what the schedule of a run loses over so many steps of heads, and the least that it could lose."""
+        """Add the mass that the schedule of a run loses over `steps` (steps times heads), and its lower bound."""
         before = self.planned.get(run, [0.0, 0.0, 0])
         self.planned[run] = [old + new for old, new in zip(before, (lost, least, steps), strict=True)]
 
     def of(self, run: int) -> RunCounts:
-        """Return what is known of a run at its end, for its record."""
+        """Return the counts of a run for its record."""
         certificate = None
         if run in self.planned:
             lost, least, steps = self.planned[run]
             gap = max(0.0, lost - least) / steps
             certificate = Certificate(gap < EXACT, gap)
-        handed, uniform = self.allocated[run]
-        return RunCounts(handed, uniform, self.changed.get(run), certificate)
+        allocated, uniform = self.allocated[run]
+        return RunCounts(allocated, uniform, self.changed.get(run), certificate)
 
 
 def runs_of(
@@ -101,7 +120,7 @@ def runs_of(
     loop: Loop = Loop.open,
     positions: Positions = Positions.original,
 ) -> list[RunSpec]:
-    """Return every plan under every budget, those without a budget once."""
+    """Return a run for every plan and budget; a plan that keeps to no budget gets one run."""
     pairs = [
         (plan, budget)
         for plan in plans

@@ -1,4 +1,4 @@
-"""From what was visible and held at each step to the values of every metric, block by block."""
+"""Metrics of a simulation, computed block by block from the keys that were visible and held at each step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kvscope.metrics import Metric
 from kvscope.metrics.base import Rows
 from kvscope.metrics.past import Past
 
-ALWAYS = frozenset({"read_keys", "held_keys"})  # counted at every step, also before anything is evicted
+ALWAYS = frozenset({"read_keys", "held_keys"})  # defined at every step, also before anything is evicted
 
 
 class CacheHistory(Protocol):
-    """What was visible and held at steps that have been made: a `CacheSimulation`, or a record of one."""
+    """Keys that were visible and held at past steps: a `CacheSimulation`, or recorded residency intervals."""
 
     @property
     def budgets(self) -> list[int]:
@@ -40,9 +40,9 @@ class MetricSeries:
     Parameters
     ----------
     history : CacheHistory
-        What was visible and held.
+        Keys that were visible and held.
     metrics : sequence of Metric
-        What to compute.
+        The metrics to compute.
     first : int
         First step to score.
     """
@@ -54,7 +54,7 @@ class MetricSeries:
         self._pooled: dict[str, Tensor] = {}
 
     def values(self) -> dict[str, Tensor]:
-        """Return ``[R, L, H, S]`` for every metric; NaN at steps before anything was evicted."""
+        """Return ``[R, L, H, S]`` for every metric; NaN at steps at which nothing had been evicted."""
         evicted = torch.cat(self._evicted, dim=-1)
         result = {}
         for metric in self.metrics:
@@ -70,7 +70,7 @@ class MetricSeries:
         return result
 
     def add(self, rows: Rows) -> None:
-        """Compute the metrics of a block of steps that follows the one before."""
+        """Compute the metrics of a block of steps; blocks are given in order, without gaps."""
         evicted = self._after_eviction(rows)
         self._evicted.append(evicted)
         for metric in self.metrics:
@@ -82,21 +82,21 @@ class MetricSeries:
                 self._blocks[metric.name].append(value.expand(evicted.shape).to(torch.float32))
 
     def _after_eviction(self, rows: Rows) -> Tensor:
-        """Return where the query sees less than the model would show it, bool ``[R, L, H, b]``."""
+        """Return whether the query sees fewer keys than with a full cache, bool ``[R, L, H, b]``."""
         reach = torch.tensor(self.history.shape.reach(), device=rows.full.device)
-        could = torch.minimum(rows.steps + 1, reach[:, None])[:, None, :]  # [L, 1, b]
-        return rows.kept.keys < could
+        full = torch.minimum(rows.steps + 1, reach[:, None])[:, None, :]  # [L, 1, b]
+        return rows.kept.keys < full
 
 
 class BlockScorer:
-    """Adds blocks of rows to several series of the same rows; what follows from the rows alone is computed once.
+    """Scores blocks of rows for several series; what depends on the rows alone is computed once for all of them.
 
     Parameters
     ----------
     series : sequence of MetricSeries
-        With the same first step.
+        All with the same first step.
     values : Tensor or None
-        ``[L, G, T, D]``, for metrics that need them; with a leading ``R`` where the rows have one.
+        ``[L, G, T, D]``, for metrics that need them; with a leading axis ``R`` if the rows have one.
     """
 
     def __init__(self, series: Sequence[MetricSeries], values: Tensor | None = None) -> None:
@@ -106,17 +106,17 @@ class BlockScorer:
         self._past = Past([name for name in ("last_attended", "prompt_rank") if self._needs(name)], prompt)
 
     def add(self, full: Tensor, start: int, missing: Tensor | None = None) -> None:
-        """Score a block of steps that every simulation has made.
+        """Score a block of steps that every simulation has completed.
 
         Parameters
         ----------
         full : Tensor
-            Full rows ``[L, H, b, n]`` of steps `start` to ``start + b - 1``, which follow those of the block before;
-            with a leading ``R`` where runs differ, which then must be those of a single series.
+            Full rows ``[L, H, b, n]`` of steps `start` to ``start + b - 1``, which follow the previous block. With a
+            leading axis ``R`` if runs differ; then there must be a single series.
         start : int
             First step of the block.
         missing : Tensor or None
-            ``[L, H, b]``: mass that a learned sink takes; with a leading ``R`` as the rows.
+            ``[L, H, b]``: attention mass on a learned sink; with a leading axis ``R`` if the rows have one.
         """
         signals = self._past.add(full, start)
         stop = start + full.shape[-2]

@@ -1,22 +1,22 @@
-"""Axes of the signals that policies read, and what of a signal exists at a step."""
+"""The axes of the signals that policies read, and which part of a signal is available at a step."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 VECTORS = ("keys", "values", "queries")  # signals [L, heads, T, D]; all others are [L, ., T] or [L, T, D]
-PER_QUERY = ("queries", "mean_query")  # of which the current query alone is shown
+PER_QUERY = ("queries", "mean_query")  # signals of which a policy gets the current query only
 
 
 def time_axis(name: str) -> int:
-    """Return which axis of a signal is the position: -2 where each token has a vector, otherwise -1."""
+    """Return which axis of a signal is the position: -2 if each token has a vector, otherwise -1."""
     return -2 if name in (*VECTORS, "mean_query") else -1
 
 
 def with_run_axis(name: str, signal: Tensor) -> Tensor:
-    """Return a signal with its leading axis of runs: 1 where all runs share it."""
-    own = 4 if name in VECTORS else 3
-    return signal if signal.ndim > own else signal[None]
+    """Return a signal with a leading axis of runs, of size 1 if all runs share the signal."""
+    axes = 4 if name in VECTORS else 3  # without runs
+    return signal if signal.ndim > axes else signal[None]
 
 
 def up_to(name: str, signal: Tensor, t: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Signals that a trace gives to policies and metrics, beside its rows."""
+"""The signals that policies and metrics read from a trace, in addition to its attention rows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from kvscope.trace.derive import Floats
 from kvscope.trace.reader import Trace
 from kvscope.trace.signals import REMEDIES
 
-ROWS = frozenset({"weights", "full_weights", "schedule"})  # these follow from the rows, which every trace has
-# name -> (what the trace calls it, how to read one layer)
+ROWS = frozenset({"weights", "full_weights", "schedule"})  # computed from the rows, which every trace has
+# name -> (name in the trace, function that reads one layer)
 _READ: dict[str, tuple[str, Callable[[Trace, int, int], Floats]]] = {
     "value_l1": ("value_l1", lambda trace, sequence, layer: trace.value_norms(sequence, layer, "l1")),
     "value_l2": ("value_l2", lambda trace, sequence, layer: trace.value_norms(sequence, layer, "l2")),
@@ -32,15 +32,15 @@ _READ: dict[str, tuple[str, Callable[[Trace, int, int], Floats]]] = {
 
 
 def require(trace: Trace, plan: EvictionPlan) -> None:
-    """Raise where the plan needs what the trace does not hold.
+    """Raise an error if the plan needs something that the trace does not have.
 
     Raises
     ------
     UsageError
-        For a signal that no trace holds, or a gate of another model.
+        For a signal that no trace has, or a gate that was trained for another model.
     TraceError
-        If this one does not; the message names the flag that records it. If rows were left out, or heads of a plan that
-        decides from all of them.
+        If the trace lacks a signal (the message names the flag that records it); if it lacks rows, or heads of a layer
+        and the plan decides from all heads together.
     """
     _require_recorded(trace, plan)
     for name in plan.gates:
@@ -50,8 +50,8 @@ def require(trace: Trace, plan: EvictionPlan) -> None:
             continue
         if name not in _READ:
             raise UsageError(
-                f"{plan.policy.label} needs a signal called {name!r}, which no trace holds",
-                f"Signals: {', '.join((*sorted(ROWS), *_READ))}.",
+                f"{plan.policy.label} needs a signal called {name!r}, which no trace has",
+                f"Use one of the known signals: {', '.join((*sorted(ROWS), *_READ))}.",
             )
         stored, _ = _READ[name]
         if stored not in trace.stored:
@@ -59,21 +59,23 @@ def require(trace: Trace, plan: EvictionPlan) -> None:
 
 
 def measurable(trace: Trace, names: Sequence[str] | None = None) -> tuple[list[Metric], dict[str, str]]:
-    """Return the metrics to compute on a trace, and why others of them cannot be.
+    """Return the metrics that can be computed on a trace, and for each skipped metric the reason.
 
     Parameters
     ----------
+    trace : Trace
+        Recorded attention.
     names : sequence of str, optional
-        All by default, of which those that the trace has no signal for are left out.
+        Names of metrics. By default all metrics are selected, and those that need a missing signal are skipped.
 
     Raises
     ------
     UsageError
         For an unknown name.
     TraceError
-        If the trace lacks what a metric that is named needs.
+        If the trace lacks a signal that a named metric needs.
     """
-    chosen, left_out = [], {}
+    chosen, skipped = [], {}
     for metric in [METRICS.get(name) for name in dict.fromkeys(names or METRICS.names())]:
         lacking = [name for name in sorted(metric.needs & RECORDED) if _READ[name][0] not in trace.stored]
         if not lacking:
@@ -82,12 +84,12 @@ def measurable(trace: Trace, names: Sequence[str] | None = None) -> tuple[list[M
         todo = REMEDIES[_READ[lacking[0]][0]]
         if names:
             raise TraceError(f"{metric.name} needs {lacking[0]}, which {trace.path} does not hold", todo)
-        left_out[metric.name] = f"it needs {lacking[0]}, which the trace does not hold. {todo}"
-    return chosen, left_out
+        skipped[metric.name] = f"it needs {lacking[0]}, which the trace does not hold. {todo}"
+    return chosen, skipped
 
 
 def load_signal(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
-    """Return a signal: norms and gates ``[L, G, T]``, vectors ``[L, heads, T, D]``; ``mean_query`` ``[L, T, D]``."""
+    """Return a signal: norms and gates ``[L, G, T]``, vectors ``[L, heads, T, D]``, ``mean_query`` ``[L, T, D]``."""
     if name.startswith(GATE):
         return _margins(trace, name.removeprefix(GATE), sequence, layers)
     _, read = _READ[name]
@@ -95,11 +97,11 @@ def load_signal(trace: Trace, name: str, sequence: int, layers: list[int]) -> Te
 
 
 def _require_recorded(trace: Trace, plan: EvictionPlan) -> None:
-    """Raise TraceError where only some rows were recorded, or only some heads of a plan that looks at them together."""
+    """Raise TraceError if some rows were not recorded, or some heads and the plan decides from all heads together."""
     header = trace.header
     if header.query_stride > 1:
         raise TraceError(
-            f"{trace.path} holds every {header.query_stride}th row of attention: fed those alone, a policy is another",
+            f"{trace.path} holds every {header.query_stride}th row of attention, and policies need all of them",
             "Record it again without --query-stride to replay it.",
         )
     across = plan.looks_across or ALLOCATORS.get(plan.allocate).spans == "heads"
@@ -127,9 +129,9 @@ def _require_gate(trace: Trace, plan: EvictionPlan, name: str) -> None:
 
 @torch.no_grad()
 def _margins(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
-    """Return by how much gates are above their thresholds, ``[L, G, T]``, from recorded layer inputs.
+    """Return by how much gates exceed their thresholds, ``[L, G, T]``, computed from recorded layer inputs.
 
-    In double, rounded at the end: the order in which a processor adds must not open or shut a gate.
+    Computed in float64 and rounded at the end, so that the order of summation does not change a gate's decision.
     """
     gate, prompt = load_gate(name), trace.sequences[sequence].prompt
     inputs = ((layer, torch.from_numpy(trace.hidden(sequence, layer))[None].double()) for layer in layers)

@@ -1,8 +1,8 @@
 """The caches that one policy would keep, simulated over attention rows.
 
-Tensors carry ``R`` runs (budgets), ``L`` layers, ``S`` deciding heads (``G`` key/value heads, or 1 where the layer
-decides as one) and key positions. The same simulation serves recorded rows (open loop) and rows that are computed as it
-goes (closed loop).
+The axes of tensors are ``R`` runs (budgets), ``L`` layers, ``S`` deciding heads (``G`` key/value heads, or 1 where one
+decision holds for the whole layer) and key positions. The open loop gives a simulation recorded rows, the closed loop
+gives it rows as the model computes them.
 """
 
 from __future__ import annotations
@@ -35,39 +35,41 @@ class CacheSimulation:
     Parameters
     ----------
     policy : Policy or EvictionPlan
-        What scores the keys; a plan says when it evicts and how its budget is shared out, a bare policy goes as
-        published.
+        Scores the keys. A plan also says when to evict and how to allocate the budget; a policy alone gets its
+        published plan.
     budgets : sequence of int
         ``B`` of each run, in keys per key/value head.
     shape : Shape
         Sizes.
     prefill : {"full", "stream"}
-        Whether the prompt's rows see everything and the choice is made once at its end, or eviction starts when the
-        cache first exceeds the budget.
+        With ``full`` every prompt query sees all earlier keys, and keys are first evicted at the end of the prompt.
+        With ``stream`` eviction starts when the cache first exceeds the budget.
     signals : mapping of str to Tensor
-        What the policy needs beside the weights: norms ``[L, G, T]``, ``keys`` and ``values`` ``[L, G, T, D]``,
-        ``queries`` ``[L, H, T, D]``, ``mean_query`` ``[L, T, D]``; with a leading axis ``R`` where runs differ.
+        What the policy needs in addition to the weights: norms ``[L, G, T]``, ``keys`` and ``values``
+        ``[L, G, T, D]``, ``queries`` ``[L, H, T, D]``, ``mean_query`` ``[L, T, D]``; with a leading axis ``R`` if runs
+        differ.
     missing_mass : Tensor or None
-        ``[L, H, T]``: what a learned sink takes from each row; the live row is divided by kept mass plus this.
+        ``[L, H, T]``: attention mass of each row on a learned sink. The live row is divided by the retained mass plus
+        this.
     allocator : Allocator or None
-        What shares out the budget; by default that of the plan.
+        Allocates the budget; by default the allocator that the plan names.
     device : torch.device or str
-        Where the state is.
+        Device of the state.
     dtype : torch.dtype
-        Of scores.
+        Type of the scores.
 
     Attributes
     ----------
     state : CacheState
-        Which keys are held, their scores, when keys were evicted, and what each head may hold.
+        Which keys are held, their scores, when keys were evicted, and how many keys each head may hold.
     inputs : StepInputs
-        The arguments, completed.
+        The arguments, with defaults filled in.
     stepper : Stepper
-        What steps blocks of rows: a kernel where there is one for the policy, torch otherwise.
+        Steps through blocks of rows: the compiled kernel if there is one for the policy, otherwise torch.
 
     Notes
     -----
-    Nothing is checked here: `kvscope.engine.feasible` has said that plan, budgets and prefill go together.
+    Arguments are not checked here: `kvscope.engine.feasible` checks plan, budgets and prefill when a job is compiled.
     """
 
     def __init__(
@@ -109,33 +111,33 @@ class CacheSimulation:
         return self.inputs.budgets
 
     def block(self, block: Block) -> None:
-        """Let all queries of a block attend, be scored and evict, in order of their position."""
+        """Step through all queries of a block in order: each attends, then keys are scored and evicted."""
         self.stepper.step_block(block)
 
     def step(self, t: int, row: Tensor) -> None:
-        """Let query `t`, whose full row is ``[L, H, t + 1]``, attend, be scored and evict; steps come in order."""
+        """Step through query `t` with full row ``[L, H, t + 1]``: it attends, then keys are scored and evicted."""
         self._torch.step(t, row)
 
     def see(self, t: int) -> Step:
-        """Return what query `t` sees: the first half of a step, before its row is known."""
+        """Return the step of query `t` with its visible keys; its row is not known yet. `attend` completes the step."""
         return self._torch.see(t)
 
     def attend(self, step: Step, row: Tensor) -> None:
-        """Score and evict, now that the row is known: the second half of a step.
+        """Complete a step with its row: score keys, then evict.
 
         Parameters
         ----------
         step : Step
-            From `see`.
+            Returned by `see`.
         row : Tensor
-            Full-cache attention of the query, ``[L, H, t + 1]``; a leading ``R`` axis if it differs between runs.
+            Full-cache attention of the query, ``[L, H, t + 1]``; with a leading axis ``R`` if runs differ.
         """
         self._torch.attend(step, row)
 
     def visible(self, start: int, stop: int) -> Tensor:
         """Return ``V_t`` for steps `start` to `stop` - 1, bool ``[R, L, G, stop - start, stop]``.
 
-        Only steps that have been made can be asked for, and of a sparse reader only those not `release`d.
+        The steps must be complete. Those of a sparse reader must not have been released with `release`.
         """
         source = self.state.visible if self._reader is None else self._reader.log.masks
         return self._per_kv_head(source(start, stop))
@@ -145,24 +147,28 @@ class CacheSimulation:
         return self._per_kv_head(self.state.held(start, stop))
 
     def release(self, stop: int) -> None:
-        """Forget what is needed only to tell what steps before `stop` saw."""
+        """Free the memory that only `visible` needs, for steps before `stop`."""
         if self._reader is not None:
             self._reader.log.forget_before(stop)
 
     def residency(self, run: int, layer: int) -> ResidencyIntervals:
-        """Return when keys were held in one run and one layer of the group; of a sparse reader, when they were read."""
+        """Return when keys were held in one run and layer of the group; for a sparse reader, when they were read."""
         if self._reader is not None:
             return self._reader.log.residency(run, layer, self.shape.kv_heads)
         leave = self.state.leave[run, layer].expand(self.shape.kv_heads, -1)
         return ResidencyIntervals.from_eviction_steps(leave.cpu().numpy())
 
     def check(self) -> None:
-        """Raise ReplayError if what was done is not a result: nothing evicted, too much held, or a score of NaN."""
+        """Raise ReplayError if the run is invalid.
+
+        Scores must not be NaN. A policy with a budget must evict where a cache exceeds it, and must not evict where the
+        whole sequence fits.
+        """
         state, length, label, traits = self.state, self.shape.length, self.plan.policy.label, self.plan.policy.traits
         if bool(state.nan_scores):
             raise ReplayError(
                 f"{label} gave scores that are not numbers",
-                "Check the policy, and the trace: kvscope info TRACE --verify",
+                "Check the policy, and the trace with: kvscope info TRACE --verify",
             )
         if not traits.bounded or traits.phase == "none":
             return
@@ -171,15 +177,15 @@ class CacheSimulation:
         for run, budget in enumerate(self.budgets):
             evicted = state.evictions[run] > 0  # [L, S]
             exceeded = in_cache[:, None] > state.budget[run]
-            if not traits.reads and bool((exceeded & ~evicted).any()):  # a reader may well read all it has
+            if not traits.reads and bool((exceeded & ~evicted).any()):  # a sparse reader may read every key
                 raise ReplayError(
                     f"{label} at {budget} keys evicted nothing from {length} tokens",
-                    "A replay that changes nothing is no result: check the policy.",
+                    "Check the policy: a cache larger than its budget must be reduced.",
                 )
             if budget >= length and bool(evicted.any()):
                 raise ReplayError(
                     f"{label} at {budget} keys evicted although {length} tokens fit",
-                    "A budget of the whole sequence must equal the full cache: check the policy.",
+                    "Check the policy: with a budget of the whole sequence nothing may be evicted.",
                 )
 
     @property
@@ -191,10 +197,10 @@ class CacheSimulation:
 
 
 def choose_stepper(fallback: TorchStepper, inputs: StepInputs, state: CacheState, sharing: BudgetSharing) -> Stepper:
-    """Return what steps blocks of rows fastest and makes the same decisions as `fallback`."""
+    """Return the fastest stepper that makes the same decisions as `fallback`."""
     plan, traits = inputs.plan, inputs.plan.policy.traits
-    plain = traits.bounded and not traits.reads and plan.accumulate is None and sharing.fixed
-    rule = recurrence_of(plan.policy) if plain else None
+    supported = traits.bounded and not traits.reads and plan.accumulate is None and sharing.fixed
+    rule = recurrence_of(plan.policy) if supported else None
     if rule is None:
         return fallback
     device = state.leave.device.type

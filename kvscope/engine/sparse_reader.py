@@ -1,4 +1,4 @@
-"""Sparse readers: policies that hold every key and read a part of them at each step."""
+"""Sparse readers: policies that hold every key and read only some of them at each step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from kvscope.policies.base import Policy, Step
 
 
 class SparseReader:
-    """Restricts each step to the keys that the policy reads, and remembers them.
+    """Restricts each step to the keys that the policy reads, and records them.
 
     Parameters
     ----------
     policy : Policy
-        One that reads.
+        A policy with the trait ``reads``.
     state : CacheState
-        Whose evictions count the keys that were not read.
+        Its `evictions` are increased by the number of keys that are not read.
     first_eviction : int
-        Last step at which everything is read.
+        Last step at which all keys are read.
     """
 
     def __init__(self, policy: Policy, state: CacheState, first_eviction: int) -> None:
@@ -31,7 +31,7 @@ class SparseReader:
         self.log = ReadLog(state.alive.shape, state.alive.device)
 
     def read(self, step: Step) -> Step:
-        """Return the step with only those keys visible that the policy reads."""
+        """Return the step with only the keys visible that the policy reads."""
         if step.t > self._first_eviction:
             step = replace(step, visible=self._policy.read(step) & step.visible)
         alive = self._state.alive[..., : step.t + 1]
@@ -41,18 +41,18 @@ class SparseReader:
 
 
 class ReadLog:
-    """What a sparse reader read: masks of the newest steps, and every residency interval.
+    """The keys that a sparse reader read: masks of recent steps, and residency intervals of all steps.
 
-    A key that is read at steps ``a`` to ``b`` has the interval from ``a - 1`` (its own position, if it was just
-    appended) up to before ``b``. So ``V_t`` is key ``t`` and what is held after step ``t - 1``, exactly as for a cache
-    that holds what is visible.
+    A key that is read at steps ``a`` to ``b`` gets the interval that enters at ``a - 1`` (at ``a`` if the key was
+    appended at that step) and leaves at ``b - 1``. So ``V_t`` is key ``t`` plus the keys held after step ``t - 1``, as
+    for a cache that holds exactly the visible keys.
 
     Parameters
     ----------
     size : torch.Size
         ``(R, L, S, T)``.
     device : torch.device
-        Where the masks live.
+        Device of the masks.
     """
 
     def __init__(self, size: torch.Size, device: torch.device) -> None:
@@ -63,14 +63,14 @@ class ReadLog:
         self._closed: list[Tensor] = []
 
     def add(self, t: int, mask: Tensor) -> None:
-        """Note that step `t` read ``mask``, bool ``[R, L, S, t + 1]``."""
+        """Record that step `t` read `mask`, bool ``[R, L, S, t + 1]``."""
         n = t + 1
         before = self._last[..., :n]
         self._close(before & ~mask, t - 1)
         self._since[..., :n] = torch.where(mask & ~before, t - 1, self._since[..., :n])
         self._since[..., t] = t
         self._last[..., :n] = mask
-        self._masks[t] = mask.clone()  # it may be a view of what is alive, which changes
+        self._masks[t] = mask.clone()  # the mask may be a view of CacheState.alive, which changes later
 
     def forget_before(self, t: int) -> None:
         """Drop the masks of steps before `t`."""
@@ -78,7 +78,7 @@ class ReadLog:
             del self._masks[step]
 
     def masks(self, start: int, stop: int) -> Tensor:
-        """Return what steps `start` to `stop` - 1 read, bool ``[R, L, S, stop - start, stop]``."""
+        """Return the keys that steps `start` to `stop` - 1 read, bool ``[R, L, S, stop - start, stop]``."""
         size = (*self._size[:3], stop - start, stop)
         result = torch.zeros(size, dtype=torch.bool, device=self._last.device)
         for t in range(start, stop):
@@ -86,7 +86,7 @@ class ReadLog:
         return result
 
     def residency(self, run: int, layer: int, kv_heads: int) -> ResidencyIntervals:
-        """Return the intervals of one run and layer for all key/value heads, which may decide as one."""
+        """Return the intervals of one run and layer, repeated for every key/value head if the layer decides as one."""
         open_ = self._last[run, layer].nonzero()
         since = self._since[run, layer][self._last[run, layer]].to(torch.int64)
         rows = [torch.cat([open_, since[:, None], torch.full_like(since, -1)[:, None]], dim=1)]
@@ -103,8 +103,8 @@ class ReadLog:
             kv_head=head, key=key, enter=enter, leave=leave, heads=kv_heads, length=self._size[3]
         )
 
-    def _close(self, gone: Tensor, t: int) -> None:
-        where = gone.nonzero()  # [N, 4]: run, layer, head, key
+    def _close(self, ended: Tensor, t: int) -> None:
+        where = ended.nonzero()  # [N, 4]: run, layer, head, key
         if len(where):
             since = self._since[tuple(where.unbind(1))].to(torch.int64)
             self._closed.append(torch.cat([where, since[:, None], torch.full_like(since, t)[:, None]], dim=1))

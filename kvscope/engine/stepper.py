@@ -1,4 +1,4 @@
-"""What moves the caches of a simulation from step to step, and which way of doing it is taken."""
+"""The interface of steppers, which take the caches of a simulation through blocks of rows, and their common input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvscope.engine.rows import Block, Shape
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What the steps of a simulation depend on, besides the state of its caches and the rows.
+    """What the steps of a simulation depend on, apart from the state of its caches and the rows.
 
     Attributes
     ----------
@@ -27,12 +27,12 @@ class StepInputs:
     shape : Shape
         Sizes.
     prefill : {"full", "stream"}
-        Whether the prompt's rows see everything.
+        With ``full`` every query of the prompt sees all earlier keys.
     signals : mapping of str to Tensor
-        Each with a leading axis of runs, see `kvscope.engine.signal_axes`. Their content may be filled in as steps
-        come.
+        Each with a leading axis of runs, see `kvscope.engine.signal_axes`. The caller may fill in their values step by
+        step.
     missing_mass : Tensor or None
-        ``[L, H, T]`` or ``[R, L, H, T]``: what a learned sink takes from each row.
+        ``[L, H, T]`` or ``[R, L, H, T]``: attention mass of each row on a learned sink.
     """
 
     plan: EvictionPlan
@@ -48,18 +48,18 @@ class StepInputs:
         return self.shape.prompt - 1 if self.prefill == "full" else 0
 
     def evicts_after(self, t: int) -> bool:
-        """Return whether the plan evicts at the end of step `t`."""
+        """Return whether keys are evicted at the end of step `t`."""
         return self.plan.compresses(t, self.shape.prompt, self.prefill)
 
 
 class Stepper(Protocol):
-    """Moves every cache of a simulation through a block of rows: all ways of doing it make the same decisions."""
+    """Takes every cache of a simulation through a block of rows. All implementations make the same decisions."""
 
     def step_block(self, block: Block) -> None:
-        """Let all queries of a block attend, be scored and evict, in order of their position.
+        """Step through all queries of a block in order: each attends, then keys are scored and evicted.
 
         Parameters
         ----------
         block : Block
-            The rows that follow those of the block before, on the device of the state.
+            The rows after those of the previous block, on the device of the state.
         """

@@ -1,4 +1,4 @@
-"""How many threads torch takes for steps that are small."""
+"""The number of threads that torch uses for small steps."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 import torch
 
-SMALL = 2**20  # numbers in the largest tensor of a step, below which waking a second thread costs more than it does
+SMALL = 2**20  # elements of the largest tensor of a step; below this a second thread costs more time than it saves
 
 
 @contextmanager
 def few_threads(numbers: int) -> Iterator[None]:
-    """Let torch work with one thread meanwhile, where tensors have no more than so many `numbers`."""
-    usual = torch.get_num_threads()
-    if usual == 1 or numbers >= SMALL:
+    """Run the block with one torch thread if its largest tensor, of `numbers` elements, is small."""
+    before = torch.get_num_threads()
+    if before == 1 or numbers >= SMALL:
         yield
         return
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(usual)
+        torch.set_num_threads(before)

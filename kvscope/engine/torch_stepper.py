@@ -1,4 +1,4 @@
-"""Steps through rows one by one in torch: for every policy, on every device."""
+"""The stepper that works row by row in torch: for every policy, on every device."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from kvscope.policies.base import Step
 
 
 class TorchStepper:
-    """Lets a policy observe and score step by step; its two halves, `see` and `attend`, can be called apart.
+    """Lets a policy observe and score every step. The two halves of a step, `see` and `attend`, can be called singly.
 
     Parameters
     ----------
     inputs : StepInputs
-        What the steps depend on.
+        Plan, sizes and signals.
     state : CacheState
-        What they change.
+        Changed in place.
     sharing : BudgetSharing
-        What shares out the budget.
+        Allocates the budget.
     reader : SparseReader or None
-        For a policy that reads a part of what it holds.
+        For a policy that reads only some of the keys it holds.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class TorchStepper:
     ) -> None:
         self._inputs, self._state, self._sharing, self._reader = inputs, state, sharing, reader
         self._policy, self._needs = inputs.plan.policy, inputs.plan.needs
-        traits = self._policy.traits  # made anew at every access
+        traits = self._policy.traits  # stored here because the property computes them at every access
         self._clairvoyant, self._evictor = traits.clairvoyant, Evictor(state, traits.bounded)
         self._heads = state.score.shape[2]
         self._layers = torch.tensor(inputs.shape.layers, dtype=torch.int64, device=state.score.device)
-        self._memory: dict[str, Any] = {}  # of the policy
+        self._memory: dict[str, Any] = {}  # what the policy stores between steps
 
     def step_block(self, block: Block) -> None:
-        """Let all queries of a block attend, be scored and evict, in order of their position."""
+        """Step through all queries of a block in order: each attends, then keys are scored and evicted."""
         largest = self._state.score.numel() * self._inputs.shape.heads // self._heads
         with few_threads(largest):
             for t in range(block.start, block.start + block.rows.shape[-2]):
@@ -54,13 +54,13 @@ class TorchStepper:
                 self.step(t, block.row(t), block.normalised_row(t) if complete else None)
 
     def step(self, t: int, row: Tensor, normalised: Tensor | None = None) -> None:
-        """Let query `t` attend, be scored and evict; the arguments are those of `attend`."""
+        """Step through query `t`: it attends, then keys are scored and evicted; the arguments are those of `attend`."""
         row = row if row.ndim == 4 else row[None]
         step = self.see(t, row if self._clairvoyant else None)
         self.attend(step, row, normalised)
 
     def see(self, t: int, row: Tensor | None = None) -> Step:
-        """Return what query `t` sees: the first half of a step, before its row is known to any but a clairvoyant."""
+        """Return the step of query `t` with its visible keys; `row`, its full row, is shown to clairvoyant policies."""
         inputs, shape, state = self._inputs, self._inputs.shape, self._state
         state.append(t)
         step = Step(
@@ -84,16 +84,16 @@ class TorchStepper:
         return step if self._reader is None else self._reader.read(step)
 
     def attend(self, step: Step, row: Tensor, normalised: Tensor | None = None) -> None:
-        """Score and evict, now that the row is known: the second half of a step.
+        """Complete a step with its row: score keys, then evict.
 
         Parameters
         ----------
         step : Step
-            From `see`.
+            Returned by `see`.
         row : Tensor
-            Full-cache attention of the query, ``[L, H, t + 1]``; a leading ``R`` axis if it differs between runs.
+            Full-cache attention of the query, ``[L, H, t + 1]``; with a leading axis ``R`` if runs differ.
         normalised : Tensor, optional
-            The live row, where nothing has been evicted yet and it is known.
+            The live row, if nothing has been evicted yet and the caller has computed it.
         """
         n = step.t + 1
         row = row if row.ndim == 4 else row[None]
@@ -104,7 +104,7 @@ class TorchStepper:
         if "full_weights" in self._needs:
             step.signals["full_weights"] = row
         score = self._policy.observe(step, self._state.score[..., :n])
-        # half-precision code sums the prompt's rows in one operation, and rounds once at its end
+        # code in half precision sums the prompt's rows in one operation and rounds once, so the prompt is not rounded
         self._state.score[..., :n] = score if step.t < self._inputs.first_eviction else self._rounded(score)
         self._sharing.observe(step, self._state)
         if step.compresses and self._reader is None:

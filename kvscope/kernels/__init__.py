@@ -12,12 +12,12 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-OFF = "KVSCOPE_NO_KERNELS"  # environment variable: if it is not empty, no kernel is compiled
+OFF = "KVSCOPE_NO_KERNELS"  # environment variable: if it is not empty, the fallbacks are used
 
 
 @cache
 def available() -> bool:
-    """Return whether kernels can be compiled here."""
+    """Return whether kernels can be compiled: numba is installed and not switched off."""
     if os.environ.get(OFF):
         return False
     try:
@@ -34,7 +34,7 @@ def triton_available() -> bool:
 
 
 def spread(work: Callable[[int, int], None], units: int) -> None:
-    """Call ``work(first, last)`` for shares of `units` on as many threads as torch uses."""
+    """Divide `units` evenly and call ``work(first, last)`` for each part, on as many threads as torch uses."""
     threads = min(torch.get_num_threads(), units)
     if threads <= 1:
         work(0, units)
@@ -44,7 +44,7 @@ def spread(work: Callable[[int, int], None], units: int) -> None:
 
 
 def shared(work: Callable[[int], T], items: Sequence[int]) -> Iterable[T]:
-    """Return ``work(item)`` for each, made on as many threads as torch uses, in order."""
+    """Return ``work(item)`` for each item, in order, computed on as many threads as torch uses."""
     threads = min(torch.get_num_threads(), len(items))
     return map(work, items) if threads <= 1 else _pool(threads).map(work, items)
 

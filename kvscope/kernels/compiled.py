@@ -1,31 +1,33 @@
-"""How loops are compiled. Imported only where numba is there."""
+"""Compilation of loops with numba. Imported only if numba is installed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from numba import njit
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 
 def compiled(function: F) -> F:
-    """Return a function compiled for whatever it is called with, and kept on disk; other threads run beside it.
+    """Return the function compiled for the types of its arguments, cached on disk; it releases the GIL.
 
-    Divisions do not ask for zero each time.
+    Division by zero gives inf or NaN, as in numpy, so that no check is needed.
     """
-    return _made(function)
+    return _compile(function, fastmath=False)
 
 
 def summing(function: F) -> F:
-    """Do the same for one whose sums may be made in any order, and so several at a time."""
-    return _made(function, fastmath={"reassoc", "nsz", "contract"})
+    """Return the function compiled as by `compiled`, with sums in any order, so that they can be vectorised."""
+    return _compile(function, fastmath={"reassoc", "nsz", "contract"})
 
 
-def _made(function: F, **options: Any) -> F:
-    options |= {"nogil": True, "error_model": "numpy"}
+def _compile(function: F, fastmath: bool | set[str]) -> F:
+    def compile_with(*, cache: bool) -> F:
+        return cast(F, njit(cache=cache, nogil=True, error_model="numpy", fastmath=fastmath)(function))
+
     try:
-        return cast(F, njit(cache=True, **options)(function))
-    except RuntimeError:  # neither the package nor the user's own cache can be written to: compile in every process
-        return cast(F, njit(**options)(function))
+        return compile_with(cache=True)
+    except RuntimeError:  # no cache folder can be written to: compile in every process
+        return compile_with(cache=False)

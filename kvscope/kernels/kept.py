@@ -1,33 +1,29 @@
-"""Rows without the keys that were evicted, compiled: as the product with `CacheSimulation.visible` in torch."""
+"""Rows without evicted keys, compiled; the fallback is the product with `CacheSimulation.visible` in torch."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from kvscope.kernels import spread
-
-Array = NDArray[Any]
+from kvscope.kernels.arrays import Array
 
 
 def kept_rows(rows: Array, leave: Array, start: int) -> tuple[Array, Array]:
-    """Return rows that are zero at keys that are gone, and their sums.
+    """Return rows with zeros at evicted keys, and their sums.
 
     Parameters
     ----------
     rows : ndarray
         ``[R, H, b, n]`` of steps `start` to ``start + b - 1``; zero beyond the query's position.
     leave : ndarray
-        int32 ``[R, S, T]``: first step at which a key is gone, counted as in `CacheState`; ``S`` divides ``H``.
+        int32 ``[R, S, T]``: step at whose end a key was evicted, as in `CacheState`; ``S`` divides ``H``.
     start : int
         First step.
 
     Returns
     -------
     tuple of ndarray
-        ``[R, H, b, n]``, and ``[R, H, b]`` of the same type, summed in double.
+        ``[R, H, b, n]``, and ``[R, H, b]`` of the same type, summed in float64.
     """
     from kvscope.kernels.kept_loop import keep_rows
 

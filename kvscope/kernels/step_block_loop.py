@@ -1,28 +1,30 @@
-"""Loops that numba compiles. Imported by `step_block` alone, when it is called.
+"""The compiled loops of `step_block`, which imports this module when it is called.
 
-Arrays have the axes of `KernelState`: ``R`` runs, ``L`` layers, ``S`` deciding heads, ``T`` keys. The keys that a head
-holds lie in ``slots``, by position, oldest first, and their scores beside them in ``kept``.
+Arrays have the axes of `KernelState`: ``R`` runs, ``L`` layers, ``S`` deciding heads, ``T`` keys. While a head is
+stepped, the first `m` entries of ``slots`` are the positions of the keys that it holds, oldest first, and those of
+``kept`` are their scores.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from kvscope.core.residency import NEVER
+from kvscope.kernels.arrays import Array, KernelRows, KernelState
 from kvscope.kernels.compiled import compiled
 
-NONE, MEAN, MAX, SUM = range(4)  # how query heads become one
+NONE, MEAN, MAX, SUM = range(4)  # how the weights of a group of query heads are reduced
 
 
 @compiled
-def step_heads(first: int, last: int, block: Any, state: Any, reduce: int, decay: Any, nan_scores: Any) -> None:
-    """Step heads `first` to `last` - 1, counted through runs, layers and deciding heads, through a block of rows."""
+def step_heads(
+    first: int, last: int, block: KernelRows, state: KernelState, reduce: int, decay: float, nan_scores: Array
+) -> None:
+    """Step heads `first` to `last` - 1, numbered through all runs and layers, through a block of rows."""
     rows, missing, scale, start = block.full, block.missing, block.scale, block.start
     _, layers, heads, length = state.leave.shape
-    together = rows.shape[2] // heads
-    slots = np.empty(length, np.uint32)  # unsigned, so that no index counts from the end
+    group = rows.shape[2] // heads
+    slots = np.empty(length, np.uint32)  # unsigned, so that numba need not handle negative indices
     kept = np.empty(length, state.score.dtype)
     weight = np.empty(length, np.float64)
     for unit in range(first, last):
@@ -30,22 +32,23 @@ def step_heads(first: int, last: int, block: Any, state: Any, reduce: int, decay
         alive, score, leave = state.alive[r, layer, s], state.score[r, layer, s], state.leave[r, layer, s]
         budget, window = state.budget[r, layer, s], state.windows[layer]
         m = _gather(alive[:start], score, slots, kept)
-        own, lost, scaled = min(r, rows.shape[0] - 1), min(r, missing.shape[0] - 1), min(r, scale.shape[0] - 1)
+        rows_run, sink_run = min(r, rows.shape[0] - 1), min(r, missing.shape[0] - 1)
+        scale_row = scale[min(r, scale.shape[0] - 1), layer, s]
         for i in range(rows.shape[3]):
             t = start + i
             slots[m], kept[m] = t, 0
             m += 1
             if 0 < window <= t:
-                m = _forget(t - window, t - 1, leave, slots, kept, m)
+                m = _slide_out(t - window, t - 1, leave, slots, kept, m)
             if reduce == NONE:
                 kept[m - 1] = t
             else:
-                of = slice(s * together, (s + 1) * together)
-                by, full = scale[scaled, layer, s], rows[own, layer, of, i]
-                _weigh(full, missing[lost, layer, of], by, t, reduce, slots, m, weight)
-                share = together if reduce == MEAN else 1
+                queries = slice(s * group, (s + 1) * group)
+                full, sink = rows[rows_run, layer, queries, i], missing[sink_run, layer, queries]
+                _weigh(full, sink, scale_row, t, reduce, slots, m, weight)
+                divisor = group if reduce == MEAN else 1
                 for k in range(m):
-                    kept[k] = state.score.dtype.type(weight[k] / share) + decay * kept[k]
+                    kept[k] = state.score.dtype.type(weight[k] / divisor) + decay * kept[k]
             surplus = m - budget
             if block.evicts[i] and surplus > 0:
                 nan_scores[unit] |= np.isnan(kept[:m]).any()
@@ -61,8 +64,8 @@ def step_heads(first: int, last: int, block: Any, state: Any, reduce: int, decay
 
 
 @compiled
-def _gather(alive: Any, score: Any, slots: Any, kept: Any) -> int:
-    """Fill the slots with the keys that are alive, and return how many there are."""
+def _gather(alive: Array, score: Array, slots: Array, kept: Array) -> int:
+    """Fill the slots with the keys in the cache, and return their number."""
     m = 0
     for j in range(len(alive)):
         if alive[j]:
@@ -72,16 +75,16 @@ def _gather(alive: Any, score: Any, slots: Any, kept: Any) -> int:
 
 
 @compiled
-def _forget(key: int, step: int, leave: Any, slots: Any, kept: Any, m: int) -> int:
-    """Drop a key that a sliding-window layer can no longer see, and return how many remain."""
+def _slide_out(key: int, step: int, leave: Array, slots: Array, kept: Array, m: int) -> int:
+    """Remove the key that has slid out of a sliding-window layer, and return how many keys remain."""
     if leave[key] == NEVER:
         leave[key] = step
     return _remove(slots, kept, 0, m) if slots[0] == key else m
 
 
 @compiled
-def _weigh(rows: Any, missing: Any, scale: Any, t: int, reduce: int, slots: Any, m: int, weight: Any) -> None:
-    """Reduce the live rows of a group of query heads to one weight for each slot; a mean is not yet divided."""
+def _weigh(rows: Array, missing: Array, scale: Array, t: int, reduce: int, slots: Array, m: int, weight: Array) -> None:
+    """Write the reduced live weight of a group of query heads for each slot to `weight`; for a mean, the sum."""
     weight[:m] = 0
     for h in range(rows.shape[0]):
         row = rows[h]
@@ -103,8 +106,8 @@ def _weigh(rows: Any, missing: Any, scale: Any, t: int, reduce: int, slots: Any,
 
 
 @compiled
-def _total(row: Any, slots: Any, m: int) -> float:
-    """Return the sum of a row over `m` slots, in double; in four parts, which do not wait for each other."""
+def _total(row: Array, slots: Array, m: int) -> float:
+    """Return the sum of a row over `m` slots in float64; four partial sums, so that additions can overlap."""
     a = b = c = d = 0.0
     whole = m - m % 4
     for k in range(0, whole, 4):
@@ -118,16 +121,16 @@ def _total(row: Any, slots: Any, m: int) -> float:
 
 
 @compiled
-def _evict(surplus: int, t: int, low: int, high: int, leave: Any, slots: Any, kept: Any, m: int) -> int:
-    """Drop the `surplus` lowest of the slots `low` to `high` - 1, and return how many remain."""
+def _evict(surplus: int, t: int, low: int, high: int, leave: Array, slots: Array, kept: Array, m: int) -> int:
+    """Evict the `surplus` lowest scores of the slots `low` to `high` - 1, and return how many keys remain."""
     if surplus == 1:
-        gone = low
+        lowest = low
         for k in range(low + 1, high):
-            if kept[k] < kept[gone]:  # so the oldest of equal scores goes
-                gone = k
-        leave[slots[gone]] = t
-        return _remove(slots, kept, gone, m)
-    order = np.argsort(kept[low:high], kind="mergesort")  # stable, for the same rule
+            if kept[k] < kept[lowest]:  # strict, so that the oldest of equal scores is evicted
+                lowest = k
+        leave[slots[lowest]] = t
+        return _remove(slots, kept, lowest, m)
+    order = np.argsort(kept[low:high], kind="mergesort")  # stable: the same rule for ties
     for k in order[:surplus]:
         leave[slots[low + k]] = t
     remaining = 0
@@ -139,8 +142,8 @@ def _evict(surplus: int, t: int, low: int, high: int, leave: Any, slots: Any, ke
 
 
 @compiled
-def _remove(slots: Any, kept: Any, place: int, m: int) -> int:
-    """Close the gap at `place`, and return how many remain."""
+def _remove(slots: Array, kept: Array, place: int, m: int) -> int:
+    """Remove the slot at `place`, and return how many keys remain."""
     for k in range(place, m - 1):
         slots[k], kept[k] = slots[k + 1], kept[k + 1]
     return m - 1

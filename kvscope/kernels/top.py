@@ -1,28 +1,24 @@
-"""Masks of the heaviest weights of rows, compiled; the fallback is in `kvscope.metrics.heaviest`."""
+"""Masks of the largest weights of rows, compiled; the fallback is in `kvscope.metrics.heaviest`."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from kvscope.kernels import spread
-
-Array = NDArray[Any]
+from kvscope.kernels.arrays import Array
 
 
 def top_masks(rows: Array, least: Array, budgets: Array) -> Array:
-    """Return where the heaviest weights of rows are: all above `least`, and of those equal to it the newest.
+    """Return masks of the largest weights of rows: all above `least`, and of those equal to it the newest.
 
     Parameters
     ----------
     rows : ndarray
-        ``[..., n]``; a key that does not count has weight -1.
+        ``[..., n]``; a key that is not considered has weight -1.
     least : ndarray
-        ``[K, ...]``: for each budget and row the lightest weight that is still in, or -1.
+        ``[K, ...]``: for each budget and row the smallest weight that is included, or -1 to include all.
     budgets : ndarray
-        int ``[K]``.
+        int ``[K]``: number of keys to include.
 
     Returns
     -------

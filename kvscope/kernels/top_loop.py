@@ -1,15 +1,14 @@
-"""Loops that numba compiles, imported by `top` alone, when it is called."""
+"""The compiled loop of `top`, which imports this module when it is called."""
 
 from __future__ import annotations
 
-from typing import Any
-
+from kvscope.kernels.arrays import Array
 from kvscope.kernels.compiled import compiled
 
 
 @compiled
-def mark_rows(first: int, last: int, rows: Any, least: Any, budgets: Any, marks: Any) -> None:
-    """Mark the heaviest weights of rows `first` to `last` - 1, under every budget."""
+def mark_rows(first: int, last: int, rows: Array, least: Array, budgets: Array, marks: Array) -> None:
+    """Fill `marks` for rows `first` to `last` - 1 and every budget."""
     n = rows.shape[1]
     for number in range(len(budgets)):
         for place in range(first, last):
@@ -23,6 +22,6 @@ def mark_rows(first: int, last: int, rows: Any, least: Any, budgets: Any, marks:
             for j in range(n):
                 if extra <= 0:
                     break
-                if row[j] == edge and row[j] >= 0:  # the oldest of equal weights is out
+                if row[j] == edge and row[j] >= 0:  # of equal weights the oldest is excluded
                     mark[j] = False
                     extra -= 1

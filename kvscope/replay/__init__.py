@@ -1,1 +1,1 @@
-"""Replays: the step every policy goes through, its scoring, and what is kept of it."""
+"""Replays: policies run over the recorded attention of a trace (open loop), scored and written."""

@@ -1,4 +1,4 @@
-"""A replay is compiled, then executed: everything that can be wrong with it is found by `compile_replay`."""
+"""Compilation of replays: `compile_replay` checks all input and returns a job that only has to be executed."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from kvscope.trace.reader import Trace
 if TYPE_CHECKING:
     from kvscope.closed_loop.job import ClosedLoopJob
 
-OPEN_SHARE = 0.3  # of the progress of a replay with a closed loop
+OPEN_SHARE = 0.3  # share of the progress bar that the open loop takes in a replay with a closed loop
 Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
 class ReplayJob:
-    """A replay in which nothing is left to check.
+    """A replay whose input has been checked.
 
     Attributes
     ----------
     open : OpenLoop
         The runs over recorded attention.
     closed : ClosedLoopJob or None
-        The same plans inside the model; bounds, which know the future, have an open run alone.
+        The same plans inside the model, without the clairvoyant bounds, which run in the open loop only.
     skipped : dict of str to str
-        Label of each policy that was asked for and cannot run here, and why; empty unless
-        `ReplayOptions.skip_unsupported`.
+        For the label of each requested policy that cannot run on this trace: the reason. Empty unless
+        `ReplayOptions.skip_unsupported` is set.
     skipped_metrics : dict of str to str
-        Name of each metric that the trace has no signal for, and why.
+        For the name of each metric whose signal the trace lacks: the reason.
     """
 
     open: OpenLoop
@@ -62,35 +62,35 @@ class ReplayJob:
 
     @property
     def plans(self) -> list[EvictionPlan]:
-        """The plan of each policy that runs."""
+        """The plan of each policy that is run."""
         return list(dict.fromkeys(run.plan for run in self.open.runs))
 
     @property
     def metrics(self) -> list[Metric]:
-        """What is computed of each run."""
+        """The metrics that are computed for each run."""
         return list(self.open.metrics)
 
     @property
     def footprint(self) -> Footprint:
-        """The most that the open loop has in memory at once."""
+        """The largest amount of memory that the open loop uses at a time."""
         return max(self.open.footprints.values(), key=lambda one: one.bytes)
 
     def execute(self, output: OutputOptions, progress_callback: Progress | None = None) -> Replay:
-        """Return the replay, written to `output`.
+        """Execute the job and return the replay that was written to `output`.
 
         Parameters
         ----------
         output : OutputOptions
             Folder, and whether to replace an existing one.
         progress_callback : callable, optional
-            Called with the share that is done.
+            Called with the completed share, from 0 to 1.
 
         Raises
         ------
         ReplayError
-            If a replay is no result: nothing evicted below the length, scores that are not numbers.
+            If a run is invalid: nothing was evicted although the budget is exceeded, or scores are not numbers.
         ModelError
-            If the model gives other losses than the trace.
+            If the model's losses differ from those in the trace.
         OutputExists, ResultError
             If the output exists, or cannot be written.
         """
@@ -120,27 +120,27 @@ def compile_replay(
     budgets: str | Sequence[str | int | Budget] = "20%",
     options: ReplayOptions = ReplayOptions(),  # noqa: B008  frozen
 ) -> ReplayJob:
-    """Return the job that replays policies over a trace, with everything checked; nothing is written.
+    """Check a replay of policies over a trace and return it as a job; nothing is written.
 
     Parameters
     ----------
     trace : Trace
         Recorded attention.
     policies : sequence of str or Policy
-        As on the command line (``a2sf:alpha=0.7``), or ready policies.
+        Names as on the command line (``a2sf:alpha=0.7``), or policy objects.
     budgets : str, or sequence of str, int or Budget
         ``"20%,256"``; every policy runs under every budget.
     options : ReplayOptions
-        All else.
+        All other choices.
 
     Raises
     ------
     UsageError
-        Unknown names, parameters or budgets; protected keys beyond the budget; no policy that can run.
+        For unknown names, parameters or budgets; if protected keys exceed the budget; if no policy can run.
     TraceError
-        If the trace lacks a signal that a policy or a named metric needs, or what the closed loop needs.
+        If the trace lacks a signal that a policy or a named metric needs, or data that the closed loop needs.
     ModelError
-        If the model of a closed loop cannot be loaded or observed.
+        If the model of a closed loop cannot be loaded, or its attention cannot be observed.
     ReplayError
         If there is no step to score, or the model fails its self-check.
     """
@@ -159,12 +159,12 @@ def compile_replay(
 
 
 def require_replayable(trace: Trace, plan: EvictionPlan, budgets: Sequence[Budget], prefill: Prefill) -> None:
-    """Raise where a plan cannot run on a trace under these budgets: signals, phase, room for protected keys.
+    """Raise an error if a plan cannot run on a trace under these budgets: signals, phase, room for protected keys.
 
     Raises
     ------
     UsageError
-        If the plan makes no sense here.
+        If the plan is not defined for the prefill, the layers or a budget.
     TraceError
         If the trace lacks a signal.
     """
@@ -178,7 +178,7 @@ def require_steps(trace: Trace, prefill: Prefill) -> None:
     for sequence in trace.sequences:
         if prefill is Prefill.full and sequence.prompt >= sequence.length:
             raise ReplayError(
-                f"sequence {sequence.index} of {trace.path} is all prompt: full prefill leaves no step to score",
+                f"sequence {sequence.index} of {trace.path} ends with its prompt, so full prefill has no step to score",
                 "Use --prefill stream, or record tokens after the prompt.",
             )
 
@@ -186,7 +186,7 @@ def require_steps(trace: Trace, prefill: Prefill) -> None:
 def _plans(
     trace: Trace, policies: Sequence[Policy], budgets: Sequence[Budget], options: ReplayOptions
 ) -> tuple[list[EvictionPlan], dict[str, str]]:
-    """Return the plans that can run, and why each other policy cannot; raises unless those are to be skipped."""
+    """Return the plans that can run, and the reason for each policy that is skipped; raises if none may be skipped."""
     plans, skipped = [], {}
     for policy in policies:
         try:
@@ -200,12 +200,13 @@ def _plans(
                 raise
             skipped[policy.label] = error.what
     if not plans:
-        raise UsageError(f"no policy can run on {trace.path}: {next(iter(skipped.values()))}", "Name other policies.")
+        reason = next(iter(skipped.values()))
+        raise UsageError(f"no selected policy can run on {trace.path}: {reason}", "Select other policies.")
     if options.closed is not None and all(plan.policy.traits.clairvoyant for plan in plans):
         require_closed(plans[0], options.closed.positions)
     return plans, skipped
 
 
 def _part(callback: Progress | None, low: float, high: float) -> Progress | None:
-    """Return a callback for a part of the work."""
+    """Return a progress callback for the part of the work between the shares `low` and `high`."""
     return None if callback is None else lambda share: callback(low + share * (high - low))

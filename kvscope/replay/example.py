@@ -1,4 +1,4 @@
-"""A policy on one head and a few tokens: for worked examples and notebooks."""
+"""A policy on one head and a few tokens, for worked examples and notebooks."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def held(
     prefill: Prefill = Prefill.full,
     **signals: Sequence[float] | Sequence[Sequence[float]],
 ) -> list[list[int]]:
-    """Return the keys held after each step, on one layer with one head; of a sparse reader, the keys read at each step.
+    """Return the keys held after each step by one layer with one head; for a sparse reader, the keys read at each step.
 
     Parameters
     ----------
     policy : str or Policy
-        As on the command line.
+        A name as on the command line, or a policy object.
     rows : sequence of sequences of float
         Full-cache attention: row ``t`` has ``t + 1`` weights.
     budget : int
         ``B``, in keys.
     prompt : int
-        ``P``; the choice is made first at step ``P - 1``.
+        ``P``; with full prefill the first eviction is at the end of step ``P - 1``.
     prefill : {"full", "stream"}
-        Semantics of the prompt.
+        What happens during the prompt.
     **signals
-        What else the policy needs: ``value_l1=[...]``, ``keys=[[...], ...]``.
+        Other signals that the policy needs: ``value_l1=[...]``, ``keys=[[...], ...]``.
 
     Examples
     --------

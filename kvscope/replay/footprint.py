@@ -1,4 +1,4 @@
-"""How many layers are replayed together, and how much memory that takes."""
+"""The number of layers that are replayed together, and the memory that this takes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.signals import ROWS
 from kvscope.trace.reader import TokenSequence, Trace
 
-GROUP_BYTES = 2**30  # that a group of layers may take; one layer may take more
+GROUP_BYTES = 2**30  # limit for a group of several layers
 BLOCK_STEPS = 64
-BLOCK_BYTES = 256 * 2**20  # of one tensor of rows for all budgets of a policy
-KEY_BYTES = 9  # of a key in the state of a run: whether it is alive, its score, when it was evicted
-ROW_BYTES = 28  # of a weight in a block: the row, what it is divided into, and what earlier rows say of its key
-MASK_BYTES = 6  # of a weight in a block and a run: visible, held, and the heaviest keys
+BLOCK_BYTES = 256 * 2**20  # limit for one tensor of rows for all budgets of a policy
+KEY_BYTES = 9  # per key in the state of a run: whether it is in the cache, its score, its eviction step
+ROW_BYTES = 28  # per weight in a block: the full row, the live row, and signals derived from earlier rows
+MASK_BYTES = 6  # per weight in a block and run: masks of visible, held and heaviest keys
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a replay has in memory at once.
+    """The working set of a replay.
 
     Attributes
     ----------
     layers : int
-        Layers that are stepped together.
+        Number of layers that are stepped together.
     steps : int
-        Steps of a block of rows.
+        Number of steps in a block of rows.
     bytes : int
-        Estimate of the memory, without the program itself.
+        Estimated memory, without the program itself.
     """
 
     layers: int
@@ -42,11 +42,11 @@ def footprint(trace: Trace, sequence: TokenSequence, plans: Sequence[EvictionPla
     Parameters
     ----------
     trace : Trace
-        What is replayed.
+        Recorded attention.
     sequence : TokenSequence
-        Of the trace.
+        A sequence of the trace.
     plans : sequence of EvictionPlan
-        The plan of each run, so one for every policy and budget.
+        The plan of each run, so a plan is repeated for each of its budgets.
     metrics : int
         Number of metrics.
     """

@@ -1,4 +1,4 @@
-"""A group of layers of one sequence: every run stepped over it together, then scored and written."""
+"""A group of layers of one sequence, over which all runs are stepped, scored and written."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class PlanRuns:
     Attributes
     ----------
     runs : list of RunSpec
-        In the order of the simulation's budgets.
+        One for each budget of the simulation, in the same order.
     simulation : CacheSimulation
-        Their caches.
+        The caches of the runs.
     series : MetricSeries
-        Their metrics.
+        The metrics of the runs.
     baseline : CacheSimulation or None
-        The same runs with sums in float32, where the plan sums in another precision.
+        The same runs accumulated in float32, if the plan accumulates in another precision.
     schedule : Schedules or None
-        What a clairvoyant policy follows.
+        The schedules that a clairvoyant policy follows.
     """
 
     runs: list[RunSpec]
@@ -45,7 +45,7 @@ class PlanRuns:
     schedule: Schedules | None
 
     def count(self, number: int, steps: int, tally: Tally) -> None:
-        """Add to the tally what is counted of run `number` of these, over so many scored `steps`."""
+        """Add the counts of run `number` of the simulation, with `steps` scored steps, to the tally."""
         run, simulation = self.runs[number].number, self.simulation
         tally.add_budget(run, simulation, number)
         if self.schedule is not None:
@@ -74,30 +74,30 @@ class LayerGroup:
 
     @property
     def simulations(self) -> list[CacheSimulation]:
-        """Every simulation to step, baselines last."""
+        """All simulations, the baselines last."""
         baselines = [each.baseline for each in self.plan_runs if each.baseline is not None]
         return [*(each.simulation for each in self.plan_runs), *baselines]
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the rows of the sequence in blocks of steps, each read when it is asked for."""
+        """Yield the rows of the sequence in blocks of steps; each block is read when it is requested."""
         for start in range(0, self.shape.length, self._block_steps):
             stop = min(start + self._block_steps, self.shape.length)
             missing = None if self.source.missing is None else self.source.missing[..., start:stop]
             yield Block(self.source.rows(start, stop), start, missing)
 
     def score(self, block: Block) -> None:
-        """Score a block that every simulation has stepped through, and let them forget what they kept for that."""
+        """Score a block that every simulation has stepped through, then free the memory that only scoring needs."""
         self._scorer.add(block.rows, block.start, block.missing)
         for each in self.plan_runs:
             each.simulation.release(block.start + block.rows.shape[-2])
 
     def check(self) -> None:
-        """Raise ReplayError if a run is no result, once all blocks are scored."""
+        """Raise ReplayError if a run is invalid; called after the last block."""
         for each in self.plan_runs:
             each.simulation.check()
 
     def write(self, sink: Sink, tally: Tally) -> None:
-        """Hand on residency and fidelity of every run and layer, and add to the tally."""
+        """Give residency and fidelity of every run and layer to `sink`, and add the runs' counts to the tally."""
         steps = np.arange(self.first, self.shape.length)
         for each in self.plan_runs:
             values = {name: value.cpu().numpy() for name, value in each.series.values().items()}
@@ -137,18 +137,18 @@ def step_through(
     sequences: Sequence[TokenSequence] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Tally:
-    """Step all runs through a trace, which is read once; `sink` gets what they kept and how faithful that is.
+    """Step all runs through a trace, which is read once, and return their counts.
 
     Parameters
     ----------
     work : OpenLoop
         Trace, runs and metrics.
     sink : Sink
-        Takes residency and fidelity of each run, sequence and layer.
+        Receives residency and fidelity of each run, sequence and layer.
     sequences : sequence, optional
-        Of the trace; all by default.
+        Sequences of the trace; all by default.
     progress : callable, optional
-        Called with the share that is done.
+        Called with the completed share, from 0 to 1.
     """
     tally = Tally()
     groups = []

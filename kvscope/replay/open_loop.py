@@ -1,4 +1,4 @@
-"""The open half of a replay: some runs over the recorded attention of a trace."""
+"""The open loop of a replay: runs over the recorded attention of a trace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvscope.trace.reader import Trace
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """Runs that `step_through` steps over a trace; all of them are known to fit it.
+    """Runs that `step_through` steps over a trace; all of them have been checked against it.
 
     Attributes
     ----------
@@ -26,11 +26,11 @@ class OpenLoop:
     runs : sequence of RunSpec
         Plans and budgets.
     metrics : sequence of Metric
-        What to compute of each run.
+        The metrics to compute for each run.
     prefill : Prefill
         What happens during the prompt.
     device : torch.device
-        Where to compute.
+        The device to compute on.
     """
 
     trace: Trace
@@ -41,7 +41,7 @@ class OpenLoop:
 
     @cached_property
     def footprints(self) -> Mapping[int, Footprint]:
-        """Layers, steps and memory of each sequence, by its number."""
+        """The footprint of each sequence, by its number."""
         plans = [run.plan for run in self.runs]
         return {
             sequence.index: footprint(self.trace, sequence, plans, len(self.metrics))

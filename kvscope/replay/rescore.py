@@ -1,4 +1,4 @@
-"""Metrics of a replay computed again, from its residency intervals and its trace: nothing is decided a second time."""
+"""Rescoring: the metrics of a replay, computed from its residency intervals and its trace without running policies."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace
 
-BLOCK_BYTES = 64 * 2**20  # of the rows of a layer that are in memory at once
+BLOCK_BYTES = 64 * 2**20  # limit for a block of a layer's rows
 
 
-class Recorded:
-    """What one run left visible and held in one layer, as its residency intervals say.
+class RecordedHistory:
+    """The keys that one run had visible and held in one layer, from its residency intervals.
 
     Parameters
     ----------
     intervals : ResidencyIntervals
-        Of the layer.
+        Intervals of the layer.
     shape : Shape
-        Of that one layer.
+        Sizes of the layer.
     budget : int
         ``B``.
     reads : bool
-        Whether they are those of a sparse reader: what it read, while it held whatever the layer can see.
+        Whether the run is a sparse reader. Then the intervals are those of the keys it read, and it held every key that
+        the layer can attend to.
     device : torch.device
-        Where the masks go.
+        Device of the masks.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Recorded:
             return self._on_device(self._intervals.held(start, stop), stop)
         step, key = torch.arange(start, stop)[:, None], torch.arange(stop)
         reach, length = self.shape.reach()[0], self.shape.length
-        leave = torch.where(key + reach < length, key + reach - 1, length)  # when a sliding window forgets it
+        leave = torch.where(key + reach < length, key + reach - 1, length)  # step after which the window excludes it
         mask = ((key <= step) & (step < leave)).to(self._device)
         return mask.expand(1, 1, self.shape.kv_heads, -1, -1)
 
@@ -74,24 +75,24 @@ class Recorded:
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """Metrics of a replay to compute again, with nothing left to check.
+    """A rescoring whose input has been checked.
 
     Attributes
     ----------
     replay : Replay
-        Whose decisions are scored.
+        The replay whose decisions are scored.
     trace : Trace
-        That it was made from.
+        The trace of the replay.
     runs : list of RunRecord
-        Its open runs.
+        The open runs of the replay.
     skipped_runs : int
-        How many runs of a closed loop are left out: what they paid attention to is not recorded.
+        Number of closed runs; they are skipped because their attention is not recorded.
     metrics : list of Metric
-        What to compute.
+        The metrics to compute.
     skipped_metrics : dict of str to str
-        Name of each metric that the trace has no signal for, and why.
+        For the name of each metric whose signal the trace lacks: the reason.
     device : torch.device
-        Where to compute.
+        The device to compute on.
     """
 
     replay: Replay
@@ -103,7 +104,7 @@ class ScoreJob:
     device: torch.device
 
     def execute(self, output: OutputOptions, progress_callback: Callable[[float], None] | None = None) -> Replay:
-        """Return a new replay with the same decisions; raises OutputExists or ResultError as `ReplayWriter` does."""
+        """Execute the job and return a new replay with the same decisions; raises as `ReplayWriter`."""
         started, old = time.monotonic(), self.replay
         record = ReplayRecord(
             trace=old.info.trace,
@@ -125,47 +126,50 @@ class ScoreJob:
             return writer.finish(seconds=round(time.monotonic() - started, 3))
 
     def _score(self, sequence: int, layer: int, writer: ReplayWriter) -> None:
-        """Score and write one layer of one sequence, whose rows are read once."""
-        of = self.trace.sequences[sequence]
-        source = RecordedLayers(self.trace, of, [layer], self.device)
-        first = of.prompt if self.replay.info.prefill == "full" else 0
+        """Score and write one layer of one sequence; its rows are read once."""
+        tokens = self.trace.sequences[sequence]
+        source = RecordedLayers(self.trace, tokens, [layer], self.device)
+        first = tokens.prompt if self.replay.info.prefill == "full" else 0
         residency = read_residency(self.replay, sequence, layer)
         every_series = []
         for run in self.runs:
-            kept = Recorded(residency[run.run], source.shape, run.keys(sequence), run.reads, self.device)
-            every_series.append(MetricSeries(kept, self.metrics, first))
+            history = RecordedHistory(residency[run.run], source.shape, run.keys(sequence), run.reads, self.device)
+            every_series.append(MetricSeries(history, self.metrics, first))
         values = source.signal("values") if any("values" in metric.needs for metric in self.metrics) else None
         scorer = BlockScorer(every_series, values)
-        size = max(1, BLOCK_BYTES // (4 * self.trace.heads * of.length))
-        for start in range(0, of.length, size):
-            stop = min(start + size, of.length)
+        size = max(1, BLOCK_BYTES // (4 * self.trace.heads * tokens.length))
+        for start in range(0, tokens.length, size):
+            stop = min(start + size, tokens.length)
             missing = None if source.missing is None else source.missing[..., start:stop]
             scorer.add(source.rows(start, stop), start, missing)
-        steps = np.arange(first, of.length)
+        steps = np.arange(first, tokens.length)
         for run, series in zip(self.runs, every_series, strict=True):
             number = run.run
             writer.residency(number, sequence, layer, residency[number])
-            values_of = {name: value[0, 0].cpu().numpy() for name, value in series.values().items()}
-            writer.fidelity(number, sequence, layer, steps, values_of)
+            values_by_metric = {name: value[0, 0].cpu().numpy() for name, value in series.values().items()}
+            writer.fidelity(number, sequence, layer, steps, values_by_metric)
 
 
 def compile_score(replay: Replay, trace: Trace, metrics: Sequence[str] | None = None, device: str = "cpu") -> ScoreJob:
-    """Return the job that computes metrics of a replay again.
+    """Check a rescoring and return it as a job.
 
     Raises
     ------
     UsageError
         For an unknown metric, or a replay without open runs.
     TraceError
-        If the trace lacks what a metric that is named needs.
+        If the trace lacks a signal that a named metric needs.
     ResultError
-        If the trace is another than that of the replay.
+        If the replay was made from another trace.
     """
     replay.require_trace(trace.identity, trace.path)
     chosen, skipped = measurable(trace, metrics)
     runs = [run for run in replay.info.runs if run.loop is Loop.open]
     if not runs:
-        raise UsageError(f"{replay.path} has no open run", "The metrics of a closed loop come with it: replay again.")
+        raise UsageError(
+            f"{replay.path} has closed runs only, and the attention of those is not recorded",
+            "Replay the trace again to compute other metrics.",
+        )
     return ScoreJob(replay, trace, runs, len(replay.info.runs) - len(runs), chosen, skipped, torch_device(device))
 
 
@@ -180,24 +184,24 @@ def rescore(
     command: str | None = None,
     force: bool = False,
 ) -> Replay:
-    """Return a new replay with the same decisions and other metrics: those that the replay itself would have written.
+    """Return a new replay with the same decisions and other metrics, equal to those of a replay with these metrics.
 
-    Runs of a closed loop are left out: what they paid attention to is not recorded.
+    Closed runs are skipped because their attention is not recorded.
 
     Parameters
     ----------
     replay : Replay
-        Whose decisions to score.
+        The replay whose decisions are scored.
     trace : Trace
-        That it was made from.
+        The trace of the replay.
     metrics : sequence of str, optional
-        Names; by default all that the trace has the signals for.
+        Names; by default all metrics whose signals the trace has.
     output, command, force
         As in `OutputOptions`.
     device : str
-        Where to compute: ``cpu``, ``cuda``.
+        The device to compute on: ``cpu``, ``cuda``.
     progress : callable, optional
-        Called with the share that is done.
+        Called with the completed share, from 0 to 1.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""``kvscope.replay``: what policies would have kept of a trace, in one call."""
+"""``kvscope.replay``: replay policies over a trace in one call."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def replay(
     command: str | None = None,
     force: bool = False,
 ) -> Replay:
-    """Return what policies would have kept of a trace, and how faithful that is.
+    """Return the replay of policies over a trace: which keys they would have kept, and the metrics of that.
 
     Parameters
     ----------
     trace : Trace
         Recorded attention.
     policies : sequence of str or Policy
-        As on the command line (``a2sf:alpha=0.7``), or ready policies.
+        Names as on the command line (``a2sf:alpha=0.7``), or policy objects.
     budgets : str, or sequence of str, int or Budget
         ``"20%,256"``; every policy runs under every budget.
     output, command, force
@@ -50,9 +50,9 @@ def replay(
     params, compress, allocate, accumulate
         As in `PlanOptions`.
     progress : callable, optional
-        Called with the share that is done.
+        Called with the completed share, from 0 to 1.
     announce : callable, optional
-        Called before the work begins, with the largest `Footprint` that it has in memory.
+        Called with the largest `Footprint` before the work begins.
 
     Raises
     ------

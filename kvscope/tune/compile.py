@@ -1,4 +1,4 @@
-"""A search of parameters is compiled, then executed: everything that can be wrong with it is found here."""
+"""Compilation of a parameter search: all input is checked here, and the job only has to be executed."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def compile_tune(
     budget: str | int | Budget = "20%",
     options: TuneOptions = TuneOptions(),  # noqa: B008  frozen
 ) -> TuneJob:
-    """Return the job that finds the setting of a policy that suits each layer or head best.
+    """Return the job that finds the best setting of a policy for the model, each layer or each head.
 
     Parameters
     ----------
     traces : sequence of Trace
-        Of one model.
+        Traces of one model.
     policy : str
-        What to tune, as on the command line.
+        The policy to tune, as on the command line.
     grid : mapping of str to sequence of str
         Values of each parameter; every combination is tried.
     budget : str, int or Budget
-        One budget.
+        The budget of every setting.
     options : TuneOptions
-        All else.
+        All other choices.
 
     Raises
     ------
     UsageError
-        For an unknown name or value, a metric without direction, settings that cannot stand side by side, fewer than
-        two sequences, or traces that are of different models or the same.
+        For an unknown name or value, a metric without a best value, settings that protect different keys, fewer than
+        two sequences, traces of different models, or a trace that is given twice.
     TraceError
         If a trace lacks a signal.
     ReplayError
@@ -59,9 +59,9 @@ def compile_tune(
     searched, held_out = _split(traces, options.held_out)
     limit, device = Budget.parse(budget), torch_device(options.device)
     layers = tuple(traces[0].layers)
-    together = tuple(settings[:1] if options.level is TuneLevel.model else settings)
-    # Settings that protect the same keys can stand side by side, whichever of them a head follows.
-    candidate = Tuned(options.source, together, layers, ((0,),) * len(layers))
+    combined = tuple(settings[:1] if options.level is TuneLevel.model else settings)
+    # Whether the heads of one policy may use these settings does not depend on which head uses which.
+    candidate = Tuned(options.source, combined, layers, ((0,),) * len(layers))
     for trace in traces:
         for each in (candidate, *settings):
             require_replayable(trace, EvictionPlan.published(each), [limit], options.prefill)
@@ -72,19 +72,19 @@ def compile_tune(
 def _metric(name: str) -> Metric:
     metric = METRICS.get(name)
     if metric.direction == "none" or metric.pooled:
-        raise UsageError(f"metric {name} has no best value for a step", "Tune by retained_mass or ideal_cosine.")
+        raise UsageError(
+            f"metric {name} has no best value for a step", "Use --metric retained_mass or --metric ideal_cosine."
+        )
     return metric
 
 
 def usual_grid(policy: str) -> dict[str, list[str]]:
-    """Return the values that the policy itself names as worth a search; raises UsageError if it names none."""
+    """Return the values that the policy declares for a search; raises UsageError if it declares none."""
     (made,) = parse_policies([policy])
     grid = {item.name: [str(value) for value in item.metadata.get("search", ())] for item in fields(made)}
     found = {name: values for name, values in grid.items() if values}
     if not found:
-        raise UsageError(
-            f"{made.name} does not say which values are worth a search", "Give them: --grid NAME=VALUE,VALUE"
-        )
+        raise UsageError(f"{made.name} does not declare values for a search", "Give values: --grid NAME=VALUE,VALUE")
     return found
 
 
@@ -101,7 +101,7 @@ def _settings(policy: str, grid: Mapping[str, Sequence[str]]) -> list[Policy]:
 
 
 def _require_own_heads(settings: Sequence[Policy], level: TuneLevel) -> None:
-    """Raise UsageError where heads do not decide for themselves and are to be tuned one by one."""
+    """Raise UsageError if heads are to be tuned one by one but do not decide independently."""
     for policy in settings:
         if level == "head" and policy.traits.scope == "layer":
             raise UsageError(f"{policy.label} decides per layer", "Use --per layer or --per model.")
@@ -111,7 +111,7 @@ def _require_own_heads(settings: Sequence[Policy], level: TuneLevel) -> None:
 
 def _split(traces: Sequence[Trace], held_out: int | None) -> tuple[list[Place], list[Place]]:
     if len({trace.identity for trace in traces}) < len(traces):
-        raise UsageError("a trace is given twice", "Held-out text must not be searched: name each trace once.")
+        raise UsageError("a trace is given twice", "Give each trace once: held-out text must not be searched.")
     shapes = {(tuple(trace.layers), trace.heads, trace.kv_heads, str(trace.header.model.id)) for trace in traces}
     if len(shapes) != 1:
         raise UsageError("the traces are of different models", "Tune on traces of one model.")

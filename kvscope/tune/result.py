@@ -1,10 +1,9 @@
-"""What a search of parameters found, and the file that a policy reads it from."""
+"""The result of a parameter search, and the file that a policy reads it from."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 
@@ -15,22 +14,22 @@ from kvscope.results.statistics import Paired
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a search found.
+    """The result of a parameter search.
 
     Attributes
     ----------
     policy : Tuned
-        The choice for each layer or head.
+        The policy with the chosen setting of each layer or head.
     best : Policy
-        The best single setting on the sequences that were searched.
+        The best single setting on the searched sequences.
     hindsight : Policy
-        The best single setting on the held-out sequences, which nobody could know.
+        The best single setting on the held-out sequences; a search cannot know it.
     searched, held_out : dict of str to list of float
-        For ``tuned``, ``best`` and (held out) ``hindsight``, the metric of each sequence.
+        The metric of each sequence for ``tuned`` and ``best``, and if held out also for ``hindsight``.
     gain : Paired
-        ``tuned`` against ``best`` over the held-out sequences; its difference is positive where tuning helps.
+        ``tuned`` compared with ``best`` on the held-out sequences; the difference is positive if tuning helps.
     about : dict
-        Metric, budget, prefill, sequences: what was tuned on.
+        The conditions of the search: policy, parameters, metric, budget, prefill, traces.
     """
 
     policy: Tuned
@@ -39,16 +38,17 @@ class Tuning:
     searched: dict[str, list[float]]
     held_out: dict[str, list[float]]
     gain: Paired
-    about: dict[str, Any]
+    about: dict[str, object]
 
 
 def to_toml(tuning: Tuning) -> str:
-    """Return the file that ``--policy NAME:@FILE`` reads."""
+    """Return the content of the file that ``--policy NAME:@FILE`` reads."""
 
-    def value(item: Any) -> str:
-        return json.dumps(item, ensure_ascii=False)  # numbers, text, booleans and lists are written as in JSON
+    def value(item: object) -> str:
+        return json.dumps(item, ensure_ascii=False)  # TOML has the syntax of JSON for all values that occur here
 
-    gain = tuning.gain
+    gain, searched = tuning.gain, tuning.about["parameters"]
+    assert isinstance(searched, list), "names of parameters"
     lines = ["# Written by kvscope tune; read with --policy NAME:@FILE", ""]
     lines += [f"{name} = {value(item)}" for name, item in tuning.about.items()]
     lines += ["", f"layers = {list(tuning.policy.layers)}"]
@@ -59,11 +59,11 @@ def to_toml(tuning: Tuning) -> str:
     if gain.low is not None and gain.high is not None:
         lines += [f"gain_low = {gain.low}", f"gain_high = {gain.high}"]
     for number, policy in enumerate(tuning.policy.settings):
-        usual = {item.name: item.default for item in fields(policy)}
-        own = {
+        defaults = {item.name: item.default for item in fields(policy)}
+        written = {
             name: item
             for name, item in policy.parameters().items()
-            if item != usual[name] or (name in tuning.about["parameters"] and item is not None)
+            if item != defaults[name] or (name in searched and item is not None)
         }
-        lines += ["", f"[[settings]]  # {number}", *(f"{name} = {value(item)}" for name, item in own.items())]
+        lines += ["", f"[[settings]]  # {number}", *(f"{name} = {value(item)}" for name, item in written.items())]
     return "\n".join(lines) + "\n"

@@ -1,11 +1,10 @@
-"""Which parameters of a policy suit, for the whole model, for each layer or for each head."""
+"""Search of the best parameters of a policy: for the whole model, for each layer or for each head."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,37 +24,39 @@ from kvscope.results.statistics import paired
 from kvscope.trace.reader import TokenSequence, Trace
 from kvscope.tune.result import Tuning
 
-Array = NDArray[Any]
+Floats = NDArray[np.float64]
+Floats32 = NDArray[np.float32]
+Ints = NDArray[np.int64]
 Place = tuple[int, int]  # number of the trace, number of its sequence
 Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
 class TuneJob:
-    """A search of parameters in which nothing is left to check.
+    """A parameter search whose input has been checked.
 
-    In the open loop the heads of a trace do not depend on each other, so one pass over each trace that replays every
-    setting of the grid gives the choice of every head, and a second one over the held-out sequences the gain. Where a
-    head evicts nothing, it counts as the metric says it does.
+    In the open loop the heads of a trace are independent. So one pass over each trace, with every setting of the grid,
+    gives the best setting of every head, and a second pass over the held-out sequences measures the gain. A head that
+    evicts nothing has the metric's value for that case.
 
     Attributes
     ----------
     traces : sequence of Trace
-        Of one model.
+        Traces of one model.
     settings : sequence of Policy
-        Every combination of the grid.
+        The policy with every combination of the grid.
     parameters : list of str
         Names of the parameters that are searched.
     budget : Budget
-        One for all.
+        The budget of every setting.
     metric : Metric
-        What to improve.
+        The metric to improve.
     options : TuneOptions
         Level, prefill and names.
     device : torch.device
-        Where to compute.
+        The device to compute on.
     searched, held_out : list of Place
-        Sequences that are searched, and those that the gain is measured on.
+        The sequences that are searched, and those that the gain is measured on.
     """
 
     traces: Sequence[Trace]
@@ -69,7 +70,7 @@ class TuneJob:
     held_out: list[Place]
 
     def execute(self, progress_callback: Progress | None = None) -> Tuning:
-        """Return the setting of each layer or head, and what that gains on held-out sequences.
+        """Execute the search and return the best setting of each layer or head, with its gain on held-out sequences.
 
         Raises
         ------
@@ -82,8 +83,8 @@ class TuneJob:
         best = int(scores.mean((1, 2, 3)).argmax())
         chosen = _choice(scores.mean(1), level, best)
         tuned = _tuned(self.options.source, settings, tuple(self.traces[0].layers), chosen, level)
-        later = sign * self._measure([*settings, tuned], self.held_out, _part(callback, 0.5))
-        means = later.mean((2, 3))  # [settings + 1, sequences]
+        held_out = sign * self._measure([*settings, tuned], self.held_out, _part(callback, 0.5))
+        means = held_out.mean((2, 3))  # [settings + 1, sequences]
         hindsight = int(means[:-1].mean(1).argmax())
         layer, head = np.indices(chosen.shape)
         return Tuning(
@@ -103,7 +104,7 @@ class TuneJob:
             about=self._about(),
         )
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self) -> dict[str, object]:
         return {
             "policy": self.settings[0].name,
             "parameters": self.parameters,
@@ -124,11 +125,11 @@ class TuneJob:
         runs = [RunSpec(number, EvictionPlan.published(policy), self.budget) for number, policy in enumerate(policies)]
         found: dict[Place, _Means] = {}
         used = sorted({trace for trace, _ in places})
-        for turn, number in enumerate(used):
+        for done, number in enumerate(used):
             trace, sink = self.traces[number], _Means(self.metric)
             chosen = [_sequence(trace, index) for where, index in places if where == number]
             work = OpenLoop(trace, runs, [self.metric], self.options.prefill, self.device)
-            step_through(work, sink, sequences=chosen, progress=_part(progress, turn / len(used), 1 / len(used)))
+            step_through(work, sink, sequences=chosen, progress=_part(progress, done / len(used), 1 / len(used)))
             if not sink.evicted:
                 raise ReplayError(f"nothing is evicted from {trace.path}", "Lower the budget, or record longer texts.")
             found.update({(number, sequence.index): sink for sequence in chosen})
@@ -141,37 +142,39 @@ class TuneJob:
 
 
 def _part(callback: Progress | None, start: float, size: float = 0.5) -> Progress | None:
-    """Return a callback for a part of the work."""
+    """Return a progress callback for the part of the work that begins at `start` and has the share `size`."""
     return None if callback is None else lambda share: callback(start + size * share)
 
 
 class _Means:
-    """A sink that keeps the mean over steps of one metric."""
+    """A sink that keeps only the mean over steps of one metric."""
 
     def __init__(self, metric: Metric) -> None:
         self.metric, self.evicted = metric, False
-        self.heads: dict[tuple[int, int], dict[int, Array]] = defaultdict(dict)  # (run, sequence) -> layer -> [H]
+        self.heads: dict[tuple[int, int], dict[int, Floats]] = defaultdict(dict)  # (run, sequence) -> layer -> [H]
 
-    def residency(self, *_: Any, **__: Any) -> None:
-        """Take nothing of it."""
+    def residency(self, *_: object, **__: object) -> None:
+        """Ignore residency."""
 
-    def fidelity(self, run: int, sequence: int, layer: int, steps: Array, values: Mapping[str, Array]) -> None:
-        """Keep the mean over the steps at which something had been evicted."""
+    def fidelity(
+        self, run: int, sequence: int, layer: int, steps: Ints, values: Mapping[str, NDArray[np.float32]]
+    ) -> None:
+        """Store for each head the mean over the steps at which something had been evicted."""
         rows = values[self.metric.name].astype(np.float64)
         empty = np.isnan(rows).all(1)
-        usual = self.metric.when_nothing_evicted
-        if usual is None and empty.any():
+        default = self.metric.when_nothing_evicted
+        if default is None and empty.any():
             raise ReplayError(
                 f"nothing is evicted in layer {layer} of sequence {sequence}: {self.metric.name} has no value there",
-                "Lower the budget, or tune by retained_mass.",
+                "Lower the budget, or use --metric retained_mass.",
             )
         self.evicted |= not bool(empty.all())
-        rows[empty] = np.nan if usual is None else usual
+        rows[empty] = np.nan if default is None else default
         self.heads[run, sequence][layer] = np.asarray(np.nanmean(rows, 1))
 
 
-def _grid(layers: Mapping[int, Array], trace: Trace) -> Array:
-    """Return ``[layers, key/value heads]`` from the query heads of each layer."""
+def _grid(layers: Mapping[int, Floats], trace: Trace) -> Floats:
+    """Return ``[layers, key/value heads]``, the means over the query heads that share a key/value head."""
     rows = np.array([layers[layer] for layer in trace.layers])
     return np.asarray(rows.reshape(len(rows), trace.kv_heads, -1).mean(-1))
 
@@ -180,10 +183,10 @@ def _sequence(trace: Trace, index: int) -> TokenSequence:
     return next(sequence for sequence in trace.sequences if sequence.index == index)
 
 
-def _choice(scores: Array, level: TuneLevel, best: int) -> Array:
-    """Return the number of the setting of each head, ``[layers, heads]``, from ``[settings, layers, heads]``.
+def _choice(scores: Floats, level: TuneLevel, best: int) -> Ints:
+    """Return the number of the chosen setting of each head, ``[layers, heads]``, from ``[settings, layers, heads]``.
 
-    Heads of a layer or model that are tuned together have the same. Of settings that do equally well it is the first.
+    Heads that are tuned together get the same setting. Of equally good settings the first is chosen.
     """
     shape = scores.shape[1:]
     if level == "model":
@@ -193,8 +196,8 @@ def _choice(scores: Array, level: TuneLevel, best: int) -> Array:
     return np.asarray(scores.argmax(0))
 
 
-def _tuned(source: str, settings: Sequence[Policy], layers: tuple[int, ...], chosen: Array, level: TuneLevel) -> Tuned:
-    """Return the policy that follows a choice, with the settings that somebody follows alone."""
+def _tuned(source: str, settings: Sequence[Policy], layers: tuple[int, ...], chosen: Ints, level: TuneLevel) -> Tuned:
+    """Return the policy with the chosen settings; settings that no head uses are dropped."""
     used, place = np.unique(chosen, return_inverse=True)
     rows = place.reshape(chosen.shape)[:, : None if level == "head" else 1]
     return Tuned(

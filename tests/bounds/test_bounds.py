@@ -196,7 +196,7 @@ def test_without_bounds_there_is_nothing_to_set_beside(replayed: Replay) -> None
     "choice", [{"compress": "every:4"}, {"compress": "prefill"}, {"allocate": "uniform"}, {"accumulate": "float16"}]
 )
 def test_a_bound_of_other_choices_would_bound_nothing(name: str, choice: dict[str, str], trace: Trace) -> None:
-    with pytest.raises(UsageError, match=f"--{next(iter(choice))} does not go with {name}: it is a bound"):
+    with pytest.raises(UsageError, match=f"--{next(iter(choice))} cannot be used with {name}: it is a bound"):
         EvictionPlan.make(parse_policy(name), **choice)
     options = ReplayOptions(plan=PlanOptions(**choice), skip_unsupported=True)
     job = compile_replay(trace, [name, "h2o"], options=options)

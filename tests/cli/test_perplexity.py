@@ -62,7 +62,7 @@ def test_bounds_go_along_in_the_open_loop(run: Run, model: Path) -> None:
     shares = [row["bounds"]["share_of_belady"] for row in rows]
     assert shares[0] == 1 and 0 < shares[1] < 1 and shares[2] is None
     alone = run("replay", "-p", "belady", "-b", "6", "--perplexity", "-o", "none")
-    assert alone.status == 2 and "looks ahead" in alone.two_lines()[0]
+    assert alone.status == 2 and "needs future attention" in alone.two_lines()[0]
 
 
 def test_the_full_cache_has_the_perplexity_of_the_trace(run: Run, model: Path) -> None:

@@ -119,7 +119,7 @@ class Mine(Policy):
         (["--grid", "alhpa=1,2"], "--alhpa", "alpha"),
         (["--grid", "alpha=1"], "the grid has one setting", "two values"),
         (["--grid", "alpha=0,much"], "much", "kvscope policies a2sf"),
-        (["-p", "tova"], "does not say which values are worth a search", "--grid"),
+        (["-p", "tova"], "does not declare values for a search", "--grid"),
         (["-p", "a2fs"], "a2fs", "a2sf"),
         (["-p", "a2sf:@nowhere.toml"], "cannot read nowhere.toml", "kvscope tune"),
         (["--metric", "held_keys"], "held_keys has no best value", "retained_mass"),

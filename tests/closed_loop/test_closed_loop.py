@@ -234,7 +234,7 @@ def test_the_self_check_finds_a_model_that_is_not_what_it_says() -> None:
 def test_other_losses_than_the_recorded_ones_are_another_model() -> None:
     model, text = build("llama"), passage()
     wrong = Passage(text.sequence, text.ids, np.full(LENGTH, -0.5))
-    with pytest.raises(Exception, match="other losses than the trace"):
+    with pytest.raises(Exception, match="losses differ from those in the trace"):
         evaluate(model, [wrong], runs(("tova", "6")), [], "full", Kept())
 
 

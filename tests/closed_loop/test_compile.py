@@ -112,7 +112,7 @@ def test_what_is_wrong_with_a_perplexity(
 
 
 def test_texts_and_models_that_are_not_there(text: Path) -> None:
-    with pytest.raises(UsageError, match="no text is named"):
+    with pytest.raises(UsageError, match="no text file is given"):
         compile_perplexity(DEMO, [], ["h2o"])
     with pytest.raises(UsageError, match="cannot read"):
         compile_perplexity(DEMO, [text.with_name("none.txt")], ["h2o"])
@@ -142,5 +142,5 @@ def test_what_is_wrong_with_a_verification(
 
 def test_a_trace_without_a_model_cannot_be_verified(tmp_path: Path) -> None:
     make.record(tmp_path / "plain", lengths=[20], prompt=12)
-    with pytest.raises(TraceError, match=r"policies act in all|has no model"):
+    with pytest.raises(TraceError, match=r"the closed loop needs all|has no model"):
         compile_verify(open_trace(tmp_path / "plain"), ["h2o"], "40%")

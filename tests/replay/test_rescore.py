@@ -135,5 +135,5 @@ def test_runs_of_a_closed_loop_are_left_out(tmp_path: Path) -> None:
     assert np.isfinite(expected["retained_mass"]).all()
     pd.testing.assert_frame_equal(sorted_fidelity(again), expected, rtol=0, atol=1e-6)
     made.info = replace(made.info, runs=made.info.runs[1:])
-    with pytest.raises(UsageError, match="no open run"):
+    with pytest.raises(UsageError, match="has closed runs only"):
         rescore(made, source, output=tmp_path / "x")

@@ -255,7 +255,7 @@ def test_the_usual_grid() -> None:
     assert list(grid) == ["alpha"]
     assert {"0.0", "0.2", "1.0"} <= set(grid["alpha"])
     for name in ("tova", "window"):
-        with pytest.raises(UsageError, match=f"{name} does not say which values are worth a search"):
+        with pytest.raises(UsageError, match=f"{name} does not declare values for a search"):
             usual_grid(name)
 
 
