@@ -1,4 +1,4 @@
-"""Bounds in a replay: exact, proven, at the top of every table, and refused where they would bound nothing."""
+"""Bounds: optimal with proof, above every policy in a replay, and refused with choices that are no bound."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ EXAMPLE = Path(__file__).parents[2] / "traces" / "example"
 
 
 def require_certificate(found: matching.Matching, cost: np.ndarray, room: np.ndarray) -> None:
-    """Fail unless the assignment is one, and its prices prove that none is cheaper."""
+    """Fail unless the assignment is valid and its prices prove that none is cheaper."""
     keys = np.arange(cost.shape[1])
     assert (np.bincount(found.slot, minlength=len(room)) == room).all()
     assert found.cost == pytest.approx(cost[found.slot, keys].sum(), rel=1e-12)
@@ -43,7 +43,7 @@ def require_certificate(found: matching.Matching, cost: np.ndarray, room: np.nda
 
 
 def eviction(rows: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return cost and room of the schedule of one head in streaming prefill, written out."""
+    """Return cost and room of the schedule of one head with streaming prefill, from plain loops."""
     length = len(rows)
     cost = np.zeros((length - budget, length))
     for slot, t in enumerate(range(budget, length - 1)):
@@ -82,7 +82,7 @@ def test_any_order_of_slots_and_any_room_is_assigned_as_scipy_does(seed, slots, 
     assert found.cost == pytest.approx(each[linear_sum_assignment(each)].sum(), abs=1e-9)
 
 
-def test_what_has_no_assignment_is_an_error() -> None:
+def test_a_problem_without_an_assignment_is_an_error() -> None:
     with pytest.raises(ValueError, match="room for 3"):
         match(np.zeros((2, 4)), np.array([1, 2]))
     with pytest.raises(ValueError, match="no slot"):
@@ -109,12 +109,12 @@ def test_reading_some_heads_at_a_time_changes_nothing(seed: int, kind: str, scop
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    """Real attention, of the bundled model."""
+    """A trace of the bundled model."""
     return open_trace(EXAMPLE)
 
 
 def stepping(prefill: str) -> list[str]:
-    """Return the policies that hold no more than the budget after any step, if they are not told otherwise."""
+    """Return the policies that by default hold no more than the budget after any step."""
     found = []
     for name, cls in POLICIES.items():
         traits = cls().traits
@@ -126,7 +126,7 @@ def stepping(prefill: str) -> list[str]:
 
 @pytest.fixture(scope="module", params=["full", "stream"])
 def replayed(request: pytest.FixtureRequest, trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> Replay:
-    """Bounds beside every policy that evicts at every step, which they bound."""
+    """A replay of the bounds and of every policy that evicts at every step."""
     names = ["ideal", "belady", "belady:scope=layer", "full", *stepping(request.param)]
     return replay(trace, names, "10%,30%", output=tmp_path_factory.mktemp("bounds") / "all", prefill=request.param)
 
@@ -163,14 +163,14 @@ def test_a_bound_says_what_it_is_and_that_it_is_exact(replayed: Replay) -> None:
             assert 0 <= run.certificate.gap < 1e-10
 
 
-def test_what_a_bound_held_is_recorded_like_any_other(replayed: Replay) -> None:
+def test_the_residency_of_a_bound_is_recorded_as_that_of_a_policy(replayed: Replay) -> None:
     run = next(run for run in replayed.info.runs if run.label == "belady" and run.budget == "10%")
     held = replayed.resident(run.run, 0, replayed.info.trace.layers[-1])
     first = replayed.info.trace.sequences[0].prompt if replayed.info.prefill == "full" else 0
     assert held[:, first:].sum(-1).max() == run.budget_keys[0]
 
 
-def test_the_summary_sets_every_run_beside_the_bounds(replayed: Replay) -> None:
+def test_the_summary_compares_every_run_with_the_bounds(replayed: Replay) -> None:
     rows = {(run.label, run.budget): run for run in replayed.summary.runs}
     for (label, budget), run in rows.items():
         if budget is None:
@@ -183,7 +183,7 @@ def test_the_summary_sets_every_run_beside_the_bounds(replayed: Replay) -> None:
         assert (run.bounds.share_of_belady <= 1 + 1e-6) or label == "ideal"
 
 
-def test_without_bounds_there_is_nothing_to_set_beside(replayed: Replay) -> None:
+def test_without_bounds_the_summary_compares_nothing(replayed: Replay) -> None:
     runs = [run for run in replayed.summary.runs if run.policy != "belady"]
     assert shares(runs[-2], runs) == BoundShares(None, None)
     another = {"full": "stream", "stream": "full"}[replayed.info.prefill]
@@ -195,7 +195,7 @@ def test_without_bounds_there_is_nothing_to_set_beside(replayed: Replay) -> None
 @pytest.mark.parametrize(
     "choice", [{"compress": "every:4"}, {"compress": "prefill"}, {"allocate": "uniform"}, {"accumulate": "float16"}]
 )
-def test_a_bound_of_other_choices_would_bound_nothing(name: str, choice: dict[str, str], trace: Trace) -> None:
+def test_a_bound_with_other_choices_is_refused(name: str, choice: dict[str, str], trace: Trace) -> None:
     with pytest.raises(UsageError, match=f"--{next(iter(choice))} cannot be used with {name}: it is a bound"):
         EvictionPlan.make(parse_policy(name), **choice)
     options = ReplayOptions(plan=PlanOptions(**choice), skip_unsupported=True)

@@ -112,7 +112,7 @@ def test_the_full_cache_on_text_is_plain_transformers(run: Run, model: Path) -> 
     [
         (["book.txt", "-p", "ideal"], 2, "ideal"),
         (["book.txt", "-p", "tova", "--window", "100"], 2, "more than the model's context of 64"),
-        (["book.txt", "-p", "tova", "--window", "20", "--prompt-length", "20"], 2, "leaves nothing"),
+        (["book.txt", "-p", "tova", "--window", "20", "--prompt-length", "20"], 2, "fills a window"),
         (["short.txt", "-p", "tova"], 2, "too few tokens"),
         (["nothing.txt", "-p", "tova"], 2, "cannot read nothing.txt"),
         (["book.txt"], 2, "no policy is named"),

@@ -1,4 +1,4 @@
-"""The closed loop against plain passes of the model: masks made by hand, and nothing evicted."""
+"""The closed loop compared with plain passes of the model: with masks written by hand, and without eviction."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +30,7 @@ ROTARY = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt
 
 
 class Kept:
-    """A sink that keeps what it gets."""
+    """A sink that stores what it receives."""
 
     def __init__(self) -> None:
         self.losses: dict[int, Mapping[str, NDArray[Any]]] = {}
@@ -59,7 +59,7 @@ def runs(*specs: tuple[str, str], **more: Any) -> list[RunSpec]:
 
 
 def losses(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the losses of all tokens but the first, by a plain pass with a mask ``[T, T]``."""
+    """Return the losses of all tokens but the first, from a plain pass with a mask ``[T, T]``."""
     with torch.inference_mode():
         given = None if mask is None else torch.where(mask, 0.0, -torch.inf).to(model.dtype)[None, None]
         logits = model(input_ids=ids[None], attention_mask=given, use_cache=False).logits[0]
@@ -68,19 +68,19 @@ def losses(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> t
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt_oss"])
-def test_a_cache_that_holds_everything_gives_the_losses_of_the_model(name: str, prefill: str) -> None:
+def test_a_cache_without_eviction_gives_the_losses_of_the_model(name: str, prefill: str) -> None:
     model, text, sink = build(name).double(), passage(), Kept()
     evaluate(model, [text], runs(("h2o", str(LENGTH)), ("full", "1")), [], prefill, sink)
     first = PROMPT if prefill == "full" else 1
     expected = losses(model, text.ids)[first - 1 :].numpy()
-    near = 1e-6 if name == "gemma2" else 1e-10  # whose own attention, with its soft cap, has a softmax in float32
+    near = 1e-6 if name == "gemma2" else 1e-10  # its own attention, with soft cap, computes the softmax in float32
     for values in sink.losses.values():
         assert np.abs(values["nll_full"] - expected).max() < 1e-12
         assert np.abs(values["nll_policy"] - expected).max() < near
         assert values["kl"].max() < 1e-12 and values["top1_equal"].all()
 
 
-def test_learned_sinks_hold_everything_too() -> None:
+def test_learned_sinks_without_eviction() -> None:
     model, text, sink = build("gpt_oss"), passage(), Kept()
     evaluate(model, [text], runs(("tova", str(LENGTH)), ("tova", "6")), [], "stream", sink)
     expected = losses(model, text.ids).numpy()
@@ -118,7 +118,7 @@ def test_compacted_positions_of_a_whole_cache_are_the_original_ones(name: str) -
 
 
 def test_a_compacted_window_is_the_text_cut_off() -> None:
-    """In one layer a query sees the same as if the text began with its window, were it the first layer of a model."""
+    """In a one-layer model a query sees the same as if the text began with its window."""
     budget = 6
     model, text, sink = build("llama").double(), passage(), Kept()
     model.model.layers = model.model.layers[:1]
@@ -180,7 +180,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, posit
 
 
 def test_the_first_layer_is_that_of_the_open_loop() -> None:
-    """What it gets does not depend on evictions, so its decisions and metrics are the open loop's."""
+    """Its input does not depend on evictions, so its decisions and metrics are those of the open loop."""
     from kvscope.model.attention_hook import Call, observe_attention
     from tests.engine.maps import run as open_run
 
@@ -196,7 +196,7 @@ def test_the_first_layer_is_that_of_the_open_loop() -> None:
 
 
 class LooksBack(Policy):
-    """Wants rows over keys that are gone."""
+    """Needs rows over evicted keys."""
 
     name = "looks-back"
     needs = frozenset({"weights", "full_weights"})
@@ -209,7 +209,7 @@ def test_policies_without_a_closed_loop() -> None:
 
 @pytest.mark.parametrize("positions", ["original", "compacted"])
 def test_layers_on_several_devices(positions: str, tmp_path: Path) -> None:
-    """One layer waits on disk, as another device would, and is put in place by accelerate's hooks."""
+    """One layer is offloaded to disk, in place of another device; accelerate's hooks load it."""
     together, apart, model = Kept(), Kept(), build("llama").double()
     chosen = runs(("h2o", "8"), ("cake", "8"), ("tova", "6"), positions=positions)
     evaluate(model, [passage()], chosen, [], "full", together)
@@ -223,7 +223,7 @@ def test_layers_on_several_devices(positions: str, tmp_path: Path) -> None:
         assert not np.array_equal(values["nll_policy"], values["nll_full"])
 
 
-def test_the_self_check_finds_a_model_that_is_not_what_it_says() -> None:
+def test_the_self_check_finds_missing_attention_layers() -> None:
     model = build("llama")
     assert self_check(model, tokens(20)[0], "full") == [0, 1]
     model.config.num_hidden_layers = 3
@@ -231,7 +231,7 @@ def test_the_self_check_finds_a_model_that_is_not_what_it_says() -> None:
         self_check(model, tokens(20)[0], "full")
 
 
-def test_other_losses_than_the_recorded_ones_are_another_model() -> None:
+def test_losses_that_differ_from_the_recorded_ones_are_an_error() -> None:
     model, text = build("llama"), passage()
     wrong = Passage(text.sequence, text.ids, np.full(LENGTH, -0.5))
     with pytest.raises(Exception, match="losses differ from those in the trace"):

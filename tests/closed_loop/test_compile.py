@@ -1,4 +1,4 @@
-"""Jobs of the closed loop check everything when they are compiled, once, and nothing when they are executed."""
+"""All checks of a closed-loop job are made once, when it is compiled, and none when it is executed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +54,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_more_checks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Make every check an error from now on."""
+    """Make every check raise an error from now on."""
 
     def too_late(*_: Any, **__: Any) -> None:
         raise AssertionError("checked after the job was compiled")
@@ -98,11 +98,11 @@ def test_a_compiled_verification_checks_nothing(example: Trace, no_more_checks: 
         (["snapkv"], "20%", {}, "not defined for stream prefill"),
         (["h2o"], "20%", {"metrics": ("mass",)}, "no metric is called"),
         (["h2o"], "20%", {"window": 10**6}, "more than the model's context"),
-        (["h2o"], "20%", {"window": 16, "prompt": 16}, "leaves nothing of a window"),
+        (["h2o"], "20%", {"window": 16, "prompt": 16}, "fills a window"),
         (["h2o"], "20%", {"plan": PlanOptions(allocate="ada", params={"nothing": "1"})}, "nothing"),
     ],
 )
-def test_what_is_wrong_with_a_perplexity(
+def test_errors_in_a_perplexity_job(
     text: Path, policies: list[str], budgets: str, options: dict[str, Any], why: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
@@ -111,7 +111,7 @@ def test_what_is_wrong_with_a_perplexity(
     assert list(text.parent.iterdir()) == [text]
 
 
-def test_texts_and_models_that_are_not_there(text: Path) -> None:
+def test_texts_and_models_that_do_not_exist(text: Path) -> None:
     with pytest.raises(UsageError, match="no text file is given"):
         compile_perplexity(DEMO, [], ["h2o"])
     with pytest.raises(UsageError, match="cannot read"):
@@ -132,7 +132,7 @@ def test_texts_and_models_that_are_not_there(text: Path) -> None:
         (["streaming-llm"], "3", UsageError, "more than the budget of 3"),
     ],
 )
-def test_what_is_wrong_with_a_verification(
+def test_errors_in_a_verification(
     example: Trace, policies: list[str], budgets: str, error: type[KvscopeError], why: str
 ) -> None:
     with pytest.raises(error) as caught:

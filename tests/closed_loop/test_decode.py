@@ -1,4 +1,4 @@
-"""Decoding with a really shortened cache, against plain forward passes of the model that know nothing of it.
+"""Decoding with a physically shortened cache, compared with plain forward passes of the model.
 
 Silent failures that would make it a proof of nothing: a cache that is only masked, keys of another head or position,
 a signal filled in at the wrong step, decisions other than the policy's.
@@ -33,7 +33,7 @@ from tests.reference import replay as twin
 
 PROMPT, LENGTH, BUDGET = 11, 26, 8
 EXACT = 1e-9
-# Kernels that take their softmax in float32 whatever the model's dtype, and experts that have no float64 at all.
+# Models whose softmax is in float32 with every dtype, or whose experts have no float64.
 COARSE = {"gemma2": 1e-5, "gpt_oss": 1e-5}
 ROTATED = ["llama", "llama-yarn", "qwen3", "gemma3", "gpt_neox", "phi3", "phi3-partial", "gpt_oss"]
 SIZES: dict[str, Any] = {**tiny._GROUPED, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
@@ -73,7 +73,7 @@ def text(name: str = "llama") -> Tensor:
 
 
 def plan(spec: str) -> EvictionPlan:
-    """Return a policy's own plan, but one that evicts now and then does so often enough for these texts."""
+    """Return the published plan of a policy, with a phase that evicts often enough in these short texts."""
     policy = parse_policies([spec])[0]
     return EvictionPlan.make(policy, "every:4") if policy.phase.startswith("every") else EvictionPlan.published(policy)
 
@@ -91,9 +91,9 @@ def far(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("positions", ["original", "compacted"])
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 @pytest.mark.parametrize("name", [*tiny.MODELS, "llama-yarn", "phi3-partial", "demo"])
-def test_with_room_for_all_it_is_the_plain_model(name: str, prefill: str, positions: str) -> None:
+def test_with_a_budget_for_all_keys_it_is_the_plain_model(name: str, prefill: str, positions: str) -> None:
     if positions == "compacted" and name in ("gpt2", "opt", "mistral", "gemma2", "gemma3"):
-        return  # without a rotary embedding, or with windows, in which a place in the cache is not one in the text
+        return  # no rotary embedding, or windows, in which positions in cache and text differ
     ids = text(name)
     found = decode(model(name), ids, plan("h2o"), len(ids), prompt=PROMPT, prefill=prefill, positions=positions)
     assert far(found.logits, forward(name, ids)) < COARSE.get(name, EXACT)
@@ -110,19 +110,19 @@ def test_the_newest_keys_are_a_banded_mask(name: str, prefill: str) -> None:
     query, key = torch.arange(len(ids))[:, None], torch.arange(len(ids))
     causal = key <= query
     whole = query < (PROMPT if prefill == "full" else 0)
-    mask = (causal & (whole | (key >= query - BUDGET)))[None, None]  # the band and the query's own key
+    mask = (causal & (whole | (key >= query - BUDGET)))[None, None]  # the band and the query's key
     if name == "gemma3":
         near = mask & (key > query - tiny.WINDOW)
         mask = {"full_attention": mask, "sliding_attention": near}
     banded = forward(name, ids, attention_mask=mask)
     assert far(found.logits, banded) < EXACT
-    assert far(banded, forward(name, ids)) > 1e-3  # the mask does something
+    assert far(banded, forward(name, ids)) > 1e-3  # the mask has an effect
 
 
 @pytest.mark.parametrize("positions", ["original", "compacted"])
 @pytest.mark.parametrize("name", ROTATED)
-def test_one_layer_is_the_plain_model_on_the_tokens_that_are_left(name: str, positions: str) -> None:
-    """A key of the first layer depends on its token alone, so a model that never saw the others must agree."""
+def test_one_layer_is_the_plain_model_on_the_remaining_tokens(name: str, positions: str) -> None:
+    """A key of the first layer depends on its token alone, so a model that gets only those tokens must agree."""
     ids = text(name)
     found = decode(model(name, 1), ids, plan("streaming-llm:sinks=2"), BUDGET, prompt=PROMPT, positions=positions)
     moved = 0.0
@@ -135,11 +135,11 @@ def test_one_layer_is_the_plain_model_on_the_tokens_that_are_left(name: str, pos
         other = left if positions == "compacted" else torch.arange(len(left))
         elsewhere = forward(name, ids[left], 1, position_ids=other[None], attention_mask=whole)[-1]
         moved = max(moved, far(alone, elsewhere))
-    assert moved > 1e-4  # it matters where the keys stand
+    assert moved > 1e-4  # the positions of the keys have an effect
 
 
 def masked(name: str, ids: Tensor, leave: list[Tensor]) -> tuple[Tensor, list[Call]]:
-    """Return logits and attention calls of a plain pass with, in every layer, the mask that `leave` amounts to."""
+    """Return logits and attention calls of a plain pass with the mask of the eviction steps `leave` in every layer."""
     used, calls = model(name), list[Call]()
     step, key = torch.arange(len(ids))[:, None], torch.arange(len(ids))
     hooks = []
@@ -173,7 +173,7 @@ SIGNALS: dict[str, Callable[[Call], Tensor]] = {
 
 
 def again(made: EvictionPlan, calls: list[Call], prompt: int, prefill: str) -> CacheSimulation:
-    """Return a simulation of all layers over the live rows and signals of a masked pass, which are whole beforehand."""
+    """Return a simulation of all layers over the live rows and signals of a completed masked pass."""
     shape = Shape(
         tuple(range(len(calls))),
         calls[0].query.shape[1],
@@ -206,7 +206,7 @@ def pairs() -> list[tuple[str, str, str]]:
 
 
 def require_masked_pass(name: str, made: EvictionPlan, prefill: str) -> None:
-    """Fail unless decoding is a pass with its evictions masked, and its evictions what that pass's rows lead to."""
+    """Fail unless decoding equals a pass with its evictions masked, whose rows lead to the same evictions."""
     ids = text(name)
     found = decode(model(name), ids, made, BUDGET, prompt=PROMPT, prefill=prefill)
     logits, calls = masked(name, ids, found.leave)
@@ -218,12 +218,12 @@ def require_masked_pass(name: str, made: EvictionPlan, prefill: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "spec", "prefill"), pairs())
-def test_it_is_a_masked_pass_with_the_decisions_that_its_rows_lead_to(name: str, spec: str, prefill: str) -> None:
+def test_it_is_a_masked_pass_with_the_decisions_from_its_rows(name: str, spec: str, prefill: str) -> None:
     require_masked_pass(name, plan(spec), prefill)
 
 
 class Looks(Policy):
-    """Keeps long values whose keys point where the queries of the layer do."""
+    """Scores a key by its value norm times its dot product with the mean query."""
 
     name = "looks"
     needs = frozenset({"mean_query", "keys", "value_l2"})
@@ -234,7 +234,7 @@ class Looks(Policy):
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
-def test_signals_that_only_readers_use_today(prefill: str) -> None:
+def test_signals_that_only_sparse_readers_use(prefill: str) -> None:
     require_masked_pass("gemma3", EvictionPlan.published(Looks()), prefill)
 
 
@@ -247,7 +247,7 @@ def test_decisions_are_those_of_the_plain_loop(spec: str, prefill: str) -> None:
     found = decode(model("llama"), ids, plan(spec), BUDGET, prompt=PROMPT, prefill=prefill)
     _, calls = masked("llama", ids, found.leave)
     for call, leave in zip(calls, found.leave, strict=True):
-        rows = call.rows(0, LENGTH)[0].tolist()  # live: every key that is gone has no weight
+        rows = call.rows(0, LENGTH)[0].tolist()  # live rows: evicted keys have no weight
         for head in range(2):
             shared = rows if spec == "tova" else rows[2 * head : 2 * head + 2]
             _, held = twin.replay(shared, observe, BUDGET, PROMPT, prefill, recent=recent)
@@ -258,7 +258,7 @@ def test_decisions_are_those_of_the_plain_loop(spec: str, prefill: str) -> None:
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 @pytest.mark.parametrize("spec", ["h2o", "tova", "random:seed=3", "key-norm"])
 def test_the_first_layer_decides_as_in_an_open_loop(spec: str, prefill: str) -> None:
-    """What later layers evict cannot reach it: recorded full-cache rows lead to the same decisions."""
+    """It does not depend on evictions in later layers, so full-cache rows lead to the same decisions."""
     calls: list[Call] = []
     with observe_attention(model("demo"), calls.append):
         forward("demo", text("demo"))
@@ -268,7 +268,7 @@ def test_the_first_layer_decides_as_in_an_open_loop(spec: str, prefill: str) -> 
 
 
 class Lengths:
-    """Notes how many keys every call of every layer got from its cache."""
+    """Records how many keys every call of every layer got from its cache."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.keys: list[list[int]] = []
@@ -278,7 +278,7 @@ class Lengths:
             keys, values = update(layer, *args)
             assert keys.shape == values.shape
             own = [int(head.isfinite().all(-1).sum()) for head in keys[0]]
-            assert max(own) == keys.shape[2]  # what is handed out is no longer than the fullest head
+            assert max(own) == keys.shape[2]  # the returned keys are as many as the fullest head holds
             self.keys.append(own)
             return keys, values
 
@@ -305,7 +305,7 @@ def test_heads_hold_different_numbers_of_keys(monkeypatch: pytest.MonkeyPatch) -
     assert any(len(set(heads)) > 1 for heads in seen.keys)
 
 
-def test_compacted_keys_move_and_the_same_keys_stay_when_nothing_looks_at_them() -> None:
+def test_compacted_positions_change_logits_but_not_decisions_without_attention() -> None:
     both = [
         decode(model("llama"), text(), plan("streaming-llm"), BUDGET, prompt=PROMPT, positions=positions)
         for positions in ("original", "compacted")
@@ -317,13 +317,13 @@ def test_compacted_keys_move_and_the_same_keys_stay_when_nothing_looks_at_them()
 
 @pytest.mark.parametrize("spec", ["roco", "scissorhands"])
 @torch.no_grad()
-def test_learned_sinks_take_their_part_of_a_live_row(spec: str) -> None:
-    """The engine divides by what is kept and what the sink takes; without the latter the rows would be too heavy."""
+def test_learned_sinks_are_in_the_sum_of_a_live_row(spec: str) -> None:
+    """Live rows are divided by retained mass plus the mass on the sink; without the sink they would be too large."""
     found = decode(model("gpt_oss"), text(), plan(spec), BUDGET, prompt=PROMPT, prefill="stream")
     calls: list[Call] = []
     with observe_attention(model("gpt_oss"), calls.append):
         forward("gpt_oss", text())
-    rows = calls[1].rows(0, LENGTH)  # [1, H, T, T]; the first layer has a window and leaves the policy nothing to do
+    rows = calls[1].rows(0, LENGTH)  # [1, H, T, T]; the first layer has a window in which the policy evicts nothing
     missing = 1 - rows.sum(-1)
     assert missing.min() > 1e-3
     decisions = []
@@ -360,12 +360,12 @@ def test_a_batch_of_one_is_one_sequence() -> None:
         ({"spec": "snapkv", "prefill": "stream"}, "stream"),
     ],
 )
-def test_what_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> None:
+def test_impossible_arguments_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         run(**given)
 
 
-def test_a_signal_that_nobody_gives_is_refused() -> None:
+def test_an_unknown_signal_is_refused() -> None:
     class Wants(Looks):
         needs = frozenset({"gates"})
 
@@ -403,7 +403,7 @@ def test_a_layer_that_reads_another_cache_is_refused(monkeypatch: pytest.MonkeyP
         run(prefill="stream")
 
 
-def test_a_key_that_has_left_does_not_come_back() -> None:
+def test_an_evicted_key_does_not_return() -> None:
     layer = ShortLayer()
     layer.update(torch.randn(1, 2, 4, 3), torch.randn(1, 2, 4, 3))
     layer.cut(torch.tensor([[True, False, True, True], [False, False, True, True]]))

@@ -1,4 +1,4 @@
-"""The closed loop beside real decoding: the same keys at every step, the same logits."""
+"""The closed loop compared with real decoding: the same keys at every step, the same logits."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from kvscope.trace.reader import TokenSequence
 from tests.model.tiny import build, tokens
 
 LENGTH, PROMPT, BUDGET = 26, 12, "7"
-# Parameters that suit so small a text; a policy that is not here runs with its defaults.
+# Parameters for short texts; policies that are not listed run with their defaults.
 SMALL = {
     "snapkv": "snapkv:window=3",
     "pyramidkv": "pyramidkv:window=3",
@@ -37,7 +37,7 @@ SOME = ["h2o", "tova", "a2sf", "keyformer", "ada-kv:window=3"]
 
 
 def specs() -> list[str]:
-    """Return every registered policy that holds less than everything, in a form that fits."""
+    """Return every registered policy that evicts, with parameters for short texts."""
     found = []
     for name in POLICIES.names():
         if name == "attention-gate":
@@ -47,7 +47,7 @@ def specs() -> list[str]:
         try:
             require_closed(plan)
             require_decodable(plan)
-            if name == "attention-gate":  # its gate belongs to one model; tests/gate decodes with one of its own
+            if name == "attention-gate":  # needs a gate of the model: tests/gates/test_loops.py
                 continue
         except UsageError:
             continue
@@ -96,14 +96,14 @@ def test_compacted_positions(name: str) -> None:
 
 @dataclass(frozen=True)
 class Threshold(Policy):
-    """Drop what got less than a share of the attention: heads hold different numbers of keys."""
+    """Evicts keys below a share of the attention, so that heads hold different numbers of keys."""
 
     name = "threshold"
     bounded = False
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         weights = step.weights()
-        weights[..., -1] = 1  # the newest has had no chance
+        weights[..., -1] = 1  # the newest key is never evicted
         return torch.where(weights < 0.08, -torch.inf, weights)
 
 
@@ -114,13 +114,13 @@ def test_a_policy_without_a_budget() -> None:
         assert found.agrees and found.largest_cache < LENGTH, found
 
 
-def test_the_cache_is_really_short() -> None:
+def test_the_cache_is_physically_short() -> None:
     found = verdict(build("llama").double(), "h2o", "stream")
     assert found.largest_cache == found.keys == 7
 
 
 def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder whose policy forgets one step is told apart."""
+    """A decoder whose policy ignores one step is detected."""
     from kvscope.policies.a2sf import A2SF
 
     model = build("llama").double()
@@ -131,8 +131,8 @@ def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(step.t)
         return observe(self, step, score if step.t != 9 or calls.count(9) < 3 else score * 0)
 
-    monkeypatch.setattr(A2SF, "recurrence", lambda self: None)  # what the kernels go by is still true of it
-    monkeypatch.setattr(A2SF, "observe", forgetful)  # the closed loop asks once for each of two layers, then decoding
+    monkeypatch.setattr(A2SF, "recurrence", lambda self: None)  # so that `observe` is used and not the kernel
+    monkeypatch.setattr(A2SF, "observe", forgetful)  # called for two layers in the closed loop, then by decoding
     found = verdict(model, "a2sf:alpha=0.5", "stream")
     assert not found.agrees
     assert found.first_difference is not None and found.first_difference >= 9

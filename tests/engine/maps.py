@@ -86,7 +86,7 @@ def signals(
         elif name == "mean_query":
             result[name] = drawn.permute(1, 0, 2)
         elif name.startswith(GATE):
-            result[name] = torch.tanh(drawn).permute(1, 2, 0) / 2  # as far from a threshold of a half as gates can be
+            result[name] = torch.tanh(drawn).permute(1, 2, 0) / 2  # at most 1/2, as gate margins
         else:
             result[name] = drawn.permute(1, 2, 0, 3)
     return result

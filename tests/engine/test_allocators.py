@@ -1,4 +1,4 @@
-"""Ways of sharing out a budget, over policies that did not come with them, against plain loops."""
+"""Every allocator with policies other than its published one, compared with plain-loop references."""
 
 import itertools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Rows = np.ndarray
 
 
 def decide(spec: str, rows: Rows, keys: int, recent: int, prompt: int) -> tuple[Sets, Sets]:
-    """Return the plain loop's sets of one head, or one layer, that may hold `keys`."""
+    """Return the reference's visible and held sets of one head, or one layer, with a budget of `keys`."""
     if spec.startswith("h2o"):
         return h2o.drop(rows, keys, prompt, "full", recent)
     if spec.startswith("a2sf"):
@@ -30,7 +30,7 @@ def decide(spec: str, rows: Rows, keys: int, recent: int, prompt: int) -> tuple[
 
 
 def scores(spec: str, rows: Rows, prompt: int) -> list[float]:
-    """Return what the prompt's keys have gathered when the choice falls."""
+    """Return the scores of the prompt's keys at its end."""
     mean = rows.mean(0)[:prompt, :prompt]
     if spec.startswith("h2o"):
         return mean.sum(0).tolist()
@@ -40,7 +40,7 @@ def scores(spec: str, rows: Rows, prompt: int) -> list[float]:
 
 
 def protects(spec: str, budget: int) -> tuple[int, int]:
-    """Return the first and the newest keys that stay."""
+    """Return how many first and newest keys are protected."""
     return int(spec.startswith("a2sf")), budget // 2 if spec == "h2o" else 0
 
 
@@ -76,7 +76,7 @@ def test_budgets_and_decisions_equal_the_plain_loop(heads: tuple[int, int], spec
     moved = 0
     for seed, (prompt, budget) in enumerate(CASES):
         rows, cut = groups(seed, *heads, LAYERS, LENGTH)
-        rows[1] *= 0.3  # in place, so in `cut` too: a layer that mostly looks at its first key
+        rows[1] *= 0.3  # in place, so in `cut` too: a layer that attends mostly to its first key
         rows[1, ..., 0] += 0.7
         if spec == "tova":
             cut = [[layer.numpy()] for layer in rows]
@@ -92,7 +92,7 @@ def test_budgets_and_decisions_equal_the_plain_loop(heads: tuple[int, int], spec
 
 
 @pytest.mark.parametrize("name", ["pyramidkv", "ada-kv:window=64,kernel=5,pooling=avg"])
-def test_the_same_share_for_all_is_snapkv(name: str) -> None:
+def test_the_uniform_allocation_is_snapkv(name: str) -> None:
     rows = attention(2, LAYERS, 4, LENGTH)
     at = {"kv_heads": 2, "prompt": 40, "prefill": "full"}
     even = run(EvictionPlan.make(parse_policy(name), None, "uniform"), rows, [7, 16], **at)

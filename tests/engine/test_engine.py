@@ -1,4 +1,4 @@
-"""The tensor engine against its plain-loop twin: a wrong axis or tie would show up as another decision."""
+"""The simulation compared with its plain-loop reference: a wrong axis or tie would change a decision."""
 
 import pytest
 import torch
@@ -85,12 +85,12 @@ class _Nan(Policy):
         return step.weights() * torch.nan
 
 
-def test_nan_scores_are_no_result() -> None:
+def test_nan_scores_are_an_error() -> None:
     with pytest.raises(ReplayError, match="not numbers"):
         run(_Nan(), attention(1, 1, 2, 8), [3], kv_heads=2, prompt=1, prefill="stream")
 
 
-def test_infinite_scores_never_touch_protected_keys() -> None:
+def test_infinite_scores_never_evict_protected_keys() -> None:
     class Infinite(Policy):
         name = "infinite"
 
@@ -101,7 +101,7 @@ def test_infinite_scores_never_touch_protected_keys() -> None:
     assert (simulation.held(0, 8).sum(-1)[..., 3:] == 3).all()
 
 
-def test_a_sliding_window_forgets_without_counting_as_eviction() -> None:
+def test_keys_that_slide_out_of_a_window_do_not_count_as_evictions() -> None:
     rows = attention(5, 2, 2, 12)
     simulation = run(parse_policies(["tova"])[0], rows, [6], kv_heads=2, prompt=1, prefill="stream", windows=(4, None))
     counts = simulation.visible(0, 12).sum(-1)
@@ -110,7 +110,7 @@ def test_a_sliding_window_forgets_without_counting_as_eviction() -> None:
     assert counts[0, 1, 0].max() == 7
 
 
-def test_draws_are_uniform_and_fixed() -> None:
+def test_draws_are_uniform_and_reproducible() -> None:
     many = torch.stack([draw(1, 0, torch.arange(4), 8, position) for position in range(2000)])
     assert many.min() >= 0 and many.max() < 1
     assert abs(many.mean().item() - 0.5) < 0.005

@@ -1,4 +1,4 @@
-"""The authors' own code decided these sets; a replay that decides otherwise is not a replay of their policy."""
+"""Decisions of the authors' code as golden vectors: a replay must make the same ones."""
 
 import json
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_a2sf_streaming_mask_and_its_cosines(rows: torch.Tensor, spec: str, para
         assert torch.isnan(values[name][:, :7]).all()
 
 
-def test_h2o_without_forgetting_is_a2sf_at_one(rows: torch.Tensor) -> None:
+def test_h2o_without_recent_keys_is_a2sf_with_alpha_one(rows: torch.Tensor) -> None:
     one, _ = simulated(rows, "h2o:recent=0", 6, "stream")
     other, _ = simulated(rows, "a2sf:alpha=1", 6, "stream")
     assert torch.equal(one.state.leave, other.state.leave)

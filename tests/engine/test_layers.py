@@ -1,4 +1,4 @@
-"""Rows that cannot be attention are refused before anything is made of them."""
+"""Rows that cannot be attention are refused when they are read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvscope.trace.reader import open_trace
 @pytest.mark.parametrize(
     ("weight", "what"), [(-0.5, "negative weights"), (np.nan, "not numbers"), (np.inf, "not numbers")]
 )
-def test_weights_that_cannot_be(weight: float, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_weights_are_refused(weight: float, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = open_trace(Path(__file__).parents[2] / "traces" / "example")
     layers = RecordedLayers(trace, trace.sequences[0], trace.layers, torch.device("cpu"))
     whole = trace.attention

@@ -1,4 +1,4 @@
-"""Phases, allocations and precisions: what the user may choose beside a policy, and what is refused."""
+"""Phases, allocations and precisions: the choices that are allowed for a policy, and those that are refused."""
 
 import numpy as np
 import pytest
@@ -20,18 +20,18 @@ def plan(spec: str, *choices: str | None) -> EvictionPlan:
 @given(st.data())
 def test_apportion_is_exact_bounded_and_fair(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 7))
-    wish = torch.tensor(data.draw(st.lists(st.integers(0, 50), min_size=size, max_size=size)), dtype=torch.float64)
+    weights = torch.tensor(data.draw(st.lists(st.integers(0, 50), min_size=size, max_size=size)), dtype=torch.float64)
     most = torch.tensor(data.draw(st.lists(st.integers(0, 40), min_size=size, max_size=size)))
     total = torch.tensor(data.draw(st.integers(0, 120)))
-    got = apportion(total, wish, most)
+    got = apportion(total, weights, most)
     assert got.sum() == min(int(total), int(most.sum()))
     assert (got >= 0).all() and (got <= most).all()
-    free = apportion(total, wish)
-    if wish.sum() > 0:
-        assert ((free - wish * total / wish.sum()).abs() < 1 + 1e-6).all(), "nearer than one key to the exact share"
+    free = apportion(total, weights)
+    if weights.sum() > 0:
+        assert ((free - weights * total / weights.sum()).abs() < 1 + 1e-6).all(), "less than one key from the exact share"
 
 
-def test_apportion_gives_what_does_not_fit_to_the_others() -> None:
+def test_apportion_gives_the_excess_over_a_limit_to_the_others() -> None:
     got = apportion(torch.tensor(12), torch.tensor([10.0, 1.0, 1.0]), torch.tensor([4, 10, 10]))
     assert got.tolist() == [4, 4, 4]
 
@@ -73,7 +73,7 @@ def test_ada_by_hand() -> None:
     assert ALLOCATORS.get("ada")().share(asked).tolist() == [[[6, 2]]]
 
 
-def test_ada_in_a_replay_gives_keys_to_the_head_that_spreads_its_attention() -> None:
+def test_ada_in_a_replay_gives_keys_to_the_head_with_spread_attention() -> None:
     length, prompt = 40, 30
     rows = attention(3, 1, 2, length)
     peaked = torch.zeros(length, length, dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_ada_in_a_replay_gives_keys_to_the_head_that_spreads_its_attention() -> 
     assert simulation.held(prompt - 1, length)[0, 0, :, 0].sum(-1).tolist() == [peaked_keys, spread_keys]
 
 
-def test_cake_prefers_the_layer_that_spreads_and_changes() -> None:
+def test_cake_prefers_the_layer_with_spread_and_changing_attention() -> None:
     length, prompt = 60, 50
     steady = torch.zeros(length, length, dtype=torch.float64)
     steady[:, 0] = 0.99
@@ -112,7 +112,7 @@ def test_phases_by_hand() -> None:
     assert held["step"] == [*range(1, 10), *[6] * 15]
 
 
-def test_a_phase_is_read_or_refused() -> None:
+def test_a_phase_is_parsed_or_refused() -> None:
     assert parse_phase("every:16") == "every:16" and parse_phase("every:1") == "step"
     for wrong in ("every", "every:0", "every:-2", "each", "prefill:3", ""):
         with pytest.raises(UsageError, match="--compress"):
@@ -130,7 +130,7 @@ def test_a_phase_is_read_or_refused() -> None:
         ("h2o", None, "adda", "no allocation"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_the_reason(
+def test_impossible_choices_are_refused_with_the_reason(
     spec: str, compress: str | None, allocate: str | None, why: str
 ) -> None:
     with pytest.raises(UsageError, match=why):
@@ -143,13 +143,13 @@ def test_streaming_prefill_has_no_end_of_the_prompt() -> None:
             made.require("stream")
 
 
-def test_the_label_names_what_is_not_as_published() -> None:
+def test_the_label_names_choices_that_differ_from_the_published_plan() -> None:
     assert plan("h2o").label == "h2o"
     assert plan("h2o:recent=4", "every:8", "ada", "float16").label == "h2o(recent=4) [every:8, ada, float16]"
     assert plan("pyramidkv", "prefill", "pyramid").label == "pyramidkv"
 
 
-def test_half_precision_sums_as_the_authors_code_sums_them() -> None:
+def test_half_precision_accumulates_as_the_authors_code() -> None:
     """The prompt's column sum is rounded once, then every step; a sum above 2048 no longer grows by less than 1."""
     length, prompt = 60, 30
     rows = attention(6, 1, 2, length, "half")

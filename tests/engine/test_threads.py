@@ -1,4 +1,4 @@
-"""Small steps take one thread, and the rest of the program gets its threads back."""
+"""Small steps use one thread, and the number of threads is restored afterwards."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_only_small_steps() -> None:
 
 
 @pytest.mark.usefixtures("_two")
-def test_threads_come_back_after_an_error() -> None:
+def test_the_number_of_threads_is_restored_after_an_error() -> None:
     with pytest.raises(ValueError, match="a step"), few_threads(1):
         raise ValueError("a step failed")
     assert torch.get_num_threads() == 2

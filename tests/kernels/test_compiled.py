@@ -1,4 +1,4 @@
-"""Loops are compiled also where nothing can be kept on disk."""
+"""Loops are compiled even if no cache folder can be written to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import kvscope.kernels.compiled as module
 
 
-def test_without_a_place_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     njit, asked = module.njit, []
 
     def refusing(**options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rows without what is gone: compiled beside the product with the visible keys."""
+"""Rows without evicted keys: the kernel compared with the product with the visible keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled sums beside torch's."""
+"""The kernel's sums compared with those of its fallback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled step beside the engine's own: the same keys leave at the same steps, in any precision."""
+"""The kernel compared with the torch stepper: the same keys are evicted at the same steps, in any precision."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SPECS = [
 def both(
     monkeypatch: pytest.MonkeyPatch, plan: EvictionPlan, rows: Tensor, blocks: list[int], windows: Any = (), **how: Any
 ) -> list[CacheSimulation]:
-    """Return the simulations of a plan stepped block by block: compiled, and not."""
+    """Return two simulations of a plan stepped block by block: with the kernel and with torch."""
     layers, heads, length = rows.shape[-4:-1]
     kv_heads, prompt, prefill = how["kv_heads"], how["prompt"], how["prefill"]
     shape = Shape(tuple(range(layers)), heads, kv_heads, prompt, length, windows=windows)
@@ -72,7 +72,7 @@ def same(simulations: list[CacheSimulation]) -> None:
     assert torch.allclose(one.score[one.alive], other.score[one.alive], rtol=1e-5, atol=0)
 
 
-def test_numba_is_there() -> None:
+def test_numba_is_installed() -> None:
     assert available(), "the tests compare kernels, so they need numba"
 
 
@@ -80,7 +80,7 @@ def test_numba_is_there() -> None:
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 999), KINDS, st.integers(1, 30), st.sampled_from([1, 2, 4]), st.booleans(), st.data())
-def test_the_same_keys_leave(
+def test_the_same_keys_are_evicted(
     spec: str, prefill: str, seed: int, kind: str, length: int, kv_heads: int, exact: bool, data: Any
 ) -> None:
     rows = attention(seed, 2, 4, length, kind).to(torch.float64 if exact else torch.float32)
@@ -103,7 +103,7 @@ def test_the_same_keys_leave(
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_windows_sinks_and_rows_of_their_own(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_sinks_and_rows_that_differ_between_runs(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.stack([attention(seed, 2, 4, 40, "half").float() for seed in (1, 2)])  # [R, L, H, T, T]
     rows[:, 1] = rows[:, 1].triu(-8)  # the second layer sees nine keys
     missing = torch.rand(2, 2, 4, 40, generator=torch.Generator().manual_seed(3))
@@ -129,7 +129,7 @@ def test_uneven_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_weights_that_are_no_numbers_are_found(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_weights_are_found(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = attention(1, 1, 2, 12).float()
     rows[0, 1, 7, 7] = torch.nan
     monkeypatch.setattr(engine, "available", lambda: compiled)
@@ -140,7 +140,7 @@ def test_weights_that_are_no_numbers_are_found(compiled: bool, monkeypatch: pyte
         simulation.check()
 
 
-def test_a_class_that_scores_anew_is_not_compiled() -> None:
+def test_a_subclass_with_another_score_does_not_use_the_kernel() -> None:
     @dataclass(frozen=True)
     class Other(A2SF):
         def observe(self, step: Step, score: Tensor) -> Tensor:
@@ -155,12 +155,12 @@ def test_a_class_that_scores_anew_is_not_compiled() -> None:
 
 
 @pytest.mark.parametrize("spec", ["lru", "snapkv", "vatp:base=tova", "h2o:variant=mask", "a2sf:normalise=lifetime"])
-def test_what_is_no_recurrence_goes_step_by_step(spec: str) -> None:
+def test_a_score_that_is_no_recurrence_does_not_use_the_kernel(spec: str) -> None:
     policy: Policy = parse_policies([spec])[0]
     assert recurrence_of(policy) is None
 
 
-def test_kernels_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     available.cache_clear()
     monkeypatch.setenv(OFF, "1")
     try:

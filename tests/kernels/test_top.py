@@ -1,4 +1,4 @@
-"""The compiled masks of the heaviest weights beside torch's."""
+"""The kernel's masks of the largest weights compared with those of its fallback."""
 
 from __future__ import annotations
 

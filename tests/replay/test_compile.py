@@ -1,4 +1,4 @@
-"""A job checks everything when it is compiled, once, and nothing when it is executed."""
+"""All checks of a job are made once, when it is compiled, and none when it is executed."""
 
 import os
 import traceback
@@ -36,7 +36,7 @@ EXAMPLE = Path(__file__).parents[2] / "traces" / "example"
 POLICIES = ["h2o", "tova", "belady"]
 BUDGETS = ["20%", 30]
 CLOSED = ReplayOptions(closed=ClosedLoopOptions())
-CHECKS = [  # where each check is called from
+CHECKS = [  # modules that call each check
     (module, "require"),
     (module, "require_closed"),
     (module, "require_steps"),
@@ -85,7 +85,7 @@ def test_nothing_is_checked_twice_and_nothing_after(example: Trace, calls: Count
         "require": 2 * len(POLICIES),  # of the plan, and of the trace
         "fit": len(POLICIES),
         "require_room": len(POLICIES) * len(BUDGETS) * sequences,
-        "require_closed": len(POLICIES) - 1,  # a bound has no closed run
+        "require_closed": len(POLICIES) - 1,  # a clairvoyant bound has no closed run
         "require_gates": len(POLICIES) - 1,
         **dict.fromkeys(("require_steps", "measurable", "torch_device", "parse_budgets", "self_check"), 1),
         "derotations": 1,
@@ -118,7 +118,7 @@ def test_nothing_is_checked_twice_and_nothing_after(example: Trace, calls: Count
         (["h2o"], "20%", {"closed": ClosedLoopOptions(model="no/such")}, KvscopeError, "no/such"),
     ],
 )
-def test_what_is_wrong_is_found_before_anything_is_written(
+def test_errors_are_found_before_anything_is_written(
     example: Trace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -135,7 +135,7 @@ def test_what_is_wrong_is_found_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_trace_lacks_is_found_too(tmp_path: Path) -> None:
+def test_missing_signals_are_found(tmp_path: Path) -> None:
     make.record(tmp_path / "plain", lengths=[20], prompt=12)
     make.record(tmp_path / "whole", lengths=[12], prompt=12)
     plain, whole = open_trace(tmp_path / "plain"), open_trace(tmp_path / "whole")
@@ -151,7 +151,7 @@ def test_what_a_trace_lacks_is_found_too(tmp_path: Path) -> None:
     assert "output_error" in job.skipped_metrics and "values" in job.skipped_metrics["output_error"]
 
 
-def test_what_is_skipped_is_named_with_its_reason(tmp_path: Path) -> None:
+def test_skipped_policies_are_named_with_the_reason(tmp_path: Path) -> None:
     make.record(tmp_path / "plain", lengths=[20], prompt=12)
     plain, asked = open_trace(tmp_path / "plain"), ["h2o", "keydiff", "snapkv", "tova"]
     options = ReplayOptions(Prefill.stream, skip_unsupported=True)
@@ -180,7 +180,7 @@ def test_plain_strings_become_choices() -> None:
 
 
 @pytest.mark.skipif(not available(), reason="the kernel needs numba")
-def test_few_calls_lie_between_a_command_and_the_kernel(
+def test_there_are_few_calls_between_a_command_and_the_kernel(
     example: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames: list[str] = []

@@ -1,4 +1,4 @@
-"""How many layers are replayed together, and whether what is stated of memory holds."""
+"""The number of layers that are replayed together, and the stated memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def example() -> Trace:
     return open_trace(Path(__file__).parents[2] / "traces" / "example")
 
 
-def test_layers_one_by_one_give_what_all_together_give(
+def test_layers_one_by_one_give_the_same_as_all_together(
     example: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[Footprint] = []
@@ -48,7 +48,7 @@ def test_layers_one_by_one_give_what_all_together_give(
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
-def test_what_is_stated_covers_what_is_kept(example: Trace, prefill: str) -> None:
+def test_the_stated_memory_covers_the_arrays(example: Trace, prefill: str) -> None:
     runs = runs_of([EvictionPlan.published(policy) for policy in parse_policies(POLICIES)], parse_budgets("20%,40%"))
     metrics = [METRICS.get(name) for name in METRICS.names() if not METRICS.get(name).needs]
     sequence = example.sequences[0]
@@ -69,7 +69,7 @@ def test_what_is_stated_covers_what_is_kept(example: Trace, prefill: str) -> Non
     assert needs.bytes / (20 if prefill == "stream" else 100) < kept < needs.bytes
 
 
-def test_a_long_sequence_takes_shorter_blocks(example: Trace) -> None:
+def test_a_long_sequence_has_shorter_blocks(example: Trace) -> None:
     from dataclasses import replace
 
     sequence = replace(example.sequences[0], length=200_000)

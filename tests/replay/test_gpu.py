@@ -1,4 +1,4 @@
-"""A GPU makes the decisions that a CPU makes."""
+"""Decisions on a GPU are those on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STAY = ["run", "sequence", "layer", "kv_head", "key", "enter"]
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("prefill", ["full", "stream"])
-def test_the_same_keys_leave(prefill: str, tmp_path: Path) -> None:
+def test_the_same_keys_are_evicted(prefill: str, tmp_path: Path) -> None:
     trace = open_trace(Path(__file__).parents[2] / "traces" / "example")
     made = [
         replay(trace, POLICIES, "20%,40%", output=tmp_path / device, prefill=prefill, device=device)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Decisions over a trace of vectors are those over a trace of rows, but for the 16 bits that rows were rounded to."""
+"""Decisions from a trace of vectors equal those from a trace of rows, up to the rounding of rows to 16 bits."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, Trace]:
 
 
 def different(one: Trace, other: Trace, place: Path) -> float:
-    """Return the share of stays that end at another step."""
+    """Return the share of residency intervals that end at another step."""
     stays = []
     for name, source in (("one", one), ("other", other)):
         made = replay(source, POLICIES, "20%", output=place / name, metrics=["retained_mass"])
@@ -45,4 +45,4 @@ def test_decisions_differ_by_the_rounding_alone(
     assert different(maps, qkv, tmp_path / "exact") < 0.05
     exact = qkv.attention
     monkeypatch.setattr(qkv, "attention", lambda *at: exact(*at).astype(np.float16).astype(np.float32))
-    assert different(maps, qkv, tmp_path / "rounded") < 0.002  # a weight between two numbers may fall to either
+    assert different(maps, qkv, tmp_path / "rounded") < 0.002  # a weight may be rounded up or down

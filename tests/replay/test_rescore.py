@@ -1,4 +1,4 @@
-"""Metrics from the stays of a replay are those that the replay itself wrote."""
+"""Metrics computed from the residency intervals of a replay equal those that the replay wrote."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.trace.make import record as record_small
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = ["run", "sequence", "layer", "head", "step"]
-# One of each kind that leaves another sort of stays: for good, once, per layer, readers, nothing at all.
+# One policy of each kind of residency: per-step eviction, a single eviction, per layer, sparse readers, no eviction.
 FULL = ["full", "h2o", "tova", "snapkv:window=4", "ada-kv:window=4", "quest", "recycled-attention", "h2o:variant=mask"]
 STREAM = ["window", "random", "a2sf", "vatp:sinks=1", "quest", "a2sf:variant=streaming-mask"]
 
@@ -32,7 +32,7 @@ def example() -> Trace:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    """A trace of rows alone: it holds no values."""
+    """A trace of rows without values."""
     path = tmp_path_factory.mktemp("small") / "t"
     record_small(path, lengths=[14, 9], heads=4, kv_heads=2)
     return open_trace(path)
@@ -43,7 +43,7 @@ def sorted_fidelity(made: Replay) -> pd.DataFrame:
 
 
 def same(one: Replay, other: Replay) -> None:
-    """Hold that two replays have the same decisions and, up to rounding, the same numbers."""
+    """Fail unless two replays have the same decisions and, up to rounding, the same numbers."""
     pd.testing.assert_frame_equal(sorted_fidelity(one), sorted_fidelity(other), rtol=0, atol=1e-6)
     assert [run.decisions for run in one.info.runs] == [run.decisions for run in other.info.runs]
     for kept, made in zip(one.summary.runs, other.summary.runs, strict=True):
@@ -53,7 +53,7 @@ def same(one: Replay, other: Replay) -> None:
 
 
 @pytest.mark.parametrize(("prefill", "policies"), [("full", FULL), ("stream", STREAM)])
-def test_every_metric_is_what_the_replay_wrote(
+def test_every_metric_equals_that_of_the_replay(
     prefill: str, policies: list[str], example: Trace, tmp_path: Path
 ) -> None:
     made = replay(example, policies, "20%,45%", output=tmp_path / "r", prefill=prefill)  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def test_blocks_of_rows_change_nothing(small: Trace, tmp_path: Path, monkeypatch
     same(made, rescore(made, small, output=tmp_path / "s"))
 
 
-def test_a_metric_without_its_signal_is_left_out_unless_it_is_named(small: Trace, tmp_path: Path) -> None:
+def test_a_metric_without_its_signal_is_skipped_unless_it_is_named(small: Trace, tmp_path: Path) -> None:
     made = replay(small, ["h2o"], "40%", output=tmp_path / "r", prefill="stream")
     assert set(METRICS.names()) - set(made.info.metrics) == {"output_error"} == set(made.info.left_out)
     assert "--store" in made.info.left_out["output_error"]
@@ -118,7 +118,7 @@ def test_another_trace_is_refused(small: Trace, example: Trace, tmp_path: Path) 
         rescore(made, small, ["retained_mas"], output=tmp_path / "s")
 
 
-def test_runs_of_a_closed_loop_are_left_out(tmp_path: Path) -> None:
+def test_closed_runs_are_skipped(tmp_path: Path) -> None:
     prompt = tmp_path / "p.txt"
     prompt.write_text("The captain looked at the sea. Note: Clara holds 583. What holds Clara?")
     source = record("demo", [prompt], output=tmp_path / "t", max_new_tokens=4, store="qkv")

@@ -1,4 +1,4 @@
-"""The search of ``kvscope tune`` against one replay per setting, and what it may look at."""
+"""The search of ``kvscope tune``, compared with one replay per setting."""
 
 import tomllib
 from collections.abc import Iterator
@@ -37,11 +37,11 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 
 @pytest.fixture
 def lost() -> Iterator[str]:
-    """A metric of which less is better."""
+    """A metric with direction lower."""
 
     @metric("lost_mass", direction="lower", range=(0.0, 1.0), when_nothing_evicted=0.0)
     def lost_mass(rows: Rows) -> Any:
-        """Share of the full row that falls on evicted keys."""
+        """Share of the full row on evicted keys."""
         return 1 - METRICS.get("retained_mass").compute(rows)
 
     yield "lost_mass"
@@ -49,7 +49,7 @@ def lost() -> Iterator[str]:
 
 
 def measured(trace: Trace, spec: str, sequences: range, output: Path, name: str = "retained_mass") -> np.ndarray:
-    """Return a metric per sequence, layer and key/value head, ``[sequences, 2, 2]``, from a replay of its own."""
+    """Return a metric per sequence, layer and key/value head, ``[sequences, 2, 2]``, from a separate replay."""
     frame = replay(trace, [spec], "40%", output=output, metrics=[name], force=True).fidelity(run=0)
     heads = frame.groupby(["sequence", "layer", "head"])[name].mean().unstack()  # over steps
     return np.array(
@@ -58,7 +58,7 @@ def measured(trace: Trace, spec: str, sequences: range, output: Path, name: str 
 
 
 def brute(trace: Trace, output: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``[settings, sequences, layers, heads]`` of the sequences that are searched, and of those held out."""
+    """Return ``[settings, sequences, layers, heads]`` for the searched sequences, and for the held-out ones."""
     every = [measured(trace, f"a2sf:alpha={alpha}", range(6), output) for alpha in ALPHAS]
     return np.array(every)[:, :-HELD_OUT], np.array(every)[:, -HELD_OUT:]
 
@@ -74,7 +74,7 @@ def run(trace: Trace, **choices: Any) -> Tuning:
 
 
 def alphas(found: Tuning) -> list[list[float]]:
-    """Return the setting that each head of each layer follows."""
+    """Return the setting of each head of each layer."""
     return [
         [found.policy.settings[number].alpha for number in (row * 2 if len(row) == 1 else row)]  # type: ignore[attr-defined]
         for row in found.policy.choice
@@ -112,15 +112,15 @@ def test_the_choice_equals_one_replay_per_setting(trace: Trace, tmp_path: Path, 
     assert found.gain.sequences == HELD_OUT and found.gain.low is None
 
 
-def test_who_is_asked_for_a_choice() -> None:
-    """Head 0 likes the first setting, head 1 the second, and both together the second; of equals it is the first."""
+def test_the_level_of_a_choice() -> None:
+    """The first setting is best for head 0, the second for head 1 and for both; of equals the first is chosen."""
     scores = np.array([[[1.0, 0.0], [0.5, 0.5]], [[0.9, 0.8], [0.5, 0.5]]])
     assert module._choice(scores, "head", 1).tolist() == [[0, 1], [0, 0]]
     assert module._choice(scores, "layer", 1).tolist() == [[1, 1], [0, 0]]
     assert module._choice(scores, "model", 1).tolist() == [[1, 1], [1, 1]]
 
 
-def test_tuned_in_a_replay_is_each_head_under_its_own_setting(trace: Trace, tmp_path: Path) -> None:
+def test_a_tuned_policy_runs_each_head_with_its_setting(trace: Trace, tmp_path: Path) -> None:
     found = run(trace)
     (tmp_path / "tuned.toml").write_text(to_toml(found))
     together = measured(trace, f"a2sf:@{tmp_path / 'tuned.toml'}", range(6), tmp_path / "r")
@@ -130,8 +130,8 @@ def test_tuned_in_a_replay_is_each_head_under_its_own_setting(trace: Trace, tmp_
             assert together[:, layer, head].tolist() == alone[str(alpha)][:, layer, head].tolist()
 
 
-def test_held_out_sequences_are_not_looked_at(tmp_path: Path) -> None:
-    """The same searched sequences and other held-out ones: the same choice; the other way round, another choice."""
+def test_held_out_sequences_do_not_affect_the_choice(tmp_path: Path) -> None:
+    """Other held-out sequences give the same choice, other searched sequences another choice."""
     found = []
     for name, seeds in (("a", range(6)), ("b", [0, 1, 2, 3, 14, 15]), ("c", [10, 11, 12, 13, 4, 5])):
         with pytest.MonkeyPatch.context() as patch:
@@ -148,7 +148,7 @@ def test_held_out_sequences_are_not_looked_at(tmp_path: Path) -> None:
     assert changed.searched != same.searched
 
 
-def test_less_is_better(trace: Trace, lost: str) -> None:
+def test_a_metric_with_direction_lower(trace: Trace, lost: str) -> None:
     more, less = run(trace), run(trace, metric=lost)
     assert less.policy == more.policy
     assert (less.best, less.hindsight) == (more.best, more.hindsight)
@@ -158,8 +158,8 @@ def test_less_is_better(trace: Trace, lost: str) -> None:
     assert less.gain.difference == pytest.approx(more.gain.difference, abs=1e-6), "positive where tuning helps"
 
 
-def test_several_traces_are_one_text_after_another(trace: Trace, tmp_path: Path) -> None:
-    """The last sequences of the last trace are held out, wherever the borders of the traces lie."""
+def test_several_traces_are_one_list_of_sequences(trace: Trace, tmp_path: Path) -> None:
+    """The last sequences of the last traces are held out, across trace boundaries."""
     for name, part in (("a", slice(0, 1)), ("b", slice(1, 5)), ("c", slice(5, 6))):
         with pytest.MonkeyPatch.context() as patch:
             shift = 10 * part.start
@@ -196,7 +196,7 @@ def test_the_file_is_the_policy(trace: Trace, tmp_path: Path) -> None:
 
 
 def test_what_a_file_may_hold(trace: Trace, tmp_path: Path) -> None:
-    """Other text than ASCII, booleans, and a parameter whose usual value a file cannot name."""
+    """Non-ASCII text, booleans, and a parameter whose default cannot be written in TOML."""
     found = tune([trace], "h2o", {"group": ["mean", "max"]}, "40%", held_out=HELD_OUT, level="model")
     odd = replace(found, about=found.about | {"traces": ['a "b" é 😀']})
     file = tmp_path / "tuned.toml"
@@ -207,7 +207,7 @@ def test_what_a_file_may_hold(trace: Trace, tmp_path: Path) -> None:
 
 
 def test_a_setting_for_the_whole_model_may_change_anything(trace: Trace) -> None:
-    """Settings that are never side by side may protect different keys and decide by head or by layer."""
+    """Settings that are never combined may protect different keys and decide per head or per layer."""
     found = tune([trace], "tova", {"scope": ["layer", "kv_head"], "sinks": ["0", "2"]}, "40%", level="model")
     assert len(found.policy.settings) == 1
     assert found.held_out["tuned"] == found.held_out["best"]
@@ -224,7 +224,7 @@ def test_a_policy_per_layer(trace: Trace) -> None:
 
 
 def test_a_layer_that_evicts_nothing_counts_as_its_metric_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sliding-window layer that never holds more than the budget has nothing to tune."""
+    """A sliding-window layer that never exceeds the budget evicts nothing."""
     usual = make.header
 
     def header(heads: int = 2, kv_heads: int = 2, stored: list[str] | None = None) -> Any:
@@ -302,7 +302,7 @@ def test_what_is_refused_before_any_work(
     assert caught.value.todo
 
 
-def test_traces_that_do_not_go_together(trace: Trace, tmp_path: Path) -> None:
+def test_traces_that_cannot_be_tuned_together(trace: Trace, tmp_path: Path) -> None:
     make.record(tmp_path / "one", lengths=[20], prompt=12, heads=4, kv_heads=2)
     make.record(tmp_path / "narrow", lengths=[20, 20], prompt=12)
     with pytest.raises(UsageError, match="1 of 1 sequences cannot be held out"):
