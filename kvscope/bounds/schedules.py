@@ -80,11 +80,11 @@ def schedules(read: Read, shape: Shape, budgets: Sequence[int], prefill: Prefill
             some = range(start, min(start + together, heads))
             weights = _weights(read, shape, layer, first, heads, some)
             for run, budget in enumerate(budgets):
-                for head, own in zip(some, weights, strict=True):
-                    best, of_best, proven = schedule(own[full[run] + 1 - first :], budget)
+                for head, head_weights in zip(some, weights, strict=True):
+                    best, mass, bound = schedule(head_weights[full[run] + 1 - first :], budget)
                     leaves[run, layer, head] = torch.from_numpy(best)
-                    lost[run] += of_best
-                    least[run] += proven
+                    lost[run] += mass
+                    least[run] += bound
     return Schedules(leaves, lost, least)
 
 

@@ -157,8 +157,8 @@ def step_through(
         needs = work.footprints[sequence.index]
         starts = range(0, len(layers), needs.layers)
         groups += [(sequence, layers[start : start + needs.layers], needs.steps) for start in starts]
-    for number, (sequence, own, steps) in enumerate(groups):
-        group = LayerGroup(work, sequence, own, steps)
+    for number, (sequence, group_layers, steps) in enumerate(groups):
+        group = LayerGroup(work, sequence, group_layers, steps)
         for block in group.blocks():
             for simulation in group.simulations:
                 simulation.block(block)

@@ -28,7 +28,7 @@ def test_apportion_is_exact_bounded_and_fair(data: st.DataObject) -> None:
     assert (got >= 0).all() and (got <= most).all()
     free = apportion(total, weights)
     if weights.sum() > 0:
-        assert ((free - weights * total / weights.sum()).abs() < 1 + 1e-6).all(), "less than one key from the exact share"
+        assert ((free - weights * total / weights.sum()).abs() < 1 + 1e-6).all(), "less than one key away"
 
 
 def test_apportion_gives_the_excess_over_a_limit_to_the_others() -> None:
