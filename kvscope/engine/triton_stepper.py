@@ -1,4 +1,4 @@
-"""Steps through rows in a Triton kernel: for policies whose score is a recurrence, on a GPU."""
+"""The stepper that uses the Triton kernel: on a GPU, for policies whose score is a recurrence."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from kvscope.policies.recurrence import Recurrence
 
 
 class TritonStepper:
-    """Steps blocks of rows in one kernel launch each, which makes the decisions of `TorchStepper`.
+    """Steps through each block of rows in one kernel launch, with the same decisions as `TorchStepper`.
 
     Parameters
     ----------
     inputs : StepInputs
-        What the steps depend on.
+        Plan, sizes and signals.
     state : CacheState
-        What they change. Its budgets do not change.
+        Changed in place. Its budgets must not change between blocks.
     rule : Recurrence
-        The policy's score.
+        How the policy's score is computed.
     most_keys : int
-        Length up to which the kernel holds the state of a cache in registers.
+        Number of keys up to which the kernel holds the state of a cache in registers.
     """
 
     def __init__(self, inputs: StepInputs, state: CacheState, rule: Recurrence, *, most_keys: int = MOST_KEYS) -> None:
@@ -47,7 +47,7 @@ class TritonStepper:
         )
 
     def step_block(self, block: Block) -> None:
-        """Let all queries of a block attend, be scored and evict, in order of their position."""
+        """Step through all queries of a block in order: each attends, then keys are scored and evicted."""
         inputs, rows = self._inputs, block.rows.detach()
         stop = block.start + rows.shape[-2]
         missing = inputs.missing_mass
