@@ -43,7 +43,7 @@ PROMPTS = (512, 1024, 2048, 4096)
 STORES = ("maps", "qkv")
 KINDS = ("plain", "eager", *STORES)
 HOW = (
-    "Seconds and MiB; medians. The kinds take turns, and each ratio is of one lap: the one to quote is "
+    "Seconds and MiB; medians. The kinds are timed in turn, and each ratio is of one round: the one to quote is "
     "the median of the ratios. Where other work runs on the machine, trust processor time (cpu) more than the clock."
 )
 

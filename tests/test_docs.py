@@ -56,3 +56,19 @@ def test_the_table_of_rooms_is_the_one_that_the_tests_enforce() -> None:
     stated = {room: set(re.findall(r"`(\w+)`", others)) for room, others in rows}
     enforced = {room: others - {"core"} for room, others in MAY_IMPORT.items() if not room.startswith("__")}
     assert stated == enforced
+
+
+TERMS = """
+    allocation; attend; attention mass; baseline; belady; budget, cache size; closed loop; evict; fallback; gate; hold;
+    ideal; kv head; late mass; live row; open loop; query position; reference; regret; replay; residency interval;
+    retain; retained mass; run; scope; sinks; span; sparse reader; step; trace; visible
+"""
+
+
+def test_the_glossary_explains_every_term_in_alphabetical_order() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Glossary\n")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", section, re.MULTILINE))
+    rows.pop("term")
+    assert {" ".join(term.split()) for term in TERMS.split(";")} <= set(rows)
+    assert list(rows) == sorted(rows, key=str.lower)
+    assert all(len(meaning) > 3 for meaning in rows.values())

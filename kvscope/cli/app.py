@@ -22,7 +22,7 @@ from kvscope.core.version import __version__
 app = typer.Typer(
     name="kvscope",
     help="Record a model's attention, replay KV-cache eviction policies over it, see what each one loses.",
-    epilog="First steps: kvscope demo. Then: kvscope trace --model demo prompt.txt",
+    epilog="First steps: kvscope demo. Then, with any text file: kvscope trace --model demo FILE",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # paragraphs of a docstring flow into the width of the terminal
     add_completion=False,

@@ -42,7 +42,7 @@ def read_prompts(prompts: Sequence[Path | str], continuation: Path | None) -> li
             raise UsageError(f"{file} is empty", 'Write one prompt per line: {"prompt": "..."}')
         texts.extend((str(file), *_jsonl(file, number, line, forced)) for number, line in lines)
     if not texts:
-        raise UsageError("no prompt is named", "Name a text file: kvscope trace --model demo prompt.txt")
+        raise UsageError("no prompt is named", "Name a text file: kvscope trace --model demo FILE")
     for name, text, following in texts:
         if not text.strip():
             raise UsageError(f"prompt {name} is empty", "Write some text into it.")
