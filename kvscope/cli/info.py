@@ -49,7 +49,7 @@ def show(trace: Trace, *, as_json: bool = False, verified: bool = False) -> None
 def describe(trace: Trace, *, verified: bool = False) -> JsonDict:
     """Return the facts about a trace as plain data."""
     from kvscope.core.json_records import plain
-    from kvscope.trace.record import model_to_json
+    from kvscope.trace.record_file import model_to_json
 
     header = trace.header
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvscope.core.errors import RECORD_ONE, TraceError
-from kvscope.trace.record import read_record
+from kvscope.trace.record_file import read_record
 
 
 def newest_trace(folder: Path = Path("traces")) -> Path:

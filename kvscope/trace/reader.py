@@ -16,7 +16,8 @@ from kvscope.core.errors import TraceError
 from kvscope.trace.columns import layer_file
 from kvscope.trace.derive import Derived, Floats, KeptKeys
 from kvscope.trace.files import TraceFiles, damaged, require_whole, scatter
-from kvscope.trace.record import StorageError, TraceRecord, read_record
+from kvscope.trace.record import StorageError, TraceRecord
+from kvscope.trace.record_file import read_record
 from kvscope.trace.schema import TOPK, VECTORS, Which
 from kvscope.trace.signals import missing_signal
 from kvscope.trace.storage_error import approximate

@@ -16,7 +16,8 @@ from kvscope.core.output import OutputFolder, checksum
 from kvscope.trace.blocks import Array, are_weights, lower, not_finite, own, places
 from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
 from kvscope.trace.parquet import Column, LayerFile
-from kvscope.trace.record import SequenceRecord, TraceHeader, TraceRecord, write_record, write_unfinished
+from kvscope.trace.record import SequenceRecord, TraceHeader, TraceRecord
+from kvscope.trace.record_file import write_record, write_unfinished
 from kvscope.trace.schema import HEADER, MEMBERS, TOPK, VECTORS
 from kvscope.trace.storage_error import Outside
 

@@ -1,4 +1,4 @@
-"""Gates for tiny models: random ones of which about half of the keys are shut, and their plain-loop twin."""
+"""Random gates for tiny models that evict about half of the keys, and the plain-loop reference of a gate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvscope.model.sample import sample
 
 
 def facts(model: Any, **more: Any) -> GateFacts:
-    """Return what a gate for a model is."""
+    """Return the facts of a gate for a model."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     given = {"heads": 2, "size": 4, **more}

@@ -1,4 +1,4 @@
-"""Gates where they decide: open loop, closed loop, real decoding and training must say the same."""
+"""Gates decide the same in the open loop, the closed loop, real decoding and training."""
 
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def test_a_trace_holds_what_the_layers_got(recorded: tuple[Path, Trace]) -> None
 
 @pytest.mark.parametrize("form", ["causal", "bidirectional"])
 def test_the_first_layer_decides_as_in_the_closed_loop(form: str, recorded: tuple[Path, Trace], tmp_path: Path) -> None:
-    """Only what earlier layers evicted tells the loops apart, and with full prefill not even that in the prompt."""
+    """The loops differ only by the evictions of earlier layers, and with full prefill not at all in the prompt."""
     folder, made = recorded
     policy = parse_policy(f"attention-gate:gate={written(folder, build('llama'), form=form)}")
     opened = replay(made, [policy], output=tmp_path / "open", closed=None).residency(0)

@@ -1,4 +1,4 @@
-"""The gate against plain loops, and its file: what is refused, and that nothing is lost in it."""
+"""The gate equals its plain-loop reference, and its file is read back unchanged or refused."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Learning from recorded attention: what the best gate keeps, and that a gate learns to keep it."""
+"""Training on recorded attention: the keys that an optimal gate retains, and that a gate learns to retain them."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_future_mass_is_what_later_queries_pay(form: str, recorded: Trace) -> No
 
 @pytest.mark.parametrize("form", ["causal", "bidirectional"])
 def test_no_other_choice_of_as_many_keys_retains_more(form: str, recorded: Trace) -> None:
-    """The choice that is learned, replayed as gates, against many others of its size."""
+    """Compare the keys of the optimal gate with many other choices of the same size."""
     share = 0.4
     chosen = best_keys(recorded, 0, share, form)
     for layer, keep in enumerate(chosen):

@@ -1,4 +1,4 @@
-"""The hook sees what the model does, changes nothing, and leaves nothing behind."""
+"""The hook observes the attention of a model, does not change its output, and restores the model afterwards."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ HALF = 2**-11  # relative rounding of float16
 
 
 class Collector:
-    """Takes what a writer takes, and keeps it by layer and position."""
+    """A stand-in for `TraceWriter` that keeps blocks by layer and position."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[int, int], torch.Tensor] = {}

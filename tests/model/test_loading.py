@@ -1,4 +1,4 @@
-"""Names and loading: each way in which a model is not there has its own two lines, and none takes a network.
+"""Names and loading: every failure has a message of two lines, and no test needs a network.
 
 Two failures would be silent: weights that a checkpoint lacks are random afterwards, and some tokenizers are made
 without a vocabulary when their files are missing.

@@ -1,4 +1,4 @@
-"""What waits to be written is bounded, comes in order, and an error of a thread reaches whoever brings the next."""
+"""The pipeline limits the bytes that wait, keeps their order, and raises the error of a thread in the caller."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""A prompt in chunks: the same trace as one that went through the model at once, in less memory."""
+"""A prompt read in chunks gives the same trace as one read in a single forward pass, with less memory."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Store qkv: the trace grows with the length alone, and says the same as a trace of rows."""
+"""Store qkv: the trace grows linearly with the length, and gives the same rows as a trace of rows."""
 
 from pathlib import Path
 from typing import Any

@@ -161,7 +161,7 @@ def test_blocks_are_cut_so_that_what_waits_stays_within_the_limit(monkeypatch: p
 
 
 def test_a_disk_that_fills_up_while_it_records(prompt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a thread that meets with it."""
+    """The error is raised in a thread of the pipeline."""
     folder, add, count = str(saved(tmp_path / "llama")), LayerFile.add, [0]
 
     def full(self, columns) -> None:

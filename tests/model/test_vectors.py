@@ -1,4 +1,4 @@
-"""Stores with vectors: queries, keys and values are those that attention got, and rows follow from them."""
+"""Stores with vectors: queries, keys and values are the inputs of attention, and rows can be recomputed from them."""
 
 from pathlib import Path
 from typing import Any

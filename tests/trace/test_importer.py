@@ -1,4 +1,4 @@
-"""Maps captured elsewhere: what is no attention is refused by layer, head and row."""
+"""Import of captured maps: rows that are not attention are refused by layer, head and row."""
 
 from pathlib import Path
 

@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 from kvscope.core.errors import TraceError
 from kvscope.core.json_records import described, plain
 from kvscope.trace.reader import open_trace
-from kvscope.trace.record import (
-    LayerAttention,
-    TraceHeader,
-    TraceRecord,
-    parse_record,
-    read_record,
-    to_json,
-    write_record,
-)
+from kvscope.trace.record import LayerAttention, TraceHeader, TraceRecord
+from kvscope.trace.record_file import parse_record, read_record, to_json, write_record
 from kvscope.trace.schema import HEADER, OLDEST_VERSION, SCHEMA_VERSION
 
 EXAMPLE = Path(__file__).parents[2] / "traces" / "example"
@@ -133,7 +126,7 @@ def test_every_version_so_far_is_read(version: int, tmp_path: Path) -> None:
         (("prompts", 0, "tokens"), 1.5, r"prompts\[0\].tokens: expected `int \| null`, got `float`"),
         (("sampling", "temperature"), "hot", r"sampling.temperature: expected `float \| null`, got `str`"),
         (("sequences", 0, "prompt"), 10**6, r"sequences\[0\].prompt: 1000000 is above its length 107"),
-        (("sizes", "../x"), 1, "checksums: they are of other files than sizes"),
+        (("sizes", "../x"), 1, "checksums: their files differ from those of sizes"),
         (("sizes", "tokens.parquet"), -1, r"sizes\[...\]: expected `int` >= 0"),
         (("created",), None, "created: expected `str`, got `null`"),
         (("loss", "worst"), None, "loss.worst: expected `float`, got `null`"),
@@ -152,14 +145,14 @@ def test_the_field_is_named(path: tuple[Any, ...], value: object, message: str) 
 def test_a_file_outside_of_the_trace_is_refused() -> None:
     data = example()
     data["sizes"]["../x"], data["checksums"]["../x"] = 1, "0"
-    with pytest.raises(TraceError, match=r"sizes: '\.\./x' is no file of a trace"):
+    with pytest.raises(TraceError, match=r"sizes: '\.\./x' is not a file of a trace"):
         parse_record(data, EXAMPLE)
 
 
 @pytest.mark.parametrize("text", ["[]", "7", "{", "[" * 100_000, "\ud800"])
 def test_what_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / HEADER).write_text(text, errors="surrogatepass")
-    with pytest.raises(TraceError, match=r"is of another kind|is no JSON"):
+    with pytest.raises(TraceError, match=r"is of another kind|is not JSON"):
         read_record(tmp_path)
 
 

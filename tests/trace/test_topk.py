@@ -1,4 +1,4 @@
-"""Store topk: rows come back as they were stored, the rest is bounded, and what is lost is said."""
+"""Store topk: stored weights are exact, rebuilt ones are bounded, and the loss is reported."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ from kvscope.metrics.mass import SINKS
 from kvscope.metrics.past import Past
 from kvscope.trace import topk as topk_module
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.record import parse_record
+from kvscope.trace.record_file import parse_record
 from kvscope.trace.schema import HEADER
 from kvscope.trace.storage_error import BOUNDS, approximate
 from tests.trace.make import header, rows_of

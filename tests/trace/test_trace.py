@@ -1,4 +1,4 @@
-"""A trace must come back as it was recorded, and nothing else may pass for one."""
+"""A trace is read as it was recorded, and anything else is refused."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def test_messages_tell_apart_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="damaged"):
         open_trace(tmp_path / "t")
     file.write_text(file.read_text()[:40])
-    with pytest.raises(TraceError, match="is no JSON"):
+    with pytest.raises(TraceError, match="is not JSON"):
         open_trace(tmp_path / "t")
 
 

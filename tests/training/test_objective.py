@@ -1,4 +1,4 @@
-"""What training differentiates: gradients that reach the gates alone, and that are those of the soft form."""
+"""The gradients of training reach only the gates, and equal those of soft gates."""
 
 from typing import Any
 
@@ -108,7 +108,7 @@ def test_gates_of_the_first_layer_hear_from_those_of_the_second() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "phi3", "gpt_oss"])
 def test_hard_flags_are_a_mask(name: str) -> None:
-    """Multiplying weights and dividing by their sum is the softmax over what is left; every query sees itself."""
+    """Multiplying and renormalising weights is the softmax over the retained keys; every query sees its own key."""
     model, calls = build(name), list[Call]()
     with torch.no_grad(), observe_attention(model, calls.append):
         model(input_ids=tokens(LENGTH), use_cache=False)

@@ -1,4 +1,4 @@
-"""Training: the same seed gives the same gate, a training that goes on is the one that was never interrupted."""
+"""Training: the same seed gives the same gate, and a resumed training gives the result of an uninterrupted one."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,7 +65,7 @@ def test_a_bidirectional_gate_is_trained_on_prompts(tmp_path: Path) -> None:
 
 
 class Stopped(Exception):
-    """What interrupts a training here."""
+    """Interrupts a training in these tests."""
 
 
 def stop_at(step: int) -> Callable[[int, Evaluation], None]:

@@ -1,0 +1,144 @@
+"""Read and write ``trace.json``; no other module does."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar, cast
+
+from kvscope.core.errors import RECORD_ONE, TraceError
+from kvscope.core.json import Json, JsonDict
+from kvscope.core.json_records import FieldError, decode, plain
+from kvscope.trace.record import ModelRecord, TraceHeader, TraceRecord
+from kvscope.trace.schema import HEADER, KIND, MEMBERS, OLDEST_VERSION, SCHEMA_VERSION
+
+V = TypeVar("V")
+
+
+def read_record(path: Path) -> TraceRecord:
+    """Return the record of a complete trace of any version up to this one.
+
+    Raises
+    ------
+    TraceError
+        If there is no trace, or it is incomplete, damaged, or of a version that cannot be read.
+    """
+    return parse_record(_read_json(path), path)
+
+
+def parse_record(data: Mapping[str, object], path: Path) -> TraceRecord:
+    """Return the record from the content of ``trace.json`` of the trace at `path`; errors as `read_record`."""
+    _require_readable(data, path)
+    try:
+        record = decode(
+            {**data, "header": {**data, "model": _renamed(data.get("model"), "class", "class_name")}}, TraceRecord
+        )
+        _require_consistent(record)
+    except FieldError as error:
+        field = str(error).removeprefix("header.").replace("model.class_name", "model.class")
+        raise TraceError(f"trace {path} is damaged: {HEADER}: {field}", "Record the trace again.") from error
+    return record
+
+
+def to_json(record: TraceRecord) -> JsonDict:
+    """Return the content of ``trace.json``."""
+    data = plain(record)
+    first = {name: data.pop(name) for name in ("kind", "schema", "kvscope")}
+    del data["header"]
+    return {**first, **header_to_json(record.header), **data}
+
+
+def header_to_json(header: TraceHeader) -> JsonDict:
+    """Return the part of ``trace.json`` that is known before a recording starts."""
+    return {**plain(header), "model": model_to_json(header.model)}
+
+
+def model_to_json(model: ModelRecord) -> Json:
+    """Return the model's part of ``trace.json``."""
+    return _renamed(plain(model), "class_name", "class")
+
+
+def _renamed(data: V, old: str, new: str) -> V:
+    """Return an object with one field renamed, at the same place: ``class`` cannot be the name of an attribute."""
+    if not isinstance(data, dict):
+        return data
+    return cast(V, {new if name == old else name: value for name, value in data.items()})
+
+
+def write_record(folder: Path, record: TraceRecord) -> None:
+    """Write ``trace.json`` of a finished trace; raises OSError if it cannot be written."""
+    _write_json(folder, to_json(record))
+
+
+def write_unfinished(folder: Path, header: TraceHeader, writer: Mapping[str, object]) -> None:
+    """Write ``trace.json`` of a recording that starts; `writer` identifies the process that records it."""
+    made = {"kind": KIND, "schema": SCHEMA_VERSION, "kvscope": version("kvscope")}
+    _write_json(folder, {**made, **header_to_json(header), "complete": False, "writer": dict(writer)})
+
+
+def _write_json(folder: Path, data: Mapping[str, object]) -> None:
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    (folder / HEADER).write_text(text, encoding="utf-8", errors="surrogatepass")
+
+
+def _read_json(path: Path) -> Mapping[str, object]:
+    file = path / HEADER
+    if not path.exists():
+        unfinished = path.with_name(path.name + ".incomplete")
+        if unfinished.exists():
+            raise TraceError(f"trace {path} is incomplete: recording stopped before its end", _again(unfinished))
+        raise TraceError(f"no trace at {path}", RECORD_ONE)
+    if not file.is_file():
+        raise TraceError(f"{path} is not a kvscope trace: it has no {HEADER}", "Name a folder under traces/.")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8", errors="surrogatepass"))
+    except (ValueError, RecursionError) as error:
+        raise TraceError(
+            f"trace {path} is damaged: {HEADER} is not JSON ({error})", "Record the trace again."
+        ) from error
+    return data if isinstance(data, dict) else {}
+
+
+def _require_readable(data: Mapping[str, object], path: Path) -> None:
+    if data.get("kind") != KIND:
+        raise TraceError(f"{path} is not a kvscope trace: {HEADER} is of another kind", "Name a folder under traces/.")
+    schema = data.get("schema")
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < OLDEST_VERSION:
+        raise TraceError(f"trace {path} has the older format {schema!r}", "Record it again with this kvscope.")
+    if schema > SCHEMA_VERSION:
+        raise TraceError(
+            f"trace {path} has format {schema}, newer than this kvscope reads ({SCHEMA_VERSION})", "Update kvscope."
+        )
+    if not data.get("complete"):
+        raise TraceError(f"trace {path} is incomplete: recording stopped before its end", _again(path))
+
+
+def _require_consistent(record: TraceRecord) -> None:
+    """Raise FieldError if fields contradict each other."""
+    header, count = record.header, len(record.header.layers)
+    if header.layers != sorted(set(header.layers)) or not header.layers or header.layers[-1] >= header.n_layers:
+        raise FieldError("layers", f"they are not ascending numbers below n_layers, {header.n_layers}")
+    for name, values in (("layer_types", header.layer_types), ("sliding_window", header.sliding_window)):
+        if len(values) != count:
+            raise FieldError(name, f"it has {len(values)} entries for {count} layers")
+    if header.attention and len(header.attention) != count:
+        raise FieldError("attention", f"it has {len(header.attention)} entries for {count} layers")
+    if header.heads % header.kv_heads:
+        raise FieldError("kv_heads", f"{header.kv_heads} do not share {header.heads} query heads evenly")
+    for index, sequence in enumerate(record.sequences):
+        if sequence.prompt > sequence.length:
+            raise FieldError(f"sequences[{index}].prompt", f"{sequence.prompt} is above its length {sequence.length}")
+    if "hidden" in header.stored and header.model.weights is None:
+        raise FieldError("model.weights", "is missing beside hidden")
+    if record.sizes.keys() != record.checksums.keys():
+        raise FieldError("checksums", "their files differ from those of sizes")
+    for name in record.sizes:
+        if not re.fullmatch(MEMBERS, name):
+            raise FieldError("sizes", f"{name!r} is not a file of a trace")
+
+
+def _again(path: Path) -> str:
+    return f"Record it again; {path} can be removed."
