@@ -1,10 +1,9 @@
-"""Is one policy better than another? Two policies on the same sequences, budget by budget and metric by metric."""
+"""Comparison of two policies on the same sequences, for every common budget and every metric."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from kvscope.core.errors import UsageError
 from kvscope.core.records import RunRecord
@@ -15,13 +14,13 @@ from kvscope.results.store import Replay
 from kvscope.results.stream import by_sequence
 
 Values = Mapping[tuple[int, str], Mapping[int, float]]  # (run, metric) -> sequence -> value
-HELD = "held_keys"  # what a budget came to
-UNLIKE = 0.01  # share by which they may differ and still be one budget
+HELD = "held_keys"  # the metric that shows what a budget means in keys
+SAME_COST = 0.01  # relative difference of keys held that is not reported
 
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One metric of both policies under one budget; `better` is ``A``, ``B``, or empty where nothing can be claimed."""
+    """One metric of both policies under one budget; `better` is ``A``, ``B``, or empty if neither is."""
 
     budget: str
     loop: str
@@ -30,23 +29,23 @@ class ComparisonRow:
     paired: Paired
     better: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data, all numbers on one level."""
+    def to_dict(self) -> dict[str, object]:
+        """Return JSON data, with all numbers on one level."""
         own = {name: value for name, value in vars(self).items() if name != "paired"}
         return {**own, **asdict(self.paired)}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two policies side by side; `warnings` says what makes the comparison weaker than it looks."""
+    """Two compared policies; `warnings` lists what limits the comparison."""
 
     a: str
     b: str
     rows: list[ComparisonRow]
     warnings: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for ``--json``."""
+    def to_dict(self) -> dict[str, object]:
+        """Return JSON data for ``--json``."""
         return {
             "kind": "kvscope-comparison",
             "schema": 1,
@@ -68,36 +67,36 @@ def compare(a: tuple[Replay, str], b: tuple[Replay, str], metrics: Sequence[str]
         A replay and one of its policies: the label, the name if no other policy has it, or the number of a run. A
         policy without a budget is compared with every run of the other.
     metrics : sequence of str, optional
-        By default all that have a better direction and a value.
+        By default all with a better direction and a value.
 
     Raises
     ------
     ResultError
-        If the two replays are of different traces, protocols or metric definitions.
+        If traces, protocols or metric definitions of the replays differ.
     UsageError
-        If a policy or metric is not there, or the two have no budget in common.
+        If a policy or metric does not exist, or the policies have no budget in common.
     """
     require_same_origin(a[0].summary, b[0].summary)
     declared = {**a[0].info.metrics, **a[0].summary.metrics}  # in the order of the replay
     for name in metrics or ():
         if name not in declared:
             raise UsageError(f"no metric is called {name!r}", nearest(name, declared))
-    wanted = list(dict.fromkeys(metrics or [name for name, item in declared.items() if item.direction != "none"]))
+    selected = list(dict.fromkeys(metrics or [name for name, item in declared.items() if item.direction != "none"]))
     pairs = _pairs(runs_named(*a), runs_named(*b))
-    read = list(dict.fromkeys([*wanted, *([HELD] if HELD in declared else [])]))
+    read = list(dict.fromkeys([*selected, *([HELD] if HELD in declared else [])]))
     of_a = by_sequence(a[0], {one.run for one, _ in pairs}, read)
     of_b = by_sequence(b[0], {other.run for _, other in pairs}, read)
     rows: list[ComparisonRow] = []
     warnings: list[str] = []
     for one, other in pairs:
         budget = _budget(one, other)
-        for name in wanted:
+        for name in selected:
             both = _paired(of_a, one, of_b, other, name)
             if both.sequences:
                 direction = declared[name].direction
                 rows.append(ComparisonRow(budget, str(one.loop), name, direction, both, _better(both, direction)))
         if HELD in declared:
-            warnings += _unlike(budget, one, other, _paired(of_a, one, of_b, other, HELD))
+            warnings += _cost_differences(budget, one, other, _paired(of_a, one, of_b, other, HELD))
     warnings += [row.paired.warning for row in rows if row.paired.warning and row.direction != "none"]
     labels = [str(run.label) for run in pairs[0]]
     if a[0].path != b[0].path:
@@ -111,12 +110,12 @@ def policies(replay: Replay) -> list[str]:
 
 
 def runs_named(replay: Replay, policy: str) -> list[RunRecord]:
-    """Return the runs that a label, a name or the number of a run means.
+    """Return the runs that a label, a policy name or a run number selects.
 
     Raises
     ------
     UsageError
-        If there is none, or the name is that of several policies.
+        If there is none, or the name is ambiguous.
     """
     runs = replay.info.runs
     for chosen in (
@@ -127,7 +126,8 @@ def runs_named(replay: Replay, policy: str) -> list[RunRecord]:
         labels = list(dict.fromkeys(str(run.label) for run in chosen))
         if len(labels) > 1:
             raise UsageError(
-                f"{policy} is several policies of {replay.path}", f"Name one by its label: {' or '.join(labels)}"
+                f"{policy} is ambiguous: several policies of {replay.path}",
+                f"Name one by its label: {' or '.join(labels)}",
             )
         if chosen:
             return chosen
@@ -135,7 +135,7 @@ def runs_named(replay: Replay, policy: str) -> list[RunRecord]:
 
 
 def _pairs(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> list[tuple[RunRecord, RunRecord]]:
-    single = len(a) == len(b) == 1  # two runs by their numbers: whatever their budgets are
+    single = len(a) == len(b) == 1  # two runs that were named by number, with any budgets
     pairs = [
         (one, other)
         for one in a
@@ -146,7 +146,7 @@ def _pairs(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> list[tuple[RunReco
     ]
     if not pairs:
         told = " and ".join(f"{side[0].label} at {_names(side)}" for side in (a, b))
-        raise UsageError(f"no budget in common: {told}", "Replay both under the same budget, in the same loop.")
+        raise UsageError(f"no budget in common: {told}", "Replay both under the same budget and in the same loop.")
     return pairs
 
 
@@ -160,7 +160,7 @@ def _budget(one: RunRecord, other: RunRecord) -> str:
 
 
 def _paired(of_a: Values, one: RunRecord, of_b: Values, other: RunRecord, name: str) -> Paired:
-    """Return the two runs over the sequences in which both have a value."""
+    """Return the comparison of two runs over the sequences in which both have a value."""
     a, b = of_a.get((one.run, name), {}), of_b.get((other.run, name), {})
     common = sorted(a.keys() & b.keys())
     return paired([a[sequence] for sequence in common], [b[sequence] for sequence in common])
@@ -172,12 +172,12 @@ def _better(both: Paired, direction: str) -> str:
     return "B" if (both.difference > 0) == (direction == "higher") else "A"
 
 
-def _unlike(budget: str, one: RunRecord, other: RunRecord, held: Paired) -> list[str]:
-    """Return what makes two runs an unlike pair: when they evict, and how much they really hold."""
+def _cost_differences(budget: str, one: RunRecord, other: RunRecord, held: Paired) -> list[str]:
+    """Return how two runs differ in cost: when they evict, and how many keys they hold."""
     found = []
     phases = one.phase, other.phase
     if phases[0] != phases[1]:
         found.append(f"A and B evict at different times: {phases[0]} and {phases[1]}")
-    if held.mean_a and held.mean_b and abs(held.mean_b - held.mean_a) > UNLIKE * held.mean_a:
+    if held.mean_a and held.mean_b and abs(held.mean_b - held.mean_a) > SAME_COST * held.mean_a:
         found.append(f"{budget} is not the same for both: A holds {held.mean_a:.1f} keys, B {held.mean_b:.1f}")
     return found

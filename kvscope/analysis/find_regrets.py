@@ -1,4 +1,4 @@
-"""The regret of the runs of a replay, from their residency intervals and the trace: every row is read once."""
+"""The regret of the runs of a replay, from residency intervals and trace; every row is read once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 
-BLOCK_BYTES = 64 * 2**20  # of the rows of a layer that are in memory at once
+BLOCK_BYTES = 64 * 2**20  # size of the rows of a layer in memory at once
 
 
 class RunRegret(Regret):
-    """Regret of one run, and which run it is."""
+    """Regret of one run, with the description of the run."""
 
     run: int
     policy: str
@@ -51,20 +51,20 @@ def regrets(
     Parameters
     ----------
     replay : Replay
-        Which keys were held when. For a closed run: its residency, and the attention of the full cache.
+        Residency intervals of the runs; for a closed run too, the attention is that of the full cache.
     trace : Trace
-        That it was made from.
+        The trace of the replay.
     runs : sequence of int, optional
-        Their numbers; all by default.
+        Numbers of the runs; all by default.
     top : int
-        How many evictions and tokens to list for each run.
+        Number of evictions and tokens to list for each run.
     progress : callable, optional
-        Called with the share that is done.
+        Called with the finished share.
 
     Raises
     ------
     ResultError
-        If the trace is another than that of the replay.
+        If the trace is not that of the replay.
     """
     replay.require_trace(trace.identity, trace.path)
     chosen = [run for run in replay.info.runs if runs is None or run.run in runs]
@@ -72,18 +72,16 @@ def regrets(
     parts = [(sequence, layer) for sequence in trace.sequences for layer in trace.layers]
     for number, (sequence, layer) in enumerate(parts):
         residency = read_residency(replay, sequence.index, layer, list(collected))
-        missing = {run: MissedAttentionCounter(intervals) for run, intervals in residency.items()}
+        missed = {run: MissedAttentionCounter(intervals) for run, intervals in residency.items()}
         for start, rows in blocks(trace, sequence.index, layer):
-            for of_run in missing.values():
-                of_run.add(start, rows)
-        for run, found in missing.items():
-            collected[run].add(sequence.index, layer, found.result())
+            for counter in missed.values():
+                counter.add(start, rows)
+        for run, counter in missed.items():
+            collected[run].add(sequence.index, layer, counter.result())
         if progress is not None:
             progress((number + 1) / len(parts))
-    first = [of.prompt if replay.info.prefill == "full" else 0 for of in trace.sequences]
-    steps = sum(of.length - start for of, start in zip(trace.sequences, first, strict=True))
     tokens = {of.index: TokenKinds(trace.tokens(of.index)["text"].tolist()) for of in trace.sequences}
-    rows_of_run = len(trace.layers) * trace.kv_heads * steps
+    rows_of_run = len(trace.layers) * trace.kv_heads * _scored_steps(replay, trace)
     return {
         "kind": "kvscope-regret",
         "schema": 1,
@@ -102,6 +100,12 @@ def regrets(
             for run in chosen
         ],
     }
+
+
+def _scored_steps(replay: Replay, trace: Trace) -> int:
+    """Return the number of steps at which something may have been evicted, over all sequences."""
+    full = replay.info.prefill == "full"
+    return sum(of.length - (of.prompt if full else 0) for of in trace.sequences)
 
 
 def blocks(trace: Trace, sequence: int, layer: int) -> Iterator[tuple[int, NDArray[np.float32]]]:

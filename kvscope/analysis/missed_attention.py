@@ -1,7 +1,7 @@
 """Full-cache attention on keys that were not visible: how much, at which steps, and how long after their eviction.
 
-It is the mean over the query heads of a key's group. For a policy that evicts for good the steps without a key are all
-those after its eviction; for a sparse reader, whose keys come back, those at which it was not read.
+It is the mean over the query heads of a key's group. Where eviction is final, the steps without a key are all those
+after its eviction; for a sparse reader, which may read a key again, those at which it was not read.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from numpy.typing import NDArray
 from kvscope.core.residency import ResidencyIntervals
 
 Rows = NDArray[np.float32] | NDArray[np.float64]
-MOST = 3  # steps that are kept of each key: those of its largest missed weights
+MOST = 3  # largest missed weights that are recorded of each key
 BINS = 32  # of lags: bin b is 2**b to 2**(b+1) - 1 steps
 
 
 @dataclass(frozen=True)
 class MissedAttention:
-    """Full-cache attention that a run missed in one layer of one sequence: that on keys its queries could not see.
+    """Full-cache attention on keys that the queries of a run could not see, in one layer of one sequence.
 
     Attributes
     ----------
     mass : array
         Regret of each key, ``[G, T]``.
     step, weight, gone : array
-        ``[MOST, G, T]``, the largest weight first: steps of the largest weights that the key would have received while
-        it was not visible, these weights, and the first step without the key; -1, 0, -1 where there is none. Of equal
-        weights the earlier step comes first.
+        ``[MOST, G, T]``: steps of the largest weights on the key while it was not visible, these weights in descending
+        order, and the step at which the key had been evicted; -1, 0, -1 where there is none. Of equal weights the
+        earlier step comes first.
     lags : array
         Missed mass by the number of steps since the key was evicted, ``[BINS]``.
     """
@@ -42,12 +42,12 @@ class MissedAttention:
 
 
 class MissedAttentionCounter:
-    """Adds up the attention that a run missed, over blocks of rows in the order of their steps.
+    """Sums the attention that a run missed, over blocks of rows in order of their steps.
 
     Parameters
     ----------
     intervals : ResidencyIntervals
-        Of the layer.
+        Residency intervals of the layer.
     """
 
     def __init__(self, intervals: ResidencyIntervals) -> None:
@@ -60,7 +60,7 @@ class MissedAttentionCounter:
         self._lags = np.zeros(BINS)
 
     def add(self, start: int, rows: Rows) -> None:
-        """Take full rows of steps from `start` on, mean over each group, ``[G, b, n]`` with ``n = start + b``."""
+        """Add full rows of the steps from `start` on, mean over each group, ``[G, b, n]`` with ``n = start + b``."""
         count, n = rows.shape[1:]
         step, key = np.arange(start, start + count)[:, None], np.arange(n)
         held = self._intervals.held(start - 1, start + count - 1)[..., :n]

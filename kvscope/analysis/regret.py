@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kvscope.analysis.missed_attention import BINS, MissedAttention
 
 KINDS = ("first", "digits", "punctuation", "rare", "other")
-CONTEXT = 4  # tokens on either side that are shown of a token
+CONTEXT = 4  # tokens shown on either side of a token
 
 
 class TokenInContext(TypedDict):
@@ -81,7 +81,7 @@ class Regret(TypedDict):
 
 @dataclass(frozen=True)
 class Eviction:
-    """One key of one head, and the attention that was missed without it.
+    """One evicted key of one head, and the attention that was missed because of it.
 
     Attributes
     ----------
@@ -90,7 +90,7 @@ class Eviction:
     mass : float
         Its regret.
     gone : int
-        First step without the key, of the absence with the largest missed weight.
+        Step at which the key was evicted before the largest missed weight.
     wanted : tuple of int
         Steps of the largest missed weights, the largest first.
     weights : tuple of float
@@ -113,12 +113,12 @@ class Eviction:
 
 
 class RegretCollector:
-    """Adds up the regret of one run, layer by layer.
+    """Sums the regret of one run, layer by layer.
 
     Parameters
     ----------
     top : int
-        Evictions and tokens to name.
+        Number of evictions and tokens to list.
     """
 
     def __init__(self, top: int) -> None:
@@ -130,7 +130,7 @@ class RegretCollector:
         self._lags = np.zeros((2, BINS))  # mass, and keys by their lag
 
     def add(self, sequence: int, layer: int, missed: MissedAttention) -> None:
-        """Take one layer of one sequence."""
+        """Add one layer of one sequence."""
         mass = missed.mass
         self._tokens[sequence].append(np.stack([mass.sum(0), (mass > 0).sum(0)]))
         there = mass > 0
@@ -149,9 +149,9 @@ class RegretCollector:
         Parameters
         ----------
         tokens : mapping of int to TokenKinds
-            Of every sequence.
+            Tokens of every sequence.
         steps : int
-            Steps of key/value heads at which something may have been missed, of all layers and sequences.
+            Number of steps of key/value heads at which attention may have been missed, over layers and sequences.
         """
         by_token = {sequence: np.sum(parts, 0) for sequence, parts in self._tokens.items()}
         total = float(sum(mass.sum() for mass, _ in by_token.values()))
@@ -200,14 +200,14 @@ class RegretCollector:
 class TokenKinds:
     """The tokens of one sequence, with their kinds.
 
-    A token's kind is the first of these that it is: the ``first`` of the sequence; with ``digits``; ``punctuation``,
-    which has neither letters nor digits, blanks and line ends too; ``rare``, once in the sequence; any ``other``, and
-    those whose text is not known.
+    The kind of a token is the first that applies: ``first`` of the sequence; it contains ``digits``; ``punctuation``,
+    without letters or digits, including blanks and line ends; ``rare``, once in the sequence; ``other``, including
+    tokens of unknown text.
 
     Parameters
     ----------
     texts : sequence of str
-        What each adds to the text, ``[T]``.
+        Text of each token, ``[T]``.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:

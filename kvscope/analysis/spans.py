@@ -1,4 +1,4 @@
-"""Spans of tokens: how much of a question, a fact or an instruction the heads still hold, and when half was gone."""
+"""Spans of tokens: how much of a question, a fact or an instruction is held, and when half of it was evicted."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SpanResidency(TypedDict):
 
 
 class RunSpans(TypedDict):
-    """What one run holds of every span; of a sparse reader, what it reads."""
+    """The share of every span that one run holds, or, for a sparse reader, reads."""
 
     run: int
     policy: str
@@ -67,7 +67,7 @@ class RunSpans(TypedDict):
 
 
 class SpanReport(TypedDict):
-    """What the runs of a replay hold of every span, as ``kvscope spans --json`` prints it."""
+    """The share of every span that the runs of a replay hold, as ``kvscope spans --json`` prints it."""
 
     kind: str
     schema: int
@@ -81,13 +81,13 @@ def parse_spans(given: Sequence[str], length: int, texts: Callable[[], Sequence[
     """Return the spans that a command line names, in order.
 
     ``NAME=120:140`` is a range of positions, the last excluded. ``NAME=text:WORDS`` are the tokens that contain
-    the words, which may begin and end within a token; every occurrence is a span of its own: ``NAME``, ``NAME-2``,
+    the words, which may begin and end within a token; each occurrence is a separate span: ``NAME``, ``NAME-2``,
     ``NAME-3``, ...
 
     Parameters
     ----------
     given : sequence of str
-        As they were typed.
+        As typed.
     length : int
         ``T`` of the sequence.
     texts : callable
@@ -96,7 +96,7 @@ def parse_spans(given: Sequence[str], length: int, texts: Callable[[], Sequence[
     Raises
     ------
     UsageError
-        For anything else, positions beyond the sequence, words that do not occur, or a name given twice.
+        For another syntax, positions beyond the sequence, words that do not occur, or a repeated name.
     """
     spans: list[Span] = []
     for item in given:
@@ -112,14 +112,14 @@ def parse_spans(given: Sequence[str], length: int, texts: Callable[[], Sequence[
     names = [span.name for span in spans]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"span {name!r} is given twice", "Give each span a name of its own.")
+            raise UsageError(f"span {name!r} is given twice", "Give each span a different name.")
     return spans
 
 
 def spans_of(
     replay: Replay, spans: Sequence[Span], steps: Sequence[int], runs: Sequence[int] | None = None, sequence: int = 0
 ) -> SpanReport:
-    """Return how much of each span each run holds; of a sparse reader, how much it reads.
+    """Return how much of each span each run holds, or, for a sparse reader, reads.
 
     At a step, of a layer and of all: ``held``, the share of the span's tokens that a head holds, the mean over heads;
     ``whole``, the share of heads that hold all of them. Both are None before the span is complete. ``half_gone`` is the
@@ -128,13 +128,13 @@ def spans_of(
     Parameters
     ----------
     replay : Replay
-        Which keys were held when.
+        Residency intervals of the runs.
     spans : sequence of Span
-        Of one sequence.
+        Spans of one sequence.
     steps : sequence of int
-        After which to look.
+        Steps after which to report.
     runs : sequence of int, optional
-        Their numbers; all by default.
+        Numbers of the runs; all by default.
     sequence : int
         Number of the sequence.
 
@@ -144,13 +144,7 @@ def spans_of(
         If there is no such sequence or step.
     """
     trace = replay.info.trace
-    lengths = [each.length for each in trace.sequences]
-    if sequence not in range(len(lengths)):
-        raise UsageError(f"{replay.path} has no sequence {sequence}", f"It has {len(lengths)}, from 0 on.")
-    length = lengths[sequence]
-    for step in steps:
-        if not 0 <= step < length:
-            raise UsageError(f"sequence {sequence} has no step {step}", f"Its steps are 0 to {length - 1}.")
+    _require_steps(replay, sequence, steps)
     chosen = [run for run in replay.info.runs if runs is None or run.run in runs]
     counts: dict[tuple[int, str], list[NDArray[np.int64]]] = {}  # (run, span) -> [G, T] of each layer
     for layer in trace.layers:
@@ -177,6 +171,17 @@ def spans_of(
             for run in chosen
         ],
     }
+
+
+def _require_steps(replay: Replay, sequence: int, steps: Sequence[int]) -> None:
+    """Raise UsageError unless the replay has the sequence, and the sequence the steps."""
+    lengths = [each.length for each in replay.info.trace.sequences]
+    if sequence not in range(len(lengths)):
+        raise UsageError(f"{replay.path} has no sequence {sequence}", f"Name one from 0 to {len(lengths) - 1}.")
+    length = lengths[sequence]
+    for step in steps:
+        if not 0 <= step < length:
+            raise UsageError(f"sequence {sequence} has no step {step}", f"Name a step from 0 to {length - 1}.")
 
 
 def held_tokens(intervals: ResidencyIntervals, span: Span) -> NDArray[np.int64]:

@@ -4,11 +4,11 @@
     ├── UsageError          exit status 2: an unknown name, a bad parameter, a bad budget
     ├── TraceError          a trace is missing, damaged, incomplete, of another version, or lacks a signal
     ├── ModelError          a model cannot be found, loaded or observed
-    ├── ReplayError         a replay that would not be a result
+    ├── ReplayError         a replay that cannot give valid results
     ├── ResultError         a results file is missing, damaged, or not comparable
-    └── OutputExists        what would be written is there already
+    └── OutputExists        the output exists already
 
-Anything else that escapes is a defect of kvscope and shows its traceback.
+Any other exception is a defect of kvscope and is shown with its traceback.
 """
 
 from enum import IntEnum
@@ -64,7 +64,7 @@ class ModelError(KvscopeError):
 
 
 class ReplayError(KvscopeError):
-    """A replay that would not be a result."""
+    """A replay that cannot give valid results."""
 
 
 class ResultError(KvscopeError):
@@ -72,7 +72,7 @@ class ResultError(KvscopeError):
 
 
 class OutputExists(KvscopeError):
-    """What would be written is there already.
+    """The output exists already.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The folder of a trace or a replay while it is written: what may be replaced, what never, when it gets its name."""
+"""Writing the folder of a trace or a replay: what may be replaced, and when the folder gets its name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kvscope.core.errors import KvscopeError, OutputExists
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder that is written as ``PATH.incomplete`` and gets its name when it is whole.
+    """A folder that is written as ``PATH.incomplete`` and renamed when it is complete.
 
     Attributes
     ----------
     path : Path
-        Where it will be.
+        Final path of the folder.
     kind : str
-        What it is, for messages: ``trace``, ``replay``.
+        Kind of the folder, for messages: ``trace``, ``replay``.
     header : str
         Its JSON file that says what it is, and while it is written, which process writes it.
     members : str
@@ -45,13 +45,13 @@ class OutputFolder:
 
     @property
     def work(self) -> Path:
-        """Where it is while it is written."""
+        """Path of the folder while it is written."""
         return self.path.with_name(self.path.name + ".incomplete")
 
     def begin(self) -> dict[str, object]:
-        """Make the folder to write into; returns what the header says of the writer.
+        """Make the folder to write into; returns the record of the writing process for the header.
 
-        What a killed run left there is removed. Raises `OutputExists` if the path is taken, and `error` if another
+        Output of a killed run is removed. Raises `OutputExists` if the path is taken, and `error` if another
         process writes it or what would be removed is something else.
         """
         if _there(self.path):
@@ -62,7 +62,7 @@ class OutputFolder:
             writer = self._writer()
             if writer is not None:
                 raise self.error(
-                    f"process {writer} is writing {self.work}", "Wait for it, or name another with --output."
+                    f"process {writer} is writing {self.work}", "Wait for it, or name another folder with --output."
                 )
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True)
@@ -76,7 +76,7 @@ class OutputFolder:
         self.work.rename(self.path)
 
     def require_own(self, path: Path) -> None:
-        """Raise `error` if a folder holds anything that none of its kind has: then it is not ours to remove."""
+        """Raise `error` if a folder holds files that no folder of its kind has: it must not be removed."""
         if path.is_symlink() or not path.is_dir():
             raise self.error(f"{path} is not a folder of a {self.kind}", "Name another with --output.")
         inside = sorted(str(item.relative_to(path)) for item in path.rglob("*") if not item.is_dir())
@@ -99,7 +99,7 @@ class OutputFolder:
         )
 
     def _writer(self) -> int | None:
-        """Return the process on this machine that still writes, if there is one."""
+        """Return the process on this machine that is writing the folder, or None."""
         try:
             writer = json.loads((self.work / self.header).read_text(encoding="utf-8"))["writer"]
             host, pid = writer["host"], int(writer["pid"])

@@ -1,4 +1,4 @@
-"""Named things that a user can add to: policies, metrics, panels, allocations, commands."""
+"""Registries of named members that users can extend: policies, metrics, panels, allocations, commands."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ class Registry(Generic[T]):
     """Classes, functions or records by name, from the package and from installed entry points.
 
     The names are listed by the module that defines them: first the built-in ones in the alphabetical order of their
-    modules, then those of other packages and files, as they came. A module's own are in the order of its lines. A
-    class comes before the classes derived from it. Which module was imported first makes no difference.
+    modules, then those of other packages and files, in the order of registration. Those of one module
+    are in the order of its lines. A class comes before the classes derived from it. The order of imports makes no
+    difference.
 
     Parameters
     ----------
     kind : str
-        What it holds, for messages: ``policy``.
+        Kind of its members, for messages: ``policy``.
     group : str, optional
         Entry-point group that other packages use: ``kvscope.policies``. Without one they cannot add to it.
     package : str, optional
@@ -42,7 +43,7 @@ class Registry(Generic[T]):
     Attributes
     ----------
     broken : dict of str to str
-        Installed entry points that failed to load, by name, and why: left out, and named where they are missed.
+        Installed entry points that failed to load, by name, with the reason; requesting one is an error.
     """
 
     def __init__(self, kind: str, group: str | None = None, package: str | None = None) -> None:
@@ -100,8 +101,8 @@ class Registry(Generic[T]):
         except KeyError:
             if name in self.broken:
                 raise UsageError(
-                    f"{self.kind} {name!r} is installed and broken: {self.broken[name]}",
-                    "Repair or remove the package that brings it.",
+                    f"{self.kind} {name!r} is installed but cannot be loaded: {self.broken[name]}",
+                    "Fix or uninstall the package that provides it.",
                 ) from None
             raise UsageError(f"no {self.kind} is called {name!r}", nearest(name, self._members)) from None
 
@@ -125,7 +126,7 @@ class Registry(Generic[T]):
         return list(ordered)
 
     def _module(self, name: str) -> tuple[bool, str]:
-        """Return what built-in members are sorted by: their module. The others stay behind them, as they came."""
+        """Return the sort key of a member: built-in ones by module, then the others in the order of registration."""
         module = str(getattr(self._sources[name], "__module__", ""))
         built_in = self.package is not None and f"{module}.".startswith(f"{self.package}.")
         return (False, module) if built_in else (True, "")
@@ -140,13 +141,13 @@ class Registry(Generic[T]):
             self._load_entry_points(self.group)
 
     def _load_entry_points(self, group: str) -> None:
-        from importlib.metadata import entry_points  # slow to import, and the command line needs none for its help
+        from importlib.metadata import entry_points  # slow to import, and not needed for the help
 
         for point in entry_points(group=group):
             load: Callable[[], object] = point.load
             try:
                 load()  # importing the module runs its decorator
-            except Exception as error:  # whatever somebody else's module raises must not stop all commands
+            except Exception as error:  # an error in another package must not stop all commands
                 where = f" (package {point.dist.name})" if point.dist is not None else ""
                 self.broken[point.name] = f"{type(error).__name__}: {error}{where}"
 

@@ -148,8 +148,8 @@ class ResidencyIntervals:
 
     def absences(self) -> Absences:
         """Return the times after an interval in which a key is not held, sorted by head, key and step."""
-        own = self.ordered
-        last = np.append(own.cell[1:] != own.cell[:-1], True)
-        until = np.where(last, own.length, np.append(own.enter[1:], 0))
-        away = own.leave < until
-        return Absences(*(each[away].astype(np.int64) for each in (own.kv_head, own.key, own.leave, until)))
+        rows = self.ordered
+        last = np.append(rows.cell[1:] != rows.cell[:-1], True)
+        until = np.where(last, rows.length, np.append(rows.enter[1:], 0))
+        away = rows.leave < until
+        return Absences(*(each[away].astype(np.int64) for each in (rows.kv_head, rows.key, rows.leave, until)))

@@ -1,4 +1,4 @@
-"""The summary that a build is compared with: read, judged whole, and replaced by a newer one."""
+"""The baseline of a CI regression check: reading a summary, and replacing it by a newer one."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def accept(new: Path, baseline: Path) -> None:
     Raises
     ------
     UsageError
-        If `baseline` is no ``.json`` file: a replay is a record of what was, and stays.
+        If `baseline` is not a ``.json`` file: replays are never modified.
     ResultError
-        If `new` is no whole summary, or the file cannot be written.
+        If `new` is not a complete summary, or the file cannot be written.
     """
     if baseline.is_dir() or baseline.suffix != ".json":
         raise UsageError(
-            f"{baseline} is no summary file, and a replay is not changed afterwards", "Name a file: baseline.json"
+            f"{baseline} is not a .json file, and replays are never modified", "Name a file: baseline.json"
         )
     load_summary(new)
     content = (new if new.is_file() else new / SUMMARY_FILE).read_bytes()
@@ -53,4 +53,4 @@ def accept(new: Path, baseline: Path) -> None:
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise ResultError(f"cannot write {baseline}: {error.strerror}", "Name a file that can be written.") from error
+        raise ResultError(f"cannot write {baseline}: {error.strerror}", "Name a writable file.") from error

@@ -1,4 +1,4 @@
-"""One number for all that a run decided: equal exactly where every key came and went at the same step."""
+"""Digest of the decisions of a run: equal exactly if all residency intervals are equal."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Digests:
                 "Write all residency intervals of a layer at once.",
             )
         rows = np.stack([kv_head, key, enter, np.maximum(leave, -1)]).astype("<i4")  # [4, N]
-        order = np.lexsort(rows[2::-1])  # no key enters twice at one step, so `leave` need not decide
+        order = np.lexsort(rows[2::-1])  # no key enters twice at one step, so `leave` is not needed to sort
         ordered = np.ascontiguousarray(rows[:, order].T)  # [N, 4]
         of_run[sequence, layer] = hashlib.sha256(ordered.tobytes()).digest()
 

@@ -1,4 +1,4 @@
-"""A replay as plain tables that need no join: every row says which policy and budget it is of."""
+"""Export of a replay as tables that need no join: every row names its policy and budget."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TABLES = ("runs", "fidelity", "residency", "tokens")
 MEMBERS = rf"export\.json|({'|'.join(TABLES)})\.({'|'.join(ExportFormat)})"  # all that it may hold
 ROWS = 2**17  # written at a time: small row groups make every reader slow
 
-# What every table says of the run that a row is of.
+# Columns of the run that every table has.
 JOINED = pa.schema(
     [
         pa.field("policy", pa.string(), metadata={"about": "name of the policy"}),
@@ -58,10 +58,10 @@ def export(
     long: bool = False,
     force: bool = False,
 ) -> Path:
-    """Return the folder with the tables of a replay; those larger than the memory are written piece by piece.
+    """Return the folder with the tables of a replay; large ones are written in pieces.
 
     ``runs`` has a row for each policy and budget with the means of the summary. ``fidelity`` has the metrics,
-    ``residency`` which key stood from when to when, ``tokens`` (of a closed loop) the losses.
+    ``residency`` the residency intervals, ``tokens`` (of a closed loop) the losses.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How far the open loop is from the closed one: do both hold the same keys, and is their mass the same?"""
+"""Difference between open and closed loop: overlap of the keys held, and difference of retained mass."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LoopGapCounter:
         self._overlap: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))  # run -> layer
 
     def add(self, run: int, sequence: int, layer: int, intervals: ResidencyIntervals) -> None:
-        """Take the intervals of a run; those of an open one are kept until those of its closed one have come."""
+        """Add the intervals of a run; those of an open run are kept until those of its closed run are added."""
         if run in self._compared:
             self._waiting[run, sequence, layer] = intervals
         elif run in self._open:
@@ -52,7 +52,7 @@ class LoopGapCounter:
         )
 
     def _shared(self, sequence: int, one: ResidencyIntervals, other: ResidencyIntervals) -> float:
-        """Return ``|A & B| / |A | B|`` of the held sets, the mean over heads and the steps from which keys go."""
+        """Return ``|A & B| / |A | B|`` of the held sets, mean over heads and steps that may have evictions."""
         first = self._sequences[sequence].prompt - 1 if self._full else 0
         size = max(1, BLOCK // (one.heads * one.length))
         total, count = 0.0, 0

@@ -106,7 +106,7 @@ def fidelity_schema(metrics: list[str]) -> pa.Schema:
 def describe() -> str:
     """Return the documentation of every file and column, as Markdown."""
     files = {
-        "residency.parquet": ("one stay of one key", RESIDENCY),
+        "residency.parquet": ("one residency interval of one key", RESIDENCY),
         "fidelity.parquet": ("one step of one query head", fidelity_schema(["METRIC"])),
         LOSSES: ("one scored token of a closed-loop run; only where there is one", TOKENS),
     }

@@ -19,7 +19,7 @@ from kvscope.results.schema import LOSSES
 
 
 class Replay:
-    """A whole replay on disk. Open one with `open_replay`.
+    """A complete replay on disk. Open one with `open_replay`.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class Replay:
     def require_trace(self, identity: str, path: Path) -> None:
         """Raise ResultError unless the replay was made from the trace at `path`, which has this identity."""
         if self.info.trace.identity != identity:
-            raise ResultError(f"{self.path} was not made from {path}", "Name the trace that it was made from: --trace.")
+            raise ResultError(f"{self.path} was not made from {path}", "Name the trace of the replay with --trace.")
 
     def residency(self, run: int | None = None, sequence: int | None = None, layer: int | None = None) -> pd.DataFrame:
         """Return residency intervals: the columns of ``residency.parquet``; ``leave`` is a nullable integer."""
@@ -74,7 +74,9 @@ class Replay:
             If no run of the replay is closed.
         """
         if not (self.path / LOSSES).exists():
-            raise UsageError(f"replay {self.path} has no closed loop", f"Make one: {REPLAY_COMMAND} --perplexity")
+            raise UsageError(
+                f"replay {self.path} has no run of the closed loop", f"Make one: {REPLAY_COMMAND} --perplexity"
+            )
         return self._frame("tokens", run, sequence, None)
 
     def resident(self, run: int, sequence: int, layer: int) -> NDArray[np.bool_]:
@@ -118,8 +120,8 @@ class Replay:
                 raise UsageError(f"replay {self.path} has no {what} {number}", f"It has: {', '.join(map(str, known))}.")
 
     def _frame(self, name: str, run: int | None, sequence: int | None, layer: int | None) -> pd.DataFrame:
-        wanted = {"run": run, "sequence": sequence, "layer": layer}
-        filters = [(column, "=", value) for column, value in wanted.items() if value is not None]
+        selected = {"run": run, "sequence": sequence, "layer": layer}
+        filters = [(column, "=", value) for column, value in selected.items() if value is not None]
         try:
             frame: pd.DataFrame = pq.read_table(self.path / f"{name}.parquet", filters=filters or None).to_pandas()
         except (OSError, pa.ArrowException) as error:
@@ -128,7 +130,7 @@ class Replay:
 
 
 def open_replay(path: Path | str, *, verify: bool = False) -> Replay:
-    """Return a whole replay.
+    """Return a complete replay.
 
     Parameters
     ----------
@@ -140,7 +142,7 @@ def open_replay(path: Path | str, *, verify: bool = False) -> Replay:
     Raises
     ------
     ResultError
-        Nothing there, not a replay, older, newer, incomplete, or damaged: each says which.
+        If the folder is missing, not a replay, of another version, incomplete or damaged; the message says which.
     """
     path = Path(path)
     info = read_replay(path)
@@ -149,12 +151,12 @@ def open_replay(path: Path | str, *, verify: bool = False) -> Replay:
         if not file.is_file() or file.stat().st_size != size:
             raise ResultError(f"replay {path} is damaged: {name} is missing or has another size", "Replay again.")
         if verify and checksum(file) != info.checksums[name]:
-            raise ResultError(f"replay {path} is damaged: the checksum of {name} is another", "Replay again.")
+            raise ResultError(f"replay {path} is damaged: the checksum of {name} differs", "Replay again.")
     return Replay(path, info)
 
 
 def newest_replay(folder: Path = Path("reports")) -> Path:
-    """Return the newest whole replay under `folder`.
+    """Return the newest complete replay under `folder`.
 
     Raises
     ------
@@ -166,10 +168,10 @@ def newest_replay(folder: Path = Path("reports")) -> Path:
         try:
             info = open_replay(candidate).info
         except ResultError:
-            continue  # unfinished, foreign, damaged or of another version: not what "newest whole replay" means
+            continue  # unfinished, foreign, damaged or of another version: not a complete replay
         found.append((info.created, candidate.stat().st_mtime, candidate))
     if not found:
-        raise ResultError(f"no whole replay under {folder}/", f"Make one: {REPLAY_COMMAND}")
+        raise ResultError(f"no complete replay under {folder}/", f"Make one: {REPLAY_COMMAND}")
     return max(found)[2]
 
 

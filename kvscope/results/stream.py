@@ -1,4 +1,4 @@
-"""A replay read piece by piece: its tables may be larger than the memory."""
+"""Reading a replay in pieces: its tables may be larger than the memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a mean hides: steps at which a head lost most of its attention, its worst step, the worst head."""
+"""Tails of retained mass: steps at which a head lost most of its attention, the worst step, the worst head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HALF = 0.5
 
 
 class TailCounter:
-    """Collects retained mass as it is written, and says how bad it gets.
+    """Collects retained mass as it is written, and summarises its lowest values.
 
     Of each metric in `OF` that is there, a run has
 

@@ -113,7 +113,7 @@ def test_a_policy_is_named_by_label_name_or_number(tmp_path: Path) -> None:
     replay = several(tmp_path / "r", runs)
     assert compare((replay, "a2sf(alpha=0.7)"), (replay, "tova")).a == "a2sf(alpha=0.7)"
     assert compare((replay, "1"), (replay, "tova")).a == "a2sf(alpha=0.7)"
-    with pytest.raises(UsageError, match="a2sf is several policies") as caught:
+    with pytest.raises(UsageError, match="a2sf is ambiguous: several policies") as caught:
         compare((replay, "a2sf"), (replay, "tova"))
     assert "a2sf(alpha=0.2) or a2sf(alpha=0.7)" in caught.value.todo
     with pytest.raises(UsageError, match="no policy 'tofa'") as caught:

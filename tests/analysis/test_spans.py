@@ -78,8 +78,8 @@ def test_a_text_that_stands_twice_is_two_spans() -> None:
         (("q=0:17",), "not a range within 16 tokens", "START:STOP"),
         (("q=text:",), "no text", "text:WORDS"),
         (("q=text:Doriana",), "is not in the sequence", "spaces"),
-        (("q=0:2", "q=3:4"), "twice", "own"),
-        (("q=text: Dorian", "q-2=0:1"), "twice", "own"),
+        (("q=0:2", "q=3:4"), "twice", "different name"),
+        (("q=text: Dorian", "q-2=0:1"), "twice", "different name"),
     ],
 )
 def test_what_is_no_span(given: tuple[str, ...], what: str, todo: str) -> None:

@@ -136,5 +136,5 @@ def test_where_nothing_was_evicted(run: Run, small: Path) -> None:
 def test_an_empty_folder(run: Run, command: str) -> None:
     done = run(command)
     assert done.status == 1
-    assert "no whole replay" in done.two_lines()[0]
+    assert "no complete replay" in done.two_lines()[0]
     assert not list(Path().iterdir())

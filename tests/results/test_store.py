@@ -99,7 +99,7 @@ def test_a_header_without_its_parts_is_damaged(tmp_path: Path) -> None:
         file.write_text(json.dumps({name: value for name, value in whole.items() if name != part}))
         with pytest.raises(ResultError, match=f"damaged: .*`{part}`"):
             open_replay(tmp_path / "r", verify=True)
-        with pytest.raises(ResultError, match="no whole replay"):
+        with pytest.raises(ResultError, match="no complete replay"):
             newest_replay(tmp_path)
 
 
@@ -196,7 +196,7 @@ def test_a_killed_replay_never_passes_for_one(tmp_path: Path) -> None:
     child.stdout.close()
     with pytest.raises(ResultError, match="incomplete"):
         open_replay(tmp_path / "r")
-    with pytest.raises(ResultError, match="no whole replay"):
+    with pytest.raises(ResultError, match="no complete replay"):
         newest_replay(tmp_path)
     make(tmp_path / "r", [5])
     assert newest_replay(tmp_path) == tmp_path / "r"
