@@ -381,7 +381,7 @@ def test_learned_positions_cannot_be_compacted(name: str) -> None:
 
 def test_a_layer_without_rotation_cannot_be_compacted() -> None:
     assert run("smollm3").held[-1] == BUDGET
-    with pytest.raises(ModelError, match="layer 1 of SmolLM3ForCausalLM does not place its keys"):
+    with pytest.raises(ModelError, match="layer 1 of SmolLM3ForCausalLM does not use the rotary embedding"):
         run("smollm3", positions="compacted")
 
 
@@ -412,5 +412,5 @@ def test_an_evicted_key_does_not_return() -> None:
     keys, _ = layer.update(torch.randn(1, 2, 1, 3), torch.randn(1, 2, 1, 3))
     assert keys.shape == (1, 2, 4, 3) and layer.get_seq_length() == 5
     assert keys[0, 1, 3].isnan().all() and keys[0, 0].isfinite().all()
-    with pytest.raises(ReplayError, match="keeps a key that has left the cache"):
+    with pytest.raises(ReplayError, match="retains a key that is already evicted"):
         layer.cut(torch.ones(2, 5, dtype=torch.bool))
