@@ -1,4 +1,4 @@
-"""Eviction policies, one file each: a file in this folder is found by itself."""
+"""Eviction policies, one file each; every file in this folder is registered automatically."""
 
 from kvscope.policies.base import POLICIES, Policy, Protection, Step, parameter, policy
 

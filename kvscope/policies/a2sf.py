@@ -27,17 +27,17 @@ class A2SF(Policy):
     """Retain the keys with the largest attention sum in which older rows count less and less.
 
     ``A_t[j] = w_t[j] + alpha * A_{t-1}[j]``, with ``w_t`` the live row. ``alpha = 1`` is H2O's score, ``alpha = 0`` the
-    newest row alone. arXiv:2407.20485, section 3.3, equations 5 and 6; code Dirac-Notation/A2SF, ``utils_real_drop``.
+    newest row only. arXiv:2407.20485, section 3.3, equations 5 and 6; code Dirac-Notation/A2SF, ``utils_real_drop``.
     No key is protected by default (section 4.1); that code's default protects the 128 newest. It scores query heads;
     here `group` reduces them.
 
-    ``normalise=lifetime`` divides ``A_t[j]`` by the rows that could see the key, ``t - j + 1``, old or forgotten alike.
-    With ``alpha = 1`` that is the mean attention since arrival, as kvpress (ObservedAttention) and OpenVINO rank keys;
-    with less, an old key is divided by rows that its sum has forgotten, so new keys are favoured.
+    ``normalise=lifetime`` divides ``A_t[j]`` by the number of rows since the key arrived, ``t - j + 1``. With
+    ``alpha = 1`` that is the mean attention since arrival, as kvpress (ObservedAttention) and OpenVINO rank keys. A
+    smaller `alpha` favours new keys, since old rows count in the divisor but hardly in the sum.
 
     Example
     -------
-    After step 2 key 0, which began as the heaviest, has a score of 0.26, and key 1 of 0.28.
+    After step 2 key 0, which had the largest sum before, has a score of 0.26, and key 1 of 0.28.
 
     >>> from kvscope.replay.example import held
     >>> held(A2SF(alpha=0.2), [[1], [0.6, 0.4], [0.1, 0.2, 0.7]], 2)

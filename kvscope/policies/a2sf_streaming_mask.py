@@ -15,8 +15,8 @@ class A2SFStreamingMask(A2SF):
     """Reproduce the paper's mask evaluation, ``utils_lm_eval`` at fd63e32.
 
     It evicts inside the prompt as well, hence streaming prefill, and scores per query head. Its decisions are those of
-    the plain rule with streaming prefill; the code treats ``alpha = 0`` apart only because its evicted keys have
-    infinite sums.
+    the plain rule with streaming prefill; the code has a special case for ``alpha = 0`` only because its evicted keys
+    have infinite sums.
 
     >>> from kvscope.replay.example import held
     >>> held("a2sf:variant=streaming-mask", [[1], [0.6, 0.4], [0.1, 0.2, 0.7]], 2, prefill="stream")
@@ -31,6 +31,6 @@ class A2SFStreamingMask(A2SF):
         super().__post_init__()
         if self.normalise != "none":
             raise UsageError(
-                f"a2sf: normalise={self.normalise} does not go with variant=streaming-mask",
-                "The paper's evaluation does not divide sums: leave one of the two out.",
+                f"a2sf: normalise={self.normalise} cannot be used with variant=streaming-mask",
+                "Omit one of the two: the paper's evaluation does not divide sums.",
             )

@@ -1,4 +1,4 @@
-"""Ada-KV: SnapKV with the budget of a layer shared out among its heads by what they attend to."""
+"""Ada-KV: SnapKV with the budget of a layer allocated to its heads by their attention."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kvscope.policies.snapkv import Pooling, SnapKV
 class AdaKV(SnapKV):
     """Retain what the last rows of the prompt attend to; heads with concentrated attention give budget to the others.
 
-    The score is SnapKV's with the defaults of that code (window 32, max pooling over 7), the budgets those of
-    ``--allocate ada``. arXiv:2407.11550, algorithm 1; code FFY0/AdaKV. That code takes the mean over the window, which
-    orders keys as the sum does.
+    The score is SnapKV's with the defaults of FFY0/AdaKV (window 32, max pooling over 7); the budget is allocated as by
+    ``--allocate ada``. arXiv:2407.11550, algorithm 1; code FFY0/AdaKV, which takes the mean over the window: it orders
+    keys as the sum does.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]

@@ -1,4 +1,4 @@
-"""Attention-Gate: a small learned module in front of each layer says which keys to retain."""
+"""Attention-Gate: a small learned module in front of each layer decides which keys to retain."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from kvscope.policies.base import Policy, Step, Traits, at_least, parameter, pol
 @policy("attention-gate")
 @dataclass(frozen=True)
 class AttentionGate(Policy):
-    """Evict the keys whose gates are shut: a learned flag for every key, layer and key/value head, without a budget.
+    """Evict the keys whose gates are closed: a learned flag for every key, layer and key/value head, without a budget.
 
-    A gate is ``g = sigmoid(W A(X) + b)``, with ``A`` a reduced multi-head attention over the layer's input ``X``; a key
-    is retained if its gate is above the threshold that the gate was trained with, plus `margin`. Its own query always
-    sees it. arXiv:2410.12876; there is no public code, and the full text was not available: what its abstract,
-    introduction and reviews leave open (form and sizes of ``A``, threshold, grouped heads, first tokens) is ours.
+    A gate is ``g = sigmoid(W A(X) + b)``, with ``A`` a reduced multi-head attention over the layer's input ``X``. A key
+    is retained if its gate exceeds the threshold of its training plus `margin`; the query at the same position sees it
+    in any case. arXiv:2410.12876. There is no public code, and the full text was not available: what its abstract,
+    introduction and reviews do not define (form and sizes of ``A``, threshold, grouped heads, first tokens) is our
+    choice.
 
-    As published, the prompt's keys are gated and later ones are retained; ``decode=true`` gates these too, which is our
-    extension. With streaming prefill a shut key is seen by its own query alone, also inside the prompt: the mask of
-    the paper. With full prefill the prompt's rows see everything, and its shut keys are evicted at its end.
+    As published, only keys of the prompt are gated; ``decode=true`` gates later keys too, which is our extension. With
+    streaming prefill a key with a closed gate is seen only by the query at its position, also inside the prompt, as in
+    the paper's mask. With full prefill the prompt's queries see every key, and keys with closed gates are evicted at
+    its end.
 
-    Gates are trained for one model: ``kvscope gate train``. ``gate=demo`` is that of the bundled model. A trace must
+    Gates are trained for one model: ``kvscope gate train``. ``gate=demo`` is that of the bundled model. The trace must
     hold layer inputs (``kvscope trace --hidden``); any gate of its model can then be replayed over it. There is no
     budget: compare it with policies that hold as many keys on average, which the summary shows.
 
     Example
     -------
-    The gates of keys 0 and 2 are shut; the prompt is three keys long.
+    The gates of keys 0 and 2 are closed; the prompt has three keys.
 
     >>> from kvscope.replay.example import held
     >>> shut = {"gate:demo": [-0.2, 0.3, -0.1, -0.4]}

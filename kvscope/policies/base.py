@@ -1,4 +1,4 @@
-"""What a policy is: it looks at one step and scores keys. The engine does everything else."""
+"""The base of policies: a policy observes one step and scores keys. The engine does everything else."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Protection:
 
 @dataclass(frozen=True)
 class Traits:
-    """What the engine must know of a policy before the first step; see `Policy` for each."""
+    """The properties of a policy that the engine needs before the first step; see `Policy` for each."""
 
     needs: frozenset[str]
     scope: Scope
@@ -83,32 +83,32 @@ class Policy:
     Attributes
     ----------
     name : str
-        What users call it; the decorator sets it.
+        Name on the command line; set by the decorator.
     needs : frozenset of str
         Signals that it reads: ``weights``, ``full_weights``, ``value_l1``, ``value_l2``, ``key_l2``, ``keys``,
         ``values``, ``queries``, ``mean_query``, ``schedule``, ``gate:FILE``.
     scope : {"kv_head", "layer"}
-        Whether every key/value head decides for itself, or the layer as one.
+        Whether every key/value head decides separately, or one decision holds for the whole layer.
     phase : str
-        When it evicts: at every ``step`` from the end of the prompt on, at the end of the prompt alone (``prefill``),
-        then ``every:N`` steps, or never (``none``).
+        When it evicts: at every ``step`` from the end of the prompt on, only at the end of the prompt (``prefill``), at
+        the end of the prompt and then ``every:N`` steps, or never (``none``).
     bounded : bool
         Whether the engine holds it to a budget. An unbounded policy evicts the keys that it scores ``-inf``.
     reads : bool
-        Whether it is a sparse reader: it holds every key, and `read` says which of them a query sees.
+        Whether it is a sparse reader: it holds every key, and `read` returns which of them a query sees.
     clairvoyant : bool
-        Whether it is a bound that knows what a cache cannot know: later rows, or the row of the very query that it
-        selects keys for.
+        Whether it is a bound that uses what no cache can have: later rows, or the row of the query that it selects keys
+        for.
     allocate : str
-        How the budget of the whole model is shared out among layers and heads, unless the user says otherwise.
+        How the budget of the whole model is allocated to layers and heads by default.
     prefills : frozenset of str
-        Prefill semantics under which the rule makes sense.
+        Kinds of prefill that the rule is defined for.
     published : bool
-        Whether it reproduces a published code with its quirks, rather than the plain rule.
+        Whether it reproduces published code with its quirks instead of the plain rule.
     paper : str
-        Where the rule comes from.
+        Source of the rule.
     proven : str
-        What its decisions have been compared with, one by one.
+        What each of its decisions has been compared with.
     """
 
     name: ClassVar[str] = ""
@@ -125,21 +125,21 @@ class Policy:
     proven: ClassVar[str] = ""
 
     def __new__(cls, *args: object, **parameters: object) -> Self:
-        """Raise UsageError if a variant is passed as a parameter: each variant is a class of its own."""
+        """Raise UsageError if a variant is passed as a parameter: each variant is a separate class."""
         if "variant" in parameters and any(item.name == "variant" and not item.init for item in fields(cls)):
             raise UsageError(
-                f"{cls.__name__} takes no variant: each variant is a class of its own",
-                f"Name it in text, as in '{cls.name}:variant={parameters['variant']}', or import its class.",
+                f"{cls.__name__} takes no variant: each variant is a separate class",
+                f"Use the text '{cls.name}:variant={parameters['variant']}', or import the class of the variant.",
             )
         return super().__new__(cls)
 
     @property
     def traits(self) -> Traits:
-        """What the engine must know beforehand; override it with `with_traits` where parameters decide."""
+        """The properties that the engine needs; override this with `with_traits` if they depend on parameters."""
         return _own_traits(self)
 
     def with_traits(self, **changes: Any) -> Traits:
-        """Return the class's own traits with some changed: for an override of `traits`."""
+        """Return the traits of the class with some of them changed, for an override of `traits`."""
         return replace(_own_traits(self), **changes)
 
     def protect(self, budget: int) -> Protection:
@@ -147,14 +147,14 @@ class Policy:
         return Protection()
 
     def fit(self, layers: Sequence[int], kv_heads: int, n_layers: int) -> None:
-        """Raise UsageError if it has no rule for these layers of a model of `n_layers`; by default it has one."""
+        """Raise UsageError if the policy is not defined for these layers of a model; by default it is."""
 
     def read(self, step: Step) -> Tensor:
-        """Return which keys query `t` sees, bool ``[R, L, S, n]``; called for sparse readers, before the row is known.
+        """Return which keys query `t` sees, bool ``[R, L, S, n]``; called for sparse readers before the row is known.
 
-        ``step.visible`` holds every key that exists, the current one included, and ``step.live`` is None.
+        ``step.visible`` is true for every existing key, the current one included, and ``step.live`` is None.
         """
-        raise NotImplementedError(f"{type(self).__name__} is a reader and does not say what it reads: define read()")
+        raise NotImplementedError(f"{type(self).__name__} is a sparse reader and does not define read()")
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         """Return the score of every key after this step, ``[R, L, S, n]``; the keys with the highest are retained.
@@ -162,16 +162,16 @@ class Policy:
         Parameters
         ----------
         step : Step
-            What the query saw.
+            The step that the query has completed.
         score : Tensor
-            ``[R, L, S, n]``, what this method returned at the previous step, and 0 for the new key.
+            ``[R, L, S, n]``: the scores that this method returned at the previous step, and 0 for the new key.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it scores keys: define observe()")
+        raise NotImplementedError(f"{type(self).__name__} does not define observe()")
 
     def recurrence(self) -> Recurrence | None:
-        """Return the recurrence that `observe` computes, if it is one: the engine may then compile it.
+        """Return the recurrence that `observe` computes, if it is one; the engine may then use a kernel.
 
-        It must describe the `observe` of the same class to the last bit.
+        It must give exactly the scores of `observe` of the same class.
         """
         return None
 
@@ -182,8 +182,8 @@ class Policy:
     @property
     def label(self) -> str:
         """The name with the parameters that differ from their defaults: ``a2sf(alpha=0.7)``."""
-        own = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return f"{self.name}({', '.join(own)})" if own else self.name
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
 
 
 def _own_traits(policy: Policy) -> Traits:
@@ -191,9 +191,10 @@ def _own_traits(policy: Policy) -> Traits:
 
 
 def recurrence_of(policy: Policy) -> Recurrence | None:
-    """Return the recurrence that a policy states for its `observe`, or None.
+    """Return the recurrence of a policy's `observe`, or None.
 
-    A class that overrides `observe` must state its own: the recurrence of its base class describes another `observe`.
+    A class that overrides `observe` must override `recurrence` too, since that of its base class is for another
+    `observe`.
     """
 
     def owner(name: str) -> type:
@@ -221,12 +222,12 @@ def policy(name: str) -> Callable[[type[P]], type[P]]:
 def variant(policy: str, name: str) -> Callable[[type[P]], type[P]]:
     """Return a decorator that registers a class as a variant of a policy: ``policy:variant=name``.
 
-    The class derives from that of the policy, whose parameters it shares, and overrides what differs.
+    The class derives from that of the policy and overrides what differs; both have the same parameters.
 
     Raises
     ------
     UsageError
-        If neither the class nor the policy's own declares `variant_parameter`.
+        If neither this class nor the policy's class declares `variant_parameter`.
     """
 
     def register(cls: type[P]) -> type[P]:
@@ -244,16 +245,16 @@ def variant(policy: str, name: str) -> Callable[[type[P]], type[P]]:
 
 
 def variant_parameter(plain: str = "plain") -> Any:
-    """Return the field ``variant`` of a policy that has variants; `plain` is the name of its own rule.
+    """Return the field ``variant`` of a policy that has variants; `plain` is the name of the policy's plain rule.
 
-    Its value follows from the class, so it is shown and stored with the parameters but is no argument of the class.
+    The class determines its value, so it is shown and stored with the parameters but is no argument of the class.
     """
     help = "which rule: the policy's own, or a published code that differs from it"
     return field(default=plain, init=False, metadata={"help": help})
 
 
 def parameter(default: object, help: str, search: Sequence[object] = ()) -> Any:
-    """Return a dataclass field with a default, a line of help, and the values that ``kvscope tune`` tries by itself."""
+    """Return a dataclass field with a default, a line of help, and the default values for ``kvscope tune``."""
     return field(default=default, metadata={"help": help, "search": tuple(search)})
 
 

@@ -1,4 +1,4 @@
-"""Belady: the best that any policy could do that evicts for good. It knows all later rows."""
+"""Belady: the best that a policy without return of evicted keys could do. It uses all later rows."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kvscope.policies.base import Policy, Scope, Step, parameter, policy
 @policy("belady")
 @dataclass(frozen=True)
 class Belady(Policy):
-    """Evict so that later rows lose the least mass: the bound of every policy that never brings a key back.
+    """Evict so that later rows lose the least attention mass: the bound of every policy in which evicted keys are lost.
 
-    Score of key ``j``: the step after which the best schedule evicts it, which is found beforehand, from all full
-    rows of the head (the mean of its query heads), as an exact assignment of keys to steps. No policy that holds as
-    many keys at every step retains more mass, head by head; with ``scope=layer`` none that decides per layer. This is
-    the optimal replacement of L. A. Belady (IBM Systems Journal 5(2), 1966, doi:10.1147/sj.52.0078) for keys that have
-    weights and do not come back. It is a bound and cannot be deployed, since it reads later rows.
+    Score of key ``j``: the step after which the optimal schedule evicts it. The schedule is computed beforehand, as an
+    exact assignment of keys to steps, from all full rows of the head (the mean of its query heads). No policy that
+    holds as many keys at every step retains more mass in any head; with ``scope=layer``, none that decides per layer.
+    This is the optimal replacement of L. A. Belady (IBM Systems Journal 5(2), 1966, doi:10.1147/sj.52.0078) for keys
+    that have weights and do not return. It is a bound and cannot be deployed, since it uses later rows.
 
     Key 0 has the least weight in row 2 and is retained, since row 3 attends to it:
 

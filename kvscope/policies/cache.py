@@ -1,4 +1,4 @@
-"""The visible keys side by side, without gaps: for rules that use neighbours or parts of the cache."""
+"""The visible keys without gaps, for rules that use neighbours or parts of the cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def without_gaps(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positions of the visible keys side by side, oldest first, and where there are any.
+    """Return the positions of the visible keys without gaps, oldest first, and which entries are visible keys.
 
     Parameters
     ----------
@@ -16,9 +16,10 @@ def without_gaps(visible: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     place : Tensor
-        int64 ``[R, L, S, m]``, with ``m`` the most keys that any head sees; a head that sees fewer ends in others.
+        int64 ``[R, L, S, m]``, with ``m`` the largest number of keys that any head sees. A head that sees fewer is
+        padded with positions that are not visible.
     there : Tensor
-        bool ``[R, L, S, m]``, whether that position is visible.
+        bool ``[R, L, S, m]``: false for the padding.
 
     Examples
     --------

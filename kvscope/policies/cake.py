@@ -20,9 +20,9 @@ class CAKE(Policy):
 
     At the end of the prompt ``mean + gamma * variance`` of the last `window` rows of each query head, afterwards the
     newest row, each pooled over `kernel` neighbours; the newest `window` keys are protected (at most half of the
-    budget). Layers share the budget by ``--allocate cake``. arXiv:2503.12491, sections 4.1 and 4.2; code
-    antgroup/cakekv, whose variance divides by one row less. That code cuts no prompt of up to ``B + window`` keys; here
-    `B` is held.
+    budget). The budget is allocated as by ``--allocate cake``. arXiv:2503.12491, sections 4.1 and 4.2; code
+    antgroup/cakekv, whose variance divides by one row less. That code evicts nothing from a prompt of up to
+    ``B + window`` keys; here the budget is `B`.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.3, .3, .4], [.3, .1, .5, .1], [.3, .4, .1, .1, .1]]

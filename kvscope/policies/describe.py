@@ -1,4 +1,4 @@
-"""What there is to know about each policy, as plain data: for ``kvscope policies`` and the documentation."""
+"""Descriptions of the policies as plain data, for ``kvscope policies`` and the documentation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvscope.policies.parameters import all_parameters_of, default_of, parameter
 
 
 class ParameterDescription(TypedDict):
-    """One parameter: its type as users read it, its default, and a line of help."""
+    """One parameter: its type in readable form, its default, and a line of help."""
 
     name: str
     type: str
@@ -20,7 +20,7 @@ class ParameterDescription(TypedDict):
 
 
 class PolicyDescription(TypedDict):
-    """One policy; from `needs` on, its traits with the default parameters. See `Policy` for each."""
+    """One policy. The entries from `needs` on are its traits with the default parameters; see `Policy`."""
 
     name: str
     summary: str
@@ -41,10 +41,10 @@ class PolicyDescription(TypedDict):
 
 
 def describe(name: str | None = None) -> list[PolicyDescription]:
-    """Return what there is to know about one policy or all.
+    """Return the description of one policy, or of all.
 
-    ``variants`` holds the choices of the parameter ``variant``, if there is one; ``doc`` and ``proven`` include what
-    each variant says of itself.
+    ``variants`` holds the choices of the parameter ``variant``, if there is one; ``doc`` and ``proven`` include those
+    of each variant.
     """
     classes = [POLICIES.get(name)] if name else [cls for _, cls in POLICIES.items()]
     return [_description(cls) for cls in classes]

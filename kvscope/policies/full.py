@@ -14,7 +14,7 @@ from kvscope.policies.base import Policy, Step, policy
 class Full(Policy):
     """Retain everything: the cache that every other policy is compared with.
 
-    Scores and budgets have no effect: a query sees what it sees in the model itself.
+    Scores and budgets have no effect: a query sees the same keys as in the model itself.
 
     >>> from kvscope.replay.example import held
     >>> held(Full(), [[1], [0.6, 0.4], [0.5, 0.2, 0.3]], budget=1)

@@ -25,7 +25,7 @@ class H2O(Policy):
     """Retain the keys with the largest sum of attention since they arrived, and the newest half.
 
     ``S_t[j] = S_{t-1}[j] + w_t[j]``, with ``w_t`` the live row. arXiv:2306.14048, algorithm 1; code FMInference/H2O,
-    ``utils_real_drop``: keys are really dropped, and the query's own key comes on top of the budget. That code keeps
+    ``utils_real_drop``: keys are physically dropped, and the current key is not counted in the budget. That code keeps
     scores per query head and assumes one key/value head each; with grouped heads `group` reduces them. Its two other
     rules are the variants.
 

@@ -18,11 +18,11 @@ class H2OFlexGen(H2O):
     """Reproduce ``h2o_flexgen`` of FMInference/H2O: ``(B + 1) // 2`` heavy keys and one fewer of the newest.
 
     That code cannot hold an even number of keys. At the end of the prompt every older key competes; at each later step
-    the key that has just left the newest ones does not.
+    the key that has just become too old for the newest ones does not.
 
     Example
     -------
-    Key 2 leaves the newest ones at step 3 and does not compete, so key 1 is evicted although its sum is larger.
+    At step 3 key 2 is no longer one of the newest and does not compete, so key 1 is evicted although its sum is larger.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [0.6, 0.4], [0.5, 0.3, 0.2], [0.1, 0.1, 0.2, 0.6]]
@@ -37,8 +37,8 @@ class H2OFlexGen(H2O):
     def __post_init__(self) -> None:
         if self.recent is not None:
             raise UsageError(
-                f"h2o: recent={self.recent} does not go with variant=flexgen, which keeps half of the budget recent",
-                "Leave recent out, or take variant=drop.",
+                f"h2o: recent={self.recent} cannot be used with variant=flexgen, which protects half of the budget",
+                "Omit recent, or use variant=drop.",
             )
 
     def protect(self, budget: int) -> Protection:

@@ -1,4 +1,4 @@
-"""H2O's mask: the authors' simulation, in which a hidden key may come back."""
+"""H2O's mask: the authors' simulation, in which a hidden key may become visible again."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from kvscope.policies.history import wider
 class H2OMask(H2O):
     """Reproduce ``utils_hh`` of FMInference/H2O, the simulation that most papers compare with.
 
-    The budget includes the query's own key. A key that leaves the newest ones is hidden for one step while it competes
-    with the heavy ones, and may come back. A cache of exactly the budget is not cut yet. Nothing is dropped, so this is
-    a sparse reader.
+    The budget includes the current key. A key that is no longer one of the newest is hidden for one step while it
+    competes with the heavy ones, and may then become visible again. A cache of exactly the budget is not reduced yet.
+    Nothing is dropped, so this is a sparse reader.
 
     Example
     -------
-    Step 3 reads itself and key 0.
+    Step 3 reads its key and key 0.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [0.6, 0.4], [0.5, 0.3, 0.2], [0.1, 0.1, 0.2, 0.6]]
@@ -41,8 +41,8 @@ class H2OMask(H2O):
         super().__post_init__()
         if self.recent == 0:
             raise UsageError(
-                "h2o: variant=mask with recent=0 hides every query's own key from it",
-                "Take recent=1 or more, or variant=drop.",
+                "h2o: variant=mask with recent=0 hides the current key from every query",
+                "Use recent=1 or more, or variant=drop.",
             )
 
     def read(self, step: Step) -> Tensor:

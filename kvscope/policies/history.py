@@ -1,4 +1,4 @@
-"""The last rows that a policy saw, for rules over a window of steps."""
+"""The last rows that a policy has observed, for rules over a window of steps."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 class History:
     """The last `window` rows of one sequence, ``[..., n]`` each, with ``n`` growing from row to row.
 
-    Kept in ``step.memory``, so that it ends with the sequence. Keys that came after a row count as zero in it. Nothing
-    is ever subtracted from a sum of floats, so a key whose rows are all zero has a sum of exactly zero, however long
+    It is stored in ``step.memory``, which ends with the sequence. A row is zero for keys that are newer. Nothing is
+    ever subtracted from a sum of floats, so a key whose rows are all zero has a sum of exactly zero, however long
     the sequence. Rows of bool or integers are summed as integers.
 
     Parameters
     ----------
     window : int
-        Number of rows that are kept, at least one. Memory grows as they come.
+        Number of rows that are kept, at least one. Memory grows with the rows.
 
     Example
     -------
@@ -47,16 +47,16 @@ class History:
         return history
 
     def push(self, row: Tensor) -> None:
-        """Take in the newest row, ``[..., n]``; it replaces the oldest one once `window` rows are kept."""
+        """Add the newest row, ``[..., n]``; it replaces the oldest one once `window` rows are kept."""
         self._grow(row)
         slot = self._pushed % self.window
         place = self._buffer[..., slot, :]
         if self._pushed >= self.window and not row.is_floating_point():
             for total in self._totals.values():
-                total.take(place)
+                total.subtract(place)
         for total in self._totals.values():
             if slot == 0 and self._pushed and row.is_floating_point():
-                total.turn(self._buffer)
+                total.begin_lap(self._buffer)
             total.add(row)
         place[..., : self._n] = row  # rows only ever get longer, so this covers the one it replaces
         self._pushed += 1
@@ -104,7 +104,7 @@ class History:
         return self._totals[power].value(done)[..., : self._n].clone()
 
     def _grow(self, row: Tensor) -> None:
-        """Make room for one more row and for all its keys: double what is too small, up to the window."""
+        """Enlarge the buffer for one more row and all its keys: double the rows, up to the window."""
         if self._pushed == 0:
             self._buffer = row.new_zeros((*row.shape[:-1], 1, row.shape[-1]))
         assert row.shape[-1] >= self._n, f"a row of {row.shape[-1]} keys after one of {self._n}"
@@ -119,7 +119,7 @@ class History:
 
 
 class _Total:
-    """The sum of the kept rows: those of the last lap around the buffer that are not yet replaced, and this lap's."""
+    """The sum of the kept rows: those of this lap around the buffer, and those of the last lap not yet replaced."""
 
     def __init__(self, power: int, rows: Tensor, done: int) -> None:
         """Sum `rows`, the kept slots of the buffer, of which the first `done` belong to this lap."""
@@ -128,7 +128,7 @@ class _Total:
         self.rest: Tensor | None = None  # at slot s: the sum of the last lap's rows from s on
         if rows.shape[-2] > done:
             if rows.is_floating_point():
-                self.turn(rows, done)
+                self.begin_lap(rows, done)
             else:
                 self.now += self._term(rows[..., done:, :]).sum(-2)
 
@@ -136,12 +136,12 @@ class _Total:
         self.now = wider(self.now, row.shape[-1])
         self.now[..., : row.shape[-1]] += self._term(row)
 
-    def take(self, row: Tensor) -> None:
+    def subtract(self, row: Tensor) -> None:
         self.now = wider(self.now, row.shape[-1])
         self.now[..., : row.shape[-1]] -= self._term(row)
 
-    def turn(self, rows: Tensor, done: int = 0) -> None:
-        """Begin a lap: what was this one becomes the last."""
+    def begin_lap(self, rows: Tensor, done: int = 0) -> None:
+        """Begin a lap: the current one becomes the last."""
         self.rest = self._term(rows).flip(-2).cumsum(-2).flip(-2)
         if done == 0:
             self.now = torch.zeros_like(self.rest[..., 0, :])
@@ -157,6 +157,6 @@ class _Total:
 
 
 def wider(row: Tensor, keys: int) -> Tensor:
-    """Return the row ``[..., n]`` as ``[..., keys]``, with zeros for the keys that came after it."""
+    """Return the row ``[..., n]`` as ``[..., keys]``, with zeros for the keys that are newer than it."""
     missing = keys - row.shape[-1]
     return row if missing <= 0 else torch.nn.functional.pad(row, (0, missing))

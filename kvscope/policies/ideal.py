@@ -1,4 +1,4 @@
-"""The ideal set: the keys that the query attends to most, selected when its row is known."""
+"""The ideal set: the keys that the query attends to most, selected from its row."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kvscope.policies.base import Policy, Step, policy
 class Ideal(Policy):
     """Read the current key and the ``B`` heaviest others of every row: the bound of every policy of this budget.
 
-    The choice is made anew at each step, from the row that it is then used for, so a key that was not selected before
-    can be selected now: no cache can do that. Shares of the row are averaged over the query heads of a group; of
-    equal ones the newer key is taken. With one query head per key/value head this is the set behind the metrics
+    The keys are selected anew at each step, from the row of that step, so a key that was not selected before can be
+    selected now: no cache can do that. Shares of the row are averaged over the query heads of a group; of equal ones
+    the newer key is selected. With one query head per key/value head this is the set of the metrics
     ``ideal_mass`` and ``ideal_cosine`` (A2SF, arXiv:2407.20485, section 4.3), which choose for each query head.
 
     >>> from kvscope.replay.example import held

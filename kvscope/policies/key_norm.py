@@ -15,10 +15,10 @@ class KeyNorm(Policy):
     """Retain the keys with the smallest L2 norm; no weights are read and nothing is protected.
 
     Score of key ``j``: ``-|k_j|``, per key/value head. Devoto et al., arXiv:2406.11430; code
-    alessiodevoto/l2compress, ``cache.py``, whose own rule is the variant. NVIDIA/kvpress, ``knorm_press.py``, is the
-    same score with one choice at the end of the prompt (``--compress prefill``).
+    alessiodevoto/l2compress, ``cache.py``, whose exact rule is the variant. NVIDIA/kvpress, ``knorm_press.py``, has the
+    same score but evicts only at the end of the prompt (``--compress prefill``).
 
-    Example: budget 2, norms 3, 1, 2, 5: key 0 is evicted when key 2 has come, key 3 as soon as it comes.
+    Example: budget 2, norms 3, 1, 2, 5: key 0 is evicted when key 2 arrives, key 3 when it arrives itself.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1.0], [0.5] * 2, [0.3] * 3, [0.25] * 4]
@@ -31,7 +31,7 @@ class KeyNorm(Policy):
     proven = "plain-loop reference of the authors' code"
 
     variant: str = variant_parameter()
-    # Read by the variant alone; stored with every replay of the policy, by which runs are compared.
+    # Used by the variant only; declared here so that all runs of the policy are stored with the same parameters.
     keep_ratio: float = parameter(0.9, "l2compress: share of the keys that is retained when some are evicted")
     prune_after: int = parameter(2048, "l2compress: number of keys from which on some are evicted")
     skip_layers: int = parameter(0, "l2compress: first layers of the model, which retain everything")

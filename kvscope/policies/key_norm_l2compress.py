@@ -14,11 +14,12 @@ from kvscope.policies.key_norm import KeyNorm
 @variant("key-norm", "l2compress")
 @dataclass(frozen=True)
 class KeyNormL2Compress(KeyNorm):
-    """Reproduce alessiodevoto/l2compress, ``cache.py``, which knows no budget.
+    """Reproduce alessiodevoto/l2compress, ``cache.py``, which has no budget.
 
-    Whenever a head holds `prune_after` keys or more, it retains the ``ceil(keep_ratio * held)`` smallest of them, so
-    the number of keys rises and falls again and again. Of equal norms the older is retained, where the code leaves the
-    choice open. It retains every key by default (``keep_ratio=1``); the default here is the 0.9 of its first example.
+    Whenever a head holds `prune_after` keys or more, it retains the ``ceil(keep_ratio * held)`` with the smallest
+    norms, so the number of keys rises and falls repeatedly. Of equal norms the older key is retained; in the code the
+    choice is undefined. The code retains every key by default (``keep_ratio=1``); the default here is the 0.9 of its
+    first example.
 
     Example: half of the keys at four or more: of the norms 3, 1, 2 and 5 the two smallest.
 

@@ -18,11 +18,11 @@ class KeyDiff(Policy):
 
     Score of key ``j``: ``-cos(k_j, m)`` with ``m`` the mean of ``k_i / |k_i|`` over the visible keys ``i``; no weights
     are read and nothing is protected. arXiv:2504.15364, section 3; code NVIDIA/kvpress, ``keydiff_press.py``, which
-    chooses once, at the end of the prompt; the paper's blocks are there a wrapper. Here the keys are scored anew at
+    evicts once, at the end of the prompt; the paper's blocks are a wrapper there. Here the keys are scored anew at
     every step that evicts. Two keys are always equally close to their mean: with a budget of one, rounding decides.
 
-    Example: budget 2; keys 0 and 1 point the same way, key 2 across: of the two that are alike the older is evicted.
-    Key 3 lies between the two retained ones, close to their mean, and is evicted at once.
+    Example: budget 2; keys 0 and 1 have the same direction, key 2 is orthogonal: of the two equal ones the older is
+    evicted. The direction of key 3 is close to the mean of the two retained keys, and it is evicted at once.
 
     >>> from kvscope.replay.example import held
     >>> keys = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]

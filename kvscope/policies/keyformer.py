@@ -28,13 +28,14 @@ class Keyformer(Policy):
     each query head, step and key; ``tau = tau_init + tau_delta * i`` at decoding step ``i`` (0 in the prompt). The
     newest ``int(recent_ratio * B)`` keys are protected. arXiv:2403.09054; code d-matrix-ai/keyformer-llm, GPT-J.
 
-    As in that code, the key tokens are chosen once, when the first key is evicted: every later key is evicted when it
-    leaves the recent window. There the budget counts what a query sees, itself included; here, as for `h2o`, what is
-    held after the step, so a query sees one key more: the one that leaves the window. The choice is the same. The code
-    knows no grouped heads; here `group` reduces them. Its budget of 60 % of the prompt is the user's choice here. A
-    budget under 4 has no recent window; the code then evicts nothing.
+    As in that code, the key tokens are selected once, when the first key is evicted; every later key is evicted when it
+    is no longer in the recent window. There the budget counts the keys that a query sees, the current one included.
+    Here, as for `h2o`, it counts the keys held after the step, so a query sees one key more: the one that the window no
+    longer contains. The retained keys are the same. The code has no grouped heads; here `group` reduces them. Its
+    budget of 60 % of the prompt is the user's choice here. A budget under 4 has no recent window; the code then evicts
+    nothing.
 
-    Example: at a very high temperature all weights are alike, and a key gathers more the older it is. Budget 4,
+    Example: at a very high temperature all weights are equal, and an older key has a larger sum. Budget 4,
     ``recent_ratio=0.5``, prompt 4: keys 0 and 1 are the key tokens, and later keys are retained while they are recent.
 
     >>> from kvscope.replay.example import held

@@ -19,14 +19,14 @@ class LagKV(Policy):
 
     After the sinks the prompt is cut into parts of `lag` keys. Every dimension of a part's keys is scaled by the
     minimum and maximum of the next part; the standard deviation over the dimensions of each key, as a softmax over the
-    part, is its key score. Values are scored alike, the two averaged. The score of a key is its rank in its part, the
-    lowest being 0. The last whole part and the remainder, which have no next part, outrank the others, the newest
-    most; so does everything, if there are no two whole parts. Evicts once, at the end of the prompt; if it is to
-    evict later as well, the retained keys are cut into parts anew.
+    part, is its key score. Values are scored in the same way, and both scores are averaged. The final score of a key is
+    its rank in its part, the lowest being 0. The last whole part and the remainder, which have no next part, rank above
+    the others, the newest highest; with fewer than two whole parts this holds for all keys. It evicts once, at the end
+    of the prompt; if it is to evict later as well, the retained keys are divided into parts anew.
 
-    arXiv:2504.04704; code NVIDIA/kvpress, ``lagkv_press.py``. That code keeps a share of the prompt, here it is `B`
-    keys. Equal ranks, which every cut has, and the keys at the end, are ties there and left to chance; here the oldest
-    is evicted first. A dimension that is constant in the next part, a division by zero there, is not scaled.
+    arXiv:2504.04704; code NVIDIA/kvpress, ``lagkv_press.py``. That code retains a share of the prompt, here it is `B`
+    keys. Equal ranks, and the keys at the end, are ties that it breaks arbitrarily; here the oldest key is evicted
+    first. A dimension that is constant in the next part, a division by zero there, is not scaled.
 
     Example: parts of two keys and no sinks. Of keys 0 and 1 the second varies more over its dimensions.
 

@@ -19,13 +19,13 @@ class MorphKV(Policy):
     """Retain the older keys that any of the last `window` queries attends to most, and the newest ones.
 
     With ``W = min(window, B // 2)``: the rows of the ``W`` queries before the current one are taken over the keys older
-    than the newest ``W + 1`` and made to sum to one; a key's score is the largest (``fuse=max``) or the sum
+    than the newest ``W + 1`` and normalised to sum to one; a key's score is the largest (``fuse=max``) or the sum
     (``fuse=sum``) of its weights in them. The newest ``W + 1`` keys are protected. Of grouped heads the logits are
     added, so their probabilities are multiplied. arXiv:2503.00979; code ghadiaravi13/MorphKV, ``patch_llama.py``.
 
     That code keeps ``CAP + 1`` keys, the current one included, so ``B = CAP + 1``. It evicts before the current query
-    attends, which changes no choice, so here a query sees one key more; it does not cut the prompt before the first
-    decoding step, where here the choice is made at the prompt's end. Not reproduced: its ``evict_after``, which lets
+    attends, which changes no decision, so here a query sees one key more; and it first evicts from the prompt at the
+    first decoding step, whereas here that is at the prompt's end. Not reproduced: its ``evict_after``, which lets
     the cache grow past its budget, and its masks per query head, which grouped heads have there in the step that
     evicts.
 

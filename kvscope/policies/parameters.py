@@ -1,4 +1,4 @@
-"""The parameters of a policy and its variants: fields of their classes, read by name and type."""
+"""The parameters of a policy and its variants, which are the fields of their classes, with their types."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ class Parameter(NamedTuple):
 
 
 def rules_of(cls: type[Policy]) -> dict[str, type[Policy]]:
-    """Return the classes of a policy by the name of the variant, its own first; of a class from a file itself alone."""
+    """Return the classes of a policy by the name of the variant, the plain rule first.
+
+    A class that is not registered, since it is from a user's file, is returned alone.
+    """
     registered = dict(POLICIES.items()).get(cls.name, cls)
     rules = [registered, *(other for _, other in VARIANTS.items() if other.name == cls.name)]
     return {_variant_name(rule): rule for rule in (rules if cls in rules else [cls])}
@@ -30,7 +33,7 @@ def _variant_name(cls: type[Policy]) -> str:
 
 
 def rule_of(cls: type[Policy], settings: Mapping[str, str]) -> type[Policy]:
-    """Return the class of the variant that the settings of a policy name, or its own."""
+    """Return the class of the variant that the settings select, or `cls` if they select none."""
     rules = rules_of(cls)
     name = settings.get("variant")
     if name is None or len(rules) == 1:
@@ -63,12 +66,12 @@ def default_of(field: Field[Any]) -> object:
 
 
 def not_of_type(policy: str, name: str, text: str, kind: object) -> UsageError:
-    """Return the error for text that is no value of a parameter's type."""
+    """Return the error for text that is not a value of a parameter's type."""
     return UsageError(f"{policy}: {name}={text!r} is not {type_name(kind)}", f"See: kvscope policies {policy}")
 
 
 def type_name(kind: object) -> str:
-    """Return a type as users read it: ``int``, ``mean | max | sum``."""
+    """Return a type in readable form: ``int``, ``mean | max | sum``."""
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
     if get_origin(kind) in (Union, types.UnionType):

@@ -14,9 +14,10 @@ from kvscope.policies.snapkv import SnapKV
 class PyramidKV(SnapKV):
     """Retain what the last rows of the prompt attend to; the budget shrinks from layer to layer.
 
-    The score is SnapKV's, the budgets those of ``--allocate pyramid``: from about twice the mean down to a twentieth,
-    beside the window. arXiv:2406.02069, section 4.2; code Zefan-Cai/KVCache-Factory, ``PyramidKVCluster``. That code
-    steps by whole keys and so spends up to a key per layer more; here the total is the uniform one.
+    The score is SnapKV's. The budget is allocated as by ``--allocate pyramid``: in addition to the window, from about
+    twice the mean in the first layer to a twentieth in the last. arXiv:2406.02069, section 4.2; code
+    Zefan-Cai/KVCache-Factory, ``PyramidKVCluster``. That code decreases by whole keys and so uses up to one key per
+    layer more; here the total is that of the uniform allocation.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]

@@ -1,4 +1,4 @@
-"""R-KV: attention of the last queries against redundancy among the keys."""
+"""R-KV: attention of the last queries, minus redundancy among the keys."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class RKV(Policy):
     without the newest ``j`` with ``c_ij > similar``; the mean over ``i``, through a softmax over ``j``.
 
     It evicts at the end of the prompt and then every 128 steps; in between the cache grows beyond its budget. The
-    window is at most half of the budget. arXiv:2505.24133, section 3; code Zefan-Cai/R-KV, ``r1_kv.py``. Where a key
-    resembles none, that code leaves ``c_i0`` out instead; here nothing. A logit there is as the model's own only if the
-    model scales by the root of the head size; the same holds here.
+    window is at most half of the budget. arXiv:2505.24133, section 3; code Zefan-Cai/R-KV, ``r1_kv.py``. If a key
+    resembles no other, that code excludes ``c_i0``; here nothing is excluded. As in that code, the logits equal the
+    model's only if the model scales by the root of the head size.
 
-    Example: budget 3, so a window of one key. Keys 0 and 1 are the same, so each makes the other redundant; key 2
-    resembles key 3 alone, and that one is not counted. Of keys 0 and 1 the older is evicted.
+    Example: budget 3, so a window of one key. Keys 0 and 1 are equal, so each makes the other redundant; key 2
+    resembles only key 3, which is not counted. Of keys 0 and 1 the older is evicted.
 
     >>> from kvscope.replay.example import held
     >>> keys, queries = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], [[0.0, 0.1]] * 4
@@ -49,7 +49,7 @@ class RKV(Policy):
     window: int = parameter(8, "newest keys, never evicted, whose queries count; at most half of the budget")
     mix_lambda: float = parameter(0.07, "share of attention in the score; the rest is redundancy")
     pooling: int = parameter(7, "width of the max-pooling of attention, odd; 1: none")
-    similar: float = parameter(0.5, "cosine above which keys count as alike")
+    similar: float = parameter(0.5, "cosine above which keys count as similar")
 
     def __post_init__(self) -> None:
         at_least("window", self.window, 1)

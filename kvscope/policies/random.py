@@ -1,4 +1,4 @@
-"""Random eviction: what a policy must beat to have learned anything."""
+"""Random eviction: the baseline that any useful policy must exceed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Random(Policy):
     """Retain keys by a random draw made once for each key, when it arrives.
 
     Score of key ``j``: one seeded uniform number per key/value head. It depends on the seed, the sequence, the layer,
-    the head and the position alone, so that neither budgets nor the other policies of a replay change it. As in
+    the head and the position only, so that neither budgets nor the other policies of a replay change it. As in
     NVIDIA/kvpress, ``random_press.py``, which draws once, at the end of the prompt. This is a baseline without a
     paper.
 

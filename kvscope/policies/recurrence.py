@@ -1,4 +1,4 @@
-"""Rules that are one line of arithmetic per key: what a compiled kernel can step in place of `Policy.observe`."""
+"""Scores that are a recurrence for each key, which a kernel can compute in place of `Policy.observe`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Recurrence:
     Attributes
     ----------
     weights : {"mean", "max", "sum", "none"}
-        How the live rows of the query heads that decide together become ``w_t``; ``none``: ``S[j] = j``.
+        How the live rows of the query heads that decide together are reduced to ``w_t``; ``none``: ``S[j] = j``.
     decay : float
         Factor on the score of the previous step.
     scale : str or None

@@ -21,21 +21,22 @@ class RecycledAttention(Policy):
     """Read the keys with the largest weights in the last full row and those generated since; all every `stride` steps.
 
     A full step sees every key. The ``K = B`` keys with the largest weights in its row (query heads of a group reduced
-    by `group`, then max-pooled) are the recycled set. A partial step sees that set and its own key; afterwards its key
-    joins, and while the set has more than ``K`` keys the one with the lowest weight of that full row leaves it. Keys
-    generated since leave last, the oldest first. Of equal weights the older key leaves first.
+    by `group`, then max-pooled) are the recycled set. A partial step sees that set and the current key. Then the
+    current key is added to the set, and while the set has more than ``K`` keys, the one with the lowest weight in that
+    full row is removed. Keys generated since that row are removed last, the oldest first. Of equal weights the older
+    key is removed first.
 
     The end of the prompt is a full step (with streaming prefill: step 0). ``schedule=fixed``: so is every `stride`-th
     step after it. ``schedule=dynamic``: at every `compare_every`-th step after it each layer compares its query,
-    averaged over query heads, with that of its own last full step; a cosine above `threshold` makes the step partial.
-    Steps in between are partial. The paper leaves open whether queries are compared before or after the rotary
+    averaged over query heads, with that of its last full step; a cosine above `threshold` makes the step partial.
+    Steps in between are partial. The paper does not define whether queries are compared before or after the rotary
     embedding; here it is after.
 
-    arXiv:2411.05787; no code is public. A set shorter than ``K`` grows before it drops anything, where the paper's
-    pseudocode always drops one. There a stride beyond ``K`` loses keys for good; here a reader holds everything.
+    arXiv:2411.05787; no code is public. A set smaller than ``K`` grows before a key is removed, whereas the paper's
+    pseudocode always removes one. There keys are lost if the stride exceeds ``K``; here a sparse reader holds all keys.
 
-    Example: two keys, a full row (.5 .2 .3) at the end of the prompt. Step 3 reads keys 0 and 2 and itself, then key 2
-    leaves the set; step 4 reads keys 0, 3 and itself, then key 0 leaves it.
+    Example: budget 2, a full row (.5 .2 .3) at the end of the prompt. Step 3 reads keys 0, 2 and 3, then key 2 is
+    removed from the set; step 4 reads keys 0, 3 and 4, then key 0 is removed.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1.0], [0.5, 0.5], [0.5, 0.2, 0.3], [0.1, 0.7, 0.1, 0.1], [0.2] * 5, [0.1, 0.5, 0.1, 0.1, 0.1, 0.1]]
@@ -135,7 +136,7 @@ class RecycledAttention(Policy):
 @policy("refreshkv")
 @dataclass(frozen=True)
 class RefreshKV(RecycledAttention):
-    """Read as Recycled Attention does, but pool the full row and compare queries to decide when to read all again.
+    """Read as Recycled Attention does, but pool the full row and compare queries to decide when to read all keys.
 
     The rule of `RecycledAttention` with max-pooling 7 of the full row and ``schedule=dynamic``: every 10th step, a
     cosine of at most .85 makes the step full. The paper uses .85 for Llama-3.1-8B and .95 for Qwen2-7B, and compares
@@ -161,5 +162,5 @@ class RefreshKV(RecycledAttention):
 
 
 def _with_current(values: Tensor, current: float) -> Tensor:
-    """Return what is remembered of the older keys with `current` for the key that has just arrived."""
+    """Return stored values of the older keys, with `current` appended for the current key."""
     return functional.pad(values, (0, 1), value=current)

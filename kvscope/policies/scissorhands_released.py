@@ -19,13 +19,13 @@ class ScissorhandsReleased(Scissorhands):
 
     Row ``q`` marks the keys above its own 90th percentile, taken over the whole row with the zeros of the future (``T``
     numbers, so it depends on the length of the text) before anything is evicted. From row `start` on a query sees the
-    keys marked by any of the `lru_window` rows before it, and the `position_window` keys before it. Text and prompt are
-    treated alike, hence streaming prefill. The code leaves the first five layers whole; here all layers are treated
-    alike. `history` and `recent` have no part in it.
+    keys marked by any of the `lru_window` rows before it, and the `position_window` keys before it. Prompt and later
+    text are treated in the same way, hence streaming prefill. The code evicts nothing in the first five layers; here
+    all layers are treated in the same way. `history` and `recent` are not used.
 
     Example
     -------
-    Of eleven numbers the largest alone is above the percentile: key 0 in every row. Key 1 is no longer among the two
+    Of eleven numbers only the largest is above the percentile: key 0 in every row. Key 1 is no longer among the two
     newest for row 4, and is evicted before it.
 
     >>> from kvscope.replay.example import held

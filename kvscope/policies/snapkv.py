@@ -22,10 +22,10 @@ class SnapKV(Policy):
     """Retain the keys that the last rows of the prompt attend to, with their neighbours, and the last keys themselves.
 
     Score of key ``j``: the sum of its weights over the last `window` rows, pooled over `kernel` neighbouring keys;
-    the window's own keys are protected and take no part in the pooling. arXiv:2404.14469, section 4.2; code
-    FasterDecoding/SnapKV, class ``SnapKVCluster`` and its defaults. That code scores query heads; here the group is
-    reduced before pooling. The window is at most half of the budget. Pooled scores tie often: the older key is
-    evicted, where the code leaves the choice to its sort.
+    the keys of the window are protected and not pooled. arXiv:2404.14469, section 4.2; code FasterDecoding/SnapKV,
+    class ``SnapKVCluster`` and its defaults. That code scores query heads; here the group is reduced before pooling.
+    The window is at most half of the budget. Pooled scores tie often: here the older key is evicted; in the code that
+    depends on its sort.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]

@@ -1,7 +1,7 @@
-"""What a policy may look at when one query has attended.
+"""The data that a policy observes when one query has attended.
 
 Axes of every tensor, in this order: ``R`` runs (budgets of one policy), ``L`` layers, then heads (``H`` query heads,
-``G`` key/value heads, or 1 where a whole layer decides as one), then ``n`` keys by position, oldest first.
+``G`` key/value heads, or 1 where one decision holds for the whole layer), then ``n`` keys by position, oldest first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GroupReduction = Literal["mean", "max", "sum"]
 
 @dataclass
 class Step:
-    """What a policy may look at when query `t` has attended.
+    """The data that a policy observes when query `t` has attended.
 
     Attributes
     ----------
@@ -31,29 +31,28 @@ class Step:
     layers : Tensor
         int64 ``[L]``, the numbers of the layers.
     budget : Tensor
-        int64 ``[R, L, S]``, the keys that each deciding head may hold.
+        int64 ``[R, L, S]``: number of keys that each deciding head may hold.
     budgets : list of int
-        ``B`` of each run, ``R`` numbers: what `budget` is on average.
+        ``B`` of each of the ``R`` runs; the mean of `budget`.
     compresses : bool
-        Whether the engine evicts at the end of this step.
+        Whether keys are evicted at the end of this step.
     visible : Tensor
-        bool ``[R, L, S, n]``, the keys the query saw (``V_t``); ``S`` is ``G``, or 1 where the layer decides as one.
+        bool ``[R, L, S, n]``: the keys that the query sees (``V_t``). ``S`` is ``G``, or 1 with layer scope.
     signals : dict of str to Tensor
-        Those that the policy asked for in `needs`, each with a leading axis of ``R`` or 1: ``value_l1``, ``value_l2``,
+        The signals in the policy's `needs`, each with a leading axis of ``R`` or 1: ``value_l1``, ``value_l2``,
         ``key_l2``: ``[., L, G, n]``; ``keys``, ``values``: ``[., L, G, n, D]`` as cached; ``queries``: ``[., L, H, D]``
         of the current query, ``mean_query``: ``[., L, D]``, its mean over query heads; ``full_weights``:
-        ``[., L, H, n]``, the row before anything was evicted; ``schedule``: ``[R, L, S, n]``, the step after which the
-        schedule that retains most evicts each key; ``gate:FILE``: ``[., L, G, n]``, by how much the gate of each key
-        is above its threshold.
+        ``[., L, H, n]``, the full-cache row; ``schedule``: ``[R, L, S, n]``, the step after which the optimal schedule
+        evicts each key; ``gate:FILE``: ``[., L, G, n]``, by how much the gate of each key exceeds its threshold.
     live : Tensor or None
         float ``[R, L, H, n]``, the live row: attention over the visible keys, summing to one. None unless needed.
     memory : dict of str to anything
-        What the policy remembers between the steps of one sequence, apart from its scores.
+        What the policy stores between the steps of one sequence, apart from its scores.
     draw : callable
-        ``draw(seed)`` gives one uniform number in [0, 1) for key `t`, ``[L, S]``; it depends on the seed, the sequence,
-        the layer, the head and the position alone.
+        ``draw(seed)`` returns one uniform number in [0, 1) for key `t`, ``[L, S]``; it depends only on the seed, the
+        sequence, the layer, the head and the position.
     draw_row : callable
-        ``draw_row(seed)`` gives one for every key at this step, ``[L, H, n]``, of each query head.
+        ``draw_row(seed)`` returns one such number for every query head and key at this step, ``[L, H, n]``.
     """
 
     t: int
@@ -98,7 +97,7 @@ class Step:
 
 
 def compute_once_if_shared(rows: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return ``make(rows)`` for rows ``[R, ...]``, computed once where all runs share them, before any eviction."""
+    """Return ``make(rows)`` for rows ``[R, ...]``, computed once if all runs share them, as before any eviction."""
     if len(rows) > 1 and rows.stride(0) == 0:
         return make(rows[:1]).expand(len(rows), *[-1] * (rows.ndim - 1))
     return make(rows)

@@ -1,4 +1,4 @@
-"""TOVA as NVIDIA/kvpress has it: one choice at the end of the prompt."""
+"""TOVA as in NVIDIA/kvpress: a single eviction at the end of the prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvscope.policies.tova import TOVA
 @variant("tova", "kvpress")
 @dataclass(frozen=True)
 class TOVAKvpress(TOVA):
-    """Reproduce NVIDIA/kvpress, ``tova_press.py``: one choice at the end of the prompt, whose last key is retained.
+    """Reproduce NVIDIA/kvpress, ``tova_press.py``: evict once, at the end of the prompt, and retain its last key.
 
     >>> from kvscope.replay.example import held
     >>> held(TOVAKvpress(), [[1], [0.6, 0.4], [0.5, 0.4, 0.1], [0.1, 0.1, 0.2, 0.6]], 2, prompt=3)

@@ -1,4 +1,4 @@
-"""A policy whose parameters differ from layer to layer or head to head, as ``kvscope tune`` found them."""
+"""A policy whose parameters differ between layers or heads, as found by ``kvscope tune``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from kvscope.policies.base import Policy, Protection, Step, Traits
 
 @dataclass(frozen=True)
 class Tuned(Policy):
-    """One policy under several settings, of which each layer or head follows one.
+    """One policy with several settings, one of which applies to each layer or head.
 
     Attributes
     ----------
     source : str
-        Where the choice comes from, for labels: the name of a file.
+        Name of the file that the settings are from, for labels.
     settings : tuple of Policy
         The same policy with different parameters; they must protect the same keys.
     layers : tuple of int
         Numbers of the layers that were tuned.
     choice : tuple of tuple of int
-        For each of them the number of its setting, or those of its key/value heads.
+        For each of these layers the number of its setting, or one number for each key/value head.
 
     Raises
     ------
@@ -47,15 +47,15 @@ class Tuned(Policy):
         numbers = {number for row in self.choice for number in row}
         complete = self.settings and self.layers and len(self.layers) == len(self.choice) and all(self.choice)
         if not complete or not numbers <= set(range(len(self.settings))):
-            raise UsageError(f"{self.source}: the choice does not go with the layers and settings", "Tune again.")
+            raise UsageError(f"{self.source}: the choice does not match the layers and settings", "Tune again.")
         first = self.settings[0]
         if any(type(policy) is not type(first) or policy.traits != first.traits for policy in self.settings):
             raise UsageError(
-                f"{self.label}: the settings are not of one kind",
+                f"{self.label}: the settings differ in policy, scope, phase or signals",
                 "Tune parameters that change neither scope, phase nor signals, or use --per model.",
             )
         if first.traits.reads or not first.traits.bounded:
-            raise UsageError(f"{first.label} is held to no budget: it cannot be tuned at one", "Tune another policy.")
+            raise UsageError(f"{first.label} has no budget, so it cannot be tuned for one", "Tune another policy.")
 
     @property
     def traits(self) -> Traits:

@@ -1,4 +1,4 @@
-"""VATP: value-aware token pruning. Another policy's attention, times the norm of each key's value."""
+"""VATP: value-aware token pruning. The attention that another policy scores, times the norm of each key's value."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from kvscope.policies.spec import parse_policy
 @policy("vatp")
 @dataclass(frozen=True)
 class VATP(Policy):
-    """Retain what the base policy retains, had every weight been multiplied by the norm of its key's value.
+    """Retain the keys that the base policy retains if every weight is multiplied by the norm of its key's value.
 
-    The base is given ``w_t[j] * |v_j|`` for ``w_t[j]``; `base` is any policy that reads weights, its own parameters in
-    parentheses. It decides when and per what is evicted; what it protects is protected, and so are the first `sinks`
-    keys (at most a quarter of the budget). Guo et al., arXiv:2406.12335; code guozhiyu/vatp, ``modify_llama.py``, which
-    is the variant.
+    The base policy observes ``w_t[j] * |v_j|`` in place of ``w_t[j]``; `base` is any policy that reads weights, with
+    parameters in parentheses. Phase and scope are those of the base. The keys that it protects are protected, and so
+    are the first `sinks` keys (at most a quarter of the budget). Guo et al., arXiv:2406.12335; code guozhiyu/vatp,
+    ``modify_llama.py``, which is the variant.
 
-    Example: budget 1, row 1 is (.6 .4), and the values' norms are 1 and 2: .6 against .8, so key 0 is evicted.
+    Example: budget 1, row 1 is (.6 .4), and the values' norms are 1 and 2: the scores are .6 and .8, so key 0 is
+    evicted.
 
     >>> from kvscope.replay.example import held
     >>> held(VATP(base="tova"), [[1.0], [0.6, 0.4]], budget=1, prompt=1, value_l1=[1.0, 2.0])
@@ -54,7 +55,9 @@ class VATP(Policy):
         at_least("sinks", self.sinks, 0)
         refusal = _refusal(self.inner)
         if refusal:
-            raise UsageError(f"vatp cannot go over {self.base}: {refusal}", "Name a base such as h2o, tova or a2sf.")
+            raise UsageError(
+                f"vatp cannot use the base {self.base}: {refusal}", "Use a base such as h2o, tova or a2sf."
+            )
         if ".py:" not in self.base:
             object.__setattr__(self, "base", self.inner.label)  # one spelling of one policy
 

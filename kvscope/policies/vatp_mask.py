@@ -1,4 +1,4 @@
-"""VATP's mask: the authors' code, which hides keys and drops none."""
+"""VATP's mask: the authors' code, which hides keys but drops none."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ HISTORY, LAST = 400, 10  # over scissorhands: rows of the prompt that count, and
 @variant("vatp", "mask")
 @dataclass(frozen=True)
 class VATPMask(VATP):
-    """Reproduce guozhiyu/vatp, ``modify_llama.py``, over ``h2o`` or ``scissorhands`` alone.
+    """Reproduce guozhiyu/vatp, ``modify_llama.py``, with base ``h2o`` or ``scissorhands``.
 
-    Keys are hidden, never dropped, and a query sees ``heavy + recent = B`` keys and itself. Over ``h2o`` each is half
-    of ``B``. Over ``scissorhands``, ``recent`` is 10, and the score is no count: the sum of the prompt's last 400 rows
-    over 400, then each row in full. The first `sinks` scores are set to the largest number at the end of the prompt, so
-    sinks beyond ``heavy`` are lost. Of equal scores the older key is shown, where the code leaves the choice open; a
-    hidden key that scores 0 like a visible one can so come back. Code without VATP is ``norm=none,sinks=0``. It knows
-    no grouped heads; here their mean is taken.
+    Keys are hidden, never dropped, and a query sees ``heavy + recent = B`` keys and the current one. With base ``h2o``
+    each is half of ``B``. With base ``scissorhands``, ``recent`` is 10, and the score is not a count: the sum of the
+    prompt's last 400 rows divided by 400, to which every later row is added undivided. The first `sinks` scores are set
+    to the largest number at the end of the prompt, so sinks beyond ``heavy`` are lost. Of equal scores the older key is
+    shown; in the code the choice is undefined. So a hidden key that scores 0, like a visible one, can become visible
+    again. The code without VATP is ``norm=none,sinks=0``. It has no grouped heads; here their mean is used.
 
     Example: budget 2, so one heavy and one recent key. With the norms of the values key 1 has 1.5 and key 0 has 2.1.
 
@@ -45,7 +45,7 @@ class VATPMask(VATP):
         at_least("sinks", self.sinks, 0)
         if self.base not in ("h2o", "scissorhands"):
             raise UsageError(
-                f"vatp: variant=mask does not go over {self.base}", "The authors' code has h2o and scissorhands."
+                f"vatp: variant=mask cannot use the base {self.base}", "Use base=h2o or base=scissorhands."
             )
 
     @property

@@ -12,11 +12,11 @@ from kvscope.policies.base import Policy, Recurrence, Step, policy
 @policy("window")
 @dataclass(frozen=True)
 class Window(Policy):
-    """Retain the newest keys, in all heads and layers alike.
+    """Retain the newest keys, the same in all heads and layers.
 
     Score of key ``j``: its position ``j``. Baseline of TOVA (arXiv:2401.06104, section 5.1) and, as "Local", of
-    A2SF (arXiv:2407.20485, section 4.1); code FMInference/H2O with no heavy keys, whose budget counts the query's own
-    key, where here a query sees that one on top. Positions stay the original ones.
+    A2SF (arXiv:2407.20485, section 4.1); code FMInference/H2O with no heavy keys, whose budget counts the current key,
+    which is not counted here. Positions are the original ones.
 
     >>> from kvscope.replay.example import held
     >>> held(Window(), [[1], [0.6, 0.4], [0.5, 0.2, 0.3], [0.7, 0.1, 0.1, 0.1]], budget=2)

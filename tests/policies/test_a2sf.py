@@ -78,7 +78,7 @@ def test_lifetime_of_a_plain_sum_is_the_mean_since_arrival() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(UsageError, match="does not go with variant=streaming-mask"):
+    with pytest.raises(UsageError, match="cannot be used with variant=streaming-mask"):
         parse_policies(["a2sf:variant=streaming-mask,normalise=lifetime"])
     for setting in ("alpha=1.1", "recent=-1", "sinks=-1"):
         with pytest.raises(UsageError, match="out of range"):

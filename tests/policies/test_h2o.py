@@ -87,8 +87,8 @@ def test_mask_runs_do_not_mix() -> None:
 @pytest.mark.parametrize(
     ("spec", "budget", "says"),
     [
-        ("h2o:variant=mask,recent=0", 4, "hides every query's own key"),
-        ("h2o:variant=flexgen,recent=3", 5, "does not go with variant=flexgen"),
+        ("h2o:variant=mask,recent=0", 4, "hides the current key"),
+        ("h2o:variant=flexgen,recent=3", 5, "cannot be used with variant=flexgen"),
         ("h2o:variant=flexgen", 8, "odd number of keys, 3 or more, and the budget is 8"),
         ("h2o:variant=flexgen", 1, "odd number of keys"),
     ],

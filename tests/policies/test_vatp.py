@@ -146,7 +146,7 @@ def test_a_base_from_a_file(tmp_path) -> None:
         ("base=full", "it does not read weights"),
         ("base=tvoa", "no policy is called 'tvoa'"),
         ("base=a2sf(beta=1)", "policy a2sf has no parameter 'beta'"),
-        ("base=tova,variant=mask", "variant=mask does not go over tova"),
+        ("base=tova,variant=mask", "variant=mask cannot use the base tova"),
         ("sinks=-1", "sinks=-1 is out of range"),
     ],
 )
