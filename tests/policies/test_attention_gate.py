@@ -52,7 +52,7 @@ def test_traits_and_mistakes() -> None:
     assert not policy.traits.bounded
     with pytest.raises(UsageError, match="no gate some/file"):
         EvictionPlan.published(policy).require("full")
-    with pytest.raises(UsageError, match="decides itself how much it evicts"):
+    with pytest.raises(UsageError, match="decides itself how many keys it evicts"):
         EvictionPlan.make(parse_policy("attention-gate"), compress="prefill")
     with pytest.raises(UsageError, match="out of range"):
         parse_policy("attention-gate:margin=2")
