@@ -16,7 +16,7 @@ import pytest
 from pandas.testing import assert_frame_equal, assert_series_equal
 
 from kvscope.core.options import ClosedLoopOptions
-from kvscope.core.records import RunSummary
+from kvscope.core.summary_records import RunSummary
 from kvscope.replay.run import replay
 from kvscope.report.encoding import unpacked
 from kvscope.report.page import report

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvscope.analysis.missed_attention import MissedAttentionCounter
 from kvscope.analysis.regret import Regret, RegretCollector, TokenKinds
+from kvscope.core.records import RunRecord
 from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
@@ -87,18 +88,19 @@ def regrets(
         "schema": 1,
         "replay": str(replay.path),
         "trace": replay.info.trace.name,
-        "runs": [
-            {
-                "run": run.run,
-                "policy": run.policy,
-                "label": run.label,
-                "budget": run.budget,
-                "prefill": run.prefill,
-                "loop": run.loop,
-                **collected[run.run].result(tokens, rows_of_run),
-            }
-            for run in chosen
-        ],
+        "runs": [_of_run(run, collected[run.run].result(tokens, rows_of_run)) for run in chosen],
+    }
+
+
+def _of_run(run: RunRecord, regret: Regret) -> RunRegret:
+    return {
+        "run": run.run,
+        "policy": run.policy,
+        "label": run.label,
+        "budget": run.budget,
+        "prefill": run.prefill,
+        "loop": run.loop,
+        **regret,
     }
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from kvscope.cli.console import ALWAYS, Column, show_json, show_table
 
 if TYPE_CHECKING:
-    from kvscope.core.records import MetricRecord, ReplayRecord, RunSummary, SourceRef
+    from kvscope.core.records import MetricRecord, ReplayRecord, SourceRef
+    from kvscope.core.summary_records import RunSummary
     from kvscope.results.store import Replay
 
 # Metric, header, and `Column.keep`: how late the column is dropped on a narrow terminal.
@@ -34,7 +35,7 @@ _OUTCOMES = (
 
 def show(replay: Replay, *, as_json: bool = False) -> None:
     """Print the summary of a replay: a row for each policy and budget."""
-    from kvscope.core.records import SUMMARY
+    from kvscope.core.summary_records import SUMMARY
 
     summary = replay.summary
     if as_json:

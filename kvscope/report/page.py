@@ -8,7 +8,7 @@ from pathlib import Path
 from kvscope.core.errors import REPLAY_COMMAND, ResultError
 from kvscope.core.json import JsonDict
 from kvscope.core.output import require_free
-from kvscope.core.records import MetricSummary
+from kvscope.core.summary_records import MetricSummary
 from kvscope.core.version import __version__
 from kvscope.report.encoding import rounded, visible, visible_everywhere
 from kvscope.report.limits import Limits

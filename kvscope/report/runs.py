@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvscope.core.options import Prefill
-from kvscope.core.records import MetricSummary, RunSummary
+from kvscope.core.summary_records import MetricSummary, RunSummary
 from kvscope.report.encoding import rounded
 from kvscope.results.store import Replay
 

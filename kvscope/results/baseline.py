@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvscope.core.errors import ResultError, UsageError
-from kvscope.core.records import SUMMARY_FILE, SummaryRecord, read_summary
+from kvscope.core.summary_records import SUMMARY_FILE, SummaryRecord, read_summary
 from kvscope.results.store import open_replay
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from kvscope.core.errors import ResultError
-from kvscope.core.records import RunSummary
+from kvscope.core.summary_records import RunSummary
 from kvscope.results.store import Replay, open_replay
 
 _KEY = ["sequence", "layer", "kv_head", "key"]

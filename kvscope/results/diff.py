@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from kvscope.core.errors import ResultError, UsageError
-from kvscope.core.records import Direction, MetricRecord, RunSummary, SummaryRecord
+from kvscope.core.records import Direction, MetricRecord
 from kvscope.core.registry import nearest
+from kvscope.core.summary_records import RunSummary, SummaryRecord
 from kvscope.results.decisions import Decisions, compare_decisions
 
 Verdict = Literal["worse", "missing", "changed", "new", "better", "same"]  # the most important first

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from kvscope.core.options import Prefill
-from kvscope.core.records import LoopGap, ReplayRecord, RunSummary
+from kvscope.core.records import ReplayRecord
 from kvscope.core.residency import ResidencyIntervals
+from kvscope.core.summary_records import LoopGap, RunSummary
 
 BLOCK = 2**24  # entries of a block of held sets
 

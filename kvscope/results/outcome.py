@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.core.records import Direction, MetricRecord, MetricSummary
+from kvscope.core.records import Direction, MetricRecord
+from kvscope.core.summary_records import MetricSummary
 from kvscope.results.statistics import BOOTSTRAP, FEWEST
 
 Array = NDArray[Any]

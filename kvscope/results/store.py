@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from kvscope.core.errors import REPLAY_COMMAND, ResultError, UsageError
 from kvscope.core.output import checksum
-from kvscope.core.records import SUMMARY_FILE, ReplayRecord, SummaryRecord, read_replay, read_summary
+from kvscope.core.records import ReplayRecord, read_replay
+from kvscope.core.summary_records import SUMMARY_FILE, SummaryRecord, read_summary
 from kvscope.results.schema import LOSSES
 
 

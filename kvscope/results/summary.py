@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kvscope.core.records import BoundShares, MetricSummary, RunRecord, RunSummary
+from kvscope.core.records import RunRecord
+from kvscope.core.summary_records import BoundShares, MetricSummary, RunSummary
 from kvscope.results.statistics import interval
 
 Array = NDArray[Any]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.core.records import HeadPlace, StepPlace, Tails
+from kvscope.core.summary_records import HeadPlace, StepPlace, Tails
 
 Array = NDArray[Any]
 OF = ("retained_mass", "retained_mass_no_sinks")  # metrics whose tails are kept: shares, of which more is better

@@ -17,17 +17,9 @@ from numpy.typing import NDArray
 
 from kvscope.core.errors import ResultError
 from kvscope.core.output import OutputFolder, checksum
-from kvscope.core.records import (
-    REPLAY,
-    RUN_FILE,
-    SUMMARY,
-    SUMMARY_FILE,
-    ReplayRecord,
-    RunCounts,
-    SummaryRecord,
-    summary_of,
-)
+from kvscope.core.records import REPLAY, RUN_FILE, ReplayRecord, RunCounts
 from kvscope.core.residency import ResidencyIntervals
+from kvscope.core.summary_records import SUMMARY, SUMMARY_FILE, SummaryRecord, summary_of
 from kvscope.results.digest import Digests
 from kvscope.results.loop_gap import LoopGapCounter
 from kvscope.results.outcome import OUTCOMES, Outcomes

@@ -17,7 +17,7 @@ from kvscope.bounds.matching import match
 from kvscope.bounds.schedules import Schedules, schedules
 from kvscope.core.errors import UsageError
 from kvscope.core.options import PlanOptions, ReplayOptions
-from kvscope.core.records import BoundShares
+from kvscope.core.summary_records import BoundShares
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Shape
 from kvscope.policies import POLICIES

@@ -11,7 +11,8 @@ from kvscope.cli import console
 from kvscope.cli.console import ALWAYS, Column, fit, show_json, show_table
 from kvscope.cli.summary import columns, notes
 from kvscope.core.output import size
-from kvscope.core.records import SUMMARY, MetricRecord, RunSummary
+from kvscope.core.records import MetricRecord
+from kvscope.core.summary_records import SUMMARY, RunSummary
 from tests.results.make import info
 
 NAMES = (

@@ -26,7 +26,8 @@ from kvscope.core.json_records import (
     plain,
     type_name,
 )
-from kvscope.core.records import REPLAY, SUMMARY, ReplayRecord, SummaryRecord, read_replay, read_summary
+from kvscope.core.records import REPLAY, ReplayRecord, read_replay
+from kvscope.core.summary_records import SUMMARY, SummaryRecord, read_summary
 
 ROOT = Path(__file__).parents[2]
 RUN, SUMMARY_FILE = ROOT / "reports/example/run.json", ROOT / "reports/example/summary.json"

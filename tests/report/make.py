@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from kvscope.core.records import REPLAY, BoundShares, ReplayRecord
+from kvscope.core.records import REPLAY, ReplayRecord
 from kvscope.core.residency import ResidencyIntervals
+from kvscope.core.summary_records import BoundShares
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace, open_trace

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvscope.core.records import LoopGap
+from kvscope.core.summary_records import LoopGap
 from kvscope.report.encoding import packed, packed_floats, packed_halves
 from kvscope.report.limits import Limits
 from kvscope.report.page import page_data, report

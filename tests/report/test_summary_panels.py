@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvscope.core.records import BoundShares, Certificate, HeadPlace, LoopGap, MetricSummary, StepPlace, Tails, TextRef
+from kvscope.core.records import Certificate, TextRef
+from kvscope.core.summary_records import BoundShares, HeadPlace, LoopGap, MetricSummary, StepPlace, Tails
 from kvscope.report.limits import Limits
 from kvscope.report.page import page_data
 from kvscope.report.panels.budget_curve import budget_curve

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 import kvscope
-from kvscope.core.records import LoopGap
 from kvscope.core.residency import ResidencyIntervals
+from kvscope.core.summary_records import LoopGap
 from kvscope.report.attended import attended
 from kvscope.report.encoding import packed_bytes, unpacked
 from kvscope.report.limits import Limits

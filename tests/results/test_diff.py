@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvscope.core.errors import ResultError, UsageError
-from kvscope.core.records import SUMMARY, SummaryRecord
+from kvscope.core.summary_records import SUMMARY, SummaryRecord
 from kvscope.results import diff as module
 from kvscope.results.baseline import load_summary
 from kvscope.results.diff import ALIGNED, NOTHING_COMMON, Diff, Tolerance, parse_tolerance

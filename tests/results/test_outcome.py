@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from kvscope.core.options import Prefill
-from kvscope.core.records import MetricSummary, ReplayRecord, RunSummary, SequenceRef, summary_of
+from kvscope.core.records import ReplayRecord, SequenceRef
 from kvscope.core.residency import ResidencyIntervals
+from kvscope.core.summary_records import MetricSummary, RunSummary, summary_of
 from kvscope.results.loop_gap import LoopGapCounter
 from kvscope.results.outcome import OUTCOMES, Outcomes
 from tests.results.make import info

@@ -6,7 +6,7 @@ from xml.etree import ElementTree as xml
 import pytest
 from markdown_it import MarkdownIt
 
-from kvscope.core.records import SUMMARY, SummaryRecord
+from kvscope.core.summary_records import SUMMARY, SummaryRecord
 from kvscope.results.baseline import load_summary
 from kvscope.results.decisions import Decisions, ResidencyChange
 from kvscope.results.diff import Diff, DiffRow, diff

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvscope.core.records import MetricSummary
+from kvscope.core.summary_records import MetricSummary
 from kvscope.results.statistics import interval
 from kvscope.results.stream import batches, means
 from kvscope.results.summary import Means

@@ -1,0 +1,51 @@
+"""What both Triton kernels share: weights of a group of query heads, and scores in an order that integers have."""
+
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NONE, MEAN, MAX, SUM = range(4)  # how the query heads of a group become one
+IS_NONE, IS_MEAN, IS_MAX = tl.constexpr(NONE), tl.constexpr(MEAN), tl.constexpr(MAX)
+NEVER = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def ordered(score):
+    """Return scores as unsigned integers in the same order; -0 is +0."""
+    positive = score + 0.0
+    if score.dtype == tl.float64:
+        bits = positive.to(tl.uint64, bitcast=True)
+        sign = tl.full([1], 1, tl.uint64) << 63
+    else:
+        bits = positive.to(tl.uint32, bitcast=True)
+        sign = tl.full([1], 1, tl.uint32) << 31
+    every = sign | (sign - 1)
+    return tl.where((bits & sign) != 0, bits ^ every, bits | sign)
+
+
+@triton.jit
+def finite(score):
+    """Return scores with infinity replaced by the largest number, so that no candidate looks like a protected key."""
+    if score.dtype == tl.float64:
+        return tl.where(score == float("inf"), 1.7976931348623157e308, score)
+    return tl.where(score == float("inf"), 3.4028234663852886e38, score)
+
+
+@triton.jit
+def rounded_quotient(row, norm):
+    """Return a row divided by its sum, rounded as a CPU rounds."""
+    if row.dtype == tl.float32:
+        return tl.div_rn(row, tl.broadcast_to(norm, row.shape))
+    return row / norm
+
+
+@triton.jit
+def reduced(live, REDUCE: tl.constexpr):
+    """Return weights of query heads ``[QB, N]`` as one for each key, in double; a mean is left a sum."""
+    if REDUCE == IS_MAX:
+        return tl.max(live.to(tl.float64), 0)
+    return tl.sum(live.to(tl.float64), 0)
