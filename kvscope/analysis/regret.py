@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
@@ -89,9 +89,9 @@ class Eviction:
         Which key.
     mass : float
         Its regret.
-    gone : int
+    evicted_at : int
         Step at which the key was evicted before the largest missed weight.
-    wanted : tuple of int
+    missed_at : tuple of int
         Steps of the largest missed weights, the largest first.
     weights : tuple of float
         Full-cache weights of the key at these steps.
@@ -102,14 +102,14 @@ class Eviction:
     kv_head: int
     key: int
     mass: float
-    gone: int
-    wanted: tuple[int, ...]
+    evicted_at: int
+    missed_at: tuple[int, ...]
     weights: tuple[float, ...]
 
     @property
     def lag(self) -> int:
         """Steps from the eviction to the largest missed weight."""
-        return self.wanted[0] - self.gone
+        return self.missed_at[0] - self.evicted_at
 
 
 class RegretCollector:
@@ -134,7 +134,7 @@ class RegretCollector:
         mass = missed.mass
         self._tokens[sequence].append(np.stack([mass.sum(0), (mass > 0).sum(0)]))
         there = mass > 0
-        lag = (missed.step[0] - missed.gone[0])[there]
+        lag = (missed.step[0] - missed.evicted_at[0])[there]
         self._lags += np.stack([missed.lags, np.bincount(np.frexp(lag)[1] - 1, minlength=BINS)])
         for place in np.argsort(-mass, axis=None, kind="stable")[: self._top]:
             head, key = np.unravel_index(place, mass.shape)
@@ -165,7 +165,18 @@ class RegretCollector:
         }
 
     def _named(self, each: Eviction, tokens: TokenKinds) -> EvictionRegret:
-        return {**asdict(each), "lag": each.lag, **tokens.named(each.key)}  # type: ignore[typeddict-item]
+        return {
+            "sequence": each.sequence,
+            "layer": each.layer,
+            "kv_head": each.kv_head,
+            "key": each.key,
+            "mass": each.mass,
+            "gone": each.evicted_at,
+            "wanted": each.missed_at,
+            "weights": each.weights,
+            "lag": each.lag,
+            **tokens.named(each.key),
+        }
 
     def _by_token(
         self, by_token: Mapping[int, NDArray[np.float64]], tokens: Mapping[int, TokenKinds], total: float
@@ -266,7 +277,7 @@ def _eviction(sequence: int, layer: int, head: int, key: int, missed: MissedAtte
         head,
         key,
         float(missed.mass[head, key]),
-        int(missed.gone[0, head, key]),
+        int(missed.evicted_at[0, head, key]),
         tuple(steps[there].tolist()),
         tuple(weights[there].tolist()),
     )

@@ -1,4 +1,4 @@
-"""How many keys a cache may hold. Nobody else parses or rounds a budget."""
+"""How many keys a cache may hold: the only place that parses and rounds budgets."""
 
 from __future__ import annotations
 

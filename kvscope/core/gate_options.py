@@ -100,12 +100,12 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.target_keep < 1:
-            raise UsageError(f"a target of {self.target_keep} is no share", "Use --target-keep between 0 and 1.")
+            raise UsageError(f"a target of {self.target_keep} is not a share", "Use --target-keep between 0 and 1.")
         for name in ("steps", "every", "patience", "rate", "strength"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name}={getattr(self, name)} is not above 0", "Use a larger number.")
         if not 0 <= self.ramp <= 1:
-            raise UsageError(f"a ramp of {self.ramp} is no share of the steps", "Use --ramp between 0 and 1.")
+            raise UsageError(f"a ramp of {self.ramp} is not a share of the steps", "Use --ramp between 0 and 1.")
 
     def target(self, step: int) -> float:
         """Return the share of keys that should be retained at a step."""

@@ -101,7 +101,7 @@ class Format:
         except OSError as error:
             raise self.error(f"cannot read {file}: {error.strerror}", f"Name a {self.noun} that exists.") from error
         except ValueError as error:
-            raise self.error(f"{file} is damaged: it is no JSON ({error})", self.again) from error
+            raise self.error(f"{file} is damaged: it is not JSON ({error})", self.again) from error
         if not isinstance(data, dict) or data.get("kind") != self.kind:
             raise self.error(f"{file} is not a kvscope {self.noun}", example)
         version = data.get("schema")
@@ -210,5 +210,5 @@ def _plain(value: object) -> Json:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    assert value is None or isinstance(value, bool | int | float | str), f"{type(value).__name__} is no JSON"
+    assert value is None or isinstance(value, bool | int | float | str), f"{type(value).__name__} is not JSON"
     return value

@@ -137,7 +137,7 @@ class PlanOptions:
     compress : str or None
         When to evict: ``prefill``, ``step`` or ``every:N``.
     allocate : str or None
-        How the budget is shared out among layers and heads: ``uniform``, ``pyramid``, ``ada``, ``cake``.
+        How the budget is allocated to layers and heads: ``uniform``, ``pyramid``, ``ada``, ``cake``.
     accumulate : str or None
         Precision of live rows and sums: ``float32``, ``float16``, ``bfloat16``.
     """

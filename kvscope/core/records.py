@@ -95,7 +95,7 @@ class MetricRecord:
     """What a metric declares of itself."""
 
     direction: Annotated[Direction, about("which way is better")]
-    range: Annotated[tuple[Finite | None, Finite | None], about("smallest and largest value; null is no limit")] = (
+    range: Annotated[tuple[Finite | None, Finite | None], about("smallest and largest value; null means unlimited")] = (
         None,
         None,
     )
@@ -139,7 +139,7 @@ class RunRecord:
     allocate: Annotated[str, about("how the budget is allocated to layers and heads")] = "uniform"
     accumulate: Annotated[Precision, about("precision of live rows and sums")] = "float32"
     reads: Annotated[bool, about("whether it is a sparse reader: it holds every key and reads some")] = False
-    clairvoyant: Annotated[bool, about("whether it is a bound, which knows rows to come")] = False
+    clairvoyant: Annotated[bool, about("whether it is a bound, computed from later rows too")] = False
     bounded: Annotated[bool, about("whether it is held to its budget")] = True
     published: Annotated[bool, about("whether it reproduces a published code with its quirks")] = False
     loop: Annotated[Loop, about("`open` or `closed`")] = Loop.open
@@ -150,9 +150,10 @@ class RunRecord:
         Number | None, about("of a closed run: number of the open run of the same policy and budget", omit=True)
     ] = None
     decisions: Annotated[
-        str | None, about("SHA-256 of its residency: equal exactly where every key came and went alike", omit=True)
+        str | None,
+        about("SHA-256 of its residency: equal for two runs that held the same keys at all steps", omit=True),
     ] = None
-    allocated_keys: Annotated[Number | None, about("keys that were handed out to all heads together", omit=True)] = None
+    allocated_keys: Annotated[Number | None, about("keys allocated to all heads together", omit=True)] = None
     uniform_keys: Annotated[
         Number | None, about("keys that an equal share for every head would come to", omit=True)
     ] = None

@@ -177,7 +177,7 @@ class Metric:
         From `Rows` to ``[R, L, H, b]``; with `pooled`, to ``[R, L, H, b, 3]``.
     pooled : bool
         Whether the steps of a head are pooled before the value is formed: ``compute`` gives the terms
-        ``x·y, x·x, y·y`` of a cosine over all steps, and every step of the head carries that one cosine.
+        ``x·y, x·x, y·y`` of a cosine over all steps, and every step of the head has that one cosine.
     summary : str
         First line of the function's docstring.
     """
@@ -221,7 +221,7 @@ def metric(
     if not signals <= SIGNALS:
         unknown = ", ".join(sorted(signals - SIGNALS))
         raise UsageError(
-            f"metric {name} needs {unknown}, which is no signal of a metric", f"Known: {', '.join(sorted(SIGNALS))}."
+            f"metric {name} needs {unknown}, which no metric may use", f"Known: {', '.join(sorted(SIGNALS))}."
         )
 
     def register(function: Callable[[Rows], Tensor]) -> Callable[[Rows], Tensor]:

@@ -24,7 +24,7 @@ def heaviest(full: Tensor, steps: Tensor, budgets: Sequence[int], skip: int = 0)
     budgets : sequence of int
         ``B`` of each run.
     skip : int
-        First positions that are left out.
+        Number of first positions that are skipped.
 
     Returns
     -------

@@ -247,7 +247,7 @@ def variant(policy: str, name: str) -> Callable[[type[P]], type[P]]:
 def variant_parameter(plain: str = "plain") -> Any:
     """Return the field ``variant`` of a policy that has variants; `plain` is the name of the policy's plain rule.
 
-    The class determines its value, so it is shown and stored with the parameters but is no argument of the class.
+    The class determines its value: it is shown and stored with the parameters, and is not an argument.
     """
     help = "which rule: the policy's own, or a published code that differs from it"
     return field(default=plain, init=False, metadata={"help": help})

@@ -143,7 +143,7 @@ def read_tuned(file: Path, cls: type[Policy], build: Callable[[type[Policy], Map
         raise UsageError(f"cannot read {file}: {error.strerror}", "Write it with: kvscope tune -o FILE") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise UsageError(f"{file} is no result of kvscope tune: {why}", "Write it with: kvscope tune") from error
+        raise UsageError(f"{file} is not a result of kvscope tune: {why}", "Write it with: kvscope tune") from error
     if policy != cls.name:
         raise UsageError(f"{file} tunes {policy}, not {cls.name}", f"Write {policy}:@{file}")
     return Tuned(file.name, tuple(build(cls, own) for own in settings), layers, choice)
@@ -151,7 +151,7 @@ def read_tuned(file: Path, cls: type[Policy], build: Callable[[type[Policy], Map
 
 def _whole(value: object) -> int:
     if type(value) is not int:
-        raise TypeError(f"{value!r} is no whole number")
+        raise TypeError(f"{value!r} is not a whole number")
     return value
 
 

@@ -75,7 +75,7 @@ def export(
         What a row of ``fidelity`` is: a step of a head as it was recorded, or a mean over steps, then heads, ...
     long : bool
         Whether ``fidelity`` has a row for each metric (``metric``, ``value``) rather than a column; rows without a
-        value are left out.
+        value are omitted.
     force : bool
         Whether to replace an earlier export.
 

@@ -73,7 +73,7 @@ RESIDENCY = pa.schema(
         _column(
             "leave",
             pa.int32(),
-            "first step at which it is gone: held exactly when enter <= t < leave; null is never",
+            "first step at which it is not held any more: held exactly when enter <= t < leave; null is never",
             True,
         ),
     ]

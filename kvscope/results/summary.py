@@ -36,14 +36,14 @@ class Means:
         self._heads: dict[tuple[int, str], dict[tuple[int, int], tuple[Array, Array]]] = defaultdict(dict)
 
     def add(self, run: int, sequence: int, layer: int, values: Mapping[str, Array]) -> None:
-        """Take values ``[H, S]`` of some or all steps of one layer; NaN is no value."""
+        """Take values ``[H, S]`` of some or all steps of one layer; NaN means no value."""
         for name in self.metrics:
             there = ~np.isnan(values[name])
             sums, counts = np.where(there, values[name], 0).sum(1, dtype=np.float64), there.sum(1)  # [H] each
             self._add(run, sequence, layer, name, sums, counts)
 
     def add_table(self, table: pa.Table, heads: int) -> None:
-        """Take rows of ``fidelity.parquet``, in any order, of a model with so many query heads; null is no value."""
+        """Take rows of ``fidelity.parquet``, in any order, of a model with so many query heads; null means no value."""
         head = table["head"].to_numpy()
         columns = {name: table[name].to_numpy() for name in self.metrics}
         for place, rows in _stretches(table):
@@ -57,7 +57,7 @@ class Means:
     def of(self, run: int, name: str, level: Level) -> dict[tuple[int, ...], float]:
         """Return the means of a metric in a run, by ``(sequence, layer, head)`` or as much of it as `level` has.
 
-        What has no value is left out: a head, a layer in which no head has one, and so on.
+        What has no value is omitted: a head, a layer in which no head has one, and so on.
         """
         places = sorted(self._heads[run, name].items(), key=lambda item: item[0])
         if level == "head":

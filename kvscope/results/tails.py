@@ -33,7 +33,7 @@ class TailCounter:
         self._found: dict[tuple[int, str], dict[tuple[int, int], NDArray[np.float64]]] = defaultdict(dict)
 
     def add(self, run: int, sequence: int, layer: int, steps: Array, values: Mapping[str, Array]) -> None:
-        """Take values ``[H, S]`` of steps ``[S]``, which are some or all of one layer; NaN is no value."""
+        """Take values ``[H, S]`` of steps ``[S]``, which are some or all of one layer; NaN means no value."""
         for name in OF:
             if name in values:
                 of_run, made = self._found[run, name], _row(np.asarray(steps), values[name])

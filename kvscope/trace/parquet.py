@@ -72,7 +72,7 @@ class LayerFile:
         self._sink.close()
 
     def abandon(self) -> None:
-        """Close the file without writing the buffer; a full disk was already reported, and is no error here."""
+        """Close the file without writing the buffer; a full disk was already reported, and is not an error here."""
         if not self._sink.closed:
             self._pending = []
             try:

@@ -66,7 +66,7 @@ def test_what_was_missed_equals_the_plain_loop(seed, heads, length, back, ties, 
             assert got.mass[head, key] == pytest.approx(own.mass)
             most = own.most(MOST) + [(0.0, -1, -1)] * (MOST - len(own.most(MOST)))
             place = (slice(None), head, key)
-            assert list(zip(got.weight[place], got.step[place], got.gone[place], strict=True)) == most
+            assert list(zip(got.weight[place], got.step[place], got.evicted_at[place], strict=True)) == most
     assert got.lags == pytest.approx(np.sum([twin.lags(keys, BINS) for keys in expected], 0))
 
 

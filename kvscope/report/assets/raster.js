@@ -16,7 +16,7 @@ kvscope.raster = (() => {
       made.push({ first, enter: enter ? enter.subarray(at, at + count) : keys, leave: leave.subarray(at, at + count) });
       at += count;
     }
-    return { length, heads: Array.from({ length: each.heads }, (_, index) => made[Math.min(index, made.length - 1)]), alike: each.stored < each.heads };
+    return { length, heads: Array.from({ length: each.heads }, (_, index) => made[Math.min(index, made.length - 1)]), oneForAll: each.stored < each.heads };
   }
   function open(each, length) {
     if (!opened.has(each)) opened.set(each, unpack(each, length));
@@ -77,9 +77,9 @@ kvscope.raster = (() => {
     return made;
   }
 
-  /* `kept` where all keys of a pixel are held, `gone` where none is held, transparent where none exists. */
-  function image(context, share, width, height, kept, gone) {
-    const [full, none] = [rgb(kept), rgb(gone)];
+  /* `kept` where all keys of a pixel are held, `missing` where none is held, transparent where none exists. */
+  function image(context, share, width, height, kept, missing) {
+    const [full, none] = [rgb(kept), rgb(missing)];
     return paint(context, width, height, (at) => (share[at] < 0 ? null : [[share[at], full], [1 - share[at], none]]));
   }
   /* Who holds more: `mine`, `only` the other, `both` or `neither`. */

@@ -33,7 +33,7 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
     const [width, height] = [Math.round((wide - gutter - 8) * ratio), Math.round((tall - FOOT) * ratio)];
     const shares = sets.map(([, intervals]) => raster.shares(chosenHeads(intervals), view(), width, height));
     const picture = shares.length === 1
-      ? raster.image(context, shares[0], width, height, colour("kept"), colour("gone"))
+      ? raster.image(context, shares[0], width, height, colour("kept"), colour("evicted"))
       : raster.difference(context, ...shares, width, height, ["mine", "only", "both", "neither"].map(colour));
     context.putImageData(picture, Math.round(gutter * ratio), 0);
     context.scale(ratio, ratio);
@@ -50,7 +50,7 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
     const parts = [];
     if (perRow > 1) parts.push(`each pixel row is the mean of about ${perRow.toFixed(1)} tokens`);
     if (perColumn > 1) parts.push(`each pixel column is ${perColumn.toFixed(1)} steps`);
-    if (intervals && chosenHeads(intervals).length > 1) parts.push(intervals.alike ? `all ${intervals.heads.length} key/value heads of this layer hold the same keys` : `the shade is the share of ${intervals.heads.length} key/value heads that hold the token`);
+    if (intervals && chosenHeads(intervals).length > 1) parts.push(intervals.oneForAll ? `all ${intervals.heads.length} key/value heads of this layer hold the same keys` : `the shade is the share of ${intervals.heads.length} key/value heads that hold the token`);
     return parts.length ? `In this view ${parts.join("; ")}.` : "";
   }
 

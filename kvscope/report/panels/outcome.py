@@ -24,7 +24,7 @@ FEWEST = 3  # runs for a rank agreement
     order=25,
     needs=("outcome",),
     help="Each point is one run of the closed loop: a metric that needs no second run of the model against the "
-    "perplexity relative to the full cache, where 1 is no loss. The rank agreement (Spearman, from -1 to 1) measures "
+    "perplexity relative to the full cache, where 1 means none. The rank agreement (Spearman, from -1 to 1) measures "
     "how well the metric alone orders these runs. Over all budgets it favours any metric that grows with the budget, "
     "so read the agreement within a budget first.",
 )

@@ -49,7 +49,7 @@ kvscope.drawing("residency", async (box, data, page) => {
 
   /* Residency of one key under one run, in words. */
   function life(run, intervals, key, step) {
-    const chosen = intervals.alike ? intervals.heads.slice(0, 1) : chosenHeads(intervals);
+    const chosen = intervals.oneForAll ? intervals.heads.slice(0, 1) : chosenHeads(intervals);
     const verb = page.byId.get(run).kind === "reads a part" ? ["read", "reads", "not read"] : ["held", "hold", "evicted"];
     if (step < key) return "not generated yet";
     if (chosen.length > 1) return `${verb[0]} by ${chosen.filter((head) => raster.holds(head, key, step)).length} of ${chosen.length} key/value heads`;
@@ -72,7 +72,7 @@ kvscope.drawing("residency", async (box, data, page) => {
   /* What it cost, where this is among the worst evictions of the run. */
   function cost(run, key, left) {
     const worst = regrets?.data.parts[state.get("part")]?.worst[run] || [];
-    const found = state.get("head") === "all" ? null : worst.find(([layer, head, one, gone]) => layer === state.get("layer") && head === Math.floor(state.get("head") / part().group) && one === key && gone === left);
+    const found = state.get("head") === "all" ? null : worst.find(([layer, head, one, evicted]) => layer === state.get("layer") && head === Math.floor(state.get("head") / part().group) && one === key && evicted === left);
     return found ? `; it would still have received ${found[4].toPrecision(3)} of attention${found[5] < 0 ? "" : `, most of it at step ${found[5]}`}` : "";
   }
   function words(shown, key, step) {
@@ -115,7 +115,7 @@ kvscope.drawing("residency", async (box, data, page) => {
   const modes = select("Two policies", Object.entries(MODES).map(([value, text]) => ({ value, text })), state.get("mode"), (mode) => state.set({ mode }));
   const legendNames = [element("bdi"), element("bdi")];
   const sign = (name, ...text) => element("span", {}, element("i", { class: name }), ...text);
-  const legendOne = element("span", { class: "legend" }, sign("kept", "held"), sign("gone", "evicted"), sign("future", "not generated yet"));
+  const legendOne = element("span", { class: "legend" }, sign("kept", "held"), sign("evicted", "evicted"), sign("future", "not generated yet"));
   const legendTwo = element("span", { class: "legend" }, sign("mine", legendNames[0]), sign("only", legendNames[1]), sign("both", "both hold it"), sign("neither", "neither"));
   box.append(
     element("div", { class: "controls" }, modes.box, button("Whole sequence", whole), button("After the prompt", generated),
