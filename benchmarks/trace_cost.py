@@ -184,7 +184,7 @@ def prompt_ids(loaded: Loaded, prompt: int) -> torch.Tensor:
 
 def record(loaded: Loaded, prompt: int, new: int, *, store: str) -> None:
     """Decode the same while attention is written to disk."""
-    facts = self_check(loaded.model, torch.ones(1, 8, dtype=torch.long))
+    facts = self_check(loaded.model, torch.ones(1, 8, dtype=torch.long, device=loaded.device))
     layers = list(facts.windows)
     header = TraceHeader(
         source="model",

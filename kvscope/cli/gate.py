@@ -107,7 +107,7 @@ def train(
     seed: Seed = 0,
     resume: Resume = False,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     revision: Revision = None,
     force: Force = False,
     json: Json = False,

@@ -23,17 +23,39 @@ def info(
         typer.Argument(metavar="TRACE", help="Name under traces/, or a path. Default: the newest.", show_default=False),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its checksum.")] = False,
+    system: Annotated[
+        bool, typer.Option("--system", help="Show versions, devices and the kernels in use instead of a trace.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show what a trace holds, its size, and whether it is complete."""
     from kvscope.cli import console, places
+    from kvscope.core.errors import UsageError
+
+    if system:
+        if trace is not None or verify:
+            raise UsageError("--system shows no trace", "Omit the trace and --verify, or omit --system.")
+        show_system(as_json=json)
+        return
     from kvscope.trace.reader import open_trace
 
     path = places.find_trace(trace, quiet=quiet)
     with console.working(f"reading {path}", quiet=quiet or not verify):
         opened = open_trace(path, verify=verify)
     show(opened, as_json=json, verified=verify)
+
+
+def show_system(*, as_json: bool = False) -> None:
+    """Print versions, devices and the kernels in use."""
+    from kvscope.cli import console
+    from kvscope.kernels.system import system
+
+    found = system()
+    if as_json:
+        console.show_json({"kind": "kvscope-system", "schema": 1, **found})
+    else:
+        console.show_pairs([(name, str(value)) for name, value in found.items()], title="system")
 
 
 def show(trace: Trace, *, as_json: bool = False, verified: bool = False) -> None:

@@ -74,7 +74,13 @@ PositionsMode = Annotated[
     typer.Option("--positions", help="RoPE positions: original, or compacted (renumbered within the cache)."),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="Load the model in auto, float64, float32, float16 or bfloat16.")]
-Device = Annotated[str, typer.Option("--device", help="Compute on cpu, cuda, cuda:1, mps or auto.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Compute on cpu, cuda, cuda:1, mps, or auto: the first of cuda, mps, cpu.",
+    ),
+]
 DeviceMap = Annotated[
     str | None,
     typer.Option("--device-map", help="Distribute the model over devices, as in transformers; needs accelerate."),

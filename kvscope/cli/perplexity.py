@@ -47,7 +47,7 @@ def perplexity(
     allocate: Allocate = None,
     positions: PositionsMode = Positions.original,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     device_map: DeviceMap = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -45,7 +45,7 @@ def replay(
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     output: ReportOutput = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,

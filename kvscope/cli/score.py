@@ -26,7 +26,7 @@ def score(
     metric: Metrics = None,
     trace: TraceSource = None,
     output: ReportOutput = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,

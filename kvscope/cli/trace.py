@@ -37,7 +37,7 @@ def trace(
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
     dtype: options.Dtype = "auto",
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     device_map: options.DeviceMap = None,
     revision: options.Revision = None,
     chat: options.Chat = False,

@@ -40,7 +40,7 @@ def tune(
     prefill: PrefillMode = Prefill.full,
     held_out: HeldOut = None,
     output: TomlFile = Path("tuned.toml"),
-    device: Device = "cpu",
+    device: Device = "auto",
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,

@@ -45,7 +45,7 @@ def verify(
     sequences: FirstSequences = 1,
     model: TracedModel = None,
     dtype: Dtype = "float64",
-    device: Device = "cpu",
+    device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

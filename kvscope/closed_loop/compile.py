@@ -32,6 +32,7 @@ from kvscope.core.options import (
 from kvscope.engine.feasible import Workload, make_plan, named_policies, require_feasible
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec, Tally, runs_of
+from kvscope.kernels.device import torch_device
 from kvscope.metrics import METRICS, Metric
 from kvscope.model.derotation import derotations
 from kvscope.model.loading import load
@@ -86,7 +87,7 @@ def compile_trace_loop(
         If the model fails its self-check.
     """
     assert options.closed is not None, "called only with a closed loop"
-    loaded = load_model_of(trace, options.closed, options.device)
+    loaded = load_model_of(trace, options.closed, str(torch_device(options.device)))
     runs = closed_runs(open_runs, options.closed.positions)
     return compile_closed_loop(loaded.model, passages_of(trace, loaded), runs, metrics, options.prefill)
 
@@ -121,7 +122,7 @@ def compile_perplexity(
     if not files:
         raise UsageError("no text file is given", "Give one or more text files.")
     texts = {file: read_text(file) for file in files}
-    loaded = load(source)
+    loaded = load(replace(source, device=str(torch_device(source.device))))
     passages, window = passages_of_texts(loaded, texts, options)
     prefill = Prefill.stream if options.prompt == 1 else Prefill.full
     read = describe_texts(loaded, texts, passages, window)
@@ -158,7 +159,7 @@ def compile_verify(
         require_closed(plan, closed.positions)
         require_decodable(plan)
         require_feasible(plan, limits, workload)
-    loaded = load_model_of(trace, closed, options.device)
+    loaded = load_model_of(trace, closed, str(torch_device(options.device)))
     whole = passages_of(trace, loaded)
     passages = [Passage(part, text.ids[: part.length]) for part, text in zip(cut, whole[: len(cut)], strict=True)]
     runs = runs_of(plans, limits, Loop.closed, closed.positions)

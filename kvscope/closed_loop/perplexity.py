@@ -59,7 +59,10 @@ class PerplexityJob:
         """
         started, job = time.monotonic(), self.closed
         sequences = [passage.sequence for passage in job.passages]
-        record = replay_record(self.source, sequences, job.runs, job.metrics, job.prefill, output.command)
+        device = str(job.model.get_input_embeddings().weight.device)
+        record = replay_record(
+            self.source, sequences, job.runs, job.metrics, job.prefill, output.command, device=device
+        )
         with ReplayWriter(output.path, record, force=output.force) as writer:
             tally = job.execute(writer, progress_callback)
             counted = {run.number: tally.of(run.number) for run in job.runs}

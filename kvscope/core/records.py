@@ -193,6 +193,7 @@ class ReplayRecord:
     command: Annotated[str | None, about("command line; null from Python")] = None
     left_out: Annotated[Mapping[str, str], about("metrics that were skipped, and why")] = field(default_factory=dict)
     scored: Annotated[Scored | None, about("of `kvscope score`: the replay that was scored", omit=True)] = None
+    device: Annotated[str | None, about("device that computed it", omit=True)] = None
     complete: Annotated[bool, about("whether it was written to its end", omit=True)] = False
     writer: Annotated[
         Mapping[str, Plain] | None, about("while it is written: the process that writes it", omit=True)

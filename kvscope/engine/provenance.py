@@ -5,10 +5,10 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 
 from kvscope.core.options import Loop, Prefill
 from kvscope.core.records import ReplayRecord, RunRecord, SequenceRef, SourceRef
+from kvscope.core.version import versions as installed
 from kvscope.engine.runs import RunSpec
 from kvscope.engine.signals import ROWS
 from kvscope.metrics import Metric
@@ -42,6 +42,7 @@ def replay_record(
     prefill: Prefill,
     command: str | None,
     skipped_metrics: Mapping[str, str] | None = None,
+    device: str | None = None,
 ) -> ReplayRecord:
     """Return the record of a replay that has not begun: trace or text, runs, metrics, versions, command."""
     return ReplayRecord(
@@ -53,6 +54,7 @@ def replay_record(
         versions=versions(),
         command=command,
         left_out=skipped_metrics or {},
+        device=device,
     )
 
 
@@ -83,5 +85,4 @@ def _run(run: RunSpec, source: SourceRef, sequences: Sequence[TokenSequence], pr
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that a result depends on."""
-    libraries = ("kvscope", "torch", "numpy", "pyarrow")
-    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+    return {"python": platform.python_version(), **installed("torch", "numpy", "pyarrow")}

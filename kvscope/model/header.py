@@ -7,10 +7,10 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
-from importlib.metadata import version
 
 from kvscope.core.errors import ModelError
 from kvscope.core.recording_options import Sampling, StoreOptions
+from kvscope.core.version import versions
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
@@ -104,8 +104,7 @@ def _prompt(prompt: Prompt) -> PromptRecord:
 
 
 def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("kvscope", "torch", "transformers", "pyarrow")}
-    return {"python": platform.python_version(), **packages}
+    return {"python": platform.python_version(), **versions("torch", "transformers", "pyarrow")}
 
 
 def _narrowed(attention: LayerAttention, heads: list[int]) -> LayerAttention:

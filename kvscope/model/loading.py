@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_log
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel, ModelConfig, Tokenizer
 from kvscope.core.options import ModelSource
+from kvscope.kernels.device import torch_device
 from kvscope.model.explain import HttpError, explained, fetch, first_line, kind
 from kvscope.model.names import resolve
 
@@ -118,7 +119,7 @@ def model_name(source: ModelSource) -> str:
 
 def _load_name(name: str, how: ModelSource) -> Loaded:
     source = resolve(name)
-    place, dtype = _device(how.device), _dtype(how)
+    place, dtype = torch_device(how.device, double=False), _dtype(how)
     local = Path(source).is_dir()
     if local:
         _require_files(Path(source))
@@ -150,8 +151,8 @@ def _dtype(how: ModelSource) -> str | torch.dtype:
     if how.dtype not in DTYPES:
         raise UsageError(f"dtype {how.dtype!r} is unknown", f"Use one of: {', '.join(DTYPES)}.")
     if how.device_map is not None and how.device_map not in DEVICE_MAPS:
-        _device(how.device_map)
-    if how.dtype == "auto" and how.device_map is None and _device(how.device).type == "cpu":
+        torch_device(how.device_map, double=False)
+    if how.dtype == "auto" and how.device_map is None and torch_device(how.device, double=False).type == "cpu":
         return torch.float32  # half precision on a CPU is slow, and float32 holds every 16-bit weight exactly
     return DTYPES[how.dtype]
 
@@ -242,14 +243,3 @@ UNSUPPORTED = frozenset(
     "bloom codegen cpmant falcon falcon_mamba fuyu gpt_neo gpt_neox_japanese gptj mamba mamba2 megatron-bert mpt mvp "
     "prophetnet rembert roformer rwkv xglm xlstm big_bird trocr".split()
 )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used: {first_line(error)}", "Use --device cpu.") from error
-    return device

@@ -11,12 +11,12 @@ from kvscope.closed_loop.feasible import require_closed
 from kvscope.core.budget import Budget, parse_budgets
 from kvscope.core.errors import ReplayError, TraceError, UsageError
 from kvscope.core.options import OutputOptions, Prefill, ReplayOptions
-from kvscope.engine.device import torch_device
 from kvscope.engine.feasible import Workload, make_plan, named_policies, require_feasible
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.provenance import replay_record, source_of
 from kvscope.engine.runs import RunSpec, runs_of
 from kvscope.engine.signals import measurable, require
+from kvscope.kernels.device import torch_device
 from kvscope.metrics import Metric
 from kvscope.policies.base import Policy
 from kvscope.replay.footprint import Footprint
@@ -104,6 +104,7 @@ class ReplayJob:
             self.open.prefill,
             output.command,
             self.skipped_metrics,
+            str(self.open.device),
         )
         with ReplayWriter(output.path, record, force=output.force) as writer:
             tally = step_through(self.open, writer, progress=_part(progress_callback, 0, share))

@@ -16,12 +16,12 @@ from kvscope.core.errors import UsageError
 from kvscope.core.options import Loop, OutputOptions
 from kvscope.core.records import ReplayRecord, RunRecord, Scored
 from kvscope.core.residency import ResidencyIntervals
-from kvscope.engine.device import torch_device
 from kvscope.engine.layers import RecordedLayers
 from kvscope.engine.provenance import versions
 from kvscope.engine.rows import Shape
 from kvscope.engine.scoring import BlockScorer, MetricSeries
 from kvscope.engine.signals import measurable
+from kvscope.kernels.device import torch_device
 from kvscope.metrics import Metric
 from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay
@@ -115,6 +115,7 @@ class ScoreJob:
             versions=versions(),
             command=output.command,
             left_out=self.skipped_metrics,
+            device=str(self.device),
             scored=Scored(old.name, old.info.created),
         )
         parts = [(sequence, layer) for sequence in range(len(self.trace.sequences)) for layer in self.trace.layers]

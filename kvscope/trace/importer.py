@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from kvscope.core.errors import TraceError, UsageError
 from kvscope.core.output import checksum
+from kvscope.core.version import versions
 from kvscope.trace.blocks import Array
 from kvscope.trace.derive import cosines, norms
 from kvscope.trace.reader import Trace, open_trace
@@ -106,7 +106,7 @@ def _header(
         learned_sinks=learned_sinks,
         stored=_stored(arrays),
         prompts=[_prompt(prompt)],
-        versions={"kvscope": version("kvscope"), "numpy": version("numpy")},
+        versions=versions("numpy"),
     )
 
 

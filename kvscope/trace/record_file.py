@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar, cast
 
 from kvscope.core.errors import RECORD_ONE, TraceError
 from kvscope.core.json import Json, JsonDict
 from kvscope.core.json_records import FieldError, decode, plain
+from kvscope.core.version import __version__
 from kvscope.trace.record import ModelRecord, TraceHeader, TraceRecord
 from kvscope.trace.schema import HEADER, KIND, MEMBERS, OLDEST_VERSION, SCHEMA_VERSION
 
@@ -75,7 +75,7 @@ def write_record(folder: Path, record: TraceRecord) -> None:
 
 def write_unfinished(folder: Path, header: TraceHeader, writer: Mapping[str, object]) -> None:
     """Write ``trace.json`` of a recording that starts; `writer` identifies the process that records it."""
-    made = {"kind": KIND, "schema": SCHEMA_VERSION, "kvscope": version("kvscope")}
+    made = {"kind": KIND, "schema": SCHEMA_VERSION, "kvscope": __version__}
     _write_json(folder, {**made, **header_to_json(header), "complete": False, "writer": dict(writer)})
 
 

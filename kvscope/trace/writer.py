@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +12,7 @@ import pyarrow as pa
 
 from kvscope.core.errors import TraceError
 from kvscope.core.output import OutputFolder, checksum
+from kvscope.core.version import __version__
 from kvscope.trace.blocks import Array, are_weights, lower, not_finite, own, places
 from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
 from kvscope.trace.parquet import Column, LayerFile
@@ -235,7 +235,7 @@ class TraceWriter:
             write_record(
                 self.work,
                 TraceRecord(
-                    kvscope=version("kvscope"),
+                    kvscope=__version__,
                     header=self.header,
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
                     sequences=list(sequences),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -14,8 +13,10 @@ from torch import Tensor
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.gate_options import GateDesign, TextWindows, TrainingSettings
 from kvscope.core.options import ModelSource
+from kvscope.core.version import versions
 from kvscope.gates.file import GateFacts
 from kvscope.gates.module import LearnedGate
+from kvscope.kernels.device import torch_device
 from kvscope.model.attention_hook import require_registry
 from kvscope.model.loading import Loaded, load
 from kvscope.model.prompts import read_text
@@ -129,7 +130,7 @@ def train_on_traces(
     """
     if not traces:
         raise UsageError("no trace is named", "Name one or more traces that were recorded with --hidden.")
-    task = RecordedMass(traces, settings.target_keep, design.form, seed, device)
+    task = RecordedMass(traces, settings.target_keep, design.form, seed, str(torch_device(device)))
     header = traces[0].header
     facts = GateFacts(
         model=str(header.model.id),
@@ -164,9 +165,9 @@ def finish(
         progress_callback=progress_callback,
     )
     best = min(log, key=lambda evaluation: evaluation.total)
-    versions = {name: version(name) for name in ("kvscope", "torch", "transformers")}
+    installed = versions("torch", "transformers")
     found = {"keep": best.keep, "keep_by_layer": best.by_layer, "loss": best.loss, "best_step": best.step}
-    gate.facts = replace(gate.facts, provenance={**asdict(settings), **about, **found, "versions": versions})
+    gate.facts = replace(gate.facts, provenance={**asdict(settings), **about, **found, "versions": installed})
     gate.write(output)
     return Trained(output, gate.facts, log)
 

@@ -10,8 +10,8 @@ from kvscope.core.budget import Budget
 from kvscope.core.errors import UsageError
 from kvscope.core.options import TuneLevel, TuneOptions
 from kvscope.engine.allocation import ALLOCATORS
-from kvscope.engine.device import torch_device
 from kvscope.engine.plan import EvictionPlan
+from kvscope.kernels.device import torch_device
 from kvscope.metrics import METRICS, Metric
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies

@@ -81,6 +81,7 @@ def _replay(name: str, replay: Replay) -> JsonDict:
                 "loop": info.loop,
                 "runs": len(info.runs),
                 "seconds": info.seconds,
+                "device": info.device,
                 "versions": _versions(info.versions),
                 "command": info.command,
             }
