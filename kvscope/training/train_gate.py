@@ -130,7 +130,8 @@ def train_on_traces(
     """
     if not traces:
         raise UsageError("no trace is named", "Name one or more traces that were recorded with --hidden.")
-    task = RecordedMass(traces, settings.target_keep, design.form, seed, str(torch_device(device)))
+    place = torch_device(device)
+    task = RecordedMass(traces, settings.target_keep, design.form, seed, str(place))
     header = traces[0].header
     facts = GateFacts(
         model=str(header.model.id),
@@ -140,7 +141,7 @@ def train_on_traces(
         **asdict(design),
     )
     torch.manual_seed(seed)
-    gate = LearnedGate(facts, torch.tensor(header.model.weights)).to(device)
+    gate = LearnedGate(facts, torch.tensor(header.model.weights)).to(place)
     named = [{"name": trace.name, "identity": trace.identity} for trace in traces]
     about = {"task": "distilled", "traces": named, "seed": seed}
     return finish(gate, task, settings, output, about, resume, progress_callback)

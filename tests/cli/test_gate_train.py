@@ -67,7 +67,7 @@ def test_distilling(run: Run, model: Path) -> None:
         (("--text", "words.txt"), "--text needs a model", 2),
         (("--model", "MODEL", "--text", "words.txt", "--distill", "t"), "both texts and traces", 2),
         (("--model", "MODEL", "--text", "nowhere.txt"), "cannot read nowhere.txt", 2),
-        (("--model", "MODEL", "--text", "words.txt", "--target-keep", "50"), "50.0 is no share", 2),
+        (("--model", "MODEL", "--text", "words.txt", "--target-keep", "50"), "50.0 is not a share", 2),
         (("--model", "MODEL", "--text", "words.txt", "--resume"), "no checkpoint gate.safetensors.checkpoint", 2),
         (("--model", "MODEL", "--text", "words.txt", "-o", "no/where"), "cannot be written", 2),
         (("--model", "MODEL", "--text", "words.txt", "-o", "words.txt"), "words.txt exists", 1),

@@ -201,13 +201,13 @@ def test_a_file_by_hand(tmp_path: Path) -> None:
     ("old", "new", "why"),
     [
         ('policy = "a2sf"', 'policy = "h2o"', "tunes h2o, not a2sf"),
-        ("layers = [0, 1]", "", "is no result of kvscope tune: it lacks 'layers'"),
-        ('policy = "a2sf"', "", "is no result of kvscope tune: it lacks 'policy'"),
-        ("layers = [0, 1]", "layers = 2", "is no result of kvscope tune"),
-        ("layers = [0, 1]", "layers = [0, 1", "is no result of kvscope tune"),
-        ("[[0, 1], [1, 1]]", "[[0, 1.5], [1, 1]]", "1.5 is no whole number"),
-        ("[[0, 1], [1, 1]]", "[[0, true], [1, 1]]", "True is no whole number"),
-        ("[[0, 1], [1, 1]]", "[0, 1]", "is no result of kvscope tune"),
+        ("layers = [0, 1]", "", "is not a result of kvscope tune: it lacks 'layers'"),
+        ('policy = "a2sf"', "", "is not a result of kvscope tune: it lacks 'policy'"),
+        ("layers = [0, 1]", "layers = 2", "is not a result of kvscope tune"),
+        ("layers = [0, 1]", "layers = [0, 1", "is not a result of kvscope tune"),
+        ("[[0, 1], [1, 1]]", "[[0, 1.5], [1, 1]]", "1.5 is not a whole number"),
+        ("[[0, 1], [1, 1]]", "[[0, true], [1, 1]]", "True is not a whole number"),
+        ("[[0, 1], [1, 1]]", "[0, 1]", "is not a result of kvscope tune"),
         ("[[0, 1], [1, 1]]", "[[0, 1], [1, 2]]", "does not match the layers and settings"),
         ("[[0, 1], [1, 1]]", "[[0, 1], [1, -1]]", "does not match the layers and settings"),
         ("[[0, 1], [1, 1]]", "[[0, 1]]", "does not match the layers and settings"),
@@ -218,8 +218,8 @@ def test_a_file_by_hand(tmp_path: Path) -> None:
         ("recent = 0", "recent = 0.5", "a2sf: recent='0.5' is not int"),
         ("recent = 0", "recent = true", "a2sf: recent='true' is not int"),
         ("recent = 0", "recent = 4", None),
-        ("[[settings]]", "[settings]", "is no result of kvscope tune"),
-        ("[[settings]]\nalpha = 0.1", "settings = [3]", "is no result of kvscope tune"),
+        ("[[settings]]", "[settings]", "is not a result of kvscope tune"),
+        ("[[settings]]\nalpha = 0.1", "settings = [3]", "is not a result of kvscope tune"),
     ],
 )
 def test_a_file_that_was_edited(tmp_path: Path, old: str, new: str, why: str | None) -> None:
@@ -243,7 +243,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=why):
             parse_policy(f"a2sf:@{path}")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="no result of kvscope tune"):
+    with pytest.raises(UsageError, match="not a result of kvscope tune"):
         parse_policy(f"a2sf:@{tmp_path / 'bytes.toml'}")
     with pytest.raises(UsageError, match="no policy is called 'a2fs'"):
         parse_policy(f"a2fs:@{tmp_path / 'bytes.toml'}")

@@ -207,7 +207,7 @@ def without(base: dict, key: str) -> dict:
         (lambda s: {**s, "runs": [without(s["runs"][0], "prefill")]}, r"runs\[0\]: .*missing the field `prefill`"),
         (lambda s: {**s, "runs": [{**s["runs"][0], "metrics": 1}]}, r"runs\[0\].metrics: expected `object`"),
         (lambda s: {**s, "runs": [{**s["runs"][0], "metrics": {"held_keys": {"mean": "9"}}}]}, "mean: expected `float"),
-        (lambda s: {**s, "runs": [{**s["runs"][0], "metrics": {"held_keys": {"mean": float("nan")}}}]}, "no JSON"),
+        (lambda s: {**s, "runs": [{**s["runs"][0], "metrics": {"held_keys": {"mean": float("nan")}}}]}, "not JSON"),
         (lambda s: {**s, "runs": [{**s["runs"][0], "metrics": {"undeclared": {"mean": 1.0}}}]}, "'undeclared'"),
     ],
 )
@@ -226,7 +226,7 @@ def test_a_committed_summary_is_a_baseline(base: dict, tmp_path: Path) -> None:
     with pytest.raises(ResultError, match="damaged"):
         load_summary(file)
     file.write_text("{")
-    with pytest.raises(ResultError, match="no JSON"):
+    with pytest.raises(ResultError, match="not JSON"):
         load_summary(file)
     with pytest.raises(ResultError, match="no replay at"):
         load_summary(tmp_path / "none.json")

@@ -179,8 +179,8 @@ def test_what_a_gate_was_trained_on_is_in_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"target_keep": 0}, "no share"),
-        ({"target_keep": 1.0}, "no share"),
+        ({"target_keep": 0}, "not a share"),
+        ({"target_keep": 1.0}, "not a share"),
         ({"steps": 0}, "steps=0 is not above 0"),
         ({"rate": -1}, "rate=-1"),
     ],
