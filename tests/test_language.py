@@ -54,9 +54,6 @@ REPLACED = {
 FOUND = re.compile("|".join(f"(?P<p{place}>{pattern})" for place, pattern in enumerate(REPLACED)), re.IGNORECASE)
 
 
-# Findings that are still allowed, by room or generated document. The numbers may only become smaller: lower them with
-
-
 @dataclass(frozen=True)
 class Finding:
     """A replaced word: where it is, what it is, and what to write instead."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,29 @@ from tests.cli.conftest import LENGTH, PROMPT, Run, maps
 ROOT = Path(__file__).parent.parent.parent
 
 
+LINES = [
+    "kvscope trace --model llama2-7b prompt.txt",
+    "kvscope replay --policy a2sf --alpha 0.7",
+    "kvscope report",
+    "kvscope diff OLD NEW",
+]
+
+
+def test_the_readme_shows_the_four_lines() -> None:
+    assert "```sh\n" + "\n".join(LINES) + "\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_four_lines(run: Run) -> None:
     Path("prompt.txt").write_text(
         "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: "
         "once or twice she had peeped into the book her sister was reading, but it had no pictures."
     )
-    done = run("trace", "--model", "demo", "prompt.txt")
+    trace, replay, report, diff = (shlex.split(line)[1:] for line in LINES)
+    done = run(*["demo" if word == "llama2-7b" else word for word in trace])  # the bundled model needs no network
     assert done.status == 0, done.err
     assert Path("traces/prompt-demo/trace.json").is_file()
 
-    done = run("replay", "--policy", "a2sf", "--alpha", "0.7")
+    done = run(*replay)
     assert done.status == 0, done.err
     assert "traces/prompt-demo" in done.err, "what was taken is said"
     assert "20%" in done.err
@@ -31,7 +45,7 @@ def test_the_four_lines(run: Run) -> None:
     assert run_json["runs"][0]["prefill"] == "full"
     assert run_json["command"] == "kvscope replay --policy a2sf --alpha 0.7"
 
-    done = run("report")
+    done = run(*report)
     assert done.status == 0, done.err
     assert done.out.strip() == "reports/prompt-demo-a2sf.html"
     assert "reports/prompt-demo-a2sf" in done.err
@@ -39,7 +53,7 @@ def test_the_four_lines(run: Run) -> None:
 
     for name in ("OLD", "NEW"):
         assert run("replay", "--policy", "a2sf", "-o", name).status == 0
-    done = run("diff", "OLD", "NEW")
+    done = run(*diff)
     assert done.status == 0, done.err
 
 
