@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -188,11 +189,15 @@ def type_name(hint: object) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _fields(of: type) -> Iterator[tuple[Field[object], Meta]]:
+@cache  # to evaluate the annotations takes longer than to write a record
+def _fields(of: type) -> tuple[tuple[Field[object], Meta], ...]:
     hints = get_type_hints(of, include_extras=True)
-    for each in fields(of):
-        (meta,) = (note for note in hints[each.name].__metadata__ if isinstance(note, Meta) and note.description)
-        yield each, meta
+    return tuple((each, _meta(hints[each.name])) for each in fields(of))
+
+
+def _meta(hint: object) -> Meta:
+    (meta,) = (note for note in get_args(hint)[1:] if isinstance(note, Meta) and note.description)
+    return meta
 
 
 def _extra(meta: Meta) -> dict[str, bool]:
