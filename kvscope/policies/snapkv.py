@@ -75,7 +75,8 @@ def pooled(votes: Tensor, visible: Tensor, window: Tensor, kernel: int, pooling:
     older = there & (place < n - window[:, None, None, None])
     compact = torch.where(older, votes.gather(-1, place), 0).flatten(1, 2)  # [R, L * S, m]
     if pooling == "avg":
-        compact = functional.avg_pool1d(compact.double(), kernel, stride=1, padding=kernel // 2).to(votes.dtype)
+        # In the rows' own type: the neighbours of each key are added from left to right on every processor.
+        compact = functional.avg_pool1d(compact, kernel, stride=1, padding=kernel // 2)
     elif pooling == "max":
         compact = functional.max_pool1d(compact, kernel, stride=1, padding=kernel // 2)
     compact = torch.where(older, compact.view(place.shape), 0)
