@@ -11,6 +11,7 @@ from kvscope.core.options import Prefill
 from kvscope.engine.allocation import ALLOCATORS
 from kvscope.gates.module import load_gate
 from kvscope.policies.base import Phase, Policy
+from kvscope.policies.own import protection_of
 
 GATE = "gate:"  # prefix of a signal's name; the name of the gate follows
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -140,7 +141,7 @@ def parse_phase(text: str) -> Phase:
 
 def protection(policy: Policy, budget: int, prompt: int) -> tuple[int, int]:
     """Return how many first and last keys are never evicted."""
-    kept = policy.protect(budget)
+    kept = protection_of(policy, budget)
     return max(kept.sinks, prompt) if kept.prompt else kept.sinks, kept.recent
 
 
@@ -148,7 +149,7 @@ def require_room(policy: Policy, budget: int, prompt: int) -> None:
     """Raise UsageError if protected keys alone exceed the budget."""
     sinks, recent = protection(policy, budget, prompt)
     if sinks + recent > budget:
-        what = f"the prompt of {prompt}" if policy.protect(budget).prompt else f"{sinks} first"
+        what = f"the prompt of {prompt}" if protection_of(policy, budget).prompt else f"{sinks} first"
         raise UsageError(
             f"{policy.label} protects {what} and {recent} last keys, more than the budget of {budget}",
             "Raise the budget, or protect fewer keys.",

@@ -17,6 +17,7 @@ from kvscope.engine.sparse_reader import SparseReader
 from kvscope.engine.stepper import StepInputs
 from kvscope.engine.threads import few_threads
 from kvscope.policies.base import Step
+from kvscope.policies.own import observe_of
 
 
 class TorchStepper:
@@ -39,6 +40,7 @@ class TorchStepper:
     ) -> None:
         self._inputs, self._state, self._sharing, self._reader = inputs, state, sharing, reader
         self._policy, self._needs = inputs.plan.policy, inputs.plan.needs
+        self._observe = observe_of(self._policy)
         traits = self._policy.traits  # stored here because the property computes them at every access
         self._clairvoyant, self._evictor = traits.clairvoyant, Evictor(state, traits.bounded)
         self._heads = state.score.shape[2]
@@ -103,7 +105,7 @@ class TorchStepper:
             step.live = self._rounded(live)
         if "full_weights" in self._needs:
             step.signals["full_weights"] = row
-        score = self._policy.observe(step, self._state.score[..., :n])
+        score = self._observe(step, self._state.score[..., :n])
         # code in half precision sums the prompt's rows in one operation and rounds once, so the prompt is not rounded
         self._state.score[..., :n] = score if step.t < self._inputs.first_eviction else self._rounded(score)
         self._sharing.observe(step, self._state)

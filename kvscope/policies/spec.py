@@ -15,6 +15,7 @@ from typing import Literal, Union, get_args, get_origin
 from kvscope.core.errors import UsageError
 from kvscope.core.registry import nearest
 from kvscope.policies.base import POLICIES, Policy
+from kvscope.policies.own import USER_FILE
 from kvscope.policies.parameters import (
     all_parameters_of,
     default_of,
@@ -88,7 +89,7 @@ def load_class(file: Path, name: str) -> type[Policy]:
     """
     if not file.is_file():
         raise UsageError(f"no file {file}", "Give the path of a Python file and a class: path/to/file.py:MyPolicy")
-    module_name = "kvscope_user_" + hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]
+    module_name = USER_FILE + hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]
     module = sys.modules.get(module_name)
     if module is None:
         module_spec = importlib.util.spec_from_file_location(module_name, file)
@@ -97,7 +98,7 @@ def load_class(file: Path, name: str) -> type[Policy]:
         sys.modules[module_name] = module
         try:
             module_spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise UsageError(
                 f"{file} fails: {type(error).__name__}: {error}", "Correct the file, then try again."
