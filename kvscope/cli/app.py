@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from kvscope.cli.command import add_commands
+from kvscope.cli.streams import discard_stdout, open_streams
 from kvscope.core.errors import ExitStatus, KvscopeError
 from kvscope.core.version import __version__
 
@@ -51,6 +52,7 @@ def main() -> None:
     """Run the command line of this process and exit."""
     # A replay is many small steps: threads that spin while they wait make it several times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+    open_streams()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -71,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         status = ExitStatus.interrupted
     except BrokenPipeError:  # the reader closed the pipe: nothing can be printed, at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
         return ExitStatus.error
     except OSError as error:
         explained = _explain(error)
@@ -80,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
         console.fail(*explained)
         return ExitStatus.error
     if status == ExitStatus.interrupted:
-        console.fail("interrupted", "Unfinished output has a name that ends in .incomplete and can be deleted.")
+        console.fail("interrupted", "Unfinished output was removed; older output is as it was.")
     return status if isinstance(status, int) else ExitStatus.ok
 
 
@@ -105,8 +107,9 @@ def _explain(error: OSError) -> tuple[str, str] | None:
     if todo is None:
         return None
     name = error.filename2 or error.filename
-    if name is None:
-        return str(error), todo
+    if name is None:  # a stream, not a file
+        discard_stdout()
+        return f"cannot write the output: {os.strerror(error.errno or 0)}", todo
     path = Path(os.fsdecode(name)) if isinstance(name, (str, bytes)) else Path(str(name))
     if Path(__file__).parent.parent in path.resolve().parents:
         return None

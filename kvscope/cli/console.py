@@ -1,4 +1,8 @@
-"""All output: results on stdout; notes, progress bars and errors on stderr. No other module uses Rich."""
+"""All output: results on stdout; notes, progress bars and errors on stderr. No other module uses Rich.
+
+Names and texts come from users and from files: control characters in them are shown, not sent to the terminal, and
+nothing in them is taken for markup.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from kvscope.cli.streams import one_line, printable
 
 PIPE_WIDTH = 200  # where stdout is no terminal: wide enough for every column
 GAP = 2  # characters between two columns of a table: padding and the separator of the box
@@ -34,19 +40,19 @@ def stderr() -> Console:
 def note(text: str, *, quiet: bool = False) -> None:
     """Print one line of information, unless `quiet`."""
     if not quiet:
-        stderr().print(Text(text, style="dim"), soft_wrap=True)
+        stderr().print(Text(printable(text), style="dim"), soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Print one line that the user should see even with ``--quiet``."""
-    stderr().print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+    stderr().print(Text.assemble(("warning: ", "yellow"), printable(text)), soft_wrap=True)
 
 
 def fail(what: str, todo: str) -> None:
     """Print an error: what is wrong on one line, what to do on the next."""
     console = stderr()
-    console.print(Text.assemble(("error: ", "bold red"), _one_line(what)), soft_wrap=True)
-    console.print(Text(_one_line(todo)), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), one_line(what)), soft_wrap=True)
+    console.print(Text(one_line(todo)), soft_wrap=True)
 
 
 def show_json(value: object) -> None:
@@ -94,20 +100,20 @@ def show_table(columns: Sequence[Column], *, title: str = "", notes: Sequence[st
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, GAP - 1, 0, 0), show_edge=False, header_style="bold")
     for column in shown:
         table.add_column(
-            column.header,
+            Text(printable(column.header)),
             justify="right" if column.numeric else "left",
             no_wrap=not column.wrap,
             overflow="fold" if column.wrap else "ellipsis",
             vertical="top",
         )
     for row in range(len(columns[0].cells)):
-        cells = [Text(column.cells[row], style="dim" if row in column.dim else "") for column in shown]
+        cells = [Text(printable(column.cells[row]), style="dim" if row in column.dim else "") for column in shown]
         table.add_row(*cells)
     if title:
-        console.print(Text(title, style="bold"))
+        console.print(Text(printable(title), style="bold"))
     console.print(table)
     for line in notes:
-        console.print(Text(line, style="dim"))
+        console.print(Text(printable(line), style="dim"))
     if dropped:
         names = ", ".join(column.header.replace("\n", " ") for column in dropped)
         console.print(Text(f"Too narrow for: {names}. --json prints everything.", style="dim"))
@@ -131,18 +137,18 @@ def show_pairs(pairs: Sequence[tuple[str, str]], *, title: str = "") -> None:
     """Print names and values, one pair per line."""
     console = stdout()
     if title:
-        console.print(Text(title, style="bold"))
+        console.print(Text(printable(title), style="bold"))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in pairs:
-        grid.add_row(name, Text(value))
+        grid.add_row(Text(printable(name)), Text(printable(value)))
     console.print(grid)
 
 
 def show_text(text: str, *, style: str = "") -> None:
     """Print text on stdout, wrapped to the terminal."""
-    stdout().print(Text(text, style=style))
+    stdout().print(Text(printable(text), style=style))
 
 
 def show_raw(text: str) -> None:
@@ -173,20 +179,20 @@ def bar(title: str, total: float | None, unit: str, *, quiet: bool = False) -> I
     from rich import progress as rich
 
     columns = (
-        rich.TextColumn("{task.description}"),
+        rich.TextColumn("{task.description}", markup=False),
         rich.BarColumn(bar_width=24),
         rich.TextColumn("{task.percentage:>3.0f}%"),
-        rich.TextColumn("{task.fields[rate]}", style="dim"),
-        rich.TextColumn("{task.fields[detail]}", style="dim"),
+        rich.TextColumn("{task.fields[rate]}", style="dim", markup=False),
+        rich.TextColumn("{task.fields[detail]}", style="dim", markup=False),
         rich.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
     with rich.Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total, detail="", rate="")
+        task = progress.add_task(one_line(title), total=total, detail="", rate="")
 
         def update(done: float, detail: str = "", total: float | None = None) -> None:
             seconds = progress.tasks[0].elapsed or 0.0
             rate = f"{done / seconds:,.0f} {unit}/s" if seconds else ""
-            progress.update(task, completed=done, total=total, detail=detail, rate=rate)
+            progress.update(task, completed=done, total=total, detail=one_line(detail), rate=rate)
 
         with _in_use(console):
             yield update
@@ -199,7 +205,7 @@ def working(title: str, *, quiet: bool = False) -> Iterator[None]:
     if quiet or not console.is_terminal:
         yield
         return
-    with console.status(title), _in_use(console):
+    with console.status(Text(one_line(title))), _in_use(console):
         yield
 
 
@@ -219,10 +225,6 @@ def _no_update(done: float, detail: str = "", total: float | None = None) -> Non
 def _console(file: TextIO) -> Console:
     width = None if file.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     return Console(file=file, highlight=False, width=width)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _finite(value: object) -> object:

@@ -1,0 +1,72 @@
+"""Closed streams, other encodings, and names that a terminal would take for a command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvscope.cli.streams import one_line, printable
+from tests.cli.conftest import Run
+
+KVSCOPE = f"{sys.executable} -m kvscope"
+
+
+def shell(command: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=folder)
+
+
+def test_control_characters_are_shown() -> None:
+    assert printable("a\x1b[31mb\x07\x9b\r") == "a\\x1b[31mb\\x07\\x9b\\x0d"
+    assert printable("\u202eabc\u2066\udc80\u2028") == "\\u202eabc\\u2066\\udc80\\u2028"
+    assert printable("tab\tand\nline, 漢字, é, 👍") == "tab\tand\nline, 漢字, é, 👍"
+    assert one_line("h2o\n::error::x\x1b") == "h2o ::error::x\\x1b"
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "[/x]", "[bold]x", "\x1b]0;title\x07", "a\r\nb", "\u202eabc"])
+@pytest.mark.parametrize("command", ["info", "report", "export", "diff", "replay"])
+def test_a_strange_name_is_shown_in_the_error(run: Run, command: str, name: str) -> None:
+    more = {"diff": [name], "replay": ["-p", "h2o"]}.get(command, [])
+    done = run(command, name, *more)
+    assert done.status in (1, 2)
+    what, todo = done.two_lines()
+    assert printable(" ".join(name.split())) in what
+    assert not set("\x1b\x07\r\u202e") & set(what + todo)
+
+
+def test_closed_streams_change_no_status(tmp_path: Path) -> None:
+    done = shell(f"{KVSCOPE} policies >&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = shell(f"{KVSCOPE} policies 2>&- | head -n 3")
+    assert "policy" in done.stdout
+    done = shell(f"{KVSCOPE} info nothing <&- >&- 2>&-", tmp_path)
+    assert done.returncode == 1
+
+
+def test_a_file_is_not_opened_in_the_place_of_a_closed_stream() -> None:
+    program = "from kvscope.cli.streams import open_streams; open_streams(); print(open('/dev/null').fileno() > 2)"
+    done = shell(f'{sys.executable} -c "{program}" 2>&- <&-')
+    assert done.stdout == "True\n"
+
+
+def test_a_full_disk_for_stdout_is_an_error() -> None:
+    done = shell(f"{KVSCOPE} policies > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "error: cannot write the output: No space left on device"
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_other_encodings_of_the_terminal(encoding: str) -> None:
+    done = shell(f"PYTHONIOENCODING={encoding} {KVSCOPE} policies && PYTHONIOENCODING={encoding} {KVSCOPE} info 漢字")
+    assert done.returncode == 1
+    assert "a2sf" in done.stdout
+    assert done.stderr.splitlines()[0].startswith("error: no trace \\u6f22\\u5b57")
+
+
+def test_an_interruption_of_the_first_import_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    done = shell(f"PYTHONPATH={tmp_path} {KVSCOPE} --help")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
