@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kvscope.core.errors import REPLAY_COMMAND, ResultError, UsageError
+from kvscope.core.newest import newest_first
 from kvscope.core.output import checksum
-from kvscope.core.records import ReplayRecord, read_replay
+from kvscope.core.records import RUN_FILE, ReplayRecord, read_replay
 from kvscope.core.summary_records import SUMMARY_FILE, SummaryRecord, read_summary
 from kvscope.results.schema import LOSSES
 
@@ -164,16 +165,13 @@ def newest_replay(folder: Path = Path("reports")) -> Path:
     ResultError
         If there is none.
     """
-    found: list[tuple[str, float, Path]] = []
-    for candidate in folder.iterdir() if folder.is_dir() else []:
+    for candidate in newest_first(folder, RUN_FILE):
         try:
-            info = open_replay(candidate).info
+            open_replay(candidate)
         except ResultError:
             continue  # unfinished, foreign, damaged or of another version: not a complete replay
-        found.append((info.created, candidate.stat().st_mtime, candidate))
-    if not found:
-        raise ResultError(f"no complete replay under {folder}/", f"Make one: {REPLAY_COMMAND}")
-    return max(found)[2]
+        return candidate
+    raise ResultError(f"no complete replay under {folder}/", f"Make one: {REPLAY_COMMAND}")
 
 
 def unreadable(path: Path, name: str) -> ResultError:

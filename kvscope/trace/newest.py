@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvscope.core.errors import RECORD_ONE, TraceError
+from kvscope.core.newest import newest_first
 from kvscope.trace.record_file import read_record
+from kvscope.trace.schema import HEADER
 
 
 def newest_trace(folder: Path = Path("traces")) -> Path:
@@ -16,13 +18,10 @@ def newest_trace(folder: Path = Path("traces")) -> Path:
     TraceError
         If there is no complete trace.
     """
-    found: list[tuple[str, float, Path]] = []
-    for candidate in folder.iterdir() if folder.is_dir() else []:
+    for candidate in newest_first(folder, HEADER):
         try:
-            record = read_record(candidate)
+            read_record(candidate)
         except TraceError:
             continue  # incomplete, not a trace, or of a version that cannot be read
-        found.append((record.created, candidate.stat().st_mtime, candidate))
-    if not found:
-        raise TraceError(f"no complete trace in {folder}/", RECORD_ONE)
-    return max(found)[2]
+        return candidate
+    raise TraceError(f"no complete trace in {folder}/", RECORD_ONE)
