@@ -8,13 +8,12 @@ from pathlib import Path
 
 from kvscope.cli.console import note
 from kvscope.core.errors import RECORD_ONE, REPLAY_COMMAND, KvscopeError, ResultError, TraceError, UsageError
-from kvscope.core.output import require_free
+from kvscope.core.output import incomplete, require_free, writer_of
 from kvscope.core.registry import nearest
 
 TRACES = Path("traces")
 REPORTS = Path("reports")
 MAKE = {TRACES: RECORD_ONE, REPORTS: f"Make one: {REPLAY_COMMAND}"}
-INCOMPLETE = ".incomplete"  # suffix of unfinished output
 
 
 def find_trace(given: str | None, *, quiet: bool = False) -> Path:
@@ -100,13 +99,13 @@ def joined(names: Sequence[str], most: int = 3) -> str:
 
 
 def _taken(path: Path) -> bool:
-    return path.exists() or path.is_symlink() or path.with_name(path.name + INCOMPLETE).exists()
+    return path.exists() or path.is_symlink() or writer_of(path) is not None
 
 
 def _find(given: str, folder: Path, kind: str, error: type[KvscopeError]) -> Path:
     """Return the path `given` if it exists, otherwise the path of that name in the folder, finished or not."""
     for path in (Path(given), folder / given):
-        if path.exists() or path.with_name(path.name + INCOMPLETE).exists():
+        if path.exists() or incomplete(path).exists():
             return path
     known = [item.name for item in folder.iterdir() if item.is_dir()] if folder.is_dir() else []
     hint = nearest(given, known) if known else f"There is none yet. {MAKE[folder]}"

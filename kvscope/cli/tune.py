@@ -52,7 +52,7 @@ def tune(
     from kvscope.cli import console, places
     from kvscope.cli.hints import replay_of
     from kvscope.core.errors import UsageError
-    from kvscope.core.output import require_free
+    from kvscope.core.output import replace_file, require_free
 
     if output.is_dir() or not output.parent.is_dir():
         raise UsageError(f"{output} cannot be written", "Name a file in a folder that exists: -o tuned.toml")
@@ -69,7 +69,7 @@ def tune(
     job = compile_tune(opened, policy, _grid(policy, grid or []), budget, options)
     with console.bar("tuning", tokens, "tokens", quiet=quiet) as update:
         found = job.execute(lambda share: update(share * tokens))
-    output.write_text(to_toml(found), encoding="utf-8")
+    replace_file(output, to_toml(found).encode())
     _show(found, output, as_json=json)
     if not json:
         spec = f"{_name(policy)}:@{output}"

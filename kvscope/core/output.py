@@ -1,7 +1,8 @@
-"""Writing the folder of a trace or a replay: what may be replaced, and when the folder gets its name."""
+"""Writing output: a file or folder gets its name when it is complete, and what it replaces is removed after that."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -9,10 +10,14 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvscope.core.errors import KvscopeError, OutputExists
+
+INCOMPLETE = ".incomplete"  # suffix of output while it is written
+REPLACED = ".replaced"  # suffix of an older folder from the moment a new one takes its name until it is removed
 
 
 @dataclass(frozen=True)
@@ -46,20 +51,22 @@ class OutputFolder:
     @property
     def work(self) -> Path:
         """Path of the folder while it is written."""
-        return self.path.with_name(self.path.name + ".incomplete")
+        return incomplete(self.path)
 
     def begin(self) -> dict[str, object]:
         """Make the folder to write into; returns the record of the writing process for the header.
 
-        Output of a killed run is removed. Raises `OutputExists` if the path is taken, and `error` if another
-        process writes it or what would be removed is something else.
+        Output of a killed run is removed, and an older folder that such a run had set aside gets its name back. Raises
+        `OutputExists` if the path is taken, and `error` if another process writes it or what would be removed is
+        something else.
         """
+        self._recover()
         if _there(self.path):
             require_free(self.path, force=self.force)
             self.require_own(self.path)
         if _there(self.work):
             self.require_own(self.work)
-            writer = self._writer()
+            writer = writer_of(self.path)
             if writer is not None:
                 raise self.error(
                     f"process {writer} is writing {self.work}", "Wait for it, or name another folder with --output."
@@ -69,11 +76,32 @@ class OutputFolder:
         return {"pid": os.getpid(), "host": socket.gethostname()}
 
     def finish(self) -> None:
-        """Give the folder its name, in place of an older one with `force`."""
-        if self.force and _there(self.path):
+        """Give the folder its name, in place of an older one with `force`, which is removed only after that."""
+        old = self.force and _there(self.path)
+        if old:
             self.require_own(self.path)
-            shutil.rmtree(self.path)
-        self.work.rename(self.path)
+            self.path.rename(replaced(self.path))
+        try:
+            self.work.rename(self.path)
+        except OSError:
+            if old:
+                replaced(self.path).rename(self.path)
+            raise
+        if old:
+            shutil.rmtree(replaced(self.path))
+
+    def abandon(self) -> None:
+        """Remove what was written, after an error or an interruption; a folder that is finished is left as it is."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def abandoned_on_error(self) -> Iterator[None]:
+        """Call `abandon` if an error or an interruption ends the block."""
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
 
     def require_own(self, path: Path) -> None:
         """Raise `error` if a folder holds files that no folder of its kind has: it must not be removed."""
@@ -98,14 +126,56 @@ class OutputFolder:
             "Name a folder that can be written, with --output.",
         )
 
-    def _writer(self) -> int | None:
-        """Return the process on this machine that is writing the folder, or None."""
+    def _recover(self) -> None:
+        """Complete the replacement of a folder by a run that was killed between its steps."""
+        if not _there(replaced(self.path)):
+            return
+        self.require_own(replaced(self.path))
+        if _there(self.path):
+            shutil.rmtree(replaced(self.path))
+        else:
+            replaced(self.path).rename(self.path)
+
+
+def incomplete(path: Path) -> Path:
+    """Return the path of an output while it is written."""
+    return path.with_name(path.name + INCOMPLETE)
+
+
+def replaced(path: Path) -> Path:
+    """Return the path of an older folder while a new one takes its name."""
+    return path.with_name(path.name + REPLACED)
+
+
+def writer_of(path: Path) -> int | None:
+    """Return the other process on this machine that is writing the folder `path`, or None."""
+    for file in incomplete(path).glob("*.json"):
         try:
-            writer = json.loads((self.work / self.header).read_text(encoding="utf-8"))["writer"]
+            writer = json.loads(file.read_text(encoding="utf-8"))["writer"]
             host, pid = writer["host"], int(writer["pid"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return pid if host == socket.gethostname() and pid != os.getpid() and _runs(pid) else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if host == socket.gethostname() and pid != os.getpid() and _runs(pid):
+            return pid
+    return None
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file, in place of an existing one, which is whole until then.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; nothing is left of it then.
+    """
+    work = incomplete(path)
+    try:
+        work.write_bytes(content)
+        work.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            work.unlink(missing_ok=True)
+        raise
 
 
 def require_free(path: Path, *, force: bool) -> None:

@@ -16,6 +16,7 @@ from msgspec import Meta
 from kvscope.core.errors import REPLAY_COMMAND, ResultError
 from kvscope.core.json_records import Finite, Format, NotNegative, Number, Plain, Positive, about
 from kvscope.core.options import Loop, Positions, Prefill
+from kvscope.core.output import incomplete, replaced
 
 SCHEMA_VERSION = 1
 HISTORY = {
@@ -226,7 +227,12 @@ def read_replay(path: Path) -> ReplayRecord:
     """
     file = path / RUN_FILE
     if not path.exists():
-        unfinished = path.with_name(path.name + ".incomplete")
+        if replaced(path).exists():
+            raise ResultError(
+                f"replay {path} was being replaced when kvscope was stopped",
+                f"The older one is whole: rename {replaced(path)} to {path.name}.",
+            )
+        unfinished = incomplete(path)
         if unfinished.exists():
             raise ResultError(f"replay {path} is incomplete: it stopped before its end", _again(unfinished))
         raise ResultError(f"no replay at {path}", f"Make one: {REPLAY_COMMAND}")

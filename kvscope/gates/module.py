@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.output import replace_file
 from kvscope.gates.file import AGAIN, WEIGHTS, GateFacts, path_of, read_facts
 
 OPEN = 1.0  # initial bias, so that untrained gates retain most keys
@@ -114,9 +115,7 @@ class LearnedGate(nn.Module):
             key: value.detach().cpu().to(torch.float32 if key == WEIGHTS else torch.float16).contiguous()
             for key, value in self.state_dict().items()
         }
-        unfinished = path.with_name(path.name + ".incomplete")
-        unfinished.write_bytes(save(tensors, self.facts.metadata()))
-        unfinished.replace(path)
+        replace_file(path, save(tensors, self.facts.metadata()))
 
 
 def load_gate(name: str) -> LearnedGate:

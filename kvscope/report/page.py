@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvscope.core.errors import REPLAY_COMMAND, ResultError
 from kvscope.core.json import JsonDict
-from kvscope.core.output import require_free
+from kvscope.core.output import replace_file, require_free
 from kvscope.core.summary_records import MetricSummary
 from kvscope.core.version import __version__
 from kvscope.report.encoding import rounded, visible, visible_everywhere
@@ -249,14 +249,9 @@ def _require_free(output: Path, force: bool) -> None:
 
 def _write(output: Path, content: bytes) -> Path:
     """Write under another name, then rename, so that an existing page is complete."""
-    unfinished = output.with_name(output.name + ".incomplete")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_bytes(content)
-            unfinished.replace(output)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        replace_file(output, content)
     except OSError as error:
         raise ResultError(
             f"{output} cannot be written: {error.strerror or error}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.output import replace_file
 from kvscope.core.summary_records import SUMMARY_FILE, SummaryRecord, read_summary
 from kvscope.results.store import open_replay
 
@@ -44,13 +45,8 @@ def accept(new: Path, baseline: Path) -> None:
         )
     load_summary(new)
     content = (new if new.is_file() else new / SUMMARY_FILE).read_bytes()
-    unfinished = baseline.with_name(baseline.name + ".incomplete")
     try:
         baseline.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_bytes(content)
-            unfinished.replace(baseline)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        replace_file(baseline, content)
     except OSError as error:
         raise ResultError(f"cannot write {baseline}: {error.strerror}", "Name a writable file.") from error

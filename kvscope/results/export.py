@@ -99,15 +99,24 @@ def export(
     }
     try:
         _header(folder.work, about, complete=False, writer=folder.begin())
-        described = {}
-        for name, tables in _tables(replay, level, long).items():
-            rows, schema = _write(folder.work / f"{name}.{kind}", kind, tables)
-            described[name] = {"rows": rows, "columns": {field.name: _meaning(field, replay) for field in schema}}
-        _header(folder.work, about, complete=True, tables=described)
-        folder.finish()
+        with folder.abandoned_on_error():
+            described = _write_tables(folder.work, kind, replay, _tables(replay, level, long))
+            _header(folder.work, about, complete=True, tables=described)
+            folder.finish()
     except OSError as error:
         raise folder.unwritable(error) from error
     return folder.path
+
+
+def _write_tables(
+    folder: Path, form: ExportFormat, replay: Replay, tables: Mapping[str, Iterator[pa.Table]]
+) -> dict[str, object]:
+    """Write every table, and return its number of rows and the meaning of its columns."""
+    described: dict[str, object] = {}
+    for name, pieces in tables.items():
+        rows, schema = _write(folder / f"{name}.{form}", form, pieces)
+        described[name] = {"rows": rows, "columns": {field.name: _meaning(field, replay) for field in schema}}
+    return described
 
 
 def _tables(replay: Replay, level: ExportLevel, long: bool) -> dict[str, Iterator[pa.Table]]:
@@ -202,6 +211,8 @@ def _long(tables: Iterable[pa.Table], metrics: Sequence[str]) -> Iterator[pa.Tab
 
 def _write(file: Path, form: ExportFormat, tables: Iterator[pa.Table]) -> tuple[int, pa.Schema]:
     """Write a table, gathered into larger pieces; returns its rows and columns."""
+    if form == "csv":
+        tables = map(_inert, tables)
     first = next(tables)
     rows, held, waiting = 0, [first], first.num_rows
     with _open(file, form, first.schema) as writer:
@@ -213,6 +224,15 @@ def _write(file: Path, form: ExportFormat, tables: Iterator[pa.Table]) -> tuple[
             waiting += table.num_rows
         writer.write_table(pa.concat_tables(held))
     return rows + waiting, first.schema
+
+
+def _inert(table: pa.Table) -> pa.Table:
+    """Return a table whose texts no spreadsheet takes for a formula: those that begin like one get an apostrophe."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            text = pc.replace_substring_regex(table[place], r"^([=+\-@\t\r])", r"'\1")
+            table = table.set_column(place, field, text)
+    return table
 
 
 def _open(file: Path, form: ExportFormat, schema: pa.Schema) -> Any:

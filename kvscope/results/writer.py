@@ -33,7 +33,7 @@ GROUP_ROWS = 4096  # least number in a Parquet row group: about what one layer o
 
 
 class ReplayWriter:
-    """Writes one replay into ``PATH.incomplete`` and gives it its name at `finish`.
+    """Writes one replay into ``PATH.incomplete`` and gives it its name at `finish`; an error removes it.
 
     Parameters
     ----------
@@ -84,6 +84,8 @@ class ReplayWriter:
             except OSError as full:
                 if full.errno != errno.ENOSPC:
                     raise
+        if kind is not None:
+            self._folder.abandon()
 
     def residency(self, run: int, sequence: int, layer: int, intervals: ResidencyIntervals) -> None:
         """Write all residency intervals of one layer.

@@ -11,6 +11,7 @@ from typing import TypeVar, cast
 from kvscope.core.errors import RECORD_ONE, TraceError
 from kvscope.core.json import Json, JsonDict
 from kvscope.core.json_records import FieldError, decode, plain
+from kvscope.core.output import incomplete, replaced
 from kvscope.core.version import __version__
 from kvscope.trace.record import ModelRecord, TraceHeader, TraceRecord
 from kvscope.trace.schema import HEADER, KIND, MEMBERS, OLDEST_VERSION, SCHEMA_VERSION
@@ -87,7 +88,12 @@ def _write_json(folder: Path, data: Mapping[str, object]) -> None:
 def _read_json(path: Path) -> Mapping[str, object]:
     file = path / HEADER
     if not path.exists():
-        unfinished = path.with_name(path.name + ".incomplete")
+        if replaced(path).exists():
+            raise TraceError(
+                f"trace {path} was being replaced when kvscope was stopped",
+                f"The older one is whole: rename {replaced(path)} to {path.name}.",
+            )
+        unfinished = incomplete(path)
         if unfinished.exists():
             raise TraceError(f"trace {path} is incomplete: recording stopped before its end", _again(unfinished))
         raise TraceError(f"no trace at {path}", RECORD_ONE)

@@ -23,7 +23,7 @@ from kvscope.trace.storage_error import Outside
 
 
 class TraceWriter:
-    """Writes one trace to ``PATH.incomplete``, which `finish` renames to ``PATH``.
+    """Writes one trace to ``PATH.incomplete``, which `finish` renames to ``PATH`` and an error removes.
 
     Parameters
     ----------
@@ -59,6 +59,8 @@ class TraceWriter:
     ) -> None:
         for file in self._files.values():
             file.abandon()
+        if kind is not None:
+            self._folder.abandon()
 
     @property
     def bytes_written(self) -> int:

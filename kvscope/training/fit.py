@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.gate_options import TrainingSettings
+from kvscope.core.output import replace_file
 from kvscope.gates.module import LearnedGate
 from kvscope.training.objective import eviction_loss
 from kvscope.training.tasks import LossAndFlags, Task
@@ -65,6 +66,7 @@ def train(
     settings: TrainingSettings,
     checkpoint: Path,
     *,
+    data: Mapping[str, object] | None = None,
     resume: bool = False,
     progress_callback: Callable[[int, Evaluation], None] | None = None,
 ) -> list[Evaluation]:
@@ -82,7 +84,9 @@ def train(
     settings : TrainingSettings
         Steps, learning rate, target and stopping rule.
     checkpoint : Path
-        File that is written at every evaluation and removed at the end.
+        File that is written at every evaluation. It is not removed: the caller does so once the gate is written.
+    data : mapping of str to JSON, optional
+        What the training data is: texts or traces, windows, seed.
     resume : bool
         Whether to continue from that file.
     progress_callback : callable, optional
@@ -91,14 +95,14 @@ def train(
     Raises
     ------
     UsageError
-        If there is no checkpoint to resume from, or it was written with other settings.
+        If there is no checkpoint to resume from, or it was written with other settings or data.
     ModelError
         If the checkpoint is damaged, or a loss is not finite.
     """
     optimizer = torch.optim.Adam(gate.parameters(), lr=settings.rate)
     state = _State()
     if resume:
-        state = _read(checkpoint, gate, optimizer, settings)
+        state = _read(checkpoint, gate, optimizer, settings, data)
     else:
         _evaluate(gate, task, settings, state)
     while state.step < settings.steps and state.since < settings.patience:
@@ -106,11 +110,10 @@ def train(
         state.step += 1
         if state.step % settings.every == 0 or state.step == settings.steps:
             _evaluate(gate, task, settings, state)
-            _write(checkpoint, gate, optimizer, settings, state)
+            _write(checkpoint, gate, optimizer, settings, data, state)
         if progress_callback is not None:
             progress_callback(state.step, state.log[-1])
     gate.load_state_dict(state.parameters)
-    checkpoint.unlink(missing_ok=True)
     return state.log
 
 
@@ -153,7 +156,12 @@ def _evaluate(gate: LearnedGate, task: Task, settings: TrainingSettings, state: 
 
 
 def _write(
-    path: Path, gate: LearnedGate, optimizer: torch.optim.Optimizer, settings: TrainingSettings, state: _State
+    path: Path,
+    gate: LearnedGate,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainingSettings,
+    data: Mapping[str, object] | None,
+    state: _State,
 ) -> None:
     tensors = {f"now.{name}": value for name, value in gate.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in state.parameters.items()}
@@ -161,17 +169,27 @@ def _write(
         tensors |= {f"adam.{kind}.{name}": value for kind, value in optimizer.state[parameter].items()}
     log = [asdict(evaluation) for evaluation in state.log]
     about = {"step": state.step, "best": state.best, "since": state.since, "log": log}
-    unfinished = path.with_name(path.name + ".incomplete")
-    unfinished.write_bytes(
+    replace_file(
+        path,
         save(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-            {"settings": json.dumps(asdict(settings)), "facts": _facts(gate), "state": json.dumps(about)},
-        )
+            {
+                "settings": json.dumps(asdict(settings)),
+                "data": _data(data),
+                "facts": _facts(gate),
+                "state": json.dumps(about),
+            },
+        ),
     )
-    unfinished.replace(path)
 
 
-def _read(path: Path, gate: LearnedGate, optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> _State:
+def _read(
+    path: Path,
+    gate: LearnedGate,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainingSettings,
+    data: Mapping[str, object] | None,
+) -> _State:
     """Restore gate and optimiser from a checkpoint, and return the rest of its state."""
     if not path.is_file():
         raise UsageError(f"no checkpoint {path} to resume from", "Omit --resume to start again.")
@@ -183,6 +201,11 @@ def _read(path: Path, gate: LearnedGate, optimizer: torch.optim.Optimizer, setti
             raise UsageError(
                 f"checkpoint {path} was made with other settings", "Resume with the settings of the first run."
             )
+        if about["data"] != _data(data):
+            raise UsageError(
+                f"checkpoint {path} was made with other training data or another seed",
+                "Resume with the texts or traces, windows and seed of the first run, or omit --resume.",
+            )
         gate.load_state_dict(_part(tensors, "now."))
         device = next(gate.parameters()).device
         for name, parameter in gate.named_parameters():
@@ -191,12 +214,16 @@ def _read(path: Path, gate: LearnedGate, optimizer: torch.optim.Optimizer, setti
         found: dict[str, Any] = json.loads(about["state"])
         log = [Evaluation(**evaluation) for evaluation in found.pop("log")]
         return _State(**found, log=log, parameters=_part(tensors, "best."))
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"checkpoint {path} is damaged", "Omit --resume to start again.") from error
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _data(data: Mapping[str, object] | None) -> str:
+    return json.dumps(data, sort_keys=True)
 
 
 def _facts(gate: LearnedGate) -> str:

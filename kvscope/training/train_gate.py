@@ -157,11 +157,13 @@ def finish(
     progress_callback: ProgressCallback | None = None,
 ) -> Trained:
     """Train a gate on a task and write its file; `about` describes the training data, for the provenance."""
+    checkpoint = output.with_name(output.name + CHECKPOINT)
     log = train(
         gate,
         task,
         settings,
-        output.with_name(output.name + CHECKPOINT),
+        checkpoint,
+        data=about,
         resume=resume,
         progress_callback=progress_callback,
     )
@@ -170,6 +172,7 @@ def finish(
     found = {"keep": best.keep, "keep_by_layer": best.by_layer, "loss": best.loss, "best_step": best.step}
     gate.facts = replace(gate.facts, provenance={**asdict(settings), **about, **found, "versions": installed})
     gate.write(output)
+    checkpoint.unlink(missing_ok=True)  # only now: on a full disk it is all that is left of the training
     return Trained(output, gate.facts, log)
 
 

@@ -1,5 +1,8 @@
 """Where things are found and where they go: nothing is overwritten, nothing lands in a strange place."""
 
+import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,12 @@ def test_the_first_free_name_is_taken() -> None:
     assert place(TRACES, None, "a", force=False) == Path("traces/a")
     Path("traces/a").mkdir(parents=True)
     assert place(TRACES, None, "a", force=False) == Path("traces/a-2")
-    Path("traces/a-2.incomplete").mkdir()
-    assert place(TRACES, None, "a", force=False) == Path("traces/a-3")
+    left, writer = Path("traces/a-2.incomplete"), {"pid": os.getppid(), "host": socket.gethostname()}
+    left.mkdir()
+    assert place(TRACES, None, "a", force=False) == Path("traces/a-2"), "nobody writes it any more"
+    (left / "trace.json").write_text(json.dumps({"writer": writer}))
+    assert place(TRACES, None, "a", force=False) == Path("traces/a-3"), "a running process writes it"
+    Path("traces/a-2").mkdir()
     Path("traces/a-3").symlink_to("nowhere")
     assert place(TRACES, None, "a", force=False) == Path("traces/a-4")
 

@@ -169,8 +169,16 @@ def test_a_full_disk_leaves_nothing_that_passes_for_an_export(tmp_path: Path, mo
     monkeypatch.setattr(export_module, "_write", full)
     with pytest.raises(ResultError, match="is full"):
         export(replay, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert json.loads((tmp_path / "out.incomplete" / "export.json").read_text())["complete"] is False
+    assert not list(tmp_path.glob("out*"))
     monkeypatch.undo()
     assert export(replay, tmp_path / "out").is_dir()
-    assert not (tmp_path / "out.incomplete").exists()
+
+
+def test_no_text_of_a_csv_file_begins_a_formula(tmp_path: Path) -> None:
+    texts = ["=cmd()", "+1", "-x", "@a", "\t=1", "plain", "1=2", None]
+    table = pa.table({"text": pa.array(texts), "number": pa.array([-1.5] * len(texts))})
+    export_module._write(tmp_path / "t.csv", ExportFormat.csv, iter([table]))
+    read = pd.read_csv(tmp_path / "t.csv")
+    assert read["text"].tolist()[:7] == ["'=cmd()", "'+1", "'-x", "'@a", "'\t=1", "plain", "1=2"]
+    assert read["text"].isna()[7]
+    assert read["number"].tolist() == [-1.5] * len(texts)

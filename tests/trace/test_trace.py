@@ -175,7 +175,7 @@ def test_a_killed_recording_never_passes_for_a_trace(tmp_path: Path) -> None:
     assert newest_trace(tmp_path) == tmp_path / "t"
 
 
-def test_an_exception_leaves_it_incomplete(tmp_path: Path) -> None:
+def test_an_exception_removes_what_was_written(tmp_path: Path) -> None:
     def stops() -> None:
         with TraceWriter(tmp_path / "t", header()) as writer:
             writer.attention(0, 0, 0, rows_of(0, 2, 4))
@@ -183,9 +183,15 @@ def test_an_exception_leaves_it_incomplete(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="stop"):
         stops()
-    assert not (tmp_path / "t").exists()
-    with pytest.raises(TraceError, match="incomplete"):
-        open_trace(tmp_path / "t.incomplete")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_that_was_set_aside_is_named(tmp_path: Path) -> None:
+    record(tmp_path / "t", lengths=[4])
+    (tmp_path / "t").rename(tmp_path / "t.replaced")
+    with pytest.raises(TraceError, match="was being replaced") as caught:
+        open_trace(tmp_path / "t")
+    assert "rename" in caught.value.todo
 
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:

@@ -111,12 +111,34 @@ def test_a_training_that_goes_on_is_the_one_that_was_never_interrupted(interrupt
     assert not (tmp_path / f"parts{CHECKPOINT}").exists()
 
 
+def test_a_full_disk_at_the_end_leaves_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = learn(tmp_path, "whole")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LearnedGate, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            learn(tmp_path, "gate")
+    assert learn(tmp_path, "gate", resume=True).path.read_bytes() == whole.path.read_bytes()
+
+
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         learn(tmp_path, "gate", progress_callback=stop_at(7))
     for other in ({"settings": replace(QUICK, rate=0.1)}, {"design": GateDesign(size=8)}):
         with pytest.raises(UsageError, match="made with other settings"):
             learn(tmp_path, "gate", resume=True, **other)
+    for data in ({"seed": 3}, {"windows": TextWindows(8, 64)}):
+        with pytest.raises(UsageError, match="other training data or another seed"):
+            learn(tmp_path, "gate", resume=True, **data)
+    words = tmp_path / "words.txt"
+    text = words.read_text()
+    words.write_text(text + " w1")
+    with pytest.raises(UsageError, match="other training data or another seed"):
+        learn(tmp_path, "gate", resume=True)
+    words.write_text(text)
     with pytest.raises(UsageError, match="no checkpoint"):
         learn(tmp_path, "elsewhere", resume=True)
     (tmp_path / f"gate{CHECKPOINT}").write_bytes(b"cut")
