@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -14,6 +16,7 @@ from kvscope.core.output import checksum
 from kvscope.trace.record import TraceRecord
 
 Floats = NDArray[np.float32]
+MOST_OPEN = 64  # files of one trace and thread: a process may open 1,024 by default
 
 
 class TraceFiles:
@@ -27,16 +30,12 @@ class TraceFiles:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._index: dict[str, list[tuple[int, int, int]]] = {}
+        self._open = _OpenFiles()
 
     def of_sequence(self, name: str, sequence: int, columns: list[str]) -> pa.Table:
         """Return columns of a file for one sequence."""
-        try:
-            return pq.read_table(
-                self._path / name, partitioning=None, columns=columns, filters=[("sequence", "=", sequence)]
-            )
-        except (OSError, pa.ArrowException) as error:
-            raise damaged(self._path, name, "it cannot be read") from error
+        table = self._groups(name, sequence, 0, None, [*columns, "sequence"])
+        return table.filter(pc.equal(table["sequence"], sequence)).select(columns)
 
     def whole(self, name: str) -> pa.Table:
         """Return a whole file."""
@@ -47,18 +46,38 @@ class TraceFiles:
 
     def rows(self, name: str, sequence: int, start: int, stop: int, columns: list[str]) -> pa.Table:
         """Return the row groups of a layer's file that contain any of the positions `start` to `stop` - 1."""
+        return self._groups(name, sequence, start, stop, columns)
+
+    def _groups(self, name: str, sequence: int, start: int, stop: int | None, columns: list[str]) -> pa.Table:
         try:
-            with pq.ParquetFile(self._path / name) as file:
-                if name not in self._index:
-                    self._index[name] = _ranges(file.metadata)
-                selected = [
-                    number
-                    for number, (group_sequence, first, last) in enumerate(self._index[name])
-                    if group_sequence == sequence and first < stop and last >= start
-                ]
-                return file.read_row_groups(selected, columns=columns)
+            file, groups = self._open.get(self._path / name)
+            selected = [
+                number
+                for number, first, last in groups.get(sequence, ())
+                if (stop is None or first < stop) and last >= start
+            ]
+            return file.read_row_groups(selected, columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise damaged(self._path, name, "it cannot be read") from error
+
+
+class _OpenFiles(threading.local):
+    """The files that this thread has open, because reading a footer of many sequences takes longer than one of them.
+
+    Every thread has its own, since an open file serves one reader at a time.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, tuple[pq.ParquetFile, dict[int, list[tuple[int, int, int]]]]] = {}
+
+    def get(self, path: Path) -> tuple[pq.ParquetFile, dict[int, list[tuple[int, int, int]]]]:
+        """Return a file, and number, first and last position of the row groups of each sequence."""
+        if path not in self._files:
+            while len(self._files) >= MOST_OPEN:
+                self._files.pop(next(iter(self._files)))[0].close(force=True)  # the one that was opened first
+            file = pq.ParquetFile(path)
+            self._files[path] = file, _ranges(file.metadata)
+        return self._files[path]
 
 
 def require_whole(path: Path, record: TraceRecord, *, verify: bool) -> None:
@@ -73,15 +92,16 @@ def require_whole(path: Path, record: TraceRecord, *, verify: bool) -> None:
             raise damaged(path, name, "its checksum differs from the recorded one")
 
 
-def _ranges(metadata: pq.FileMetaData) -> list[tuple[int, int, int]]:
-    """Return sequence, first and last position of every row group."""
+def _ranges(metadata: pq.FileMetaData) -> dict[int, list[tuple[int, int, int]]]:
+    """Return number, first and last position of the row groups of each sequence."""
     names = [metadata.schema.column(index).name for index in range(metadata.num_columns)]
-    ranges = []
+    ranges: dict[int, list[tuple[int, int, int]]] = {}
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         sequence = group.column(names.index("sequence")).statistics
         position = group.column(names.index("position")).statistics
-        ranges.append((sequence.min, position.min, position.max))
+        for each in range(sequence.min, sequence.max + 1):
+            ranges.setdefault(each, []).append((number, position.min, position.max))
     return ranges
 
 
