@@ -94,7 +94,20 @@ TrustRemoteCode = Annotated[
 Prompts = Annotated[
     list[Path],
     typer.Argument(
-        metavar="PROMPT", help="Record these text files, or JSONL files with a prompt per line.", show_default=False
+        metavar="PROMPT",
+        help="Record these text files, or JSON and JSONL files with a prompt or messages per object; gzip, zstd; - is "
+        "standard input. Special tokens that a text contains are read as such.",
+        show_default=False,
+    ),
+]
+Field = Annotated[
+    str | None,
+    typer.Option(
+        "--field",
+        metavar="NAME",
+        help="Read the prompt from this field of JSON objects. Default: prompt, messages, context with input or "
+        "question, input, text.",
+        show_default=False,
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Generate at most this many tokens.", min=0)]
@@ -102,7 +115,19 @@ Continuation = Annotated[
     Path | None,
     typer.Option("--continuation", metavar="FILE", help="Force this text after the prompt instead of generating."),
 ]
-Chat = Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template, as messages always are.")
+]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="With --chat: add a system message.")]
+ChatOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--chat-option",
+        metavar="NAME=VALUE",
+        help="Pass this to the chat template, VALUE as JSON: enable_thinking=false. Repeatable.",
+        show_default=False,
+    ),
+]
 SamplingSeed = Annotated[int, typer.Option("--seed", help="Seed the sampling.")]
 DoSample = Annotated[bool, typer.Option("--do-sample", help="Sample instead of taking the most probable token.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="With --do-sample: sample at this temperature.")]
@@ -204,7 +229,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and er
 
 # Of `perplexity`.
 TextFiles = Annotated[
-    list[str], typer.Argument(metavar="TEXT", help="Score these UTF-8 text files.", show_default=False)
+    list[str],
+    typer.Argument(
+        metavar="TEXT", help="Score these UTF-8 text files; gzip, zstd; - is standard input.", show_default=False
+    ),
 ]
 Window = Annotated[
     int | None,

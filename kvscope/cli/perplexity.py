@@ -64,6 +64,7 @@ def perplexity(
     from kvscope.cli import console, places
     from kvscope.cli.parameters import select
     from kvscope.cli.summary import show
+    from kvscope.core.text_names import text_name
 
     with console.working("loading transformers", quiet=quiet):
         from kvscope.closed_loop.compile import compile_perplexity
@@ -80,10 +81,12 @@ def perplexity(
         max_windows=max_windows,
         prompt=prompt_length,
     )
-    stems = places.joined([text.stem for text in texts], most=1)
+    stems = places.joined([text_name(text) for text in texts], most=1)
     path = places.place(places.REPORTS, output, f"{stems}-{selected.name}", force=force)
     with console.working(f"loading {model}", quiet=quiet):
         job = compile_perplexity(source, texts, selected.policies, selected.budgets, options)
+    for line in job.notes:
+        console.warn(line)
     with console.bar(f"reading with {len(selected.policies)} policies", 100, "%", quiet=quiet) as update:
         made = job.execute(OutputOptions(path, force, command_line(ctx)), lambda share: update(share * 100))
     show(made, as_json=json)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvscope.cli.console import Update
+    from kvscope.core.json import Json
     from kvscope.model.plan import RecordingPlan
     from kvscope.model.run import Progress
 
@@ -41,6 +42,9 @@ def trace(
     device_map: options.DeviceMap = None,
     revision: options.Revision = None,
     chat: options.Chat = False,
+    system: options.System = None,
+    chat_option: options.ChatOption = None,
+    field: options.Field = None,
     trust_remote_code: options.TrustRemoteCode = False,
     query_block: options.QueryBlock = 128,
     prefill_chunk: options.PrefillChunk = None,
@@ -70,7 +74,7 @@ def trace(
             ModelSource(model, revision, dtype, device, device_map, trust_remote_code),
             prompts,
             OutputOptions(path, force, options.command_line(ctx)),
-            text=TextOptions(continuation, chat, max_new_tokens, seed),
+            text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, _chat_options(chat_option or ())),
             store=chosen,
             sampling=Sampling(do_sample, temperature, top_p, top_k),
             blocks=BlockOptions(query_block, prefill_chunk),
@@ -83,11 +87,13 @@ def trace(
 
 def announce(plan: RecordingPlan, quiet: bool) -> None:
     """Print how large a trace will be, before the recording starts."""
-    from kvscope.cli.console import note
+    from kvscope.cli.console import note, warn
     from kvscope.core.output import size
 
     others = ", ".join(f"{store}: {size(count)}" for store, count in plan.others.items())
     note(f"{plan.path}: about {size(plan.bytes)} to write ({others}), {size(plan.free)} free on the disk", quiet=quiet)
+    for line in plan.notes:
+        warn(line)
     if plan.bytes > plan.in_flight:
         note(f"at most {size(plan.in_flight)} of it are buffered in memory", quiet=quiet)
     if plan.prefill_chunk is not None:
@@ -104,9 +110,30 @@ def progress_callback(update: Update) -> Callable[[Progress], None]:
 def _name(prompts: Sequence[Path], model: str) -> str:
     """Return a name of prompts and model: ``prompt-demo``, ``a+3-more-Llama-2-7b-hf``."""
     from kvscope.cli.places import joined
+    from kvscope.core.text_names import text_name
 
-    stems = joined([path.stem for path in prompts], most=1)
+    stems = joined([text_name(path) for path in prompts], most=1)
     return f"{stems}-{model.rstrip('/').rpartition('/')[2]}"
+
+
+def _chat_options(given: Sequence[str]) -> dict[str, Json]:
+    """Return the values of ``NAME=VALUE``, which are JSON where they can be read as such, and otherwise texts."""
+    import json
+
+    from kvscope.core.errors import UsageError
+
+    found: dict[str, Json] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--chat-option {item!r} has no value", "Write --chat-option enable_thinking=false")
+        if name in found:
+            raise UsageError(f"--chat-option {name} is given twice", "Give it once.")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    return found
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:

@@ -36,7 +36,7 @@ from kvscope.kernels.device import torch_device
 from kvscope.metrics import METRICS, Metric
 from kvscope.model.derotation import derotations
 from kvscope.model.loading import load
-from kvscope.model.prompts import read_text
+from kvscope.model.text_files import read_text, require_one_input
 from kvscope.policies.base import Policy
 from kvscope.trace.reader import Trace
 
@@ -121,17 +121,19 @@ def compile_perplexity(
     metrics = [METRICS.get(name) for name in (options.metrics or METRICS.names())]
     if not files:
         raise UsageError("no text file is given", "Give one or more text files.")
+    require_one_input(files)
     texts = {file: read_text(file) for file in files}
     loaded = load(replace(source, device=str(torch_device(source.device))))
-    passages, window = passages_of_texts(loaded, texts, options)
+    read = passages_of_texts(loaded, texts, options)
+    passages = read.passages
     prefill = Prefill.stream if options.prompt == 1 else Prefill.full
-    read = describe_texts(loaded, texts, passages, window)
-    layers = read.layers
-    workload = Workload([passage.sequence for passage in passages], prefill, layers, read.kv_heads, len(layers))
+    source_ref = describe_texts(loaded, texts, read)
+    layers = source_ref.layers
+    workload = Workload([passage.sequence for passage in passages], prefill, layers, source_ref.kv_heads, len(layers))
     for plan in plans:
         require_feasible(plan, limits, workload)
     runs = runs_of(plans, limits, Loop.closed, options.positions)
-    return PerplexityJob(compile_closed_loop(loaded.model, passages, runs, metrics, prefill), read)
+    return PerplexityJob(compile_closed_loop(loaded.model, passages, runs, metrics, prefill), source_ref, read.notes)
 
 
 def compile_verify(

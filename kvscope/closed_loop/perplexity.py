@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,10 +16,12 @@ from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.options import OutputOptions, PerplexityOptions
 from kvscope.core.records import SequenceRef, SourceRef, TextRef
+from kvscope.core.text_names import text_name
 from kvscope.engine.provenance import replay_record
 from kvscope.engine.runs import RunSpec
 from kvscope.model.loading import Loaded
 from kvscope.model.selfcheck import self_check
+from kvscope.model.token_ids import TextEncoder, windows
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import TokenSequence
@@ -37,10 +40,13 @@ class PerplexityJob:
         The runs over the windows of all texts.
     source : SourceRef
         Description of the texts in ``run.json``.
+    notes : tuple of str
+        What the user should know about the windows.
     """
 
     closed: ClosedLoopJob
     source: SourceRef
+    notes: tuple[str, ...] = ()
 
     @property
     def runs(self) -> Sequence[RunSpec]:
@@ -69,10 +75,37 @@ class PerplexityJob:
             return writer.finish(counted, seconds=round(time.monotonic() - started, 3))
 
 
-def passages_of_texts(
-    loaded: Loaded, texts: Mapping[Path, str], options: PerplexityOptions
-) -> tuple[list[Passage], int]:
-    """Return the windows of all texts, and the number of tokens of a window.
+@dataclass(frozen=True)
+class TextWindows:
+    """The windows of texts.
+
+    Attributes
+    ----------
+    passages : list of Passage
+        The windows of all texts, in order.
+    size : int
+        Tokens of a window.
+    dropped : dict of Path to int
+        For each text, the tokens of its last window if that is too short to be scored, without those that begin every
+        window; otherwise 0.
+    """
+
+    passages: list[Passage]
+    size: int
+    dropped: dict[Path, int]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for every text whose last tokens are not scored."""
+        return tuple(
+            f"{file}: its last {count} tokens are not scored: they are too few for a window"
+            for file, count in self.dropped.items()
+            if count
+        )
+
+
+def passages_of_texts(loaded: Loaded, texts: Mapping[Path, str], options: PerplexityOptions) -> TextWindows:
+    """Return the windows of all texts.
 
     Raises
     ------
@@ -80,23 +113,24 @@ def passages_of_texts(
         If a text is too short, or a window is larger than the context or not larger than the prompt.
     """
     size, prompt = _window(loaded, options.window, options.prompt), options.prompt
+    encoder, fewest = TextEncoder(loaded.tokenizer), max(prompt, FEWEST)
     found: list[Passage] = []
+    dropped: dict[Path, int] = {}
     for file, text in texts.items():
-        for number, ids in enumerate(_windows(loaded, text, size)):
-            if options.max_windows is not None and number >= options.max_windows:
-                break
-            if len(ids) > max(prompt, FEWEST):
-                found.append(Passage(TokenSequence(len(found), prompt, len(ids), True), torch.tensor(ids)))
-        if not found or len(found[-1].ids) <= prompt:
-            raise UsageError(
-                f"text {file} has too few tokens", f"Use a text of more than {max(prompt, FEWEST)} tokens."
-            )
-    return found, size
+        ids = encoder.without_prefix(encoder.encode(text))
+        parts = list(islice(windows(encoder, ids, size), options.max_windows))
+        scored = [part for part in parts if len(part) > fewest]
+        if not scored:
+            raise UsageError(f"text {file} has too few tokens", f"Use a text of more than {fewest} tokens.")
+        dropped[file] = sum(len(part) - len(encoder.prefix) for part in parts[len(scored) :])
+        for part in scored:
+            found.append(Passage(TokenSequence(len(found), prompt, len(part), True), torch.tensor(part)))
+    return TextWindows(found, size, dropped)
 
 
-def describe_texts(loaded: Loaded, texts: Mapping[Path, str], passages: Sequence[Passage], window: int) -> SourceRef:
+def describe_texts(loaded: Loaded, texts: Mapping[Path, str], read: TextWindows) -> SourceRef:
     """Return the entry of texts in ``run.json``; raises ModelError if the model's attention cannot be observed."""
-    files = list(texts)
+    files, passages = list(texts), read.passages
     with torch.inference_mode():
         facts = self_check(loaded.model, passages[0].ids[None].to(loaded.device))
     if facts.heads % facts.kv_heads:
@@ -105,7 +139,7 @@ def describe_texts(loaded: Loaded, texts: Mapping[Path, str], passages: Sequence
     for passage in passages:
         identity.update(passage.ids.numpy().tobytes())
     return SourceRef(
-        name=Path(files[0]).stem if len(files) == 1 else f"{Path(files[0]).stem}+{len(files) - 1}-more",
+        name=text_name(files[0]) if len(files) == 1 else f"{text_name(files[0])}+{len(files) - 1}-more",
         kind="text",
         identity=identity.hexdigest(),
         model=loaded.name,
@@ -114,8 +148,11 @@ def describe_texts(loaded: Loaded, texts: Mapping[Path, str], passages: Sequence
         heads=facts.heads,
         kv_heads=facts.kv_heads,
         protocol="text",
-        window=window,
-        texts=tuple(TextRef(str(file), hashlib.sha256(text.encode()).hexdigest()) for file, text in texts.items()),
+        window=read.size,
+        texts=tuple(
+            TextRef(str(file), hashlib.sha256(text.encode()).hexdigest(), read.dropped[file])
+            for file, text in texts.items()
+        ),
     )
 
 
@@ -127,12 +164,3 @@ def _window(loaded: Loaded, window: int | None, prompt: int) -> int:
     if not 1 <= prompt < size:
         raise UsageError(f"a prompt of {prompt} tokens fills a window of {size}", "Lower --prompt-length.")
     return size
-
-
-def _windows(loaded: Loaded, text: str, size: int) -> Iterator[list[int]]:
-    tokenizer = loaded.tokenizer
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    first = [tokenizer.bos_token_id] if tokenizer("", verbose=False)["input_ids"][:1] else []
-    step = size - len(first)
-    for start in range(0, len(ids), step):
-        yield first + ids[start : start + step]

@@ -5,10 +5,13 @@ The command line and the Python functions take the same records. No torch here, 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvscope.core.errors import UsageError
+from kvscope.core.json import Json
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,12 @@ class TextOptions:
         Tokens after the prompt, at most.
     seed : int
         Seed of the first sequence's sampling; every further sequence adds one.
+    field : str or None
+        Field of the prompt in the objects of JSON files; None is the first of the usual names.
+    system : str or None
+        System message before the prompt; only with a chat template.
+    chat_options : mapping
+        Options of the chat template, as ``{"enable_thinking": False}``.
 
     Raises
     ------
@@ -60,6 +69,9 @@ class TextOptions:
     chat: bool = False
     max_new_tokens: int = 128
     seed: int = 0
+    field: str | None = None
+    system: str | None = None
+    chat_options: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:

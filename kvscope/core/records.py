@@ -48,6 +48,7 @@ class TextRef:
 
     file: Annotated[str, about("its path")]
     sha256: Annotated[str, about("SHA-256 of its text")]
+    dropped: Annotated[Number, about("last tokens of it that are not scored: too few for a window", omit=True)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,15 @@ from kvscope.core.errors import UsageError
 from kvscope.core.options import ModelSource, OutputOptions
 from kvscope.core.output import require_free
 from kvscope.core.recording_options import BlockOptions, Sampling, StoreOptions, TextOptions
+from kvscope.core.text_names import text_name
 from kvscope.model.attention_hook import require_registry
 from kvscope.model.explain import memory_explained
 from kvscope.model.header import header
 from kvscope.model.loading import Loaded, load, model_name
 from kvscope.model.plan import RecordingPlan
 from kvscope.model.prefill import chunk_size
-from kvscope.model.prompts import encode, read_prompts
+from kvscope.model.prompt_files import read_prompts
+from kvscope.model.prompts import encode
 from kvscope.model.selfcheck import AttentionFacts, self_check
 from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import MAPS, STORES, TOP, parse_store
@@ -44,16 +46,17 @@ def compile_recording(
     UsageError
         If a prompt is empty or longer than the context, a layer or head does not exist, or a setting is invalid.
     ModelError
-        If the model cannot be loaded, its attention cannot be observed, or the self-check fails.
+        If the model cannot be loaded, its tokenizer or chat template fails, its attention cannot be observed, or the
+        self-check fails.
     TraceError
         If the trace exists, or the disk has too little space.
     """
     _require_rows(store)
-    texts = read_prompts(prompts, text.continuation)
+    texts = read_prompts(prompts, text.continuation, text.field)
     require_free(output.path, force=output.force)
     loaded = load(source)
     require_registry(loaded.model)
-    encoded = tuple(encode(loaded, *one, chat=text.chat, max_new_tokens=text.max_new_tokens) for one in texts)
+    encoded = tuple(encode(loaded, one, text) for one in texts)
     layers = layers_of(loaded, store.layers)
     with torch.inference_mode(), memory_explained(loaded.name):
         facts = self_check(loaded.model, torch.tensor([encoded[0].ids], device=loaded.device))
@@ -87,7 +90,7 @@ def compile_recording(
 
 def default_output(source: ModelSource, prompts: Sequence[Path | str]) -> Path:
     """Return the default folder of a trace, ``traces/PROMPT-MODEL``."""
-    stem = Path(prompts[0]).stem if prompts else "trace"
+    stem = text_name(prompts[0]) if prompts else "trace"
     return Path("traces") / f"{stem}-{Path(model_name(source)).name}"
 
 

@@ -16,7 +16,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 
 from kvscope.core.errors import ModelError
 
@@ -57,7 +56,7 @@ def explained(source: str, part: str, *, offline: bool = False) -> Iterator[None
         ) from error
     except OSError as error:
         raise _not_here(source, part) if offline else _explain_text(source, part, error) from error
-    except (ValueError, KeyError, RuntimeError, SafetensorError, HttpError) as error:
+    except Exception as error:  # tokenizers and remote code raise errors of any type
         raise _explain_text(source, part, error) from error
 
 
@@ -139,6 +138,6 @@ def fetch(source: str) -> str:
     return f"hf download ORG/NAME --local-dir {source}" if Path(source).is_dir() else f"hf download {source}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of a message, or the name of an error that has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from kvscope.core.json import Json
 from kvscope.core.model_types import CausalModel, Tokenizer
 from kvscope.core.options import ModelSource, OutputOptions
 from kvscope.core.recording_options import BlockOptions, Sampling, StoreOptions, TextOptions
@@ -34,6 +35,9 @@ def trace(
     device_map: str | None = None,
     revision: str | None = None,
     chat: bool = False,
+    system: str | None = None,
+    chat_options: Mapping[str, Json] | None = None,
+    field: str | None = None,
     trust_remote_code: bool = False,
     query_block: int = 128,
     prefill_chunk: int | None = None,
@@ -49,7 +53,8 @@ def trace(
     Parameters
     ----------
     prompts : sequence of Path
-        Text files, one sequence each, or ``.jsonl`` files with a ``prompt`` (and optionally ``continuation``) per line.
+        Text files, one sequence each, or JSON and JSONL files with an object per sequence, as `read_prompts` of
+        `kvscope.model.prompt_files` describes them.
     output : Path, optional
         Folder of the trace; ``traces/PROMPT-MODEL`` by default.
     progress, announce : callable, optional
@@ -63,7 +68,7 @@ def trace(
         source,
         prompts,
         OutputOptions(default_output(source, prompts) if output is None else Path(output), force, command),
-        text=TextOptions(continuation, chat, max_new_tokens, seed),
+        text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, chat_options or {}),
         store=StoreOptions(store, _numbers(layers), _numbers(heads), query_stride, hidden),
         sampling=Sampling(do_sample, temperature, top_p, top_k),
         blocks=BlockOptions(query_block, prefill_chunk),

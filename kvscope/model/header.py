@@ -100,7 +100,13 @@ def _windows(loaded: Loaded, facts: AttentionFacts, layers: Sequence[int]) -> li
 
 
 def _prompt(prompt: Prompt) -> PromptRecord:
-    return PromptRecord(file=prompt.file, sha256=sha256(prompt.text.encode()).hexdigest(), tokens=len(prompt.ids))
+    return PromptRecord(
+        file=prompt.source.file,
+        text=prompt.text if prompt.rendered else None,
+        sha256=sha256(prompt.text.encode()).hexdigest(),
+        tokens=len(prompt.ids),
+        field=prompt.source.field,
+    )
 
 
 def _versions() -> dict[str, str]:

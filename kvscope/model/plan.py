@@ -75,6 +75,11 @@ class RecordingPlan:
         return len(self.prompts)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the prompts' token ids."""
+        return tuple(note for prompt in self.prompts for note in prompt.notes)
+
+    @property
     def prefill_chunk(self) -> int | None:
         """Tokens of a prompt per forward pass; None if every prompt is read in one pass."""
         return self.header.prefill_chunk

@@ -1,123 +1,156 @@
-"""Read prompts from files, encode them, and split the text into the parts that each token adds."""
+"""Encode prompts, and split the text into the parts that each token adds."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from tokenizers import decoders
 
 from kvscope.core.errors import UsageError
 from kvscope.core.model_types import Tokenizer
+from kvscope.core.recording_options import TextOptions
+from kvscope.model.chat import render
 from kvscope.model.loading import Loaded
+from kvscope.model.prompt_files import PromptText
+from kvscope.model.token_ids import TextEncoder, tokenizer_explained
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its file, its text, its token ids, and the ids of a forced continuation."""
+    """One prompt: where it was read, its text as the model reads it, and its token ids.
 
-    file: str
+    Attributes
+    ----------
+    source : PromptText
+        As it was read.
+    text : str
+        Its text; of a conversation, as the chat template rendered it.
+    ids : list of int
+        Token ids.
+    forced : list of int, or None
+        Token ids of a forced continuation.
+    rendered : bool
+        Whether a chat template rendered the text.
+    notes : tuple of str
+        What the user should know about the ids.
+    """
+
+    source: PromptText
     text: str
     ids: list[int]
     forced: list[int] | None = None
+    rendered: bool = False
+    notes: tuple[str, ...] = ()
 
 
-def read_prompts(prompts: Sequence[Path | str], continuation: Path | None) -> list[tuple[str, str, str | None]]:
-    """Return file, prompt and continuation (or None) of every sequence.
-
-    Raises
-    ------
-    UsageError
-        If a file cannot be read or is empty, or a line of a JSONL file is not a prompt.
-    """
-    forced = None if continuation is None else read_text(Path(continuation))
-    texts: list[tuple[str, str, str | None]] = []
-    for file in map(Path, prompts):
-        content = read_text(file)
-        if file.suffix != ".jsonl":
-            texts.append((str(file), content, forced))
-            continue
-        lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
-        if not lines:
-            raise UsageError(f"{file} is empty", 'Write one prompt per line: {"prompt": "..."}')
-        texts.extend((str(file), *_jsonl(file, number, line, forced)) for number, line in lines)
-    if not texts:
-        raise UsageError("no prompt is named", "Name a text file: kvscope trace --model demo FILE")
-    for name, text, following in texts:
-        if not text.strip():
-            raise UsageError(f"prompt {name} is empty", "Write some text into it.")
-        if following == "":
-            raise UsageError(
-                f"the continuation of prompt {name} is empty", "Write some text into it, or omit it to generate."
-            )
-    return texts
-
-
-def _jsonl(file: Path, number: int, line: str, forced: str | None) -> tuple[str, str | None]:
-    try:
-        entry = json.loads(line)
-        text, following = entry["prompt"], entry.get("continuation", forced)
-        if not isinstance(text, str) or not isinstance(following, str | None):
-            raise TypeError
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UsageError(
-            f"{file}, line {number}: no prompt", 'Write an object with a text into each line: {"prompt": "..."}'
-        ) from None
-    return text, following
-
-
-def read_text(file: Path) -> str:
-    """Return the text of a UTF-8 file; raises UsageError if it cannot be read."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}", "Name a text file that exists.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text", "Name a text file.") from error
-
-
-def encode(loaded: Loaded, file: str, text: str, forced: str | None, *, chat: bool, max_new_tokens: int) -> Prompt:
-    """Return the token ids of a prompt and of its forced continuation.
+def encode(loaded: Loaded, prompt: PromptText, options: TextOptions) -> Prompt:
+    """Return the token ids of a prompt and of its forced continuation, by the rule of `kvscope.model.token_ids`.
 
     Raises
     ------
     UsageError
-        If the prompt has no tokens or exceeds the context, or `chat` is set and the model has no chat template.
+        If the prompt or its continuation has no tokens, or they exceed the context; if options of chat templates are
+        given for a text; if the model has no chat template.
+    ModelError
+        If the tokenizer or the chat template fails.
     """
-    tokenizer = loaded.tokenizer
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise UsageError(f"model {loaded.name} has no chat template", "Omit --chat, or trace a chat model.")
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+    chat = options.chat or prompt.messages is not None
+    if not chat and (options.system is not None or options.chat_options):
+        option = "--chat-option" if options.system is None else "--system"
+        raise UsageError(f"{option} is for chat templates, and {prompt.place} is a text", "Add --chat.")
+    text = render(loaded, prompt, options.system, options.chat_options) if chat else prompt.text
+    encoder = TextEncoder(loaded.tokenizer)
+    notes: list[str] = []
+    forced: list[int] | None = None
+    if prompt.continuation is None:
+        ids = encoder.encode(text)
     else:
-        ids = tokenizer(text, verbose=False)["input_ids"]  # no warning about the length: it is checked below
+        ids, forced = _with_continuation(encoder, prompt, text, notes)
+    if encoder.writes_prefix(ids):
+        if not chat:
+            notes.append(f"prompt {prompt.place} begins with {_shown(loaded, encoder.prefix)}: none is added")
+    elif not chat:  # a chat template writes what the model expects
+        ids = [*encoder.prefix, *ids]
     if not ids:
-        raise UsageError(f"prompt {file} is empty", "Write some text into it.")
-    after = None if forced is None else tokenizer(forced, add_special_tokens=False, verbose=False)["input_ids"]
-    new = max_new_tokens if after is None else len(after)
+        raise UsageError(f"prompt {prompt.place} has no tokens", "Write some text into it that the tokenizer knows.")
+    if forced is None and ids[-1] == getattr(loaded.tokenizer, "eos_token_id", None):
+        notes.append(f"prompt {prompt.place} ends with {_shown(loaded, ids[-1:])}: the model generates after it")
+    _require_context(loaded, prompt, ids, options.max_new_tokens if forced is None else len(forced))
+    return Prompt(prompt, text, ids, forced, chat, tuple(notes))
+
+
+def _with_continuation(
+    encoder: TextEncoder, prompt: PromptText, text: str, notes: list[str]
+) -> tuple[list[int], list[int]]:
+    """Return the ids of a prompt's text and of its continuation; add a note if a token belongs to both."""
+    assert prompt.continuation is not None, "the caller checks it"
+    ids, forced = encoder.split(text, prompt.continuation)
+    if not forced:
+        raise UsageError(f"the continuation of prompt {prompt.place} has no tokens", "Write some text into it.")
+    moved = len(encoder.encode(text)) - len(ids)
+    if moved and not ids:
+        raise UsageError(
+            f"prompt {prompt.place} and its continuation merge into the same tokens",
+            "Put a space or a new line between them.",
+        )
+    if moved:
+        notes.append(
+            f"prompt {prompt.place}: its last {moved} of {moved + len(ids)} tokens merge with the continuation, "
+            "and are forced with it"
+        )
+    return ids, forced
+
+
+def _require_context(loaded: Loaded, prompt: PromptText, ids: Sequence[int], new: int) -> None:
+    """Raise UsageError if a prompt and its new tokens exceed the model's context."""
     if loaded.context is not None and len(ids) + new > loaded.context:
         raise UsageError(
-            f"prompt {file} has {len(ids)} tokens, which with {new} new ones exceeds the context of {loaded.context}",
+            f"prompt {prompt.place} has {len(ids)} tokens, which with {new} new ones exceeds the context of "
+            f"{loaded.context}",
             "Shorten the prompt, or lower --max-new-tokens.",
         )
-    return Prompt(file, text, list(ids), None if after is None else list(after))
+
+
+def _shown(loaded: Loaded, ids: Sequence[int]) -> str:
+    return "".join(loaded.tokenizer.convert_ids_to_tokens(list(ids)))
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Return the text that each token adds; joined, these parts are the whole text.
 
     A token that ends inside a multi-byte character adds nothing; the token that completes the character adds it.
+
+    Raises
+    ------
+    ModelError
+        If the tokenizer fails.
     """
-    texts, start, shown = [], 0, ""
-    for stop in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)
-        if whole.endswith("\ufffd") and stop < len(ids) and stop - start < 8:
-            texts.append("")
-            continue
-        texts.append(whole[len(shown) :])
-        # Decode the next tokens after this one: some tokenizers drop the space before the first word.
-        start, shown = stop - 1, tokenizer.decode(ids[stop - 1 : stop], clean_up_tokenization_spaces=False)
+    texts, before, shown, start = [], 0, "", 0  # `start`: first token whose text is not in `texts` yet
+    with tokenizer_explained(tokenizer):
+        decode = _decode(tokenizer)
+        for stop in range(1, len(ids) + 1):
+            whole = decode(ids[before:stop])
+            if whole.endswith("\ufffd") and stop < len(ids) and stop - start < 8:
+                texts.append("")
+                continue
+            texts.append(whole[len(shown) :])
+            # Decode the next tokens after these: some tokenizers drop the space before the first word. After all of
+            # these: some decode bytes that follow each other only if they are whole characters together.
+            before, shown, start = start, decode(ids[start:stop]), stop
     return texts
+
+
+def _decode(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    """Return the function that decodes ids to text.
+
+    Some tokenizers have no decoder of their own: their space marks, ``▁`` or ``Ġ``, would be shown as they are.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.decoder is None:
+        made_by = f"{backend.pre_tokenizer} {backend.normalizer}"
+        if "ByteLevel" in made_by:
+            return lambda ids: str(decoders.ByteLevel().decode(tokenizer.convert_ids_to_tokens(list(ids))))
+        if "Metaspace" in made_by or "▁" in made_by:
+            return lambda ids: "".join(tokenizer.convert_ids_to_tokens(list(ids))).replace("▁", " ")
+    return lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

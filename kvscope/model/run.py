@@ -85,7 +85,8 @@ class RecordingRun:
             entropy=entropy,
         )
         self._report(0)
-        return SequenceRecord(len(prompt.ids), len(ids), prompt.forced is not None)
+        answers = None if prompt.source.answers is None else list(prompt.source.answers)
+        return SequenceRecord(len(prompt.ids), len(ids), prompt.forced is not None, answers)
 
     def _forced(self, ids: list[int]) -> tuple[list[int], list[Score]]:
         cache = None if self.chunk is None else DynamicCache(config=self.loaded.model.config)

@@ -55,9 +55,14 @@ class PromptRecord:
     """One prompt."""
 
     file: Annotated[str | None, about("file that it was read from")] = None
-    text: Annotated[str | None, about("its text; imports only", omit=True)] = None
+    text: Annotated[
+        str | None, about("its text; only of imports, and of chats, as the template rendered it", omit=True)
+    ] = None
     sha256: Annotated[str | None, about("SHA-256 of its text in UTF-8")] = None
     tokens: Annotated[Number | None, about("number of its tokens; recordings only", omit=True)] = None
+    field: Annotated[
+        str | None, about("field of the JSON object that it was read from, or fields joined by `+`", omit=True)
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,9 @@ class SequenceRecord:
     prompt: Annotated[Positive, about("tokens of the prompt, P")]
     length: Annotated[Positive, about("tokens altogether, T")]
     forced: Annotated[bool, about("whether the continuation was forced")] = False
+    answers: Annotated[
+        list[str] | None, about("right answers, where the prompt was read from a JSON object that has them", omit=True)
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from kvscope.gates.module import LearnedGate
 from kvscope.kernels.device import torch_device
 from kvscope.model.attention_hook import require_registry
 from kvscope.model.loading import Loaded, load
-from kvscope.model.prompts import read_text
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import self_check
+from kvscope.model.text_files import read_text, require_one_input
+from kvscope.model.token_ids import TextEncoder
 from kvscope.trace.reader import Trace
 from kvscope.training.fit import Evaluation, train
 from kvscope.training.tasks import RecordedMass, Task, TextReading, Texts
@@ -86,6 +87,7 @@ def train_on_texts(
     ModelError
         If the model cannot be loaded, its attention cannot be observed, or a loss is not finite.
     """
+    require_one_input(files)
     texts = [read_text(file) for file in files]
     loaded = load(source)
     require_registry(loaded.model)
@@ -198,11 +200,11 @@ class _Windows:
     """Windows of texts: random ones from the first nine tenths of each text, evenly spaced ones from the last tenth."""
 
     def __init__(self, loaded: Loaded, texts: Sequence[str], window: int, batch: int, seed: int) -> None:
-        tokenizer = loaded.tokenizer
-        self._first = [tokenizer.bos_token_id] if tokenizer("", verbose=False)["input_ids"][:1] else []
+        encoder = TextEncoder(loaded.tokenizer)
+        self._first = encoder.prefix
         self._window, self._batch, self._seed = window, batch, seed
         size = window - len(self._first)
-        ids = [torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+        ids = [torch.tensor(encoder.without_prefix(encoder.encode(text)), dtype=torch.int64) for text in texts]
         cuts = [len(one) * 9 // 10 for one in ids]
         self._trained = [one[:cut] for one, cut in zip(ids, cuts, strict=True) if cut >= size]
         held_out = [one[cut:] for one, cut in zip(ids, cuts, strict=True) if len(one) - cut >= size]

@@ -69,7 +69,7 @@ def test_the_full_cache_has_the_perplexity_of_the_trace(run: Run, model: Path) -
     from kvscope.trace.reader import open_trace
 
     Path("p.txt").write_text(" ".join(WORDS.split()[:20]))
-    Path("c.txt").write_text(" ".join(WORDS.split()[20:50]))
+    Path("c.txt").write_text(" " + " ".join(WORDS.split()[20:50]))
     assert run("trace", "--model", model, "p.txt", "--continuation", "c.txt", "-o", "t", "-q").status == 0
     done = run("replay", "-p", "full", "-p", "window", "--perplexity", "--json", "-q")
     rows = [row for row in json.loads(done.out)["runs"] if row["loop"] == "closed"]

@@ -91,7 +91,7 @@ def test_sampling_is_seeded(folder: Path, prompt: Path, tmp_path: Path) -> None:
 
 
 def test_a_forced_continuation(folder: Path, prompt: Path, tmp_path: Path) -> None:
-    (tmp_path / "after.txt").write_text("w5 w6 w7 w8")
+    (tmp_path / "after.txt").write_text(" w5 w6 w7 w8")
     made = trace(str(folder), [prompt], output=tmp_path / "t", continuation=tmp_path / "after.txt")
     assert made.tokens(0)["token_id"].tolist()[-4:] == [5, 6, 7, 8]
     assert made.header.protocol == "forced"
@@ -100,7 +100,7 @@ def test_a_forced_continuation(folder: Path, prompt: Path, tmp_path: Path) -> No
 
 
 def test_several_sequences_equal_one_by_one(folder: Path, tmp_path: Path) -> None:
-    lines = [{"prompt": "w1 w2 w3 w4"}, {"prompt": "w9 w8 w7 w6 w5 w4", "continuation": "w1 w2"}]
+    lines = [{"prompt": "w1 w2 w3 w4"}, {"prompt": "w9 w8 w7 w6 w5 w4", "continuation": " w1 w2"}]
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     both = trace(str(folder), [tmp_path / "all.jsonl"], output=tmp_path / "both", max_new_tokens=5)
     assert [(s.prompt, s.length, s.forced) for s in both.sequences] == [(4, 9, False), (6, 8, True)]
@@ -149,7 +149,7 @@ def test_files_that_are_no_prompts(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="not UTF-8"):
         trace(str(folder), [tmp_path / "b.txt"])
-    for line in ("{", "[]", '{"text": "x"}', '{"prompt": 3}'):
+    for line in ("{", "[]", '{"title": "x"}', '{"prompt": 3}'):
         (tmp_path / "p.jsonl").write_text(line)
         with pytest.raises(UsageError, match="line 1: no prompt"):
             trace(str(folder), [tmp_path / "p.jsonl"])

@@ -1,0 +1,123 @@
+"""Render conversations with a model's chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from kvscope.core.errors import KvscopeError, ModelError, UsageError
+from kvscope.core.json import Json
+from kvscope.model.explain import first_line
+from kvscope.model.loading import Loaded
+from kvscope.model.prompt_files import Message, PromptText
+
+RESERVED = frozenset(
+    "messages conversation chat_template tools documents add_generation_prompt continue_final_message tokenize padding "
+    "sanitize_control_tokens truncation max_length return_tensors return_dict return_assistant_tokens_mask "
+    "tokenizer_kwargs".split()
+)
+
+
+def render(loaded: Loaded, prompt: PromptText, system: str | None, options: Mapping[str, Json]) -> str:
+    """Return the text of a conversation, or of a prompt as the only message of one, by the model's chat template.
+
+    The template ends it with the beginning of an answer; an answer with which the conversation ends is to be continued.
+    Contents are passed as they are, and in their other form, text or a list of parts, if the template fails on it or
+    omits them.
+
+    Raises
+    ------
+    UsageError
+        If the model has no template, or the template has no such option; if the conversation has a system message
+        beside `system`.
+    ModelError
+        If the template raises an error, or renders nothing.
+    """
+    messages: list[Message] = list(prompt.messages or [{"role": "user", "content": prompt.text}])
+    if system is not None:
+        if any(message["role"] == "system" for message in messages):
+            raise UsageError(f"{prompt.place} has a system message of its own", "Omit --system.")
+        messages.insert(0, {"role": "system", "content": system})
+    _require_options(loaded, options)
+    failure: Exception | None = None
+    rendered: list[str] = []
+    for form in (messages, _other_form(messages, prompt.place)):
+        try:
+            text = _apply(loaded, form, options)
+        except KvscopeError:
+            raise
+        except Exception as error:  # templates raise errors of jinja2 and of Python
+            failure = failure or error
+            continue
+        if _has_contents(text, messages):
+            return text
+        rendered.append(text)
+    if rendered and rendered[0].strip():
+        return rendered[0]
+    if failure is not None:
+        raise ModelError(
+            f"the chat template of {loaded.name} refuses {prompt.place}: {first_line(failure)}",
+            "Change the conversation, or set what the template needs with --chat-option.",
+        ) from failure
+    raise ModelError(f"the chat template of {loaded.name} renders {prompt.place} as nothing", "Omit --chat.")
+
+
+def _apply(loaded: Loaded, messages: Sequence[Message], options: Mapping[str, Json]) -> str:
+    continued = messages[-1]["role"] == "assistant"
+    text = loaded.tokenizer.apply_chat_template(
+        list(messages),
+        tokenize=False,
+        add_generation_prompt=not continued,
+        continue_final_message=continued,
+        **options,
+    )
+    return str(text)
+
+
+def _require_options(loaded: Loaded, options: Mapping[str, Json]) -> None:
+    """Raise UsageError unless the model has a chat template that reads all options."""
+    if not getattr(loaded.tokenizer, "chat_template", None):
+        raise UsageError(f"model {loaded.name} has no chat template", "Omit --chat, or trace a chat model.")
+    try:
+        template = str(loaded.tokenizer.get_chat_template())
+    except Exception as error:
+        raise ModelError(
+            f"the chat template of {loaded.name} cannot be used: {first_line(error)}", "Omit --chat."
+        ) from error
+    for name in options:
+        if name in RESERVED:
+            raise UsageError(f"--chat-option {name} is set by kvscope itself", "Omit it.")
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise UsageError(f"the chat template of {loaded.name} reads no option {name}", "Omit it, or correct it.")
+
+
+def _other_form(messages: Sequence[Message], place: str) -> list[Message]:
+    """Return messages with texts as lists of one part, and lists of parts as texts."""
+    changed: list[Message] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            changed.append({**message, "content": [{"type": "text", "text": content}]})
+        elif isinstance(content, list):
+            changed.append({**message, "content": "".join(_texts(content, place))})
+        else:
+            changed.append(message)
+    return changed
+
+
+def _has_contents(rendered: str, messages: Sequence[Message]) -> bool:
+    """Return whether a rendered text contains the texts of the last message, without spaces around them."""
+    content = messages[-1].get("content")
+    texts = [content] if isinstance(content, str) else _texts(content, "") if isinstance(content, list) else []
+    return all(text.strip() in rendered for text in texts)
+
+
+def _texts(parts: Sequence[Json], place: str) -> list[str]:
+    """Return the texts of parts; raises UsageError for a part that is no text."""
+    texts: list[str] = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            raise UsageError(f"{place}: a message has a part that is not a text", "Write parts of type text only.")
+        texts.append(text)
+    return texts

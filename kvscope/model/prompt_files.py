@@ -1,0 +1,209 @@
+"""Read prompts from files: texts, and JSON or JSON lines in the forms in which benchmarks publish them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvscope.core.errors import UsageError
+from kvscope.core.json import Json, JsonDict
+from kvscope.core.text_names import text_ending
+from kvscope.model.text_files import BOM, file_name, read_exactly, read_text, require_one_input
+
+LINES, WHOLE = (".jsonl", ".ndjson"), ".json"
+ANSWERS = ("answers", "outputs", "answer")
+QUESTIONS = ("input", "question")
+EXAMPLE = 'Write objects such as {"prompt": "..."} or {"messages": [...]}, or name the field of the text with --field.'
+
+Message = dict[str, Json]  # role and content, and what else a template reads
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """One prompt as it was read.
+
+    Attributes
+    ----------
+    file, place : str
+        Its file; file and line for messages.
+    text : str
+        Empty for a conversation.
+    messages : tuple of dict, or None
+        The conversation.
+    continuation : str or None
+        Text to force after it.
+    answers : tuple of str, or None
+        Right answers.
+    field : str or None
+        Fields of the line that it was read from.
+    """
+
+    file: str
+    place: str
+    text: str
+    messages: tuple[Message, ...] | None = None
+    continuation: str | None = None
+    answers: tuple[str, ...] | None = None
+    field: str | None = None
+
+
+def read_prompts(
+    prompts: Sequence[Path | str], continuation: Path | None, field: str | None = None
+) -> list[PromptText]:
+    """Return every prompt of files, with the continuation of all where a prompt has none of its own.
+
+    Files that end in ``.jsonl`` or ``.ndjson`` have an object per line, ``.json`` files an object or a list of them;
+    standard input and files without an ending have either, or a text; all others are one text.
+
+    Parameters
+    ----------
+    field : str, optional
+        Field of the text or of the messages; otherwise the first that an object has of ``prompt``, ``messages``,
+        ``context`` with ``input`` or ``question``, ``input`` and ``text``.
+
+    Raises
+    ------
+    UsageError
+        If a file cannot be read or is empty, or an object has no prompt.
+    """
+    require_one_input([*prompts, *([] if continuation is None else [continuation])])
+    forced = None if continuation is None else read_text(continuation)
+    found = [prompt for file in prompts for prompt in _prompts_of(file, forced, field)]
+    if not found:
+        raise UsageError("no prompt is named", "Name a text file: kvscope trace --model demo FILE")
+    for prompt in found:
+        if prompt.messages is None and not prompt.text.strip():
+            raise UsageError(f"prompt {prompt.place} is empty", "Write some text into it.")
+        if prompt.continuation == "":
+            raise UsageError(
+                f"the continuation of prompt {prompt.place} is empty",
+                "Write some text into it, or omit it to generate.",
+            )
+        messages = json.dumps(prompt.messages, ensure_ascii=False)
+        for text in (prompt.text, prompt.continuation or "", messages, *(prompt.answers or ())):
+            _require_whole(prompt.place, text)
+    return found
+
+
+def _prompts_of(file: Path | str, forced: str | None, field: str | None) -> Iterator[PromptText]:
+    name, ending = file_name(file), text_ending(file)
+    content = read_exactly(file)
+    if ending in LINES or ending == WHOLE or (not ending and _is_objects(content)):
+        entries = _entries(name, content, lines=ending in LINES)
+        if not entries:
+            raise UsageError(f"{name} is empty", 'Write one prompt per line: {"prompt": "..."}')
+        yield from (_prompt(name, place, entry, forced, field) for place, entry in entries)
+        return
+    if field is not None:
+        raise UsageError(f"--field {field}: {name} is one text without fields", "Omit --field, or name a JSONL file.")
+    yield PromptText(name, name, content.replace("\r\n", "\n").replace("\r", "\n"), continuation=forced)
+
+
+def _is_objects(content: str) -> bool:
+    """Return whether a text is JSON objects, one per line, or a list of them."""
+    if not content.lstrip().startswith(("{", "[")):
+        return False
+    try:
+        entries = _entries("", content, lines=False)
+    except UsageError:
+        return False
+    return bool(entries) and all(isinstance(entry, dict) for _, entry in entries)
+
+
+def _entries(name: str, content: str, *, lines: bool) -> list[tuple[str, Json]]:
+    """Return the values of JSON or JSON lines, each with its place: file and line, or file and number."""
+    if not lines:
+        try:
+            whole: Json = json.loads(content) if content.strip() else []
+        except RecursionError:
+            raise UsageError(f"{name} is nested too deeply", EXAMPLE) from None
+        except ValueError as error:
+            if "Extra data" not in str(error):
+                raise UsageError(f"{name} is not JSON: {error}", EXAMPLE) from None
+            return _entries(name, content, lines=True)  # an object per line, although the name ends in .json
+        if not isinstance(whole, list):
+            return [(name, whole)]
+        return [(f"{name}, object {number}", entry) for number, entry in enumerate(whole, 1)]
+    # Other line ends, as U+2028, may be in a JSON text, so only new lines separate objects.
+    numbered = ((number, line.strip().strip(BOM)) for number, line in enumerate(content.split("\n"), 1))
+    return [(f"{name}, line {number}", _parsed(f"{name}, line {number}", line)) for number, line in numbered if line]
+
+
+def _parsed(place: str, line: str) -> Json:
+    try:
+        value: Json = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{place}: no prompt: this is not JSON ({error})", EXAMPLE) from None
+    return value
+
+
+def _prompt(name: str, place: str, entry: Json, forced: str | None, field: str | None) -> PromptText:
+    if not isinstance(entry, dict):
+        raise UsageError(f"{place}: no prompt: this is not an object", EXAMPLE)
+    fields = _fields(entry) if field is None else ((field,) if field in entry else ())
+    if not fields:
+        what = "no prompt" if field is None else f"no field {field}"
+        raise UsageError(f"{place}: {what} among its fields ({', '.join(entry) or 'none'})", EXAMPLE)
+    following = entry.get("continuation")
+    if not isinstance(following, str | None):
+        raise UsageError(f"{place}: the continuation is not a text", 'Write "continuation": "..."')
+    following = forced if following is None else following.lstrip(BOM)
+    answers, named = _answers(entry), "+".join(fields)
+    if isinstance(entry[fields[0]], list):
+        messages = _messages(place, entry[fields[0]])
+        return PromptText(name, place, "", messages, following, answers, named)
+    parts = [entry[each] for each in fields]
+    texts = [part.lstrip(BOM) for part in parts if isinstance(part, str)]
+    if len(texts) < len(parts):
+        raise UsageError(f"{place}: no prompt: {named} is not a text", EXAMPLE)
+    return PromptText(name, place, "\n\n".join(filter(None, texts)), None, following, answers, named)
+
+
+def _fields(entry: JsonDict) -> tuple[str, ...]:
+    """Return the fields of a prompt's text, whose values are joined by an empty line, or of its messages."""
+    for one in ("prompt", "messages"):
+        if one in entry:
+            return (one,)
+    if "context" in entry:
+        return ("context", *[each for each in QUESTIONS if each in entry][:1])
+    return tuple([each for each in ("input", "text") if each in entry][:1])
+
+
+def _messages(place: str, value: Json) -> tuple[Message, ...]:
+    """Return a conversation; raises UsageError unless every message has a role and a content."""
+    assert isinstance(value, list), "the caller checks it"
+    if not value:
+        raise UsageError(f"prompt {place} is empty: it has no messages", "Write a message into it.")
+    messages: list[Message] = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UsageError(
+                f"{place}: a message has no role", 'Write messages: [{"role": "user", "content": "..."}, ...]'
+            )
+        content = message.get("content")
+        if isinstance(content, str):
+            message = {**message, "content": content.lstrip(BOM)}
+        messages.append(message)
+    return tuple(messages)
+
+
+def _answers(entry: JsonDict) -> tuple[str, ...] | None:
+    """Return the right answers that an object has, as texts; None if it has none."""
+    for name in ANSWERS:
+        if name in entry and entry[name] is not None:
+            value = entry[name]
+            values = value if isinstance(value, list) else [value]
+            return tuple(one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in values)
+    return None
+
+
+def _require_whole(place: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"prompt {place} contains half a character: {text[error.start]!a}",
+            "Write both halves of the surrogate pair, or remove it.",
+        ) from None
