@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvscope.analysis.missed_attention import BINS, MissedAttention
+from kvscope.core.token_parts import shown_parts
 
 KINDS = ("first", "digits", "punctuation", "rare", "other")
 CONTEXT = 4  # tokens shown on either side of a token
@@ -223,6 +224,7 @@ class TokenKinds:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = [str(text) for text in texts]
+        self.shown = shown_parts(self.texts)
         often = Counter(text.strip() for text in self.texts)
         self.kinds = [_kind(key, text, often[text.strip()]) for key, text in enumerate(self.texts)]
 
@@ -230,7 +232,7 @@ class TokenKinds:
         """Return text, kind and context of a token."""
         before, after = self.texts[max(0, key - CONTEXT) : key], self.texts[key + 1 : key + 1 + CONTEXT]
         return {
-            "text": self.texts[key],
+            "text": self.shown[key],
             "kind": self.kinds[key],
             "before": "".join(before),
             "after": "".join(after),

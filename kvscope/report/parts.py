@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from kvscope.core.token_parts import shown_parts
 from kvscope.report.encoding import visible_token
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
@@ -61,4 +62,5 @@ def spread(layers: Sequence[int]) -> list[int]:
 
 def _texts(trace: Trace, sequence: int) -> list[str]:
     frame = trace.tokens(sequence).sort_values("position")
-    return ["" if text is None else visible_token(str(text)) for text in frame["text"]]
+    texts = ["" if text is None else str(text) for text in frame["text"]]
+    return [visible_token(text) for text in shown_parts(texts)]
