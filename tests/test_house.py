@@ -58,6 +58,7 @@ ONLY_IN = {
     "torch": {
         *("bounds", "cli", "closed_loop", "engine", "gates", "kernels", "metrics"),
         *("model", "policies", "replay", "training", "tune"),
+        "trace",  # only to read captured attention that torch saved: see test_traces_load_no_torch
     },
 }
 
@@ -257,6 +258,11 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_version_loads_nothing_heavy() -> None:
     assert loaded_after("from kvscope.cli.app import run; run(['--version'])") == set()
+
+
+def test_traces_load_no_torch() -> None:
+    code = "import kvscope.trace.importer, kvscope.trace.import_files, kvscope.trace.reader, kvscope.trace.writer"
+    assert "torch" not in loaded_after(code)
 
 
 def test_the_probe_sees_what_is_loaded() -> None:

@@ -17,7 +17,8 @@ def import_maps(
         Path,
         typer.Argument(
             metavar="MAPS",
-            help="Read attention [L, H, T, T] or [S, L, H, T, T] from this .npz or .safetensors file.",
+            help="Read attention [L, H, T, T] or [S, L, H, T, T], or attentions as transformers returns them, from "
+            "this .npz, .npy, .safetensors or .pt file.",
             show_default=False,
         ),
     ],
@@ -27,6 +28,20 @@ def import_maps(
     prompt_length: Annotated[
         int | None,
         typer.Option(help="Count this many tokens as prompt; without it, only --prefill stream can replay.", min=1),
+    ] = None,
+    axes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LETTERS",
+            help="Name the axes of attention, as LBHTT: L layers, B sequences, H heads, T queries, T keys.",
+            show_default=False,
+        ),
+    ] = None,
+    kv_heads: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of key/value heads of a layer. Default: that of keys and values, or of query heads.", min=1
+        ),
     ] = None,
     learned_sinks: Annotated[
         bool,
@@ -41,7 +56,8 @@ def import_maps(
 ) -> None:
     """Make a trace of attention maps; every row is checked first.
 
-    Optional arrays: value_l1, value_l2, key_l2 [L, G, T]; keys, values, queries [L, G or H, T, D]; tokens.
+    Optional arrays: value_l1, value_l2, key_l2 [L, G, T]; keys, values, queries [L, G or H, T, D]; tokens;
+    prompt_length; attention_mask, whose padding is removed. What is assumed is printed and stored in the trace.
     """
     from kvscope.cli import console, places
     from kvscope.cli.hints import next_command
@@ -50,6 +66,17 @@ def import_maps(
 
     path = places.place(places.TRACES, output, maps.stem, force=force)
     with console.working(f"importing {maps}", quiet=quiet):
-        made = convert(maps, prompt, path, prompt_length=prompt_length, learned_sinks=learned_sinks, force=force)
+        made = convert(
+            maps,
+            prompt,
+            path,
+            prompt_length=prompt_length,
+            axes=axes,
+            kv_heads=kv_heads,
+            learned_sinks=learned_sinks,
+            force=force,
+        )
+    for line in made.header.assumed:
+        console.note(f"assumed: {line}", quiet=quiet)
     show(made, as_json=json)
     console.note(next_command(made), quiet=quiet)

@@ -29,6 +29,7 @@ from kvscope.core.options import (
     ReplayOptions,
     VerifyOptions,
 )
+from kvscope.core.text_files import read_text, require_one_input
 from kvscope.engine.feasible import Workload, make_plan, named_policies, require_feasible
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec, Tally, runs_of
@@ -36,7 +37,6 @@ from kvscope.kernels.device import torch_device
 from kvscope.metrics import METRICS, Metric
 from kvscope.model.derotation import derotations
 from kvscope.model.loading import load
-from kvscope.model.text_files import read_text, require_one_input
 from kvscope.policies.base import Policy
 from kvscope.trace.reader import Trace
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kvscope.core.errors import UsageError
 from kvscope.core.json import Json, JsonDict
+from kvscope.core.text_files import BOM, file_name, read_exactly, read_text, require_one_input
 from kvscope.core.text_names import text_ending
-from kvscope.model.text_files import BOM, file_name, read_exactly, read_text, require_one_input
 
 LINES, WHOLE = (".jsonl", ".ndjson"), ".json"
 ANSWERS = ("answers", "outputs", "answer")

@@ -10,9 +10,12 @@ import numpy as np
 
 from kvscope.core.errors import TraceError, UsageError
 from kvscope.core.output import checksum
+from kvscope.core.text_files import read_text
 from kvscope.core.version import versions
 from kvscope.trace.blocks import Array
 from kvscope.trace.derive import cosines, norms
+from kvscope.trace.import_axes import PER_KEY, arrange
+from kvscope.trace.import_files import read_captured
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
 from kvscope.trace.schema import VECTORS
@@ -21,7 +24,7 @@ from kvscope.trace.writer import TraceWriter
 
 SUM_TOLERANCE = 1e-2  # above the error of a half-precision softmax over thousands of keys
 ABOVE_TOLERANCE = 1e-6  # largest weight above the diagonal that counts as zero
-PER_KEY = ("value_l1", "value_l2", "key_l2")
+OF_KEYS = (*PER_KEY, "keys", "values")  # arrays that have the number of key/value heads
 BLOCK = 256  # rows written at a time
 
 
@@ -31,6 +34,8 @@ def import_maps(
     output: Path,
     *,
     prompt_length: int | None = None,
+    axes: str | None = None,
+    kv_heads: int | None = None,
     learned_sinks: bool = False,
     force: bool = False,
 ) -> Trace:
@@ -39,10 +44,11 @@ def import_maps(
     Parameters
     ----------
     source : Path
-        ``.npz`` or ``.safetensors`` with ``attention`` ``[L, H, T, T]`` or ``[S, L, H, T, T]``, and optionally
-        ``value_l1``, ``value_l2``, ``key_l2`` ``[L, G, T]``, ``keys``, ``values`` ``[L, G, T, D]``, ``queries``
-        ``[L, H, T, D]``, ``tokens`` ``[T]`` (ids or texts), ``prompt_length``; with a leading ``S`` where attention
-        has one.
+        ``.npz``, ``.npy``, ``.safetensors`` or ``.pt`` with ``attention`` ``[L, H, T, T]`` or ``[S, L, H, T, T]``,
+        or ``attentions`` ``[L, S, H, T, T]`` or as transformers returns them, and optionally ``value_l1``,
+        ``value_l2``, ``key_l2`` ``[L, G, T]``, ``keys``, ``values`` ``[L, G, T, D]``, ``queries`` ``[L, H, T, D]``,
+        ``tokens`` ``[T]`` (ids or texts), ``prompt_length``, ``attention_mask`` ``[T]``, whose padding is removed;
+        with ``S`` where attention has it.
     prompt : str, optional
         The prompt, as text or as the path of a text file.
     output : Path
@@ -50,6 +56,10 @@ def import_maps(
     prompt_length : int, optional
         ``P``. Without it, and without an array of that name, the whole sequence is the prompt, and the trace can be
         replayed only with streaming prefill.
+    axes : str, optional
+        Axes of attention, as ``LBHTT``: see `kvscope.trace.import_axes.arrange`.
+    kv_heads : int, optional
+        ``G``, where no array has it; by default every query head has its own keys and values.
     learned_sinks : bool
         Whether rows may sum to less than one because a learned sink takes part in the softmax.
     force : bool
@@ -62,33 +72,39 @@ def import_maps(
     TraceError
         If a row is not causal, not finite, negative, or does not sum to one; the message names layer, head and row.
     """
-    arrays = _batched(read_arrays(Path(source)))
-    attention = arrays["attention"]
-    count, length = len(attention), attention.shape[-1]
-    groups = _check_shapes(arrays)
-    for sequence in range(count):
-        _check_rows(attention[sequence], learned_sinks)
-    _derive(arrays)
-    lengths = _prompt_lengths(arrays, prompt_length, count, length)
-    header = _header(Path(source), arrays, groups, learned_sinks, prompt)
+    text = _prompt(prompt)
+    captured = arrange(read_captured(Path(source)), axes, prompt_length)
+    groups = 1
+    for arrays in captured.sequences:
+        groups = _check_shapes(arrays, kv_heads)
+        _check_rows(arrays["attention"][0], learned_sinks)
+        _derive(arrays)
+    records = [_lengths(arrays) for arrays in captured.sequences]
+    assumed = [*captured.assumed, *_assumed(captured.sequences[0], kv_heads)]
+    header = _header(Path(source), captured.sequences[0], groups, learned_sinks, text, assumed)
     needed = estimate_bytes(
         layers=len(header.layers),
         heads=header.heads,
         kv_heads=groups,
         head_dim=header.head_dim,
-        lengths=[length] * count,
+        lengths=[record.length for record in records],
         stored=header.stored,
     )
     require_space(output, needed)
     with TraceWriter(output, header, force=force) as writer:
-        for sequence in range(count):
-            _write(writer, sequence, arrays, lengths[sequence])
-        writer.finish([SequenceRecord(prompt, length, forced=True) for prompt in lengths])
+        for number, (arrays, record) in enumerate(zip(captured.sequences, records, strict=True)):
+            _write(writer, number, arrays, record.prompt)
+        writer.finish(records)
     return open_trace(output)
 
 
 def _header(
-    source: Path, arrays: Mapping[str, Array], groups: int, learned_sinks: bool, prompt: str | None
+    source: Path,
+    arrays: Mapping[str, Array],
+    groups: int,
+    learned_sinks: bool,
+    prompt: PromptRecord,
+    assumed: list[str],
 ) -> TraceHeader:
     """Return the header of a trace of checked arrays, with `groups` key/value heads."""
     _, layers, heads, _, _ = arrays["attention"].shape
@@ -105,75 +121,22 @@ def _header(
         sliding_window=[None] * layers,
         learned_sinks=learned_sinks,
         stored=_stored(arrays),
-        prompts=[_prompt(prompt)],
+        prompts=[prompt],
+        assumed=assumed,
         versions=versions("numpy"),
     )
 
 
-def read_arrays(source: Path) -> dict[str, Array]:
-    """Return the arrays of an ``.npz`` or ``.safetensors`` file by name.
-
-    Raises
-    ------
-    UsageError
-        If the file does not exist, has another format, or has no ``attention``.
-    """
-    if not source.is_file():
-        raise UsageError(f"no file {source}", "Name an .npz or .safetensors file.")
-    try:
-        arrays = _load(source)
-    except UsageError:
-        raise
-    except Exception as error:  # the readers raise many kinds of error for a damaged file
-        raise UsageError(
-            f"{source} cannot be read: {error}".splitlines()[0], "Write it again, as .npz or .safetensors."
-        ) from error
-    if "attention" not in arrays:
-        raise UsageError(
-            f"{source} has no array called attention",
-            f"Name the maps attention; the file contains: {', '.join(sorted(arrays)) or 'nothing'}.",
-        )
-    return arrays
-
-
-def _load(source: Path) -> dict[str, Array]:
-    if source.suffix == ".npz":
-        with np.load(source, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    if source.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(source, framework="numpy") as file:
-            names = list(file.keys())
-            for name in names:
-                if file.get_slice(name).get_dtype() == "BF16":
-                    raise UsageError(
-                        f"{source}: {name} is bfloat16, which NumPy does not support", "Save it as float16 or float32."
-                    )
-            return {name: file.get_tensor(name) for name in names}
-    raise UsageError(f"{source} is neither .npz nor .safetensors", "Write the arrays with numpy.savez or safetensors.")
-
-
-def _batched(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the arrays with a leading axis of sequences."""
-    attention = arrays["attention"]
-    if attention.ndim == 5:
-        return dict(arrays)
-    if attention.ndim != 4:
-        raise UsageError(
-            f"attention has the shape {list(attention.shape)}", "Save it as [L, H, T, T] or [S, L, H, T, T]."
-        )
-    return {name: array[None] for name, array in arrays.items()}
-
-
-def _check_shapes(arrays: Mapping[str, Array]) -> int:
-    """Return ``G``; raise UsageError for an array with the wrong shape."""
+def _check_shapes(arrays: Mapping[str, Array], kv_heads: int | None) -> int:
+    """Return ``G``, where no array has it `kv_heads`, or ``H``; raise UsageError for an array with the wrong shape."""
     count, layers, heads, length, keys = arrays["attention"].shape
     if length != keys or 0 in arrays["attention"].shape:
         raise UsageError(
             f"attention has the shape {list(arrays['attention'].shape)}", "Make its last two axes both T, above 0."
         )
-    groups = next((arrays[name].shape[2] for name in (*PER_KEY, "keys", "values") if name in arrays), heads)
+    groups = next((arrays[name].shape[2] for name in OF_KEYS if name in arrays), kv_heads or heads)
+    if kv_heads not in (None, groups):
+        raise UsageError(f"the arrays have {groups} key/value heads, not {kv_heads}", "Omit --kv-heads.")
     if groups == 0 or heads % groups:
         raise UsageError(f"{heads} query heads do not share {groups} key/value heads evenly", "Make H a multiple of G.")
     for name in (*PER_KEY, *VECTORS):
@@ -235,26 +198,38 @@ def _stored(arrays: Mapping[str, Array]) -> list[str]:
     return stored + [f"vectors:{name}" for name in VECTORS if name in arrays]
 
 
-def _prompt_lengths(arrays: Mapping[str, Array], given: int | None, count: int, length: int) -> list[int]:
-    if given is not None:
-        lengths = [given] * count
-    elif "prompt_length" in arrays:
-        lengths = np.broadcast_to(arrays["prompt_length"].ravel(), (count,)).astype(int).tolist()
-    else:
-        lengths = [length] * count
-    for value in lengths:
-        if not 1 <= value <= length:
-            raise UsageError(f"prompt_length={value} does not fit {length} tokens", "Use 1 to the number of tokens.")
-    return lengths
+def _lengths(arrays: Mapping[str, Array]) -> SequenceRecord:
+    """Return the lengths of a sequence; raise UsageError for a prompt that is longer."""
+    length = arrays["attention"].shape[-1]
+    prompt = int(arrays["prompt_length"][0]) if "prompt_length" in arrays else length
+    if not 1 <= prompt <= length:
+        raise UsageError(f"prompt_length={prompt} does not fit {length} tokens", "Use 1 to the number of tokens.")
+    return SequenceRecord(prompt, length, forced=True)
+
+
+def _assumed(arrays: Mapping[str, Array], kv_heads: int | None) -> list[str]:
+    """Return what is assumed about keys and prompt, where neither the file nor the user says it."""
+    lines: list[str] = []
+    if kv_heads is None and not any(name in arrays for name in OF_KEYS):
+        lines.append("each query head has keys and values of its own; otherwise give --kv-heads")
+    if "prompt_length" not in arrays:
+        lines.append("the whole sequence is the prompt; otherwise give --prompt-length")
+    return lines
 
 
 def _prompt(prompt: str | None) -> PromptRecord:
+    """Return the record of a prompt; raises UsageError for a number, which is a length by mistake."""
     if prompt is None:
         return PromptRecord()
     file = Path(prompt) if len(prompt) < 4096 and "\n" not in prompt else None
     if file is not None and file.is_file():
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
         return PromptRecord(file=str(file), text=text, sha256=hashlib.sha256(text.encode()).hexdigest())
+    if prompt.strip().isdecimal():
+        raise UsageError(
+            f"--prompt {prompt} is a number, not a text",
+            f"Give the length of the prompt with --prompt-length {prompt.strip()}; a text of digits, in a file.",
+        )
     return PromptRecord(text=prompt, sha256=hashlib.sha256(prompt.encode()).hexdigest())
 
 
@@ -263,17 +238,17 @@ def _write(writer: TraceWriter, sequence: int, arrays: Mapping[str, Array], prom
     for layer in range(layers):
         for first in range(0, length, BLOCK):
             stop = min(first + BLOCK, length)
-            rows = arrays["attention"][sequence, layer, :, first:stop, :stop].astype(np.float32)
+            rows = arrays["attention"][0, layer, :, first:stop, :stop].astype(np.float32)
             writer.attention(layer, sequence, first, rows)
-        signals = {name: arrays[name][sequence, layer] for name in (*PER_KEY, "similarity") if name in arrays}
+        signals = {name: arrays[name][0, layer] for name in (*PER_KEY, "similarity") if name in arrays}
         if signals:
             writer.keys(layer, sequence, 0, **signals)
         if "queries" in arrays:
-            writer.queries(layer, sequence, 0, arrays["queries"][sequence, layer].astype(np.float32).mean(0))
-        vectors = {name: arrays[name][sequence, layer] for name in VECTORS if name in arrays}
+            writer.queries(layer, sequence, 0, arrays["queries"][0, layer].astype(np.float32).mean(0))
+        vectors = {name: arrays[name][0, layer] for name in VECTORS if name in arrays}
         if vectors:
             writer.vectors(layer, sequence, 0, **vectors)
-    given = arrays["tokens"][sequence] if "tokens" in arrays else np.full(length, -1)
+    given = arrays["tokens"][0] if "tokens" in arrays else np.full(length, -1)
     is_id = np.issubdtype(given.dtype, np.integer)
     writer.tokens(
         sequence,

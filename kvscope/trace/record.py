@@ -142,6 +142,9 @@ class TraceHeader:
     tokenizer: Annotated[str | None, about("class of the tokenizer")] = None
     versions: Annotated[dict[str, str], about("versions of what recorded it")] = field(default_factory=dict)
     command: Annotated[str | None, about("command line that recorded it")] = None
+    assumed: Annotated[
+        list[str], about("of an import: what neither the file nor the user said, and was assumed", omit=True)
+    ] = field(default_factory=list)
 
     @property
     def store(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.gate_options import GateDesign, TextWindows, TrainingSettings
 from kvscope.core.options import ModelSource
+from kvscope.core.text_files import read_text, require_one_input
 from kvscope.core.version import versions
 from kvscope.gates.file import GateFacts
 from kvscope.gates.module import LearnedGate
@@ -21,7 +22,6 @@ from kvscope.model.attention_hook import require_registry
 from kvscope.model.loading import Loaded, load
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import self_check
-from kvscope.model.text_files import read_text, require_one_input
 from kvscope.model.token_ids import TextEncoder
 from kvscope.trace.reader import Trace
 from kvscope.training.fit import Evaluation, train

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from kvscope.core.errors import UsageError
+from kvscope.core.text_files import read_text
 from kvscope.core.text_names import text_ending, text_name
 from kvscope.model.prompt_files import PromptText, read_prompts
-from kvscope.model.text_files import read_text
 
 RULER = {"index": 0, "input": "Find the key.", "outputs": ["42", "43"], "length": 4096}
 LONGBENCH = {"input": "Who?", "context": "Once upon a time.", "answers": ["A cat"], "length": 3, "dataset": "qa"}
