@@ -183,3 +183,12 @@ def test_some_heads_alone_have_no_closed_loop(run: Run, model: Path) -> None:
     done = run("replay", "-p", "h2o", "-b", "6", "--perplexity")
     assert done.status == 2 or done.status == 1
     assert "holds 2 of 4 query heads" in done.err and "without --heads" in done.err
+
+
+def test_tokens_that_are_not_scored_are_named(run: Run, model: Path) -> None:
+    Path("book.txt").write_text(" ".join(f"w{index % 60 + 1}" for index in range(112)))
+    flags = ["-p", "h2o", "-b", "8", "--window", "53", "-o", "r", "-q"]
+    done = run("perplexity", "--model", model, "book.txt", *flags)
+    assert done.status == 0, done.err
+    assert "book.txt: its last 6 tokens are not scored" in done.err
+    assert json.loads(Path("reports/r/run.json").read_text())["trace"]["texts"][0]["dropped"] == 6
