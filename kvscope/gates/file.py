@@ -96,12 +96,15 @@ def read_facts(name: str) -> GateFacts:
     try:
         with safe_open(path, "pt") as file:
             found: Mapping[str, str] = file.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged or not a gate: {error}".splitlines()[0], AGAIN) from error
     if KIND not in found:
         raise ModelError(f"{path} is not a gate of kvscope", AGAIN)
-    about = json.loads(found[KIND])
-    version = about.pop("version")
-    if version > VERSION:
-        raise ModelError(f"gate {path} has format {version}, newer than this kvscope reads", "Update kvscope.")
-    return GateFacts(**about)
+    try:
+        about = json.loads(found[KIND])
+        version = int(about.pop("version"))
+        if version > VERSION:
+            raise ModelError(f"gate {path} has format {version}, newer than this kvscope reads", "Update kvscope.")
+        return GateFacts(**about)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"gate {path} is damaged: its metadata are not those of a gate", AGAIN) from error

@@ -140,7 +140,7 @@ def _loaded(path: Path, changed: int, size: int) -> LearnedGate:
         tensors = load_file(path)
         gate = LearnedGate(facts, tensors[WEIGHTS])
         gate.load_state_dict(tensors)
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"gate {path} is damaged: its parameters do not match its metadata", AGAIN) from error
     return gate.requires_grad_(False).eval()
 

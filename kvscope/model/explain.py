@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from kvscope.core.errors import ModelError
+from kvscope.core.errors import KvscopeError, ModelError
 
 # Base class of the HTTP client's errors; the client is httpx in huggingface_hub 1, and httpx2 in 2.
 HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -38,7 +38,7 @@ def explained(source: str, part: str, *, offline: bool = False) -> Iterator[None
     """
     try:
         yield
-    except ModelError:
+    except (KvscopeError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except GatedRepoError as error:
         raise _gated(source) from error
@@ -56,7 +56,7 @@ def explained(source: str, part: str, *, offline: bool = False) -> Iterator[None
         ) from error
     except OSError as error:
         raise _not_here(source, part) if offline else _explain_text(source, part, error) from error
-    except Exception as error:  # tokenizers and remote code raise errors of any type
+    except BaseException as error:  # tokenizers raises bare exceptions, and panics that are no exceptions
         raise _explain_text(source, part, error) from error
 
 
@@ -82,7 +82,7 @@ def out_of_memory(name: str) -> ModelError:
     )
 
 
-def _explain_text(source: str, part: str, error: Exception) -> ModelError:
+def _explain_text(source: str, part: str, error: BaseException) -> ModelError:
     low = str(error).lower()
     if "safetensors" in low and ("does not appear to have" in low or "no file named" in low or "not found" in low):
         return ModelError(

@@ -197,7 +197,7 @@ def _require_files(folder: Path) -> None:
         try:
             with safe_open(file, "pt"):
                 pass
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is damaged or truncated: {first_line(error)}", "Download it again.") from error
 
 

@@ -113,7 +113,8 @@ def _require_context(loaded: Loaded, prompt: PromptText, ids: Sequence[int], new
 
 
 def _shown(loaded: Loaded, ids: Sequence[int]) -> str:
-    return "".join(loaded.tokenizer.convert_ids_to_tokens(list(ids)))
+    with tokenizer_explained(loaded.tokenizer):
+        return "".join(loaded.tokenizer.convert_ids_to_tokens(list(ids)))
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

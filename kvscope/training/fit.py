@@ -214,7 +214,7 @@ def _read(
         found: dict[str, Any] = json.loads(about["state"])
         log = [Evaluation(**evaluation) for evaluation in found.pop("log")]
         return _State(**found, log=log, parameters=_part(tensors, "best."))
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"checkpoint {path} is damaged", "Omit --resume to start again.") from error
 
 

@@ -121,6 +121,9 @@ def broken(folder: Path) -> dict[str, tuple[Path, str]]:
     add("other", "is not a gate of kvscope", {})
     about = json.loads(metadata[KIND])
     add("newer", "newer than this kvscope reads", {KIND: json.dumps({**about, "version": 2})})
+    add("fields", "its metadata are not those of a gate", {KIND: json.dumps({**about, "more": 2})})
+    add("list", "its metadata are not those of a gate", {KIND: "[1]"})
+    add("json", "its metadata are not those of a gate", {KIND: "{"})
     add("larger", "do not match its metadata", {KIND: json.dumps({**about, "layers": 3})})
     add("smaller", "do not match its metadata", metadata, **{"layers.0.open.bias": torch.zeros(7)})
     cut = folder / "cut.safetensors"
@@ -130,7 +133,7 @@ def broken(folder: Path) -> dict[str, tuple[Path, str]]:
     return {**made, "cut": (cut, "damaged or not a gate"), "text": (text, "damaged or not a gate")}
 
 
-@pytest.mark.parametrize("name", ["other", "newer", "larger", "smaller", "cut", "text"])
+@pytest.mark.parametrize("name", ["other", "newer", "fields", "list", "json", "larger", "smaller", "cut", "text"])
 def test_what_is_no_gate_is_refused(name: str, tmp_path: Path) -> None:
     path, message = broken(tmp_path)[name]
     with pytest.raises(ModelError, match=message) as found:

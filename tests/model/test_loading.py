@@ -238,3 +238,30 @@ def test_what_loading_says(monkeypatch: pytest.MonkeyPatch, error: Exception, me
     with pytest.raises(KvscopeError, match=message) as caught:
         load(ModelSource("org/model"))
     assert caught.value.todo
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"version": "1.0"}'),
+        ("tokenizer.json", '{"version": "1.0", "model": {"type": "BPE", "vocab": 3}}'),
+        ("tokenizer.json", "[1]"),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[1]"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": {"a": 1}}'),
+        ("config.json", "{"),
+        ("config.json", "[1]"),
+        ("config.json", '{"model_type": 3}'),
+        ("model.safetensors", "nothing"),
+    ],
+)
+def test_damaged_files_of_a_model(whole: Path, tmp_path: Path, name: str, content: str) -> None:
+    """Whatever a library raises for them, a bare exception or a panic, the user reads two lines."""
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    (folder / name).write_text(content)
+    with pytest.raises(KvscopeError) as caught:
+        load(ModelSource(str(folder)))
+    assert caught.value.todo and "\n" not in caught.value.what
