@@ -10,45 +10,58 @@ import typer
 from kvscope.cli.command import command
 from kvscope.cli.options import Force, Json, Quiet, TraceOutput
 
+Maps = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MAPS",
+        help="Read attention [L, H, T, T] or [S, L, H, T, T], or attentions as transformers returns them, from this "
+        ".npz, .npy, .safetensors or .pt file.",
+        show_default=False,
+    ),
+]
+PromptStored = Annotated[
+    str | None, typer.Option("--prompt", metavar="TEXT", help="Store this prompt: a text, or a file that holds it.")
+]
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--prompt-length",
+        help="Count this many tokens as prompt, padding included; without it, only --prefill stream can replay.",
+        min=1,
+    ),
+]
+Axes = Annotated[
+    str | None,
+    typer.Option(
+        "--axes",
+        metavar="LETTERS",
+        help="Name the axes of attention, as LBHTT: L layers, B sequences, H heads, T queries, T keys.",
+        show_default=False,
+    ),
+]
+KvHeads = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-heads",
+        help="Number of key/value heads of a layer. Default: that of keys and values, or of query heads.",
+        show_default=False,
+        min=1,
+    ),
+]
+LearnedSinks = Annotated[
+    bool,
+    typer.Option("--learned-sinks", help="Accept rows that sum to less than one because a learned sink takes a share."),
+]
+
 
 @command("import", order=160)
 def import_maps(
-    maps: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MAPS",
-            help="Read attention [L, H, T, T] or [S, L, H, T, T], or attentions as transformers returns them, from "
-            "this .npz, .npy, .safetensors or .pt file.",
-            show_default=False,
-        ),
-    ],
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Store this prompt: a text, or a file that holds it.")
-    ] = None,
-    prompt_length: Annotated[
-        int | None,
-        typer.Option(help="Count this many tokens as prompt; without it, only --prefill stream can replay.", min=1),
-    ] = None,
-    axes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LETTERS",
-            help="Name the axes of attention, as LBHTT: L layers, B sequences, H heads, T queries, T keys.",
-            show_default=False,
-        ),
-    ] = None,
-    kv_heads: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of key/value heads of a layer. Default: that of keys and values, or of query heads.", min=1
-        ),
-    ] = None,
-    learned_sinks: Annotated[
-        bool,
-        typer.Option(
-            "--learned-sinks", help="Accept rows that sum to less than one because a learned sink takes a share."
-        ),
-    ] = False,
+    maps: Maps,
+    prompt: PromptStored = None,
+    prompt_length: PromptTokens = None,
+    axes: Axes = None,
+    kv_heads: KvHeads = None,
+    learned_sinks: LearnedSinks = False,
     output: TraceOutput = None,
     force: Force = False,
     json: Json = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kvscope.cli import options
+from kvscope.cli import options, prompt_options
 from kvscope.cli.command import command
 from kvscope.core.options import ModelSource, OutputOptions
 from kvscope.core.recording_options import BlockOptions, Sampling, StoreOptions, TextOptions
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 @command("trace", order=10)
 def trace(
     ctx: typer.Context,
-    prompts: options.Prompts,
+    prompts: prompt_options.Prompts,
     model: options.Model,
     output: options.TraceOutput = None,
     max_new_tokens: options.MaxNewTokens = 128,
-    continuation: options.Continuation = None,
+    continuation: prompt_options.Continuation = None,
     layers: options.Layers = None,
     heads: options.Heads = None,
     query_stride: options.QueryStride = 1,
@@ -41,10 +41,10 @@ def trace(
     device: options.Device = "auto",
     device_map: options.DeviceMap = None,
     revision: options.Revision = None,
-    chat: options.Chat = False,
-    system: options.System = None,
-    chat_option: options.ChatOption = None,
-    field: options.Field = None,
+    chat: prompt_options.Chat = False,
+    system: prompt_options.System = None,
+    chat_option: prompt_options.ChatOption = None,
+    field: prompt_options.Field = None,
     trust_remote_code: options.TrustRemoteCode = False,
     query_block: options.QueryBlock = 128,
     prefill_chunk: options.PrefillChunk = None,
@@ -56,8 +56,7 @@ def trace(
 ) -> None:
     """Generate with a real model and record every attention row, or the vectors that determine it.
 
-    The trace goes to traces/NAME. The estimated size is printed and checked against free disk space before the first
-    token.
+    The trace goes to traces/NAME. Its estimated size is printed, and checked against free disk space, before it starts.
     """
     from kvscope.cli import console
     from kvscope.cli.hints import next_command

@@ -53,8 +53,7 @@ def trace(
     Parameters
     ----------
     prompts : sequence of Path
-        Text files, one sequence each, or JSON and JSONL files with an object per sequence, as `read_prompts` of
-        `kvscope.model.prompt_files` describes them.
+        Files of texts, JSON or JSON lines, as `kvscope.model.prompt_files.read_prompts` describes them.
     output : Path, optional
         Folder of the trace; ``traces/PROMPT-MODEL`` by default.
     progress, announce : callable, optional

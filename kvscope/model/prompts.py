@@ -73,7 +73,7 @@ def encode(loaded: Loaded, prompt: PromptText, options: TextOptions) -> Prompt:
     elif not chat:  # a chat template writes what the model expects
         ids = [*encoder.prefix, *ids]
     if not ids:
-        raise UsageError(f"prompt {prompt.place} has no tokens", "Write some text into it that the tokenizer knows.")
+        raise UsageError(f"prompt {prompt.place} has no tokens", "Write other text into it.")
     if forced is None and ids[-1] == getattr(loaded.tokenizer, "eos_token_id", None):
         notes.append(f"prompt {prompt.place} ends with {_shown(loaded, ids[-1:])}: the model generates after it")
     _require_context(loaded, prompt, ids, options.max_new_tokens if forced is None else len(forced))

@@ -68,17 +68,9 @@ def arrange(found: Mapping[str, Captured], axes: str | None, prompt_length: int 
     count, length = len(attention), attention.shape[-1]
     if 0 in attention.shape:
         raise UsageError(f"{name} has the shape {list(maps.shape)}", "Make all of its axes longer than 0.")
-    tokens = next((each for each in TOKENS if each in found), None)
-    if tokens is not None:
-        arrays["tokens"] = _by_sequence(found[tokens], "B" in letters)
-        if arrays["tokens"].shape == (count, length + 1):
-            arrays["tokens"] = arrays["tokens"][:, :length]
-            assumed.append(f"the last of {length + 1} {tokens} has no attention, and is omitted")
+    arrays |= _tokens(found, count, length, "B" in letters, assumed)
     if "prompt_length" in found or prompt_length is not None:
-        given = np.asarray(found["prompt_length"] if prompt_length is None else prompt_length).ravel()
-        if len(given) not in (1, count):
-            raise UsageError(f"prompt_length has {len(given)} numbers for {count} sequences", "Write one for each.")
-        arrays["prompt_length"] = np.broadcast_to(given, (count,))
+        arrays["prompt_length"] = _prompt_lengths(found.get("prompt_length"), prompt_length, count)
     elif prompt is not None:
         arrays["prompt_length"] = np.full(count, prompt)
         assumed.append(f"the prompt has {prompt} tokens, the queries of the first step")
@@ -91,6 +83,28 @@ def arrange(found: Mapping[str, Captured], axes: str | None, prompt_length: int 
         return Arranged([{each: array[s : s + 1] for each, array in arrays.items()} for s in range(count)], assumed)
     mask = _by_sequence(found["attention_mask"], "B" in letters)
     return Arranged(list(_trimmed(arrays, mask, assumed)), assumed)
+
+
+def _tokens(
+    found: Mapping[str, Captured], count: int, length: int, batched: bool, assumed: list[str]
+) -> dict[str, Array]:
+    """Return the tokens ``[B, T]`` of a file that has them, without a last one that was generated but not read."""
+    name = next((each for each in TOKENS if each in found), None)
+    if name is None:
+        return {}
+    tokens = _by_sequence(found[name], batched)
+    if tokens.shape == (count, length + 1):
+        assumed.append(f"the last of {length + 1} {name} has no attention, and is omitted")
+        return {"tokens": tokens[:, :length]}
+    return {"tokens": tokens}
+
+
+def _prompt_lengths(found: Captured | None, given: int | None, count: int) -> Array:
+    """Return ``P`` of each sequence, that of the user before that of the file."""
+    lengths = np.asarray(found if given is None else given).ravel()
+    if len(lengths) not in (1, count):
+        raise UsageError(f"prompt_length has {len(lengths)} numbers for {count} sequences", "Write one for each.")
+    return np.broadcast_to(lengths, (count,))
 
 
 def _letters(axes: str) -> str:

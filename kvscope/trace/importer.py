@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,20 +82,24 @@ def import_maps(
     records = [_lengths(arrays) for arrays in captured.sequences]
     assumed = [*captured.assumed, *_assumed(captured.sequences[0], kv_heads)]
     header = _header(Path(source), captured.sequences[0], groups, learned_sinks, text, assumed)
-    needed = estimate_bytes(
-        layers=len(header.layers),
-        heads=header.heads,
-        kv_heads=groups,
-        head_dim=header.head_dim,
-        lengths=[record.length for record in records],
-        stored=header.stored,
-    )
-    require_space(output, needed)
+    require_space(output, _bytes(header, records))
     with TraceWriter(output, header, force=force) as writer:
         for number, (arrays, record) in enumerate(zip(captured.sequences, records, strict=True)):
             _write(writer, number, arrays, record.prompt)
         writer.finish(records)
     return open_trace(output)
+
+
+def _bytes(header: TraceHeader, sequences: Sequence[SequenceRecord]) -> int:
+    """Return the estimated bytes of a trace."""
+    return estimate_bytes(
+        layers=len(header.layers),
+        heads=header.heads,
+        kv_heads=header.kv_heads,
+        head_dim=header.head_dim,
+        lengths=[sequence.length for sequence in sequences],
+        stored=header.stored,
+    )
 
 
 def _header(

@@ -1,0 +1,45 @@
+"""The options of `trace` that say what the model reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Prompts = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="PROMPT",
+        help="Record these text files, or JSON and JSONL files with a prompt or messages per object; gzip, zstd; - is "
+        "standard input. Special tokens that a text contains are read as such.",
+        show_default=False,
+    ),
+]
+Field = Annotated[
+    str | None,
+    typer.Option(
+        "--field",
+        metavar="NAME",
+        help="Read the prompt from this field of JSON objects. Default: prompt, messages, context with input or "
+        "question, input, text.",
+        show_default=False,
+    ),
+]
+Continuation = Annotated[
+    Path | None,
+    typer.Option("--continuation", metavar="FILE", help="Force this text after the prompt instead of generating."),
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template, as messages always are.")
+]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="With --chat: add a system message.")]
+ChatOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--chat-option",
+        metavar="NAME=VALUE",
+        help="Pass this to the chat template, VALUE as JSON: enable_thinking=false. Repeatable.",
+        show_default=False,
+    ),
+]
