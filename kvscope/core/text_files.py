@@ -52,6 +52,17 @@ def require_one_input(files: Iterable[Path | str]) -> None:
         raise UsageError("standard input (-) is named twice", "It can be read once: write - once.")
 
 
+def require_whole(name: str, text: str) -> None:
+    """Raise UsageError if a text contains half a character, a lone surrogate, which UTF-8 cannot represent."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{name} contains half a character: {text[error.start]!a}",
+            "Write both halves of the surrogate pair, or remove it.",
+        ) from None
+
+
 def _read_bytes(file: Path | str) -> bytes:
     if str(file) == STANDARD_INPUT:
         return sys.stdin.buffer.read()

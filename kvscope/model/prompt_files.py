@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvscope.core.errors import UsageError
 from kvscope.core.json import Json, JsonDict
-from kvscope.core.text_files import BOM, file_name, read_exactly, read_text, require_one_input
+from kvscope.core.text_files import BOM, file_name, read_exactly, read_text, require_one_input, require_whole
 from kvscope.core.text_names import text_ending
 
 LINES, WHOLE = (".jsonl", ".ndjson"), ".json"
@@ -83,7 +83,7 @@ def read_prompts(
             )
         messages = json.dumps(prompt.messages, ensure_ascii=False)
         for text in (prompt.text, prompt.continuation or "", messages, *(prompt.answers or ())):
-            _require_whole(prompt.place, text)
+            require_whole(f"prompt {prompt.place}", text)
     return found
 
 
@@ -197,13 +197,3 @@ def _answers(entry: JsonDict) -> tuple[str, ...] | None:
             values = value if isinstance(value, list) else [value]
             return tuple(one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in values)
     return None
-
-
-def _require_whole(place: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"prompt {place} contains half a character: {text[error.start]!a}",
-            "Write both halves of the surrogate pair, or remove it.",
-        ) from None

@@ -10,6 +10,7 @@ from tokenizers import decoders
 from kvscope.core.errors import UsageError
 from kvscope.core.model_types import Tokenizer
 from kvscope.core.recording_options import TextOptions
+from kvscope.core.text_files import require_whole
 from kvscope.model.chat import render
 from kvscope.model.loading import Loaded
 from kvscope.model.prompt_files import PromptText
@@ -60,6 +61,7 @@ def encode(loaded: Loaded, prompt: PromptText, options: TextOptions) -> Prompt:
         option = "--chat-option" if options.system is None else "--system"
         raise UsageError(f"{option} is for chat templates, and {prompt.place} is a text", "Add --chat.")
     text = render(loaded, prompt, options.system, options.chat_options) if chat else prompt.text
+    require_whole(f"prompt {prompt.place}", text)  # options of the template may contain what no file does
     encoder = TextEncoder(loaded.tokenizer)
     notes: list[str] = []
     forced: list[int] | None = None

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvscope.core.errors import TraceError, UsageError
 from kvscope.core.output import checksum
-from kvscope.core.text_files import read_text
+from kvscope.core.text_files import read_text, require_whole
 from kvscope.core.version import versions
 from kvscope.trace.blocks import Array
 from kvscope.trace.derive import cosines, norms
@@ -225,6 +225,7 @@ def _prompt(prompt: str | None) -> PromptRecord:
     """Return the record of a prompt; raises UsageError for a number, which is a length by mistake."""
     if prompt is None:
         return PromptRecord()
+    require_whole("--prompt", prompt)
     file = Path(prompt) if len(prompt) < 4096 and "\n" not in prompt else None
     if file is not None and file.is_file():
         text = read_text(file)

@@ -101,6 +101,11 @@ def test_a_rendered_text_has_one_bos() -> None:
     assert bos.tokenizer.convert_ids_to_tokens(plain.ids)[0] == "<s>" and plain.notes == ()
 
 
+def test_half_characters_in_options() -> None:
+    with pytest.raises(UsageError, match="prompt p contains half a character"):
+        encode(loaded(TURNS), TEXT, TextOptions(chat=True, system="\ud83d"))
+
+
 def test_options_of_chats_without_a_chat() -> None:
     for options in (TextOptions(system="a"), TextOptions(chat_options={"a": 1})):
         with pytest.raises(UsageError, match="p is a text"):

@@ -200,6 +200,8 @@ def test_a_length_given_as_the_prompt(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--prompt 20 is a number, not a text") as caught:
         import_maps(tmp_path / "maps.npz", "20", tmp_path / "t")
     assert "--prompt-length 20" in caught.value.todo
+    with pytest.raises(UsageError, match="--prompt contains half a character"):
+        import_maps(tmp_path / "maps.npz", "\ud83d", tmp_path / "t")
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="not UTF-8"):
         import_maps(tmp_path / "maps.npz", str(tmp_path / "p.txt"), tmp_path / "t")
