@@ -37,6 +37,7 @@ from kvscope.engine.runs import RunSpec
 from kvscope.gates.module import load_gate
 from kvscope.metrics import METRICS
 from kvscope.model.loading import Loaded, load
+from kvscope.model.token_ids import TextEncoder
 from kvscope.policies.spec import parse_policy
 from kvscope.results.statistics import interval, paired
 from kvscope.trace.reader import TokenSequence
@@ -112,7 +113,9 @@ def of_distance(questions: Sequence[Mapping[str, Any]], distance: int) -> list[M
 
 def passage(loaded: Loaded, number: int, prompt: str, value: str) -> Passage:
     """Return a passage whose tokens after the prompt are scored; without a prompt, all but the first token are."""
-    first, rest = (loaded.tokenizer(text)["input_ids"] if text else [] for text in (prompt, value))
+    encoder = TextEncoder(loaded.tokenizer)
+    first, rest = encoder.split(prompt, value)
+    first = [*encoder.prefix, *first]
     return Passage(TokenSequence(number, len(first) if rest else 1, len(first) + len(rest)), torch.tensor(first + rest))
 
 
