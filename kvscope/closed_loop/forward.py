@@ -34,6 +34,11 @@ from kvscope.model.derotation import Derotation
 
 BLOCK_BYTES = 128 * 2**20  # limit for one tensor of rows for all runs of a batch
 BLOCK_QUERIES = 128  # limit for the queries of a block, so that few of its weights are above the causal diagonal
+# On a GPU a block costs the launches of its operations rather than weights above the diagonal: larger blocks. A block
+# with all metrics needs about ten tensors of rows.
+GPU_BLOCK_QUERIES = 1024
+GPU_BLOCK_SHARE = 1 / 32  # of the free memory, for one tensor of rows
+GPU_BLOCK_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,7 @@ class ClosedLoop:
         first = self.text.prompt if self.text.prefill == "full" else 0
         series = MetricSeries(simulation, self.metrics, first)
         scorer = BlockScorer([series], call.value[:, None])
-        most = BLOCK_BYTES // (4 * self.text.length * call.query.shape[0] * call.query.shape[1])
-        size = max(1, min(BLOCK_QUERIES, most))
+        size = block_size(call)
         compacted = None if self.rotary is None else Compacted(call, self.rotary[call.layer])
         output = []
         for start in range(0, self.text.length, size):
@@ -171,6 +175,18 @@ def _kept(simulation: CacheSimulation, rows: Tensor, start: int, stop: int) -> t
     visible = simulation.visible(start, stop)[:, 0]  # [R, G, b, stop]
     part = rows * visible.repeat_interleave(rows.shape[1] // visible.shape[1], 1)
     return part, part.sum(-1)
+
+
+def block_size(call: Call) -> int:
+    """Return how many queries of a call are stepped at a time: what memory allows, up to a limit by the device."""
+    runs, heads, length, _ = call.query.shape
+    bytes_of_query = runs * heads * length * call.exact.itemsize
+    if call.query.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(call.query.device)
+        most, limit = min(GPU_BLOCK_BYTES, max(BLOCK_BYTES, int(free * GPU_BLOCK_SHARE))), GPU_BLOCK_QUERIES
+    else:
+        most, limit = BLOCK_BYTES, BLOCK_QUERIES
+    return max(1, min(limit, most // bytes_of_query))
 
 
 def require_whole(call: Call, text: PassShape) -> None:

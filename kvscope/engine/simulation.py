@@ -23,7 +23,7 @@ from kvscope.engine.plan import EvictionPlan, protection
 from kvscope.engine.rows import Block, Shape
 from kvscope.engine.signal_axes import with_run_axis
 from kvscope.engine.sparse_reader import SparseReader
-from kvscope.engine.stepper import StepInputs, Stepper
+from kvscope.engine.stepper import AppendingStepper, StepInputs, Stepper
 from kvscope.engine.torch_stepper import TorchStepper
 from kvscope.kernels import available, triton_available
 from kvscope.policies.base import Policy, Step, recurrence_of
@@ -199,6 +199,8 @@ class CacheSimulation:
 def choose_stepper(fallback: TorchStepper, inputs: StepInputs, state: CacheState, sharing: BudgetSharing) -> Stepper:
     """Return the fastest stepper that makes the same decisions as `fallback`."""
     plan, traits = inputs.plan, inputs.plan.policy.traits
+    if traits.phase == "none" and not traits.reads:
+        return AppendingStepper(state)
     supported = traits.bounded and not traits.reads and plan.accumulate is None and sharing.fixed
     rule = recurrence_of(plan.policy) if supported else None
     if rule is None:

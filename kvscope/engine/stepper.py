@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kvscope.core.options import Prefill
+from kvscope.engine.cache_state import CacheState
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Block, Shape
 
@@ -63,3 +64,20 @@ class Stepper(Protocol):
         block : Block
             The rows after those of the previous block, on the device of the state.
         """
+
+
+class AppendingStepper:
+    """Steps of a policy that never evicts: its scores have no effect, and a block is one operation on the state.
+
+    Parameters
+    ----------
+    state : CacheState
+        Changed in place.
+    """
+
+    def __init__(self, state: CacheState) -> None:
+        self._state = state
+
+    def step_block(self, block: Block) -> None:
+        """Add the keys of all queries of a block."""
+        self._state.append_block(block.start, block.start + block.rows.shape[-2])

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvscope.core.errors import ReplayError, UsageError
+from kvscope.engine.cache_state import CacheState
 from kvscope.engine.draw import draw
 from kvscope.engine.plan import require_room
 from kvscope.engine.rows import Shape
@@ -116,3 +117,21 @@ def test_draws_are_uniform_and_reproducible() -> None:
     assert abs(many.mean().item() - 0.5) < 0.005
     assert torch.equal(draw(1, 2, torch.tensor([3]), 8, 9), draw(1, 2, torch.arange(5), 8, 9)[3:4])
     assert not torch.equal(draw(1, 0, torch.arange(4), 8, 3), draw(2, 0, torch.arange(4), 8, 3))
+
+
+@pytest.mark.parametrize("windows", [(), (None, 3), (1, 7)])
+@pytest.mark.parametrize("blocks", [[12], [5, 7], [1] * 12])
+def test_a_block_of_keys_is_added_as_one_by_one(windows: tuple[int | None, ...], blocks: list[int]) -> None:
+    shape = Shape(layers=(0, 1), heads=4, kv_heads=2, prompt=4, length=12, windows=windows)
+    states = [
+        CacheState.empty(shape, torch.full((1, 2, 2), 12), torch.zeros(1, 2, dtype=torch.int64), "cpu", torch.float32)
+        for _ in range(2)
+    ]
+    start = 0
+    for size in blocks:
+        states[0].append_block(start, start + size)
+        for t in range(start, start + size):
+            states[1].append(t)
+        start += size
+        for name in ("alive", "n_alive", "leave"):
+            assert torch.equal(getattr(states[0], name), getattr(states[1], name)), (name, start)
