@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,10 @@ from kvscope.closed_loop.compile import evaluate
 from kvscope.closed_loop.decode import decode
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.budget import parse_budgets
-from kvscope.core.options import ModelSource
+from kvscope.core.options import ModelSource, Prefill
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec, runs_of
+from kvscope.metrics import Metric
 from kvscope.model.loading import load
 from kvscope.policies.spec import parse_policies
 from kvscope.trace.reader import TokenSequence
@@ -95,9 +96,8 @@ def measured(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> dict[st
     }
     if args.shape == "demo":
         ratios["8_mixed_over_1_as_commands"] = commands(args.runs)
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
     return {
-        "machine": {**machine(), "device": device},
+        "machine": machine(args.device),
         "model": args.shape,
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokens": len(ids),
@@ -150,15 +150,15 @@ def plans(names: list[str]) -> list[EvictionPlan]:
     return [EvictionPlan.published(policy) for policy in parse_policies(names)]
 
 
-def closed(model: Any, ids: torch.Tensor, runs: list[RunSpec]) -> None:
-    """Compute the losses of a text under some runs."""
-    evaluate(model, [Passage(TokenSequence(0, 1, len(ids)), ids)], runs, [], "stream", Nothing())
+def closed(model: Any, ids: torch.Tensor, runs: list[RunSpec], metrics: Sequence[Metric] = ()) -> None:
+    """Compute the losses of a text under some runs, and metrics of each."""
+    evaluate(model, [Passage(TokenSequence(0, 1, len(ids)), ids)], runs, metrics, Prefill.stream, Nothing())
 
 
 def real(model: Any, ids: torch.Tensor, run: RunSpec) -> None:
     """Decode a text under one run, token by token."""
-    keys = run.keys(TokenSequence(0, 1, len(ids)), "stream")
-    decode(model, ids, run.plan, keys, prompt=1, prefill="stream")
+    keys = run.keys(TokenSequence(0, 1, len(ids)), Prefill.stream)
+    decode(model, ids, run.plan, keys, prompt=1, prefill=Prefill.stream)
 
 
 def generate(model: Any, ids: torch.Tensor) -> None:
@@ -170,20 +170,27 @@ def generate(model: Any, ids: torch.Tensor) -> None:
 
 def timed(run: Callable[[], object], device: str) -> float:
     """Return seconds."""
+    synchronize(device)
     start = time.perf_counter()
     run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    """Wait until a GPU has done all that it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
 
 
 def memory_of(run: Callable[[], object], device: str) -> float:
     """Return the rise of peak memory in MiB: of torch's allocations on a GPU, of the process on a CPU."""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+        return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run()
     return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10, 1)

@@ -65,12 +65,12 @@ def main() -> None:
     if args.peak:
         print(peak(args.model, args.prompt, args.peak))
         return
-    figures: dict[str, Any] = {"how": HOW, "machine": machine()}
+    figures: dict[str, Any] = {"how": HOW, "machine": machine(args.device if args.shape else "cpu")}
     if args.shape:
         loaded = random_loaded(args.shape, args.device)
         figures |= {"model": loaded.name, "device": args.device, "time": times(loaded, args)}
         if args.device != "cpu":
-            figures |= {"gpu": torch.cuda.get_device_name(), "memory": gpu_memory(loaded, args)}
+            figures |= {"memory": gpu_memory(loaded, args)}
     else:
         with tempfile.TemporaryDirectory() as folder:
             long_context(Path(folder))
@@ -184,14 +184,22 @@ def prompt_ids(loaded: Loaded, prompt: int) -> torch.Tensor:
 
 def record(loaded: Loaded, prompt: int, new: int, *, store: str) -> None:
     """Decode the same while attention is written to disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        recorded(loaded, prompt, new, Path(folder) / "trace", store=store)
+
+
+def recorded(
+    loaded: Loaded, prompt: int, new: int, path: Path, *, store: str = "maps", most_layers: int | None = None
+) -> None:
+    """Decode while the attention of the first layers, by default of all, is written to a trace."""
     facts = self_check(loaded.model, torch.ones(1, 8, dtype=torch.long, device=loaded.device))
-    layers = list(facts.windows)
+    layers = list(facts.windows)[:most_layers]
     header = TraceHeader(
         source="model",
         protocol="generated",
         model=ModelRecord(id=loaded.name),
         layers=layers,
-        n_layers=len(layers),
+        n_layers=len(facts.windows),
         heads=facts.heads,
         kv_heads=facts.kv_heads,
         head_dim=facts.head_dim,
@@ -200,14 +208,24 @@ def record(loaded: Loaded, prompt: int, new: int, *, store: str) -> None:
         layer_types=["full"] * len(layers),
         sliding_window=[None] * len(layers),
     )
-    with tempfile.TemporaryDirectory() as folder, TraceWriter(Path(folder) / "trace", header) as writer:
+    with torch.inference_mode(), TraceWriter(path, header) as writer:
         with Pipeline(threads_for(loaded.device)) as pipeline:
             recorder = Recorder(writer, layers, store=store, pipeline=pipeline)
             recorder.begin(0, prompt)
             with observe_attention(loaded.model, recorder):
                 decode(loaded, prompt, new)
             recorder.end()
-        writer.finish([SequenceRecord(prompt, prompt + new + 1)])
+        length = prompt + new - 1  # the last token is chosen, but not run through the model
+        unknown = [float("nan")] * length
+        writer.tokens(
+            0,
+            token_id=[0] * length,
+            text=["x"] * length,
+            is_prompt=[position < prompt for position in range(length)],
+            logprob=unknown,
+            entropy=unknown,
+        )
+        writer.finish([SequenceRecord(prompt, length)])
 
 
 def timed(action: Callable[[], object]) -> tuple[float, float]:

@@ -27,5 +27,5 @@ def test_the_same_keys_are_evicted(prefill: str, tmp_path: Path) -> None:
     )
     pd.testing.assert_frame_equal(one, other)
     for cpu, cuda in zip(made[0].summary.runs, made[1].summary.runs, strict=True):
-        for name, value in cpu["metrics"].items():
-            assert cuda["metrics"][name]["mean"] == pytest.approx(value["mean"], abs=1e-5, nan_ok=True)
+        for name, value in cpu.metrics.items():
+            assert cuda.metrics[name].mean == pytest.approx(value.mean, abs=1e-5, nan_ok=True)
