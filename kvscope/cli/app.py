@@ -18,6 +18,7 @@ import typer
 from kvscope.cli.command import add_commands
 from kvscope.cli.streams import discard_stdout, open_streams
 from kvscope.core.errors import ExitStatus, KvscopeError
+from kvscope.core.memory import is_out_of_memory, out_of_memory
 from kvscope.core.version import __version__
 
 app = typer.Typer(
@@ -75,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader closed the pipe: nothing can be printed, at exit either
         discard_stdout()
         return ExitStatus.error
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
         explained = _explain(error)
         if explained is None:
             raise
@@ -101,8 +102,13 @@ _OS_ERRORS = {
 }
 
 
-def _explain(error: OSError) -> tuple[str, str] | None:
-    """Return the two lines for a file system error, or None if it is a defect of kvscope."""
+def _explain(error: OSError | MemoryError | RuntimeError) -> tuple[str, str] | None:
+    """Return the two lines for an error of memory or of the file system, or None if it is a defect of kvscope."""
+    if is_out_of_memory(error):
+        exceeded = out_of_memory(error)
+        return exceeded.what, exceeded.todo
+    if not isinstance(error, OSError):
+        return None
     todo = _OS_ERRORS.get(error.errno or 0)
     if todo is None:
         return None

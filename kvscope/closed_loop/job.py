@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,8 @@ from kvscope.closed_loop.survey import surveyed
 from kvscope.core.errors import ModelError, ReplayError
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Prefill
-from kvscope.engine.runs import RunSpec, Sink, Tally
+from kvscope.engine.parts import RunParts
+from kvscope.engine.runs import LayerResult, RunSpec, Sink, Tally, by_plan
 from kvscope.engine.scoring import MetricSeries
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.metrics import Metric
@@ -81,13 +83,19 @@ class ClosedLoopJob:
         ReplayError
             If a loss is not finite, or a layer does not attend to the whole text at once.
         """
-        tally = Tally()
+        tally, parts = Tally(), RunParts()
         passes = [(passage, part) for passage in self.passages for part in self._parts(passage)]
         for number, (passage, part) in enumerate(passes):
-            ForwardPass(self, passage, part, sink, tally).score()
+            for result in parts.results(part, partial(self._scored, passage)):
+                result.write(sink, passage.sequence.index)
+                tally.add(result.counts)
             if progress_callback is not None:
                 progress_callback((number + 1) / len(passes))
         return tally
+
+    def _scored(self, passage: Passage, runs: list[RunSpec]) -> Iterator[PassResult]:
+        """Yield the results of some runs over one text, after one forward pass."""
+        yield from ForwardPass(self, passage, runs).score()
 
     def _parts(self, passage: Passage) -> Iterator[list[RunSpec]]:
         """Yield the runs of each pass, as many as `PASS_BYTES` allow; runs of one plan are consecutive."""
@@ -95,10 +103,41 @@ class ClosedLoopJob:
         size = 4 if self.model.dtype != torch.float64 else 8
         per_run = scored * self.model.config.get_text_config(decoder=True).vocab_size * size
         most = max(1, PASS_BYTES // max(1, per_run) - 1)
-        plans = list(dict.fromkeys(run.plan for run in self.runs))
-        ordered = [run for plan in plans for run in self.runs if run.plan == plan]
+        ordered = [run for of_plan in by_plan(self.runs) for run in of_plan]
         for start in range(0, len(ordered), most):
             yield ordered[start : start + most]
+
+
+@dataclass
+class PassResult:
+    """The result of one run in one pass, on the host.
+
+    All of it is held until the pass is complete: a pass that runs out of memory has written nothing. It is smaller than
+    the logits of the run.
+
+    Attributes
+    ----------
+    run : int
+        Number of the run.
+    layers : list of LayerResult
+        Residency and fidelity, in the order in which the layers were called.
+    counts : Tally
+        Keys allocated.
+    position, losses
+        The scored tokens ``[S]``, and their losses (see `TokenSink.tokens`).
+    """
+
+    run: int
+    layers: list[LayerResult] = field(default_factory=list)
+    counts: Tally = field(default_factory=Tally)
+    position: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    losses: Mapping[str, Array] = field(default_factory=dict)
+
+    def write(self, sink: TokenSink, sequence: int) -> None:
+        """Give everything to `sink`."""
+        for layer in self.layers:
+            layer.write(sink, self.run, sequence)
+        sink.tokens(self.run, sequence, self.position, self.losses)
 
 
 class ForwardPass:
@@ -112,32 +151,28 @@ class ForwardPass:
         The text.
     runs : sequence of RunSpec
         The runs of the pass; those of one plan are consecutive.
-    sink : TokenSink
-        Receives residency, fidelity and losses.
-    tally : Tally
-        Counts the allocated keys.
+
+    Attributes
+    ----------
+    results : list of PassResult
+        The result of each run; filled in by the pass.
     """
 
-    def __init__(
-        self, job: ClosedLoopJob, passage: Passage, runs: Sequence[RunSpec], sink: TokenSink, tally: Tally
-    ) -> None:
-        self.job, self.passage, self.sink, self.tally = job, passage, sink, tally
+    def __init__(self, job: ClosedLoopJob, passage: Passage, runs: Sequence[RunSpec]) -> None:
+        self.job, self.passage = job, passage
         sequence = passage.sequence
         self.scored = scored_tokens(sequence, job.prefill)
         self.text = PassShape(sequence.prompt, sequence.length, sequence.index, len(job.layers), job.prefill)
         self.ids = passage.ids.to(job.model.get_input_embeddings().weight.device)
-        plans = dict.fromkeys(run.plan for run in runs)
-        self.runs = [[run for run in runs if run.plan == plan] for plan in plans]  # by batch
+        self.runs = by_plan(runs)  # by batch
+        self.results = [PassResult(run.number) for run in runs]
         self.batches = []
         for batch_runs in self.runs:
             batch = RunBatch(batch_runs[0].plan, [run.keys(sequence, job.prefill) for run in batch_runs])
             self.batches.append(surveyed(job.model, self.ids, batch, self.text) if batch.plan.looks_across else batch)
 
     def logits(self) -> Tensor:
-        """Return logits ``[1 + R, S, V]`` for the scored tokens, row 0 with the full cache.
-
-        The sink gets residency and fidelity.
-        """
+        """Return logits ``[1 + R, S, V]`` for the scored tokens, row 0 with the full cache, and fill in `results`."""
         rows = 1 + sum(map(len, self.runs))
         loop = ClosedLoop(self.batches, self.text, self.job.metrics, self._found, self.job.rotary)
         with replace_attention(self.job.model, loop):
@@ -149,8 +184,8 @@ class ForwardPass:
             )
         return logits
 
-    def score(self) -> None:
-        """Run the pass; the sink gets residency, fidelity and losses."""
+    def score(self) -> list[PassResult]:
+        """Run the pass and return the result of each run."""
         logits = self.logits()
         targets = self.ids[torch.from_numpy(self.scored).to(self.ids.device)].to(logits.device)
         for row, run in enumerate((run for batch_runs in self.runs for run in batch_runs), start=1):
@@ -159,7 +194,8 @@ class ForwardPass:
             if not all(np.isfinite(value).all() for value in values.values()):
                 raise ReplayError(f"{run.plan.label} gives losses that are not finite", "Try --dtype float32.")
             self._require_same_model(values["nll_full"])
-            self.sink.tokens(run.number, self.text.sequence, self.scored, values)
+            self.results[row - 1].position, self.results[row - 1].losses = self.scored, values
+        return self.results
 
     def _require_same_model(self, losses: NDArray[np.floating]) -> None:
         """Raise ModelError if these full-cache losses differ from the recorded ones."""
@@ -176,8 +212,8 @@ class ForwardPass:
         first = self.text.prompt if self.text.prefill == "full" else 0
         steps = np.arange(first, self.text.length)
         values = {name: value.cpu().numpy() for name, value in series.values().items()} if self.job.metrics else {}
-        for place, run in enumerate(self.runs[number]):
-            self.tally.add_budget(run.number, simulation, place)
-            self.sink.residency(run.number, self.text.sequence, layer, simulation.residency(place, 0))
+        start = sum(map(len, self.runs[:number]))
+        for place, result in enumerate(self.results[start : start + len(self.runs[number])]):
+            result.counts.add_budget(result.run, simulation, place)
             run_values = {name: value[place, 0] for name, value in values.items()}
-            self.sink.fidelity(run.number, self.text.sequence, layer, steps, run_values)
+            result.layers.append(LayerResult(layer, simulation.residency(place, 0), steps, run_values))

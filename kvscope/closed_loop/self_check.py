@@ -31,7 +31,7 @@ def self_check(model: CausalModel, ids: Tensor, prefill: Prefill) -> list[int]:
         If the model has layers without attention, or its attention cannot be observed.
     """
     require_registry(model)
-    ids = ids[:PROBE]
+    ids = ids[:PROBE].to(model.get_input_embeddings().weight.device)
     count = len(ids)
     text = PassShape(max(1, count // 2), count, 0, 0, prefill)
     batches = [RunBatch(EvictionPlan.published(Full()), [count])]

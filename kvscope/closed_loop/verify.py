@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvscope.closed_loop.decode import DecodeJob
 from kvscope.closed_loop.job import ClosedLoopJob, ForwardPass
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import UsageError
+from kvscope.core.memory import memory_explained
 from kvscope.core.options import Prefill
-from kvscope.core.residency import ResidencyIntervals
-from kvscope.engine.runs import RunSpec, Tally
+from kvscope.engine.runs import RunSpec
 from kvscope.model.selfcheck import AttentionFacts
 from kvscope.trace.reader import TokenSequence
 
@@ -97,21 +96,23 @@ class VerifyJob:
         pairs = [(passage, run) for passage in self.closed.passages for run in self.closed.runs]
         verdicts = []
         for passage, run in pairs:
-            verdicts.append(self._compare(passage, run))
+            with memory_explained(f" with {run.plan.label}", "Use --device cpu, --dtype float32, or fewer --tokens."):
+                verdicts.append(self._compare(passage, run))
             if progress_callback is not None:
                 progress_callback(len(verdicts) / len(pairs))
         return verdicts
 
     def _compare(self, passage: Passage, run: RunSpec) -> Verdict:
-        sequence, evictions, job = passage.sequence, _EvictionSteps(), self.closed
-        forward = ForwardPass(job, passage, [run], evictions, Tally())
+        sequence, job = passage.sequence, self.closed
+        forward = ForwardPass(job, passage, [run])
         closed = forward.logits()[1]
         keys = run.keys(sequence, job.prefill)
         ids = passage.ids[None].to(closed.device)
         real = DecodeJob(
             job.model, ids, run.plan, keys, sequence.prompt, job.prefill, sequence.index, self.facts, job.rotary
         ).execute()
-        simulated = np.stack([evictions.layers[layer] for layer in sorted(evictions.layers)])  # [L, G * T]
+        by_layer = {result.layer: result.intervals.eviction_steps for result in forward.results[0].layers}
+        simulated = np.stack([by_layer[layer] for layer in sorted(by_layer)])  # [L, G * T]
         decoded = np.stack([leave.reshape(-1).cpu().numpy() for leave in real.leave])
         different = simulated != decoded
         first = int(np.minimum(simulated, decoded)[different].min()) if different.any() else None
@@ -143,20 +144,3 @@ def shortened(sequence: TokenSequence, tokens: int | None, prefill: Prefill) -> 
             "Use --prefill stream, or a trace with tokens after the prompt.",
         )
     return replace(sequence, prompt=prompt, length=length)
-
-
-class _EvictionSteps:
-    """A sink that keeps the eviction steps of one run."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, NDArray[np.integer]] = {}
-
-    def residency(self, run: int, sequence: int, layer: int, intervals: ResidencyIntervals) -> None:
-        """Store the step at which each key of a layer was evicted, `NEVER` if it was not."""
-        self.layers[layer] = intervals.eviction_steps
-
-    def fidelity(self, *_: object, **__: object) -> None:
-        """Ignore fidelity."""
-
-    def tokens(self, *_: object, **__: object) -> None:
-        """Ignore losses."""

@@ -69,6 +69,33 @@ class Sink(Protocol):
         """Receive the metrics of one layer at `steps`, each ``[H, S]``."""
 
 
+@dataclass(frozen=True)
+class LayerResult:
+    """The result of one run in one layer of one sequence, on the host: what a `Sink` receives.
+
+    Attributes
+    ----------
+    layer : int
+        The layer.
+    intervals : ResidencyIntervals
+        Its residency intervals.
+    steps : int64 array
+        Scored steps ``[S]``.
+    values : mapping of str to float32 array
+        Metrics, each ``[H, S]``.
+    """
+
+    layer: int
+    intervals: ResidencyIntervals
+    steps: NDArray[np.int64]
+    values: Mapping[str, NDArray[np.float32]]
+
+    def write(self, sink: Sink, run: int, sequence: int) -> None:
+        """Give the result to `sink`, as that of a run and sequence."""
+        sink.residency(run, sequence, self.layer, self.intervals)
+        sink.fidelity(run, sequence, self.layer, self.steps, self.values)
+
+
 @dataclass
 class Tally:
     """What a replay counts in addition to its metrics, by number of the run.
@@ -103,6 +130,16 @@ class Tally:
         before = self.planned.get(run, [0.0, 0.0, 0])
         self.planned[run] = [old + new for old, new in zip(before, (lost, least, steps), strict=True)]
 
+    def add(self, other: Tally) -> None:
+        """Add the counts of another tally."""
+        for run, (allocated, uniform) in other.allocated.items():
+            before = self.allocated.get(run, [0, 0])
+            self.allocated[run] = [before[0] + allocated, before[1] + uniform]
+        for run, keys in other.changed.items():
+            self.add_changed(run, keys)
+        for run, (lost, least, steps) in other.planned.items():
+            self.add_planned(run, lost, least, int(steps))
+
     def of(self, run: int) -> RunCounts:
         """Return the counts of a run for its record."""
         certificate = None
@@ -112,6 +149,11 @@ class Tally:
             certificate = Certificate(gap < EXACT, gap)
         allocated, uniform = self.allocated[run]
         return RunCounts(allocated, uniform, self.changed.get(run), certificate)
+
+
+def by_plan(runs: Sequence[RunSpec]) -> list[list[RunSpec]]:
+    """Return the runs of each plan, in the order in which the plans come first."""
+    return [[run for run in runs if run.plan == plan] for plan in dict.fromkeys(run.plan for run in runs)]
 
 
 def runs_of(

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from kvscope.core.errors import KvscopeError, ModelError
+from kvscope.core.memory import is_out_of_memory
 
 # Base class of the HTTP client's errors; the client is httpx in huggingface_hub 1, and httpx2 in 2.
 HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -65,12 +66,10 @@ def memory_explained(name: str) -> Iterator[None]:
     """Turn an out-of-memory error raised while the model called `name` runs into a `ModelError`."""
     try:
         yield
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise out_of_memory(name) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error).lower():
-            raise out_of_memory(name) from error
-        raise
 
 
 def out_of_memory(name: str) -> ModelError:

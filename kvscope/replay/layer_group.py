@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from kvscope.bounds.schedules import Schedules, schedules
 from kvscope.engine.layers import RecordedLayers
+from kvscope.engine.parts import RunParts
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Block
-from kvscope.engine.runs import RunSpec, Sink, Tally
+from kvscope.engine.runs import LayerResult, RunSpec, Sink, Tally, by_plan
 from kvscope.engine.scoring import BlockScorer, MetricSeries
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
@@ -57,6 +59,15 @@ class PlanRuns:
             tally.add_changed(run, int(changed.sum()))
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """The result of one run over a group of layers: the number of the run, its layers and its counts."""
+
+    run: int
+    layers: list[LayerResult]
+    counts: Tally
+
+
 class LayerGroup:
     """All runs over one group of layers of one sequence, stepped together through blocks of rows."""
 
@@ -67,8 +78,7 @@ class LayerGroup:
         self.source = RecordedLayers(work.trace, sequence, layers, work.device)
         self.shape = self.source.shape
         self.first = sequence.prompt if prefill == "full" else 0
-        plans = dict.fromkeys(run.plan for run in runs)
-        self.plan_runs = [self._plan_runs(plan, [run for run in runs if run.plan == plan], metrics) for plan in plans]
+        self.plan_runs = [self._plan_runs(of_plan[0].plan, of_plan, metrics) for of_plan in by_plan(runs)]
         values = self.source.signal("values") if any("values" in metric.needs for metric in metrics) else None
         self._scorer = BlockScorer([each.series for each in self.plan_runs], values)
 
@@ -96,18 +106,27 @@ class LayerGroup:
         for each in self.plan_runs:
             each.simulation.check()
 
-    def write(self, sink: Sink, tally: Tally) -> None:
-        """Give residency and fidelity of every run and layer to `sink`, and add the runs' counts to the tally."""
+    def results(self) -> Iterator[RunResult]:
+        """Yield the result of every run, those of one plan together; nothing of it is left on the device."""
         steps = np.arange(self.first, self.shape.length)
         for each in self.plan_runs:
             values = {name: value.cpu().numpy() for name, value in each.series.values().items()}
             for number, run in enumerate(each.runs):
-                each.count(number, len(steps), tally)
-                for position, layer in enumerate(self.layers):
-                    intervals = each.simulation.residency(number, position)
-                    sink.residency(run.number, self.sequence.index, layer, intervals)
-                    of_layer = {name: value[number, position] for name, value in values.items()}
-                    sink.fidelity(run.number, self.sequence.index, layer, steps, of_layer)
+                counts = Tally()
+                each.count(number, len(steps), counts)
+                yield RunResult(
+                    run.number,
+                    [
+                        LayerResult(
+                            layer,
+                            each.simulation.residency(number, position),
+                            steps,
+                            {name: value[number, position] for name, value in values.items()},
+                        )
+                        for position, layer in enumerate(self.layers)
+                    ],
+                    counts,
+                )
 
     def _plan_runs(self, plan: EvictionPlan, runs: list[RunSpec], metrics: Sequence[Metric]) -> PlanRuns:
         keys = [run.keys(self.sequence, self._prefill) for run in runs]
@@ -137,7 +156,9 @@ def step_through(
     sequences: Sequence[TokenSequence] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Tally:
-    """Step all runs through a trace, which is read once, and return their counts.
+    """Step all runs through a trace, and return their counts.
+
+    The trace is read once, or more often where memory does not suffice for all runs at once.
 
     Parameters
     ----------
@@ -150,22 +171,44 @@ def step_through(
     progress : callable, optional
         Called with the completed share, from 0 to 1.
     """
-    tally = Tally()
+    tally, parts = Tally(), RunParts()
     groups = []
     layers = work.trace.layers
     for sequence in work.trace.sequences if sequences is None else sequences:
         needs = work.footprints[sequence.index]
         starts = range(0, len(layers), needs.layers)
         groups += [(sequence, layers[start : start + needs.layers], needs.steps) for start in starts]
+    runs = [run for of_plan in by_plan(work.runs) for run in of_plan]
     for number, (sequence, group_layers, steps) in enumerate(groups):
-        group = LayerGroup(work, sequence, group_layers, steps)
-        for block in group.blocks():
-            for simulation in group.simulations:
-                simulation.block(block)
-            group.score(block)
-            if progress is not None:
-                done = (block.start + block.rows.shape[-2]) / sequence.length
-                progress((number + done) / len(groups))
-        group.check()
-        group.write(sink, tally)
+        share = None if progress is None else _share(progress, number, len(groups))
+        stepped = partial(_stepped, work, sequence, group_layers, steps, share)
+        for result in parts.results(runs, stepped):
+            tally.add(result.counts)
+            for layer in result.layers:
+                layer.write(sink, result.run, sequence.index)
     return tally
+
+
+def _stepped(
+    work: OpenLoop,
+    sequence: TokenSequence,
+    layers: list[int],
+    block_steps: int,
+    progress: Callable[[float], None] | None,
+    runs: list[RunSpec],
+) -> Iterator[RunResult]:
+    """Yield the results of some runs over a group of layers, after all have been stepped and checked."""
+    group = LayerGroup(replace(work, runs=runs), sequence, layers, block_steps)
+    for block in group.blocks():
+        for simulation in group.simulations:
+            simulation.block(block)
+        group.score(block)
+        if progress is not None:
+            progress((block.start + block.rows.shape[-2]) / sequence.length)
+    group.check()
+    yield from group.results()
+
+
+def _share(progress: Callable[[float], None], number: int, count: int) -> Callable[[float], None]:
+    """Return a progress callback for part `number` of `count`."""
+    return lambda done: progress((number + done) / count)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from kvscope.core.options import Loop, OutputOptions
 from kvscope.core.records import ReplayRecord, RunRecord, Scored
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.layers import RecordedLayers
+from kvscope.engine.parts import RunParts
 from kvscope.engine.provenance import versions
 from kvscope.engine.rows import Shape
+from kvscope.engine.runs import LayerResult
 from kvscope.engine.scoring import BlockScorer, MetricSeries
 from kvscope.engine.signals import measurable
 from kvscope.kernels.device import torch_device
@@ -120,20 +123,22 @@ class ScoreJob:
         )
         parts = [(sequence, layer) for sequence in range(len(self.trace.sequences)) for layer in self.trace.layers]
         with ReplayWriter(output.path, record, force=output.force) as writer:
+            fitting = RunParts()
             for number, (sequence, layer) in enumerate(parts):
-                self._score(sequence, layer, writer)
+                for run, result in fitting.results(self.runs, partial(self._score, sequence, layer)):
+                    result.write(writer, run, sequence)
                 if progress_callback is not None:
                     progress_callback((number + 1) / len(parts))
             return writer.finish(seconds=round(time.monotonic() - started, 3))
 
-    def _score(self, sequence: int, layer: int, writer: ReplayWriter) -> None:
-        """Score and write one layer of one sequence; its rows are read once."""
+    def _score(self, sequence: int, layer: int, runs: list[RunRecord]) -> Iterator[tuple[int, LayerResult]]:
+        """Yield the number and the result of some runs in one layer of one sequence; its rows are read once."""
         tokens = self.trace.sequences[sequence]
         source = RecordedLayers(self.trace, tokens, [layer], self.device)
         first = tokens.prompt if self.replay.info.prefill == "full" else 0
         residency = read_residency(self.replay, sequence, layer)
         every_series = []
-        for run in self.runs:
+        for run in runs:
             history = RecordedHistory(residency[run.run], source.shape, run.keys(sequence), run.reads, self.device)
             every_series.append(MetricSeries(history, self.metrics, first))
         values = source.signal("values") if any("values" in metric.needs for metric in self.metrics) else None
@@ -144,11 +149,9 @@ class ScoreJob:
             missing = None if source.missing is None else source.missing[..., start:stop]
             scorer.add(source.rows(start, stop), start, missing)
         steps = np.arange(first, tokens.length)
-        for run, series in zip(self.runs, every_series, strict=True):
-            number = run.run
-            writer.residency(number, sequence, layer, residency[number])
+        for run, series in zip(runs, every_series, strict=True):
             values_by_metric = {name: value[0, 0].cpu().numpy() for name, value in series.values().items()}
-            writer.fidelity(number, sequence, layer, steps, values_by_metric)
+            yield run.run, LayerResult(layer, residency[run.run], steps, values_by_metric)
 
 
 def compile_score(replay: Replay, trace: Trace, metrics: Sequence[str] | None = None, device: str = "cpu") -> ScoreJob:

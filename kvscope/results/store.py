@@ -126,6 +126,8 @@ class Replay:
         filters = [(column, "=", value) for column, value in selected.items() if value is not None]
         try:
             frame: pd.DataFrame = pq.read_table(self.path / f"{name}.parquet", filters=filters or None).to_pandas()
+        except pa.ArrowMemoryError:
+            raise  # the file is not damaged
         except (OSError, pa.ArrowException) as error:
             raise unreadable(self.path, name) from error
         return frame

@@ -44,6 +44,8 @@ def batches(
                     continue
                 table = file.read_row_group(group, columns)
                 yield table if runs is None else table.filter(pc.is_in(table["run"], pa.array(runs, pa.int32())))
+    except pa.ArrowMemoryError:
+        raise  # the file is not damaged
     except (OSError, pa.ArrowException) as error:
         raise unreadable(replay.path, name) from error
 

@@ -41,6 +41,8 @@ class TraceFiles:
         """Return a whole file."""
         try:
             return pq.read_table(self._path / name, partitioning=None)
+        except pa.ArrowMemoryError:
+            raise  # the file is not damaged
         except (OSError, pa.ArrowException) as error:
             raise damaged(self._path, name, "it cannot be read") from error
 
@@ -57,6 +59,8 @@ class TraceFiles:
                 if (stop is None or first < stop) and last >= start
             ]
             return file.read_row_groups(selected, columns=columns)
+        except pa.ArrowMemoryError:
+            raise  # the file is not damaged
         except (OSError, pa.ArrowException) as error:
             raise damaged(self._path, name, "it cannot be read") from error
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.gate_options import GateDesign, TextWindows, TrainingSettings
+from kvscope.core.memory import memory_explained
 from kvscope.core.options import ModelSource
 from kvscope.core.text_files import read_text, require_one_input
 from kvscope.core.version import versions
@@ -160,15 +161,16 @@ def finish(
 ) -> Trained:
     """Train a gate on a task and write its file; `about` describes the training data, for the provenance."""
     checkpoint = output.with_name(output.name + CHECKPOINT)
-    log = train(
-        gate,
-        task,
-        settings,
-        checkpoint,
-        data=about,
-        resume=resume,
-        progress_callback=progress_callback,
-    )
+    with memory_explained(" while the gate was trained", "Lower --batch or --window, or use --device cpu."):
+        log = train(
+            gate,
+            task,
+            settings,
+            checkpoint,
+            data=about,
+            resume=resume,
+            progress_callback=progress_callback,
+        )
     best = min(log, key=lambda evaluation: evaluation.total)
     installed = versions("torch", "transformers")
     found = {"keep": best.keep, "keep_by_layer": best.by_layer, "loss": best.loss, "best_step": best.step}

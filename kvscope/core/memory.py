@@ -1,0 +1,45 @@
+"""What counts as running out of memory, and the error that says so."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kvscope.core.errors import KvscopeError
+
+# What torch, CUDA, cuBLAS and the C++ library say where they raise a RuntimeError without a class of its own.
+_SIGNS = ("out of memory", "not enough memory", "allocate memory", "bad alloc", "bad_alloc", "alloc_failed")
+ADVICE = "Use --device cpu, fewer policies or budgets at a time, or shorter texts."
+
+
+class OutOfMemory(KvscopeError):
+    """The memory of a device or of this machine is exceeded."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is exceeded: of a device, or of this machine."""
+    if isinstance(error, MemoryError):  # also numpy's and pyarrow's
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "OutOfMemoryError" or any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def out_of_memory(error: BaseException, work: str = "", todo: str = ADVICE) -> OutOfMemory:
+    """Return the error for a user: what was done when memory was exceeded, and what to change."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return OutOfMemory(f"out of memory{work}: {first.split('. ')[0]}", todo)
+
+
+@contextmanager
+def memory_explained(work: str, todo: str = ADVICE) -> Iterator[None]:
+    """Turn an error that says that memory is exceeded into `OutOfMemory`; `work` says during what: `` in step 3``."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, work, todo) from error
