@@ -12,6 +12,7 @@ from kvscope.core.memory import is_out_of_memory, out_of_memory
 
 Run = TypeVar("Run")
 Result = TypeVar("Result")
+MEMORY_ERRORS = (MemoryError, RuntimeError, OSError)  # what `is_out_of_memory` tells apart
 
 
 class RunParts:
@@ -25,6 +26,7 @@ class RunParts:
 
     def __init__(self) -> None:
         self.most: int | None = None
+        self._failed = False
 
     def results(self, runs: Sequence[Run], work: Callable[[list[Run]], Iterable[Result]]) -> Iterator[Result]:
         """Yield the result of each run, in order, from as few calls of `work` as memory allows.
@@ -45,24 +47,38 @@ class RunParts:
         """
         waiting = list(runs)
         while waiting:
-            part = waiting[: self.most or len(waiting)]
+            part = self.next_part(waiting)
             try:
                 for result in work(part):
                     del waiting[0]
                     yield result
-            except (MemoryError, RuntimeError, OSError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(part) == 1:
-                    raise out_of_memory(error, " with one run at a time") from error
-                self.most = len(part) // 2
-            else:
-                continue
-            _release()  # not in the handler above: until it ends, the traceback holds the tensors
+            except MEMORY_ERRORS as error:
+                self.divide(part, error)
+
+    def next_part(self, waiting: list[Run]) -> list[Run]:
+        """Return the first of the runs that wait: as many as fit. After a failure its memory is freed first."""
+        if self._failed:
+            _release()
+            self._failed = False
+        return waiting[: self.most or len(waiting)]
+
+    def divide(self, part: Sequence[Run], error: BaseException) -> None:
+        """Halve the size of parts after an error in the work on `part`.
+
+        Raises
+        ------
+        OutOfMemory
+            If memory does not suffice for one run. Any other error is raised again.
+        """
+        if not is_out_of_memory(error):
+            raise error
+        if len(part) == 1:
+            raise out_of_memory(error, " with one run at a time") from error
+        self.most, self._failed = len(part) // 2, True
 
 
 def _release() -> None:
-    """Free what the failed work held, on the device too."""
+    """Free what failed work held, on the device too; called after its handler, because the traceback holds tensors."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -20,7 +20,7 @@ from kvscope.engine.budget_sharing import BudgetSharing
 from kvscope.engine.cache_state import CacheState
 from kvscope.engine.numba_stepper import NumbaStepper
 from kvscope.engine.plan import EvictionPlan, protection
-from kvscope.engine.rows import Block, Shape
+from kvscope.engine.rows import Shape
 from kvscope.engine.signal_axes import with_run_axis
 from kvscope.engine.sparse_reader import SparseReader
 from kvscope.engine.stepper import AppendingStepper, StepInputs, Stepper
@@ -66,6 +66,8 @@ class CacheSimulation:
         The arguments, with defaults filled in.
     stepper : Stepper
         Steps through blocks of rows: the compiled kernel if there is one for the policy, otherwise torch.
+    block : callable
+        Steps through all queries of a `Block` in order: each attends, then keys are scored and evicted.
 
     Notes
     -----
@@ -94,6 +96,7 @@ class CacheSimulation:
         self._reader = SparseReader(plan.policy, self.state, self.inputs.first_eviction) if self._reads else None
         self._torch = TorchStepper(self.inputs, self.state, sharing, self._reader)
         self.stepper = choose_stepper(self._torch, self.inputs, self.state, sharing)
+        self.block = self.stepper.step_block
 
     @property
     def plan(self) -> EvictionPlan:
@@ -109,10 +112,6 @@ class CacheSimulation:
     def budgets(self) -> list[int]:
         """``B`` of each run."""
         return self.inputs.budgets
-
-    def block(self, block: Block) -> None:
-        """Step through all queries of a block in order: each attends, then keys are scored and evicted."""
-        self.stepper.step_block(block)
 
     def step(self, t: int, row: Tensor) -> None:
         """Step through query `t` with full row ``[L, H, t + 1]``: it attends, then keys are scored and evicted."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
 from kvscope.bounds.schedules import Schedules, schedules
 from kvscope.engine.layers import RecordedLayers
-from kvscope.engine.parts import RunParts
+from kvscope.engine.parts import MEMORY_ERRORS, RunParts
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Block
 from kvscope.engine.runs import LayerResult, RunSpec, Sink, Tally, by_plan
@@ -181,11 +180,14 @@ def step_through(
     runs = [run for of_plan in by_plan(work.runs) for run in of_plan]
     for number, (sequence, group_layers, steps) in enumerate(groups):
         share = None if progress is None else _share(progress, number, len(groups))
-        stepped = partial(_stepped, work, sequence, group_layers, steps, share)
-        for result in parts.results(runs, stepped):
-            tally.add(result.counts)
-            for layer in result.layers:
-                layer.write(sink, result.run, sequence.index)
+        waiting = list(runs)
+        while waiting:
+            part = replace(work, runs=parts.next_part(waiting))
+            for result in _stepped(part, sequence, group_layers, steps, parts, share):
+                del waiting[0]
+                tally.add(result.counts)
+                for layer in result.layers:
+                    layer.write(sink, result.run, sequence.index)
     return tally
 
 
@@ -194,19 +196,22 @@ def _stepped(
     sequence: TokenSequence,
     layers: list[int],
     block_steps: int,
+    parts: RunParts,
     progress: Callable[[float], None] | None,
-    runs: list[RunSpec],
 ) -> Iterator[RunResult]:
-    """Yield the results of some runs over a group of layers, after all have been stepped and checked."""
-    group = LayerGroup(replace(work, runs=runs), sequence, layers, block_steps)
-    for block in group.blocks():
-        for simulation in group.simulations:
-            simulation.block(block)
-        group.score(block)
-        if progress is not None:
-            progress((block.start + block.rows.shape[-2]) / sequence.length)
-    group.check()
-    yield from group.results()
+    """Yield the results of runs over a group of layers; where memory is exceeded, of some or none, and tell `parts`."""
+    try:
+        group = LayerGroup(work, sequence, layers, block_steps)
+        for block in group.blocks():
+            for simulation in group.simulations:
+                simulation.block(block)
+            group.score(block)
+            if progress is not None:
+                progress((block.start + block.rows.shape[-2]) / sequence.length)
+        group.check()
+        yield from group.results()
+    except MEMORY_ERRORS as error:
+        parts.divide(work.runs, error)
 
 
 def _share(progress: Callable[[float], None], number: int, count: int) -> Callable[[float], None]:

@@ -161,7 +161,7 @@ def finish(
 ) -> Trained:
     """Train a gate on a task and write its file; `about` describes the training data, for the provenance."""
     checkpoint = output.with_name(output.name + CHECKPOINT)
-    with memory_explained(" while the gate was trained", "Lower --batch or --window, or use --device cpu."):
+    with memory_explained(" while the gate was trained", "Lower --window, or use --device cpu."):
         log = train(
             gate,
             task,
