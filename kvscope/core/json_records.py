@@ -28,6 +28,7 @@ Number = Annotated[int, Meta(ge=0, le=MOST)]  # a count, a position, the number 
 Positive = Annotated[int, Meta(ge=1, le=MOST)]
 Finite = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
 NotNegative = Annotated[float, Meta(ge=0, le=LARGEST)]
+Checksum = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256 in hexadecimal
 Share = Annotated[float, Meta(ge=0, le=1)]
 Plain = object  # any JSON: parameters of a policy, the configuration of a model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvscope.core.json_records import described
+from kvscope.core.seal import SEAL
 from kvscope.trace import record
 from kvscope.trace.columns import FILES
 from kvscope.trace.schema import HEADER, HISTORY, SCHEMA_VERSION
@@ -29,7 +30,9 @@ def describe() -> str:
         f"Version {SCHEMA_VERSION}. A trace is a folder with `{HEADER}` and these Parquet files.",
         "",
     ]
-    lines += [f"## `{HEADER}`", "", *_table(record.TraceRecord), ""]
+    lines += [f"## `{HEADER}`", "", *_table(record.TraceRecord)]
+    lines += [f"| `{SEAL}` | str | SHA-256 of all the other fields, as JSON with sorted names and no spaces |", ""]
+    lines += ["The metadata of every Parquet file says under `kvscope` of which trace, kind and layer the file is.", ""]
     for part in PARTS:
         what = (part.__doc__ or "").partition("\n")[0].replace("``", "`")
         lines += [f"`{part.__name__}`: {what}", "", *_table(part), ""]

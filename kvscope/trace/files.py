@@ -1,68 +1,140 @@
-"""Read the Parquet files of a finished trace, and check that they are intact."""
+"""Read the Parquet files of a finished trace; each is compared with what was recorded of it before it is used."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from kvscope.core.checked_files import CheckedFiles
 from kvscope.core.errors import TraceError
-from kvscope.core.output import checksum
+from kvscope.trace.members import ABOUT, members
 from kvscope.trace.record import TraceRecord
+from kvscope.trace.schema import SEALED_SINCE
 
 Floats = NDArray[np.float32]
 MOST_OPEN = 64  # files of one trace and thread: a process may open 1,024 by default
+NUMBER_BYTES = 8  # most bytes of a number in a column
+SLACK = 2**16  # bytes of a column beside its numbers: levels, and headers of pages
+TEXT_BYTES = 2**10  # most bytes of the text of a token, on average
+# Raised by pyarrow for a file that is not what its checksum says, or whose writer was not kvscope.
+UNREADABLE = (OSError, pa.ArrowException, MemoryError, ValueError, OverflowError, KeyError, IndexError)
+
+
+class Group(NamedTuple):
+    """A row group: its number in the file, and its first and last position."""
+
+    number: int
+    first: int
+    last: int
 
 
 class TraceFiles:
-    """Reads tables from the files of one trace; raises TraceError for a file that cannot be read.
+    """Reads tables from the files of one trace; raises TraceError for a file that cannot be read or is another one.
 
     Parameters
     ----------
     path : Path
         Folder of the trace.
+    record : TraceRecord
+        Content of its ``trace.json``.
+    compare : bool
+        Whether the checksum of a file is compared before it is first read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, record: TraceRecord, *, compare: bool = True) -> None:
+        self._path, self._record = path, record
+        self._members = members(record.header)
+        self._index: dict[str, dict[int, list[Group]]] = {}  # by file and sequence
         self._open = _OpenFiles()
+        self.checked = CheckedFiles(path, record.sizes, record.checksums, self.damaged, compare=compare)
 
     def of_sequence(self, name: str, sequence: int, columns: list[str]) -> pa.Table:
         """Return columns of a file for one sequence."""
-        table = self._groups(name, sequence, 0, None, [*columns, "sequence"])
-        return table.filter(pc.equal(table["sequence"], sequence)).select(columns)
+        return self.rows(name, sequence, 0, self._record.sequences[sequence].length, columns)
 
     def whole(self, name: str) -> pa.Table:
         """Return a whole file."""
-        try:
-            return pq.read_table(self._path / name, partitioning=None)
-        except pa.ArrowMemoryError:
-            raise  # the file is not damaged
-        except (OSError, pa.ArrowException) as error:
-            raise damaged(self._path, name, "it cannot be read") from error
+        with self._opened(name) as file:
+            return file.read()
 
     def rows(self, name: str, sequence: int, start: int, stop: int, columns: list[str]) -> pa.Table:
         """Return the row groups of a layer's file that contain any of the positions `start` to `stop` - 1."""
-        return self._groups(name, sequence, start, stop, columns)
+        with self._opened(name) as file:
+            groups = self._index[name].get(sequence, ())
+            selected = [group.number for group in groups if group.first < stop and group.last >= start]
+            return file.read_row_groups(selected, columns=columns).combine_chunks()
 
-    def _groups(self, name: str, sequence: int, start: int, stop: int | None, columns: list[str]) -> pa.Table:
+    def damaged(self, name: str, why: str) -> TraceError:
+        """Return the error for a damaged file."""
+        return damaged(self._path, name, why)
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[pq.ParquetFile]:
+        path = self.checked.path(name)
         try:
-            file, groups = self._open.get(self._path / name)
-            selected = [
-                number
-                for number, first, last in groups.get(sequence, ())
-                if (stop is None or first < stop) and last >= start
-            ]
-            return file.read_row_groups(selected, columns=columns)
+            file = self._open.get(path)
+            if name not in self._index:
+                self._require_own(name, file)
+                self._index[name] = self._groups(name, file.metadata)
+            yield file
         except pa.ArrowMemoryError:
-            raise  # the file is not damaged
-        except (OSError, pa.ArrowException) as error:
-            raise damaged(self._path, name, "it cannot be read") from error
+            raise  # of a file whose sizes were checked: it is not damaged
+        except UNREADABLE as error:
+            raise self.damaged(name, "it cannot be read") from error
+
+    def _require_own(self, name: str, file: pq.ParquetFile) -> None:
+        """Raise TraceError unless a file has the columns, rows and metadata of its kind and layer of this trace."""
+        member, header = self._members[name], self._record.header
+        found, rows = file.schema_arrow, file.metadata.num_rows
+        if [(field.name, field.type) for field in found] != [(field.name, field.type) for field in member.schema]:
+            raise self.damaged(name, "it has other columns")
+        expected = member.rows(header, self._record.sequences)
+        if rows != expected:
+            raise self.damaged(name, f"it has {rows} rows instead of {expected}")
+        if self._record.schema >= SEALED_SINCE:
+            about = {ABOUT: (found.metadata or {}).get(ABOUT, b"")}
+            if about != member.about(header):
+                raise self.damaged(name, "by its metadata it is the file of another trace, kind or layer")
+
+    def _groups(self, name: str, metadata: pq.FileMetaData) -> dict[int, list[Group]]:
+        """Return the row groups of each sequence; raise TraceError for one of another layer, or of an impossible size."""
+        names = [metadata.schema.column(index).name for index in range(metadata.num_columns)]
+        layer, groups = self._members[name].layer, dict[int, list[Group]]()
+        longest = max(item.length for item in self._record.sequences)
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            for index in range(group.num_columns):
+                self._require_size(name, group.column(index), group.num_rows, longest)
+            ranges = {}
+            for column in ("sequence", "position", *(("layer",) if layer is not None else ())):
+                statistics = group.column(names.index(column)).statistics
+                if statistics is None or not statistics.has_min_max:
+                    raise self.damaged(name, f"a row group does not say which {column} it is of")
+                ranges[column] = (statistics.min, statistics.max)
+            if layer is not None and (ranges["layer"] != (layer, layer) or len(set(ranges["sequence"])) > 1):
+                raise self.damaged(name, "a row group is of another layer, or of several sequences")
+            groups.setdefault(ranges["sequence"][0], []).append(Group(number, *ranges["position"]))
+        return groups
+
+    def _require_size(self, name: str, column: pq.ColumnChunkMetaData, rows: int, longest: int) -> None:
+        """Raise TraceError for a column that says that it is larger than it can be; nothing is allocated for it."""
+        header = self._record.header
+        if column.path_in_schema == "text":
+            most = TEXT_BYTES * rows
+        else:
+            widest = max(longest, (header.heads + header.kv_heads) * max(header.head_dim, 1), 2**16)
+            most = NUMBER_BYTES * rows * (widest if "." in column.path_in_schema else 1)
+        said = (column.total_uncompressed_size, column.total_compressed_size, column.num_values)
+        if min(said) < 0 or max(said) > most + SLACK:
+            raise self.damaged(name, f"it says that column {column.path_in_schema} has {max(said)} bytes")
 
 
 class _OpenFiles(threading.local):
@@ -72,41 +144,15 @@ class _OpenFiles(threading.local):
     """
 
     def __init__(self) -> None:
-        self._files: dict[Path, tuple[pq.ParquetFile, dict[int, list[tuple[int, int, int]]]]] = {}
+        self._files: dict[Path, pq.ParquetFile] = {}
 
-    def get(self, path: Path) -> tuple[pq.ParquetFile, dict[int, list[tuple[int, int, int]]]]:
-        """Return a file, and number, first and last position of the row groups of each sequence."""
+    def get(self, path: Path) -> pq.ParquetFile:
+        """Return an open file; of too many, the one that was opened first is closed."""
         if path not in self._files:
             while len(self._files) >= MOST_OPEN:
-                self._files.pop(next(iter(self._files)))[0].close(force=True)  # the one that was opened first
-            file = pq.ParquetFile(path)
-            self._files[path] = file, _ranges(file.metadata)
+                self._files.pop(next(iter(self._files))).close(force=True)
+            self._files[path] = pq.ParquetFile(path)
         return self._files[path]
-
-
-def require_whole(path: Path, record: TraceRecord, *, verify: bool) -> None:
-    """Raise TraceError unless every file exists with its recorded size and, with `verify`, checksum."""
-    for name, size in record.sizes.items():
-        file = path / name
-        if not file.is_file():
-            raise damaged(path, name, "it is missing")
-        if file.stat().st_size != size:
-            raise damaged(path, name, f"it has {file.stat().st_size} bytes instead of {size}")
-        if verify and checksum(file) != record.checksums[name]:
-            raise damaged(path, name, "its checksum differs from the recorded one")
-
-
-def _ranges(metadata: pq.FileMetaData) -> dict[int, list[tuple[int, int, int]]]:
-    """Return number, first and last position of the row groups of each sequence."""
-    names = [metadata.schema.column(index).name for index in range(metadata.num_columns)]
-    ranges: dict[int, list[tuple[int, int, int]]] = {}
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        sequence = group.column(names.index("sequence")).statistics
-        position = group.column(names.index("position")).statistics
-        for each in range(sequence.min, sequence.max + 1):
-            ranges.setdefault(each, []).append((number, position.min, position.max))
-    return ranges
 
 
 def scatter(target: Floats, head: NDArray[np.integer], query: NDArray[np.integer], lists: pa.ListArray) -> None:

@@ -18,11 +18,11 @@ from kvscope.trace.import_axes import PER_KEY, arrange
 from kvscope.trace.import_files import read_captured
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
+from kvscope.trace.row_checks import faults_of_sums
 from kvscope.trace.schema import VECTORS
 from kvscope.trace.space import estimate_bytes, require_space
 from kvscope.trace.writer import TraceWriter
 
-SUM_TOLERANCE = 1e-2  # above the error of a half-precision softmax over thousands of keys
 ABOVE_TOLERANCE = 1e-6  # largest weight above the diagonal that counts as zero
 OF_KEYS = (*PER_KEY, "keys", "values")  # arrays that have the number of key/value heads
 BLOCK = 256  # rows written at a time
@@ -168,8 +168,7 @@ def _check_rows(attention: Array, learned_sinks: bool) -> None:
                 "has a weight that is not finite": ~np.isfinite(rows).all(-1),
                 "has a negative weight": (rows < 0).any(-1),
                 "attends to a later key": (np.where(above, np.abs(rows), 0) > ABOVE_TOLERANCE).any(-1),
-                "sums to more than one": sums > 1 + SUM_TOLERANCE,
-                "sums to less than one": (sums < 1 - SUM_TOLERANCE) & (not learned_sinks),
+                **faults_of_sums(sums, learned_sinks),
             }
             for what, where in faults.items():
                 if where.any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -32,14 +33,24 @@ Column: TypeAlias = "Array | tuple[Array, Array] | pa.Array"
 
 
 class LayerFile:
-    """A Parquet file that buffers blocks until a row group is full."""
+    """A Parquet file that buffers blocks until a row group is full.
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    schema : pa.Schema
+        Its columns.
+    about : mapping, optional
+        Metadata of the file.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, about: Mapping[bytes, bytes] | None = None) -> None:
         self.schema = schema
         self._sink = path.open("wb")
         self._writer = pq.ParquetWriter(
             self._sink,
-            schema,
+            schema.with_metadata(about),
             compression=SPLIT_COMPRESSION if schema in SPLIT else COMPRESSION,
             use_dictionary=["text"],
             write_statistics=[column.name for column in schema if not pa.types.is_list(column.type)],

@@ -9,18 +9,17 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from kvscope.core.errors import TraceError
-from kvscope.trace.columns import layer_file
 from kvscope.trace.derive import Derived, Floats, KeptKeys
-from kvscope.trace.files import TraceFiles, damaged, require_whole, scatter
+from kvscope.trace.files import TraceFiles
 from kvscope.trace.record import StorageError, TraceRecord
 from kvscope.trace.record_file import read_record
 from kvscope.trace.schema import TOPK, VECTORS, Which
 from kvscope.trace.signals import missing_signal
 from kvscope.trace.storage_error import approximate
+from kvscope.trace.stored import StoredSignals
 from kvscope.trace.topk import KeptRates, Rebuilt
 
 
@@ -60,13 +59,14 @@ class Trace:
         Number and lengths of each sequence.
     """
 
-    def __init__(self, path: Path, record: TraceRecord) -> None:
+    def __init__(self, path: Path, record: TraceRecord, *, compare: bool = True) -> None:
         self.path, self.record = path, record
         self.header = record.header
         self.sequences = [
             TokenSequence(index, item.prompt, item.length, item.forced) for index, item in enumerate(record.sequences)
         ]
-        self._files = TraceFiles(path)
+        self._files = TraceFiles(path, record, compare=compare)
+        self._stored = StoredSignals(record.header, record.sequences, self._files)
         self._kept: KeptKeys = OrderedDict()
         self._kept_rates: KeptRates = OrderedDict()
 
@@ -138,31 +138,22 @@ class Trace:
             return self._rebuilt.attention(sequence, layer, start, stop)
         if self._is_derived("maps"):
             return self._derived.attention(sequence, layer, start, stop)
-        rows = np.zeros((self.heads, stop - start, stop), np.float32)
-        table = self._files.rows(layer_file("attention", layer), sequence, start, stop, ["head", "position", "weights"])
-        for part in table.to_batches():
-            position = part["position"].to_numpy()
-            inside = (position >= start) & (position < stop)
-            if not inside.all():
-                part = part.filter(pa.array(inside))
-            scatter(rows, part["head"].to_numpy(), part["position"].to_numpy() - start, part["weights"])
-        return rows
+        return self._stored.attention(sequence, layer, start, stop)
 
     def row_sums(self, sequence: int, layer: int) -> Floats:
         """Return the sum of every row before rounding to 16 bit, float32 ``[H, T]``; NaN for rows not recorded."""
         if TOPK not in self.header.stored and self._is_derived("maps"):
             return self._derived.row_sums(sequence, layer)
-        return self._of_rows("row_sum", sequence, layer)
+        return self._stored.of_rows("row_sum", sequence, layer)
 
     def residuals(self, sequence: int, layer: int) -> Floats:
         """Return for every row of store ``topk`` the mass on keys that are not stored, float32 ``[H, T]``."""
         self._require(TOPK)
-        return self._of_rows("residual", sequence, layer)
+        return self._stored.of_rows("residual", sequence, layer)
 
     def positions(self, sequence: int) -> NDArray[np.int64]:
         """Return the positions whose rows of attention were recorded; all unless a query stride was chosen."""
-        stride = self.header.query_stride
-        return np.arange(stride - 1, self.sequences[sequence].length, stride)
+        return self._stored.positions(0, self.sequences[sequence].length)
 
     def value_norms(self, sequence: int, layer: int, order: Literal["l1", "l2"] = "l1") -> Floats:
         """Return the norm of every value, float32 ``[G, T]``."""
@@ -176,21 +167,13 @@ class Trace:
         """Return the cosines of all pairs of cached keys, float32 ``[G, T, T]``, symmetric, 1 on the diagonal."""
         if self._is_derived("similarity"):
             return self._derived.similarity(sequence, layer)
-        length = self.sequences[sequence].length
-        below = np.zeros((self.kv_heads, length, length), np.float32)
-        columns = ["kv_head", "position", "similarity"]
-        for part in self._files.of_sequence(layer_file("keys", layer), sequence, columns).to_batches():
-            scatter(below, part["kv_head"].to_numpy(), part["position"].to_numpy(), part["similarity"])
-        return below + below.transpose(0, 2, 1) + np.eye(length, dtype=np.float32)
+        return self._stored.similarity(sequence, layer)
 
     def mean_queries(self, sequence: int, layer: int) -> Floats:
         """Return the query averaged over the query heads, float32 ``[T, D]``."""
         if self._is_derived("queries"):
             return self._derived.mean_queries(sequence, layer)
-        table = self._files.of_sequence(layer_file("queries", layer), sequence, ["position", "mean_query"])
-        order = np.argsort(table["position"].to_numpy())
-        flat = table["mean_query"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return np.asarray(flat.reshape(len(order), -1)[order], np.float32)
+        return self._stored.mean_queries(sequence, layer)
 
     def states(self, sequence: int, layer: int) -> States:
         """Return queries, keys and values of every token; for stores ``maps+vectors`` and ``qkv``, and imports."""
@@ -210,38 +193,35 @@ class Trace:
         """
         self._require(f"vectors:{which}")
         stop = self.sequences[sequence].length if stop is None else stop
-        name = layer_file("states", layer)
-        table = self._files.rows(name, sequence, start, stop, ["position", which])
-        inside = table.slice(start - table["position"][0].as_py() if table.num_rows else 0, stop - start)
-        if inside.num_rows < stop - start:
-            raise damaged(self.path, name, f"it lacks positions of sequence {sequence} before {stop}")
-        flat = inside[which].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        heads = self.heads if which == "queries" else self.kv_heads
-        return np.ascontiguousarray(flat.reshape(stop - start, heads, -1).transpose(1, 0, 2))
+        return self._stored.vectors(sequence, layer, which, start, stop)
 
     def hidden(self, sequence: int, layer: int) -> Floats:
         """Return the inputs of a layer's attention, float32 ``[T, hidden]``."""
         self._require("hidden")
-        table = self._files.of_sequence(layer_file("hidden", layer), sequence, ["hidden"])
-        flat = table["hidden"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return np.array(flat.reshape(self.sequences[sequence].length, -1), np.float32)
+        return self._stored.hidden(sequence, layer)
+
+    def require_whole(self, *, verify: bool = False) -> None:
+        """Raise TraceError unless every file is there, and the tokens are those of the sequences.
+
+        Parameters
+        ----------
+        verify : bool
+            Whether to compare the checksum of every file too.
+        """
+        self._files.checked.require_there()
+        if verify:
+            self._files.checked.require_same()
+        self._stored.tokens()
 
     def tokens(self, sequence: int | None = None) -> pd.DataFrame:
         """Return the tokens of one sequence or of all: the columns of ``tokens.parquet``."""
-        frame: pd.DataFrame = self._files.whole("tokens.parquet").to_pandas()
+        frame = self._stored.tokens()
         return frame if sequence is None else frame[frame["sequence"] == sequence].reset_index(drop=True)
 
     def _norms(self, column: str, sequence: int, layer: int) -> Floats:
         if self._is_derived(column):
             return self._derived.norms(column, sequence, layer)
-        table = self._files.of_sequence(layer_file("keys", layer), sequence, ["kv_head", "position", column])
-        return self._grid(table, "kv_head", column, self.kv_heads, sequence)
-
-    def _of_rows(self, column: str, sequence: int, layer: int) -> Floats:
-        name = layer_file("topk" if TOPK in self.header.stored else "attention", layer)
-        return self._grid(
-            self._files.of_sequence(name, sequence, ["head", "position", column]), "head", column, self.heads, sequence
-        )
+        return self._stored.norms(column, sequence, layer)
 
     def _require_rows(self, start: int, stop: int) -> None:
         stride, checked = self.header.query_stride, range(start, min(stop, start + 2))  # of two rows one is missing
@@ -252,15 +232,10 @@ class Trace:
                 "Read only rows in Trace.positions, one at a time, or record it again without --query-stride.",
             )
 
-    def _grid(self, table: pa.Table, head: str, column: str, heads: int, sequence: int) -> Floats:
-        grid = np.full((heads, self.sequences[sequence].length), np.nan, np.float32)
-        grid[table[head].to_numpy(), table["position"].to_numpy()] = table[column].to_numpy()
-        return grid
-
     @property
     def _rebuilt(self) -> Rebuilt:
         lengths = [(item.prompt, item.length) for item in self.sequences]
-        return Rebuilt(self.header, lengths, self._files.rows, self._kept_rates)
+        return Rebuilt(self.header, lengths, self._files, self._kept_rates)
 
     @property
     def _derived(self) -> Derived:
@@ -276,7 +251,7 @@ class Trace:
             raise missing_signal(self.path, signal)
 
 
-def open_trace(path: Path | str, *, verify: bool = False) -> Trace:
+def open_trace(path: Path | str, *, verify: bool = False, compare: bool = True) -> Trace:
     """Return the trace in a folder.
 
     Parameters
@@ -284,7 +259,10 @@ def open_trace(path: Path | str, *, verify: bool = False) -> Trace:
     path : Path or str
         Folder of the trace.
     verify : bool
-        Whether to compare the checksum of every file; sizes are always compared.
+        Whether to compare the checksums of all files now. Otherwise that of a file is compared when it is first read;
+        sizes are always compared.
+    compare : bool
+        False compares no checksum of a file at all: for a disk that is too slow to read twice.
 
     Raises
     ------
@@ -292,6 +270,6 @@ def open_trace(path: Path | str, *, verify: bool = False) -> Trace:
         If there is no trace, or it is incomplete, damaged, or of a version that cannot be read.
     """
     path = Path(path)
-    record = read_record(path)
-    require_whole(path, record, verify=verify)
-    return Trace(path, record)
+    trace = Trace(path, read_record(path), compare=compare or verify)
+    trace.require_whole(verify=verify)
+    return trace

@@ -11,8 +11,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from kvscope.core.json_records import Finite, NotNegative, Number, Positive, about
-from kvscope.trace.schema import DERIVED, KIND, MAPS, MAPS_AND_VECTORS, QKV, SCHEMA_VERSION, TOPK, VECTORS
+from kvscope.core.json import JsonDict
+from kvscope.core.json_records import Checksum, Finite, NotNegative, Number, Positive, about, plain
+from kvscope.core.seal import seal_of
+from kvscope.trace.schema import DERIVED, KIND, MAPS, MAPS_AND_VECTORS, QKV, SCHEMA_VERSION, SEALED_SINCE, TOPK, VECTORS
+
+# Fields of the header that say how the trace came about, and decide nothing.
+PROVENANCE = ("model", "prompts", "device", "seed", "sampling", "tokenizer", "versions", "command")
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,21 @@ class TraceHeader:
             and (signal != "queries" or not self.head_numbers)  # the mean is over all heads of the model
         ]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides what a replay gives, without the lengths; in the metadata of every file."""
+        return seal_of(self._deciding)
+
+    @property
+    def _deciding(self) -> JsonDict:
+        facts = plain(self)
+        for name in PROVENANCE:
+            del facts[name]
+        model = plain(self.model)
+        model.pop("config", None)
+        prompts = [prompt.sha256 for prompt in self.prompts]
+        return {**facts, "model": model, "prompts": prompts}
+
     def attention_of(self, layer: int) -> LayerAttention:
         """Return how a recorded layer turns queries and keys into weights; only for store ``qkv``."""
         return self.attention[self.layers.index(layer)]
@@ -186,7 +206,7 @@ class TraceRecord:
     loss: Annotated[StorageError | None, about("store `topk`: mass outside the stored weights", omit=True)] = None
     bytes: Annotated[Number | None, about("bytes of all Parquet files")] = None
     sizes: Annotated[dict[str, Number], about("bytes of each Parquet file")]
-    checksums: Annotated[dict[str, str], about("SHA-256 of each Parquet file")]
+    checksums: Annotated[dict[str, Checksum], about("SHA-256 of each Parquet file")]
 
     @property
     def storage_error(self) -> StorageError | None:
@@ -195,5 +215,11 @@ class TraceRecord:
 
     @property
     def identity(self) -> str:
-        """SHA-256 over the checksums of the files, which is equal for traces with the same content."""
-        return hashlib.sha256(json.dumps(self.checksums, sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the checksums of the files and what decides in the header: equal for the same content.
+
+        Before version 6 it is over the checksums alone.
+        """
+        if self.schema < SEALED_SINCE:
+            return hashlib.sha256(json.dumps(self.checksums, sort_keys=True).encode()).hexdigest()
+        lengths = [plain(item) for item in self.sequences]
+        return seal_of({"checksums": self.checksums, "header": self.header.digest, "sequences": lengths})

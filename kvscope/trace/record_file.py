@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar, cast
@@ -12,9 +11,11 @@ from kvscope.core.errors import RECORD_ONE, TraceError
 from kvscope.core.json import Json, JsonDict
 from kvscope.core.json_records import FieldError, decode, plain
 from kvscope.core.output import incomplete, replaced
+from kvscope.core.seal import SEAL, is_changed, sealed
 from kvscope.core.version import __version__
+from kvscope.trace.members import members
 from kvscope.trace.record import ModelRecord, TraceHeader, TraceRecord
-from kvscope.trace.schema import HEADER, KIND, MEMBERS, OLDEST_VERSION, SCHEMA_VERSION
+from kvscope.trace.schema import HEADER, KIND, OLDEST_VERSION, SCHEMA_VERSION, SEALED_SINCE, SIGNALS
 
 V = TypeVar("V")
 
@@ -27,7 +28,14 @@ def read_record(path: Path) -> TraceRecord:
     TraceError
         If there is no trace, or it is incomplete, damaged, or of a version that cannot be read.
     """
-    return parse_record(_read_json(path), path)
+    data = _read_json(path)
+    record = parse_record(data, path)
+    if is_changed(data) or (record.schema >= SEALED_SINCE and SEAL not in data):
+        raise TraceError(
+            f"trace {path} is damaged: {HEADER} was changed since it was written: its checksum differs",
+            "Record the trace again.",
+        )
+    return record
 
 
 def parse_record(data: Mapping[str, object], path: Path) -> TraceRecord:
@@ -70,8 +78,8 @@ def _renamed(data: V, old: str, new: str) -> V:
 
 
 def write_record(folder: Path, record: TraceRecord) -> None:
-    """Write ``trace.json`` of a finished trace; raises OSError if it cannot be written."""
-    _write_json(folder, to_json(record))
+    """Write ``trace.json`` of a finished trace, with its checksum; raises OSError if it cannot be written."""
+    _write_json(folder, sealed(to_json(record)))
 
 
 def write_unfinished(folder: Path, header: TraceHeader, writer: Mapping[str, object]) -> None:
@@ -132,6 +140,11 @@ def _require_consistent(record: TraceRecord) -> None:
             raise FieldError(name, f"it has {len(values)} entries for {count} layers")
     if header.attention and len(header.attention) != count:
         raise FieldError("attention", f"it has {len(header.attention)} entries for {count} layers")
+    unknown = sorted(set(header.stored) - SIGNALS)
+    if unknown or len(set(header.stored)) < len(header.stored):
+        raise FieldError("stored", f"it names {unknown[0]!r}" if unknown else "it names a signal twice")
+    if not record.sequences:
+        raise FieldError("sequences", "there is none")
     if header.heads % header.kv_heads:
         raise FieldError("kv_heads", f"{header.kv_heads} do not share {header.heads} query heads evenly")
     for index, sequence in enumerate(record.sequences):
@@ -141,9 +154,10 @@ def _require_consistent(record: TraceRecord) -> None:
         raise FieldError("model.weights", "is missing beside hidden")
     if record.sizes.keys() != record.checksums.keys():
         raise FieldError("checksums", "their files differ from those of sizes")
-    for name in record.sizes:
-        if not re.fullmatch(MEMBERS, name):
-            raise FieldError("sizes", f"{name!r} is not a file of a trace")
+    expected = members(header).keys()
+    for name in (*expected - record.sizes.keys(), *record.sizes.keys() - expected):
+        what = "is missing" if name in expected else "is not a file of this trace"
+        raise FieldError("sizes", f"{name!r} {what}")
 
 
 def _again(path: Path) -> str:

@@ -16,13 +16,15 @@ KIND: Final = "kvscope-trace"
 HEADER = "trace.json"
 _FOLDERS = "|".join(name.partition("/")[0] for name in FILES if "/" in name)
 MEMBERS = rf"trace\.json|tokens\.parquet|({_FOLDERS})/layer=\d+\.parquet"  # regular expression for the files of a trace
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 6
 OLDEST_VERSION = 1  # oldest version that can be read
+SEALED_SINCE = 6  # first version whose `trace.json` has a checksum of itself, and whose files say what they are
 HISTORY = {
     1: "first version: store maps (attention rows, norms, similarities, mean queries)",
     2: "store qkv: vectors alone, from which rows are recomputed as `attention` in `trace.json` says; `prefill_chunk`",
     3: "layer inputs in `hidden`; with them a few of the model's weights in `trace.json`, by which it is known again",
     4: "store topk: the heaviest keys of every row and sums of columns; traces of some heads, or of every n-th row",
+    6: "a checksum of `trace.json` in it; every file says in its metadata of which trace, kind and layer it is",
 }
 
 Which = Literal["queries", "keys", "values"]
@@ -40,7 +42,7 @@ STORES = {
     TOPK: (TOPK, "value_l1", "value_l2", "key_l2", "queries"),
 }
 # Signal -> vectors from which it is recomputed if it is not stored.
-DERIVED = {
+DERIVED: dict[str, tuple[str, ...]] = {
     "maps": ("queries", "keys"),
     "value_l1": ("values",),
     "value_l2": ("values",),
@@ -48,6 +50,7 @@ DERIVED = {
     "similarity": ("keys",),
     "queries": ("queries",),
 }
+SIGNALS = frozenset((MAPS, TOPK, "hidden", *DERIVED, *_OF_VECTORS))  # all that `stored` may name
 
 
 def parse_store(text: str) -> tuple[str, int | None]:

@@ -10,28 +10,24 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kvscope.core.errors import TraceError
+from kvscope.trace.blocks import Array, are_weights
 from kvscope.trace.columns import layer_file
 from kvscope.trace.derive import CACHE_BYTES, Floats
+from kvscope.trace.files import TraceFiles
 from kvscope.trace.record import TraceHeader
-from kvscope.trace.schema import STRETCH
+from kvscope.trace.row_checks import faults_of_sums, faults_of_weights, misplaced
+from kvscope.trace.stretches import stretches
 
 Ints = NDArray[np.integer]
-Read = Callable[[str, int, int, int, list[str]], pa.Table]  # file, sequence, start, stop, columns; may return more rows
 KeptRates = OrderedDict[tuple[int, int, int], Floats]
+NOISE = 1e-3  # by which a sum of columns may be below 0 where it is a difference of two sums
 LEAST = 1e-30  # below this residual mass, the rate of a key is 0
-
-
-def stretches(prompt: int, length: int) -> list[int]:
-    """Return the ends (exclusive) of the stretches of rows over which columns are summed."""
-    return sorted({*range(STRETCH, length, STRETCH), prompt, length})
 
 
 class Top(NamedTuple):
@@ -54,14 +50,14 @@ class Rebuilt:
         Sizes and windows.
     lengths : list of tuple
         ``P`` and ``T`` of each sequence.
-    read : callable
-        Reads rows of a file.
+    files : TraceFiles
+        Files of the trace.
     kept : dict
         Cache of rates by sequence, layer and end of the stretch, least recently used first.
     """
 
-    def __init__(self, header: TraceHeader, lengths: list[tuple[int, int]], read: Read, kept: KeptRates) -> None:
-        self._header, self._lengths, self._read, self._kept = header, lengths, read, kept
+    def __init__(self, header: TraceHeader, lengths: list[tuple[int, int]], files: TraceFiles, kept: KeptRates) -> None:
+        self._header, self._lengths, self._files, self._kept = header, lengths, files, kept
 
     def attention(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
         """Return rows `start` to `stop` - 1, ``[H, stop - start, stop]``."""
@@ -79,20 +75,44 @@ class Rebuilt:
         return rows
 
     def top(self, sequence: int, layer: int, start: int, stop: int) -> Top:
-        """Return the stored weights of rows `start` to `stop` - 1."""
-        names = ["head", "position", "residual", "keys", "weights"]
-        table = self._read(layer_file("topk", layer), sequence, start, stop, names)
+        """Return the stored weights of rows `start` to `stop` - 1; raises TraceError if a row is not as recorded."""
+        name = layer_file("topk", layer)
+        names = ["head", "position", "row_sum", "residual", "keys", "weights"]
+        table = self._files.rows(name, sequence, start, stop, names)
         position = table["position"].to_numpy()
         table = table.filter(pa.array((position >= start) & (position < stop))).combine_chunks()
-        head, query = table["head"].to_numpy(), table["position"].to_numpy() - start
-        lists = table["weights"].chunk(0)
+        head, position = table["head"].to_numpy(), table["position"].to_numpy()
+        fault = misplaced(head, position, self._header.heads, np.arange(start, stop))
+        if fault is not None:
+            raise self._files.damaged(name, fault)
+        lists, keys = table["weights"].chunk(0), table["keys"].chunk(0)
         lengths = np.diff(lists.offsets.to_numpy())
-        weight = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        weight = lists.flatten().to_numpy(zero_copy_only=False)
+        key, query = keys.flatten().to_numpy(), position - start
+        starts = np.cumsum(lengths) - lengths
+        fault = self._fault(position, lengths, np.diff(keys.offsets.to_numpy()), key, weight) or _fault_of_sums(
+            np.add.reduceat(weight, starts, dtype=np.float32), table, lengths, self._header.learned_sinks
+        )
+        if fault is not None:
+            raise self._files.damaged(name, fault)
+        weight = weight.astype(np.float32)
         residual, least = np.zeros((2, self._header.heads, stop - start), np.float32)
         residual[head, query] = table["residual"].to_numpy()
-        least[head, query] = np.minimum.reduceat(weight, np.cumsum(lengths) - lengths)
-        key = table["keys"].chunk(0).flatten().to_numpy()
+        least[head, query] = np.minimum.reduceat(weight, starts)
         return Top(np.repeat(head, lengths), np.repeat(query, lengths), key, weight, residual, least)
+
+    def _fault(self, position: Ints, lengths: Ints, keys: Ints, key: Ints, weight: Array) -> str | None:
+        """Return what is wrong with the keys and weights of rows, None if nothing is."""
+        most = self._header.top or 0
+        if not (np.array_equal(lengths, keys) and np.array_equal(lengths, np.minimum(position + 1, most))):
+            return "a row has not as many numbers as it must have"
+        if not are_weights(weight):
+            return "a weight is negative or not finite"
+        ascends = np.diff(key, prepend=-1) > 0
+        ascends[np.cumsum(lengths) - lengths] = True  # the first key of a row follows none
+        if not (ascends.all() and (key >= 0).all() and (key <= np.repeat(position, lengths)).all()):
+            return "the keys of a row are not ascending positions up to its own"
+        return None
 
     def _rate(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
         """Return the mass of each key per unit of residual, in rows that see but do not store it, ``[H, stop]``."""
@@ -120,20 +140,36 @@ class Rebuilt:
 
     def _outside(self, sequence: int, layer: int, stop: int) -> Floats:
         """Return the column sums of residuals in the stretch that ends before row `stop`, ``[H, stop]``."""
-        table = self._read(layer_file("columns", layer), sequence, stop - 1, stop, ["head", "position", "outside"])
+        name = layer_file("columns", layer)
+        table = self._files.rows(name, sequence, stop - 1, stop, ["head", "position", "outside"])
         table = table.filter(pa.array(table["position"].to_numpy() == stop - 1)).combine_chunks()
-        if table.num_rows < self._header.heads:
-            raise TraceError(
-                f"a trace of store topk lacks the sums of columns up to position {stop - 1} of sequence {sequence}, "
-                f"layer {layer}",
-                "Record it again.",
-            )
+        head = table["head"].to_numpy()
+        if not np.array_equal(np.sort(head), np.arange(self._header.heads)):
+            where = f"sequence {sequence}, layer {layer}"
+            raise self._files.damaged(name, f"it lacks the sums of columns up to position {stop - 1} of {where}")
+        sums = table["outside"].chunk(0).flatten().to_numpy()
+        if len(sums) != len(head) * stop or not (np.isfinite(sums) & (sums >= -NOISE)).all():
+            raise self._files.damaged(name, f"the sums of columns up to position {stop - 1} are not {stop} sums each")
         outside = np.zeros((self._header.heads, stop), np.float32)
-        outside[table["head"].to_numpy()] = table["outside"].chunk(0).flatten().to_numpy().reshape(-1, stop)
+        outside[head] = sums.reshape(-1, stop)
         return outside
 
     def _window(self, layer: int) -> int | None:
         return self._header.sliding_window[self._header.layers.index(layer)]
+
+
+def _fault_of_sums(stored: Floats, table: pa.Table, lengths: Ints, learned_sinks: bool) -> str | None:
+    """Return what is wrong with the sums of rows of which `stored` are the stored weights, None if nothing is."""
+    recorded, residual = (table[name].to_numpy() for name in ("row_sum", "residual"))
+    faults = {
+        "has a residual that is negative or not finite": ~(np.isfinite(residual) & (residual >= 0)),
+        "has another sum than was recorded": faults_of_weights(stored + residual, recorded, lengths),
+        **faults_of_sums(recorded, learned_sinks),
+    }
+    for what, where in faults.items():
+        if where.any():
+            return f"a row of position {table['position'].to_numpy()[int(where.argmax())]} {what}"
+    return None
 
 
 def _fill(rows: Floats, first: int, rate: Floats, top: Top, window: int | None) -> None:

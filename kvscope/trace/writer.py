@@ -15,6 +15,7 @@ from kvscope.core.output import OutputFolder, checksum
 from kvscope.core.version import __version__
 from kvscope.trace.blocks import Array, are_weights, lower, not_finite, own, places
 from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
+from kvscope.trace.members import member_of
 from kvscope.trace.parquet import Column, LayerFile
 from kvscope.trace.record import SequenceRecord, TraceHeader, TraceRecord
 from kvscope.trace.record_file import write_record, write_unfinished
@@ -268,7 +269,7 @@ class TraceWriter:
         try:
             if name not in self._files:
                 (self.work / name).parent.mkdir(exist_ok=True)
-                self._files[name] = LayerFile(self.work / name, schema)
+                self._files[name] = LayerFile(self.work / name, schema, member_of(name).about(self.header))
             self._files[name].add(columns)
         except OSError as error:
             raise self._folder.unwritable(error) from error

@@ -13,7 +13,7 @@ from kvscope.model.generate import trace
 from kvscope.model.pipeline import Pipeline
 from kvscope.model.plan import RecordingPlan
 from kvscope.model.recorder import HELD_STEPS, Recorder
-from kvscope.trace import topk as topk_module
+from kvscope.trace import stretches as stretches_module
 from kvscope.trace.columns import layer_file
 from kvscope.trace.files import TraceFiles
 from kvscope.trace.parquet import LayerFile
@@ -27,7 +27,7 @@ KEPT = ["llama", "gemma2", "gpt_oss", "mistral"]  # plain, capped, with learned 
 
 @pytest.fixture(autouse=True)
 def _short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topk_module, "STRETCH", 8)
+    monkeypatch.setattr(stretches_module, "STRETCH", 8)
     monkeypatch.setattr(recorder_module, "STRETCH", 8)
 
 
@@ -58,12 +58,12 @@ def test_what_is_stored_is_of_the_rows(name: str, prompt: Path, tmp_path: Path) 
         assert (left.max(-1) <= top.least).all(), "and none of that is heavier"
         for name_, kind in (("sums", rows), ("outside", left)):
             table = (
-                TraceFiles(some.path)
+                TraceFiles(some.path, some.record)
                 .of_sequence(layer_file("columns", layer), 0, ["head", "position", name_])
                 .to_pylist()
             )
             start = 0
-            for stop in topk_module.stretches(PROMPT, length):
+            for stop in stretches_module.stretches(PROMPT, length):
                 found = [row[name_] for row in table if row["position"] == stop - 1]
                 assert np.allclose(found, kind[:, start:stop, :stop].sum(1), atol=2e-3)
                 start = stop
@@ -80,7 +80,7 @@ def test_a_logit_is_the_logarithm_of_its_weight_and_the_sum(name: str, prompt: P
     key = states.keys.repeat(some.heads // some.kv_heads, 0)
     logits = states.queries @ key.swapaxes(1, 2) * qkv.header.attention_of(1).scaling
     top = some._rebuilt.top(0, 1, 0, some.sequences[0].length)
-    sums = some._of_rows("log_sum_exp", 0, 1)
+    sums = some._stored.of_rows("log_sum_exp", 0, 1)
     made = np.log(top.weight) + sums[top.head, top.query]
     heavy = top.weight > 1e-3
     assert np.allclose(made[heavy], logits[top.head, top.query, top.key][heavy], atol=2e-3)
@@ -192,6 +192,6 @@ def test_rows_of_the_bundled_model_are_bounded_and_near(tmp_path: Path) -> None:
         assert (retained >= least - 2e-3).all()
         assert (retained <= least + residual + 2e-3).all()
     length = rows.shape[1]
-    for end in topk_module.stretches(some.sequences[0].prompt, length):
+    for end in stretches_module.stretches(some.sequences[0].prompt, length):
         off = np.abs(got[:, :end].sum(1) - rows[:, :end].sum(1)).sum(-1) / rows[:, :end].sum((1, 2))
         assert off.max() < 0.05

@@ -1,5 +1,6 @@
 """Stores with vectors: queries, keys and values are the inputs of attention, and rows can be recomputed from them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kvscope.model.generate import trace
 from kvscope.model.recorder import HELD_STEPS, Recorder
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import SequenceRecord
+from kvscope.trace.schema import STORES
 from kvscope.trace.writer import TraceWriter
 from tests.model.tiny import MODELS, build, saved, tokens
 from tests.trace.make import header
@@ -87,7 +89,8 @@ def test_vectors_are_exactly_those_of_the_calls(
 ) -> None:
     model, ids = build(name).to(dtype), tokens(LENGTH)
     seen: list[tuple[int, Any, Any, Any]] = []
-    facts = header(heads=4, kv_heads=2, stored=sorted(VECTORS))
+    stored = list(STORES[store])
+    facts = replace(header(heads=4, kv_heads=2, stored=stored), layers=[0, 1], n_layers=2, head_dim=8)
     with TraceWriter(tmp_path / "t", facts) as writer:
         recorder = Recorder(writer, [0, 1], query_block, store=store)
 
@@ -104,6 +107,14 @@ def test_vectors_are_exactly_those_of_the_calls(
             for t in range(PROMPT, LENGTH):
                 model(input_ids=ids[:, t : t + 1], past_key_values=cache)
         recorder.end()
+        writer.tokens(
+            0,
+            token_id=range(LENGTH),
+            text=["x"] * LENGTH,
+            is_prompt=np.arange(LENGTH) < PROMPT,
+            logprob=np.zeros(LENGTH),
+            entropy=np.zeros(LENGTH),
+        )
         writer.finish([SequenceRecord(PROMPT, LENGTH)])
     made = open_trace(tmp_path / "t")
     for layer in (0, 1):

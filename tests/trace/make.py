@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 
+from kvscope.core.seal import sealed
 from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
+from kvscope.trace.schema import HEADER, SEALED_SINCE
 from kvscope.trace.writer import TraceWriter
 
 STORED = ["maps", "value_l1", "value_l2", "key_l2", "similarity", "queries"]
@@ -74,5 +77,21 @@ def record(
 def _signals(writer: TraceWriter, layer: int, sequence: int, kv_heads: int, length: int) -> None:
     plain = np.arange(kv_heads)[:, None] + np.arange(length, dtype=np.float32)
     cosines = np.broadcast_to(np.arange(length)[:, None] / 10 + np.arange(length) / 100, (kv_heads, length, length))
-    writer.keys(layer, sequence, 0, value_l1=plain + 10, value_l2=plain + 20, key_l2=plain + 30, similarity=cosines % 1)
-    writer.queries(layer, sequence, 0, np.arange(length * 3, dtype=np.float32).reshape(length, 3))
+    made = {"value_l1": plain + 10, "value_l2": plain + 20, "key_l2": plain + 30, "similarity": cosines % 1}
+    stored = {name: values for name, values in made.items() if name in writer.header.stored}
+    if stored:
+        writer.keys(layer, sequence, 0, **stored)
+    if "queries" in writer.header.stored:
+        writer.queries(layer, sequence, 0, np.arange(length * 3, dtype=np.float32).reshape(length, 3))
+
+
+def change_header(path: Path, changes: dict[str, object], *, version: int | None = None) -> None:
+    """Change fields of a trace.json with the checksum that fits; below version 6 without one."""
+    file = path / HEADER
+    data = json.loads(file.read_text()) | changes
+    if version is not None:
+        data["schema"] = version
+    file.write_text(json.dumps(sealed(data)))
+    if data["schema"] < SEALED_SINCE:
+        del data["sha256"]
+        file.write_text(json.dumps(data))

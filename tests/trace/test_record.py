@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from kvscope.core.errors import TraceError
 from kvscope.core.json_records import described, plain
-from kvscope.trace.reader import open_trace
+from kvscope.core.seal import SEAL
 from kvscope.trace.record import LayerAttention, TraceHeader, TraceRecord
 from kvscope.trace.record_file import parse_record, read_record, to_json, write_record
-from kvscope.trace.schema import HEADER, OLDEST_VERSION, SCHEMA_VERSION
+from kvscope.trace.schema import HEADER, OLDEST_VERSION, SCHEMA_VERSION, SEALED_SINCE
 
 EXAMPLE = Path(__file__).parents[2] / "traces" / "example"
 SINCE = {2: ["attention", "prefill_chunk"], 4: ["top", "head_numbers", "n_heads", "query_stride"]}
@@ -96,7 +96,8 @@ def test_what_is_written_is_what_was_read(tmp_path: Path) -> None:
     before, after = (json.loads((place / HEADER).read_text()) for place in (EXAMPLE, tmp_path))
     assert {name: value for name, value in after.items() if name in before} == before
     assert [name for name in after if name in before] == list(before)
-    assert set(after) - set(before) == set(SINCE[4]), "fields of a later version get their defaults"
+    later = {*SINCE[4], SEAL}
+    assert set(after) - set(before) == later, "fields of a later version get their defaults, and a checksum is added"
     assert read_record(tmp_path) == record
 
 
@@ -106,7 +107,7 @@ def test_every_version_so_far_is_read(version: int, tmp_path: Path) -> None:
     later = [name for since, names in SINCE.items() if since > version for name in names]
     old = parse_record({name: value for name, value in data.items() if name not in later}, tmp_path)
     assert (old.schema, old.header.query_stride, old.header.attention) == (version, 1, [])
-    assert old.identity == open_trace(EXAMPLE).identity
+    assert (old.identity == read_record(EXAMPLE).identity) == (version < SEALED_SINCE)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +145,8 @@ def test_the_field_is_named(path: tuple[Any, ...], value: object, message: str) 
 
 def test_a_file_outside_of_the_trace_is_refused() -> None:
     data = example()
-    data["sizes"]["../x"], data["checksums"]["../x"] = 1, "0"
-    with pytest.raises(TraceError, match=r"sizes: '\.\./x' is not a file of a trace"):
+    data["sizes"]["../x"], data["checksums"]["../x"] = 1, "0" * 64
+    with pytest.raises(TraceError, match=r"sizes: '\.\./x' is not a file of this trace"):
         parse_record(data, EXAMPLE)
 
 

@@ -15,7 +15,7 @@ from kvscope.metrics import METRICS
 from kvscope.metrics.base import Rows
 from kvscope.metrics.mass import SINKS
 from kvscope.metrics.past import Past
-from kvscope.trace import topk as topk_module
+from kvscope.trace import stretches as stretches_module
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record_file import parse_record
 from kvscope.trace.schema import HEADER
@@ -28,7 +28,7 @@ ROUNDING = 2**-10  # of a sum of weights in 16 bit
 
 @pytest.fixture(autouse=True)
 def _short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topk_module, "STRETCH", 8)
+    monkeypatch.setattr(stretches_module, "STRETCH", 8)
 
 
 def made(path: Path, rows: np.ndarray, top: int, prompt: int, **options: int | None) -> Trace:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvscope.trace.record import SequenceRecord
 from kvscope.trace.schema import STORES
-from kvscope.trace.topk import stretches
+from kvscope.trace.stretches import stretches
 from kvscope.trace.writer import TraceWriter
 from tests.trace.make import header
 
@@ -53,6 +53,9 @@ def record(path: Path, rows: np.ndarray, top: int, prompt: int, *, window: int |
                             outside[head, key] += rows[head, query, key]
                 writer.columns(0, 0, stop - 1, rows[:, since:stop, :stop].sum(1), outside)
                 since = stop
+        ones = np.ones((heads, length))
+        writer.keys(0, 0, 0, value_l1=ones, value_l2=ones, key_l2=ones)
+        writer.queries(0, 0, 0, np.ones((length, 3)))
         writer.tokens(
             0,
             token_id=range(length),

@@ -1,0 +1,181 @@
+"""Read the signals that a trace stores; every row is checked, so that a file that lacks or changes one is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from kvscope.trace.blocks import Array, are_weights
+from kvscope.trace.columns import layer_file
+from kvscope.trace.derive import Floats
+from kvscope.trace.files import TraceFiles, scatter
+from kvscope.trace.members import TOKENS_FILE
+from kvscope.trace.record import SequenceRecord, TraceHeader
+from kvscope.trace.row_checks import faults_of_sums, faults_of_weights, misplaced
+from kvscope.trace.schema import TOPK, Which
+
+NORMS = ("value_l1", "value_l2", "key_l2")
+COSINE_TOLERANCE = 1e-2  # by which a cosine of 16 bit may be above 1
+
+
+class StoredSignals:
+    """Reads stored signals of one trace; the methods are those of `Trace`, and raise TraceError for a damaged file."""
+
+    def __init__(self, header: TraceHeader, sequences: Sequence[SequenceRecord], files: TraceFiles) -> None:
+        self._header, self._sequences, self._files = header, sequences, files
+
+    def positions(self, start: int, stop: int) -> Array:
+        """Return the positions from `start` to `stop` - 1 whose rows were recorded."""
+        stride = self._header.query_stride
+        return np.arange(start - start % stride + stride - 1, stop, stride)
+
+    def attention(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
+        """Return rows `start` to `stop` - 1, float32 ``[H, stop - start, stop]``."""
+        name = layer_file("attention", layer)
+        table = self._files.rows(name, sequence, start, stop, ["head", "position", "row_sum", "weights"])
+        table = _inside(table, start, stop)
+        head, position = table["head"].to_numpy(), table["position"].to_numpy()
+        self._require_places(name, head, position, self._header.heads, self.positions(start, stop))
+        rows = np.zeros((self._header.heads, stop - start, stop), np.float32)
+        for part in table.to_batches():
+            self._check_rows(name, part)
+            scatter(rows, part["head"].to_numpy(), part["position"].to_numpy() - start, part["weights"])
+        return rows
+
+    def of_rows(self, column: str, sequence: int, layer: int) -> Floats:
+        """Return a column of the rows of attention, float32 ``[H, T]``; NaN for rows that were not recorded."""
+        top = TOPK in self._header.stored
+        name = layer_file("topk" if top else "attention", layer)
+        length = self._sequences[sequence].length
+        recorded = np.arange(length) if top else self.positions(0, length)
+        return self._grid(name, "head", column, self._header.heads, sequence, recorded)
+
+    def norms(self, column: str, sequence: int, layer: int) -> Floats:
+        """Return ``value_l1``, ``value_l2`` or ``key_l2``, float32 ``[G, T]``."""
+        every = np.arange(self._sequences[sequence].length)
+        return self._grid(layer_file("keys", layer), "kv_head", column, self._header.kv_heads, sequence, every)
+
+    def similarity(self, sequence: int, layer: int) -> Floats:
+        """Return the cosines of all pairs of keys, float32 ``[G, T, T]``, 1 on the diagonal."""
+        name, length, heads = layer_file("keys", layer), self._sequences[sequence].length, self._header.kv_heads
+        table = self._files.of_sequence(name, sequence, ["kv_head", "position", "similarity"])
+        head, position = table["kv_head"].to_numpy(), table["position"].to_numpy()
+        self._require_places(name, head, position, heads, np.arange(length))
+        below = np.zeros((heads, length, length), np.float32)
+        for part in table.to_batches():
+            self._require_lengths(name, part["similarity"], part["position"].to_numpy())
+            numbers = part["similarity"].flatten().to_numpy(zero_copy_only=False)
+            if len(numbers) and not (np.abs(numbers) <= 1 + COSINE_TOLERANCE).all():
+                raise self._files.damaged(name, "a cosine is not between -1 and 1")
+            scatter(below, part["kv_head"].to_numpy(), part["position"].to_numpy(), part["similarity"])
+        return below + below.transpose(0, 2, 1) + np.eye(length, dtype=np.float32)
+
+    def mean_queries(self, sequence: int, layer: int) -> Floats:
+        """Return mean queries, float32 ``[T, D]``."""
+        return self._per_token("queries", "mean_query", sequence, layer)
+
+    def hidden(self, sequence: int, layer: int) -> Floats:
+        """Return layer inputs, float32 ``[T, hidden]``."""
+        return self._per_token("hidden", "hidden", sequence, layer)
+
+    def vectors(self, sequence: int, layer: int, which: Which, start: int, stop: int) -> Floats:
+        """Return queries, keys or values of positions `start` to `stop` - 1, float32 ``[heads, stop - start, D]``."""
+        flat = self._numbers(layer_file("states", layer), which, sequence, start, stop)
+        heads = self._header.heads if which == "queries" else self._header.kv_heads
+        known = self._header.source == "model"  # vectors of an import may differ in size
+        width = heads * self._header.head_dim if known else flat.shape[1]
+        if flat.shape[1] != width or width % heads or not width:
+            name = layer_file("states", layer)
+            raise self._files.damaged(name, f"its {which} have {flat.shape[1]} numbers for {heads} heads")
+        return np.ascontiguousarray(flat.reshape(stop - start, heads, -1).transpose(1, 0, 2))
+
+    def tokens(self) -> pd.DataFrame:
+        """Return all tokens: the columns of ``tokens.parquet``."""
+        table = self._files.whole(TOKENS_FILE)
+        self.require_tokens(table)
+        frame: pd.DataFrame = table.to_pandas()
+        return frame
+
+    def require_tokens(self, table: pa.Table) -> None:
+        """Raise TraceError unless the tokens are those of the recorded sequences, with the recorded prompts."""
+        sequence, position = table["sequence"].to_numpy(), table["position"].to_numpy()
+        is_prompt = table["is_prompt"].to_numpy()
+        for number, item in enumerate(self._sequences):
+            mine = sequence == number
+            if not np.array_equal(position[mine], np.arange(item.length)):
+                raise self._files.damaged(TOKENS_FILE, f"sequence {number} has not {item.length} tokens in order")
+            if not np.array_equal(is_prompt[mine], np.arange(item.length) < item.prompt):
+                raise self._files.damaged(TOKENS_FILE, f"the prompt of sequence {number} has not {item.prompt} tokens")
+
+    def _check_rows(self, name: str, part: pa.RecordBatch) -> None:
+        """Raise TraceError for the first row that is not attention, or not the one that was recorded."""
+        position, recorded = part["position"].to_numpy(), part["row_sum"].to_numpy()
+        self._require_lengths(name, part["weights"], position + 1)
+        flat = part["weights"].flatten().to_numpy(zero_copy_only=False)
+        if not are_weights(flat):
+            raise self._files.damaged(name, "a weight is negative or not finite")
+        sums = np.add.reduceat(flat, np.cumsum(position + 1) - (position + 1), dtype=np.float32) if len(flat) else flat
+        self._require_sums(name, part["head"].to_numpy(), position, sums, recorded)
+
+    def _require_sums(self, name: str, head: Array, position: Array, sums: Array, recorded: Array) -> None:
+        faults = {
+            "has another sum than was recorded": faults_of_weights(sums, recorded, position + 1),
+            **faults_of_sums(recorded, self._header.learned_sinks),
+        }
+        for what, where in faults.items():
+            if where.any():
+                row = int(where.argmax())
+                place = f"the row of head {head[row]}, position {position[row]}"
+                raise self._files.damaged(name, f"{place} {what} (sum {sums[row]:.4f})")
+
+    def _grid(self, name: str, head: str, column: str, heads: int, sequence: int, recorded: Array) -> Floats:
+        table = self._files.of_sequence(name, sequence, [head, "position", column])
+        place, position = table[head].to_numpy(), table["position"].to_numpy()
+        self._require_places(name, place, position, heads, recorded)
+        values = table[column].to_numpy()
+        if not (np.isfinite(values) & ((values >= 0) | (column == "log_sum_exp"))).all():
+            raise self._files.damaged(name, f"{column} is negative or not finite")
+        if column == "row_sum":
+            self._require_sums(name, place, position, values, values)
+        grid = np.full((heads, self._sequences[sequence].length), np.nan, np.float32)
+        grid[place, position] = values
+        return grid
+
+    def _per_token(self, kind: str, column: str, sequence: int, layer: int) -> Floats:
+        length = self._sequences[sequence].length
+        flat = self._numbers(layer_file(kind, layer), column, sequence, 0, length)
+        return np.array(flat, np.float32)
+
+    def _numbers(self, name: str, column: str, sequence: int, start: int, stop: int) -> Floats:
+        """Return a list column of a file with one row for each position, ``[stop - start, n]``."""
+        table = self._files.rows(name, sequence, start, stop, ["position", column])
+        table = _inside(table, start, stop)
+        if not np.array_equal(table["position"].to_numpy(), np.arange(start, stop)):
+            raise self._files.damaged(name, f"it lacks positions of sequence {sequence} before {stop}")
+        lists = table[column].combine_chunks()
+        lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
+        flat = lists.flatten().to_numpy(zero_copy_only=False)
+        width = len(flat) // max(stop - start, 1)
+        self._require_lengths(name, lists, np.full(stop - start, width))
+        if not np.isfinite(flat).all():
+            raise self._files.damaged(name, f"a number of {column} is not finite")
+        return np.asarray(flat).reshape(stop - start, width)
+
+    def _require_places(self, name: str, head: Array, position: Array, heads: int, expected: Array) -> None:
+        fault = misplaced(head, position, heads, expected)
+        if fault is not None:
+            raise self._files.damaged(name, fault)
+
+    def _require_lengths(self, name: str, lists: pa.ListArray, lengths: Array) -> None:
+        if not np.array_equal(np.diff(lists.offsets.to_numpy()), lengths):
+            raise self._files.damaged(name, "a row has not as many numbers as it must have")
+
+
+def _inside(table: pa.Table, start: int, stop: int) -> pa.Table:
+    """Return the rows of positions `start` to `stop` - 1; a row group may contain others."""
+    position = table["position"].to_numpy()
+    inside = (position >= start) & (position < stop)
+    return table if inside.all() else table.filter(pa.array(inside))
