@@ -20,6 +20,7 @@ from msgspec import Meta
 
 from kvscope.core.errors import KvscopeError
 from kvscope.core.json import Json, JsonDict
+from kvscope.core.seal import is_changed, sealed
 
 T = TypeVar("T")
 MOST = 2**53  # largest whole number that every JSON reader keeps exactly
@@ -116,19 +117,22 @@ class Format:
         return data
 
     def decode(self, data: Mapping[str, object], file: Path, of: type[T]) -> T:
-        """Return the record in the content of a file; raises `error` that names the field."""
+        """Return the record in the content of a file; raises `error` that names the field, or says it was changed."""
         try:
-            return decode(data, of)
+            record = decode(data, of)
         except FieldError as error:
             raise self.error(f"{file} is damaged: {error}", self.again) from error
+        if is_changed(data):
+            raise self.error(f"{file} is damaged: its checksum differs from its content", self.again)
+        return record
 
     def plain(self, record: object) -> JsonDict:
         """Return a record as the content of its file."""
         return {"kind": self.kind, "schema": self.newest, **plain(record)}
 
     def text(self, record: object, *, ordered: bool = False) -> str:
-        """Return the JSON text of a record; `ordered` sorts the keys of every object."""
-        return json.dumps(self.plain(record), indent=1, allow_nan=False, sort_keys=ordered) + "\n"
+        """Return the JSON text of a record, with its checksum; `ordered` sorts the keys of every object."""
+        return json.dumps(sealed(self.plain(record)), indent=1, allow_nan=False, sort_keys=ordered) + "\n"
 
 
 def parse(content: bytes) -> object:
@@ -149,6 +153,8 @@ def decode(data: object, of: type[T]) -> T:
         raise FieldError(where.rstrip("`").lstrip("."), what[:1].lower() + what[1:]) from error
     except RecursionError as error:
         raise FieldError("", "it is nested too deeply") from error
+    except UnicodeError as error:
+        raise FieldError("", "it has half of a character, a lone surrogate") from error
 
 
 def plain(record: object) -> JsonDict:

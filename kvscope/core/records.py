@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from kvscope.core.errors import REPLAY_COMMAND, ResultError
-from kvscope.core.json_records import Finite, Format, NotNegative, Number, Plain, Positive, about
+from kvscope.core.json_records import Checksum, Finite, Format, NotNegative, Number, Plain, Positive, about
 from kvscope.core.options import Loop, Positions, Prefill
 from kvscope.core.output import incomplete, replaced
 
@@ -27,6 +27,8 @@ RUN_FILE = "run.json"
 Direction = Literal["higher", "lower", "none"]
 Scope = Literal["kv_head", "layer"]
 Precision = Annotated[str, Meta(pattern="^(float32|float16|bfloat16)$")]
+ALWAYS = frozenset(("residency.parquet", "fidelity.parquet", "summary.json"))  # files of every replay
+LOSSES = "tokens.parquet"  # file of a replay with closed runs
 Phase = Annotated[str, Meta(pattern=r"^(step|prefill|none|every:\d+)$")]
 
 
@@ -202,7 +204,9 @@ class ReplayRecord:
     ] = None
     created: Annotated[str, about("when it was finished, in UTC", omit=True)] = ""
     sizes: Annotated[Mapping[str, Number], about("bytes of every file", omit=True)] = field(default_factory=dict)
-    checksums: Annotated[Mapping[str, str], about("SHA-256 of every file", omit=True)] = field(default_factory=dict)
+    checksums: Annotated[Mapping[str, Checksum], about("SHA-256 of every file", omit=True)] = field(
+        default_factory=dict
+    )
     seconds: Annotated[NotNegative | None, about("how long it took", omit=True)] = None
 
     def __post_init__(self) -> None:
@@ -245,7 +249,10 @@ def read_replay(path: Path) -> ReplayRecord:
     for name in ("created", "sizes", "checksums"):
         if name not in data:
             raise ResultError(f"{file} is damaged: it has no field `{name}`", "Replay again.")
-    return REPLAY.decode(data, file, ReplayRecord)
+    record = REPLAY.decode(data, file, ReplayRecord)
+    if record.sizes.keys() != record.checksums.keys() or record.sizes.keys() - {LOSSES} != ALWAYS:
+        raise ResultError(f"{file} is damaged: it does not list the files that a replay has", "Replay again.")
+    return record
 
 
 def _again(path: Path) -> str:

@@ -17,8 +17,8 @@ from kvscope.core.errors import ResultError
 from kvscope.core.json_records import plain
 from kvscope.core.options import ExportFormat, ExportLevel, choice
 from kvscope.core.output import OutputFolder
-from kvscope.core.records import SCHEMA_VERSION
-from kvscope.results.schema import LOSSES, fidelity_schema
+from kvscope.core.records import LOSSES, SCHEMA_VERSION
+from kvscope.results.schema import fidelity_schema
 from kvscope.results.store import Replay
 from kvscope.results.stream import batches, means
 from kvscope.results.summary import LEVELS, Level
@@ -126,7 +126,7 @@ def _tables(replay: Replay, level: ExportLevel, long: bool) -> dict[str, Iterato
     tables = {"fidelity": joined.tables(fidelity), "residency": joined.tables(batches(replay, "residency"))}
     if long:
         tables["fidelity"] = _long(tables["fidelity"], list(replay.info.metrics))
-    if (replay.path / LOSSES).exists():
+    if LOSSES in replay.info.sizes:
         tables["tokens"] = joined.tables(batches(replay, "tokens"))
     return {"runs": iter([_runs(replay)]), **tables}
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 from kvscope.core.json_records import described
 from kvscope.core.records import (
     HISTORY,
+    LOSSES,
     RUN_FILE,
     SCHEMA_VERSION,
     Certificate,
@@ -33,7 +34,6 @@ from kvscope.core.summary_records import (
     Tails,
 )
 
-LOSSES = "tokens.parquet"  # of a replay with closed runs
 RECORDED = ("residency.parquet", "fidelity.parquet", SUMMARY_FILE, LOSSES)  # with size and checksum in run.json
 MEMBERS = "|".join(map(re.escape, (RUN_FILE, *RECORDED)))  # what such a folder holds, and nothing else
 # Every record of the two JSON files, in the order in which they are described.

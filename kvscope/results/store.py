@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -12,12 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from kvscope.core.checked_files import CheckedFiles
 from kvscope.core.errors import REPLAY_COMMAND, ResultError, UsageError
 from kvscope.core.newest import newest_first
-from kvscope.core.output import checksum
-from kvscope.core.records import RUN_FILE, ReplayRecord, read_replay
+from kvscope.core.records import LOSSES, RUN_FILE, ReplayRecord, RunRecord, read_replay
 from kvscope.core.summary_records import SUMMARY_FILE, SummaryRecord, read_summary
-from kvscope.results.schema import LOSSES
+from kvscope.results.digest import Digests
+from kvscope.results.tables import fault_of_file, fault_of_rows
+
+# Raised by pyarrow for a file that is not what its checksum says, or whose writer was not kvscope.
+UNREADABLE = (OSError, pa.ArrowException, MemoryError, ValueError, OverflowError, KeyError, IndexError)
 
 
 class Replay:
@@ -33,6 +39,8 @@ class Replay:
 
     def __init__(self, path: Path, info: ReplayRecord) -> None:
         self.path, self.info = path, info
+        self.files = CheckedFiles(path, info.sizes, info.checksums, self.damaged)
+        self._known: set[str] = set()
 
     @property
     def name(self) -> str:
@@ -42,7 +50,12 @@ class Replay:
     @cached_property
     def summary(self) -> SummaryRecord:
         """The content of ``summary.json``."""
-        return read_summary(self.path / SUMMARY_FILE)
+        summary = read_summary(self.files.path(SUMMARY_FILE))
+        if [(run.run, run.label, run.decisions) for run in summary.runs] != [
+            (run.run, run.label, run.decisions) for run in self.info.runs
+        ]:
+            raise self.damaged(SUMMARY_FILE, f"its runs are not those of {RUN_FILE}")
+        return summary
 
     def _repr_html_(self) -> str:
         """Return the summary as a table, for notebooks: the mean of every metric of every run."""
@@ -61,7 +74,15 @@ class Replay:
 
     def residency(self, run: int | None = None, sequence: int | None = None, layer: int | None = None) -> pd.DataFrame:
         """Return residency intervals: the columns of ``residency.parquet``; ``leave`` is a nullable integer."""
-        return self._frame("residency", run, sequence, layer).astype({"leave": "Int32"})
+        frame = self._frame("residency", run, sequence, layer).astype({"leave": "Int32"})
+        if sequence is None and layer is None:
+            require_decisions(self, frame, [each for each in self.info.runs if run in (None, each.run)])
+        return frame
+
+    def require_decisions(self) -> None:
+        """Raise ResultError unless every run evicted what its recorded digest says; reads a run at a time."""
+        for run in self.info.runs:
+            self.residency(run.run)
 
     def fidelity(self, run: int | None = None, sequence: int | None = None, layer: int | None = None) -> pd.DataFrame:
         """Return metrics of every step and query head: the columns of ``fidelity.parquet``."""
@@ -75,7 +96,7 @@ class Replay:
         UsageError
             If no run of the replay is closed.
         """
-        if not (self.path / LOSSES).exists():
+        if LOSSES not in self.info.sizes:
             raise UsageError(
                 f"replay {self.path} has no run of the closed loop", f"Make one: {REPLAY_COMMAND} --perplexity"
             )
@@ -125,12 +146,48 @@ class Replay:
         selected = {"run": run, "sequence": sequence, "layer": layer}
         filters = [(column, "=", value) for column, value in selected.items() if value is not None]
         try:
-            frame: pd.DataFrame = pq.read_table(self.path / f"{name}.parquet", filters=filters or None).to_pandas()
+            with self.table(name):
+                table = pq.read_table(self.path / f"{name}.parquet", filters=filters or None, partitioning=None)
+                self.require_rows(name, table)
+                frame: pd.DataFrame = table.to_pandas()
         except pa.ArrowMemoryError:
             raise  # the file is not damaged
-        except (OSError, pa.ArrowException) as error:
-            raise unreadable(self.path, name) from error
+        except UNREADABLE as error:
+            raise self.damaged(f"{name}.parquet", "it cannot be read") from error
         return frame
+
+    @contextmanager
+    def table(self, name: str) -> Iterator[pq.ParquetFile]:
+        """Open a Parquet file of the replay: ``residency``, ``fidelity`` or ``tokens``.
+
+        Raises
+        ------
+        ResultError
+            If it is not the recorded file, or cannot be read.
+        """
+        path = self.files.path(f"{name}.parquet")
+        summary = self.summary
+        try:
+            with pq.ParquetFile(path) as file:
+                fault = None if name in self._known else fault_of_file(file, name, self.info, summary)
+                if fault is not None:
+                    raise self.damaged(f"{name}.parquet", fault)
+                self._known.add(name)
+                yield file
+        except pa.ArrowMemoryError:
+            raise  # the file is not damaged
+        except UNREADABLE as error:
+            raise self.damaged(f"{name}.parquet", "it cannot be read") from error
+
+    def require_rows(self, name: str, table: pa.Table) -> None:
+        """Raise ResultError if a row of a table cannot be one of this replay."""
+        fault = fault_of_rows(table, name, self.info)
+        if fault is not None:
+            raise self.damaged(f"{name}.parquet", fault)
+
+    def damaged(self, name: str, why: str) -> ResultError:
+        """Return the error for a damaged file."""
+        return ResultError(f"replay {self.path} is damaged: {name}: {why}", "Replay again.")
 
 
 def open_replay(path: Path | str, *, verify: bool = False) -> Replay:
@@ -141,7 +198,7 @@ def open_replay(path: Path | str, *, verify: bool = False) -> Replay:
     path : Path or str
         Its folder.
     verify : bool
-        Whether to compare the checksum of every file too; sizes are compared always.
+        Whether to compare the checksum of every file now; otherwise that of a file is compared when it is first read.
 
     Raises
     ------
@@ -149,14 +206,12 @@ def open_replay(path: Path | str, *, verify: bool = False) -> Replay:
         If the folder is missing, not a replay, of another version, incomplete or damaged; the message says which.
     """
     path = Path(path)
-    info = read_replay(path)
-    for name, size in info.sizes.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise ResultError(f"replay {path} is damaged: {name} is missing or has another size", "Replay again.")
-        if verify and checksum(file) != info.checksums[name]:
-            raise ResultError(f"replay {path} is damaged: the checksum of {name} differs", "Replay again.")
-    return Replay(path, info)
+    replay = Replay(path, read_replay(path))
+    replay.files.require_there()
+    if verify:
+        replay.files.require_same()
+        replay.require_decisions()
+    return replay
 
 
 def newest_replay(folder: Path = Path("reports")) -> Path:
@@ -176,6 +231,15 @@ def newest_replay(folder: Path = Path("reports")) -> Path:
     raise ResultError(f"no complete replay under {folder}/", f"Make one: {REPLAY_COMMAND}")
 
 
-def unreadable(path: Path, name: str) -> ResultError:
-    """Return the error for a Parquet file of a replay that cannot be read."""
-    return ResultError(f"replay {path} is damaged: {name}.parquet cannot be read", "Replay again.")
+def require_decisions(replay: Replay, frame: pd.DataFrame, runs: Sequence[RunRecord]) -> None:
+    """Raise ResultError unless the residency of whole runs has the recorded digests; old replays have none."""
+    digests = Digests()
+    parts = dict(iter(frame.groupby(["run", "sequence", "layer"])))
+    for run in (run for run in runs if run.decisions is not None):
+        for sequence in range(len(replay.info.trace.sequences)):
+            for layer in replay.info.trace.layers:
+                rows = parts.get((run.run, sequence, layer), frame.iloc[:0])
+                columns = {name: rows[name].to_numpy(np.int32) for name in ("kv_head", "key", "enter")}
+                digests.add(run.run, sequence, layer, **columns, leave=rows["leave"].fillna(-1).to_numpy(np.int32))
+        if digests.of(run.run) != run.decisions:
+            raise replay.damaged("residency.parquet", f"run {run.run} has other decisions than were recorded")

@@ -6,10 +6,9 @@ from collections.abc import Collection, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from kvscope.results.outcome import LOSSES, OUTCOMES, Outcomes
-from kvscope.results.store import Replay, unreadable
+from kvscope.results.store import Replay
 from kvscope.results.summary import Means
 
 
@@ -34,20 +33,16 @@ def batches(
     ResultError
         If the file cannot be read.
     """
-    try:
-        with pq.ParquetFile(replay.path / f"{name}.parquet") as file:
-            if not file.num_row_groups:
-                yield file.schema_arrow.empty_table()
-            for group in range(file.num_row_groups):
-                numbers = file.metadata.row_group(group).column(0).statistics  # of the column `run`
-                if runs is not None and numbers and not any(numbers.min <= run <= numbers.max for run in runs):
-                    continue
-                table = file.read_row_group(group, columns)
-                yield table if runs is None else table.filter(pc.is_in(table["run"], pa.array(runs, pa.int32())))
-    except pa.ArrowMemoryError:
-        raise  # the file is not damaged
-    except (OSError, pa.ArrowException) as error:
-        raise unreadable(replay.path, name) from error
+    with replay.table(name) as file:
+        if not file.num_row_groups:
+            yield file.schema_arrow.empty_table()
+        for group in range(file.num_row_groups):
+            numbers = file.metadata.row_group(group).column(0).statistics  # of the column `run`
+            if runs is not None and numbers and not any(numbers.min <= run <= numbers.max for run in runs):
+                continue
+            table = file.read_row_group(group, columns)
+            replay.require_rows(name, table)
+            yield table if runs is None else table.filter(pc.is_in(table["run"], pa.array(runs, pa.int32())))
 
 
 def means(replay: Replay, runs: Collection[int] | None = None, metrics: Sequence[str] | None = None) -> Means:

@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 
 from kvscope.core.errors import ResultError
 from kvscope.core.output import OutputFolder, checksum
-from kvscope.core.records import REPLAY, RUN_FILE, ReplayRecord, RunCounts
+from kvscope.core.records import LOSSES, REPLAY, RUN_FILE, ReplayRecord, RunCounts
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.core.summary_records import SUMMARY, SUMMARY_FILE, SummaryRecord, summary_of
 from kvscope.results.digest import Digests
 from kvscope.results.loop_gap import LoopGapCounter
 from kvscope.results.outcome import OUTCOMES, Outcomes
-from kvscope.results.schema import LOSSES, MEMBERS, RECORDED, RESIDENCY, TOKENS, fidelity_schema
+from kvscope.results.schema import MEMBERS, RECORDED, RESIDENCY, TOKENS, fidelity_schema
 from kvscope.results.store import Replay, open_replay
 from kvscope.results.summary import Means, bounds
+from kvscope.results.tables import about_of
 from kvscope.results.tails import TailCounter
 
 Array = NDArray[Any]
@@ -68,7 +69,8 @@ class ReplayWriter:
             for name, schema in (("residency", RESIDENCY), ("fidelity", fidelity_schema(self.metrics))):
                 repeats = name == "residency"  # values of metrics do not: dictionaries make them a third larger
                 file = self.work / f"{name}.parquet"
-                self._writers[name] = pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=repeats)
+                own = schema.with_metadata(about_of(name, record))
+                self._writers[name] = pq.ParquetWriter(file, own, compression="zstd", use_dictionary=repeats)
         except OSError as error:
             raise self._folder.unwritable(error) from error
 
@@ -149,7 +151,9 @@ class ReplayWriter:
         """
         if "tokens" not in self._writers:
             try:
-                self._writers["tokens"] = pq.ParquetWriter(self.work / LOSSES, TOKENS, compression="zstd")
+                self._writers["tokens"] = pq.ParquetWriter(
+                    self.work / LOSSES, TOKENS.with_metadata(about_of("tokens", self.record)), compression="zstd"
+                )
             except OSError as error:
                 raise self._folder.unwritable(error) from error
         place = {"run": run, "sequence": sequence}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvscope.core.seal import sealed
 from tests.cli.conftest import LENGTH, PROMPT, Run, maps
 
 ROOT = Path(__file__).parent.parent.parent
@@ -108,6 +109,8 @@ def test_diff_finds_a_regression(run: Run, small: Path) -> None:
     worse = json.loads(file.read_text())
     worse["runs"][0]["metrics"]["retained_mass"]["mean"] -= 0.05
     Path("worse.json").write_text(json.dumps(worse))
+    assert run("diff", "old", "worse.json").status == 1, "it was changed by hand"
+    Path("worse.json").write_text(json.dumps(sealed(worse)))
 
     assert run("diff", "old", "new").status == 0
     done = run("diff", "old", "worse.json")

@@ -27,6 +27,7 @@ from kvscope.core.json_records import (
     type_name,
 )
 from kvscope.core.records import REPLAY, ReplayRecord, read_replay
+from kvscope.core.seal import seal_of
 from kvscope.core.summary_records import SUMMARY, SummaryRecord, read_summary
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +159,8 @@ def test_committed_files_come_back_as_they_are() -> None:
         (SUMMARY_FILE, SUMMARY, read_summary(SUMMARY_FILE)),
     ):
         written, kept = json.loads(form.text(record, ordered=form is SUMMARY)), json.loads(file.read_text())
+        assert written.pop("sha256") == seal_of(written)
+        kept.pop("sha256", None)
         assert written == kept
         assert ordered(written) == ordered(kept)
     assert read_summary(ROOT / "tests/data/baseline.json").runs

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvscope.core.records import REPLAY, ReplayRecord
+from kvscope.core.output import checksum
+from kvscope.core.records import REPLAY, RUN_FILE, ReplayRecord
 from kvscope.core.residency import ResidencyIntervals
+from kvscope.core.seal import sealed
+from kvscope.core.summary_records import SUMMARY_FILE
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 
@@ -94,3 +98,15 @@ def with_summary(replay: Replay, run: int, **changes: Any) -> Replay:
     made = Replay(replay.path, replay.info)
     made.__dict__["summary"] = replace(summary, runs=runs)
     return made
+
+
+def change(path: Path, fields: dict[str, object]) -> None:
+    """Change fields of the first run of a replay, in both of its JSON files, with the checksums that fit."""
+    files = {name: json.loads((path / name).read_text()) for name in (SUMMARY_FILE, RUN_FILE)}
+    for data in files.values():
+        data["runs"][0] |= fields
+    content = json.dumps(sealed(files[SUMMARY_FILE]))
+    (path / SUMMARY_FILE).write_text(content)
+    files[RUN_FILE]["sizes"][SUMMARY_FILE] = len(content)
+    files[RUN_FILE]["checksums"][SUMMARY_FILE] = checksum(path / SUMMARY_FILE)
+    (path / RUN_FILE).write_text(json.dumps(sealed(files[RUN_FILE])))

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from kvscope.core.errors import ResultError
 from kvscope.core.residency import ResidencyIntervals
+from kvscope.core.seal import sealed
 from kvscope.results.baseline import load_summary
 from kvscope.results.decisions import Decisions, ResidencyChange, compare_decisions
 from kvscope.results.diff import diff
 from kvscope.results.digest import Digests
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
-from tests.results.make import info, make, values
+from tests.results.make import change, info, make, values
 
 LENGTH = 6
 Stay = tuple[int, int, int, int]  # kv_head, key, enter, leave
@@ -155,7 +156,7 @@ def test_of_a_committed_summary_it_is_said_that_it_differs_and_not_which(tmp_pat
     assert compared(committed, tmp_path / "b") == Decisions("h2o", False)
     without = json.loads(committed.read_text())
     del without["runs"][0]["decisions"]
-    committed.write_text(json.dumps(without))
+    committed.write_text(json.dumps(sealed(without)))
     with pytest.raises(ResultError, match=r"baseline\.json has no digest of the decisions of h2o"):
         compared(committed, tmp_path / "b")
 
@@ -163,10 +164,7 @@ def test_of_a_committed_summary_it_is_said_that_it_differs_and_not_which(tmp_pat
 def test_folders_without_a_digest_are_compared_key_by_key(tmp_path: Path) -> None:
     for name, leave in (("a", 5), ("b", 5), ("c", 4)):
         record(tmp_path / name, {(0, 0): kept(h0k1=leave)})
-        file = tmp_path / name / "summary.json"
-        summary = json.loads(file.read_text())
-        summary["runs"][0]["decisions"] = None
-        file.write_text(json.dumps(summary).ljust(file.stat().st_size))  # sizes are checked
+        change(tmp_path / name, {"decisions": None})
     assert compared(tmp_path / "a", tmp_path / "b").equal
     assert compared(tmp_path / "a", tmp_path / "c").changed == 1
 

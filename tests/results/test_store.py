@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kvscope.core.errors import OutputExists, ResultError, UsageError
 from kvscope.core.records import RUN_FILE as RUN
 from kvscope.core.residency import ResidencyIntervals
+from kvscope.core.seal import sealed
 from kvscope.results import writer as writing
 from kvscope.results.store import newest_replay, open_replay
 from kvscope.results.writer import ReplayWriter
@@ -23,7 +24,7 @@ from tests.reference import residency as reference
 from tests.results.make import info, make, values
 
 # Steps at which a key comes and goes in turn; an odd number of them ends in a stay without an end.
-TURNS = st.lists(st.integers(0, 9), max_size=5).map(sorted)
+TURNS = st.lists(st.integers(0, 8), max_size=5).map(sorted)
 STAYS = st.dictionaries(st.tuples(st.integers(0, 1), st.integers(0, 7)), TURNS, max_size=12)
 
 
@@ -107,7 +108,10 @@ def test_the_newest_replay_is_a_whole_one(tmp_path: Path) -> None:
     make(tmp_path / "old", [5])
     make(tmp_path / "cut", [5])
     file = tmp_path / "cut" / RUN
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"created": "9999-01-01T00:00:00+00:00"}))
+    later = json.loads(file.read_text()) | {"created": "9999-01-01T00:00:00+00:00"}
+    file.write_text(json.dumps(later))
+    assert newest_replay(tmp_path) == tmp_path / "old", "its checksum differs"
+    file.write_text(json.dumps(sealed(later)))
     assert newest_replay(tmp_path) == tmp_path / "cut"
     (tmp_path / "cut" / "fidelity.parquet").unlink()
     assert newest_replay(tmp_path) == tmp_path / "old"
