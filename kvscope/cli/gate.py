@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvscope.cli.command import command_group
-from kvscope.cli.options import Device, Dtype, Force, Json, Quiet, Revision
+from kvscope.cli.options import Device, Dtype, Force, Json, NoVerify, Quiet, Revision
 from kvscope.core.gate_options import EvictionLoss, GateDesign, GateForm, TextWindows, TrainingSettings
 from kvscope.core.options import ModelSource
 
@@ -110,6 +110,7 @@ def train(
     device: Device = "auto",
     revision: Revision = None,
     force: Force = False,
+    no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -127,7 +128,7 @@ def train(
     settings = TrainingSettings(target_keep, eviction_loss, strength, steps, rate, every, patience, ramp)
     training = _Training(output, design, settings, seed, resume, quiet)
     if distill:
-        made = training.on_traces(distill, device)
+        made = training.on_traces(distill, device, compare=not no_verify)
     else:
         source = ModelSource(str(model), revision, dtype, device)
         made = training.on_texts(source, text or [], TextWindows(window, tokens))
@@ -164,7 +165,7 @@ class _Training:
                 progress_callback=report,
             )
 
-    def on_traces(self, names: list[str], device: str) -> Trained:
+    def on_traces(self, names: list[str], device: str, *, compare: bool) -> Trained:
         from kvscope.cli.places import find_trace
 
         with self._loading():
@@ -172,7 +173,7 @@ class _Training:
             from kvscope.training.train_gate import train_on_traces
         with self._bar() as report:
             return train_on_traces(
-                [open_trace(find_trace(name, quiet=self.quiet)) for name in names],
+                [open_trace(find_trace(name, quiet=self.quiet), compare=compare) for name in names],
                 self.output,
                 design=self.design,
                 settings=self.settings,

@@ -1,7 +1,8 @@
-"""``kvscope info``: what a trace holds, how large it is, and whether it is complete."""
+"""``kvscope info``: what a trace or a replay holds, how large it is, and whether it is complete."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvscope.core.json import JsonDict
+    from kvscope.results.store import Replay
     from kvscope.trace.reader import TokenSequence, Trace
 
 
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
 def info(
     trace: Annotated[
         str | None,
-        typer.Argument(metavar="TRACE", help="Name under traces/, or a path. Default: the newest.", show_default=False),
+        typer.Argument(
+            metavar="TRACE",
+            help="Trace: name under traces/, or a path; or a replay. Default: the newest.",
+            show_default=False,
+        ),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its checksum.")] = False,
     system: Annotated[
@@ -29,7 +35,7 @@ def info(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what a trace holds, its size, and whether it is complete."""
+    """Show what a trace or a replay holds, its size, and whether it is complete."""
     from kvscope.cli import console, places
     from kvscope.core.errors import UsageError
 
@@ -38,12 +44,58 @@ def info(
             raise UsageError("--system shows no trace", "Omit the trace and --verify, or omit --system.")
         show_system(as_json=json)
         return
+    from kvscope.results.store import open_replay
     from kvscope.trace.reader import open_trace
 
+    replay = None if trace is None else _replay_named(trace)
+    if replay is not None:
+        with console.working(f"reading {replay}", quiet=quiet or not verify):
+            whole = open_replay(replay, verify=verify)
+        show_replay(whole, as_json=json, verified=verify)
+        return
     path = places.find_trace(trace, quiet=quiet)
     with console.working(f"reading {path}", quiet=quiet or not verify):
         opened = open_trace(path, verify=verify)
     show(opened, as_json=json, verified=verify)
+
+
+def _replay_named(given: str) -> Path | None:
+    """Return the folder of a replay by its path or its name under reports/, None where a trace has the name."""
+    from kvscope.cli import places
+    from kvscope.core.records import RUN_FILE
+
+    if (places.TRACES / given).exists():
+        return None
+    folders = (Path(given), places.REPORTS / given)
+    return next((folder for folder in folders if (folder / RUN_FILE).is_file()), None)
+
+
+def show_replay(replay: Replay, *, as_json: bool = False, verified: bool = False) -> None:
+    """Print what a replay holds."""
+    from kvscope.cli import console
+    from kvscope.core.output import size
+
+    info, stored = replay.info, sum(replay.info.sizes.values())
+    labels = list(dict.fromkeys(run.label for run in info.runs))
+    if as_json:
+        facts = {"path": str(replay.path), "name": replay.name, "whole": True, "verified": verified, "bytes": stored}
+        trace = {"name": info.trace.name, "identity": info.trace.identity}
+        made = {"trace": trace, "loop": info.loop, "runs": len(info.runs), "policies": labels, "created": info.created}
+        console.show_json({**facts, **made})
+        return
+    lines = [
+        ("trace", f"{info.trace.name}, identity {info.trace.identity[:16]}"),
+        ("runs", f"{len(info.runs)}, of {len(labels)} policies, {info.loop} loop"),
+        ("policies", ", ".join(labels)),
+        ("size", size(stored)),
+        ("made", f"{info.created} by kvscope {info.versions.get('kvscope', 'unknown')}"),
+        ("complete", _complete(verified)),
+    ]
+    console.show_pairs(lines, title=str(replay.path))
+
+
+def _complete(verified: bool) -> str:
+    return "yes, every checksum compared" if verified else "yes (sizes compared; --verify compares checksums)"
 
 
 def show_system(*, as_json: bool = False) -> None:
@@ -122,7 +174,6 @@ def pairs(trace: Trace, *, verified: bool = False) -> list[tuple[str, str]]:
     recorded = "all" if len(layers) == count else "layers " + ", ".join(map(str, layers))
     windows = sorted({window for window in header.sliding_window if window is not None})
     made_by = header.versions.get("kvscope", "unknown")
-    complete = "yes, every checksum compared" if verified else "yes (sizes compared; --verify compares checksums)"
     lines = [
         ("model", " ".join(str(part) for part in (model.id or "unknown", model.revision) if part)),
         ("shape", f"{count} layers, {heads} of size {trace.head_dim}"),
@@ -133,7 +184,7 @@ def pairs(trace: Trace, *, verified: bool = False) -> list[tuple[str, str]]:
         ("stored", ", ".join(sorted(header.stored))),
         ("size", size(_bytes(trace))),
         ("made", f"{trace.record.created} by kvscope {made_by} on {header.device or 'an unknown device'}"),
-        ("complete", complete),
+        ("complete", _complete(verified)),
         ("identity", trace.identity[:16]),
     ]
     if header.derived:

@@ -189,6 +189,9 @@ ReportOutput = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not compare the checksums of the trace's files with its header.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 
 # Of `perplexity`.

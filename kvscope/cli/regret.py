@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Json, Quiet, ReplayName, RunBudget, RunPolicy, TraceSource
+from kvscope.cli.options import Json, NoVerify, Quiet, ReplayName, RunBudget, RunPolicy, TraceSource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +31,7 @@ def regret(
     budget: RunBudget = None,
     top: Annotated[int, typer.Option(metavar="N", help="List N evictions.", min=1)] = 20,
     trace: TraceSource = None,
+    no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -46,7 +47,7 @@ def regret(
 
     opened = open_replay(places.find_replay(replay, quiet=quiet))
     runs = chosen(opened, policy, budget)
-    source = trace_of(opened, trace)
+    source = trace_of(opened, trace, compare=not no_verify)
     tokens = sum(sequence.length for sequence in source.sequences)
     with console.bar("reading", tokens, "tokens", quiet=quiet) as update:
         numbers = [run.run for run in runs]

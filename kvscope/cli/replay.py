@@ -16,6 +16,7 @@ from kvscope.cli.options import (
     Dtype,
     Force,
     Json,
+    NoVerify,
     Policy,
     PositionsMode,
     PrefillMode,
@@ -47,6 +48,7 @@ def replay(
     output: ReportOutput = None,
     device: Device = "auto",
     force: Force = False,
+    no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -66,7 +68,7 @@ def replay(
         from kvscope.trace.reader import open_trace
 
     selected = select(ctx, ctx.args, policy, budget, quiet=quiet)
-    trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet))
+    trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet), compare=not no_verify)
     closed = ClosedLoopOptions(positions, model, dtype, device_map)
     _require_closed_loop(closed, perplexity)
     options = ReplayOptions(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Force, Json, Quiet, ReportOutput
+from kvscope.cli.options import Force, Json, NoVerify, Quiet, ReportOutput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +30,7 @@ def report(
     title: Annotated[str | None, typer.Option(help="Set the heading of the page.")] = None,
     data_only: Annotated[bool, typer.Option("--data-only", help="Write the data of the page as JSON instead.")] = False,
     force: Force = False,
+    no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -46,14 +47,14 @@ def report(
     given = output or (f"{places.readable(name)}{suffix}" if force else None)
     path = places.place(places.REPORTS, given, name, force=force, suffix=suffix)
     with console.working("drawing", quiet=quiet):
-        made = write(found, traces_of(found), path, force=force, title=title)
+        made = write(found, traces_of(found, compare=not no_verify), path, force=force, title=title)
     if json:
         console.show_json({"report": str(made), "replays": [str(replay.path) for replay in found]})
     else:
         console.show_text(str(made))
 
 
-def traces_of(replays: Sequence[Replay]) -> dict[str, Trace]:
+def traces_of(replays: Sequence[Replay], *, compare: bool = True) -> dict[str, Trace]:
     """Return the traces of the replays by identity, as far as they are still at their recorded paths."""
     from kvscope.cli.console import warn
     from kvscope.core.errors import TraceError
@@ -65,7 +66,7 @@ def traces_of(replays: Sequence[Replay]) -> dict[str, Trace]:
         if source.identity in traces or source.path is None:  # a replay of plain text has no trace
             continue
         try:
-            trace = open_trace(source.path)
+            trace = open_trace(source.path, compare=compare)
         except TraceError as error:
             warn(f"the report has no token text: {error.what}")
             continue

@@ -38,8 +38,17 @@ def chosen(replay: Replay, policies: Sequence[str] | None, budgets: Sequence[str
     return runs
 
 
-def trace_of(replay: Replay, given: str | None) -> Trace:
+def trace_of(replay: Replay, given: str | None, *, compare: bool = True) -> Trace:
     """Return the trace of a replay: the one that is named, or the one at the recorded path.
+
+    Parameters
+    ----------
+    replay : Replay
+        The replay.
+    given : str or None
+        Name or path of the trace.
+    compare : bool
+        Whether the checksums of its files are compared.
 
     Raises
     ------
@@ -59,9 +68,9 @@ def trace_of(replay: Replay, given: str | None) -> Trace:
             "Record a trace of the text with kvscope trace, and replay that.",
         )
     if given is not None:
-        return open_trace(places.find_trace(given))
+        return open_trace(places.find_trace(given), compare=compare)
     try:
-        return open_trace(source.path)
+        return open_trace(source.path, compare=compare)
     except TraceError as error:
         raise TraceError(error.what, "Name its new path with --trace.") from error
 

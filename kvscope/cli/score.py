@@ -10,6 +10,7 @@ from kvscope.cli.options import (
     Force,
     Json,
     Metrics,
+    NoVerify,
     Quiet,
     ReplayName,
     ReportOutput,
@@ -28,6 +29,7 @@ def score(
     output: ReportOutput = None,
     device: Device = "auto",
     force: Force = False,
+    no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -42,7 +44,7 @@ def score(
     from kvscope.results.store import open_replay
 
     opened = open_replay(places.find_replay(replay, quiet=quiet))
-    source = trace_of(opened, trace)
+    source = trace_of(opened, trace, compare=not no_verify)
     with console.working("loading torch", quiet=quiet):
         from kvscope.replay.rescore import compile_score
     path = places.place(places.REPORTS, output, f"{opened.name}-scored", force=force)

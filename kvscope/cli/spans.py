@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvscope.cli.command import command
-from kvscope.cli.options import Json, Quiet, ReplayName, RunBudget, RunPolicy, TraceSource
+from kvscope.cli.options import Json, NoVerify, Quiet, ReplayName, RunBudget, RunPolicy, TraceSource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +40,7 @@ def spans(
     budget: RunBudget = None,
     sequence: Annotated[int, typer.Option(metavar="N", help="Use this sequence of the trace.", min=0)] = 0,
     trace: TraceSource = None,
+    no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -63,7 +64,7 @@ def spans(
     prompt, length = sequences[sequence].prompt, sequences[sequence].length
 
     def texts() -> list[str]:
-        return [str(text) for text in trace_of(opened, trace).tokens(sequence)["text"]]
+        return [str(text) for text in trace_of(opened, trace, compare=not no_verify).tokens(sequence)["text"]]
 
     named = parse_spans(span, length, texts)
     steps = list(dict.fromkeys(at or [prompt - 1, length - 1]))

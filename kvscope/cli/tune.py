@@ -14,6 +14,7 @@ from kvscope.cli.options import (
     HeldOut,
     Json,
     Level,
+    NoVerify,
     OneBudget,
     PrefillMode,
     Quiet,
@@ -42,6 +43,7 @@ def tune(
     output: TomlFile = Path("tuned.toml"),
     device: Device = "auto",
     force: Force = False,
+    no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -62,8 +64,8 @@ def tune(
         from kvscope.tune.compile import compile_tune
         from kvscope.tune.result import to_toml
 
-    opened = [open_trace(places.find_trace(name, quiet=quiet)) for name in traces or ()]
-    opened = opened or [open_trace(places.find_trace(None, quiet=quiet))]
+    opened = [open_trace(places.find_trace(name, quiet=quiet), compare=not no_verify) for name in traces or ()]
+    opened = opened or [open_trace(places.find_trace(None, quiet=quiet), compare=not no_verify)]
     tokens = 2 * sum(sequence.length for trace in opened for sequence in trace.sequences)
     options = TuneOptions(per, metric, prefill, held_out, output.name, device)
     job = compile_tune(opened, policy, _grid(policy, grid or []), budget, options)

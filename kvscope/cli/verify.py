@@ -16,6 +16,7 @@ from kvscope.cli.options import (
     Dtype,
     FirstSequences,
     Json,
+    NoVerify,
     Policy,
     PositionsMode,
     PrefillMode,
@@ -46,6 +47,7 @@ def verify(
     model: TracedModel = None,
     dtype: Dtype = "float64",
     device: Device = "auto",
+    no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -62,7 +64,7 @@ def verify(
         from kvscope.trace.reader import open_trace
 
     selected = select(ctx, ctx.args, policy, budget, quiet=quiet)
-    trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet))
+    trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet), compare=not no_verify)
     options = VerifyOptions(
         prefill=prefill,
         plan=PlanOptions(compress=compress, allocate=allocate),

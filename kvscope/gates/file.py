@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,10 +10,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.gate_options import GateForm
+from kvscope.core.json_records import FieldError, decode, parse
+from kvscope.core.seal import SEAL, is_changed, sealed
 
 KIND, VERSION = "kvscope-gate", 1  # key in the metadata, and version of the format
 DEMO = "demo"
@@ -55,9 +60,9 @@ class GateFacts:
     sinks: int = 0
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def metadata(self) -> dict[str, str]:
-        """Return the facts as metadata of a safetensors file, under one key, since metadata keys are unordered."""
-        return {KIND: json.dumps({"version": VERSION, **asdict(self)})}
+    def metadata(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return the facts and a checksum of the tensors as metadata of a safetensors file, under one key."""
+        return {KIND: json.dumps(sealed({"version": VERSION, **asdict(self), "tensors": digest_of(tensors)}))}
 
     def require_prefill(self, prefill: str, name: str) -> None:
         """Raise UsageError if the gate called `name` cannot be used with a prefill mode."""
@@ -100,11 +105,42 @@ def read_facts(name: str) -> GateFacts:
         raise ModelError(f"{path} is damaged or not a gate: {error}".splitlines()[0], AGAIN) from error
     if KIND not in found:
         raise ModelError(f"{path} is not a gate of kvscope", AGAIN)
+    about = _parsed(found[KIND], path)
+    version = about.pop("version", None)
+    if type(version) is int and version > VERSION:
+        raise ModelError(f"gate {path} has format {version}, newer than this kvscope reads", "Update kvscope.")
+    for name in ("tensors", SEAL):
+        about.pop(name, None)
     try:
-        about = json.loads(found[KIND])
-        version = int(about.pop("version"))
-        if version > VERSION:
-            raise ModelError(f"gate {path} has format {version}, newer than this kvscope reads", "Update kvscope.")
-        return GateFacts(**about)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"gate {path} is damaged: its metadata are not those of a gate", AGAIN) from error
+        if version != VERSION:
+            raise FieldError("version", f"{version!r} is none")
+        return decode(about, GateFacts)
+    except FieldError as error:
+        raise ModelError(f"gate {path} is damaged: {error}", AGAIN) from error
+
+
+def require_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ModelError unless the tensors of a gate are those that its metadata has the checksum of, if it has one."""
+    with safe_open(path, "pt") as file:
+        stated = _parsed(file.metadata()[KIND], path).get("tensors")
+    if stated is not None and stated != digest_of(tensors):
+        raise ModelError(f"gate {path} is damaged: its parameters differ from their checksum", AGAIN)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256, in hexadecimal, of names, types, shapes and numbers of tensors."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        about = parse(text.encode())
+    except ValueError as error:
+        raise ModelError(f"gate {path} is damaged: its metadata is not JSON", AGAIN) from error
+    if not isinstance(about, dict) or is_changed(about):
+        raise ModelError(f"gate {path} is damaged: its metadata differs from its checksum", AGAIN)
+    return about

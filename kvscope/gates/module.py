@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.output import replace_file
-from kvscope.gates.file import AGAIN, WEIGHTS, GateFacts, path_of, read_facts
+from kvscope.gates.file import AGAIN, WEIGHTS, GateFacts, path_of, read_facts, require_tensors
 
 OPEN = 1.0  # initial bias, so that untrained gates retain most keys
 SAME = 0.01  # relative tolerance when weights are compared, above the error of rounding to 16 bit
@@ -115,7 +115,7 @@ class LearnedGate(nn.Module):
             key: value.detach().cpu().to(torch.float32 if key == WEIGHTS else torch.float16).contiguous()
             for key, value in self.state_dict().items()
         }
-        replace_file(path, save(tensors, self.facts.metadata()))
+        replace_file(path, save(tensors, self.facts.metadata(tensors)))
 
 
 def load_gate(name: str) -> LearnedGate:
@@ -138,9 +138,10 @@ def _loaded(path: Path, changed: int, size: int) -> LearnedGate:
     facts = read_facts(str(path))
     try:
         tensors = load_file(path)
+        require_tensors(path, tensors)
         gate = LearnedGate(facts, tensors[WEIGHTS])
         gate.load_state_dict(tensors)
-    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"gate {path} is damaged: its parameters do not match its metadata", AGAIN) from error
     return gate.requires_grad_(False).eval()
 

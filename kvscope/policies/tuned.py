@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvscope.core.errors import UsageError
+from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.seal import SEAL, is_changed
 from kvscope.policies.base import Policy, Protection, Step, Traits
 
 
@@ -133,17 +134,25 @@ def read_tuned(file: Path, cls: type[Policy], build: Callable[[type[Policy], Map
     UsageError
         If there is no such file, it was not written by ``kvscope tune``, or it is for another policy or another
         version of it.
+    ResultError
+        If its checksum differs from its content.
     """
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
         policy, layers = data["policy"], tuple(map(_whole, data["layers"]))
         choice = tuple(tuple(map(_whole, row)) for row in data["choice"])
         settings = [{name: _text(value) for name, value in own.items()} for own in data["settings"]]
+        changed = is_changed(data)
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}", "Write it with: kvscope tune -o FILE") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise UsageError(f"{file} is not a result of kvscope tune: {why}", "Write it with: kvscope tune") from error
+    if changed:
+        raise ResultError(
+            f"{file} is damaged: its checksum differs from its content",
+            f"Tune again; without the line {SEAL} it is read as it is.",
+        )
     if policy != cls.name:
         raise UsageError(f"{file} tunes {policy}, not {cls.name}", f"Write {policy}:@{file}")
     return Tuned(file.name, tuple(build(cls, own) for own in settings), layers, choice)

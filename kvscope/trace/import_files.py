@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -34,12 +34,27 @@ def read_captured(source: Path) -> dict[str, Captured]:
         raise
     except Exception as error:  # the readers raise many kinds of error for a damaged file
         raise UsageError(f"{source} cannot be read: {error}".splitlines()[0], _todo(source)) from error
+    for name, value in found.items():
+        for array in _arrays(value):
+            if array.dtype.kind not in ("fiubU" if name == "tokens" else "fiub"):
+                raise UsageError(
+                    f"{source}: {name} has the type {array.dtype}", "Save it as numbers, float16 or float32."
+                )
     if not any(name in found for name in NAMES):
         raise UsageError(
             f"{source} has no array called attention",
             f"Name the maps attention; the file contains: {', '.join(sorted(found)) or 'nothing'}.",
         )
     return found
+
+
+def _arrays(value: Captured) -> Iterator[Array]:
+    """Yield every array of a captured value."""
+    if isinstance(value, np.ndarray):
+        yield value
+    else:
+        for one in value:
+            yield from _arrays(one)
 
 
 def _load(source: Path) -> dict[str, Captured]:

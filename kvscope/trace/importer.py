@@ -25,6 +25,7 @@ from kvscope.trace.writer import TraceWriter
 
 ABOVE_TOLERANCE = 1e-6  # largest weight above the diagonal that counts as zero
 OF_KEYS = (*PER_KEY, "keys", "values")  # arrays that have the number of key/value heads
+LARGEST = float(np.finfo(np.float32).max) / 2**16  # so that norms are finite too
 BLOCK = 256  # rows written at a time
 
 
@@ -151,8 +152,10 @@ def _check_shapes(arrays: Mapping[str, Array], kv_heads: int | None) -> int:
                     f"{name} has the shape {list(arrays[name].shape)}",
                     f"Make it begin with {list(expected)} (S, L, heads, T).",
                 )
-            if not np.isfinite(arrays[name]).all():
-                raise UsageError(f"{name} contains values that are not finite", "Save it without NaN and infinity.")
+            if not (np.abs(arrays[name]) <= LARGEST).all():  # NaN too
+                raise UsageError(
+                    f"{name} contains values that are not finite in 32 bit", "Save it without NaN, infinity and above."
+                )
     if "tokens" in arrays and arrays["tokens"].shape != (count, length):
         raise UsageError(f"tokens has the shape {list(arrays['tokens'].shape)}", f"Make it {[count, length]} (S, T).")
     return int(groups)
@@ -162,7 +165,9 @@ def _check_rows(attention: Array, learned_sinks: bool) -> None:
     """Raise TraceError for the first row of ``[L, H, T, T]`` that is not causal attention."""
     above = ~np.tri(attention.shape[-1], dtype=bool)
     for layer, heads in enumerate(attention):
-        for head, rows in enumerate(heads.astype(np.float32)):
+        for head, whole in enumerate(heads):
+            with np.errstate(over="ignore"):  # what is infinite in 32 bit is reported
+                rows = whole.astype(np.float32)
             sums = rows.sum(-1)
             faults = {
                 "has a weight that is not finite": ~np.isfinite(rows).all(-1),

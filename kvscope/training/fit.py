@@ -16,6 +16,9 @@ from torch import Tensor
 
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.gate_options import TrainingSettings
+from kvscope.core.json import JsonDict
+from kvscope.core.seal import SEAL, seal_of
+from kvscope.gates.file import digest_of
 from kvscope.core.output import replace_file
 from kvscope.gates.module import LearnedGate
 from kvscope.training.objective import eviction_loss
@@ -169,18 +172,15 @@ def _write(
         tensors |= {f"adam.{kind}.{name}": value for kind, value in optimizer.state[parameter].items()}
     log = [asdict(evaluation) for evaluation in state.log]
     about = {"step": state.step, "best": state.best, "since": state.since, "log": log}
-    replace_file(
-        path,
-        save(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-            {
-                "settings": json.dumps(asdict(settings)),
-                "data": _data(data),
-                "facts": _facts(gate),
-                "state": json.dumps(about),
-            },
-        ),
-    )
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    said: JsonDict = {
+        "settings": json.dumps(asdict(settings)),
+        "data": _data(data),
+        "facts": _facts(gate),
+        "state": json.dumps(about),
+    }
+    seal = seal_of({**said, "tensors": digest_of(stored)})
+    replace_file(path, save(stored, {**{name: str(text) for name, text in said.items()}, SEAL: seal}))
 
 
 def _read(
@@ -197,6 +197,9 @@ def _read(
         with safe_open(path, "pt") as file:
             about: Mapping[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        said = {name: text for name, text in about.items() if name != SEAL}
+        if seal_of({**said, "tensors": digest_of(tensors)}) != about[SEAL]:
+            raise ModelError(f"checkpoint {path} is damaged: its checksum differs", "Omit --resume to start again.")
         if json.loads(about["settings"]) != asdict(settings) or about["facts"] != _facts(gate):
             raise UsageError(
                 f"checkpoint {path} was made with other settings", "Resume with the settings of the first run."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import dataclass, fields
 
 import numpy as np
 
+from kvscope.core.seal import SEAL, seal_of
 from kvscope.policies.base import Policy
 from kvscope.policies.tuned import Tuned
 from kvscope.results.statistics import Paired
@@ -66,4 +68,6 @@ def to_toml(tuning: Tuning) -> str:
             if item != defaults[name] or (name in searched and item is not None)
         }
         lines += ["", f"[[settings]]  # {number}", *(f"{name} = {value(item)}" for name, item in written.items())]
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    first, rest = text.split("\n", 1)
+    return f"{first}\n{SEAL} = {value(seal_of(tomllib.loads(text)))}\n{rest}"
