@@ -2,6 +2,8 @@
 # make test    install, then run the tests
 # make test-portable
 #              install, then check that other processors make the same decisions and pass the tests
+# make campaign
+#              install, then damage traces and replays in ten thousand ways: nothing damaged may be accepted
 # make check   install, then format, lint, types, tests and docs: a change must pass all of them
 # make format  rewrite the code in the project's format
 
@@ -12,7 +14,7 @@ JOBS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test test-portable check format clean
+.PHONY: demo test test-portable campaign check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvscope demo
@@ -25,6 +27,9 @@ test: $(VENV)/.installed-dev
 
 test-portable: $(VENV)/.installed-dev
 	$(BIN)/python tools/portable.py
+
+campaign: $(VENV)/.installed-dev
+	$(BIN)/python tools/campaign.py --cases 10000 --output benchmarks/results/campaign.json
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

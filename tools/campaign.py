@@ -69,7 +69,10 @@ def read_trace(path: Path) -> str:
     trace = open_trace(path)
     whole = hashlib.sha256(repr((trace.sequences, sorted(trace.stored), trace.layers)).encode())
     facts = plain(trace.header)
-    for name in ("heads", "kv_heads", "head_dim", "n_layers", "learned_sinks", "sliding_window", "attention"):
+    longest = max(item.length for item in trace.sequences)
+    windows = [longest if window is None else min(longest, window) for window in trace.header.sliding_window]
+    whole.update(repr(windows).encode())
+    for name in ("heads", "kv_heads", "attention"):
         whole.update(repr(facts[name]).encode())
     whole.update(trace.tokens().to_csv().encode())
     for sequence in range(len(trace.sequences)):

@@ -221,8 +221,8 @@ def cast_column(draw: random.Random, found: pa.Table) -> pa.Table:
 
 
 def not_a_number(draw: random.Random, found: pa.Table) -> pa.Table:
-    """Return a table with a number that is infinite, NaN or, where there is no such number, far out of its range."""
-    return changed(draw, found, [float("inf"), float("nan")], [-5, 2**31 - 2])
+    """Return a table with a number that is infinite, NaN or, where there is no such number, negative."""
+    return changed(draw, found, [float("inf"), float("nan")], [-5, -(2**31)])
 
 
 def other_number(draw: random.Random, found: pa.Table) -> pa.Table:

@@ -19,6 +19,7 @@ from kvscope.results.schema import RESIDENCY, TOKENS, fidelity_schema
 
 ABOUT = b"kvscope"  # key in the metadata of a Parquet file
 Array = NDArray[Any]
+TOKEN_OF = ("run", "sequence")
 NUMBER_BYTES = 8  # most bytes of a number in a column
 SLACK = 2**16  # bytes of a column beside its numbers: levels, and headers of pages
 
@@ -107,15 +108,20 @@ def _fault_of_counts(values: Mapping[str, int], summary: SummaryRecord) -> str |
 
 
 def _ascend(columns: Mapping[str, pa.ChunkedArray]) -> bool:
-    """Return whether steps ascend within each head of a layer, and positions within a sequence of a run."""
-    place = ("run", "sequence", "layer", "head", "step") if "step" in columns else ("run", "sequence", "position")
-    if not set(place) <= columns.keys() or not len(columns["run"]):
+    """Return whether the rows of a layer, or the tokens of a sequence, are together and ascend by head and step."""
+    outer, inner = (("run", "sequence", "layer"), ("head", "step")) if "step" in columns else (TOKEN_OF, ("position",))
+    if not {*outer, *inner} <= columns.keys() or not len(columns["run"]):
         return True
-    *outer, inner = (np.diff(columns[name].to_numpy()) for name in place)
-    changes = np.any(outer[: -1 if "step" in columns else None], axis=0)  # another layer, or another sequence
-    if "step" in columns:
-        inner = np.where(outer[-1] == 0, inner, outer[-1])  # heads ascend, and steps within a head
-    return bool((changes | (inner > 0)).all())
+    places = np.stack([columns[name].to_numpy() for name in outer])
+    starts = np.flatnonzero(np.append(True, (np.diff(places) != 0).any(0)))
+    if len(np.unique(places[:, starts], axis=1).T) < len(starts):
+        return False  # a part of what came before follows another
+    ascends = np.diff(columns[inner[-1]].to_numpy()) > 0
+    if len(inner) > 1:
+        heads = np.diff(columns[inner[0]].to_numpy())
+        ascends = (heads > 0) | ((heads == 0) & ascends)
+    ascends[starts[1:] - 1] = True
+    return bool(ascends.all())
 
 
 def _are_intervals(columns: Mapping[str, pa.ChunkedArray], lengths: Array) -> bool:

@@ -152,7 +152,7 @@ def _check_shapes(arrays: Mapping[str, Array], kv_heads: int | None) -> int:
                     f"{name} has the shape {list(arrays[name].shape)}",
                     f"Make it begin with {list(expected)} (S, L, heads, T).",
                 )
-            if not (np.abs(arrays[name]) <= LARGEST).all():  # NaN too
+            if not (np.abs(arrays[name].astype(np.float64)) <= LARGEST).all():  # NaN too
                 raise UsageError(
                     f"{name} contains values that are not finite in 32 bit", "Save it without NaN, infinity and above."
                 )

@@ -18,6 +18,7 @@ from kvscope.trace.row_checks import faults_of_sums, faults_of_weights, misplace
 from kvscope.trace.schema import TOPK, Which
 
 NORMS = ("value_l1", "value_l2", "key_l2")
+UNKNOWN_TOKEN = -1  # number of an imported token of which only the text is known
 COSINE_TOLERANCE = 1e-2  # by which a cosine of 16 bit may be above 1
 
 
@@ -43,6 +44,11 @@ class StoredSignals:
         for part in table.to_batches():
             self._check_rows(name, part)
             scatter(rows, part["head"].to_numpy(), part["position"].to_numpy() - start, part["weights"])
+        window = self._header.sliding_window[self._header.layers.index(layer)]
+        if window is not None:
+            for query, before in enumerate(range(start - window + 1, stop - window + 1)):
+                if before > 0 and rows[:, query, :before].any():
+                    raise self._files.damaged(name, f"a row has weights outside the window of {window} keys")
         return rows
 
     def of_rows(self, column: str, sequence: int, layer: int) -> Floats:
@@ -103,6 +109,8 @@ class StoredSignals:
         """Raise TraceError unless the tokens are those of the recorded sequences, with the recorded prompts."""
         sequence, position = table["sequence"].to_numpy(), table["position"].to_numpy()
         is_prompt = table["is_prompt"].to_numpy()
+        if len(sequence) and table["token_id"].to_numpy().min() < UNKNOWN_TOKEN:
+            raise self._files.damaged(TOKENS_FILE, "a token has a negative number")
         for number, item in enumerate(self._sequences):
             mine = sequence == number
             if not np.array_equal(position[mine], np.arange(item.length)):

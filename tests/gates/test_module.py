@@ -110,7 +110,8 @@ def test_another_model_of_the_same_sizes_is_refused() -> None:
 
 def broken(folder: Path) -> dict[str, tuple[Path, str]]:
     whole = Path(written(folder, build("llama")))
-    tensors, metadata = load_file(whole), read_facts(str(whole)).metadata()
+    tensors = load_file(whole)
+    metadata = read_facts(str(whole)).metadata(tensors)
     made: dict[str, tuple[Path, str]] = {}
 
     def add(name: str, message: str, metadata: dict[str, str], **changed: torch.Tensor) -> None:
@@ -120,10 +121,14 @@ def broken(folder: Path) -> dict[str, tuple[Path, str]]:
 
     add("other", "is not a gate of kvscope", {})
     about = json.loads(metadata[KIND])
+    add("edited", "its metadata differs from its checksum", {KIND: json.dumps({**about, "tau": 0.1})})
+    add("flipped", "parameters differ from their checksum", metadata, **{"layers.0.open.bias": torch.ones(2)})
+    about = {name: value for name, value in about.items() if name not in ("sha256", "tensors")}  # as before
+    metadata = {KIND: json.dumps(about)}
     add("newer", "newer than this kvscope reads", {KIND: json.dumps({**about, "version": 2})})
     add("fields", "its metadata are not those of a gate", {KIND: json.dumps({**about, "more": 2})})
-    add("list", "its metadata are not those of a gate", {KIND: "[1]"})
-    add("json", "its metadata are not those of a gate", {KIND: "{"})
+    add("list", "its metadata differs from its checksum", {KIND: "[1]"})
+    add("json", "its metadata is not JSON", {KIND: "{"})
     add("larger", "do not match its metadata", {KIND: json.dumps({**about, "layers": 3})})
     add("smaller", "do not match its metadata", metadata, **{"layers.0.open.bias": torch.zeros(7)})
     cut = folder / "cut.safetensors"
@@ -133,7 +138,10 @@ def broken(folder: Path) -> dict[str, tuple[Path, str]]:
     return {**made, "cut": (cut, "damaged or not a gate"), "text": (text, "damaged or not a gate")}
 
 
-@pytest.mark.parametrize("name", ["other", "newer", "fields", "list", "json", "larger", "smaller", "cut", "text"])
+@pytest.mark.parametrize(
+    "name",
+    ["other", "edited", "flipped", "newer", "fields", "list", "json", "larger", "smaller", "cut", "text"],
+)
 def test_what_is_no_gate_is_refused(name: str, tmp_path: Path) -> None:
     path, message = broken(tmp_path)[name]
     with pytest.raises(ModelError, match=message) as found:
