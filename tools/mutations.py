@@ -259,7 +259,7 @@ def changed(draw: random.Random, found: pa.Table, floats: list[float], integers:
 
 def has_numbers(column: pa.ChunkedArray) -> bool:
     """Return whether a column has a number: a list column has none where every list is empty."""
-    return not pa.types.is_list(column.type) or len(column.combine_chunks().flatten()) > 0
+    return not pa.types.is_list(column.type) or any(column.to_pylist())
 
 
 def kind_of(field: pa.Field) -> pa.DataType | None:

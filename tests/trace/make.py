@@ -93,5 +93,5 @@ def change_header(path: Path, changes: dict[str, object], *, version: int | None
         data["schema"] = version
     file.write_text(json.dumps(sealed(data)))
     if data["schema"] < SEALED_SINCE:
-        del data["sha256"]
+        data.pop("sha256", None)
         file.write_text(json.dumps(data))
