@@ -105,7 +105,7 @@ class TraceFiles:
                 raise self.damaged(name, "by its metadata it is the file of another trace, kind or layer")
 
     def _groups(self, name: str, metadata: pq.FileMetaData) -> dict[int, list[Group]]:
-        """Return the row groups of each sequence; raise TraceError for one of another layer, or of an impossible size."""
+        """Return the row groups of each sequence; raise TraceError for one of another layer or an impossible size."""
         names = [metadata.schema.column(index).name for index in range(metadata.num_columns)]
         layer, groups = self._members[name].layer, dict[int, list[Group]]()
         longest = max(item.length for item in self._record.sequences)

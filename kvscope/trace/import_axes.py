@@ -105,9 +105,7 @@ def _prompt_lengths(found: Captured | None, given: int | None, count: int) -> Ar
     if len(lengths) not in (1, count):
         raise UsageError(f"prompt_length has {len(lengths)} numbers for {count} sequences", "Write one for each.")
     if not (lengths == np.round(lengths)).all():
-        raise UsageError(
-            f"prompt_length is not {count} whole numbers", "Save one for each sequence, or one for all."
-        )
+        raise UsageError(f"prompt_length is not {count} whole numbers", "Save one for each sequence, or one for all.")
     return np.broadcast_to(lengths, (count,))
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.gate_options import TrainingSettings
 from kvscope.core.json import JsonDict
+from kvscope.core.output import replace_file
 from kvscope.core.seal import SEAL, seal_of
 from kvscope.gates.file import digest_of
-from kvscope.core.output import replace_file
 from kvscope.gates.module import LearnedGate
 from kvscope.training.objective import eviction_loss
 from kvscope.training.tasks import LossAndFlags, Task
