@@ -242,9 +242,8 @@ def weight(draw: random.Random, found: pa.Table) -> pa.Table:
 
 def changed(draw: random.Random, found: pa.Table, floats: list[float], integers: list[int]) -> pa.Table:
     """Return a table with one number, of a row or in a list of a row, changed; texts and flags are left as they are."""
-    fits = [
-        at for at, field in enumerate(found.schema) if kind_of(field) is not None and found.column(at).null_count == 0
-    ]
+    numbers = [at for at, field in enumerate(found.schema) if kind_of(field) is not None]
+    fits = [at for at in numbers if found.column(at).null_count == 0 and has_numbers(found.column(at))]
     at, row = draw.choice(fits), draw.randrange(found.num_rows)
     field, values = found.schema.field(at), found.column(at).to_pylist()
     new = draw.choice(floats if pa.types.is_floating(kind_of(field)) else integers)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvscope.core.checked_files import CheckedFiles
 from kvscope.core.errors import TraceError
-from kvscope.trace.members import ABOUT, members
+from kvscope.trace.members import ABOUT, SIGNALS, members
 from kvscope.trace.record import TraceRecord
 from kvscope.trace.schema import SEALED_SINCE
 
@@ -113,6 +113,7 @@ class TraceFiles:
             group = metadata.row_group(number)
             for index in range(group.num_columns):
                 self._require_size(name, group.column(index), group.num_rows, longest)
+                self._require_stored(name, group.column(index), group.num_rows)
             ranges = {}
             for column in ("sequence", "position", *(("layer",) if layer is not None else ())):
                 statistics = group.column(names.index(column)).statistics
@@ -135,6 +136,17 @@ class TraceFiles:
         said = (column.total_uncompressed_size, column.total_compressed_size, column.num_values)
         if min(said) < 0 or max(said) > most + SLACK:
             raise self.damaged(name, f"it says that column {column.path_in_schema} has {max(said)} bytes")
+
+    def _require_stored(self, name: str, column: pq.ColumnChunkMetaData, rows: int) -> None:
+        """Raise TraceError for numbers of a signal that is not stored: the header has lost its name."""
+        member, signal = self._members[name], column.path_in_schema.partition(".")[0]
+        signal = f"vectors:{signal}" if member.kind == "states" else signal
+        if signal not in SIGNALS.get(member.kind, ()) or signal in self._record.header.stored:
+            return
+        listed = "." in column.path_in_schema  # an empty list counts as one value; NaN has no least value
+        there = column.num_values > rows if listed else column.statistics is not None and column.statistics.has_min_max
+        if there:
+            raise self.damaged(name, f"it has {signal}, which the header does not name")
 
 
 class _OpenFiles(threading.local):

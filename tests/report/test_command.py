@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvscope.cli.app import run
+from kvscope.core.seal import sealed
 from kvscope.results.store import Replay
 
 
@@ -44,6 +45,6 @@ def test_a_replay_of_plain_text_needs_no_trace(
     shutil.copytree(replay.path, copy)
     info = json.loads((copy / "run.json").read_text())
     info["trace"] = {name: value for name, value in info["trace"].items() if name != "path"} | {"kind": "text"}
-    (copy / "run.json").write_text(json.dumps(info))
+    (copy / "run.json").write_text(json.dumps(sealed(info)))
     assert run(["report", str(copy), "-q"]) == 0
     assert "lacks" not in capsys.readouterr().err
