@@ -114,7 +114,8 @@ def test_update_changes_nothing_where_it_must_not(replays: Run) -> None:
     assert "replays are never modified" in done.two_lines()[0]
     foreign = json.loads(before)
     foreign["trace"]["identity"] = "0" * 64
-    Path("baseline.json").write_text(json.dumps(sealed(foreign)))
+    foreign = sealed(foreign)
+    Path("baseline.json").write_text(json.dumps(foreign))
     done = replays("diff", "baseline.json", "after", "--update")
     assert done.status == 1
     assert "different traces" in done.two_lines()[0]
