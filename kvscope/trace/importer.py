@@ -156,6 +156,8 @@ def _check_shapes(arrays: Mapping[str, Array], kv_heads: int | None) -> int:
                 raise UsageError(
                     f"{name} contains values that are not finite in 32 bit", "Save it without NaN, infinity and above."
                 )
+            if name in PER_KEY and (arrays[name] < 0).any():
+                raise UsageError(f"{name} contains a negative norm", "Save norms, which are zero or more.")
     if "tokens" in arrays and arrays["tokens"].shape != (count, length):
         raise UsageError(f"tokens has the shape {list(arrays['tokens'].shape)}", f"Make it {[count, length]} (S, T).")
     return int(groups)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+from kvscope.trace.schema import SCHEMA_VERSION
 from tests.cli.conftest import Run
 from tests.model.test_chat import THINKING
 from tests.model.tiny import build
@@ -31,7 +32,7 @@ def test_conversations_and_answers(run: Run) -> None:
     assert [one["field"] for one in record["prompts"]] == ["messages", "input"]
     assert record["prompts"][0]["text"] == "<s><|user|>Hi<|assistant|>Ho"
     assert record["prompts"][1]["text"] == "<s><|user|>Who?<|assistant|><think></think>"
-    assert record["schema"] == 4
+    assert record["schema"] == SCHEMA_VERSION
     Path("p.txt").write_text("<s>Once upon")
     done = run("trace", "--model", "chat", "p.txt", "--max-new-tokens", "1", "-o", "u", "-q")
     assert done.status == 0 and "begins with <s>: none is added" in done.err

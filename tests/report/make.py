@@ -94,7 +94,8 @@ def make_trace(
                 writer.attention(layer, sequence, 0, weights(length, seed=layer))
                 if "value_l1" in stored:
                     norms = 1.0 + np.add.outer(np.arange(KV_HEADS), np.arange(length, dtype=np.float32))
-                    writer.keys(layer, sequence, 0, value_l1=norms, value_l2=norms, key_l2=norms)
+                    named = {name: norms for name in ("value_l1", "value_l2", "key_l2") if name in stored}
+                    writer.keys(layer, sequence, 0, **named)
                 if "queries" in stored:
                     angle = np.arange(length, dtype=np.float32)
                     writer.queries(layer, sequence, 0, np.stack([np.cos(angle), np.sin(angle)], 1))

@@ -46,7 +46,7 @@ def assert_is(trace: Trace, expected: np.ndarray) -> None:
 def test_axes_are_named(tmp_path: Path, axes: str) -> None:
     letters = axes.upper().replace("S", "B").replace("T", "Q", 1).replace("T", "K", 1)
     array = maps().transpose(["LBHQK".index(letter) for letter in letters])
-    values = np.random.default_rng(0).normal(size=(L, B, 2, T)).astype(np.float32)
+    values = np.random.default_rng(0).random((L, B, 2, T)).astype(np.float32)
     own = letters.replace("K", "")
     ordered = values.transpose(["LBHQ".index(letter) for letter in own])
     trace = imported(npz(tmp_path, attention=array, value_l1=ordered), axes=axes)
@@ -212,3 +212,12 @@ def test_damaged_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(struct.pack("<Q", 5) + b"\x00" * 20)
         with pytest.raises(UsageError, match="cannot be read"):
             import_maps(tmp_path / name, None, tmp_path / "t")
+
+
+@pytest.mark.parametrize("name", ["value_l1", "value_l2", "key_l2"])
+def test_a_negative_norm_is_refused(tmp_path: Path, name: str) -> None:
+    attention = np.tile(np.tril(np.ones((T, T))) / np.arange(1, T + 1)[:, None], (L, 2, 1, 1)).astype(np.float32)
+    norms = np.ones((L, 2, T), np.float32)
+    norms[1, 0, 2] = -1
+    with pytest.raises(UsageError, match=f"{name} contains a negative norm"):
+        imported(npz(tmp_path, attention=attention, **{name: norms}))

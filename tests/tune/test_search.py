@@ -230,7 +230,16 @@ def test_a_layer_that_evicts_nothing_counts_as_its_metric_says(tmp_path: Path, m
     def header(heads: int = 2, kv_heads: int = 2, stored: list[str] | None = None) -> Any:
         return replace(usual(heads, kv_heads, stored), sliding_window=[4, None], layer_types=["sliding", "full"])
 
+    def rows_of(seed: int, heads: int, length: int) -> Any:
+        rows = every_key(seed, heads, length)
+        if seed % 10 == 0:  # layer 0
+            rows = rows * ~np.tri(length, k=-4, dtype=bool)
+            rows = rows / rows.sum(-1, keepdims=True)
+        return rows
+
+    every_key = make.rows_of
     monkeypatch.setattr(make, "header", header)
+    monkeypatch.setattr(make, "rows_of", rows_of)
     make.record(tmp_path / "t", lengths=[26, 24, 25], prompt=PROMPT, heads=4, kv_heads=2)
     short = open_trace(tmp_path / "t")
     found = tune([short], "a2sf", GRID, "8")
