@@ -63,7 +63,17 @@ ONLY_IN = {
 }
 
 # What a command may import at its top: it loads nothing but the standard library.
-LIGHT = ("errors", "gate_options", "memory", "options", "output", "recording_options", "registry", "version")
+LIGHT = (
+    "errors",
+    "gate_options",
+    "memory",
+    "options",
+    "output",
+    "own_code",
+    "recording_options",
+    "registry",
+    "version",
+)
 HEAVY = ("numba", "triton", "torch", "plotly", "transformers", "pandas", "pyarrow", "numpy")
 
 

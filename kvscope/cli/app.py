@@ -19,6 +19,7 @@ from kvscope.cli.command import add_commands
 from kvscope.cli.streams import discard_stdout, open_streams
 from kvscope.core.errors import ExitStatus, KvscopeError
 from kvscope.core.memory import is_out_of_memory, out_of_memory
+from kvscope.core.own_code import own_place
 from kvscope.core.version import __version__
 
 app = typer.Typer(
@@ -76,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader closed the pipe: nothing can be printed, at exit either
         discard_stdout()
         return ExitStatus.error
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (Exception, SystemExit) as error:  # sys.exit inside a policy must not end a replay with status 0
         explained = _explain(error)
         if explained is None:
             raise
@@ -102,11 +103,15 @@ _OS_ERRORS = {
 }
 
 
-def _explain(error: OSError | MemoryError | RuntimeError) -> tuple[str, str] | None:
-    """Return the two lines for an error of memory or of the file system, or None if it is a defect of kvscope."""
+def _explain(error: Exception | SystemExit) -> tuple[str, str] | None:
+    """Return the two lines for an error of memory, of a user's code or of the file system; None for kvscope's own."""
     if is_out_of_memory(error):
         exceeded = out_of_memory(error)
         return exceeded.what, exceeded.todo
+    place = own_place(error.__traceback__)
+    if place is not None:
+        what = "sys.exit was called" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        return f"your {place}: {what}", "Correct it, then run the command again."
     if not isinstance(error, OSError):
         return None
     todo = _OS_ERRORS.get(error.errno or 0)

@@ -9,6 +9,7 @@ from pkgutil import iter_modules
 from typing import Generic, TypeVar
 
 from kvscope.core.errors import UsageError
+from kvscope.core.own_code import note_module
 
 T = TypeVar("T")
 
@@ -81,6 +82,7 @@ class Registry(Generic[T]):
             )
         self._members[name] = member
         self._sources[name] = definition
+        note_module(str(getattr(definition, "__module__", "")), self.kind)
         return member
 
     def remove(self, name: str) -> None:

@@ -27,6 +27,7 @@ from kvscope.engine.stepper import AppendingStepper, StepInputs, Stepper
 from kvscope.engine.torch_stepper import TorchStepper
 from kvscope.kernels import available, triton_available
 from kvscope.policies.base import Policy, Step, recurrence_of
+from kvscope.policies.own import is_own
 
 
 class CacheSimulation:
@@ -198,7 +199,7 @@ class CacheSimulation:
 def choose_stepper(fallback: TorchStepper, inputs: StepInputs, state: CacheState, sharing: BudgetSharing) -> Stepper:
     """Return the fastest stepper that makes the same decisions as `fallback`."""
     plan, traits = inputs.plan, inputs.plan.policy.traits
-    if traits.phase == "none" and not traits.reads:
+    if traits.phase == "none" and not traits.reads and not is_own(plan.policy):  # an own one is called and checked
         return AppendingStepper(state)
     supported = traits.bounded and not traits.reads and plan.accumulate is None and sharing.fixed
     rule = recurrence_of(plan.policy) if supported else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.cache_state import CacheState
 from kvscope.policies.base import Policy, Step
+from kvscope.policies.own import read_of
 
 
 class SparseReader:
@@ -27,13 +28,13 @@ class SparseReader:
     """
 
     def __init__(self, policy: Policy, state: CacheState, first_eviction: int) -> None:
-        self._policy, self._state, self._first_eviction = policy, state, first_eviction
+        self._read, self._state, self._first_eviction = read_of(policy), state, first_eviction
         self.log = ReadLog(state.alive.shape, state.alive.device)
 
     def read(self, step: Step) -> Step:
         """Return the step with only the keys visible that the policy reads."""
         if step.t > self._first_eviction:
-            step = replace(step, visible=self._policy.read(step) & step.visible)
+            step = replace(step, visible=self._read(step) & step.visible)
         alive = self._state.alive[..., : step.t + 1]
         self.log.add(step.t, step.visible.expand(alive.shape))
         self._state.evictions += (alive & ~step.visible).sum(-1)

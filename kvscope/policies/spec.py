@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal, Union, get_args, get_origin
 
 from kvscope.core.errors import UsageError
+from kvscope.core.own_code import USER_FILE
 from kvscope.core.registry import nearest
 from kvscope.policies.base import POLICIES, Policy
-from kvscope.policies.own import USER_FILE
 from kvscope.policies.parameters import (
     all_parameters_of,
     default_of,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
 from kvscope.cli.app import run
-from kvscope.core.errors import ReplayError
-from kvscope.policies.spec import parse_policy
 from tests.trace.make import record
 
 HEAD = """
@@ -35,28 +35,57 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("body", FAULTS)
-def test_a_fault_is_named_with_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], body: str
-) -> None:
+READS = {
+    "return None": ":11: read returned nothing",
+    "return step.visible[..., :2]": ":11: read returned the shape",
+    "return step.visible.float()": ":11: read returned torch.float32",
+    "raise ValueError('my bug')": ":12: ValueError: my bug",
+}
+OTHERS = {
+    "def protect(self, budget): return None": ":10: protect returned nothing",
+    "def protect(self, budget): 1 / 0": ":10: ZeroDivisionError",
+    "def fit(self, layers, kv_heads, n_layers): sys.exit(0)": ":10: sys.exit was called",
+    "def recurrence(self): raise KeyError('x')": ":10: KeyError",
+}
+
+
+@pytest.fixture
+def fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Replay with a policy of which this is the body, and return the end of what is said of its file."""
     monkeypatch.chdir(tmp_path)
     record(tmp_path / "traces" / "t", lengths=[12])
-    (tmp_path / "own.py").write_text(f"{HEAD}    def observe(self, step, score):\n        {body}\n".lstrip("\n"))
-    assert run(["replay", "t", "-p", f"{tmp_path / 'own.py'}:Own", "--budget", "4", "-q"]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith(f"error: your policy {tmp_path / 'own.py'}{FAULTS[body]}")
-    assert not list((tmp_path / "reports").glob("*")), "what was written is removed"
+    file = tmp_path / "own.py"
+
+    def run_with(body: str) -> str:
+        file.write_text(f"{HEAD}{indent(body, '    ')}\n".lstrip("\n"))
+        assert run(["replay", "t", "-p", f"{file}:Own", "--budget", "4", "-q"]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2
+        assert not list((tmp_path / "reports").glob("*")), "what was written is removed"
+        what, _, place = lines[0].partition(str(file))
+        assert what == "error: your policy "
+        return place
+
+    return run_with
 
 
-@pytest.mark.parametrize(
-    ("body", "expected"),
-    {"return None": ":10: protect returned nothing", "1 / 0": ":11: ZeroDivisionError"}.items(),
-)
-def test_protection_is_checked_too(tmp_path: Path, body: str, expected: str) -> None:
-    from kvscope.policies.own import protection_of
+@pytest.mark.parametrize("body", FAULTS)
+def test_a_fault_of_observe_is_named_with_its_place(body: str, fault: Callable[[str], str]) -> None:
+    assert fault(f"def observe(self, step, score):\n    {body}").startswith(FAULTS[body])
 
-    (tmp_path / "own.py").write_text(f"{HEAD}    def protect(self, budget):\n        {body}\n".lstrip("\n"))
-    with pytest.raises(ReplayError, match="your policy") as caught:
-        protection_of(parse_policy(f"{tmp_path / 'own.py'}:Own"), 4)
-    assert expected in caught.value.what
+
+@pytest.mark.parametrize("body", READS)
+def test_a_fault_of_read_is_named_with_its_place(body: str, fault: Callable[[str], str]) -> None:
+    made = f"reads = True\ndef read(self, step):\n    {body}\ndef observe(self, step, score):\n    return score"
+    assert fault(made).startswith(READS[body])
+
+
+@pytest.mark.parametrize("body", OTHERS)
+def test_a_fault_of_any_other_method_is_named_with_its_place(body: str, fault: Callable[[str], str]) -> None:
+    observe = "\ndef observe(self, step, score):\n    return score"
+    assert fault(body + observe).startswith(OTHERS[body])
+
+
+def test_a_policy_that_never_evicts_is_called_too(fault: Callable[[str], str]) -> None:
+    body = "phase = 'none'\nbounded = False\ndef observe(self, step, score):\n    return None"
+    assert fault(body).startswith(":12: observe returned nothing")
