@@ -105,24 +105,25 @@ def remove(draw: random.Random, subject: Subject, work: Path) -> str:
     return f"{name} removed"
 
 
-def copy_over(draw: random.Random, subject: Subject, work: Path) -> str:
-    """Put one table in the place of another; half of the time the header says its size and checksum."""
-    name, source = draw.sample(subject.tables(), 2)
-    replaced(work / name, (subject.source / source).read_bytes())
+def _put_in_place(draw: random.Random, subject: Subject, work: Path, name: str, source: Path) -> str:
+    """Replace one table by another file; half of the time the header says its size and checksum."""
+    replaced(work / name, source.read_bytes())
     known = draw.random() < 0.5
     if known:
         record_files(subject, work, [name])
-    return f"{source} in the place of {name}{', recorded' * known}"
+    return f"in the place of {name}{', recorded' * known}"
+
+
+def copy_over(draw: random.Random, subject: Subject, work: Path) -> str:
+    """Put one table in the place of another; half of the time the header says its size and checksum."""
+    name, source = draw.sample(subject.tables(), 2)
+    return f"{source} {_put_in_place(draw, subject, work, name, subject.source / source)}"
 
 
 def mixed(draw: random.Random, subject: Subject, work: Path) -> str:
     """Put a table of another folder in place; half of the time the header says its size and checksum."""
     name = draw.choice(subject.tables())
-    replaced(work / name, (subject.other / name).read_bytes())
-    known = draw.random() < 0.5
-    if known:
-        record_files(subject, work, [name])
-    return f"{name} of another folder{', recorded' * known}"
+    return f"that of another folder {_put_in_place(draw, subject, work, name, subject.other / name)}"
 
 
 def link(draw: random.Random, subject: Subject, work: Path) -> str:

@@ -147,6 +147,15 @@ def replaced(path: Path) -> Path:
     return path.with_name(path.name + REPLACED)
 
 
+def require_not_set_aside(path: Path, kind: str, error: type[KvscopeError]) -> None:
+    """Raise `error` if a run was killed after it set a folder aside, before the new one had its name."""
+    if replaced(path).exists():
+        raise error(
+            f"{kind} {path} was being replaced when kvscope was stopped",
+            f"The older one is whole: rename {replaced(path)} to {path.name}.",
+        )
+
+
 def writer_of(path: Path) -> int | None:
     """Return the other process on this machine that is writing the folder `path`, or None."""
     for file in incomplete(path).glob("*.json"):

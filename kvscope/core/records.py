@@ -16,7 +16,7 @@ from msgspec import Meta
 from kvscope.core.errors import REPLAY_COMMAND, ResultError
 from kvscope.core.json_records import Checksum, Finite, Format, NotNegative, Number, Plain, Positive, about
 from kvscope.core.options import Loop, Positions, Prefill
-from kvscope.core.output import incomplete, replaced
+from kvscope.core.output import incomplete, require_not_set_aside
 
 SCHEMA_VERSION = 1
 HISTORY = {
@@ -232,11 +232,7 @@ def read_replay(path: Path) -> ReplayRecord:
     """
     file = path / RUN_FILE
     if not path.exists():
-        if replaced(path).exists():
-            raise ResultError(
-                f"replay {path} was being replaced when kvscope was stopped",
-                f"The older one is whole: rename {replaced(path)} to {path.name}.",
-            )
+        require_not_set_aside(path, "replay", ResultError)
         unfinished = incomplete(path)
         if unfinished.exists():
             raise ResultError(f"replay {path} is incomplete: it stopped before its end", _again(unfinished))

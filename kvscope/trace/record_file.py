@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 from kvscope.core.errors import RECORD_ONE, TraceError
 from kvscope.core.json import Json, JsonDict
 from kvscope.core.json_records import FieldError, decode, plain
-from kvscope.core.output import incomplete, replaced
+from kvscope.core.output import incomplete, require_not_set_aside
 from kvscope.core.seal import SEAL, is_changed, sealed
 from kvscope.core.version import __version__
 from kvscope.trace.members import members
@@ -96,11 +96,7 @@ def _write_json(folder: Path, data: Mapping[str, object]) -> None:
 def _read_json(path: Path) -> Mapping[str, object]:
     file = path / HEADER
     if not path.exists():
-        if replaced(path).exists():
-            raise TraceError(
-                f"trace {path} was being replaced when kvscope was stopped",
-                f"The older one is whole: rename {replaced(path)} to {path.name}.",
-            )
+        require_not_set_aside(path, "trace", TraceError)
         unfinished = incomplete(path)
         if unfinished.exists():
             raise TraceError(f"trace {path} is incomplete: recording stopped before its end", _again(unfinished))
