@@ -129,6 +129,7 @@ def command(arguments: list[str], stop: tuple[float, signal.Signals] | None, own
                 (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
                 (os.POSIX_SPAWN_OPEN, 2, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
             ],
+            setsigdef=[signal.SIGINT],
         )
     else:
         child = os.fork()
@@ -146,11 +147,13 @@ def command(arguments: list[str], stop: tuple[float, signal.Signals] | None, own
 def _run(arguments: list[str], log: Path) -> None:
     """Run a command in this child and end it."""
     status = 99
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
     try:
         for number, path in ((1, os.devnull), (2, str(log))):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        from kvscope.cli.app import run
+        from kvscope.cli.app import prepare_process, run
 
+        prepare_process()
         status = run(arguments)
     except BaseException:
         traceback.print_exc()
@@ -170,7 +173,7 @@ def stopped(case: Case, known: tuple[str, str], seconds: float, number: int, dra
     status = command([*case.new, *(["--force"] if older else [])], (after, sent), own, log)
     said = log.read_text(errors="replace")
     if "Traceback" in said:
-        return f"traceback after {sent.name}: {said.splitlines()[-1]}"
+        return f"traceback after {sent.name}: {said[said.index('Traceback') :]}"
     try:
         found = case.identity(output) if output.exists() else None
     except Exception as error:  # a broken output is a finding, whatever broke

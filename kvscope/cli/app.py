@@ -6,11 +6,13 @@ difference, 130 interrupted.
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Timer
 from typing import Annotated
 
 import typer
@@ -54,8 +56,22 @@ def main() -> None:
     """Run the command line of this process and exit."""
     # A replay is many small steps: threads that spin while they wait make it several times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
-    open_streams()
+    prepare_process()
     sys.exit(run(sys.argv[1:]))
+
+
+def prepare_process() -> None:
+    """Make the streams of this process usable, and its interruptions certain."""
+    open_streams()
+    sys.unraisablehook = _interrupt_again
+
+
+def _interrupt_again(found: sys.UnraisableHookArgs) -> None:
+    """Interrupt once more where Python cannot raise an interruption, as in a destructor: it prints it and goes on."""
+    if found.exc_type is KeyboardInterrupt:
+        Timer(0.02, _thread.interrupt_main).start()  # once that destructor has returned
+    else:
+        sys.__unraisablehook__(found)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -70,3 +70,18 @@ def test_an_interruption_of_the_first_import_is_no_traceback(tmp_path: Path) -> 
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
     done = shell(f"PYTHONPATH={tmp_path} {KVSCOPE} --help")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_an_interruption_that_python_cannot_raise_is_not_lost() -> None:
+    program = (
+        "import signal, time; from kvscope.cli import app\n"
+        "class Slow:\n"
+        "    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
+        "def work(**_):\n"
+        "    Slow(); time.sleep(5); return 0\n"
+        "app.prepare_process(); app.app = work; raise SystemExit(app.run([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[0] == "error: interrupted"
+    assert len(done.stderr.splitlines()) == 2
