@@ -9,18 +9,18 @@ Only keys that some query of a block sees are computed: from the start of the sl
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvscope.trace.cache import Cache
 from kvscope.trace.record import LayerAttention, TraceHeader
 from kvscope.trace.schema import Which
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-KeptKeys = OrderedDict[tuple[int, int], Floats]
+KeptKeys = Cache[tuple[int, int]]
 Vectors = Callable[[int, int, Which, int, int], Floats]  # sequence, layer, which, start, stop -> [heads, n, D]
 
 BLOCK_QUERIES = 64  # queries computed together; at most this many numbers of a row are computed and masked
@@ -114,8 +114,8 @@ class Derived:
         ``T`` of each sequence.
     vectors : callable
         Reads vectors from the trace.
-    kept : dict
-        Cache of keys by sequence and layer, least recently used first; every block of queries needs them.
+    kept : Cache
+        Keys by sequence and layer; every block of queries needs them.
     """
 
     def __init__(self, header: TraceHeader, lengths: Sequence[int], vectors: Vectors, kept: KeptKeys) -> None:
@@ -169,9 +169,5 @@ class Derived:
 
     def _keys(self, sequence: int, layer: int) -> Floats:
         """Return all keys of a layer, from the cache if they are in it."""
-        if (sequence, layer) not in self._kept:
-            self._kept[sequence, layer] = self._vectors(sequence, layer, "keys", 0, self._lengths[sequence])
-            while len(self._kept) > 1 and sum(key.nbytes for key in self._kept.values()) > CACHE_BYTES:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end((sequence, layer))
-        return self._kept[sequence, layer]
+        length = self._lengths[sequence]
+        return self._kept.get((sequence, layer), lambda: self._vectors(sequence, layer, "keys", 0, length), CACHE_BYTES)

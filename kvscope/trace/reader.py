@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from kvscope.core.errors import TraceError
+from kvscope.trace.cache import Cache
 from kvscope.trace.derive import Derived, Floats, KeptKeys
 from kvscope.trace.files import TraceFiles
 from kvscope.trace.record import StorageError, TraceRecord
@@ -19,7 +19,7 @@ from kvscope.trace.record_file import read_record
 from kvscope.trace.schema import TOPK, VECTORS, Which
 from kvscope.trace.signals import missing_signal
 from kvscope.trace.storage_error import approximate
-from kvscope.trace.stored import StoredSignals
+from kvscope.trace.stored import StoredRows, StoredSignals
 from kvscope.trace.topk import KeptRates, Rebuilt
 
 
@@ -67,8 +67,8 @@ class Trace:
         ]
         self._files = TraceFiles(path, record, compare=compare)
         self._stored = StoredSignals(record.header, record.sequences, self._files)
-        self._kept: KeptKeys = OrderedDict()
-        self._kept_rates: KeptRates = OrderedDict()
+        self._kept: KeptKeys = Cache()
+        self._kept_rates: KeptRates = Cache()
 
     @property
     def name(self) -> str:
@@ -100,6 +100,11 @@ class Trace:
         """Signals that can be read: those on disk, those derived from them, and the rebuilt rows of ``topk``."""
         rebuilt = ["maps"] if TOPK in self.header.stored else []
         return frozenset((*self.header.stored, *self.header.derived, *rebuilt))
+
+    @property
+    def holds_rows(self) -> bool:
+        """Whether whole rows are on disk, so that none is recomputed from vectors or rebuilt."""
+        return "maps" in self.header.stored and TOPK not in self.header.stored
 
     @property
     def storage_error(self) -> StorageError | None:
@@ -139,6 +144,11 @@ class Trace:
         if self._is_derived("maps"):
             return self._derived.attention(sequence, layer, start, stop)
         return self._stored.attention(sequence, layer, start, stop)
+
+    def stored_rows(self, sequence: int, layer: int, start: int, stop: int) -> StoredRows:
+        """Return the rows that `attention` returns as they are stored; only where rows are: `holds_rows`."""
+        self._require_rows(start, stop)
+        return self._stored.rows(sequence, layer, start, stop)
 
     def row_sums(self, sequence: int, layer: int) -> Floats:
         """Return the sum of every row before rounding to 16 bit, float32 ``[H, T]``; NaN for rows not recorded."""

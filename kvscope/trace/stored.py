@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from kvscope.core.errors import TraceError
 from kvscope.trace.blocks import Array, are_weights
 from kvscope.trace.columns import layer_file
 from kvscope.trace.derive import Floats
@@ -20,6 +23,23 @@ from kvscope.trace.schema import TOPK, Which
 NORMS = ("value_l1", "value_l2", "key_l2")
 UNKNOWN_TOKEN = -1  # number of an imported token of which only the text is known
 COSINE_TOLERANCE = 1e-2  # by which a cosine of 16 bit may be above 1
+
+
+class StoredRows(NamedTuple):
+    """Some rows of one layer as they are stored: without the zeros above the diagonal.
+
+    Attributes
+    ----------
+    weights : array
+        float16 ``[N]``: the weights of all rows, row after row, in any order of the rows.
+    first, sizes : array
+        int64 ``[H, b]``: place of a row's first weight in `weights`, and how many weights it has; a row that is not
+        stored has none.
+    """
+
+    weights: NDArray[np.float16]
+    first: NDArray[np.int64]
+    sizes: NDArray[np.int64]
 
 
 class StoredSignals:
@@ -35,25 +55,40 @@ class StoredSignals:
 
     def attention(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
         """Return rows `start` to `stop` - 1, float32 ``[H, stop - start, stop]``."""
-        name = layer_file("attention", layer)
-        table = self._files.rows(name, sequence, start, stop, ["head", "position", "row_sum", "weights"])
-        table = _inside(table, start, stop)
-        head, position = table["head"].to_numpy(), table["position"].to_numpy()
-        self._require_places(name, head, position, self._header.heads, self.positions(start, stop))
+        name, table = self._of_attention(sequence, layer, start, stop)
         rows = np.zeros((self._header.heads, stop - start, stop), np.float32)
         for part in table.to_batches():
-            self._require_lengths(name, part["weights"], part["position"].to_numpy() + 1)
-            if not are_weights(part["weights"].flatten().to_numpy(zero_copy_only=False)):
-                raise self._files.damaged(name, "a weight is negative or not finite")
+            self._weights(name, part)
             scatter(rows, part["head"].to_numpy(), part["position"].to_numpy() - start, part["weights"])
+        head, position = table["head"].to_numpy(), table["position"].to_numpy()
         sums = rows.sum(-1)[head, position - start]  # of 32 bit: adding those of 16 bit takes ten times as long
         self._require_sums(name, head, position, sums, table["row_sum"].to_numpy())
-        window = self._header.sliding_window[self._header.layers.index(layer)]
+        window = self._window(layer)
         if window is not None:
             for query, before in enumerate(range(start - window + 1, stop - window + 1)):
                 if before > 0 and rows[:, query, :before].any():
-                    raise self._files.damaged(name, f"a row has weights outside the window of {window} keys")
+                    raise self._outside(name, window)
         return rows
+
+    def rows(self, sequence: int, layer: int, start: int, stop: int) -> StoredRows:
+        """Return rows `start` to `stop` - 1 as they are stored, after the same checks as of `attention`."""
+        name, table = self._of_attention(sequence, layer, start, stop)
+        first, sizes = np.zeros((2, self._header.heads, stop - start), np.int64)
+        if table.num_rows == 0:
+            return StoredRows(np.empty(0, np.float16), first, sizes)
+        part = table.combine_chunks().to_batches()[0]
+        weights = self._weights(name, part)
+        head, position, window = part["head"].to_numpy(), part["position"].to_numpy(), self._window(layer)
+        size = position + 1
+        begin = np.cumsum(size, dtype=np.int64) - size
+        sums = np.add.reduceat(weights.astype(np.float32), begin)
+        self._require_sums(name, head, position, sums, part["row_sum"].to_numpy())
+        first[head, position - start], sizes[head, position - start] = begin, size
+        if window is not None:
+            key = np.arange(len(weights)) - np.repeat(begin, size)
+            if weights[key < np.repeat(size - window, size)].any():
+                raise self._outside(name, window)
+        return StoredRows(weights, first, sizes)
 
     def of_rows(self, column: str, sequence: int, layer: int) -> Floats:
         """Return a column of the rows of attention, float32 ``[H, T]``; NaN for rows that were not recorded."""
@@ -121,6 +156,29 @@ class StoredSignals:
                 raise self._files.damaged(TOKENS_FILE, f"sequence {number} has not {item.length} tokens in order")
             if not np.array_equal(is_prompt[mine], np.arange(item.length) < item.prompt):
                 raise self._files.damaged(TOKENS_FILE, f"the prompt of sequence {number} has not {item.prompt} tokens")
+
+    def _of_attention(self, sequence: int, layer: int, start: int, stop: int) -> tuple[str, pa.Table]:
+        """Return the name of a layer's file, and a table that has each recorded row exactly once."""
+        name = layer_file("attention", layer)
+        table = self._files.rows(name, sequence, start, stop, ["head", "position", "row_sum", "weights"])
+        table = _inside(table, start, stop)
+        head, position = table["head"].to_numpy(), table["position"].to_numpy()
+        self._require_places(name, head, position, self._header.heads, self.positions(start, stop))
+        return name, table
+
+    def _window(self, layer: int) -> int | None:
+        return self._header.sliding_window[self._header.layers.index(layer)]
+
+    def _outside(self, name: str, window: int) -> TraceError:
+        return self._files.damaged(name, f"a row has weights outside the window of {window} keys")
+
+    def _weights(self, name: str, part: pa.RecordBatch) -> NDArray[np.float16]:
+        """Return the weights of all rows of a part, row after row: none is missing, negative or not finite."""
+        self._require_lengths(name, part["weights"], part["position"].to_numpy() + 1)
+        weights: NDArray[np.float16] = part["weights"].flatten().to_numpy(zero_copy_only=False)
+        if not are_weights(weights):
+            raise self._files.damaged(name, "a weight is negative or not finite")
+        return weights
 
     def _require_sums(self, name: str, head: Array, position: Array, sums: Array, recorded: Array) -> None:
         """Raise TraceError for the first row that is not attention, or not the one that was recorded."""

@@ -9,7 +9,6 @@ stored weight of its row, so the heaviest keys of a row are the recorded ones.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kvscope.trace.blocks import Array, are_weights
+from kvscope.trace.cache import Cache
 from kvscope.trace.columns import layer_file
 from kvscope.trace.derive import CACHE_BYTES, Floats
 from kvscope.trace.files import TraceFiles
@@ -25,7 +25,7 @@ from kvscope.trace.row_checks import faults_of_sums, faults_of_weights, misplace
 from kvscope.trace.stretches import stretches
 
 Ints = NDArray[np.integer]
-KeptRates = OrderedDict[tuple[int, int, int], Floats]
+KeptRates = Cache[tuple[int, int, int]]
 NOISE = 1e-3  # by which a sum of columns may be below 0 where it is a difference of two sums
 LEAST = 1e-30  # below this residual mass, the rate of a key is 0
 
@@ -52,8 +52,8 @@ class Rebuilt:
         ``P`` and ``T`` of each sequence.
     files : TraceFiles
         Files of the trace.
-    kept : dict
-        Cache of rates by sequence, layer and end of the stretch, least recently used first.
+    kept : Cache
+        Rates by sequence, layer and end of the stretch.
     """
 
     def __init__(self, header: TraceHeader, lengths: list[tuple[int, int]], files: TraceFiles, kept: KeptRates) -> None:
@@ -116,12 +116,9 @@ class Rebuilt:
 
     def _rate(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
         """Return the mass of each key per unit of residual, in rows that see but do not store it, ``[H, stop]``."""
-        if (sequence, layer, stop) not in self._kept:
-            self._kept[sequence, layer, stop] = self._computed_rate(sequence, layer, start, stop)
-            while len(self._kept) > 1 and sum(rate.nbytes for rate in self._kept.values()) > CACHE_BYTES:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end((sequence, layer, stop))
-        return self._kept[sequence, layer, stop]
+        return self._kept.get(
+            (sequence, layer, stop), lambda: self._computed_rate(sequence, layer, start, stop), CACHE_BYTES
+        )
 
     def _computed_rate(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
         heads, count = self._header.heads, stop - start
