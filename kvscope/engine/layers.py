@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvscope.core.errors import ReplayError
+from kvscope.engine.recomputed_rows import RecomputedRows
+from kvscope.engine.row_loading import HostBlock, PackedRows, RowLoader, WholeRows
 from kvscope.engine.rows import Shape
 from kvscope.engine.signals import load_signal
-from kvscope.kernels import shared
+from kvscope.kernels import device as devices
 from kvscope.trace.reader import TokenSequence, Trace
+from kvscope.trace.schema import TOPK
 
 
 class RecordedLayers:
@@ -34,7 +36,8 @@ class RecordedLayers:
     shape : Shape
         Sizes.
     missing : Tensor or None
-        ``[L, H, T]``: what a learned sink takes from each row.
+        ``[L, H, T]``: what a learned sink takes from each row. Where rows are computed on the device, those of a step
+        are known once `place` has returned its row.
     """
 
     def __init__(self, trace: Trace, sequence: TokenSequence, layers: Sequence[int], device: torch.device) -> None:
@@ -50,31 +53,30 @@ class RecordedLayers:
             windows=windows if any(window is not None for window in windows) else (),
             n_layers=len(trace.layers),
         )
+        self._loader = row_loader(trace, sequence.index, layers, device)
         self.missing = self._missing_mass()
         self._signals: dict[str, Tensor] = {}
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return full rows of steps `start` to `stop` - 1, ``[L, H, stop - start, stop]``; raises as `layer_rows`."""
-        positions = range(len(self._layers))
-        return torch.stack(list(shared(lambda position: self.layer_rows(position, start, stop), positions)))
+        return self.place(self._loader.read(start, stop))
+
+    def place(self, block: HostBlock) -> Tensor:
+        """Return the rows of a block that `row_loader` read, on the device."""
+        rows, sums = block.place()
+        if self.missing is not None and sums is not None:
+            self.missing[..., block.start : block.stop] = (1 - sums).clamp(min=0)
+        return rows
 
     def layer_rows(self, position: int, start: int, stop: int) -> Tensor:
-        """Return the full rows of the layer at `position` in the group, ``[H, stop - start, stop]``.
+        """Return the full rows of the layer at `position` in the group, ``[H, stop - start, stop]``, on the CPU.
 
         Raises
         ------
         ReplayError
             If a weight is negative, or not a finite number.
         """
-        rows = torch.from_numpy(self._trace.attention(self._sequence, self._layers[position], start, stop))
-        low, high = (float(extreme) for extreme in torch.aminmax(rows))
-        if not (low >= 0 and high < torch.inf):  # written so that NaN is refused too
-            what = "negative weights" if low < 0 else "weights that are not numbers"
-            raise ReplayError(
-                f"{self._trace.path} holds {what} between steps {start} and {stop - 1}",
-                f"Check it with: kvscope info {self._trace.path} --verify, or record it again.",
-            )
-        return rows.to(self._device)
+        return WholeRows(self._trace, self._sequence, self._layers, self._device).layer_rows(position, start, stop)
 
     def signal(self, name: str) -> Tensor:
         """Return a signal as `kvscope.engine.signals.load_signal` reads it; later calls return the same tensor."""
@@ -85,5 +87,17 @@ class RecordedLayers:
     def _missing_mass(self) -> Tensor | None:
         if not self._trace.header.learned_sinks:
             return None
+        if isinstance(self._loader, RecomputedRows):  # the sums come with the rows
+            return torch.zeros(len(self._layers), self.shape.heads, self.shape.length, device=self._device)
         sums = [self._trace.row_sums(self._sequence, layer) for layer in self._layers]
         return (1 - torch.from_numpy(np.stack(sums)).to(self._device)).clamp(min=0)
+
+
+def row_loader(trace: Trace, sequence: int, layers: Sequence[int], device: torch.device) -> RowLoader:
+    """Return what reads the rows of some layers of one sequence, and prepares them for a device."""
+    if not devices.on_cpu(device):
+        if trace.holds_rows:
+            return PackedRows(trace, sequence, layers, device)
+        if "maps" in trace.stored and TOPK not in trace.header.stored:
+            return RecomputedRows(trace, sequence, layers, device)
+    return WholeRows(trace, sequence, layers, device)

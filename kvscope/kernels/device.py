@@ -34,6 +34,21 @@ def torch_device(name: str, *, double: bool = True) -> torch.device:
     return device
 
 
+def on_cpu(device: torch.device) -> bool:
+    """Return whether NumPy and compiled loops can process tensors of a device; other devices must not be waited for."""
+    return device.type == "cpu"
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of a CPU on a device, without waiting for the copy where its memory is pinned: `staging`."""
+    return tensor.to(device, non_blocking=True)
+
+
+def staging(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an uninitialised tensor on the CPU to fill and copy to `device`; pinned where that is CUDA."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
 def _best(double: bool) -> str:
     if torch.cuda.is_available():
         return "cuda"

@@ -11,6 +11,7 @@ from kvscope.bounds.schedules import Schedules, schedules
 from kvscope.engine.layers import RecordedLayers
 from kvscope.engine.parts import MEMORY_ERRORS, RunParts
 from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.row_loading import HostBlock
 from kvscope.engine.rows import Block
 from kvscope.engine.runs import LayerResult, RunSpec, Sink, Tally, by_plan
 from kvscope.engine.scoring import BlockScorer, MetricSeries
@@ -18,6 +19,7 @@ from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.metrics import Metric
 from kvscope.replay.open_loop import OpenLoop
+from kvscope.replay.reading import BlockReader, GroupSpec
 from kvscope.trace.reader import TokenSequence
 
 
@@ -70,8 +72,8 @@ class RunResult:
 class LayerGroup:
     """All runs over one group of layers of one sequence, stepped together through blocks of rows."""
 
-    def __init__(self, work: OpenLoop, sequence: TokenSequence, layers: list[int], block_steps: int) -> None:
-        self.sequence, self.layers, self._block_steps = sequence, layers, block_steps
+    def __init__(self, work: OpenLoop, sequence: TokenSequence, layers: list[int]) -> None:
+        self.sequence, self.layers = sequence, layers
         runs, metrics, prefill = work.runs, work.metrics, work.prefill
         self._prefill, self._device = prefill, work.device
         self.source = RecordedLayers(work.trace, sequence, layers, work.device)
@@ -87,12 +89,12 @@ class LayerGroup:
         baselines = [each.baseline for each in self.plan_runs if each.baseline is not None]
         return [*(each.simulation for each in self.plan_runs), *baselines]
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield the rows of the sequence in blocks of steps; each block is read when it is requested."""
-        for start in range(0, self.shape.length, self._block_steps):
-            stop = min(start + self._block_steps, self.shape.length)
-            missing = None if self.source.missing is None else self.source.missing[..., start:stop]
-            yield Block(self.source.rows(start, stop), start, missing)
+    def blocks(self, read: Iterator[HostBlock]) -> Iterator[Block]:
+        """Yield the rows of the sequence in blocks of steps, on the device, from those that were read."""
+        for block in read:
+            rows = self.source.place(block)
+            missing = None if self.source.missing is None else self.source.missing[..., block.start : block.stop]
+            yield Block(rows, block.start, missing)
 
     def score(self, block: Block) -> None:
         """Score a block that every simulation has stepped through, then free the memory that only scoring needs."""
@@ -171,43 +173,49 @@ def step_through(
         Called with the completed share, from 0 to 1.
     """
     tally, parts = Tally(), RunParts()
+    groups = group_specs(work, work.trace.sequences if sequences is None else sequences)
+    runs = [run for of_plan in by_plan(work.runs) for run in of_plan]
+    with BlockReader(work.trace, groups, work.device) as reader:
+        for number, group in enumerate(groups):
+            share = None if progress is None else _share(progress, number, len(groups))
+            waiting = list(runs)
+            while waiting:
+                part = replace(work, runs=parts.next_part(waiting))
+                for result in _stepped(part, group, reader.blocks(number), parts, share):
+                    del waiting[0]
+                    tally.add(result.counts)
+                    for layer in result.layers:
+                        layer.write(sink, result.run, group.sequence.index)
+    return tally
+
+
+def group_specs(work: OpenLoop, sequences: Sequence[TokenSequence]) -> list[GroupSpec]:
+    """Return the groups of layers of some sequences, in the order in which they are stepped through."""
     groups = []
     layers = work.trace.layers
-    for sequence in work.trace.sequences if sequences is None else sequences:
+    for sequence in sequences:
         needs = work.footprints[sequence.index]
         starts = range(0, len(layers), needs.layers)
-        groups += [(sequence, layers[start : start + needs.layers], needs.steps) for start in starts]
-    runs = [run for of_plan in by_plan(work.runs) for run in of_plan]
-    for number, (sequence, group_layers, steps) in enumerate(groups):
-        share = None if progress is None else _share(progress, number, len(groups))
-        waiting = list(runs)
-        while waiting:
-            part = replace(work, runs=parts.next_part(waiting))
-            for result in _stepped(part, sequence, group_layers, steps, parts, share):
-                del waiting[0]
-                tally.add(result.counts)
-                for layer in result.layers:
-                    layer.write(sink, result.run, sequence.index)
-    return tally
+        groups += [GroupSpec(sequence, layers[start : start + needs.layers], needs.steps) for start in starts]
+    return groups
 
 
 def _stepped(
     work: OpenLoop,
-    sequence: TokenSequence,
-    layers: list[int],
-    block_steps: int,
+    spec: GroupSpec,
+    read: Iterator[HostBlock],
     parts: RunParts,
     progress: Callable[[float], None] | None,
 ) -> Iterator[RunResult]:
     """Yield the results of runs over a group of layers; where memory is exceeded, of some or none, and tell `parts`."""
     try:
-        group = LayerGroup(work, sequence, layers, block_steps)
-        for block in group.blocks():
+        group = LayerGroup(work, spec.sequence, spec.layers)
+        for block in group.blocks(read):
             for simulation in group.simulations:
                 simulation.block(block)
             group.score(block)
             if progress is not None:
-                progress((block.start + block.rows.shape[-2]) / sequence.length)
+                progress((block.start + block.rows.shape[-2]) / spec.sequence.length)
         group.check()
         yield from group.results()
     except MEMORY_ERRORS as error:

@@ -18,6 +18,7 @@ from kvscope.policies.spec import parse_policies
 from kvscope.replay.footprint import Footprint, footprint
 from kvscope.replay.layer_group import LayerGroup
 from kvscope.replay.open_loop import OpenLoop
+from kvscope.replay.reading import BlockReader, GroupSpec
 from kvscope.replay.run import replay
 from kvscope.trace.reader import Trace, open_trace
 
@@ -55,11 +56,13 @@ def test_the_stated_memory_covers_the_arrays(example: Trace, prefill: str) -> No
     work = OpenLoop(example, runs, metrics, Prefill(prefill), torch.device("cpu"))
     needs = work.footprints[sequence.index]
     assert needs.layers == len(example.layers)
-    group = LayerGroup(work, sequence, example.layers, needs.steps)
-    for block in group.blocks():
-        for simulation in group.simulations:
-            simulation.block(block)
-        group.score(block)
+    group = LayerGroup(work, sequence, example.layers)
+    spec = GroupSpec(sequence, example.layers, needs.steps)
+    with BlockReader(example, [spec], work.device) as reader:
+        for block in group.blocks(reader.blocks(0)):
+            for simulation in group.simulations:
+                simulation.block(block)
+            group.score(block)
     group.check()
     kept = 0
     for each in group.plan_runs:

@@ -42,9 +42,12 @@ def weights(change: Callable[[list[list[float]]], None]) -> Callable[[pa.Table],
     return made
 
 
-def read_layer(path: Path) -> None:
+def read_layer(path: Path, *, as_stored: bool = False) -> None:
     trace = open_trace(path)
-    trace.attention(0, 0)
+    if as_stored:
+        trace.stored_rows(0, 0, 0, 9)
+    else:
+        trace.attention(0, 0)
     trace.key_norms(0, 0)
 
 
@@ -103,6 +106,8 @@ def test_rows_that_cannot_be(tmp_path: Path, change: Callable[[pa.Table], pa.Tab
     rewritten(tmp_path / "t", change)
     with pytest.raises(TraceError, match=message):
         open_trace(tmp_path / "t").attention(0, 0)
+    with pytest.raises(TraceError, match=message):
+        open_trace(tmp_path / "t").stored_rows(0, 0, 0, 9)
 
 
 def test_the_file_of_another_layer_is_refused_even_if_its_checksum_is_recorded(tmp_path: Path) -> None:
@@ -159,6 +164,8 @@ def test_an_old_header_is_compared_with_the_files(tmp_path: Path, change: dict[s
     change_header(tmp_path / "t", change, version=4)
     with pytest.raises(TraceError, match=message):
         read_layer(tmp_path / "t")
+    with pytest.raises(TraceError, match=message):
+        read_layer(tmp_path / "t", as_stored=True)
 
 
 def test_the_identity_covers_what_decides(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Rows recomputed from vectors equal the plain-loop reference, in any blocks; damaged files are refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def states(seed: int, length: int = LENGTH) -> dict[str, np.ndarray]:
 def record(path: Path, *, lengths: tuple[int, ...] = (LENGTH, 9), written: int | None = None, sinks: bool = False):
     """Record a trace of vectors alone, two layers; returns it."""
     logits = [0.5, -1.0, 2.0, 0.0] if sinks else None
-    facts = header(HEADS, KV_HEADS, list(STORES["qkv"]))
+    facts = replace(header(HEADS, KV_HEADS, list(STORES["qkv"])), learned_sinks=sinks)
     facts.attention.extend([LayerAttention(0.6, sinks=logits), LayerAttention(0.6, 5.0, 4, logits)])
     with TraceWriter(path, facts) as writer:
         for sequence, length in enumerate(lengths):
