@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvscope.engine.rows import Shape
+from kvscope.kernels import device as devices
 from kvscope.metrics import Metric
 from kvscope.metrics.base import Rows
 from kvscope.metrics.past import Past
@@ -34,6 +37,13 @@ class CacheHistory(Protocol):
         """Return ``R_t``, bool ``[R, L, G, stop - start, stop]``."""
 
 
+class Constants(NamedTuple):
+    """Numbers of all blocks: int ``[L]``, keys that a query can attend to at most; int ``[R]``, ``B`` of each run."""
+
+    reach: Tensor
+    budget: Tensor
+
+
 class MetricSeries:
     """The values of metrics at every step of one policy under several budgets.
 
@@ -52,6 +62,7 @@ class MetricSeries:
         self._blocks: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
         self._evicted: list[Tensor] = []
         self._pooled: dict[str, Tensor] = {}
+        self._constants: Constants | None = None
 
     def values(self) -> dict[str, Tensor]:
         """Return ``[R, L, H, S]`` for every metric; NaN at steps at which nothing had been evicted."""
@@ -83,9 +94,23 @@ class MetricSeries:
 
     def _after_eviction(self, rows: Rows) -> Tensor:
         """Return whether the query sees fewer keys than with a full cache, bool ``[R, L, H, b]``."""
-        reach = torch.tensor(self.history.shape.reach(), device=rows.full.device)
+        reach = self.constants(rows.full.device).reach
         full = torch.minimum(rows.steps + 1, reach[:, None])[:, None, :]  # [L, 1, b]
         return rows.kept.keys < full
+
+    def constants(self, device: torch.device) -> Constants:
+        """Return numbers of the runs as tensors on a device, copied there once, since a copy waits for the device."""
+        if self._constants is None or self._constants.reach.device != device:
+            reach, budgets = self.history.shape.reach(), self.history.budgets
+            self._constants = Constants(torch.tensor(reach, device=device), torch.tensor(budgets, device=device))
+        return self._constants
+
+    def on_cpu(self) -> dict[str, NDArray[np.float32]]:
+        """Return `values` as arrays; from a device in one copy."""
+        values = self.values()
+        if not values or devices.on_cpu(next(iter(values.values())).device):
+            return {name: value.numpy() for name, value in values.items()}
+        return dict(zip(values, torch.stack(list(values.values())).cpu().numpy(), strict=True))
 
 
 class BlockScorer:
@@ -135,7 +160,8 @@ class BlockScorer:
                 full=full,
                 visible=history.visible(begin, stop),
                 held=history.held(begin, stop),
-                budget=torch.tensor(history.budgets, device=full.device),
+                budget=series.constants(full.device).budget,
+                budgets=tuple(history.budgets),
                 steps=steps,
                 missing=None if missing is None else missing[..., begin - start :],
                 signals=signals,

@@ -13,7 +13,8 @@ from torch import Tensor
 from kvscope.core.errors import UsageError
 from kvscope.core.records import MetricRecord
 from kvscope.core.registry import Registry
-from kvscope.metrics.heaviest import heaviest
+from kvscope.kernels import device as devices
+from kvscope.metrics.heaviest import heaviest, heaviest_by_rank, ranks
 from kvscope.metrics.moments import Moments, moments, summed
 
 T = TypeVar("T")
@@ -50,6 +51,8 @@ class Rows:
         later keys, and for all of them at steps of the prompt.
     shared : dict
         Quantities that depend on the rows and budgets alone, computed once for all policies with these budgets: `once`.
+    budgets : tuple of int
+        The numbers of `budget`, so that a device need not be asked for them; by default they are read from it.
     """
 
     full: Tensor
@@ -60,22 +63,25 @@ class Rows:
     missing: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     shared: dict[tuple[str, tuple[int, ...]], object] = field(default_factory=dict)
+    budgets: tuple[int, ...] = ()
 
-    def once(self, name: str, make: Callable[[], T]) -> T:
-        """Return ``make()``, computed once for these rows and budgets; it must not depend on the policy's decisions."""
-        key = (name, self.budgets)
+    def __post_init__(self) -> None:
+        if not self.budgets:
+            self.budgets = tuple(self.budget.tolist())
+
+    def once(self, name: str, make: Callable[[], T], *, any_budget: bool = False) -> T:
+        """Return ``make()``, computed once for these rows and budgets; it must not depend on the policy's decisions.
+
+        With `any_budget` it must not depend on the budgets either, and is computed once for all of them.
+        """
+        key = (name, () if any_budget else self.budgets)
         if key not in self.shared:
             self.shared[key] = make()
         return cast(T, self.shared[key])
 
-    @cached_property
-    def budgets(self) -> tuple[int, ...]:
-        """``B`` of each run."""
-        return tuple(self.budget.tolist())
-
     def heaviest(self, skip: int = 0) -> Tensor:
         """Return a mask of the ``B`` heaviest keys but the current and the first `skip`, bool ``[R, L, H, b, n]``."""
-        return self.once(f"heaviest {skip}", lambda: heaviest(self.full, self.steps, self.budgets, skip))
+        return self.once(f"heaviest {skip}", lambda: self._heaviest(skip))
 
     @cached_property
     def seen(self) -> Tensor:
@@ -132,6 +138,12 @@ class Rows:
         """The current key and the ``B`` heaviest others of each row, bool ``[R, L, H, b, n]`` (A2SF section 4.3)."""
         return self.once("ideal mask", lambda: self.heaviest() | self.current)
 
+    def _heaviest(self, skip: int) -> Tensor:
+        if devices.on_cpu(self.full.device):
+            return heaviest(self.full, self.steps, self.budgets, skip)
+        rank = self.once("ranks", lambda: ranks(self.full, self.steps).to(torch.int32), any_budget=True)
+        return heaviest_by_rank(rank, self.steps, self.budget, skip)
+
     def _per_query_head(self, mask: Tensor) -> Tensor:
         return mask.repeat_interleave(self.full.shape[-3] // mask.shape[2], dim=2)
 
@@ -140,19 +152,6 @@ class Rows:
         if self.missing is not None:
             total = total + self.missing[..., None]
         return kept / torch.where(total > 0, total, 1)
-
-
-def ranks(full: Tensor, steps: Tensor) -> Tensor:
-    """Return the rank of each key in its row, int64 ``[L, H, b, n]``: 0 for the heaviest, the current key last.
-
-    Of equal weights the newer key comes first, as in eviction the oldest is evicted first.
-    """
-    n = full.shape[-1]
-    key = torch.arange(n, device=full.device)
-    others = torch.where(key < steps[:, None], full, -1.0)
-    order = others.flip(-1).sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(-1, order, key.expand_as(order).contiguous())
-    return rank.flip(-1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The heaviest keys of every row, without ranking all of them."""
+"""The heaviest keys of every row: on a CPU without ranking all keys, elsewhere from one ranking for all budgets."""
 
 from __future__ import annotations
 
@@ -12,8 +12,49 @@ from kvscope.kernels import available
 from kvscope.kernels.top import top_masks
 
 
+def ranks(full: Tensor, steps: Tensor) -> Tensor:
+    """Return the rank of each key in its row, int64 ``[..., b, n]``: 0 for the heaviest, the current key last.
+
+    Of equal weights the newer key comes first, as in eviction the oldest is evicted first.
+    """
+    n = full.shape[-1]
+    key = torch.arange(n, device=full.device)
+    others = torch.where(key < steps[:, None], full, -1.0)
+    order = others.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(-1, order, key.expand_as(order).contiguous())
+    return rank.flip(-1)
+
+
+def heaviest_by_rank(rank: Tensor, steps: Tensor, budget: Tensor, skip: int = 0) -> Tensor:
+    """Return what `heaviest` returns, from ranks that serve every budget: one comparison for each run.
+
+    Parameters
+    ----------
+    rank : Tensor
+        int ``[L, H, b, n]``, or ``[R, L, H, b, n]`` where each run has its own rows: what `ranks` returns.
+    steps : Tensor
+        int ``[b]``: position of each query.
+    budget : Tensor
+        int ``[R]``: ``B`` of each run.
+    skip : int
+        Number of first positions that are skipped.
+
+    Returns
+    -------
+    Tensor
+        bool ``[R, L, H, b, n]``.
+    """
+    key = torch.arange(rank.shape[-1], device=rank.device)
+    among = rank  # the keys that count
+    for skipped in range(min(skip, len(key))):
+        among = among - (rank[..., skipped, None] < rank).to(rank.dtype)
+    return (among < budget[:, None, None, None, None]) & (key < steps[:, None]) & (key >= skip)
+
+
 def heaviest(full: Tensor, steps: Tensor, budgets: Sequence[int], skip: int = 0) -> Tensor:
     """Return a mask of the ``B`` heaviest keys of each row but the current one; of equal weights the newer is in.
+
+    It runs on a CPU.
 
     Parameters
     ----------
@@ -43,7 +84,7 @@ def heaviest(full: Tensor, steps: Tensor, budgets: Sequence[int], skip: int = 0)
 def _tops(others: Tensor, budgets: Sequence[int]) -> Tensor:
     """Return a mask of the heaviest weights of each row, ``[R, ..., n]``; a key that does not count has weight -1."""
     least = _kth_largest(others, budgets)
-    if others.device.type == "cpu" and available():
+    if available():
         return torch.from_numpy(top_masks(others.numpy(), least.numpy(), np.array(budgets)))
     return torch.stack([_top(others, one, budget) for one, budget in zip(least, budgets, strict=True)])
 
@@ -65,10 +106,7 @@ def _kth_largest(rows: Tensor, budgets: Sequence[int]) -> Tensor:
     n = rows.shape[-1]
     least = torch.full((len(budgets), *rows.shape[:-1]), -1.0, dtype=rows.dtype, device=rows.device)
     inside = [(place, n - budget) for place, budget in enumerate(budgets) if budget <= n]
-    if rows.device.type != "cpu":
-        for place, index in inside:
-            least[place] = rows.kthvalue(index + 1, dim=-1).values
-    elif inside:
+    if inside:
         selected = np.partition(rows.numpy(), sorted({index for _, index in inside}), axis=-1)
         for place, index in inside:
             least[place] = torch.from_numpy(selected[..., index])

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvscope.kernels import available
+from kvscope.kernels import available, triton_available
+from kvscope.kernels import device as devices
 from kvscope.kernels.moments import masked_sums
 
 SINKS = 4  # positions that are left out where a metric says "no sinks" (StreamingLLM, arXiv:2309.17453)
@@ -50,11 +51,15 @@ def moments(full: Tensor, mask: Tensor, steps: Tensor, other: Tensor | None = No
         bool ``[R, L, H, b, n]``.
     """
     rows = full if full.ndim == 5 else full[None]
-    if rows.device.type == "cpu" and available():
+    if devices.on_cpu(rows.device) and available():
         also = None if other is None else other.expand(mask.shape[0], -1, -1, -1, -1).numpy()
         return Moments(
             *torch.from_numpy(masked_sums(rows.detach().numpy(), mask.numpy(), also, steps.numpy(), SINKS)).unbind(-1)
         )
+    if rows.device.type == "cuda" and triton_available():
+        from kvscope.kernels import moments_triton  # loads triton, which only a GPU needs
+
+        return Moments(*moments_triton.masked_sums(rows.detach(), mask, other, steps, SINKS).unbind(-1))
     shown = mask.repeat_interleave(rows.shape[2] // mask.shape[2], dim=2)
     shown = shown if other is None else shown & other
     return summed(rows * shown, shown.sum(-1))

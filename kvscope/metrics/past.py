@@ -7,7 +7,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from kvscope.metrics.base import NOWHERE, ranks
+from kvscope.kernels import device as devices
+from kvscope.metrics.base import NOWHERE
+from kvscope.metrics.heaviest import ranks
 
 
 class Past:
@@ -41,6 +43,10 @@ class Past:
         last = key.expand(*lead, n).clone()  # a key's arrival counts
         if self._last is not None:
             last[..., :start] = self._last
+        if not devices.on_cpu(full.device):
+            attended = last_attended(full, start, last)
+            self._last = attended[..., -1, :]
+            return attended[..., :-1, :]
         result = torch.empty(*lead, count, n, dtype=torch.int32, device=full.device)
         for row in range(count):
             result[..., row, :] = last
@@ -53,7 +59,7 @@ class Past:
         row = self._prompt - 1 - start
         if 0 <= row < count:
             weights = full[..., row : row + 1, : self._prompt]
-            later = torch.tensor([self._prompt], device=full.device)  # so that the query's own key is ranked too
+            later = torch.full((1,), self._prompt, device=full.device)  # so that the query's own key is ranked too
             self._rank = ranks(weights, later)[..., 0, :]
         rank = torch.full((*full.shape[:-2], n), NOWHERE, dtype=torch.int64, device=full.device)
         if self._rank is None:
@@ -61,3 +67,24 @@ class Past:
         rank[..., : self._prompt] = self._rank
         step = torch.arange(start, start + count, device=full.device)[:, None]
         return torch.where(step >= self._prompt, rank[..., None, :], NOWHERE)
+
+
+def last_attended(full: Tensor, start: int, last: Tensor) -> Tensor:
+    """Return the last step before each row at which each key was attended to, int32 ``[.., b + 1, n]``.
+
+    The last one is what the step after the block begins with. The number of operations does not depend on that of the
+    rows, which matters on a GPU; on a CPU a loop over them is faster.
+
+    Parameters
+    ----------
+    full : Tensor
+        Rows ``[.., b, n]`` of steps `start` to ``start + b - 1``.
+    start : int
+        First step.
+    last : Tensor
+        int32 ``[.., n]``: the same before the first row.
+    """
+    step = torch.arange(start, start + full.shape[-2], dtype=torch.int32, device=full.device)[:, None]
+    least = (1 / (step + 1).to(torch.float64)).to(full.dtype)
+    attended = torch.where(full > least, step, -1)
+    return torch.cat([last[..., None, :], attended], dim=-2).cummax(-2).values

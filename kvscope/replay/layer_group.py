@@ -111,7 +111,7 @@ class LayerGroup:
         """Yield the result of every run, those of one plan together; nothing of it is left on the device."""
         steps = np.arange(self.first, self.shape.length)
         for each in self.plan_runs:
-            values = {name: value.cpu().numpy() for name, value in each.series.values().items()}
+            values = each.series.on_cpu()
             for number, run in enumerate(each.runs):
                 counts = Tally()
                 each.count(number, len(steps), counts)

@@ -150,7 +150,7 @@ class ScoreJob:
             scorer.add(source.rows(start, stop), start, missing)
         steps = np.arange(first, tokens.length)
         for run, series in zip(runs, every_series, strict=True):
-            values_by_metric = {name: value[0, 0].cpu().numpy() for name, value in series.values().items()}
+            values_by_metric = {name: value[0, 0] for name, value in series.on_cpu().items()}
             yield run.run, LayerResult(layer, residency[run.run], steps, values_by_metric)
 
 
