@@ -14,6 +14,11 @@ def draw(seed: int, sequence: int, layers: Tensor, heads: int, position: int) ->
     return _uniform(_mix(_heads(seed, sequence, layers, heads) ^ position))
 
 
+def draws(seed: int, sequence: int, layers: Tensor, heads: int, positions: Tensor) -> Tensor:
+    """Return what `draw` returns for each of the positions ``[b]``, float64 ``[L, heads, b]``."""
+    return _uniform(_mix(_heads(seed, sequence, layers, heads)[..., None] ^ positions))
+
+
 def draw_row(seed: int, sequence: int, layers: Tensor, heads: int, position: int) -> Tensor:
     """Return one uniform number in [0, 1) for each layer, head and key up to `position`, float64 ``[L, heads, n]``."""
     key = torch.arange(position + 1, dtype=torch.int64, device=layers.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvscope.engine.cache_state import CacheState
+from kvscope.engine.fixed_scores import fixed_scores
 from kvscope.engine.rows import Block
 from kvscope.engine.signal_axes import with_run_axis
 from kvscope.engine.stepper import StepInputs
@@ -47,6 +48,7 @@ class NumbaStepper:
         evicts = np.array([inputs.evicts_after(t) for t in steps])
         missing = inputs.missing_mass
         scale = None if self._rule.scale is None else inputs.signals[self._rule.scale]
+        fixed = fixed_scores(self._rule, inputs, self._state, steps.start, steps.stop)
         self._state.nan_scores |= step_block(
             self._rule.weights,
             self._rule.decay,
@@ -56,6 +58,7 @@ class NumbaStepper:
             evicts,
             missing=None if missing is None else with_run_axis("missing", missing).detach().numpy(),
             scale=None if scale is None else scale.detach().contiguous().numpy(),
+            fixed=None if fixed is None else fixed.numpy(),
         )
         if evicts.any():
             self._state.length_at_eviction.fill_(steps[int(evicts.nonzero()[0][-1])] + 1)

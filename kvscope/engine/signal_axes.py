@@ -8,6 +8,11 @@ VECTORS = ("keys", "values", "queries")  # signals [L, heads, T, D]; all others 
 PER_QUERY = ("queries", "mean_query")  # signals of which a policy gets the current query only
 
 
+def with_one_number(name: str) -> bool:
+    """Return whether a signal has one number for each key/value head and key, ``[., L, G, T]``."""
+    return name not in (*VECTORS, *PER_QUERY)
+
+
 def time_axis(name: str) -> int:
     """Return which axis of a signal is the position: -2 if each token has a vector, otherwise -1."""
     return -2 if name in (*VECTORS, "mean_query") else -1

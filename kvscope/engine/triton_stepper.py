@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvscope.engine.cache_state import CacheState
+from kvscope.engine.fixed_scores import fixed_scores
 from kvscope.engine.rows import Block
 from kvscope.engine.signal_axes import with_run_axis
 from kvscope.engine.stepper import StepInputs
@@ -60,6 +61,7 @@ class TritonStepper:
             self._evicts[block.start : stop],
             missing=None if missing is None else with_run_axis("missing", missing).detach(),
             scale=None if self._rule.scale is None else inputs.signals[self._rule.scale].detach(),
+            fixed=fixed_scores(self._rule, inputs, self._state, block.start, stop),
             most_keys=self._most_keys,
         )
         self._state.nan_scores |= (bad != 0).any()

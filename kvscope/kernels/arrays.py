@@ -55,6 +55,8 @@ class KernelRows(NamedTuple):
         ``[R or 1, L, H, T]``: attention mass of each row on a learned sink; ``T`` is 0 if there is none.
     scale : ndarray
         ``[R or 1, L, S, T]``: factor of each weight; ``T`` is 0 if weights are not scaled.
+    fixed : ndarray
+        ``[R or 1, L, S, b]``: the scores of the keys of these steps, if those are fixed; otherwise ``b`` is 0.
     """
 
     full: Array
@@ -62,3 +64,4 @@ class KernelRows(NamedTuple):
     evicts: Array
     missing: Array
     scale: Array
+    fixed: Array

@@ -18,6 +18,7 @@ def step_block(
     *,
     missing: Array | None = None,
     scale: Array | None = None,
+    fixed: Array | None = None,
 ) -> bool:
     """Step caches through a block of rows, and return whether a score was NaN at a step that evicts.
 
@@ -27,8 +28,9 @@ def step_block(
         How keys are scored: `Recurrence.weights` and `Recurrence.decay`.
     state : KernelState
         Changed in place.
-    rows, start, evicts, missing, scale
-        As in `KernelRows`; None if the model has no learned sinks, or the weights are not scaled.
+    rows, start, evicts, missing, scale, fixed
+        As in `KernelRows`; None if the model has no learned sinks, the weights are not scaled, or `reduce` is not
+        ``none``.
     """
     from kvscope.kernels.step_block_loop import MAX, MEAN, NONE, SUM, step_heads
 
@@ -36,7 +38,8 @@ def step_block(
     nan_scores = np.zeros(heads, np.bool_)
     missing = np.zeros((1, *rows.shape[1:3], 0), rows.dtype) if missing is None else missing
     scale = np.zeros((1, *state.n_alive.shape[1:], 0), rows.dtype) if scale is None else scale
-    block = KernelRows(rows, start, evicts, missing, scale)
+    fixed = np.zeros((1, *state.n_alive.shape[1:], 0), state.score.dtype) if fixed is None else fixed
+    block = KernelRows(rows, start, evicts, missing, scale, fixed)
     reduction = {"none": NONE, "mean": MEAN, "max": MAX, "sum": SUM}[reduce]
     factor = state.score.dtype.type(decay)
 

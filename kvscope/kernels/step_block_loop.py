@@ -34,6 +34,7 @@ def step_heads(
         m = _gather(alive[:start], score, slots, kept)
         rows_run, sink_run = min(r, rows.shape[0] - 1), min(r, missing.shape[0] - 1)
         scale_row = scale[min(r, scale.shape[0] - 1), layer, s]
+        fixed = block.fixed[min(r, block.fixed.shape[0] - 1), layer, s]
         for i in range(rows.shape[3]):
             t = start + i
             slots[m], kept[m] = t, 0
@@ -41,7 +42,7 @@ def step_heads(
             if 0 < window <= t:
                 m = _slide_out(t - window, t - 1, leave, slots, kept, m)
             if reduce == NONE:
-                kept[m - 1] = t
+                kept[m - 1] = fixed[i]
             else:
                 queries = slice(s * group, (s + 1) * group)
                 full, sink = rows[rows_run, layer, queries, i], missing[sink_run, layer, queries]

@@ -51,16 +51,17 @@ def step_block(
     *,
     missing: Tensor | None = None,
     scale: Tensor | None = None,
+    fixed: Tensor | None = None,
     most_keys: int = MOST_KEYS,
 ) -> Tensor:
     """Step caches through a block of rows, and return which heads had a score that is not a number.
 
-    Nothing waits for the device.
+    The result is uint8 ``[R, L, S]``. Nothing waits for the device.
 
     Parameters
     ----------
     reduce : {"none", "mean", "max", "sum"}
-        How the query heads of a group become one; ``none``: the score of a key is its position.
+        How the query heads of a group become one; ``none``: the score of a key is `fixed`.
     decay : Tensor
         ``[1]``, in the precision of the scores: what is left of the score of the step before.
     state : TritonState
@@ -75,26 +76,23 @@ def step_block(
         ``[R or 1, L, H, T]``: mass that a learned sink takes from each row.
     scale : Tensor or None
         ``[R or 1, L, S, T]``: what each weight is multiplied by.
+    fixed : Tensor or None
+        ``[R or 1, L, S, b]``, in the precision of the scores: the scores of the keys of these steps.
     most_keys : int
         Keys whose state may be held in registers.
-
-    Returns
-    -------
-    Tensor
-        uint8 ``[R, L, S]``.
     """
     runs, layers, heads, length = state.leave.shape
     together = rows.shape[2] // heads
     bad = torch.zeros((runs, layers, heads), dtype=torch.uint8, device=rows.device)
     kernel, block_heads, keys = _kernel(length, together, most_keys)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    given = [rows[:1] if part is None else part.contiguous() for part in (missing, scale, fixed)]
     run_stride, layer_stride, head_stride, step_stride, _ = rows.stride()
     kernel[(runs * layers * heads,)](
-        rows, rows if missing is None else missing.contiguous(), rows if scale is None else scale.contiguous(),
+        rows, *given,
         state.alive.view(torch.uint8), state.score, state.leave, state.n_alive, state.evictions, state.budget,
         state.sinks, state.recent, state.windows, evicts, decay, bad,
-        start, rows.shape[3], length, layers, heads, together, rows.shape[0],
-        1 if missing is None else missing.shape[0], 1 if scale is None else scale.shape[0],
+        start, rows.shape[3], length, layers, heads, together, rows.shape[0], *(part.shape[0] for part in given),
         run_stride, layer_stride, head_stride, step_stride,
         REDUCE=REDUCTIONS[reduce], HAS_MISSING=missing is not None, HAS_SCALE=scale is not None,
         QB=block_heads, N=keys, BITS=8 * state.score.element_size(),

@@ -71,8 +71,8 @@ def _evicted(score, candidate, count, BITS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def step_in_registers(
-    rows, missing, scale, alive, score, leave, count, evictions, budget, sinks, recent, windows, evicts, decay, bad,
-    start, steps, length, layers, heads, together, row_runs, missing_runs, scale_runs,
+    rows, missing, scale, fixed, alive, score, leave, count, evictions, budget, sinks, recent, windows, evicts, decay,
+    bad, start, steps, length, layers, heads, together, row_runs, missing_runs, scale_runs, fixed_runs,
     run_stride, layer_stride, head_stride, step_stride,
     REDUCE: tl.constexpr, HAS_MISSING: tl.constexpr, HAS_SCALE: tl.constexpr,
     QB: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr,
@@ -87,14 +87,14 @@ def step_in_registers(
     gone_at = tl.load(leave + unit * length + j, mask=inside, other=0)
     size, most = tl.load(count + unit), tl.load(budget + unit)
     first, newest, window = tl.load(sinks + r), tl.load(recent + r), tl.load(windows + layer)
-    evicted, wrong = tl.load(evictions + unit), tl.load(bad + unit).to(tl.int32)
-    left = tl.load(decay)
+    evicted, wrong, left = tl.load(evictions + unit), tl.load(bad + unit).to(tl.int32), tl.load(decay)
     own = rows + tl.minimum(r, row_runs - 1) * run_stride + layer * layer_stride + s * together * head_stride
     lost = missing + ((tl.minimum(r, missing_runs - 1) * layers + layer) * heads + s) * together * length
     factor = tl.full([N], 1, rows.dtype.element_ty)
     if HAS_SCALE:
         place = ((tl.minimum(r, scale_runs - 1) * layers + layer) * heads + s) * length
         factor = tl.load(scale + place + j, mask=inside, other=0.0).to(rows.dtype.element_ty)
+    arriving = fixed + ((tl.minimum(r, fixed_runs - 1) * layers + layer) * heads + s) * steps
     for i in range(steps):
         t = start + i
         held = held | (j == t)
@@ -105,7 +105,7 @@ def step_in_registers(
             size -= tl.sum(forgotten.to(tl.int32), 0)
             held = held & (j != t - window)
         if REDUCE == IS_NONE:
-            points = tl.where(j == t, t.to(points.dtype), points)
+            points = tl.where(j == t, tl.load(arriving + i).to(points.dtype), points)
         else:
             weight = _weights(
                 own + i * step_stride, lost + t, factor, held, together, head_stride, length, REDUCE, HAS_MISSING, QB, N

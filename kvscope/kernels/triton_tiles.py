@@ -112,8 +112,8 @@ def _evict_several(score, alive, leave, count, t, first, end, BITS: tl.constexpr
 
 @triton.jit
 def step_in_tiles(
-    rows, missing, scale, alive, score, leave, count, evictions, budget, sinks, recent, windows, evicts, decay, bad,
-    start, steps, length, layers, heads, together, row_runs, missing_runs, scale_runs,
+    rows, missing, scale, fixed, alive, score, leave, count, evictions, budget, sinks, recent, windows, evicts, decay,
+    bad, start, steps, length, layers, heads, together, row_runs, missing_runs, scale_runs, fixed_runs,
     run_stride, layer_stride, head_stride, step_stride,
     REDUCE: tl.constexpr, HAS_MISSING: tl.constexpr, HAS_SCALE: tl.constexpr,
     QB: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr,
@@ -125,11 +125,11 @@ def step_in_tiles(
     alive, score, leave = alive + unit * length, score + unit * length, leave + unit * length
     size, most = tl.load(count + unit), tl.load(budget + unit)
     first, newest, window = tl.load(sinks + r), tl.load(recent + r), tl.load(windows + layer)
-    evicted, wrong = tl.load(evictions + unit), tl.load(bad + unit).to(tl.int32)
-    left = tl.load(decay)
+    evicted, wrong, left = tl.load(evictions + unit), tl.load(bad + unit).to(tl.int32), tl.load(decay)
     own = rows + tl.minimum(r, row_runs - 1) * run_stride + layer * layer_stride + s * together * head_stride
     lost = missing + ((tl.minimum(r, missing_runs - 1) * layers + layer) * heads + s) * together * length
     factors = scale + ((tl.minimum(r, scale_runs - 1) * layers + layer) * heads + s) * length
+    arriving = fixed + ((tl.minimum(r, fixed_runs - 1) * layers + layer) * heads + s) * steps
     for i in range(steps):
         t = start + i
         n = t + 1
@@ -149,7 +149,7 @@ def step_in_tiles(
             held = tl.load(alive + key, mask=key < n, other=0) != 0
             points = tl.load(score + key, mask=key < n, other=0.0)
             if REDUCE == IS_NONE:
-                points = tl.where(key == t, t.to(points.dtype), points)
+                points = tl.where(key == t, tl.load(arriving + i).to(points.dtype), points)
             else:
                 weight = _weights(place, factors, norm, held, key, q < together, together, REDUCE, HAS_SCALE)
                 points = weight.to(points.dtype) + left * points

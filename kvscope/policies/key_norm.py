@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvscope.policies.base import Policy, Step, at_least, parameter, policy, variant_parameter
+from kvscope.policies.base import Policy, Recurrence, Step, at_least, parameter, policy, variant_parameter
 
 
 @policy("key-norm")
@@ -40,6 +40,9 @@ class KeyNorm(Policy):
         at_least("keep_ratio", self.keep_ratio, 0, 1)
         at_least("prune_after", self.prune_after, 1)
         at_least("skip_layers", self.skip_layers, 0)
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("none", fixed=lambda keys: -keys.signals["key_l2"])
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         return -step.signals["key_l2"].expand(step.visible.shape).to(score.dtype)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kvscope.core.errors import ReplayError
-from kvscope.policies.base import Policy, Protection, Step
+from kvscope.policies.base import Policy, Protection, Recurrence, Step
+from kvscope.policies.recurrence import Arrivals
 
 Observe = Callable[[Step, Tensor], Tensor]
 Read = Callable[[Step], Tensor]
@@ -43,6 +44,14 @@ def read_of(policy: Policy) -> Read:
         return _numbers(policy, "read", made, tuple(step.visible.shape), "booleans", lambda it: it.dtype == torch.bool)
 
     return read
+
+
+def fixed_of(policy: Policy, rule: Recurrence, keys: Arrivals, expected: tuple[int, ...]) -> Tensor:
+    """Return ``rule.fixed(keys)``; raises ReplayError if that of an own policy is not a score for each key."""
+    made: object = rule.fixed(keys)
+    return _numbers(
+        policy, "recurrence", made, expected, "scores", lambda it: not (it.is_complex() or it.dtype == torch.bool)
+    )
 
 
 def protection_of(policy: Policy, budget: int) -> Protection:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvscope.policies.base import Policy, Step, parameter, policy
+from kvscope.policies.base import Policy, Recurrence, Step, parameter, policy
 
 
 @policy("random")
@@ -31,6 +31,9 @@ class Random(Policy):
     proven = "plain-loop reference"
 
     seed: int = parameter(0, "seed of the draws")
+
+    def recurrence(self) -> Recurrence:
+        return Recurrence("none", fixed=lambda keys: keys.draws(self.seed))
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         score[..., -1] = step.draw(self.seed).to(score.dtype)

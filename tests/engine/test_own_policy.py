@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 import numpy, torch
 from kvscope import Policy
-from kvscope.policies.base import Protection
+from kvscope.policies.base import Protection, Recurrence
 
 @dataclass(frozen=True)
 class Own(Policy):
@@ -46,6 +46,9 @@ OTHERS = {
     "def protect(self, budget): 1 / 0": ":10: ZeroDivisionError",
     "def fit(self, layers, kv_heads, n_layers): sys.exit(0)": ":10: sys.exit was called",
     "def recurrence(self): raise KeyError('x')": ":10: KeyError",
+    "def recurrence(self): return Recurrence('none', fixed=lambda keys: 1 / 0)": ":10: ZeroDivisionError",
+    "def recurrence(self): return Recurrence('none', fixed=lambda keys: None)": ":10: recurrence returned nothing",
+    "def recurrence(self): return Recurrence('none', fixed=lambda keys: keys.positions[1:])": ":10: recurrence",
 }
 
 

@@ -35,6 +35,8 @@ SPECS = [
     "tova:scope=kv_head,group=max",
     "window",
     "streaming-llm:sinks=2",
+    "key-norm",
+    "random:seed=3",
     "vatp",
     "vatp:base=a2sf,norm=l2",
     "vatp:base=a2sf,norm=none",
@@ -154,7 +156,10 @@ def test_a_subclass_with_another_score_does_not_use_the_kernel() -> None:
     assert recurrence_of(Named()) == recurrence_of(A2SF())
 
 
-@pytest.mark.parametrize("spec", ["lru", "snapkv", "vatp:base=tova", "h2o:variant=mask", "a2sf:normalise=lifetime"])
+@pytest.mark.parametrize(
+    "spec",
+    ["lru", "snapkv", "key-norm:variant=l2compress", "vatp:base=tova", "h2o:variant=mask", "a2sf:normalise=lifetime"],
+)
 def test_a_score_that_is_no_recurrence_does_not_use_the_kernel(spec: str) -> None:
     policy: Policy = parse_policies([spec])[0]
     assert recurrence_of(policy) is None

@@ -28,6 +28,8 @@ SPECS = [
     "tova:scope=kv_head,group=max",
     "window",
     "streaming-llm:sinks=2",
+    "key-norm",
+    "random:seed=3",
     "vatp",
     "vatp:base=a2sf,norm=l2",
 ]
