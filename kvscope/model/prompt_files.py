@@ -15,6 +15,7 @@ from kvscope.core.text_names import text_ending
 LINES, WHOLE = (".jsonl", ".ndjson"), ".json"
 ANSWERS = ("answers", "outputs", "answer")
 QUESTIONS = ("input", "question")
+TABLES = (".csv", ".tsv", ".xlsx", ".parquet", ".arrow", ".feather", ".yaml", ".yml", ".toml")  # data, but not prose
 EXAMPLE = 'Write objects such as {"prompt": "..."} or {"messages": [...]}, or name the field of the text with --field.'
 
 Message = dict[str, Json]  # role and content, and what else a template reads
@@ -55,18 +56,19 @@ def read_prompts(
     """Return every prompt of files, with the continuation of all where a prompt has none of its own.
 
     Files that end in ``.jsonl`` or ``.ndjson`` have an object per line, ``.json`` files an object or a list of them;
-    standard input and files without an ending have either, or a text; all others are one text.
+    standard input and files without an ending have either, or a text; tables (`TABLES`) are refused; all others are one
+    text.
 
     Parameters
     ----------
     field : str, optional
         Field of the text or of the messages; otherwise the first that an object has of ``prompt``, ``messages``,
-        ``context`` with ``input`` or ``question``, ``input`` and ``text``.
+        ``context`` with ``input`` or ``question``, ``input``, ``text`` and ``question``.
 
     Raises
     ------
     UsageError
-        If a file cannot be read or is empty, or an object has no prompt.
+        If a file cannot be read or is empty, or an object has no prompt, or a field twice.
     """
     require_one_input([*prompts, *([] if continuation is None else [continuation])])
     forced = None if continuation is None else read_text(continuation)
@@ -89,6 +91,11 @@ def read_prompts(
 
 def _prompts_of(file: Path | str, forced: str | None, field: str | None) -> Iterator[PromptText]:
     name, ending = file_name(file), text_ending(file)
+    if ending in TABLES:
+        raise UsageError(
+            f"{name} is a table, not a text",
+            "Convert it to JSON lines, or give it the ending .txt to use all of it as one prompt.",
+        )
     content = read_exactly(file)
     if ending in LINES or ending == WHOLE or (not ending and _is_objects(content)):
         entries = _entries(name, content, lines=ending in LINES)
@@ -116,7 +123,7 @@ def _entries(name: str, content: str, *, lines: bool) -> list[tuple[str, Json]]:
     """Return the values of JSON or JSON lines, each with its place: file and line, or file and number."""
     if not lines:
         try:
-            whole: Json = json.loads(content) if content.strip() else []
+            whole = _loads(content) if content.strip() else []
         except RecursionError:
             raise UsageError(f"{name} is nested too deeply", EXAMPLE) from None
         except ValueError as error:
@@ -133,9 +140,22 @@ def _entries(name: str, content: str, *, lines: bool) -> list[tuple[str, Json]]:
 
 def _parsed(place: str, line: str) -> Json:
     try:
-        value: Json = json.loads(line)
+        return _loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{place}: no prompt: this is not JSON ({error})", EXAMPLE) from None
+
+
+def _loads(text: str) -> Json:
+    """Return the value of a JSON text; raises ValueError also where an object has a field twice."""
+
+    def once(pairs: list[tuple[str, Json]]) -> JsonDict:
+        entry = dict(pairs)
+        if len(entry) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"it has the field {next(n for n in names if names.count(n) > 1)} twice")
+        return entry
+
+    value: Json = json.loads(text, object_pairs_hook=once)
     return value
 
 
@@ -168,7 +188,7 @@ def _fields(entry: JsonDict) -> tuple[str, ...]:
             return (one,)
     if "context" in entry:
         return ("context", *[each for each in QUESTIONS if each in entry][:1])
-    return tuple([each for each in ("input", "text") if each in entry][:1])
+    return tuple([each for each in ("input", "text", "question") if each in entry][:1])
 
 
 def _messages(place: str, value: Json) -> tuple[Message, ...]:

@@ -33,6 +33,7 @@ def read(file: Path, text: str, **options: object) -> list[PromptText]:
         ({"context": "Once.", "question": "Who?"}, "Once.\n\nWho?", None, "context+question"),
         ({"text": "a", "answer": 7}, "a", ("7",), "text"),
         ({"prompt": "a", "input": "b", "text": "c"}, "a", None, "prompt"),
+        ({"question": "How many?", "answer": "4"}, "How many?", ("4",), "question"),
     ],
 )
 @pytest.mark.parametrize("name", ["p.jsonl", "p.ndjson", "p.JSONL", "p.json", "p"])
@@ -54,6 +55,13 @@ def test_lists_of_objects_and_chats(tmp_path: Path) -> None:
     assert chat.messages == ({"role": "user", "content": "Hello"},) and chat.field == "messages"
     (chat,) = read(tmp_path / "p.jsonl", json.dumps({"prompt": CHAT["messages"]}))
     assert chat.messages == ({"role": "user", "content": "Hello"},)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".TSV", ".yaml", ".parquet", ".csv.gz"])
+def test_tables_are_no_prose(tmp_path: Path, ending: str) -> None:
+    with pytest.raises(UsageError, match="is a table, not a text"):
+        read(tmp_path / f"p{ending}", "prompt,answer\nHow many?,4\n")
+    assert read(tmp_path / "p.csv.txt", "a,b")[0].text == "a,b"
 
 
 def test_a_named_field(tmp_path: Path) -> None:
@@ -130,6 +138,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         ("{", "line 1: no prompt: this is not JSON"),
         ('{"prompt": "a"}\n{"prompt": "b"', "line 2: no prompt: this is not JSON"),
         ("[]", "line 1: no prompt: this is not an object"),
+        ('{"prompt": "a", "prompt": "b"}', "line 1: no prompt: .*it has the field prompt twice"),
         ('{"title": "a"}', r"line 1: no prompt among its fields \(title\)"),
         ('{"prompt": 3}', "prompt is not a text"),
         ('{"prompt": "a", "continuation": 3}', "continuation is not a text"),
