@@ -36,12 +36,13 @@ MAY_IMPORT = {
     "closed_loop": LOOPS | {"model"},
     "replay": LOOPS | {"bounds", "closed_loop"},
     "tune": LOOPS | {"replay"},
+    "tasks": {"core"},
     "training": {"core", "gates", "kernels", "model", "trace"},
     "analysis": {"core", "results", "trace"},
     "report": {"core", "results", "trace"},
     "cli": {
         *("analysis", "closed_loop", "core", "engine", "gates", "kernels", "metrics", "model", "policies"),
-        *("replay", "report", "results", "trace", "training", "tune"),
+        *("replay", "report", "results", "tasks", "trace", "training", "tune"),
     },
 }
 

@@ -125,7 +125,7 @@ def _load_name(name: str, how: ModelSource) -> Loaded:
         _require_files(Path(source))
         if how.revision is not None:
             raise UsageError(f"--revision {how.revision}: folder {source} has no revisions", "Omit --revision.")
-    offline = not local and not _hub_answers(source, how.revision)
+    offline = not local and not hub_answers(source, how.revision)
     common = {
         "revision": how.revision,
         "trust_remote_code": how.trust_remote_code,
@@ -137,7 +137,7 @@ def _load_name(name: str, how: ModelSource) -> Loaded:
         _refuse_by_name(config)
     with explained(source, "tokenizer", offline=offline):
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        _require_vocabulary(source, tokenizer)
+        require_vocabulary(source, tokenizer)
     with explained(source, "weights", offline=offline):
         model = _weights(source, dtype=dtype, device_map=how.device_map, **common)
         if how.device_map is None:
@@ -163,7 +163,7 @@ def _commit(source: str, revision: str | None) -> str | None:
     return Path(file).parent.name if isinstance(file, str) else revision
 
 
-def _hub_answers(source: str, revision: str | None) -> bool:
+def hub_answers(source: str, revision: str | None) -> bool:
     """Return whether the Hub can be reached, after one request.
 
     Without this check transformers would request every file, and retry each for half a minute.
@@ -201,7 +201,7 @@ def _require_files(folder: Path) -> None:
             raise ModelError(f"{file} is damaged or truncated: {first_line(error)}", "Download it again.") from error
 
 
-def _require_vocabulary(source: str, tokenizer: Tokenizer) -> None:
+def require_vocabulary(source: str, tokenizer: Tokenizer) -> None:
     """Raise ModelError for an empty tokenizer, which transformers makes for some models whose files are missing."""
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise ModelError(

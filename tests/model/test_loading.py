@@ -168,9 +168,9 @@ def test_a_hub_that_says_no_is_asked_for_all(monkeypatch: pytest.MonkeyPatch) ->
         raise answer(HfHubHTTPError)
 
     monkeypatch.setattr(loading, "get_hf_file_metadata", refuse)
-    assert loading._hub_answers("org/name", None)
+    assert loading.hub_answers("org/name", None)
     monkeypatch.setattr(loading, "get_hf_file_metadata", lambda *_, **__: None)
-    assert loading._hub_answers("org/name", None)
+    assert loading.hub_answers("org/name", None)
 
 
 def test_offline_mode() -> None:

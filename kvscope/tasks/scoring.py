@@ -1,0 +1,93 @@
+"""Score what a model said against the right answers, 0 to 1."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from kvscope.core.errors import UsageError
+from kvscope.core.registry import nearest
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def exact(said: str, answers: Sequence[str]) -> float:
+    """Return 1 if the text begins with a right answer, otherwise 0; case and the amount of white space are ignored.
+
+    What follows the answer must not be a letter or digit, which would continue its last word.
+    """
+    text = " ".join(said.lower().split())
+    wanted = [" ".join(answer.lower().split()) for answer in answers]
+    return float(any(text.startswith(one) and not text[len(one) : len(one) + 1].isalnum() for one in wanted))
+
+
+def all_answers(said: str, answers: Sequence[str]) -> float:
+    """Return the share of the answers that are in the text: RULER's ``string_match_all``."""
+    return sum(answer.lower() in said.lower() for answer in answers) / len(answers)
+
+
+def any_answer(said: str, answers: Sequence[str]) -> float:
+    """Return 1 if any of the answers is in the text, otherwise 0: RULER's ``string_match_part``."""
+    return float(any(answer.lower() in said.lower() for answer in answers))
+
+
+def f1(said: str, answers: Sequence[str]) -> float:
+    """Return the best F1 of the words of the text and of an answer, as SQuAD and LongBench define it.
+
+    Case, punctuation and the articles a, an, the are ignored.
+    """
+    return max(_f1(_normalised(said), _normalised(answer)) for answer in answers)
+
+
+def rouge_l(said: str, answers: Sequence[str]) -> float:
+    """Return the best ROUGE-L F-measure of the text and an answer; needs the package ``rouge-score``.
+
+    Raises
+    ------
+    UsageError
+        If the package is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise UsageError("the score rouge-l needs another package", "Install it: pip install rouge-score") from None
+    scorer = RougeScorer(["rougeL"])
+    return max(float(scorer.score(answer, said)["rougeL"].fmeasure) for answer in answers)
+
+
+SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact": exact,
+    "all": all_answers,
+    "any": any_answer,
+    "f1": f1,
+    "rouge-l": rouge_l,
+}
+
+
+def score(metric: str, said: str, answers: Sequence[str]) -> float:
+    """Return how right a text is by a metric of `SCORES`, 0 to 1.
+
+    Raises
+    ------
+    UsageError
+        If there is no such metric, or no answer.
+    """
+    if metric not in SCORES:
+        raise UsageError(f"no score is called {metric!r}", nearest(metric, SCORES))
+    if not answers:
+        raise UsageError("an example has no answers to score with", "Give it answers, or omit the scoring.")
+    return SCORES[metric](said, answers)
+
+
+def _normalised(text: str) -> list[str]:
+    plain = "".join(letter for letter in text.lower() if letter not in set(string.punctuation))
+    return _ARTICLES.sub(" ", plain).split()
+
+
+def _f1(said: Sequence[str], answer: Sequence[str]) -> float:
+    if not said or not answer:
+        return float(said == answer)
+    common = sum((Counter(said) & Counter(answer)).values())
+    return 2 * common / (len(said) + len(answer))
