@@ -12,6 +12,7 @@ from torch import Tensor
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.attention_hook import Call
 from kvscope.model.derotation import Derotation
+from kvscope.policies.base import Step
 
 
 class Compacted:
@@ -44,28 +45,42 @@ class Compacted:
         start : int
             First query of the block.
         """
-        groups = self.key.shape[1]
         outputs = []
         for t in range(start, start + rows.shape[2]):
             step = simulation.see(t)
-            visible = step.visible[:, 0].expand(-1, groups, -1)  # [R, G, n]
-            if bool(visible.all()):  # nothing has been evicted, so the compacted positions are the original ones
-                row = rows[:, :, t - start, : t + 1]
-                grouped = row.reshape(row.shape[0], groups, -1, t + 1)
-                output = grouped @ self.value[:, :, : t + 1]
+            row = rows[:, :, t - start, : t + 1]
+            if simulation.occupancy.evicted:
+                row, output = self._shortened(simulation, step, row)
             else:
-                row, output = self._live(t, visible)
-                if simulation.inputs.missing_mass is not None:
-                    simulation.inputs.missing_mass[:, 0, :, t] = (1 - row.sum(-1)).clamp(min=0)
+                output = self._whole(t, row)
             simulation.attend(step, row[:, None])
             outputs.append(output.flatten(1, 2))  # [R, H, D]
         return torch.stack(outputs, 1)
 
-    def _live(self, t: int, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the live row ``[R, H, n]`` of query `t` and its output ``[R, G, Q, D]``."""
+    def _whole(self, t: int, row: Tensor) -> Tensor:
+        """Return the output of the full row of query `t`, ``[R, G, Q, D]``: without evictions no position changes."""
+        grouped = row.reshape(row.shape[0], self.key.shape[1], -1, t + 1)
+        return grouped @ self.value[:, :, : t + 1]
+
+    def _shortened(self, simulation: CacheSimulation, step: Step, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the live row of a step and its output; the full row if nothing has been evicted in any run."""
+        visible = step.visible[:, 0].expand(-1, self.key.shape[1], -1)  # [R, G, n]
+        live, of_live = self._live(step.t, visible, step.most_visible)
+        lost = (1 - live.sum(-1)).clamp(min=0)
+        missing = simulation.inputs.missing_mass
+        if not simulation.plan.policy.traits.bounded:  # only the device knows whether it evicts
+            whole = visible.all()
+            of_live = torch.where(whole, self._whole(step.t, row), of_live)
+            live = torch.where(whole, row, live)
+            lost = lost if missing is None else torch.where(whole, missing[:, 0, :, step.t], lost)
+        if missing is not None:
+            missing[:, 0, :, step.t] = lost
+        return live, of_live
+
+    def _live(self, t: int, visible: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Return the live row ``[R, H, n]`` of query `t`, which sees at most `most` keys, and its output."""
         runs, _, n = visible.shape
         count = visible.sum(-1)  # [R, G]
-        most = int(count.max())
         index = _visible_keys(visible, most)[..., None]  # [R, G, m, 1]
         compacted = torch.arange(most, device=index.device)
         keys = self.rotary.on(self.key.gather(2, index.expand(-1, -1, -1, self.key.shape[-1])), compacted)

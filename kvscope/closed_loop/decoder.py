@@ -8,16 +8,25 @@ from torch import Tensor
 from kvscope.closed_loop.gates import margins
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, KeyValueCache
+from kvscope.engine.occupancy import Alike
 from kvscope.engine.plan import GATE
 from kvscope.engine.signal_axes import VECTORS, time_axis
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.attention_hook import Call, Kernel, replace_attention
-from kvscope.model.short_cache import ShortLayer
+from kvscope.model.short_cache import HeldKeys, ShortLayer
 from kvscope.policies.base import Step
+
+BLOCK_BYTES = 128 * 2**20  # limit for the rows of the prompt that are computed at a time
 
 
 class Decoder:
-    """Decodes one sequence: `simulation` decides for all layers, and `cache` holds the keys that are not evicted."""
+    """Decodes one sequence: `simulation` decides for all layers, and `cache` holds the keys that are not evicted.
+
+    All layers are stepped together, row by row in torch: not by the compiled kernels of the closed loop, which decoding
+    is to prove. A token costs a fixed number of operations for each layer, whatever the number of heads. Nothing is
+    read from the device before the end, unless the policy has no budget: then only the device knows how many keys it
+    retains.
+    """
 
     def __init__(
         self, model: CausalModel, ids: Tensor, simulation: CacheSimulation, cache: KeyValueCache, head_dim: int
@@ -25,12 +34,16 @@ class Decoder:
         self.model, self.ids, self.simulation, self.cache, self.head_dim = model, ids, simulation, cache, head_dim
         self.exact = exact_dtype(model)
         self.held: list[int] = []
+        self._bounded = simulation.plan.policy.traits.bounded
+        self._groups: list[tuple[Alike, HeldKeys, Tensor]] = []  # layers with room for equally many keys, their numbers
+        self._group_of: dict[int, tuple[HeldKeys, int]] = {}  # layer -> its group, and its place in it
+        self._longest: list[Tensor] = []  # [] each: keys that the fullest head holds after a decoded step
         self._calls: list[Call] = []  # the calls of the prompt, one for each layer
         self._hidden: dict[int, list[Tensor]] = {}  # inputs of each layer so far, for gates
         self._row = torch.empty(0)  # row of the current step, [L, H, t + 1]
 
     def run(self) -> Tensor:
-        """Return the logits ``[T, V]``."""
+        """Return the logits ``[T, V]``; raises ReplayError if a policy retains a key that is not in the cache."""
         logits = []
         inputs = self.simulation.inputs
         prompt = inputs.shape.prompt if inputs.prefill == "full" else 0  # tokens that are not decoded
@@ -38,15 +51,20 @@ class Decoder:
             with replace_attention(self.model, self._prefill):
                 logits.append(self._forward(0, prompt))
             self._observe_prompt(prompt)
+        else:
+            self._group_layers()
         with replace_attention(self.model, self._attend):
             for t in range(prompt, self.ids.shape[1]):
                 step = self.simulation.see(t)
-                self._cut(self.simulation.visible(t, t + 1)[..., :t])  # keys slide out of a window before the query
-                self._begin_row(t)
+                for _, group, _ in self._groups:
+                    group.append(t, t + 1)
+                self._row = self._zeros(1, t + 1)[:, :, 0]
                 logits.append(self._forward(t, t + 1))
-                self._end_step(step)
-                self._cut(self.simulation.held(t, t + 1))
-                self.held.append(self._longest())
+                self._complete(step, self._row)
+                self._cut(t)
+        for _, group, _ in self._groups:
+            group.check()
+        self.held = [prompt] * (prompt - 1) + torch.stack(self._longest).tolist()
         return torch.cat(logits).to(self.exact)
 
     def _forward(self, start: int, stop: int) -> Tensor:
@@ -66,31 +84,52 @@ class Decoder:
 
     def _observe_prompt(self, prompt: int) -> None:
         """Let the policy observe every row of the prompt, then cut the cache to the keys that it holds."""
-        for t in range(prompt):
-            step = self.simulation.see(t)
-            visible = self.simulation.visible(t, t + 1)[0, :, :, 0]  # [L, G, t + 1]
-            self._begin_row(t)
+        size = max(1, BLOCK_BYTES // self._zeros(1, prompt).nbytes)
+        for start in range(0, prompt, size):
+            stop = min(start + size, prompt)
+            rows = self._zeros(stop - start, stop)
             for call in self._calls:
-                queries, rows = self._by_kv_head(call.query[0, :, t]), self._by_kv_head(self._row[call.layer])
-                for head, seen in enumerate(visible[call.layer]):
-                    rows[head][:, seen] = weights(call, head, queries[head], call.key[0, head, : t + 1][seen])
-            self._end_step(step)
+                query = call.query[0, :, start:stop]  # [H, b, D]
+                queries = query.view(call.key.shape[1], -1, *query.shape[1:])  # [G, Q, b, D]
+                hidden = beyond(start, stop, call.sliding_window, queries.device)
+                made = weights(call, queries, call.key[0, :, None, :stop], hidden)
+                rows[call.layer] = made.flatten(0, 1)
+            for t in range(start, stop):
+                self._complete(self.simulation.see(t), rows[:, :, t - start, : t + 1])
         self._calls.clear()
-        self._cut(self.simulation.held(prompt - 1, prompt))
-        self.held += [prompt] * (prompt - 1) + [self._longest()]
+        self._group_layers()
+        for _, group, _ in self._groups:
+            group.append(0, prompt)
+        self._cut(prompt - 1)
+
+    def _zeros(self, queries: int, keys: int) -> Tensor:
+        """Return empty rows ``[L, H, b, n]``."""
+        shape = self.simulation.shape
+        size = (len(shape.layers), shape.heads, queries, keys)
+        return torch.zeros(size, dtype=self.exact, device=self.ids.device)
+
+    def _group_layers(self) -> None:
+        """Group the layers by how many keys they have room for; the budgets are known from now on."""
+        kv_heads = self.simulation.shape.kv_heads
+        for alike in self.simulation.occupancy.alike:
+            group = HeldKeys([self.cache.layers[layer] for layer in alike.layers], kv_heads, self.ids.device)
+            self._groups.append((alike, group, torch.tensor(alike.layers, device=self.ids.device)))
+            self._group_of |= {layer: (group, place) for place, layer in enumerate(alike.layers)}
 
     def _attend(self, call: Call, kernel: Kernel) -> Tensor:
         """Return the attention output of one query over the keys in its layer's cache, and store its row."""
         layer = self._record_signals(call)
-        output = []
-        queries, rows = self._by_kv_head(call.query[0, :, 0]), self._by_kv_head(self._row[call.layer])
-        for head, positions in enumerate(layer.positions):
-            count = len(positions)
-            query = _at_cache_position(layer, queries[head], count - 1)
-            row = weights(call, head, query, call.key[0, head, :count])  # [Q, n]
-            rows[head][:, positions] = row
-            output.append(row @ call.value[0, head, :count].to(self.exact))
-        return torch.cat(output)[None, None].to(call.query.dtype)  # [1, 1, H, D]
+        group, place = self._group_of[call.layer]
+        positions, there = group.positions[place], group.there[place]  # [G, n]
+        query = self._by_kv_head(call.query[0, :, 0])  # [G, Q, D]
+        if layer.rotary is not None:
+            query = _at_cache_position(layer, query, there.sum(-1) - 1)
+        row = weights(call, query, call.key[0], ~there[:, None])  # [G, Q, n]
+        # padding adds nothing to the weight of the first key
+        index = positions.clamp(min=0)[:, None].expand(row.shape)
+        self._by_kv_head(self._row[call.layer]).scatter_add_(-1, index, row)
+        values = call.value[0].to(self.exact).masked_fill(~there[..., None], 0)
+        return (row @ values).flatten(0, 1)[None, None].to(call.query.dtype)  # [1, 1, H, D]
 
     def _record_signals(self, call: Call) -> ShortLayer:
         """Write the signals of a call's new tokens to the simulation, and return the cache of the layer."""
@@ -118,24 +157,23 @@ class Decoder:
         inputs = self._hidden.get(call.layer)
         return margins(gate, call, torch.cat(inputs, 1) if inputs else None, self.simulation.shape.prompt)[0]
 
-    def _begin_row(self, t: int) -> None:
-        size = (len(self.simulation.shape.layers), self.simulation.shape.heads, t + 1)
-        self._row = torch.zeros(size, dtype=self.exact, device=self.ids.device)
-
-    def _end_step(self, step: Step) -> None:
+    def _complete(self, step: Step, row: Tensor) -> None:
+        """Let the policy score the keys after a step with this row ``[L, H, n]``, and evict."""
         if self.simulation.inputs.missing_mass is not None:
-            self.simulation.inputs.missing_mass[..., step.t] = (1 - self._row.sum(-1)).clamp(min=0)
-        self.simulation.attend(step, self._row)
+            self.simulation.inputs.missing_mass[..., step.t] = (1 - row.sum(-1)).clamp(min=0)
+        self.simulation.attend(step, row)
 
-    def _cut(self, retained: Tensor) -> None:
-        """Remove all keys from the cache but the `retained` ones, bool ``[1, L, G, 1, n]``."""
-        for layer, mask in zip(self.cache.layers, retained[0, :, :, 0], strict=True):
-            if layer.seen:
-                layer.cut(mask)
-
-    def _longest(self) -> int:
-        lengths: list[int] = [layer.longest() for layer in self.cache.layers]
-        return max(lengths)
+    def _cut(self, t: int) -> None:
+        """Remove from the cache what is evicted after step `t`, and what the window of the next query leaves."""
+        retained = self.simulation.held(t, t + 1)[0, :, :, 0]  # [L, G, t + 1]
+        longest = []
+        for alike, group, layers in self._groups:
+            most = self.simulation.occupancy.most_of(alike) if self._bounded else None
+            oldest = t + 2 - alike.window if alike.window else 0
+            if most is not None and oldest > 0:
+                most = min(most, alike.window - 1)
+            longest.append(group.cut(retained.index_select(0, layers), most, oldest))
+        self._longest.append(torch.stack(longest).max())
 
     def _by_kv_head(self, values: Tensor) -> Tensor:
         """Return a view ``[G, Q, .]`` of ``[H, .]``."""
@@ -147,18 +185,37 @@ def exact_dtype(model: CausalModel) -> torch.dtype:
     return torch.promote_types(model.dtype, torch.float32)
 
 
-def weights(call: Call, head: int, query: Tensor, keys: Tensor) -> Tensor:
-    """Return the weights ``[Q, n]`` of the query heads ``[Q, D]`` of key/value head `head` on keys ``[n, D]``.
+def weights(call: Call, queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
+    """Return the weights of queries on keys, for the query heads of each key/value head.
 
     Computed in float32 or better, with scaling, soft cap and learned sink.
+
+    Parameters
+    ----------
+    call : Call
+        The call of the layer.
+    queries : Tensor
+        ``[G, Q, ., D]``, or ``[G, Q, D]`` for one query.
+    keys : Tensor
+        ``[G, 1, n, D]`` or ``[G, n, D]``.
+    hidden : Tensor
+        bool, which keys get no weight.
     """
-    logits = query.to(call.exact) @ keys.to(call.exact).T * call.scaling
+    logits = queries.to(call.exact) @ keys.to(call.exact).transpose(-1, -2) * call.scaling
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = logits.masked_fill(hidden, -torch.inf)
     if call.sinks is None:
         return torch.softmax(logits, -1)
-    sink = call.sinks.to(logits.dtype).view(call.key.shape[1], -1, 1)[head]  # [Q, 1]
-    return torch.softmax(torch.cat([logits, sink], -1), -1)[:, :-1]
+    sink = call.sinks.to(logits.dtype).view(len(logits), -1, *[1] * (logits.ndim - 2))  # [G, Q, 1] or [G, Q, 1, 1]
+    return torch.softmax(torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], -1), -1)[..., :-1]
+
+
+def beyond(start: int, stop: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which of the first `stop` keys the queries `start` to `stop` - 1 of a prompt do not see, bool."""
+    query, key = torch.arange(start, stop, device=device)[:, None], torch.arange(stop, device=device)
+    hidden = key > query
+    return hidden if window is None else hidden | (key <= query - window)
 
 
 def signal(name: str, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -172,9 +229,10 @@ def signal(name: str, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return norm
 
 
-def _at_cache_position(layer: ShortLayer, query: Tensor, position: int) -> Tensor:
-    """Return the newest query, ``[Q, D]``, rotated to `position` if positions are compacted, otherwise unchanged."""
-    if layer.rotary is None:
-        return query
-    original, compacted = (torch.tensor([number], device=query.device) for number in (layer.seen - 1, position))
-    return layer.rotary.on(layer.rotary.off(query[None, :, None], original), compacted)[0, :, 0]
+def _at_cache_position(layer: ShortLayer, query: Tensor, position: Tensor) -> Tensor:
+    """Return the newest query, ``[G, Q, D]``, rotated to `position` of each head, ``[G]``."""
+    assert layer.rotary is not None
+    original = torch.full((1,), layer.seen - 1, device=query.device)
+    plain = layer.rotary.off(query.flatten(0, 1)[None, :, None], original)  # [1, H, 1, D]
+    of_heads = plain.view_as(query).transpose(0, 1)[None]  # [1, Q, G, D]
+    return layer.rotary.on(of_heads, position)[0].transpose(0, 1)

@@ -92,11 +92,11 @@ class CacheState:
 
     def append(self, t: int) -> None:
         """Add key `t` to every cache, and remove the key that has slid out of each sliding-window layer."""
-        self.alive[..., t] = True
+        self.alive[..., t].fill_(True)  # an assignment would copy the number from the host
         self.n_alive += 1
-        for layer, window in enumerate(self.windows):
-            if 0 < window <= t:
-                self._slide_out(layer, t - window, t - 1)
+        for window, layers in self._windowed:
+            if window <= t:
+                self._slide_out(layers, t - window, t - 1)
 
     def append_block(self, start: int, stop: int) -> None:
         """Add keys `start` to `stop` - 1 to every cache, as `append` for each, where nothing is evicted in between.
@@ -133,11 +133,18 @@ class CacheState:
         """`sinks` and `recent` as ``[R, 1, 1, 1]``, cached because every step reads them."""
         return self.sinks[:, None, None, None], self.recent[:, None, None, None]
 
-    def _slide_out(self, layer: int, key: int, step: int) -> None:
-        self.n_alive[:, layer] -= self.alive[:, layer, :, key].to(torch.int64)
-        self.alive[:, layer, :, key] = False
-        leave = self.leave[:, layer, :, key]
-        leave.copy_(torch.where(leave == NEVER, step, leave))
+    @cached_property
+    def _windowed(self) -> list[tuple[int, Tensor]]:
+        """Every size of a sliding window, and which layers have it, bool ``[L, 1]``."""
+        sizes = sorted({window for window in self.windows if window})
+        layers = torch.tensor(self.windows, device=self.leave.device)[:, None]
+        return [(size, layers == size) for size in sizes]
+
+    def _slide_out(self, layers: Tensor, key: int, step: int) -> None:
+        alive, leave = self.alive[..., key], self.leave[..., key]  # [R, L, S]
+        self.n_alive -= (alive & layers).to(torch.int64)
+        leave.masked_fill_(layers & (leave == NEVER), step)
+        alive.masked_fill_(layers, False)
 
     def _mask(self, start: int, stop: int, shift: int) -> Tensor:
         steps = torch.arange(start, stop, device=self.leave.device)[:, None]

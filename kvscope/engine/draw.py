@@ -6,30 +6,54 @@ import torch
 from torch import Tensor
 
 
-def draw(seed: int, sequence: int, layers: Tensor, heads: int, position: int) -> Tensor:
-    """Return one uniform number in [0, 1) for each layer and head, float64 ``[L, heads]``.
+class Draws:
+    """Uniform numbers in [0, 1) for the layers and heads of one sequence.
 
-    Counter-based (SplitMix64, Steele et al. 2014).
+    Counter-based (SplitMix64, Steele et al. 2014). What does not depend on the position is computed once for each seed.
+
+    Parameters
+    ----------
+    sequence : int
+        Number of the sequence.
+    layers : Tensor
+        int64 ``[L]``: numbers of the layers.
+    length : int
+        ``T``.
     """
-    return _uniform(_mix(_heads(seed, sequence, layers, heads) ^ position))
+
+    def __init__(self, sequence: int, layers: Tensor, length: int) -> None:
+        self._sequence, self._layers = sequence, layers
+        self._key = torch.arange(length, dtype=torch.int64, device=layers.device)
+        self._states: dict[tuple[int, int], Tensor] = {}  # seed and number of heads -> [L, heads]
+        self._of_keys: dict[tuple[int, int], Tensor] = {}  # the same -> [T, L, heads]
+
+    def of_key(self, seed: int, heads: int, position: int) -> Tensor:
+        """Return one number for each layer and head for the key at `position`, float64 ``[L, heads]``."""
+        if (seed, heads) not in self._of_keys:
+            state = self._state(seed, heads)
+            self._of_keys[seed, heads] = _uniform(_mix(state ^ self._key[:, None, None]))
+        return self._of_keys[seed, heads][position]
+
+    def of_row(self, seed: int, heads: int, position: int) -> Tensor:
+        """Return one number for each layer, head and key up to `position`, float64 ``[L, heads, n]``."""
+        state = _mix(self._state(seed, heads) ^ position)
+        return _uniform(_mix(state[..., None] ^ self._key[: position + 1]))
+
+    def _state(self, seed: int, heads: int) -> Tensor:
+        if (seed, heads) not in self._states:
+            self._states[seed, heads] = _heads(seed, self._sequence, self._layers, heads)
+        return self._states[seed, heads]
 
 
 def draws(seed: int, sequence: int, layers: Tensor, heads: int, positions: Tensor) -> Tensor:
-    """Return what `draw` returns for each of the positions ``[b]``, float64 ``[L, heads, b]``."""
+    """Return what `Draws.of_key` returns for each of the positions ``[b]``, float64 ``[L, heads, b]``."""
     return _uniform(_mix(_heads(seed, sequence, layers, heads)[..., None] ^ positions))
-
-
-def draw_row(seed: int, sequence: int, layers: Tensor, heads: int, position: int) -> Tensor:
-    """Return one uniform number in [0, 1) for each layer, head and key up to `position`, float64 ``[L, heads, n]``."""
-    key = torch.arange(position + 1, dtype=torch.int64, device=layers.device)
-    state = _mix(_heads(seed, sequence, layers, heads) ^ position)
-    return _uniform(_mix(state[..., None] ^ key))
 
 
 def _heads(seed: int, sequence: int, layers: Tensor, heads: int) -> Tensor:
     head = torch.arange(heads, dtype=torch.int64, device=layers.device)
-    value = _mix(torch.tensor(seed, dtype=torch.int64, device=layers.device))
-    for part in (torch.tensor(sequence, device=layers.device), layers[:, None], head[None, :]):
+    value = _mix(_mix(torch.full((1, 1), seed, dtype=torch.int64, device=layers.device)) ^ sequence)
+    for part in (layers[:, None], head[None, :]):
         value = _mix(value ^ part)
     return value
 

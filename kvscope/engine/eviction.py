@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvscope.engine.cache_state import CacheState
+from kvscope.engine.occupancy import Occupancy
 
 
 class Evictor:
@@ -17,10 +18,12 @@ class Evictor:
         Changed in place.
     bounded : bool
         Whether the policy keeps to a budget. If not, the keys that it scores ``-inf`` are evicted.
+    occupancy : Occupancy
+        Bounds on the number of keys, so that no step waits for the device.
     """
 
-    def __init__(self, state: CacheState, bounded: bool) -> None:
-        self._state, self._bounded = state, bounded
+    def __init__(self, state: CacheState, bounded: bool, occupancy: Occupancy) -> None:
+        self._state, self._bounded, self._occupancy = state, bounded, occupancy
 
     def evict(self, t: int) -> None:
         """Evict at the end of step `t`."""
@@ -31,20 +34,19 @@ class Evictor:
             self._evict_marked(state.alive[..., :n] & (score == -torch.inf), t)
             return
         state.length_at_eviction.fill_(n)
-        surplus = state.n_alive - state.budget  # [R, L, S]
-        most = int(surplus.max())
+        most = self._occupancy.evict()
         if most > 0:
-            self._evict_lowest(score, surplus, most, t)
+            self._evict_lowest(score, state.n_alive - state.budget, most, t)
 
     def _evict_lowest(self, score: Tensor, surplus: Tensor, most: int, t: int) -> None:
-        """Evict the `surplus` lowest-scoring evictable keys of each head; `most` is the largest surplus."""
+        """Evict the `surplus` lowest-scoring evictable keys of each head ``[R, L, S]``; no surplus exceeds `most`."""
         state, n = self._state, t + 1
         ranked = torch.where(state.evictable(n), score.clamp(max=torch.finfo(score.dtype).max), torch.inf)
         if most == 1:
             lowest = ranked.argmin(-1, keepdim=True)  # of equal scores the first, so the oldest
         else:
             lowest = ranked.sort(dim=-1, stable=True).indices[..., :most]  # stable: the same rule for ties
-        evicted = torch.arange(most, device=lowest.device) < surplus[..., None]
+        evicted = torch.arange(most, device=lowest.device) < surplus[..., None]  # also false where surplus is negative
         alive, leave = state.alive[..., :n], state.leave[..., :n]
         alive.scatter_(-1, lowest, alive.gather(-1, lowest) & ~evicted)
         leave.scatter_(-1, lowest, torch.where(evicted, t, leave.gather(-1, lowest)))

@@ -19,6 +19,7 @@ from kvscope.engine.allocation import ALLOCATORS, AllocationRequest, Allocator
 from kvscope.engine.budget_sharing import BudgetSharing
 from kvscope.engine.cache_state import CacheState
 from kvscope.engine.numba_stepper import NumbaStepper
+from kvscope.engine.occupancy import Occupancy
 from kvscope.engine.plan import EvictionPlan, protection
 from kvscope.engine.rows import Shape
 from kvscope.engine.signal_axes import with_run_axis
@@ -114,6 +115,11 @@ class CacheSimulation:
         """``B`` of each run."""
         return self.inputs.budgets
 
+    @property
+    def occupancy(self) -> Occupancy:
+        """Bounds on the number of keys in the caches, counted by `step`, `see` and `attend`; blocks may not count."""
+        return self._torch.occupancy
+
     def step(self, t: int, row: Tensor) -> None:
         """Step through query `t` with full row ``[L, H, t + 1]``: it attends, then keys are scored and evicted."""
         self._torch.step(t, row)
@@ -164,29 +170,38 @@ class CacheSimulation:
         Scores must not be NaN. A policy with a budget must evict where a cache exceeds it, and must not evict where the
         whole sequence fits.
         """
-        state, length, label, traits = self.state, self.shape.length, self.plan.policy.label, self.plan.policy.traits
-        if bool(state.nan_scores):
+        length, label, traits = self.shape.length, self.plan.policy.label, self.plan.policy.traits
+        nan_scores, *of_runs = self._findings().tolist()  # the only wait for the device
+        if nan_scores:
             raise ReplayError(
                 f"{label} gave scores that are not numbers",
                 "Check the policy, and the trace with: kvscope info TRACE --verify",
             )
         if not traits.bounded or traits.phase == "none":
             return
-        reach = torch.tensor(self.shape.reach(), device=state.leave.device)
-        in_cache = torch.minimum(reach, state.length_at_eviction)  # [L]: without eviction
-        for run, budget in enumerate(self.budgets):
-            evicted = state.evictions[run] > 0  # [L, S]
-            exceeded = in_cache[:, None] > state.budget[run]
-            if not traits.reads and bool((exceeded & ~evicted).any()):  # a sparse reader may read every key
+        for budget, idle, active in zip(self.budgets, of_runs[::2], of_runs[1::2], strict=True):
+            if not traits.reads and idle:  # a sparse reader may read every key
                 raise ReplayError(
                     f"{label} at {budget} keys evicted nothing from {length} tokens",
                     "Check the policy: a cache larger than its budget must be reduced.",
                 )
-            if budget >= length and bool(evicted.any()):
+            if budget >= length and active:
                 raise ReplayError(
                     f"{label} at {budget} keys evicted although {length} tokens fit",
                     "Check the policy: with a budget of the whole sequence nothing may be evicted.",
                 )
+
+    def _findings(self) -> Tensor:
+        """Return whether a score was NaN, and for each run whether a head exceeded its budget and evicted nothing,
+        and whether a head evicted: bool ``[1 + 2 R]``.
+        """
+        state = self.state
+        reach = torch.tensor(self.shape.reach(), device=state.leave.device)
+        in_cache = torch.minimum(reach, state.length_at_eviction)  # [L]: without eviction
+        evicted = state.evictions > 0  # [R, L, S]
+        idle = (in_cache[:, None] > state.budget) & ~evicted
+        of_runs = torch.stack([idle.flatten(1).any(1), evicted.flatten(1).any(1)], 1)  # [R, 2]
+        return torch.cat([state.nan_scores[None], of_runs.flatten()])
 
     @property
     def _reads(self) -> bool:

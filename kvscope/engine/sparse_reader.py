@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.cache_state import CacheState
@@ -48,6 +50,9 @@ class ReadLog:
     appended at that step) and leaves at ``b - 1``. So ``V_t`` is key ``t`` plus the keys held after step ``t - 1``, as
     for a cache that holds exactly the visible keys.
 
+    What changed is read from the device once for each released block of steps: how many intervals there are depends on
+    the data, and the masks of all steps would need memory that grows with the square of their number.
+
     Parameters
     ----------
     size : torch.Size
@@ -58,45 +63,38 @@ class ReadLog:
 
     def __init__(self, size: torch.Size, device: torch.device) -> None:
         self._size = size
-        self._since = torch.zeros(size, dtype=torch.int32, device=device)
-        self._last = torch.zeros(size, dtype=torch.bool, device=device)
-        self._masks: dict[int, Tensor] = {}
-        self._closed: list[Tensor] = []
+        self._last = torch.zeros(size, dtype=torch.bool, device=device)  # what the last released step read
+        self._masks: dict[int, Tensor] = {}  # of the steps that are not released, in order
+        self._changes: list[NDArray[np.int64]] = []  # [N, 5] each: run, layer, head, key and the step that differs
 
     def add(self, t: int, mask: Tensor) -> None:
         """Record that step `t` read `mask`, bool ``[R, L, S, t + 1]``."""
-        n = t + 1
-        before = self._last[..., :n]
-        self._close(before & ~mask, t - 1)
-        self._since[..., :n] = torch.where(mask & ~before, t - 1, self._since[..., :n])
-        self._since[..., t] = t
-        self._last[..., :n] = mask
         self._masks[t] = mask.clone()  # the mask may be a view of CacheState.alive, which changes later
 
     def forget_before(self, t: int) -> None:
-        """Drop the masks of steps before `t`."""
-        for step in [step for step in self._masks if step < t]:
+        """Drop the masks of steps before `t`, and remember where each of them differs from the step before it."""
+        steps = [step for step in self._masks if step < t]
+        if not steps:
+            return
+        read = self.masks(steps[0], steps[-1] + 1)  # [R, L, S, b, n]
+        n = read.shape[-1]
+        changed = torch.cat([self._last[..., None, :n], read[..., :-1, :]], -2) ^ read
+        found = changed.transpose(-1, -2).nonzero().cpu().numpy()  # [N, 5]
+        found[:, 4] += steps[0]
+        self._changes.append(found)
+        self._last[..., :n] = read[..., -1, :]
+        for step in steps:
             del self._masks[step]
 
     def masks(self, start: int, stop: int) -> Tensor:
         """Return the keys that steps `start` to `stop` - 1 read, bool ``[R, L, S, stop - start, stop]``."""
-        size = (*self._size[:3], stop - start, stop)
-        result = torch.zeros(size, dtype=torch.bool, device=self._last.device)
-        for t in range(start, stop):
-            result[..., t - start, : t + 1] = self._masks[t]
-        return result
+        rows = [functional.pad(self._masks[t], (0, stop - 1 - t)) for t in range(start, stop)]
+        return torch.stack(rows, -2)
 
     def residency(self, run: int, layer: int, kv_heads: int) -> ResidencyIntervals:
         """Return the intervals of one run and layer, repeated for every key/value head if the layer decides as one."""
-        open_ = self._last[run, layer].nonzero()
-        since = self._since[run, layer][self._last[run, layer]].to(torch.int64)
-        rows = [torch.cat([open_, since[:, None], torch.full_like(since, -1)[:, None]], dim=1)]
-        if self._closed:
-            closed = torch.cat(self._closed)
-            rows.append(closed[(closed[:, 0] == run) & (closed[:, 1] == layer)][:, 2:])
-        every = torch.cat(rows)
-        every = every[(every[:, 0] * (self._size[3] + 1) + every[:, 1]).argsort(stable=True)]
-        head, key, enter, leave = every.cpu().numpy().T
+        self.forget_before(self._size[3])
+        head, key, enter, leave = self._intervals(run, layer)
         if self._size[2] != kv_heads:
             head = np.repeat(np.arange(kv_heads), len(key))
             key, enter, leave = (np.tile(column, kv_heads) for column in (key, enter, leave))
@@ -104,8 +102,15 @@ class ReadLog:
             kv_head=head, key=key, enter=enter, leave=leave, heads=kv_heads, length=self._size[3]
         )
 
-    def _close(self, ended: Tensor, t: int) -> None:
-        where = ended.nonzero()  # [N, 4]: run, layer, head, key
-        if len(where):
-            since = self._since[tuple(where.unbind(1))].to(torch.int64)
-            self._closed.append(torch.cat([where, since[:, None], torch.full_like(since, t)[:, None]], dim=1))
+    def _intervals(self, run: int, layer: int) -> tuple[NDArray[np.int64], ...]:
+        """Return head, key, ``enter`` and ``leave`` of each interval, of one key those that are open first."""
+        every = np.concatenate([each[(each[:, 0] == run) & (each[:, 1] == layer)][:, 2:] for each in self._changes])
+        head, key, step = every[np.lexsort((every[:, 2], every[:, 1], every[:, 0]))].T
+        cell = head * self._size[3] + key
+        first = np.flatnonzero(np.append(True, cell[1:] != cell[:-1]))  # of each key
+        begins = (np.arange(len(cell)) - np.repeat(first, np.diff(np.append(first, len(cell))))) % 2 == 0
+        closed = np.append(cell[1:] == cell[:-1], False)[begins]  # a change after the one that begins it ends it
+        enter = np.where(step == key, step, step - 1)[begins]
+        leave = np.where(closed, np.append(step[1:], 0)[begins] - 1, -1)
+        order = np.lexsort((closed, cell[begins]))
+        return head[begins][order], key[begins][order], enter[order], leave[order]

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kvscope.engine.budget_sharing import BudgetSharing
 from kvscope.engine.cache_state import CacheState
-from kvscope.engine.draw import draw, draw_row
+from kvscope.engine.draw import Draws
 from kvscope.engine.eviction import Evictor
+from kvscope.engine.occupancy import Occupancy
 from kvscope.engine.rows import Block, renormalise
 from kvscope.engine.signal_axes import up_to
 from kvscope.engine.sparse_reader import SparseReader
@@ -33,6 +34,11 @@ class TorchStepper:
         Allocates the budget.
     reader : SparseReader or None
         For a policy that reads only some of the keys it holds.
+
+    Attributes
+    ----------
+    occupancy : Occupancy
+        Bounds on the number of keys in the caches.
     """
 
     def __init__(
@@ -42,9 +48,11 @@ class TorchStepper:
         self._policy, self._needs = inputs.plan.policy, inputs.plan.needs
         self._observe = observe_of(self._policy)
         traits = self._policy.traits  # stored here because the property computes them at every access
-        self._clairvoyant, self._evictor = traits.clairvoyant, Evictor(state, traits.bounded)
+        self.occupancy = Occupancy(state, traits.bounded and not traits.reads)
+        self._clairvoyant, self._evictor = traits.clairvoyant, Evictor(state, traits.bounded, self.occupancy)
         self._heads = state.score.shape[2]
         self._layers = torch.tensor(inputs.shape.layers, dtype=torch.int64, device=state.score.device)
+        self._draws = Draws(inputs.shape.sequence, self._layers, inputs.shape.length)
         self._memory: dict[str, Any] = {}  # what the policy stores between steps
 
     def step_block(self, block: Block) -> None:
@@ -65,6 +73,7 @@ class TorchStepper:
         """Return the step of query `t` with its visible keys; `row`, its full row, is shown to clairvoyant policies."""
         inputs, shape, state = self._inputs, self._inputs.shape, self._state
         state.append(t)
+        self.occupancy.append()
         step = Step(
             t=t,
             prompt=shape.prompt,
@@ -74,12 +83,14 @@ class TorchStepper:
             budget=state.budget,
             budgets=inputs.budgets,
             compresses=inputs.evicts_after(t),
+            most_visible=self.occupancy.most,
+            exceeds=self.occupancy.surplus > 0,
             visible=state.alive[..., : t + 1],
             signals={name: up_to(name, signal, t) for name, signal in inputs.signals.items()},
             live=None,
             memory=self._memory,
-            draw=lambda seed: draw(seed, shape.sequence, self._layers, self._heads, t),
-            draw_row=lambda seed: draw_row(seed, shape.sequence, self._layers, shape.heads, t),
+            draw=lambda seed: self._draws.of_key(seed, self._heads, t),
+            draw_row=lambda seed: self._draws.of_row(seed, shape.heads, t),
         )
         if row is not None:
             step.signals["full_weights"] = row

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import torch
 
 from kvscope.engine.cache_state import CacheState
@@ -32,9 +34,10 @@ class TritonStepper:
         self._inputs, self._state, self._rule, self._most_keys = inputs, state, rule, most_keys
         device = state.leave.device
         self._decay = torch.tensor([rule.decay], dtype=state.score.dtype, device=device)
-        self._evicts = torch.tensor(
-            [inputs.evicts_after(t) for t in range(inputs.shape.length)], dtype=torch.uint8, device=device
-        )
+        self._evicting = [t for t in range(inputs.shape.length) if inputs.evicts_after(t)]
+        evicts = torch.zeros(inputs.shape.length, dtype=torch.uint8)
+        evicts[self._evicting] = 1
+        self._evicts = evicts.to(device)  # of all steps: a copy for each block would wait for the device
         self._tensors = TritonState(
             alive=state.alive,
             score=state.score,
@@ -65,6 +68,6 @@ class TritonStepper:
             most_keys=self._most_keys,
         )
         self._state.nan_scores |= (bad != 0).any()
-        evicting = [t for t in range(block.start, stop) if inputs.evicts_after(t)]
-        if evicting:
-            self._state.length_at_eviction.fill_(evicting[-1] + 1)
+        done = bisect_left(self._evicting, stop)  # evicting steps before `stop`
+        if done and self._evicting[done - 1] >= block.start:
+            self._state.length_at_eviction.fill_(self._evicting[done - 1] + 1)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvscope.core.errors import ReplayError
@@ -17,6 +16,9 @@ from kvscope.model.derotation import Derotation
 class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """The cache of one layer for one sequence; key/value heads may hold different keys, and different numbers of keys.
 
+    A head that holds fewer keys than another one is padded at the front, with NaN, so that reading the padding shows
+    in the output. `HeldKeys` knows what is held and removes keys.
+
     Parameters
     ----------
     rotary : Derotation, optional
@@ -25,10 +27,10 @@ class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     Attributes
     ----------
-    head_keys, head_values : list of Tensor
-        The held keys and values of each of ``G`` heads, ``[n, D]``, oldest first.
-    positions : list of Tensor
-        For each head the positions of its keys in the text, int64 ``[n]``.
+    pairs : Tensor
+        Keys and values of ``G`` heads, each key beside its value, ``[G, n, 2 D]``, oldest first.
+    places : Tensor or None
+        int64 ``[G, n]``: index of each key in its head's cache, negative for padding; needed with `rotary`.
     newest : tuple of Tensor
         Keys and values ``[1, G, q, D]`` of the latest call of `update`, as the model computed them.
     seen : int
@@ -38,66 +40,120 @@ class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def __init__(self, rotary: Derotation | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.rotary = rotary
-        self.head_keys: list[Tensor] = []
-        self.head_values: list[Tensor] = []
-        self.positions: list[Tensor] = []
+        self.pairs: Tensor | None = None
+        self.places: Tensor | None = None
         self.newest: tuple[Tensor, ...] = ()
         self.seen = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of new tokens ``[1, G, q, D]`` and return all that are held, ``[1, G, n, D]``.
-
-        Heads that hold fewer keys are padded with NaN, so that reading beyond a head's keys shows in the output.
-        """
+        """Add the keys and values of new tokens ``[1, G, q, D]`` and return all that are held, ``[1, G, n, D]``."""
         self.newest = (key_states, value_states)
-        fresh = torch.arange(self.seen, self.seen + key_states.shape[2], device=key_states.device)
-        keys = key_states if self.rotary is None else self.rotary.off(key_states, fresh)
-        self.seen += len(fresh)
-        self.positions = _joined(self.positions, [fresh] * key_states.shape[1])
-        self.head_keys = _joined(self.head_keys, keys[0])
-        self.head_values = _joined(self.head_values, value_states[0])
-        return _padded([self._placed(held) for held in self.head_keys]), _padded(self.head_values)
-
-    def cut(self, retained: Tensor) -> None:
-        """Remove all keys but those at the positions in `retained`, bool ``[G, seen]``, and free their memory.
-
-        Raises
-        ------
-        ReplayError
-            If a key in `retained` is not in the cache.
-        """
-        for head, positions in enumerate(retained):
-            keep = positions[self.positions[head]]
-            if int(keep.sum()) != int(positions.sum()):
-                raise ReplayError(
-                    "a policy retains a key that is already evicted", "Fix the policy: an evicted key never returns."
-                )
-            self.positions[head] = self.positions[head][keep]
-            self.head_keys[head] = self.head_keys[head][keep]
-            self.head_values[head] = self.head_values[head][keep]
+        size = key_states.shape[-1]
+        keys, kind = key_states, value_states.dtype
+        if self.rotary is not None:
+            fresh = torch.arange(self.seen, self.seen + key_states.shape[2], device=key_states.device)
+            keys = self.rotary.off(key_states, fresh)
+        self.seen += key_states.shape[2]
+        pairs = torch.cat([keys, value_states.to(keys.dtype)], -1)[0]  # [G, q, 2 D]
+        self.pairs = pairs if self.pairs is None else torch.cat([self.pairs, pairs], 1)
+        return self._placed(self.pairs[..., :size])[None], self.pairs[None, ..., size:].to(kind)
 
     def longest(self) -> int:
-        """Return the largest number of keys that a head holds."""
-        return max(len(held) for held in self.head_keys)
+        """Return the number of keys that the cache has room for: that of the head that holds the most."""
+        return 0 if self.pairs is None else self.pairs.shape[1]
 
     def get_seq_length(self) -> int:
         """Return the number of tokens added so far, which is the position of the next token, evicted keys included."""
         return self.seen
 
     def _placed(self, keys: Tensor) -> Tensor:
+        """Return keys ``[G, n, D]`` at their positions: those in the cache if they are compacted."""
         if self.rotary is None:
             return keys
-        return self.rotary.on(keys[None, None], torch.arange(len(keys), device=keys.device))[0, 0]
+        places = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[:2])
+        places = places if self.places is None else self.places
+        return self.rotary.on(keys.reshape(1, 1, -1, keys.shape[-1]), places.clamp(min=0).flatten())[0, 0].view_as(keys)
+
+
+class HeldKeys:
+    """What some layers hold that have room for equally many keys; it cuts them together, and never waits for a GPU.
+
+    Parameters
+    ----------
+    layers : sequence of ShortLayer
+        The ``L`` layers.
+    heads : int
+        ``G``.
+    device : torch.device
+        Device of the cache.
+
+    Attributes
+    ----------
+    positions : Tensor
+        int64 ``[L, G, n]``: position in the text of each key, oldest first; -1 for padding, which is at the front.
+    there : Tensor
+        bool ``[L, G, n]``: false for padding.
+    """
+
+    def __init__(self, layers: Sequence[ShortLayer], heads: int, device: torch.device) -> None:
+        self._layers = list(layers)
+        self.positions = torch.empty(len(self._layers), heads, 0, dtype=torch.int64, device=device)
+        self.there = self.positions >= 0
+        self._returned = torch.zeros((), dtype=torch.bool, device=device)
+
+    def append(self, start: int, stop: int) -> None:
+        """Note that the next call of every layer's `update` adds the tokens `start` to `stop` - 1."""
+        fresh = torch.arange(start, stop, device=self.positions.device).expand(*self.positions.shape[:2], -1)
+        self._set(torch.cat([self.positions, fresh], -1))
+
+    def cut(self, retained: Tensor, most: int | None, oldest: int = 0) -> Tensor:
+        """Remove all keys but those at the positions in `retained`, and free their memory.
+
+        Parameters
+        ----------
+        retained : Tensor
+            bool ``[L, G, seen]``.
+        most : int or None
+            How many keys a head retains at most; None: read from the device.
+        oldest : int
+            First position that is not removed all the same, because the next query's window reaches it.
+
+        Returns
+        -------
+        Tensor
+            int64 ``[]``: the largest number of keys that a head retains, those before `oldest` included.
+        """
+        keep = self.there & retained.gather(-1, self.positions.clamp(min=0))
+        count = keep.sum(-1)
+        self._returned |= (count != retained.sum(-1)).any()
+        if oldest > 0:
+            keep = keep & (self.positions >= oldest)
+        most = int(keep.sum(-1).max()) if most is None else most
+        order = keep.byte().argsort(dim=-1, stable=True)[..., self.positions.shape[-1] - most :]  # what is kept is last
+        there = keep.gather(-1, order)
+        self._returned |= (there.sum(-1) != keep.sum(-1)).any()
+        self._set(torch.where(there, self.positions.gather(-1, order), -1))
+        for layer, index, held in zip(self._layers, order, there, strict=True):
+            assert layer.pairs is not None, "nothing is cut before the first token"
+            pairs = layer.pairs.gather(1, index[..., None].expand(-1, -1, layer.pairs.shape[-1]))
+            layer.pairs = pairs.masked_fill_(~held[..., None], torch.nan)
+        return count.max()
+
+    def check(self) -> None:
+        """Raise ReplayError if a key was to be retained that is not in the cache."""
+        if bool(self._returned):
+            raise ReplayError(
+                "a policy retains a key that is already evicted", "Fix the policy: an evicted key never returns."
+            )
+
+    def _set(self, positions: Tensor) -> None:
+        self.positions, self.there = positions, positions >= 0
+        if any(layer.rotary is not None for layer in self._layers):
+            places = self.there.cumsum(-1) - 1
+            for layer, own in zip(self._layers, places, strict=True):
+                layer.places = own
 
 
 def short_cache(layers: int, rotary: Sequence[Derotation] | None = None) -> KeyValueCache:
     """Return a cache with a `ShortLayer` for each layer, to pass as ``past_key_values``."""
     return Cache(layers=[ShortLayer(rotary[layer] if rotary else None) for layer in range(layers)])
-
-
-def _joined(held: Sequence[Tensor], more: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    return [torch.cat(pair) for pair in zip(held, more, strict=True)] if held else list(more)
-
-
-def _padded(heads: list[Tensor]) -> Tensor:
-    return pad_sequence(heads, batch_first=True, padding_value=torch.nan)[None]

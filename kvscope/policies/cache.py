@@ -5,30 +5,30 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def without_gaps(visible: Tensor) -> tuple[Tensor, Tensor]:
+def without_gaps(visible: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Return the positions of the visible keys without gaps, oldest first, and which entries are visible keys.
 
     Parameters
     ----------
     visible : Tensor
         bool ``[R, L, S, n]``.
+    most : int
+        ``m``, at least the largest number of keys that any head sees: `Step.most_visible`.
 
     Returns
     -------
     place : Tensor
-        int64 ``[R, L, S, m]``, with ``m`` the largest number of keys that any head sees. A head that sees fewer is
-        padded with positions that are not visible.
+        int64 ``[R, L, S, m]``. A head that sees fewer keys is padded with positions that are not visible.
     there : Tensor
         bool ``[R, L, S, m]``: false for the padding.
 
     Examples
     --------
     >>> import torch
-    >>> place, there = without_gaps(torch.tensor([[[[True, False, True, True], [False, False, True, True]]]]))
+    >>> place, there = without_gaps(torch.tensor([[[[True, False, True, True], [False, False, True, True]]]]), 3)
     >>> place.tolist(), there.tolist()
     ([[[[0, 2, 3], [2, 3, 0]]]], [[[[True, True, True], [True, True, False]]]])
     """
-    most = int(visible.sum(-1).max())
     place = (~visible).byte().argsort(dim=-1, stable=True)[..., :most]
     return place, visible.gather(-1, place)
 

@@ -60,7 +60,7 @@ class CAKE(Policy):
             return score
         used = voting(self, step)
         votes = step.live if step.t >= step.prompt else self._votes(history.rows, used)
-        return pooled(step.grouped(votes, self.group), step.visible, used, self.kernel, self.pooling)
+        return pooled(step.grouped(votes, self.group), step, used, self.kernel, self.pooling)
 
     def _votes(self, rows: Tensor, used: Tensor) -> Tensor:
         """Return mean and variance of the newest `used` of the rows ``[R, L, H, w, n]`` as one score."""

@@ -75,16 +75,13 @@ class History:
             return rows
         return torch.cat([rows[..., start:, :], rows[..., :start, :]], -2)
 
-    def newest(self, count: int, run: int) -> Tensor:
-        """Return the newest `count` rows or all of one run, in any order, ``[..., count, n]``; not to be written to."""
-        rows = self._buffer[run, ..., : self._n]
-        if count >= self.count:
-            return rows[..., : self.count, :]
-        start = (self._pushed - count) % self.window
-        if start + count <= self.window:
-            return rows[..., start : start + count, :]
-        slots = torch.arange(start, start + count, device=rows.device) % self.window
-        return rows.index_select(-2, slots)
+    def with_age(self) -> tuple[Tensor, Tensor]:
+        """Return the rows that are kept in any order, ``[..., count, n]``, and how many rows are newer than each.
+
+        The rows are not to be written to; the second tensor is int64 ``[count]``.
+        """
+        slots = torch.arange(self.count, device=self._buffer.device)
+        return self._buffer[..., : self.count, : self._n], (self._pushed - 1 - slots) % self.window
 
     @property
     def sum(self) -> Tensor:

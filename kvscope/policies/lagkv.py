@@ -53,10 +53,10 @@ class LagKV(Policy):
         return Protection(sinks=self.sinks)
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
-        held = step.visible.sum(-1, keepdim=True)  # [R, L, G, 1]
-        if not step.compresses or not bool((held[..., 0] > step.budget).any()):
+        if not (step.compresses and step.exceeds):
             return score
-        place, there = without_gaps(step.visible)
+        held = step.visible.sum(-1, keepdim=True)  # [R, L, G, 1]
+        place, there = without_gaps(step.visible, step.most_visible)
         order = torch.arange(place.shape[-1], device=score.device)
         ranked = self.sinks + ((held - self.sinks) // self.lag - 1) * self.lag  # keys before the last whole part
         new = order.to(score.dtype).expand_as(place)  # without a rank: above all ranks, at least `lag`

@@ -36,7 +36,7 @@ class LRU(Policy):
     def observe(self, step: Step, score: Tensor) -> Tensor:
         weights = step.weights(self.group)
         used = (weights >= even_share(step, weights)) & (weights > 0)
-        used[..., -1] = True
+        used[..., -1].fill_(True)
         return torch.where(used, step.t, score)
 
 

@@ -64,21 +64,23 @@ class MorphKV(Policy):
         return (logits - logits.amax(-1, keepdim=True)).exp().nan_to_num(0.0)  # a row without mass is zero
 
     def _fused(self, step: Step, history: History, score: Tensor) -> Tensor:
-        """Return the score of every key from the rows before this one, ``[R, L, G, n]``.
+        """Return the score of every key from the rows before this one, ``[R, L, G, n]``."""
+        window = self._windows(step)
+        index, there = without_gaps(step.visible[..., :-1], step.most_visible - 1)  # [R, L, G, m]
+        rows, newer = history.with_age()
+        counts = newer < window[:, None]  # [R, W]
+        rows = rows.gather(-1, index[..., None, :].expand(*rows.shape[:-1], -1))  # [R, L, G, W, m]
+        rows = rows.double()  # one over a small float32 may be infinite
+        older = (there & (index < step.t - window[:, None, None, None])).to(rows.dtype)
+        total = (rows @ older[..., None])[..., 0]  # [R, L, G, W]
+        part = torch.where((total > 0) & counts[:, None, None], 1 / total, 0.0)
+        best = (rows * part[..., None]).amax(-2) if self.fuse == "max" else (part[..., None, :] @ rows)[..., 0, :]
+        return torch.zeros_like(score).scatter_(-1, index, (best * older).to(score.dtype))
 
-        Run by run, over what each holds: windows and caches of the runs differ in size.
-        """
-        fused = torch.zeros_like(score)
-        for run, budget in enumerate(step.budgets):
-            window = min(self.window, budget // 2)
-            if not window:
-                continue
-            index, there = without_gaps(step.visible[run, ..., :-1])  # [L, G, m]
-            rows = history.newest(window, run).double()  # one over a small float32 may be infinite
-            older = (there & (index < step.t - window)).to(rows.dtype)
-            rows = rows.gather(-1, index[:, :, None].expand(*rows.shape[:-1], -1))  # [L, G, W, m]
-            total = (rows @ older[..., None])[..., 0]  # [L, G, W]
-            part = torch.where(total > 0, 1 / total, 0.0)
-            best = (rows * part[..., None]).amax(-2) if self.fuse == "max" else (part[..., None, :] @ rows)[..., 0, :]
-            fused[run].scatter_(-1, index, (best * older).to(score.dtype))
-        return fused
+    def _windows(self, step: Step) -> Tensor:
+        """Return how many rows count in each run, int64 ``[R]``, and remember it."""
+        if "windows" not in step.memory:
+            counts = [min(self.window, budget // 2) for budget in step.budgets]
+            step.memory["windows"] = torch.tensor(counts, device=step.visible.device)
+        windows: Tensor = step.memory["windows"]
+        return windows

@@ -61,7 +61,7 @@ class Quest(Policy):
         best = torch.arange(pages, device=order.device) >= pages - most
         chosen = torch.zeros_like(outside).scatter(-1, order, best)
         reads = chosen.repeat_interleave(self.page_size, -1)[..., : step.t + 1]
-        reads[..., -1] = True
+        reads[..., -1].fill_(True)
         whole = (step.layers < self.skip_layers)[:, None] | (step.t < step.budget)  # [R, L, S]
         return step.visible & (reads | whole[..., None])
 

@@ -64,9 +64,9 @@ class RKV(Policy):
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         queries = self._remember(step)
-        if not step.compresses or not bool((step.visible.sum(-1) > step.budget).any()):
+        if not (step.compresses and step.exceeds):
             return score
-        place, there = without_gaps(step.visible)
+        place, there = without_gaps(step.visible, step.most_visible)
         # In double: the order in which a product adds must decide nothing.
         keys = at(place, step.signals["keys"].double())
         attention = self._attention(step, queries.double(), keys, there, place)

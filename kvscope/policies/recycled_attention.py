@@ -84,9 +84,14 @@ class RecycledAttention(Policy):
                 return score
             full = self._full(step)
         self._partial(step)
-        if bool(full.any()):
+        if self._may_be_full(step):
             self._choose(step, full)
         return score
+
+    def _may_be_full(self, step: Step) -> bool:
+        """Return whether this step is full in any run and layer, or may be where queries are compared."""
+        since: int = step.t - step.memory["start"]
+        return since % (self.stride if self.schedule == "fixed" else self.compare_every) == 0
 
     def _full(self, step: Step) -> Tensor:
         """Return in which runs and layers this is a full step, bool ``[R, L]``."""
@@ -94,10 +99,8 @@ class RecycledAttention(Policy):
         since = step.t - step.memory.setdefault("start", step.t)
         if since == 0:
             return step.visible.new_ones(shape)
-        if self.schedule == "fixed":
-            return step.visible.new_full(shape, since % self.stride == 0)
-        if since % self.compare_every:
-            return step.visible.new_zeros(shape)
+        if self.schedule == "fixed" or not self._may_be_full(step):
+            return step.visible.new_full(shape, self._may_be_full(step))
         similarity = functional.cosine_similarity(step.signals["mean_query"], step.memory["query"], dim=-1)
         return similarity <= self.threshold
 

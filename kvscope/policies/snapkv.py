@@ -60,17 +60,21 @@ class SnapKV(Policy):
         rows, used = history.rows, voting(self, step)  # [R, L, S, w, n], [R]
         newest = torch.arange(rows.shape[-2], 0, -1, device=rows.device) <= used[:, None]  # [R, w]
         votes = (rows * newest[:, None, None, :, None]).sum(-2)
-        return pooled(votes, step.visible, used, self.kernel, self.pooling)
+        return pooled(votes, step, used, self.kernel, self.pooling)
 
 
 def voting(policy: Policy, step: Step) -> Tensor:
     """Return how many of the newest keys each run protects, int64 ``[R]``: the window that votes."""
-    return torch.tensor([policy.protect(budget).recent for budget in step.budgets], device=step.budget.device)
+    if "voting" not in step.memory:  # remembered, because every copy to a GPU waits for it
+        recent = [policy.protect(budget).recent for budget in step.budgets]
+        step.memory["voting"] = torch.tensor(recent, device=step.budget.device)
+    used: Tensor = step.memory["voting"]
+    return used
 
 
-def pooled(votes: Tensor, visible: Tensor, window: Tensor, kernel: int, pooling: Pooling) -> Tensor:
+def pooled(votes: Tensor, step: Step, window: Tensor, kernel: int, pooling: Pooling) -> Tensor:
     """Return votes ``[R, L, S, n]`` pooled over neighbours in the cache; the newest `window` ``[R]`` keys get none."""
-    place, there = without_gaps(visible)
+    place, there = without_gaps(step.visible, step.most_visible)
     n = votes.shape[-1]
     older = there & (place < n - window[:, None, None, None])
     compact = torch.where(older, votes.gather(-1, place), 0).flatten(1, 2)  # [R, L * S, m]

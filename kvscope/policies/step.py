@@ -36,6 +36,11 @@ class Step:
         ``B`` of each of the ``R`` runs; the mean of `budget`.
     compresses : bool
         Whether keys are evicted at the end of this step.
+    most_visible : int
+        The largest number of keys that a head may see. Like `exceeds` it follows from the budgets, so that a policy
+        need not wait for a GPU to count its keys; it can only be too large, where a sliding window removes keys.
+    exceeds : bool
+        Whether a head may hold more keys than its budget.
     visible : Tensor
         bool ``[R, L, S, n]``: the keys that the query sees (``V_t``). ``S`` is ``G``, or 1 with layer scope.
     signals : dict of str to Tensor
@@ -63,6 +68,8 @@ class Step:
     budget: Tensor
     budgets: list[int]
     compresses: bool
+    most_visible: int
+    exceeds: bool
     visible: Tensor
     signals: dict[str, Tensor]
     live: Tensor | None

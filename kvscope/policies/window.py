@@ -32,5 +32,5 @@ class Window(Policy):
         return Recurrence("none")
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
-        score[..., -1] = step.t
+        score[..., -1].fill_(step.t)
         return score

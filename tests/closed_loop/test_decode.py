@@ -24,7 +24,7 @@ from kvscope.engine.rows import Shape
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.attention_hook import Call, observe_attention
 from kvscope.model.loading import load
-from kvscope.model.short_cache import ShortLayer
+from kvscope.model.short_cache import HeldKeys, ShortLayer
 from kvscope.policies import POLICIES
 from kvscope.policies.base import Policy, Step
 from kvscope.policies.spec import parse_policies
@@ -405,12 +405,27 @@ def test_a_layer_that_reads_another_cache_is_refused(monkeypatch: pytest.MonkeyP
 
 def test_an_evicted_key_does_not_return() -> None:
     layer = ShortLayer()
+    held = HeldKeys([layer], 2, torch.device("cpu"))
+    held.append(0, 4)
     layer.update(torch.randn(1, 2, 4, 3), torch.randn(1, 2, 4, 3))
-    layer.cut(torch.tensor([[True, False, True, True], [False, False, True, True]]))
-    assert [own.tolist() for own in layer.positions] == [[0, 2, 3], [2, 3]]
-    assert [len(own) for own in layer.head_values] == [3, 2] and layer.longest() == 3
+    longest = held.cut(torch.tensor([[[True, False, True, True], [False, False, True, True]]]), 3)
+    assert held.positions.tolist() == [[[0, 2, 3], [-1, 2, 3]]]
+    assert longest == 3 and layer.longest() == 3
+    held.append(4, 5)
     keys, _ = layer.update(torch.randn(1, 2, 1, 3), torch.randn(1, 2, 1, 3))
     assert keys.shape == (1, 2, 4, 3) and layer.get_seq_length() == 5
-    assert keys[0, 1, 3].isnan().all() and keys[0, 0].isfinite().all()
+    assert keys[0, 1, 0].isnan().all() and keys[0, 0].isfinite().all() and keys[0, 1, 1:].isfinite().all()
+    held.check()
+    held.cut(torch.ones(1, 2, 5, dtype=torch.bool), 4)
     with pytest.raises(ReplayError, match="retains a key that is already evicted"):
-        layer.cut(torch.ones(2, 5, dtype=torch.bool))
+        held.check()
+
+
+def test_a_key_without_room_is_not_lost_silently() -> None:
+    layer = ShortLayer()
+    held = HeldKeys([layer], 1, torch.device("cpu"))
+    held.append(0, 3)
+    layer.update(torch.randn(1, 1, 3, 2), torch.randn(1, 1, 3, 2))
+    held.cut(torch.ones(1, 1, 3, dtype=torch.bool), 2)
+    with pytest.raises(ReplayError):
+        held.check()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvscope.core.errors import ReplayError, UsageError
 from kvscope.engine.cache_state import CacheState
-from kvscope.engine.draw import draw
+from kvscope.engine.draw import Draws
 from kvscope.engine.plan import require_room
 from kvscope.engine.rows import Shape
 from kvscope.engine.simulation import CacheSimulation
@@ -112,11 +112,13 @@ def test_keys_that_slide_out_of_a_window_do_not_count_as_evictions() -> None:
 
 
 def test_draws_are_uniform_and_reproducible() -> None:
-    many = torch.stack([draw(1, 0, torch.arange(4), 8, position) for position in range(2000)])
+    many = torch.stack([Draws(0, torch.arange(4), 2000).of_key(1, 8, position) for position in range(2000)])
     assert many.min() >= 0 and many.max() < 1
     assert abs(many.mean().item() - 0.5) < 0.005
-    assert torch.equal(draw(1, 2, torch.tensor([3]), 8, 9), draw(1, 2, torch.arange(5), 8, 9)[3:4])
-    assert not torch.equal(draw(1, 0, torch.arange(4), 8, 3), draw(2, 0, torch.arange(4), 8, 3))
+    assert torch.equal(
+        Draws(2, torch.tensor([3]), 10).of_key(1, 8, 9), Draws(2, torch.arange(5), 20).of_key(1, 8, 9)[3:4]
+    )
+    assert not torch.equal(*(Draws(0, torch.arange(4), 4).of_key(seed, 8, 3) for seed in (1, 2)))
 
 
 @pytest.mark.parametrize("windows", [(), (None, 3), (1, 7)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvscope.core.errors import UsageError
-from kvscope.engine.draw import draw_row
+from kvscope.engine.draw import Draws
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import attention, run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, sets
@@ -20,7 +20,7 @@ def uniform(seed: int, layers: int, heads: int) -> np.ndarray:
     """Return the draws of every layer, head, step and key, ``[L, H, T, T]``."""
     draws = np.full((layers, heads, LENGTH, LENGTH), np.nan)
     for t in range(LENGTH):
-        draws[:, :, t, : t + 1] = draw_row(seed, 0, torch.arange(layers), heads, t).numpy()
+        draws[:, :, t, : t + 1] = Draws(0, torch.arange(layers), LENGTH).of_row(seed, heads, t).numpy()
     return draws
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from kvscope.engine.draw import draw
+from kvscope.engine.draw import Draws
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, groups, head_sets, simulations
@@ -33,7 +33,9 @@ def test_random_keeps_the_largest_draws(prefill: str, seed: int) -> None:
     for (heads, kv_heads), (prompt, budget) in itertools.product(HEADS, PROMPTS_BUDGETS):
         rows, cut = groups(1, heads, kv_heads, 2, LENGTH)
         simulation = run(policy, rows, [budget], kv_heads=kv_heads, prompt=prompt, prefill=prefill)
-        drawn = torch.stack([draw(seed, 0, torch.arange(2), kv_heads, t) for t in range(LENGTH)], -1)  # [L, G, T]
+        drawn = torch.stack(
+            [Draws(0, torch.arange(2), LENGTH).of_key(seed, kv_heads, t) for t in range(LENGTH)], -1
+        )  # [L, G, T]
         for layer, head in itertools.product(range(2), range(kv_heads)):
             own = drawn[layer, head].tolist()
             expected = loop(cut[layer][head], lambda t, visible, row, own=own: own, budget, prompt, prefill)
