@@ -1,6 +1,8 @@
 """The closed loop compared with decoding token by token: seconds, their ratio, the cost of more runs, and memory.
 
 ``python benchmarks/closed_loop.py [--tokens 1024] [--runs 5] [--output benchmarks/results/closed_loop.json]``
+``python benchmarks/closed_loop.py --only decoding,generate --tokens 128 --runs 9 --output
+benchmarks/results/decoding.json``
 
 The default is the bundled model on a CPU. With ``--device cuda --shape llama2-7b``, a model of that shape with random
 weights is created on the device in half precision and reads random tokens. Prefill is streaming: every token is decoded
@@ -43,6 +45,13 @@ from kvscope.trace.reader import TokenSequence
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "demo_heldout.json"
 EIGHT = ["h2o", "tova", "a2sf", "streaming-llm"]  # at two budgets
+RATIOS = {
+    "decoding_over_closed": ("decoding", "closed"),
+    "generate_over_closed": ("generate", "closed"),
+    "decoding_over_generate": ("decoding", "generate"),
+    "8_mixed_over_1": ("closed_8_mixed", "closed"),
+    "8_budgets_over_1": ("closed_8_budgets", "closed"),
+}
 
 
 def main() -> None:
@@ -54,6 +63,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=[*SHAPES, "demo"], default="demo")
     parser.add_argument("--decoded", type=int, help="tokens really decoded; the rest is extrapolated, and said")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="some kinds of work, with commas")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/closed_loop.json"))
     args = parser.parse_args()
     model = (
@@ -82,19 +92,20 @@ def measured(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> dict[st
         "decoding": lambda: real(model, part, one[0]),
         "generate": lambda: generate(model, part),
     }
+    work = {name: run for name, run in work.items() if args.only is None or name in args.only}
     memory = {name: memory_of(run, args.device) for name, run in work.items()}
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(args.runs):
         for name, run in work.items():
             seconds[name].append(timed(run, args.device))
     scale = len(ids) / len(part)
+    scales = {"decoding_over_closed": scale, "generate_over_closed": scale}  # others compare equal numbers of tokens
     ratios = {
-        "decoding_over_closed": [scale * a / b for a, b in zip(seconds["decoding"], seconds["closed"], strict=True)],
-        "generate_over_closed": [scale * a / b for a, b in zip(seconds["generate"], seconds["closed"], strict=True)],
-        "8_mixed_over_1": [a / b for a, b in zip(seconds["closed_8_mixed"], seconds["closed"], strict=True)],
-        "8_budgets_over_1": [a / b for a, b in zip(seconds["closed_8_budgets"], seconds["closed"], strict=True)],
+        name: [scales.get(name, 1) * a / b for a, b in zip(seconds[one_kind], seconds[other], strict=True)]
+        for name, (one_kind, other) in RATIOS.items()
+        if {one_kind, other} <= set(work)
     }
-    if args.shape == "demo":
+    if args.shape == "demo" and args.only is None:
         ratios["8_mixed_over_1_as_commands"] = commands(args.runs)
     return {
         "machine": machine(args.device),

@@ -31,8 +31,14 @@ GENERATED: dict[str, Callable[[], str]] = {
     "reports/README.md": results.describe,
 }
 README, RESULTS = "README.md", Path("benchmarks/results")
-OUTCOMES, GATES = RESULTS / "outcomes.json", RESULTS / "gates.json"
-MEASURED = ("trace_cost", "replay_speed", "replay_runs", "closed_loop", "belady", "report_build")
+OUTCOMES, GATES, OPERATIONS = (RESULTS / f"{name}.json" for name in ("outcomes", "gates", "operations"))
+MEASURED = ("trace_cost", "replay_speed", "replay_runs", "closed_loop", "decoding", "belady", "report_build")
+DEEP = 32  # layers of the model in the table of operations
+STEPPERS = {
+    "TritonStepper": "a Triton kernel, a block of tokens at once",
+    "TorchStepper": "torch, token by token",
+    "AppendingStepper": "not stepped: it evicts nothing",
+}
 Row = tuple[str, str, str]  # what, the figure, and the name of its file
 SHOWN = "20%"  # budget of the table of outcomes
 PAGES = (README, "CONTRIBUTING.md", "CHANGELOG.md", *GENERATED)
@@ -78,6 +84,8 @@ def with_tables(page: str) -> str:
         tables |= {"outcomes": outcomes_table(figures), "agreement": agreement_table(figures)}
     if (ROOT / GATES).is_file():
         tables["gates"] = gates_table(json.loads((ROOT / GATES).read_text(encoding="utf-8")))
+    if (ROOT / OPERATIONS).is_file():
+        tables["operations"] = operations_table(json.loads((ROOT / OPERATIONS).read_text(encoding="utf-8")))
     if all((ROOT / RESULTS / f"{name}.json").is_file() for name in MEASURED):
         tables["speed"] = speed_table(ROOT / RESULTS)
     for name, table in tables.items():
@@ -140,6 +148,53 @@ def gates_table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def operations_table(figures: dict[str, Any]) -> str:
+    """Return what one more token costs on a GPU under every policy, in operations and waits."""
+    lines = [
+        "| policy | stepped by | a token | a token of the prompt | waits | in `verify` | times generate | waits |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| plain generate | - | - | - | - | {' | '.join(_in_verify(figures['generate'], figures['generate']))} |",
+    ]
+    for name, found in figures["policies"].items():
+        token = found.get("token") or found["open_token"]
+        stepper = STEPPERS[found["stepper"]] + (", in replays only" if "open_token" in found else "")
+        together = found.get("token_of_4_runs_and_twice_the_heads", token) == token
+        prompt = _count(found["prompt_token"]["operations"]) if "prompt_token" in found else "-"
+        cells = [
+            f"`{name}`",
+            stepper if together else f"{stepper}, runs or heads one by one",
+            _count(token["operations"]),
+            prompt,
+            _count(token["waits"]),
+            *_in_verify(found.get("decoding"), figures["generate"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _in_verify(found: dict[str, Any] | None, generate: dict[str, Any]) -> list[str]:
+    """Return the operations of a decoded token, their ratio to plain generation, and the waits."""
+    if found is None:
+        return ["-", "-", "-"]
+    if "each_layer" in found:
+        layers, said = DEEP, f"{_count(_deep(found, 1, once=0))} + {_count(_deep(found, 0))}"
+        cost, waits = _deep(found, DEEP), _deep(found, DEEP, "waits")
+    else:
+        ((name, whole),) = found.items()
+        layers = int(name.split("_")[1])
+        cost, waits, said = whole["operations"], whole["waits"], f"{_count(whole['operations'])} in {layers} layers"
+    return [said, f"{cost / _deep(generate, layers):.1f}", _count(waits)]
+
+
+def _deep(found: dict[str, Any], layers: int, name: str = "operations", once: int = 1) -> float:
+    """Return the cost of a token in so many layers, with or without what it costs once."""
+    return float(layers * found["each_layer"][name] + once * found["all_layers"][name])
+
+
+def _count(number: float) -> str:
+    return f"{number:.0f}"
+
+
 def speed_table(results: Path) -> str:
     """Return the table of speed, from the files that the benchmarks wrote."""
     figures = {name: json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in MEASURED}
@@ -147,6 +202,7 @@ def speed_table(results: Path) -> str:
         *_tracing(figures["trace_cost"]),
         *_replay(figures["replay_speed"], figures["replay_runs"]),
         *_closed(figures["closed_loop"]),
+        *_decoded(figures["decoding"]),
         *_rest(figures["belady"], figures["report_build"]),
     ]
     machine = figures["closed_loop"]["machine"]
@@ -199,6 +255,15 @@ def _closed(figures: dict[str, Any]) -> Iterator[Row]:
         ("8_mixed_over_1_as_commands", "`kvscope perplexity` with these eight, start of the program included"),
     ):
         yield what, f"{_times(ratios[key])} one", "closed_loop"
+
+
+def _decoded(figures: dict[str, Any]) -> Iterator[Row]:
+    found = f"{_times(figures['ratios']['decoding_over_generate'])} plain generate"
+    yield (
+        f"decoding {figures['tokens']:,} tokens under {figures['policy']}, keys removed from the cache",
+        found,
+        "decoding",
+    )
 
 
 def _rest(belady: dict[str, Any], report: dict[str, Any]) -> Iterator[Row]:

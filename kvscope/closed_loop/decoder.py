@@ -24,8 +24,8 @@ class Decoder:
 
     All layers are stepped together, row by row in torch: not by the compiled kernels of the closed loop, which decoding
     is to prove. A token costs a fixed number of operations for each layer, whatever the number of heads. Nothing is
-    read from the device before the end, unless the policy has no budget: then only the device knows how many keys it
-    retains.
+    read from the device before the end, unless the policy evicts without a budget: then only the device knows how many
+    keys it retains.
     """
 
     def __init__(
@@ -34,7 +34,8 @@ class Decoder:
         self.model, self.ids, self.simulation, self.cache, self.head_dim = model, ids, simulation, cache, head_dim
         self.exact = exact_dtype(model)
         self.held: list[int] = []
-        self._bounded = simulation.plan.policy.traits.bounded
+        traits = simulation.plan.policy.traits
+        self._known = traits.bounded or traits.phase == "none"  # whether budgets tell how many keys are held
         self._groups: list[tuple[Alike, HeldKeys, Tensor]] = []  # layers with room for equally many keys, their numbers
         self._group_of: dict[int, tuple[HeldKeys, int]] = {}  # layer -> its group, and its place in it
         self._longest: list[Tensor] = []  # [] each: keys that the fullest head holds after a decoded step
@@ -168,7 +169,7 @@ class Decoder:
         retained = self.simulation.held(t, t + 1)[0, :, :, 0]  # [L, G, t + 1]
         longest = []
         for alike, group, layers in self._groups:
-            most = self.simulation.occupancy.most_of(alike) if self._bounded else None
+            most = self.simulation.occupancy.most_of(alike) if self._known else None
             oldest = t + 2 - alike.window if alike.window else 0
             if most is not None and oldest > 0:
                 most = min(most, alike.window - 1)

@@ -29,6 +29,7 @@ from kvscope.engine.torch_stepper import TorchStepper
 from kvscope.kernels import available, triton_available
 from kvscope.policies.base import Policy, Step, recurrence_of
 from kvscope.policies.own import is_own
+from kvscope.policies.recurrence import Recurrence
 
 
 class CacheSimulation:
@@ -216,8 +217,7 @@ def choose_stepper(fallback: TorchStepper, inputs: StepInputs, state: CacheState
     plan, traits = inputs.plan, inputs.plan.policy.traits
     if traits.phase == "none" and not traits.reads and not is_own(plan.policy):  # an own one is called and checked
         return AppendingStepper(state)
-    supported = traits.bounded and not traits.reads and plan.accumulate is None and sharing.fixed
-    rule = recurrence_of(plan.policy) if supported else None
+    rule = kernel_rule(inputs, sharing)
     if rule is None:
         return fallback
     device = state.leave.device.type
@@ -228,6 +228,13 @@ def choose_stepper(fallback: TorchStepper, inputs: StepInputs, state: CacheState
 
         return TritonStepper(inputs, state, rule)
     return fallback
+
+
+def kernel_rule(inputs: StepInputs, sharing: BudgetSharing) -> Recurrence | None:
+    """Return the rule by which a kernel can step a plan, or None if it can only be stepped in torch."""
+    plan, traits = inputs.plan, inputs.plan.policy.traits
+    supported = traits.bounded and not traits.reads and plan.accumulate is None and sharing.fixed
+    return recurrence_of(plan.policy) if supported else None
 
 
 def _sharing(inputs: StepInputs, protected: Tensor, allocator: Allocator | None) -> BudgetSharing:

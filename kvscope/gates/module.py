@@ -50,7 +50,7 @@ class LayerGate(nn.Module):
         query, key, value = parts  # [batch, heads, T, size]
         first = min(prompt, length) if self._facts.form == "bidirectional" else 0
         seen = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-        seen[:first, :first] = True
+        seen[:first, :first].fill_(True)
         found = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen) + value
         together = found.transpose(1, 2).flatten(2)  # [batch, T, heads * size]
         return functional.linear(together, self.open.weight.to(hidden), self.open.bias.to(hidden)).transpose(1, 2)

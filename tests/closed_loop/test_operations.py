@@ -7,115 +7,204 @@ interpreter and the numba kernels off.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvscope.closed_loop import forward
+from kvscope.closed_loop import compaction, forward
 from kvscope.closed_loop.compile import evaluate
-from kvscope.engine import simulation
+from kvscope.closed_loop.passage import Passage
+from kvscope.core.options import Positions, Prefill
+from kvscope.core.version import versions
 from kvscope.kernels import triton_available
-from kvscope.metrics import METRICS
 from kvscope.model.attention_hook import Call
-from kvscope.policies.base import recurrence_of
+from kvscope.policies import POLICIES
+from kvscope.policies.base import Step, recurrence_of
 from kvscope.policies.spec import parse_policy
-from tests.closed_loop.test_closed_loop import Kept, passage, runs
-from tests.model.tiny import build
+from kvscope.trace.reader import TokenSequence
+from tests.closed_loop.test_closed_loop import Kept, runs
+from tools import operations
+from tools.operations import FEW, LAYERS, MORE, PROMPT, Cost, Operations, closed, decoding, generating
 
 pytestmark = pytest.mark.skipif(not triton_available(), reason="triton is not installed: pip install triton")
-MAY_COPY = {"aten::to", "aten::resolve_conj"}  # of `cpu` and `tolist`; torch counts them as views
 METRICS_OF_ROWS = ["retained_mass", "ideal_mass", "ideal_cosine", "full_cosine", "read_keys", "held_keys"]
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations, views apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view or func._schema.name in MAY_COPY:
-            self.counts[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def launched(self) -> int:
-        """Operations of all kinds."""
-        return sum(self.counts.values())
-
-
-@contextmanager
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Choose steppers and kernels on the CPU as on a GPU."""
-    from kvscope.engine.triton_stepper import TritonStepper
-
-    def choose(fallback: Any, inputs: Any, state: Any, sharing: Any) -> Any:
-        rule = recurrence_of(inputs.plan.policy)
-        return chosen(fallback, inputs, state, sharing) if rule is None else TritonStepper(inputs, state, rule)
-
-    chosen = simulation.choose_stepper
-
-    with monkeypatch.context() as patch:
-        patch.setattr(simulation, "choose_stepper", choose)
-        patch.setattr(forward, "available", lambda: False)
-        patch.setattr(forward, "BLOCK_QUERIES", 1024)
-        patch.setenv("KVSCOPE_NO_KERNELS", "1")
-        yield
-
-
-def counted(length: int, spec: str, metrics: list[str], prefill: str, monkeypatch: pytest.MonkeyPatch) -> Operations:
-    model = build("llama")
-    with as_on_a_gpu(monkeypatch), torch.inference_mode(), Operations() as operations:
-        evaluate(
-            model,
-            [passage(length, length // 2)],
-            runs((spec, "30%")),
-            [METRICS.get(name) for name in metrics],
-            prefill,
-            Kept(),
-        )
-    return operations
-
+RECORDED = json.loads(operations.OUTPUT.read_text(encoding="utf-8"))
+STEPPED = [name for name, found in RECORDED["policies"].items() if found.get("token") and "Torch" in found["stepper"]]
+DECODED = [name for name, found in RECORDED["policies"].items() if found.get("decoding")]
+SAME_TORCH = {**versions("torch", "transformers"), "kvscope": ""} == {**RECORDED["versions"], "kvscope": ""}
 
 CASES = [
-    ("h2o", [], "full"),
-    ("h2o", METRICS_OF_ROWS, "stream"),
-    ("a2sf:alpha=0.5", [], "stream"),
-    ("tova", METRICS_OF_ROWS, "full"),
-    ("streaming-llm:sinks=1", [], "full"),
-    ("vatp", [], "full"),
+    ("h2o", [], Prefill.full),
+    ("h2o", METRICS_OF_ROWS, Prefill.stream),
+    ("a2sf:alpha=0.5", [], Prefill.stream),
+    ("tova", METRICS_OF_ROWS, Prefill.full),
+    ("streaming-llm:sinks=1", [], Prefill.full),
+    ("vatp", [], Prefill.full),
 ]
 
 
 @pytest.mark.parametrize(("spec", "metrics", "prefill"), CASES)
-def test_operations_do_not_grow_with_tokens(
-    spec: str, metrics: list[str], prefill: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_operations_do_not_grow_with_tokens(spec: str, metrics: list[str], prefill: Prefill) -> None:
+    """A policy that the kernel steps launches as many operations for a longer text, in one block."""
     assert recurrence_of(parse_policy(spec)) is not None
-    short, long = (counted(length, spec, metrics, prefill, monkeypatch) for length in (12, 24))
+    model = operations.small_model()
+    short, long = (closed(model, spec, n // 2, n, prefill=prefill, metrics=metrics) for n in (24, 36))
     grown = long.counts - short.counts
     assert not grown, f"of 12 more tokens: {dict(grown)}"
+    assert long.waits == short.waits
 
 
-def test_what_grows_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_policy_is_recorded() -> None:
+    """The table in the documentation has all policies of the package, and those that can be decoded."""
+    ours = [name for name, cls in POLICIES.items() if cls.__module__.startswith("kvscope.policies.")]
+    assert sorted(RECORDED["policies"]) == sorted(ours)
+    assert len(STEPPED) > 15
+    assert len(DECODED) > 20
+
+
+@pytest.mark.parametrize("spec", STEPPED)
+def test_a_token_that_torch_steps_costs_the_same_at_any_length(spec: str) -> None:
+    model = operations.model_of(spec)
+    layers = model.config.num_hidden_layers
+    closed(model, spec, PROMPT, PROMPT + 1)  # loads a gate
+    texts = [closed(model, spec, PROMPT, PROMPT + FEW + more) for more in (0, MORE, 2 * MORE)]
+    first, second = (Cost.between(*pair, MORE * layers) for pair in pairwise(texts))
+    assert first.waits == second.waits == 0
+    assert first.operations == pytest.approx(second.operations, abs=1)  # some steps do more, such as those of a page
+    if SAME_TORCH and not parse_policy(spec).phase.startswith("every"):
+        assert first.operations == pytest.approx(RECORDED["policies"][spec]["token"]["operations"], abs=1)
+
+
+@pytest.mark.parametrize("spec", ["lru", "morphkv", "cake", "snapkv", "quest", "recycled-attention"])
+def test_heads_and_runs_are_stepped_together(spec: str) -> None:
+    one, several = (
+        [
+            closed(operations.small_model(kv_heads=heads), spec, PROMPT, PROMPT + FEW + more, runs=runs)
+            for more in (0, 8)
+        ]
+        for heads, runs in ((2, 1), (4, 4))
+    )
+    assert Cost.between(*several, 8) == Cost.between(*one, 8)
+
+
+@pytest.mark.parametrize("spec", ["h2o", "snapkv", "cake", "morphkv", "r-kv", "full"])
+def test_no_step_at_compacted_positions_waits(spec: str) -> None:
+    model = operations.small_model()
+    short, long = (
+        closed(model, spec, PROMPT, PROMPT + more, runs=2, positions=Positions.compacted) for more in (4, 12)
+    )
+    assert not long.waits - short.waits
+
+
+@pytest.mark.parametrize("spec", ["h2o", "tova", "snapkv", "cake", "keyformer", "r-kv", "full", operations.GATED])
+def test_decoding_costs_less_than_three_plain_generations(spec: str) -> None:
+    """In operations, of which a GPU can start so many a second; and no number of the host is waited for."""
+    made = operations.model_of(spec)
+    layers = made.config.num_hidden_layers
+    decoding(made, spec, PROMPT, PROMPT + 2)  # loads a gate
+    texts = [decoding(made, spec, PROMPT, PROMPT + FEW + more) for more in (0, 8, 16)]
+    first, second = (Cost.between(*pair, 8) for pair in pairwise(texts))
+    plain = Cost.between(*(generating(made, PROMPT, PROMPT + FEW + more) for more in (0, 8)), 8)
+    assert first.operations == pytest.approx(second.operations, abs=2)
+    assert first.operations < 3 * plain.operations
+    assert (first.operations - plain.operations) / layers < 100
+    assert first.waits == second.waits == (1 if spec == operations.GATED else 0)  # it has no budget that would tell
+
+
+@pytest.mark.parametrize("spec", [name for name in DECODED if name != operations.GATED])
+def test_recorded_decoding_costs_less_than_three_plain_generations(spec: str) -> None:
+    found, plain = RECORDED["policies"][spec]["decoding"], RECORDED["generate"]
+    for layers in (1, 4, 32):
+        cost, generate = (
+            each["all_layers"]["operations"] + layers * each["each_layer"]["operations"] for each in (found, plain)
+        )
+        assert cost < 3 * generate
+    assert found["all_layers"]["waits"] == found["each_layer"]["waits"] == 0
+
+
+def test_decoding_costs_as_much_for_twice_the_heads() -> None:
+    counts = []
+    for heads in (2, 4):
+        model = operations.small_model(kv_heads=heads)
+        counts.append(Cost.between(*(decoding(model, "h2o", PROMPT, PROMPT + more) for more in (4, 8)), 4))
+    assert counts[0] == counts[1]
+
+
+def test_the_physical_cut_is_one_gather_in_each_layer() -> None:
+    few, many = (
+        [decoding(operations.small_model(layers), "h2o", PROMPT, PROMPT + more) for more in (4, 5)]
+        for layers in (LAYERS, 2 * LAYERS)
+    )
+    of_a_token = [long.counts - short.counts for short, long in (few, many)]
+    assert (of_a_token[1]["gather"] - of_a_token[0]["gather"]) / LAYERS == 1
+
+
+def test_what_grows_is_counted() -> None:
     """A policy that is stepped in torch launches operations for every token."""
-    short, long = (counted(length, "lru", [], "full", monkeypatch) for length in (12, 24))
-    assert long.launched > short.launched
+    model = operations.small_model()
+    short, long = (closed(model, "lru", n // 2, n) for n in (24, 36))
+    assert long.launched > short.launched + 12 * LAYERS
 
 
-@pytest.mark.parametrize("read", [int, bool, float, torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.tolist])
-def test_reading_a_number_is_counted(read: Callable[[torch.Tensor], object]) -> None:
+READS: list[Callable[[torch.Tensor], object]] = [
+    *(int, bool, float, torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.tolist),
+    lambda number: number.nonzero(),
+    lambda number: number[None][number[None] > 0],
+    lambda number: torch.equal(number, number),
+    lambda number: torch.tensor([1.0, 2.0]),
+    lambda number: number[None].__setitem__(0, 3),
+]
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_wait_is_counted_once(read: Callable[[torch.Tensor], object]) -> None:
     number = torch.ones(())
-    with torch.inference_mode(), Operations() as operations:
+    with torch.inference_mode(), Operations() as found:
         read(number)
-    assert operations.launched > 0
+    assert found.waits.total() == 1
+
+
+def test_views_and_composed_operations_are_not_counted_as_themselves() -> None:
+    values = torch.ones(3, 4)
+    with torch.inference_mode(), Operations() as found:
+        values[1:].t().reshape(2, 4)[None]
+        values.matmul(values.T)
+    assert found.counts == Counter({"clone": 1, "mm": 1})
+    assert not found.waits
+
+
+@pytest.mark.parametrize(
+    ("spec", "prefill"),
+    [("h2o", "full"), ("tova", "stream"), ("attention-gate", "full"), ("full", "stream")],
+)
+def test_a_bound_on_the_keys_gives_what_their_number_gives(
+    spec: str, prefill: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At compacted positions a GPU pads rows to a bound: no decision, and no loss but for rounding, depends on it."""
+    model = operations.model_of(spec).double()
+    bounds: list[int] = []
+
+    def bound(step: Step, count: torch.Tensor) -> int:
+        bounds.append(step.most_visible - int(count.max()))
+        return step.most_visible
+
+    exact, bounded = Kept(), Kept()
+    text = Passage(TokenSequence(0, PROMPT, 60), operations.ids_of(60))
+    evaluate(model, [text], runs((spec, "9"), (spec, "14"), positions="compacted"), [], prefill, exact)
+    monkeypatch.setattr(compaction, "most_keys", bound)
+    evaluate(model, [text], runs((spec, "9"), (spec, "14"), positions="compacted"), [], prefill, bounded)
+    assert min(bounds) >= 0
+    assert max(bounds) > 0 if spec == operations.GATED else max(bounds) == 0
+    for run, losses in exact.losses.items():
+        assert abs(losses["nll_policy"] - bounded.losses[run]["nll_policy"]).max() < 1e-9
+    for place, intervals in exact.intervals.items():
+        assert np.array_equal(intervals.leave, bounded.intervals[place].leave)
 
 
 def test_a_block_fits_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
