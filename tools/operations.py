@@ -1,6 +1,9 @@
 """Count the operations that torch does for a token under each policy, on the code that a GPU runs, without a GPU.
 
-python tools/operations.py   write benchmarks/results/operations.json, from which the README's table is made
+python tools/operations.py [POLICY ...]
+
+It writes benchmarks/results/operations.json, from which the README's table is made; given policies, it counts these
+again and keeps the others.
 
 A GPU computes faster than the host starts its work: a step costs the operations that are started, each some
 microseconds, and every wait of the host for a number on the device. Both are counted on a CPU, with Triton's kernel in
@@ -28,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvscope.closed_loop import compaction, forward
+from kvscope.closed_loop import forward
 from kvscope.closed_loop.compile import evaluate
 from kvscope.closed_loop.decode import decode, require_decodable
 from kvscope.closed_loop.passage import Passage
@@ -41,7 +44,8 @@ from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Block, Shape
 from kvscope.engine.runs import RunSpec
 from kvscope.engine.torch_stepper import TorchStepper
-from kvscope.metrics import METRICS, past
+from kvscope.kernels import device as devices
+from kvscope.metrics import METRICS
 from kvscope.model.loading import load
 from kvscope.policies import POLICIES
 from kvscope.policies.base import Policy
@@ -147,8 +151,7 @@ def as_on_a_gpu() -> Iterator[dict[str, str]]:
         patches.enter_context(mock.patch.object(simulation, "choose_stepper", choose))
         patches.enter_context(mock.patch.object(forward, "available", return_value=False))
         patches.enter_context(mock.patch.object(forward, "BLOCK_QUERIES", forward.GPU_BLOCK_QUERIES))
-        patches.enter_context(mock.patch.object(compaction, "most_keys", lambda step, _: step.most_visible))
-        patches.enter_context(mock.patch.object(past, "attended_row_by_row", past.attended_at_once))
+        patches.enter_context(mock.patch.object(devices, "on_cpu", return_value=False))
         patches.enter_context(mock.patch.dict(os.environ, {"KVSCOPE_NO_KERNELS": "1"}))
         yield steppers
 
@@ -277,14 +280,20 @@ def stepper_of(model: Any, spec: str) -> str:
     return steppers[policy.name]
 
 
-def figures() -> dict[str, Any]:
-    """Return the cost of one more token in each layer, under every policy of the package and in plain generation."""
+def figures(again: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the cost of one more token in each layer, under every policy of the package and in plain generation.
+
+    Given policies, those of the others are as recorded.
+    """
     names = [name for name in POLICIES.names() if POLICIES.get(name).__module__.startswith("kvscope.policies.")]
+    known = json.loads(OUTPUT.read_text(encoding="utf-8"))["policies"] if again else {}
     return {
         "how": "Operations that torch starts, and waits of the host, for one more token: in each layer, and in all.",
         "versions": versions("torch", "transformers"),
         "generate": _by_layers(partial(generating, prompt=PROMPT), MORE),
-        "policies": {name: cost(name) for name in sorted(names)},
+        "policies": {
+            name: known[name] if again and name in known and name not in again else cost(name) for name in sorted(names)
+        },
     }
 
 
@@ -322,9 +331,9 @@ def _period(policy: Policy) -> int:
 def main() -> int:
     """Count, write the figures, and return the exit status."""
     if "TRITON_INTERPRET" not in os.environ:  # triton reads it when it is imported
-        command = [sys.executable, __file__]
+        command = [sys.executable, __file__, *sys.argv[1:]]
         return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
-    OUTPUT.write_text(json.dumps(figures(), indent=1) + "\n", encoding="utf-8")
+    OUTPUT.write_text(json.dumps(figures(sys.argv[1:]), indent=1) + "\n", encoding="utf-8")
     print(OUTPUT.read_text(encoding="utf-8"))
     return 0
 

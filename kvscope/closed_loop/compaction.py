@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvscope.engine.simulation import CacheSimulation
+from kvscope.kernels import device as devices
 from kvscope.model.attention_hook import Call
 from kvscope.model.derotation import Derotation
 from kvscope.policies.base import Step
@@ -118,7 +119,7 @@ def most_keys(step: Step, count: Tensor) -> int:
     A GPU would have to be waited for. On a CPU the number is exact, because a longer row is added in another order, in
     which the last digit of a sum may differ.
     """
-    return int(count.max()) if count.device.type == "cpu" else step.most_visible
+    return int(count.max()) if devices.on_cpu(count.device) else step.most_visible
 
 
 def _visible_keys(visible: Tensor, most: int) -> Tensor:
