@@ -207,10 +207,11 @@ def recorded(
         attention=[facts.attention[layer] for layer in layers] if store == "qkv" else [],
         layer_types=["full"] * len(layers),
         sliding_window=[None] * len(layers),
+        vector_dtype=facts.vector_dtype,
     )
     with torch.inference_mode(), TraceWriter(path, header) as writer:
         with Pipeline(threads_for(loaded.device)) as pipeline:
-            recorder = Recorder(writer, layers, store=store, pipeline=pipeline)
+            recorder = Recorder(writer, layers, store=store, vector_dtype=facts.vector_dtype, pipeline=pipeline)
             recorder.begin(0, prompt)
             with observe_attention(loaded.model, recorder):
                 decode(loaded, prompt, new)

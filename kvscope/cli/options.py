@@ -130,7 +130,7 @@ Store = Annotated[
         "--store",
         help="Store maps; maps+vectors: also every query, key and value; qkv: these alone, for long prompts: rows are "
         "recomputed when they are read; topk:K: the K heaviest keys of each row and sums of columns, lossy. The write "
-        "buffer holds at most 64 MB.",
+        "buffer holds at most 64 MB, or 16 MB for each thread that writes if that is more.",
     ),
 ]
 Hidden = Annotated[

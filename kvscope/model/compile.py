@@ -117,7 +117,7 @@ def _sizes(known: TraceHeader, lengths: list[int], hidden: int) -> dict[str, int
             hidden=hidden,
             top=known.top or TOP,
             query_stride=known.query_stride,
-            number_bytes=2 if known.model.dtype in ("float16", "bfloat16") else 4,
+            number_bytes=4 if known.vector_dtype == "float32" else 2,
         )
         for store, stored in STORES.items()
     }

@@ -43,12 +43,10 @@ def header(
     ----------
     loaded, facts
         The model, and the facts of its attention.
-    prompts, sampling
-        The prompts as tokens, and how the next token is chosen.
+    prompts, sampling, seed, command, prefill_chunk
+        The prompts as tokens, how the next token is chosen, and fields of the header.
     selected : StoreOptions
         With the layers and heads (empty for all) to record, and whether layer inputs are stored.
-    seed, command, prefill_chunk
-        Fields of the header.
 
     Raises
     ------
@@ -77,6 +75,7 @@ def header(
         head_numbers=heads,
         n_heads=facts.heads if heads else None,
         query_stride=selected.query_stride,
+        vector_dtype=facts.vector_dtype,
         prompts=[_prompt(prompt) for prompt in prompts],
         device=str(loaded.device),
         sampling=SamplingRecord(**asdict(sampling)),

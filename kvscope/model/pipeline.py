@@ -1,56 +1,73 @@
-"""Write tensors to disk in threads while the model runs: copies to the host, and a limit on the bytes that wait."""
+"""Write tensors to disk in threads while the model runs, with a limit on the bytes that wait."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from queue import SimpleQueue
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-IN_FLIGHT = 64 * 10**6  # limit on the bytes on the host that wait to be written
-THREADS = 4  # most threads that write while the model runs on a device; one while it runs on the CPU
+from kvscope.model.copies import Copy, HostCopies
+
+IN_FLIGHT = 64 * 10**6  # limit on the bytes on the host that wait to be written, for up to four threads
+BLOCK = IN_FLIGHT // 4  # most bytes of one block, whatever the number of threads: files do not depend on it
 Write = Callable[..., None]  # takes arrays as keyword arguments
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Job:
     write: Write
-    host: dict[str, Tensor]
-    copied: torch.cuda.Event | None
+    copy: Copy
     size: int
 
 
 def threads_for(device: torch.device) -> int:
-    """Return how many threads write while a model runs on this device."""
-    return 1 if device.type == "cpu" else max(1, min(THREADS, (os.cpu_count() or 1) // 2))
+    """Return how many threads write while a model runs on this device: the cores that it leaves to them, at least 1.
+
+    A model on the CPU takes torch's threads, one on a device the thread that launches its work.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, cores - (torch.get_num_threads() if device.type == "cpu" else 1))
+
+
+def limit_for(threads: int) -> int:
+    """Return the limit on the bytes that wait: room for one block of each thread, at least `IN_FLIGHT`."""
+    return max(IN_FLIGHT, threads * BLOCK)
 
 
 class Pipeline:
     """A context manager whose threads write tensors while the model runs; on exit everything has been written.
 
-    All blocks of one layer are written by the same thread, in the order of the calls of `put`. `put` blocks while the
-    limit is reached. An error in a thread is raised by the next call of `put`, or on exit.
+    Blocks with the same key are written one after the other, in the order of the calls of `put`; those with other keys
+    at the same time, by whichever thread is free. `put` blocks while the limit is reached. An error in a thread is
+    raised by the next call of `put`, or on exit; nothing more is written after it.
 
     Parameters
     ----------
     threads : int
         Number of threads that write.
-    limit : int
-        Limit on the bytes that wait; a block above the limit waits alone.
+    limit : int, optional
+        Limit on the bytes that wait, of all threads together, by default `limit_for`; a block above it waits alone.
+    copies : HostCopies, optional
+        Starts the copies to the host.
     """
 
-    def __init__(self, threads: int = 1, limit: int = IN_FLIGHT) -> None:
-        self._limit, self._waiting = limit, 0
+    def __init__(self, threads: int = 1, limit: int | None = None, copies: HostCopies | None = None) -> None:
+        self._limit, self._waiting = limit_for(threads) if limit is None else limit, 0
+        self._copies = copies or HostCopies()
         self._error: BaseException | None = None
-        self._room = threading.Condition()
-        self._queues: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(threads)]
-        self._threads = [threading.Thread(target=self._work, args=(queue,), daemon=True) for queue in self._queues]
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._closed = False
+        lock = threading.Lock()
+        self._room, self._work = threading.Condition(lock), threading.Condition(lock)
+        self._jobs: defaultdict[Hashable, deque[_Job]] = defaultdict(deque)  # with the job that is being written
+        self._ready: deque[Hashable] = deque()  # keys with jobs of which none is being written
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
         self.peak = 0  # largest number of bytes that waited at once
 
     def __enter__(self) -> Pipeline:
@@ -61,17 +78,27 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._error = self._error or error  # blocks that still wait are not written
-        for queue in self._queues:
-            queue.put(None)
+        with self._work:
+            if error is not None:
+                self._error = self._error or error  # blocks that still wait are not written
+            self._closed = True
+            self._work.notify_all()
         for thread in self._threads:
             thread.join()
         if error is None and self._error is not None:
             raise self._error
 
-    def put(self, layer: int, write: Write, tensors: Mapping[str, Tensor]) -> None:
+    def put(self, key: Hashable, write: Write, tensors: Mapping[str, Tensor]) -> None:
         """Let a thread call ``write(**arrays)`` with copies of the tensors; they must not be modified afterwards.
+
+        Parameters
+        ----------
+        key : hashable
+            What `write` writes to, such as a file: never two threads at the same time.
+        write : callable
+            Writes the arrays.
+        tensors : mapping of str to Tensor
+            Tensors of one device.
 
         Raises
         ------
@@ -85,41 +112,50 @@ class Pipeline:
                 raise self._error
             self._waiting += size
             self.peak = max(self.peak, self._waiting)
-        host, copied = self._to_host(tensors)
-        self._queues[layer % len(self._queues)].put(_Job(write, host, copied, size))
+        try:
+            job = _Job(write, self._copies.start(tensors), size)
+        except BaseException:
+            self._leave(size)
+            raise
+        with self._work:
+            self._jobs[key].append(job)
+            if len(self._jobs[key]) == 1:
+                self._ready.append(key)
+                self._work.notify()
 
-    def _to_host(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-        """Return copies on the host and, for a CUDA device, the event that marks the copies as complete."""
-        device = next(iter(tensors.values())).device
-        if device.type != "cuda":
-            return {name: tensor.cpu() for name, tensor in tensors.items()}, None
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream = self._streams[device]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        host = {}
-        with torch.cuda.stream(stream):
-            for name, tensor in tensors.items():
-                host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                host[name].copy_(tensor, non_blocking=True)
-                tensor.record_stream(stream)  # its memory must not be reused before it is copied
-        return host, stream.record_event()
-
-    def _work(self, queue: SimpleQueue[_Job | None]) -> None:
-        while (job := queue.get()) is not None:
+    def _run(self) -> None:
+        """Write the first job of a ready key, until the pipeline is closed and no job is left."""
+        while True:
+            with self._work:
+                self._work.wait_for(lambda: self._ready or (self._closed and not self._jobs))
+                if not self._ready:
+                    return
+                key = self._ready.popleft()
+                job = self._jobs[key][0]
             try:
                 if self._error is None:
-                    _write(job)
+                    job.write(**job.copy.wait())
             except BaseException as error:
                 self._error = self._error or error
             size = job.size
-            del job  # free its memory before other blocks may use the room
-            with self._room:
-                self._waiting -= size
-                self._room.notify_all()
+            del job
+            self._finish(key)
+            self._leave(size)
 
+    def _finish(self, key: Hashable) -> None:
+        """Remove the job of a key that was written, and with it its memory; make its next one ready."""
+        with self._work:
+            self._jobs[key].popleft()
+            if self._jobs[key]:
+                self._ready.append(key)
+                self._work.notify()
+            else:
+                del self._jobs[key]
+                if self._closed and not self._jobs:
+                    self._work.notify_all()
 
-def _write(job: _Job) -> None:
-    if job.copied is not None:
-        job.copied.synchronize()
-    job.write(**{name: tensor.numpy() for name, tensor in job.host.items()})
+    def _leave(self, size: int) -> None:
+        """Give the room of a block to others."""
+        with self._room:
+            self._waiting -= size
+            self._room.notify_all()

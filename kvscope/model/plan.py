@@ -12,7 +12,7 @@ from kvscope.core.options import OutputOptions
 from kvscope.core.recording_options import Sampling, StoreOptions, TextOptions
 from kvscope.model.explain import memory_explained
 from kvscope.model.loading import Loaded
-from kvscope.model.pipeline import IN_FLIGHT, Pipeline, threads_for
+from kvscope.model.pipeline import Pipeline, limit_for, threads_for
 from kvscope.model.prompts import Prompt
 from kvscope.model.recorder import Recorder
 from kvscope.model.run import Progress, RecordingRun
@@ -46,8 +46,6 @@ class RecordingPlan:
         Estimated bytes of the trace, and free bytes of the disk.
     others : dict of str to int
         Estimated bytes for each of the other stores.
-    in_flight : int
-        Limit on the bytes that wait to be written, without those that files buffer for a row group.
     """
 
     loaded: Loaded
@@ -62,7 +60,6 @@ class RecordingPlan:
     bytes: int
     free: int
     others: dict[str, int]
-    in_flight: int = IN_FLIGHT
 
     @property
     def path(self) -> Path:
@@ -83,6 +80,11 @@ class RecordingPlan:
     def prefill_chunk(self) -> int | None:
         """Tokens of a prompt per forward pass; None if every prompt is read in one pass."""
         return self.header.prefill_chunk
+
+    @property
+    def in_flight(self) -> int:
+        """Limit on the bytes that wait to be written, without those that files buffer for a row group."""
+        return limit_for(threads_for(self.loaded.device))
 
     def execute(self, progress_callback: Callable[[Progress], None] | None = None) -> Trace:
         """Run the recording and return the trace.
@@ -113,6 +115,7 @@ class RecordingPlan:
                     hidden=bool(self.store.hidden),
                     heads=self.header.head_numbers,
                     query_stride=self.store.query_stride,
+                    vector_dtype=self.header.vector_dtype,
                     pipeline=pipeline,
                 )
                 run = RecordingRun(self.loaded, writer, recorder, self.prefill_chunk, self.tokens, progress_callback)

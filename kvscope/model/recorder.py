@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -11,12 +11,15 @@ from torch import Tensor
 
 from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call
-from kvscope.model.pipeline import IN_FLIGHT, Pipeline, Write
+from kvscope.model.call_parts import Heads, is_causal, own_vectors, placed, refuse_other_masks
+from kvscope.model.copies import HostCopies
+from kvscope.model.packing import VECTOR_DTYPES, Packer, copied_vectors, fits
+from kvscope.model.pipeline import BLOCK, Pipeline, Write
+from kvscope.trace.columns import VectorType
 from kvscope.trace.schema import MAPS, STORES, STRETCH, TOPK, VECTORS, parse_store
 from kvscope.trace.writer import TraceWriter
 
 HELD_STEPS = 32  # decoding steps of a layer that are recomputed and written as one block
-HIDDEN = -1e4  # an additive mask is below this for a hidden key, in every dtype
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Recorder:
         Layers to record.
     query_block : int
         Most queries whose rows are computed at a time; rows take ``H x query_block x T`` numbers. Blocks are smaller
-        where they would not fit into `IN_FLIGHT` bytes.
+        where they would not fit into `BLOCK` bytes.
     store : str
         One of `STORES`, or ``topk:K``.
     hidden : bool
@@ -53,6 +56,8 @@ class Recorder:
         Query heads to record, in whole groups that share keys and values; empty for all.
     query_stride : int
         Record every n-th row.
+    vector_dtype : {"float32", "float16", "bfloat16"}
+        Type in which vectors and layer inputs are written, as in the header.
     pipeline : Pipeline, optional
         Writes blocks in threads; without it each block is written before the model continues.
     """
@@ -67,12 +72,15 @@ class Recorder:
         hidden: bool = False,
         heads: Sequence[int] = (),
         query_stride: int = 1,
+        vector_dtype: VectorType = "float32",
         pipeline: Pipeline | None = None,
     ) -> None:
         name, self._top = parse_store(store)
         self.writer, self.query_block, self._stored = writer, query_block, frozenset(STORES[name])
-        self._inputs, self._heads, self._stride = hidden, list(heads), query_stride
+        self._inputs, self._stride, self._dtype = hidden, query_stride, vector_dtype
+        self._heads = Heads(heads) if heads else None
         self._put = _write_now if pipeline is None else pipeline.put
+        self._packer = Packer()
         self._selected = frozenset(layers)
         self._layers: dict[int, _Layer] = {}
         self._sequence = self._prompt = 0
@@ -94,7 +102,8 @@ class Recorder:
         Raises
         ------
         ModelError
-            If rows are not stored and cannot be recomputed from vectors: the mask is not causal within the window.
+            If rows are not stored and cannot be recomputed from vectors: the mask is not causal within the window. With
+            a pipeline a later call of it raises this.
         """
         if call.layer not in self._selected:
             return
@@ -119,26 +128,24 @@ class Recorder:
     def _write(self, call: Call, state: _Layer) -> None:
         first, count = state.seen, call.query.shape[2]
         state.seen += count
-        part = _narrowed(call, self._heads) if self._heads else call
+        part = call if self._heads is None else self._heads.of(call)
         for start, stop in self._blocks(first, count, part):
             if "maps" in self._stored:
                 self._write_rows(part, first, start, stop)
             elif TOPK in self._stored:
                 self._write_topk(part, state, first, start, stop)
             else:
-                _require_causal(call, start, stop)
+                self._require_causal(call, start, stop)
             if "value_l1" in self._stored:
                 self._write_signals(call, part, state, first, start, stop)
             if "vectors:keys" in self._stored:
-                write = partial(self.writer.vectors, call.layer, self._sequence, first + start)
-                self._put(call.layer, write, _vectors(part, start, stop))
+                self._write_vectors(part, first, start, stop)
             if self._inputs:
                 self._write_hidden(call, first, start, stop)
 
     def _blocks(self, first: int, count: int, call: Call) -> Iterator[tuple[int, int]]:
         """Yield the first and last query of each block; with store topk, blocks also end where a stretch ends."""
-        room = IN_FLIGHT // 4  # four blocks can wait at a time
-        size = max(1, min(self.query_block, room // self._bytes(call, first + count)))
+        size = max(1, min(self.query_block, BLOCK // self._bytes(call, first + count)))
         start = 0
         while start < count:
             stop = min(start + size, count)
@@ -151,28 +158,28 @@ class Recorder:
     def _bytes(self, call: Call, keys: int) -> int:
         """Return the most bytes that one query passes to the pipeline in one call."""
         heads, size = call.query.shape[1], call.query.shape[3]
-        vectors = 4 * size * (heads + 2 * call.key.shape[1])
+        vectors = VECTOR_DTYPES[self._dtype].itemsize * size * (heads + 2 * call.key.shape[1])
         rows = 2 * heads * keys if "maps" in self._stored else 0
         return max(vectors, rows, 6 * heads * min(self._top or 0, keys))
 
     def _write_rows(self, call: Call, first: int, start: int, stop: int) -> None:
         """Write the rows of queries `start` to `stop` - 1 of a call whose first query is position `first`."""
-        rows = _placed(call.rows(start, stop)[0], call, first)[..., : first + stop]
+        rows = placed(call.rows(start, stop)[0], call, first)[..., : first + stop]
         skipped = -(first + start + 1) % self._stride  # rows before the next recorded one
         rows = rows[:, skipped :: self._stride]
         if rows.shape[1]:
-            write = partial(
-                self.writer.attention, call.layer, self._sequence, first + start + skipped, stride=self._stride
-            )
-            tensors = {"row_sum": rows.sum(-1), "rows": rows.half()}
+            position = first + start + skipped
+            lengths = range(position + 1, position + 1 + self._stride * rows.shape[1], self._stride)
+            tensors = {"row_sum": rows.sum(-1), "weights": self._packer.packed(rows, lengths)}
             del rows  # twice the size of the float16 copy
-            self._put(call.layer, write, tensors)
+            write = partial(self.writer.packed_attention, call.layer, self._sequence, position, stride=self._stride)
+            self._put(("attention", call.layer), write, tensors)
 
     def _write_topk(self, call: Call, state: _Layer, first: int, start: int, stop: int) -> None:
         """Write the heaviest keys of these queries, and the column sums where a stretch of rows ends."""
         assert self._top is not None
         rows, log_sums = call.rows_and_log_sums(start, stop)
-        rows, last = _placed(rows[0], call, first)[..., : first + stop], first + stop
+        rows, last = placed(rows[0], call, first)[..., : first + stop], first + stop
         position = torch.arange(first + start, last, device=rows.device)
         row_sum, sums = rows.sum(-1), rows.sum(1)
         rows = rows.masked_fill(torch.arange(last, device=rows.device) > position[:, None], -1)
@@ -186,7 +193,7 @@ class Recorder:
             "residual": rows.sum(-1),
             "log_sum_exp": log_sums[0],
         }
-        self._put(call.layer, partial(self.writer.topk, call.layer, self._sequence, first + start), tensors)
+        self._put((TOPK, call.layer), partial(self.writer.topk, call.layer, self._sequence, first + start), tensors)
         both = torch.stack([sums, rows.sum(1)])
         if state.sums is not None:
             both[..., : state.sums.shape[-1]] += state.sums
@@ -197,19 +204,20 @@ class Recorder:
     def _write_columns(self, layer: int, state: _Layer) -> None:
         if state.sums is not None:
             write = partial(self.writer.columns, layer, self._sequence, state.sums.shape[-1] - 1)
-            self._put(layer, write, {"sums": state.sums[0], "outside": state.sums[1]})
+            self._put(("columns", layer), write, {"sums": state.sums[0], "outside": state.sums[1]})
             state.sums = None
 
     def _write_signals(self, call: Call, part: Call, state: _Layer, first: int, start: int, stop: int) -> None:
         """Write norms and cosines of the keys and values of `part`, and the mean over all query heads of `call`."""
         position = first + start
-        key, value = (tensor.float() for tensor in _own(part, start, stop))
+        key, value = (tensor.float() for tensor in own_vectors(part, start, stop))
         signals = {"value_l1": value.abs().sum(-1), "value_l2": value.norm(dim=-1), "key_l2": key.norm(dim=-1)}
         if "similarity" in self._stored:
-            signals["similarity"] = _cosines(state, key, signals["key_l2"], position)
-        self._put(call.layer, partial(self.writer.keys, call.layer, self._sequence, position), signals)
+            cosines = _cosines(state, key, signals["key_l2"], position)
+            signals["cosines"] = self._packer.packed(cosines, range(position, position + key.shape[1]))
+        self._put(("keys", call.layer), partial(self.writer.keys, call.layer, self._sequence, position), signals)
         mean = {"mean_query": call.query[0, :, start:stop].float().mean(0)}
-        self._put(call.layer, partial(self.writer.queries, call.layer, self._sequence, position), mean)
+        self._put(("queries", call.layer), partial(self.writer.queries, call.layer, self._sequence, position), mean)
 
     def _write_hidden(self, call: Call, first: int, start: int, stop: int) -> None:
         """Write the layer inputs of these queries, exactly."""
@@ -218,22 +226,40 @@ class Recorder:
                 f"the input of the attention of layer {call.layer} cannot be observed",
                 "Record the trace without --hidden.",
             )
+        self._require_exact(call.layer, call.hidden.dtype)
         write = partial(self.writer.hidden, call.layer, self._sequence, first + start)
-        self._put(call.layer, write, {"inputs": call.hidden[0, start:stop].to(torch.float32, copy=True)})
+        inputs = copied_vectors(call.hidden[:, start:stop], self._dtype)[0]
+        self._put(("hidden", call.layer), write, {"inputs": inputs})
+
+    def _write_vectors(self, call: Call, first: int, start: int, stop: int) -> None:
+        """Write queries `start` to `stop` - 1 of a call, and the keys and values at their positions, exactly."""
+        parts = call.query[0, :, start:stop], *own_vectors(call, start, stop)
+        vectors: dict[str, Tensor] = dict(zip(VECTORS, parts, strict=True))
+        for part in vectors.values():
+            self._require_exact(call.layer, part.dtype)
+        write = partial(self.writer.vectors, call.layer, self._sequence, first + start)
+        tensors = {name: copied_vectors(part, self._dtype) for name, part in vectors.items()}
+        self._put(("states", call.layer), write, tensors)
+
+    def _require_exact(self, layer: int, dtype: torch.dtype) -> None:
+        if not fits(dtype, self._dtype):
+            raise ModelError(
+                f"layer {layer} has vectors of {dtype}, which {self._dtype} does not represent exactly",
+                "Record the trace with --dtype float32.",
+            )
+
+    def _require_causal(self, call: Call, start: int, stop: int) -> None:
+        """Raise ModelError unless queries `start` to `stop` - 1 see exactly the keys up to their own in the window.
+
+        The mask is compared on its device, and the answer is read by the thread that writes the vectors of the layer.
+        """
+        if call.mask is not None:
+            correct = is_causal(call, call.mask, start, stop)
+            self._put(("states", call.layer), partial(refuse_other_masks, call.layer), {"correct": correct})
 
 
-def _write_now(layer: int, write: Write, tensors: Mapping[str, Tensor]) -> None:
-    write(**{name: tensor.cpu().numpy() for name, tensor in tensors.items()})
-
-
-def _narrowed(call: Call, heads: list[int]) -> Call:
-    """Return the call restricted to some query heads, in whole groups, and to their keys and values."""
-    group = call.query.shape[1] // call.key.shape[1]
-    kv_heads = sorted({head // group for head in heads})
-    mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask[:, heads]
-    sinks = None if call.sinks is None else call.sinks[heads]
-    key, value = call.key[:, kv_heads], call.value[:, kv_heads]
-    return replace(call, query=call.query[:, heads], key=key, value=value, mask=mask, sinks=sinks)
+def _write_now(key: Hashable, write: Write, tensors: Mapping[str, Tensor]) -> None:
+    write(**HostCopies().start(tensors).wait())
 
 
 def _cosines(state: _Layer, key: Tensor, norm: Tensor, first: int) -> Tensor:
@@ -243,46 +269,6 @@ def _cosines(state: _Layer, key: Tensor, norm: Tensor, first: int) -> Tensor:
     state.directions = _grown(state.directions, unit, last)
     state.directions[:, first:last] = unit
     return (unit @ state.directions[:, :last].transpose(1, 2)).clamp_(-1, 1).half()
-
-
-def _own(call: Call, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Return the keys and values at the positions of queries `start` to `stop` - 1 of a call, ``[G, n, D]``."""
-    count = call.query.shape[2]
-    return call.key[0, :, -count:][:, start:stop], call.value[0, :, -count:][:, start:stop]
-
-
-def _vectors(call: Call, start: int, stop: int) -> dict[str, Tensor]:
-    """Return queries `start` to `stop` - 1 of a call, and the keys and values at their positions, ``[heads, n, D]``.
-
-    They are copies, since the model may reuse its memory, in float32, which represents every 16-bit number exactly.
-    """
-    vectors = (call.query[0, :, start:stop], *_own(call, start, stop))
-    return {name: part.to(torch.float32, copy=True) for name, part in zip(VECTORS, vectors, strict=True)}
-
-
-def _require_causal(call: Call, start: int, stop: int) -> None:
-    """Raise ModelError unless queries `start` to `stop` - 1 see exactly the keys up to their own within the window."""
-    if call.mask is None:
-        return
-    count, keys = call.query.shape[2], call.key.shape[2]
-    mask = call.mask[:, :, start:stop, :keys]
-    position = torch.arange(start, stop, device=mask.device)[:, None] + keys - count
-    key = torch.arange(keys, device=mask.device)
-    seen = key <= position
-    if call.sliding_window is not None:
-        seen &= key > position - call.sliding_window
-    correct = mask == seen if mask.dtype == torch.bool else torch.where(seen, mask == 0, mask < HIDDEN)
-    if not bool(correct.all()):
-        raise ModelError(
-            f"layer {call.layer} has a mask that is not causal within a window, so vectors do not determine its rows",
-            "Record the rows: --store maps.",
-        )
-
-
-def _placed(rows: Tensor, call: Call, first: int) -> Tensor:
-    """Return rows padded with zeros for the oldest keys, which a sliding-window cache no longer holds."""
-    offset = first + call.query.shape[2] - call.key.shape[2]
-    return torch.nn.functional.pad(rows, (offset, 0)) if offset else rows
 
 
 def _grown(buffer: Tensor | None, like: Tensor, size: int) -> Tensor:

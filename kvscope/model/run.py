@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from kvscope.core.model_types import ModelOutput
 from kvscope.model.attention_hook import observe_attention
+from kvscope.model.copies import HostCopies
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt, token_texts
 from kvscope.model.recorder import Recorder
@@ -21,7 +22,8 @@ from kvscope.trace.record import SequenceRecord
 from kvscope.trace.writer import TraceWriter
 
 LOGIT_BLOCK = 256  # positions whose logits are normalised at a time
-Score = tuple[NDArray[np.floating], NDArray[np.floating]]  # log-probabilities and entropies of some tokens, nats
+Numbers = NDArray[np.floating]
+Score = tuple[Tensor, Tensor]  # log-probabilities and entropies of some tokens on the device, nats
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class RecordingRun:
         self.loaded, self.writer, self.recorder, self.chunk = loaded, writer, recorder, prefill_chunk
         self.total, self.done, self.progress_callback = total, 0, progress_callback
         self.stops = _stop_ids(loaded)
+        self._copies = HostCopies()
 
     def record(self, number: int, prompt: Prompt, max_new_tokens: int, choose: Chooser) -> SequenceRecord:
         """Record one sequence and return its entry for ``trace.json``."""
@@ -74,8 +77,7 @@ class RecordingRun:
             else:
                 ids, scores = self._generated(prompt.ids, max_new_tokens, choose)
         self.recorder.end()
-        first: Score = (np.full(1, np.nan), np.full(1, np.nan))  # the first token has no prediction
-        logprob, entropy = (np.concatenate(part) for part in zip(first, *scores, strict=True))
+        logprob, entropy = self._on_host(scores)
         self.writer.tokens(
             number,
             token_id=ids,
@@ -93,20 +95,25 @@ class RecordingRun:
         return ids, self._read(ids, cache)[0]
 
     def _generated(self, prompt: list[int], new: int, choose: Chooser) -> tuple[list[int], list[Score]]:
-        """Decode token by token; the last token is also run through the model, so that every token has its rows."""
+        """Decode token by token; the last token is also run through the model, so that every token has its rows.
+
+        Tokens and scores stay on the device. Only a model with stop tokens has each token read, after the next forward
+        pass was started, so that the device always has work.
+        """
         cache = DynamicCache(config=self.loaded.model.config)
         scores, last = self._read(prompt, cache)
-        ids = list(prompt)
+        tokens: list[Tensor] = []
         for _ in range(new):
-            token = choose(torch.tensor([ids], device=self.loaded.device), last)
-            step = torch.tensor([[token]], device=self.loaded.device)
-            scores += _scores(last, step[0])
-            ids.append(token)
-            last = self._forward(step, cache).logits[0, -1:]
+            token = choose(last).to(self.loaded.device)
+            copy = self._copies.start({"token": token}) if self.stops else None
+            scores += _scores(last, token[0])
+            tokens.append(token)
+            last = self._forward(token, cache).logits[0, -1:]
             self._report(1)
-            if token in self.stops:
+            if copy is not None and int(copy.wait()["token"][0, 0]) in self.stops:
                 break
-        return ids, scores
+        made = self._copies.start({"tokens": torch.cat(tokens, 1)}).wait()["tokens"][0].tolist() if tokens else []
+        return prompt + made, scores
 
     def _read(self, ids: list[int], cache: DynamicCache | None) -> tuple[list[Score], Tensor]:
         """Run the model over tokens, chunk by chunk; return scores and the last logits ``[1, vocabulary]``."""
@@ -125,6 +132,15 @@ class RecordingRun:
     def _forward(self, tokens: Tensor, cache: DynamicCache | None) -> ModelOutput:
         return self.loaded.model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
 
+    def _on_host(self, scores: list[Score]) -> tuple[Numbers, Numbers]:
+        """Return log-probabilities and entropies on the host, NaN for the first token, which has no prediction."""
+        unknown = np.full(1, np.nan, np.float32)
+        if not scores:
+            return unknown, unknown
+        logprobs, entropies = (torch.cat(part) for part in zip(*scores, strict=True))
+        host = self._copies.start({"logprob": logprobs, "entropy": entropies}).wait()
+        return np.append(unknown, host["logprob"]), np.append(unknown, host["entropy"])
+
     def _report(self, tokens: int) -> None:
         self.done += tokens
         if self.progress_callback is not None:
@@ -138,7 +154,7 @@ def _scores(logits: Tensor, ids: Tensor) -> list[Score]:
         logprobs = torch.log_softmax(logits[start : start + LOGIT_BLOCK].float(), -1)
         selected = logprobs.gather(-1, ids[start : start + LOGIT_BLOCK, None])[:, 0]
         entropy = -torch.where(logprobs.isneginf(), 0.0, logprobs.exp() * logprobs).sum(-1)
-        parts.append((selected.cpu().numpy(), entropy.cpu().numpy()))
+        parts.append((selected, entropy))
     return parts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel
 from kvscope.model.attention_hook import Call, observe_attention
+from kvscope.model.packing import VECTOR_DTYPES
+from kvscope.trace.columns import VectorType
 from kvscope.trace.record import LayerAttention
 
 PROBE = 24  # tokens that are run
@@ -32,6 +35,8 @@ class AttentionFacts:
         Whether any layer has learned sinks.
     attention : dict of int to LayerAttention
         How each layer turns queries and keys into weights.
+    vector_dtype : VectorType
+        Smallest type that represents all queries, keys, values and layer inputs exactly; float32 for float64.
     """
 
     heads: int
@@ -42,6 +47,7 @@ class AttentionFacts:
     softcap: float | None
     learned_sinks: bool
     attention: dict[int, LayerAttention]
+    vector_dtype: VectorType
 
 
 def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
@@ -85,7 +91,14 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
         softcap=first.softcap,
         learned_sinks=any(call.sinks is not None for call in calls),
         attention={call.layer: _attention(call) for call in calls},
+        vector_dtype=_vector_dtype(calls),
     )
+
+
+def _vector_dtype(calls: list[Call]) -> VectorType:
+    parts = [part for call in calls for part in (call.query, call.key, call.value, call.hidden) if part is not None]
+    found = reduce(torch.promote_types, {part.dtype for part in parts})
+    return next((name for name, dtype in VECTOR_DTYPES.items() if dtype == found), "float32")
 
 
 def _attention(call: Call) -> LayerAttention:

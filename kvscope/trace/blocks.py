@@ -23,6 +23,15 @@ def places(layer: int, sequence: int, heads: int, position: Array, head: str = "
     }
 
 
+def tokens_from(layer: int, sequence: int, first: int, count: int) -> dict[str, Array]:
+    """Return the columns that identify a token: sequence, layer and position, of `count` tokens from `first` on."""
+    return {
+        "sequence": np.full(count, sequence, np.int32),
+        "layer": np.full(count, layer, np.int32),
+        "position": np.arange(first, first + count, dtype=np.int32),
+    }
+
+
 def own(position: Array, rows: Array) -> Array:
     """Return the causal mask, True where a key is not later than the query, ``[q, n]``."""
     return np.arange(rows.shape[-1]) <= position[:, None]
@@ -33,6 +42,18 @@ def not_finite(layer: int, first: int, count: int, what: str) -> TraceError:
     return TraceError(
         f"layer {layer}, positions {first} to {first + count - 1}: {what} are not finite",
         "Use a dtype with a larger range: try --dtype float32.",
+    )
+
+
+def bad_weight(layer: int, position: Array, weights: Array) -> TraceError:
+    """Return the error for the first invalid weight of packed rows ``[H, total]`` of queries at these positions."""
+    head, index = (int(axis[0]) for axis in np.nonzero(~(np.isfinite(weights) & (weights >= 0))))
+    ends = np.cumsum(position + 1)
+    query = int(np.searchsorted(ends, index, "right"))
+    key = index - int(ends[query] - position[query] - 1)
+    return TraceError(
+        f"layer {layer}, head {head}, position {position[query]}: weight {weights[head, index]} on key {key}",
+        "Weights must be finite and not negative: try --dtype float32.",
     )
 
 

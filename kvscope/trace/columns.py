@@ -5,7 +5,11 @@ A change of a column is a change of the format: see `kvscope.trace.schema`.
 
 from __future__ import annotations
 
+from typing import Final, Literal
+
 import pyarrow as pa
+
+VectorType = Literal["float32", "float16", "bfloat16"]
 
 
 def _column(name: str, kind: pa.DataType, about: str) -> pa.Field:
@@ -65,36 +69,54 @@ QUERIES = pa.schema(
         ),
     ]
 )
-STATES = pa.schema(
-    [
-        _column("sequence", pa.int32(), "number of the sequence"),
-        _column("layer", pa.int32(), "layer of the model"),
-        _column("position", pa.int32(), "position of the token"),
-        _column(
-            "queries",
-            _list(pa.float32()),
-            "queries of all heads, after rotary embedding, H x D numbers, exactly; empty where not stored",
-        ),
-        _column(
-            "keys",
-            _list(pa.float32()),
-            "keys of all key/value heads, as cached, G x D numbers, exactly; empty where not stored",
-        ),
-        _column(
-            "values",
-            _list(pa.float32()),
-            "values of all key/value heads, as cached, G x D numbers, exactly; empty where not stored",
-        ),
-    ]
-)
-HIDDEN = pa.schema(
-    [
-        _column("sequence", pa.int32(), "number of the sequence"),
-        _column("layer", pa.int32(), "layer of the model"),
-        _column("position", pa.int32(), "position of the token"),
-        _column("hidden", _list(pa.float32()), "input of the layer's attention, exactly"),
-    ]
-)
+# Type of a trace's vectors -> type of their numbers on disk.
+NUMBERS: Final[dict[VectorType, pa.DataType]] = {
+    "float32": pa.float32(),
+    "float16": pa.float16(),
+    "bfloat16": pa.binary(2),  # its two bytes, the lower first; a Parquet integer has at least four
+}
+
+
+def _states(number: pa.DataType) -> pa.Schema:
+    return pa.schema(
+        [
+            _column("sequence", pa.int32(), "number of the sequence"),
+            _column("layer", pa.int32(), "layer of the model"),
+            _column("position", pa.int32(), "position of the token"),
+            _column(
+                "queries",
+                _list(number),
+                "queries of all heads, after rotary embedding, H x D numbers, exactly; empty where not stored",
+            ),
+            _column(
+                "keys",
+                _list(number),
+                "keys of all key/value heads, as cached, G x D numbers, exactly; empty where not stored",
+            ),
+            _column(
+                "values",
+                _list(number),
+                "values of all key/value heads, as cached, G x D numbers, exactly; empty where not stored",
+            ),
+        ]
+    )
+
+
+def _hidden(number: pa.DataType) -> pa.Schema:
+    return pa.schema(
+        [
+            _column("sequence", pa.int32(), "number of the sequence"),
+            _column("layer", pa.int32(), "layer of the model"),
+            _column("position", pa.int32(), "position of the token"),
+            _column("hidden", _list(number), "input of the layer's attention, exactly"),
+        ]
+    )
+
+
+# Files with vectors, by the type of the trace's vectors.
+STATES = {kind: _states(number) for kind, number in NUMBERS.items()}
+HIDDEN = {kind: _hidden(number) for kind, number in NUMBERS.items()}
+BY_VECTORS = {"states": STATES, "hidden": HIDDEN}
 TOP = pa.schema(
     [
         _column("sequence", pa.int32(), "number of the sequence"),
@@ -129,8 +151,14 @@ FILES = {
     "columns/layer=NNN.parquet": ("one stretch of queries of one head (store topk)", COLUMNS),
     "keys/layer=NNN.parquet": ("one key of one key/value head", KEYS),
     "queries/layer=NNN.parquet": ("one query of one layer", QUERIES),
-    "states/layer=NNN.parquet": ("one token of one layer (stores maps+vectors and qkv, or imported vectors)", STATES),
-    "hidden/layer=NNN.parquet": ("one token of one layer (recorded with `--hidden`)", HIDDEN),
+    "states/layer=NNN.parquet": (
+        "one token of one layer (stores maps+vectors and qkv, or imported vectors), in the type `vector_dtype`",
+        STATES["float32"],
+    ),
+    "hidden/layer=NNN.parquet": (
+        "one token of one layer (recorded with `--hidden`), in the type `vector_dtype`",
+        HIDDEN["float32"],
+    ),
 }
 
 

@@ -93,8 +93,8 @@ class TraceFiles:
     def _require_own(self, name: str, file: pq.ParquetFile) -> None:
         """Raise TraceError unless a file has the columns, rows and metadata of its kind and layer of this trace."""
         member, header = self._members[name], self._record.header
-        found, rows = file.schema_arrow, file.metadata.num_rows
-        if [(field.name, field.type) for field in found] != [(field.name, field.type) for field in member.schema]:
+        found, rows, columns = file.schema_arrow, file.metadata.num_rows, member.schema(header)
+        if [(field.name, field.type) for field in found] != [(field.name, field.type) for field in columns]:
             raise self.damaged(name, "it has other columns")
         expected = member.rows(header, self._record.sequences)
         if rows != expected:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from kvscope.trace.columns import FILES, layer_file
+from kvscope.trace.columns import BY_VECTORS, FILES, layer_file
 from kvscope.trace.record import SequenceRecord, TraceHeader
 from kvscope.trace.schema import TOPK
 from kvscope.trace.stretches import count_stretches
@@ -34,9 +34,10 @@ class Member:
     kind: str
     layer: int | None = None
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Columns of the file."""
+    def schema(self, header: TraceHeader) -> pa.Schema:
+        """Return the columns of the file; those with vectors are of the trace's type."""
+        if self.kind in BY_VECTORS:
+            return BY_VECTORS[self.kind][header.vector_dtype]
         return FILES[TOKENS_FILE if self.layer is None else f"{self.kind}/layer=NNN.parquet"][1]
 
     def rows(self, header: TraceHeader, sequences: Sequence[SequenceRecord]) -> int:

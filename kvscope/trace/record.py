@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from kvscope.core.json import JsonDict
 from kvscope.core.json_records import Checksum, Finite, NotNegative, Number, Positive, about, plain
 from kvscope.core.seal import seal_of
+from kvscope.trace.columns import VectorType
 from kvscope.trace.schema import DERIVED, KIND, MAPS, MAPS_AND_VECTORS, QKV, SCHEMA_VERSION, SEALED_SINCE, TOPK, VECTORS
 
 # Fields of the header that say how the trace came about, and decide nothing.
@@ -140,6 +141,10 @@ class TraceHeader:
     )
     n_heads: Annotated[Positive | None, about("with `head_numbers`: query heads of the model")] = None
     query_stride: Annotated[Positive, about("every how many-th row was recorded: with 4, positions 3, 7, 11, ...")] = 1
+    vector_dtype: Annotated[
+        VectorType,
+        about("numbers of `states` and `hidden` on disk; `bfloat16`: its two bytes, the lower first", omit=True),
+    ] = "float32"
     prompts: Annotated[list[PromptRecord], about("prompt of each sequence")] = field(default_factory=list)
     device: Annotated[str | None, about("device that computed it")] = "cpu"
     seed: Annotated[int | None, about("seed of the sampling")] = None

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from kvscope.core.errors import TraceError
 from kvscope.trace.blocks import Array, are_weights
-from kvscope.trace.columns import layer_file
+from kvscope.trace.columns import VectorType, layer_file
 from kvscope.trace.derive import Floats
 from kvscope.trace.files import TraceFiles, scatter
 from kvscope.trace.members import TOKENS_FILE
 from kvscope.trace.record import SequenceRecord, TraceHeader
 from kvscope.trace.row_checks import faults_of_sums, faults_of_weights, misplaced
 from kvscope.trace.schema import TOPK, Which
+from kvscope.trace.vectors import are_finite, from_column, widened
 
 NORMS = ("value_l1", "value_l2", "key_l2")
 UNKNOWN_TOKEN = -1  # number of an imported token of which only the text is known
@@ -120,15 +121,15 @@ class StoredSignals:
 
     def mean_queries(self, sequence: int, layer: int) -> Floats:
         """Return mean queries, float32 ``[T, D]``."""
-        return self._per_token("queries", "mean_query", sequence, layer)
+        return self._per_token("queries", "mean_query", sequence, layer, "float32")
 
     def hidden(self, sequence: int, layer: int) -> Floats:
         """Return layer inputs, float32 ``[T, hidden]``."""
-        return self._per_token("hidden", "hidden", sequence, layer)
+        return self._per_token("hidden", "hidden", sequence, layer, self._header.vector_dtype)
 
     def vectors(self, sequence: int, layer: int, which: Which, start: int, stop: int) -> Floats:
         """Return queries, keys or values of positions `start` to `stop` - 1, float32 ``[heads, stop - start, D]``."""
-        flat = self._numbers(layer_file("states", layer), which, sequence, start, stop)
+        flat = self._numbers(layer_file("states", layer), which, sequence, start, stop, self._header.vector_dtype)
         heads = self._header.heads if which == "queries" else self._header.kv_heads
         known = self._header.source == "model"  # vectors of an import may differ in size
         width = heads * self._header.head_dim if known else flat.shape[1]
@@ -205,25 +206,24 @@ class StoredSignals:
         grid[place, position] = values
         return grid
 
-    def _per_token(self, kind: str, column: str, sequence: int, layer: int) -> Floats:
+    def _per_token(self, kind: str, column: str, sequence: int, layer: int, dtype: VectorType) -> Floats:
         length = self._sequences[sequence].length
-        flat = self._numbers(layer_file(kind, layer), column, sequence, 0, length)
-        return np.array(flat, np.float32)
+        return np.array(self._numbers(layer_file(kind, layer), column, sequence, 0, length, dtype), np.float32)
 
-    def _numbers(self, name: str, column: str, sequence: int, start: int, stop: int) -> Floats:
-        """Return a list column of a file with one row for each position, ``[stop - start, n]``."""
+    def _numbers(self, name: str, column: str, sequence: int, start: int, stop: int, dtype: VectorType) -> Floats:
+        """Return a list column of a file with one row for each position, float32 ``[stop - start, n]``."""
         table = self._files.rows(name, sequence, start, stop, ["position", column])
         table = _inside(table, start, stop)
         if not np.array_equal(table["position"].to_numpy(), np.arange(start, stop)):
             raise self._files.damaged(name, f"it lacks positions of sequence {sequence} before {stop}")
         lists = table[column].combine_chunks()
         lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
-        flat = lists.flatten().to_numpy(zero_copy_only=False)
+        flat = from_column(lists.flatten())
         width = len(flat) // max(stop - start, 1)
         self._require_lengths(name, lists, np.full(stop - start, width))
-        if not np.isfinite(flat).all():
+        if not are_finite(flat, dtype):
             raise self._files.damaged(name, f"a number of {column} is not finite")
-        return np.asarray(flat).reshape(stop - start, width)
+        return widened(flat, dtype).reshape(stop - start, width)
 
     def _require_places(self, name: str, head: Array, position: Array, heads: int, expected: Array) -> None:
         fault = misplaced(head, position, heads, expected)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from kvscope.core.errors import TraceError
 from kvscope.core.output import OutputFolder, checksum
 from kvscope.core.version import __version__
-from kvscope.trace.blocks import Array, are_weights, lower, not_finite, own, places
+from kvscope.trace.blocks import Array, are_weights, bad_weight, lower, not_finite, own, places, tokens_from
 from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
 from kvscope.trace.members import member_of
 from kvscope.trace.parquet import Column, LayerFile
@@ -21,6 +21,7 @@ from kvscope.trace.record import SequenceRecord, TraceHeader, TraceRecord
 from kvscope.trace.record_file import write_record, write_unfinished
 from kvscope.trace.schema import HEADER, MEMBERS, TOPK, VECTORS
 from kvscope.trace.storage_error import Outside
+from kvscope.trace.vectors import are_finite, narrowed
 
 
 class TraceWriter:
@@ -83,11 +84,23 @@ class TraceWriter:
         """
         heads, count, _ = rows.shape
         position = np.arange(first, first + stride * count, stride, dtype=np.int32)
-        flat = lower(rows, position + 1)
-        if not are_weights(flat):
-            raise self._bad_weight(layer, position, rows)
         if row_sum is None:
             row_sum = np.where(own(position, rows), rows, 0).sum(-1, np.float32)
+        weights = lower(rows, position + 1).reshape(heads, -1)
+        self.packed_attention(layer, sequence, first, weights, row_sum, stride=stride)
+
+    def packed_attention(
+        self, layer: int, sequence: int, first: int, weights: Array, row_sum: Array, *, stride: int = 1
+    ) -> None:
+        """Write rows as `attention`, of which `weights` ``[H, total]`` has the ``t + 1`` weights of each query.
+
+        `row_sum` is ``[H, q]``. Order and errors as in `attention`.
+        """
+        heads, count = row_sum.shape
+        position = np.arange(first, first + stride * count, stride, dtype=np.int32)
+        flat = weights.ravel()
+        if not are_weights(flat):
+            raise bad_weight(layer, position, weights)
         columns = {
             **places(layer, sequence, heads, position),
             "row_sum": row_sum.astype(np.float32).ravel(),
@@ -145,17 +158,24 @@ class TraceWriter:
         value_l2: Array | None = None,
         key_l2: Array | None = None,
         similarity: Array | None = None,
+        cosines: Array | None = None,
     ) -> None:
-        """Write norms ``[G, n]`` of keys and values from position `first` on, and cosines ``[G, n, >= first + n]``."""
+        """Write norms ``[G, n]`` of keys and values from position `first` on, and cosines with all earlier keys.
+
+        Cosines are given as `similarity` ``[G, n, >= first + n]``, or as `cosines` ``[G, total]``, which has only the
+        ``t`` numbers of each position ``t``, and needs a norm beside it.
+        """
         given = next(array for array in (value_l1, value_l2, key_l2, similarity) if array is not None)
         heads, count = given.shape[:2]
         length = first + count
-        lengths = np.tile(np.arange(first, length), heads) if similarity is not None else np.zeros(heads * count, int)
         position = np.arange(first, length, dtype=np.int32)
-        cosines = np.zeros(0, np.float16) if similarity is None else lower(similarity, position)
+        if similarity is not None:
+            cosines = lower(similarity, position)
+        lengths = np.zeros(heads * count, int) if cosines is None else np.tile(position, heads)
+        flat = np.zeros(0, np.float16) if cosines is None else cosines.ravel().astype(np.float16, copy=False)
         columns = {
             **places(layer, sequence, heads, position, "kv_head"),
-            "similarity": (cosines.astype(np.float16, copy=False), lengths),
+            "similarity": (flat, lengths),
         }
         for name, norm in (("value_l1", value_l1), ("value_l2", value_l2), ("key_l2", key_l2)):
             columns[name] = (
@@ -165,35 +185,31 @@ class TraceWriter:
 
     def queries(self, layer: int, sequence: int, first: int, mean_query: Array) -> None:
         """Write mean queries ``[n, D]`` from position `first` on."""
-        self._per_token("queries", QUERIES, layer, sequence, first, "mean_query", mean_query)
+        self._per_token("queries", QUERIES, layer, sequence, first, "mean_query", mean_query.astype(np.float32))
 
     def hidden(self, layer: int, sequence: int, first: int, inputs: Array) -> None:
-        """Write layer inputs ``[n, hidden]`` from position `first` on; raises TraceError as `vectors` does."""
-        if not np.isfinite(inputs).all():
-            raise not_finite(layer, first, len(inputs), "layer inputs")
-        self._per_token("hidden", HIDDEN, layer, sequence, first, "hidden", inputs)
+        """Write layer inputs ``[n, hidden]`` from position `first` on; types and errors as in `vectors`."""
+        stored = self._stored(layer, first, len(inputs), "layer inputs", inputs)
+        schema = HIDDEN[self.header.vector_dtype]
+        self._per_token("hidden", schema, layer, sequence, first, "hidden", stored)
 
     def vectors(self, layer: int, sequence: int, first: int, **given: Array) -> None:
         """Write any of ``queries``, ``keys``, ``values`` from position `first` on, each ``[heads, n, D]``.
 
+        They are floating-point numbers, or the bits of bfloat16 as uint16 where that is the header's `vector_dtype`.
+
         Raises
         ------
         TraceError
-            If a number is not finite, or the disk is full.
+            If a number is not finite or not exact in the header's `vector_dtype`, or the disk is full.
         """
         count = next(iter(given.values())).shape[1]
-        columns: dict[str, Column] = {
-            "sequence": np.full(count, sequence, np.int32),
-            "layer": np.full(count, layer, np.int32),
-            "position": np.arange(first, first + count, dtype=np.int32),
-        }
+        columns: dict[str, Column] = {**tokens_from(layer, sequence, first, count)}
         for name in VECTORS:
-            array = given.get(name)
-            if array is not None and not np.isfinite(array).all():
-                raise not_finite(layer, first, count, name)
-            flat = np.zeros((count, 0), np.float32) if array is None else array.transpose(1, 0, 2).reshape(count, -1)
-            columns[name] = (flat.astype(np.float32).ravel(), np.full(count, flat.shape[1]))
-        self._add(layer_file("states", layer), STATES, columns)
+            array = given.get(name, np.zeros((0, count, 0), np.float32))
+            flat = self._stored(layer, first, count, name, array).transpose(1, 0, 2).reshape(count, -1)
+            columns[name] = (flat.ravel(), np.full(count, flat.shape[1]))
+        self._add(layer_file("states", layer), STATES[self.header.vector_dtype], columns)
 
     def tokens(
         self,
@@ -257,13 +273,19 @@ class TraceWriter:
         self, kind: str, schema: pa.Schema, layer: int, sequence: int, first: int, name: str, values: Array
     ) -> None:
         count, size = values.shape
-        columns = {
-            "sequence": np.full(count, sequence, np.int32),
-            "layer": np.full(count, layer, np.int32),
-            "position": np.arange(first, first + count, dtype=np.int32),
-            name: (values.astype(np.float32).ravel(), np.full(count, size)),
-        }
+        columns = {**tokens_from(layer, sequence, first, count), name: (values.ravel(), np.full(count, size))}
         self._add(layer_file(kind, layer), schema, columns)
+
+    def _stored(self, layer: int, first: int, count: int, what: str, array: Array) -> Array:
+        """Return vectors in the type of the file; raises TraceError if a number is not finite or not exact in it."""
+        kind = self.header.vector_dtype
+        try:
+            stored = narrowed(array, kind)
+        except ValueError as error:
+            raise TraceError(f"layer {layer}: {what} {error}", "Record it with vector_dtype float32.") from error
+        if not are_finite(stored, kind):
+            raise not_finite(layer, first, count, what)
+        return stored
 
     def _add(self, name: str, schema: pa.Schema, columns: dict[str, Column]) -> None:
         try:
@@ -273,11 +295,3 @@ class TraceWriter:
             self._files[name].add(columns)
         except OSError as error:
             raise self._folder.unwritable(error) from error
-
-    def _bad_weight(self, layer: int, position: Array, rows: Array) -> TraceError:
-        bad = own(position, rows) & ~(np.isfinite(rows) & (rows >= 0))
-        head, query, key = (int(axis[0]) for axis in np.nonzero(bad))
-        return TraceError(
-            f"layer {layer}, head {head}, position {position[query]}: weight {rows[head, query, key]} on key {key}",
-            "Weights must be finite and not negative: try --dtype float32.",
-        )

@@ -35,10 +35,13 @@ class Collector:
         self.rows: dict[tuple[int, int], torch.Tensor] = {}
         self.norms: dict[tuple[int, int], float] = {}
 
-    def attention(self, layer, sequence, first, rows, *, row_sum, stride) -> None:
+    def packed_attention(self, layer, sequence, first, weights, row_sum, *, stride) -> None:
         assert stride == 1
-        for index in range(rows.shape[1]):
-            self.rows[layer, first + index] = torch.tensor(rows[:, index, : first + index + 1]).float()
+        stop = 0
+        for position in range(first, first + row_sum.shape[1]):
+            start, stop = stop, stop + position + 1
+            self.rows[layer, position] = torch.tensor(weights[:, start:stop]).float()
+        assert stop == weights.shape[1]
 
     def keys(self, layer, sequence, first, **norms) -> None:
         for index in range(norms["value_l1"].shape[1]):

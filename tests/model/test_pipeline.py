@@ -1,12 +1,20 @@
 """The pipeline limits the bytes that wait, keeps their order, and raises the error of a thread in the caller."""
 
+import os
 import threading
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 
-from kvscope.model.pipeline import THREADS, Pipeline, threads_for
+from kvscope.model.copies import Copy, HostCopies
+from kvscope.model.generate import trace
+from kvscope.model.pipeline import BLOCK as ROOM
+from kvscope.model.pipeline import IN_FLIGHT, Pipeline, limit_for, threads_for
+from kvscope.trace.reader import open_trace
+from tests.model.tiny import saved
 
 BLOCK = 1000  # bytes
 
@@ -99,9 +107,118 @@ def test_an_error_of_the_caller_ends_the_threads_and_is_the_one_that_is_seen() -
     assert threading.active_count() == before
 
 
-def test_threads_by_device() -> None:
-    assert threads_for(torch.device("cpu")) == 1
-    assert 1 <= threads_for(torch.device("cuda")) <= THREADS
+def test_different_files_are_written_at_the_same_time_and_one_file_by_one_thread() -> None:
+    both, inside, most = threading.Barrier(2), [0, 0], [0, 0]
+
+    def write(array, own: int) -> None:
+        inside[own] += 1
+        most[own] = max(most[own], inside[own])
+        both.wait(10)  # nobody passes unless the other file is being written too
+        inside[own] -= 1
+
+    with Pipeline(3) as pipeline:
+        for number in range(10):
+            key = ("attention", "keys")[number % 2], 0
+            pipeline.put(key, lambda array, own=number % 2: write(array, own), block())
+    assert most == [1, 1]
+
+
+def test_threads_share_one_limit() -> None:
+    go = threading.Event()
+    with Pipeline(4, limit=2 * BLOCK) as pipeline:
+        for key in range(2):
+            pipeline.put(key, lambda array: go.wait(10), block())
+        waiting = threading.Thread(target=lambda: pipeline.put(2, lambda array: None, block()))
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive(), "two threads are free, the room is not"
+        go.set()
+        waiting.join(10)
+        assert not waiting.is_alive()
+    assert pipeline.peak == 2 * BLOCK
+
+
+class Late(HostCopies):
+    """Copies that are made when the test says so, as a device makes them when it comes to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = threading.Event()
+        self.waited: list[threading.Thread] = []
+
+    def start(self, tensors: Mapping[str, torch.Tensor]) -> Copy:
+        host = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        copies = self
+
+        class Made:
+            def synchronize(self) -> None:
+                copies.waited.append(threading.current_thread())
+                assert copies.made.wait(10)
+                for name, tensor in tensors.items():
+                    host[name].copy_(tensor)
+
+        return Copy(host, Made())
+
+
+def test_only_the_writing_thread_waits_for_a_copy() -> None:
+    copies, sums = Late(), list[int]()
+    with Pipeline(2, copies=copies) as pipeline:
+        for number in range(3):
+            pipeline.put(number, lambda array: sums.append(int(array.sum())), block(1))
+        assert sums == [], "put returned, though no copy is made"
+        copies.made.set()
+    assert sums == [BLOCK] * 3
+    assert threading.current_thread() not in copies.waited
+
+
+def test_a_copy_that_fails_leaves_no_room_taken() -> None:
+    class Failing(HostCopies):
+        def start(self, tensors: Mapping[str, torch.Tensor]) -> Copy:
+            raise MemoryError
+
+    def bring() -> None:
+        with Pipeline(limit=BLOCK, copies=Failing()) as pipeline:
+            for _ in range(2):
+                with pytest.raises(MemoryError):
+                    pipeline.put(0, fails, block())
+
+    bringing = threading.Thread(target=bring)
+    bringing.start()
+    bringing.join(10)
+    assert not bringing.is_alive()
+
+
+def test_threads_are_the_cores_that_the_model_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    assert threads_for(torch.device("cpu")) == 4
+    assert threads_for(torch.device("cuda")) == 15
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
+    assert threads_for(torch.device("cpu")) == threads_for(torch.device("cuda")) == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert threads_for(torch.device("cuda")) == 2
+
+
+def test_every_thread_has_room_for_a_block() -> None:
+    assert limit_for(1) == limit_for(4) == IN_FLIGHT
+    assert limit_for(15) == 15 * ROOM > IN_FLIGHT
+
+
+@pytest.mark.parametrize("store", ["maps+vectors", "qkv", "topk:4"])
+def test_files_do_not_depend_on_the_number_of_threads(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.txt").write_text(" ".join(f"w{1 + index * 7 % 60}" for index in range(17)))
+    folder, checksums = str(saved(tmp_path / "model")), []
+    for threads in (1, 3, 8):
+        monkeypatch.setattr("kvscope.model.plan.threads_for", lambda device, own=threads: own)
+        trace(
+            folder, [tmp_path / "p.txt"], output=tmp_path / str(threads), max_new_tokens=40, query_block=3, store=store
+        )
+        checksums.append(open_trace(tmp_path / str(threads), verify=True).record.checksums)
+    assert len(checksums[0]) > 2
+    assert checksums[0] == checksums[1] == checksums[2]
 
 
 @pytest.mark.gpu

@@ -145,7 +145,7 @@ def test_every_nth_row(stride: int, prompt: Path, tmp_path: Path) -> None:
 @torch.inference_mode()
 def test_blocks_are_cut_so_that_what_waits_stays_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     limit, ids, model = 4000, tokens(40), build("llama")
-    monkeypatch.setattr(recorder_module, "IN_FLIGHT", limit)
+    monkeypatch.setattr(recorder_module, "BLOCK", limit // 4)
     collectors = [Collector(), Collector()]
     with Pipeline(limit=limit) as pipeline:
         for collector, own in zip(collectors, (pipeline, None), strict=True):

@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import DynamicCache
 
-from kvscope.core.errors import TraceError, UsageError
+from kvscope.core.errors import ModelError, TraceError, UsageError
 from kvscope.model.attention_hook import Call, observe_attention
 from kvscope.model.generate import trace
 from kvscope.model.recorder import HELD_STEPS, Recorder
+from kvscope.model.selfcheck import _vector_dtype, self_check
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import SequenceRecord
 from kvscope.trace.schema import STORES
@@ -89,10 +92,11 @@ def test_vectors_are_exactly_those_of_the_calls(
 ) -> None:
     model, ids = build(name).to(dtype), tokens(LENGTH)
     seen: list[tuple[int, Any, Any, Any]] = []
-    stored = list(STORES[store])
+    kind, stored = str(dtype).removeprefix("torch."), list(STORES[store])
     facts = replace(header(heads=4, kv_heads=2, stored=stored), layers=[0, 1], n_layers=2, head_dim=8)
+    facts = replace(facts, vector_dtype=kind)
     with TraceWriter(tmp_path / "t", facts) as writer:
-        recorder = Recorder(writer, [0, 1], query_block, store=store)
+        recorder = Recorder(writer, [0, 1], query_block, store=store, vector_dtype=kind)
 
         def observe(call: Call) -> None:
             count = call.query.shape[2]
@@ -125,12 +129,42 @@ def test_vectors_are_exactly_those_of_the_calls(
 
 
 @pytest.mark.parametrize("store", ["maps+vectors", "qkv"])
-def test_half_precision_is_kept_exactly(store: str, prompt: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_kept_exactly(store: str, dtype: str, prompt: Path, tmp_path: Path) -> None:
     folder = str(saved(tmp_path / "llama"))
-    made = trace(folder, [prompt], output=tmp_path / "t", max_new_tokens=4, dtype="bfloat16", store=store)
+    made = trace(folder, [prompt], output=tmp_path / "t", max_new_tokens=4, dtype=dtype, store=store, hidden=True)
     for part in made.states(0, 1):
         exact = torch.from_numpy(part)
-        assert torch.equal(exact.bfloat16().float(), exact)
+        assert torch.equal(exact.to(getattr(torch, dtype)).float(), exact)
+    assert made.header.vector_dtype == dtype
+    inputs = torch.from_numpy(made.hidden(0, 1))
+    assert torch.equal(inputs.to(getattr(torch, dtype)).float(), inputs)
+    number = {"bfloat16": pa.binary(2), "float16": pa.float16()}[dtype]
+    for file, column in (("states", "values"), ("hidden", "hidden")):
+        assert pq.read_schema(made.path / file / "layer=001.parquet").field(column).type.value_type == number
+
+
+def test_the_recorded_type_holds_every_vector_of_the_model(prompt: Path, tmp_path: Path) -> None:
+    """A model may turn its queries in float32 though its weights are of 16 bits: then all are stored as float32."""
+    model = build("llama").bfloat16()
+    ids = tokens(PROMPT)
+    with torch.inference_mode():
+        assert self_check(model, ids).vector_dtype == "bfloat16"
+        assert self_check(model.half(), ids).vector_dtype == "float16"
+        assert self_check(model.float(), ids).vector_dtype == "float32"
+        assert self_check(model.double(), ids).vector_dtype == "float32"
+    mixed = [torch.zeros(1, 2, 3, 4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)]
+    assert _vector_dtype([Call(0, *mixed, mask=None, scaling=1.0)]) == "float32"
+
+
+def test_a_layer_whose_vectors_do_not_fit_is_refused(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "t", replace(header(), vector_dtype="bfloat16")) as writer:
+        recorder = Recorder(writer, [0], store="qkv", vector_dtype="bfloat16")
+        recorder.begin(0)
+        float32 = [torch.zeros(1, 2, 3, 4) for _ in range(3)]
+        with pytest.raises(ModelError, match=r"layer 0 has vectors of torch\.float32, which bfloat16") as caught:
+            recorder(Call(0, *float32, mask=None, scaling=1.0))
+        assert "--dtype float32" in caught.value.todo
 
 
 def test_several_sequences(tmp_path: Path) -> None:

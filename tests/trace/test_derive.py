@@ -222,9 +222,14 @@ def test_recomputed_rows_imported_are_the_same_rows(made: Trace, tmp_path: Path)
         assert np.allclose(imported.attention(0, index), made.attention(0, layer), rtol=2**-11, atol=2**-25)
 
 
-def test_a_trace_of_version_one_is_still_read(made: Trace) -> None:
+@pytest.mark.parametrize(
+    ("version", "later"),
+    [(1, ("attention", "prefill_chunk", "vector_dtype")), (2, ("vector_dtype",)), (4, ("vector_dtype",))],
+)
+def test_a_trace_of_an_earlier_version_is_still_read(made: Trace, version: int, later: tuple[str, ...]) -> None:
     file = made.path / HEADER
     whole = json.loads(file.read_text())
-    del whole["attention"], whole["prefill_chunk"]
-    file.write_text(json.dumps({name: value for name, value in whole.items() if name != SEAL} | {"schema": 1}))
+    for name in (*later, SEAL):
+        whole.pop(name, None)
+    file.write_text(json.dumps(whole | {"schema": version}))
     assert np.array_equal(open_trace(made.path).vectors(0, 0, "keys"), states(0)["keys"])

@@ -18,7 +18,7 @@ from kvscope.trace.record_file import parse_record, read_record, to_json, write_
 from kvscope.trace.schema import HEADER, OLDEST_VERSION, SCHEMA_VERSION, SEALED_SINCE
 
 EXAMPLE = Path(__file__).parents[2] / "traces" / "example"
-SINCE = {2: ["attention", "prefill_chunk"], 4: ["top", "head_numbers", "n_heads", "query_stride"]}
+SINCE = {2: ["attention", "prefill_chunk"], 4: ["top", "head_numbers", "n_heads", "query_stride"], 7: ["vector_dtype"]}
 
 
 def example() -> dict[str, Any]:
@@ -107,6 +107,7 @@ def test_every_version_so_far_is_read(version: int, tmp_path: Path) -> None:
     later = [name for since, names in SINCE.items() if since > version for name in names]
     old = parse_record({name: value for name, value in data.items() if name not in later}, tmp_path)
     assert (old.schema, old.header.query_stride, old.header.attention) == (version, 1, [])
+    assert old.header.vector_dtype == "float32"
     assert (old.identity == read_record(EXAMPLE).identity) == (version < SEALED_SINCE)
 
 
