@@ -62,7 +62,7 @@ class Pipeline:
         self._limit, self._waiting = limit_for(threads) if limit is None else limit, 0
         self._copies = copies or HostCopies()
         self._error: BaseException | None = None
-        self._closed = False
+        self._closed, self._running = False, 0
         lock = threading.Lock()
         self._room, self._work = threading.Condition(lock), threading.Condition(lock)
         self._jobs: defaultdict[Hashable, deque[_Job]] = defaultdict(deque)  # with the job that is being written
@@ -73,6 +73,7 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         for thread in self._threads:
             thread.start()
+            self._running += 1
         return self
 
     def __exit__(
@@ -83,10 +84,21 @@ class Pipeline:
                 self._error = self._error or error  # blocks that still wait are not written
             self._closed = True
             self._work.notify_all()
-        for thread in self._threads:
-            thread.join()
+        try:
+            self._wait_for_threads()
+        except BaseException as interruption:
+            self._error = self._error or interruption  # as above; a file that a thread writes must not be closed
+            self._wait_for_threads()
+            raise
         if error is None and self._error is not None:
             raise self._error
+
+    def _wait_for_threads(self) -> None:
+        """Return when all threads have ended; `Thread.join` takes a thread for ended when it was interrupted once."""
+        with self._room:
+            self._room.wait_for(lambda: not self._running)
+        for thread in self._threads:
+            thread.join()
 
     def put(self, key: Hashable, write: Write, tensors: Mapping[str, Tensor]) -> None:
         """Let a thread call ``write(**arrays)`` with copies of the tensors; they must not be modified afterwards.
@@ -124,6 +136,14 @@ class Pipeline:
                 self._work.notify()
 
     def _run(self) -> None:
+        try:
+            self._write_ready()
+        finally:
+            with self._room:
+                self._running -= 1
+                self._room.notify_all()
+
+    def _write_ready(self) -> None:
         """Write the first job of a ready key, until the pipeline is closed and no job is left."""
         while True:
             with self._work:

@@ -1,6 +1,8 @@
 """The pipeline limits the bytes that wait, keeps their order, and raises the error of a thread in the caller."""
 
+import errno
 import os
+import signal
 import threading
 import time
 from collections.abc import Mapping
@@ -9,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvscope.core.errors import TraceError
 from kvscope.model.copies import Copy, HostCopies
 from kvscope.model.generate import trace
 from kvscope.model.pipeline import BLOCK as ROOM
 from kvscope.model.pipeline import IN_FLIGHT, Pipeline, limit_for, threads_for
+from kvscope.trace.parquet import LayerFile
 from kvscope.trace.reader import open_trace
 from tests.model.tiny import saved
 
@@ -105,6 +109,50 @@ def test_an_error_of_the_caller_ends_the_threads_and_is_the_one_that_is_seen() -
     time.sleep(0.05)
     assert written == [], "what waited is not written any more"
     assert threading.active_count() == before
+
+
+def test_an_interruption_while_the_last_blocks_are_written_waits_for_no_other() -> None:
+    """Prevents that files are closed under a thread that still writes."""
+    written, inside = [], threading.Event()
+
+    def slow(array) -> None:
+        inside.set()
+        time.sleep(0.5)
+        written.append("first")
+
+    def stop() -> None:
+        with Pipeline() as pipeline:
+            pipeline.put(0, slow, block())
+            pipeline.put(0, lambda array: written.append("second"), block())
+            inside.wait(10)
+            threading.Timer(0.05, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    assert written == ["first"]
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("store", ["maps", "qkv", "topk:4"])
+def test_a_disk_that_is_full_ends_the_recording_with_one_error(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.txt").write_text("w1 w2 w3")
+    folder, threads = str(saved(tmp_path / "model")), set()
+
+    def full(file: LayerFile, columns: object) -> None:
+        threads.add(threading.current_thread())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kvscope.model.plan.threads_for", lambda device: 3)
+    monkeypatch.setattr(LayerFile, "add", full)
+    with pytest.raises(TraceError, match="the disk of .* is full") as caught:
+        trace(folder, [tmp_path / "p.txt"], output=tmp_path / "t", max_new_tokens=3, store=store)
+    assert "space" in caught.value.todo
+    assert threads and threading.main_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "p.txt"], "nothing passes for a trace"
 
 
 def test_different_files_are_written_at_the_same_time_and_one_file_by_one_thread() -> None:
