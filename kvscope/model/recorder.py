@@ -13,6 +13,7 @@ from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call
 from kvscope.model.call_parts import Heads, is_causal, own_vectors, placed, refuse_other_masks
 from kvscope.model.copies import HostCopies
+from kvscope.model.packed_rows import PackedRows
 from kvscope.model.packing import VECTOR_DTYPES, Packer, copied_vectors, fits
 from kvscope.model.pipeline import BLOCK, Pipeline, Write
 from kvscope.trace.columns import VectorType
@@ -80,7 +81,7 @@ class Recorder:
         self._inputs, self._stride, self._dtype = hidden, query_stride, vector_dtype
         self._heads = Heads(heads) if heads else None
         self._put = _write_now if pipeline is None else pipeline.put
-        self._packer = Packer()
+        self._packer, self._rows = Packer(), PackedRows()
         self._selected = frozenset(layers)
         self._layers: dict[int, _Layer] = {}
         self._sequence = self._prompt = 0
@@ -164,14 +165,10 @@ class Recorder:
 
     def _write_rows(self, call: Call, first: int, start: int, stop: int) -> None:
         """Write the rows of queries `start` to `stop` - 1 of a call whose first query is position `first`."""
-        rows = placed(call.rows(start, stop)[0], call, first)[..., : first + stop]
         skipped = -(first + start + 1) % self._stride  # rows before the next recorded one
-        rows = rows[:, skipped :: self._stride]
-        if rows.shape[1]:
-            position = first + start + skipped
-            lengths = range(position + 1, position + 1 + self._stride * rows.shape[1], self._stride)
-            tensors = {"row_sum": rows.sum(-1), "weights": self._packer.packed(rows, lengths)}
-            del rows  # twice the size of the float16 copy
+        wanted = range(start + skipped, stop, self._stride)
+        if wanted:
+            tensors, position = self._rows.of(call, first, start, wanted), first + wanted.start
             write = partial(self.writer.packed_attention, call.layer, self._sequence, position, stride=self._stride)
             self._put(("attention", call.layer), write, tensors)
 

@@ -1,0 +1,54 @@
+"""Rows of attention calls, packed to be written: by a Triton kernel on a GPU, elsewhere by torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvscope.kernels import triton_available
+from kvscope.model.attention_hook import Call
+from kvscope.model.call_parts import placed
+from kvscope.model.packing import Packer
+
+
+class PackedRows:
+    """Makes and packs rows in the same order and, up to their rounding, with the same numbers on every device."""
+
+    def __init__(self) -> None:
+        self._packer = Packer()
+
+    def of(self, call: Call, first: int, start: int, wanted: range) -> dict[str, Tensor]:
+        """Return ``row_sum`` ``[H, n]`` and ``weights``, float16 ``[H, total]``, of some queries of a call.
+
+        Parameters
+        ----------
+        call : Call
+            Of batch size one.
+        first : int
+            Position of its first query.
+        start : int
+            Index of the first query of the block.
+        wanted : range
+            Indices of the queries whose rows are returned, up to the end of the block. The row of position ``t`` has
+            ``t + 1`` weights.
+        """
+        if runs_kernel(call):
+            return _fused(call, first, wanted)
+        rows = placed(call.rows(start, wanted.stop)[0], call, first)[..., : first + wanted.stop]
+        rows = rows[:, wanted.start - start :: wanted.step]
+        lengths = range(first + wanted.start + 1, first + wanted.stop + 1, wanted.step)
+        return {"row_sum": rows.sum(-1), "weights": self._packer.packed(rows, lengths)}
+
+
+def runs_kernel(call: Call) -> bool:
+    """Return whether the kernel makes the rows of a call; it computes in 32 bit, which float64 is not meant for."""
+    return call.query.is_cuda and call.exact == torch.float32 and triton_available()
+
+
+def _fused(call: Call, first: int, wanted: range) -> dict[str, Tensor]:
+    from kvscope.kernels.pack_rows_triton import RowsOf, pack_rows  # loads triton, which only a GPU needs
+
+    mask = None if call.mask is None else call.mask[0]
+    of = RowsOf(call.query[0], call.key[0], mask, call.sinks, call.scaling, call.softcap, call.sliding_window)
+    sums, weights = pack_rows(of, first, wanted.start, wanted.stop, wanted.step)
+    return {"row_sum": sums, "weights": weights}
