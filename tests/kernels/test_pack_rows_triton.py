@@ -3,8 +3,12 @@
 Where there is no GPU it runs in Triton's interpreter, on shapes that are small because that is slow.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import kvscope
 from kvscope.core.errors import TraceError
 from kvscope.kernels import triton_available
 from kvscope.model import packed_rows
@@ -183,3 +188,57 @@ def test_a_weight_of_the_kernel_that_is_no_number_ends_the_recording(
     with pytest.raises(TraceError, match="layer 0, head 1, position 2: weight nan on key 1"):
         trace(folder, [tmp_path / "p.txt"], output=tmp_path / "t", max_new_tokens=0)
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "exact", "triton", "expected"),
+    [
+        (True, torch.float32, True, True),
+        (True, torch.float64, True, False),
+        (True, torch.float32, False, False),
+        (False, torch.float32, True, False),
+    ],
+)
+def test_which_calls_the_kernel_takes(
+    cuda: bool, exact: torch.dtype, triton: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_rows, "triton_available", lambda: triton)
+    call: Any = SimpleNamespace(query=SimpleNamespace(is_cuda=cuda), exact=exact)
+    assert packed_rows.runs_kernel(call) is expected
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kvscope.kernels import pack_rows_triton as own
+
+def compiled(dtype, mask, size, sinks, capped):
+    rows, columns, depth = own._sizes(size, dtype != "fp32")
+    fixed = {"MASK": mask, "HAS_SINKS": sinks, "HAS_SOFTCAP": capped, "NARROW": dtype != "fp32"}
+    fixed |= {"M": rows, "N": columns, "D": depth}
+    types = {"query": "*" + dtype, "key": "*" + dtype, "sinks": "*" + dtype, "weights": "*fp16", "sums": "*fp32"}
+    types |= {"mask": "*u8" if mask == own.BOOL else "*" + dtype, "scaling": "fp32", "softcap": "fp32"}
+    names = own._pack.arg_names
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    source = ASTSource(own._pack, signature, {(names.index(name),): value for name, value in fixed.items()})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+narrow = compiled("bf16", own.NO_MASK, 128, False, False)
+assert "mma" in narrow.asm["ptx"], "16-bit vectors are multiplied by tensor cores"
+for made in (narrow, compiled("fp32", own.ADDED, 64, True, True), compiled("fp16", own.BOOL, 64, True, False)):
+    assert made.metadata.shared <= 99 * 1024, "the shared memory of a small GPU"
+    assert "st.local" not in made.asm["ptx"], "registers are enough"
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles for CUDA on Linux only")
+def test_it_compiles_for_a_gpu(tmp_path: Path) -> None:
+    """Prevents what only the interpreter takes: numbers whose type depends on a branch, tiles that do not fit."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(kvscope.__file__).parents[1])}
+    (tmp_path / "made.py").write_text(COMPILE)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "made.py")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

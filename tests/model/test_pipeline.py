@@ -147,7 +147,7 @@ def test_a_disk_that_is_full_ends_the_recording_with_one_error(
 
     monkeypatch.setattr("kvscope.model.plan.threads_for", lambda device: 3)
     monkeypatch.setattr(LayerFile, "add", full)
-    with pytest.raises(TraceError, match="the disk of .* is full") as caught:
+    with pytest.raises(TraceError, match=r"the disk of .* is full") as caught:
         trace(folder, [tmp_path / "p.txt"], output=tmp_path / "t", max_new_tokens=3, store=store)
     assert "space" in caught.value.todo
     assert threads and threading.main_thread() not in threads
