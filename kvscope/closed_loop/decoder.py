@@ -8,7 +8,7 @@ from torch import Tensor
 from kvscope.closed_loop.gates import margins
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, KeyValueCache
-from kvscope.engine.occupancy import Alike
+from kvscope.engine.occupancy import EqualCaches
 from kvscope.engine.plan import GATE
 from kvscope.engine.signal_axes import VECTORS, time_axis
 from kvscope.engine.simulation import CacheSimulation
@@ -24,8 +24,8 @@ class Decoder:
 
     All layers are stepped together, row by row in torch: not by the compiled kernels of the closed loop, which decoding
     is to prove. A token costs a fixed number of operations for each layer, whatever the number of heads. Nothing is
-    read from the device before the end, unless the policy evicts without a budget: then only the device knows how many
-    keys it retains.
+    read from the device before the end, unless the policy evicts without a budget: then only the device can tell how
+    many keys it retains.
     """
 
     def __init__(
@@ -36,7 +36,9 @@ class Decoder:
         self.held: list[int] = []
         traits = simulation.plan.policy.traits
         self._known = traits.bounded or traits.phase == "none"  # whether budgets tell how many keys are held
-        self._groups: list[tuple[Alike, HeldKeys, Tensor]] = []  # layers with room for equally many keys, their numbers
+        self._groups: list[
+            tuple[EqualCaches, HeldKeys, Tensor]
+        ] = []  # layers with room for equally many keys, their numbers
         self._group_of: dict[int, tuple[HeldKeys, int]] = {}  # layer -> its group, and its place in it
         self._longest: list[Tensor] = []  # [] each: keys that the fullest head holds after a decoded step
         self._calls: list[Call] = []  # the calls of the prompt, one for each layer
@@ -112,10 +114,10 @@ class Decoder:
     def _group_layers(self) -> None:
         """Group the layers by how many keys they have room for; the budgets are known from now on."""
         kv_heads = self.simulation.shape.kv_heads
-        for alike in self.simulation.occupancy.alike:
-            group = HeldKeys([self.cache.layers[layer] for layer in alike.layers], kv_heads, self.ids.device)
-            self._groups.append((alike, group, torch.tensor(alike.layers, device=self.ids.device)))
-            self._group_of |= {layer: (group, place) for place, layer in enumerate(alike.layers)}
+        for caches in self.simulation.occupancy.equal:
+            group = HeldKeys([self.cache.layers[layer] for layer in caches.layers], kv_heads, self.ids.device)
+            self._groups.append((caches, group, torch.tensor(caches.layers, device=self.ids.device)))
+            self._group_of |= {layer: (group, place) for place, layer in enumerate(caches.layers)}
 
     def _attend(self, call: Call, kernel: Kernel) -> Tensor:
         """Return the attention output of one query over the keys in its layer's cache, and store its row."""
@@ -168,11 +170,11 @@ class Decoder:
         """Remove from the cache what is evicted after step `t`, and what the window of the next query leaves."""
         retained = self.simulation.held(t, t + 1)[0, :, :, 0]  # [L, G, t + 1]
         longest = []
-        for alike, group, layers in self._groups:
-            most = self.simulation.occupancy.most_of(alike) if self._known else None
-            oldest = t + 2 - alike.window if alike.window else 0
+        for caches, group, layers in self._groups:
+            most = self.simulation.occupancy.most_of(caches) if self._known else None
+            oldest = t + 2 - caches.window if caches.window else 0
             if most is not None and oldest > 0:
-                most = min(most, alike.window - 1)
+                most = min(most, caches.window - 1)
             longest.append(group.cut(retained.index_select(0, layers), most, oldest))
         self._longest.append(torch.stack(longest).max())
 

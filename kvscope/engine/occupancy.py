@@ -11,8 +11,8 @@ from kvscope.engine.cache_state import CacheState
 
 
 @dataclass
-class Alike:
-    """Layers whose caches fill up alike: with the same window, smallest and largest budget of a head.
+class EqualCaches:
+    """Layers whose caches hold equally many keys at most: with the same window, smallest and largest budget of a head.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class Occupancy:
         self._state, self._bounded = state, bounded
         self._windows = [window for window in state.windows if window]
         self._budget: Tensor | None = None
-        self._alike: list[Alike] = []
+        self._equal: list[EqualCaches] = []
         self._n = 0  # keys appended
         self._evicted = False
 
@@ -76,10 +76,10 @@ class Occupancy:
     def evict(self) -> int:
         """Count an eviction that cuts each cache to its budget; returns the largest number of keys it evicts."""
         most = 0
-        for alike in self.alike:
-            surplus = alike.surplus(self._n)
+        for caches in self.equal:
+            surplus = caches.surplus(self._n)
             if surplus > 0:
-                alike.evicted_at, self._evicted = self._n, True
+                caches.evicted_at, self._evicted = self._n, True
             most = max(most, surplus)
         return most
 
@@ -92,27 +92,27 @@ class Occupancy:
     @property
     def surplus(self) -> int:
         """By how many keys a cache exceeds its budget at most; 0 or less if none does."""
-        return max(alike.surplus(self._n) for alike in self.alike)
+        return max(caches.surplus(self._n) for caches in self.equal)
 
     @property
     def most(self) -> int:
         """How many keys a cache holds at most."""
         if not self._bounded:
             return self._n
-        return max(alike.most(self._n) for alike in self.alike)
+        return max(caches.most(self._n) for caches in self.equal)
 
-    def most_of(self, alike: Alike) -> int:
+    def most_of(self, caches: EqualCaches) -> int:
         """Return how many keys a cache of some layers holds at most; only for policies with a budget."""
-        return alike.most(self._n)
+        return caches.most(self._n)
 
     @property
-    def alike(self) -> list[Alike]:
-        """The layers, those that fill up alike together."""
+    def equal(self) -> list[EqualCaches]:
+        """The layers, those whose caches hold equally many keys together."""
         if self._budget is not self._state.budget:
             self._budget = self._state.budget
             of_layers = self._budget.transpose(0, 1).flatten(1)  # [L, R * S]
             kinds: dict[tuple[int, int, int], list[int]] = {}
             for layer, bounds in enumerate(torch.stack(of_layers.aminmax(dim=1), 1).tolist()):
                 kinds.setdefault((self._state.windows[layer], *bounds), []).append(layer)
-            self._alike = [Alike(*kind, layers) for kind, layers in kinds.items()]
-        return self._alike
+            self._equal = [EqualCaches(*kind, layers) for kind, layers in kinds.items()]
+        return self._equal

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kvscope.kernels.totals import row_totals
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -78,10 +80,10 @@ class Block:
 def renormalise(kept: Tensor, missing: Tensor | None = None) -> Tensor:
     """Return rows divided by their total: the sum over the last axis plus the attention mass on a learned sink.
 
-    A row whose total is zero, as when recorded weights underflow, remains zero. The sum is computed in float64, so that
-    its order, which depends on the number of threads and on the kernel, changes no decision.
+    A row whose total is zero, as when recorded weights underflow, remains zero. The order of additions, which depends
+    on the number of threads and on the kernel, changes no decision.
     """
-    total = kept.sum(-1, keepdim=True, dtype=torch.float64)
+    total = row_totals(kept)
     if missing is not None:
         total = total + missing
     total = total.to(kept.dtype)

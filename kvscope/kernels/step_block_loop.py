@@ -12,6 +12,7 @@ import numpy as np
 from kvscope.core.residency import NEVER
 from kvscope.kernels.arrays import Array, KernelRows, KernelState
 from kvscope.kernels.compiled import compiled
+from kvscope.kernels.totals import SPLIT
 
 NONE, MEAN, MAX, SUM = range(4)  # how the weights of a group of query heads are reduced
 
@@ -108,8 +109,16 @@ def _weigh(rows: Array, missing: Array, scale: Array, t: int, reduce: int, slots
 
 @compiled
 def _total(row: Array, slots: Array, m: int) -> float:
-    """Return the sum of a row over `m` slots in float64; four partial sums, so that additions can overlap."""
-    a = b = c = d = 0.0
+    """Return the sum of a row over `m` slots in float64; of a row in double as `kvscope.kernels.totals` has it."""
+    if row.itemsize == 8:
+        upper = lower = 0.0
+        for k in range(m):
+            weight = row[slots[k]]
+            multiple = weight + SPLIT - SPLIT
+            upper += multiple
+            lower += weight - multiple
+        return upper + lower
+    a = b = c = d = 0.0  # four partial sums, so that additions can overlap
     whole = m - m % 4
     for k in range(0, whole, 4):
         a += row[slots[k]]

@@ -8,9 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvscope.kernels.totals import SPLIT
+
 NONE, MEAN, MAX, SUM = range(4)  # how the query heads of a group become one
 IS_NONE, IS_MEAN, IS_MAX = tl.constexpr(NONE), tl.constexpr(MEAN), tl.constexpr(MAX)
 NEVER = tl.constexpr(2**31 - 1)
+SPLIT_AT = tl.constexpr(SPLIT)
 
 
 @triton.jit
@@ -33,6 +36,16 @@ def finite(score):
     if score.dtype == tl.float64:
         return tl.where(score == float("inf"), 1.7976931348623157e308, score)
     return tl.where(score == float("inf"), 3.4028234663852886e38, score)
+
+
+@triton.jit
+def upper_and_lower(row):
+    """Return a row in two parts in double, whose sums are added: see `kvscope.kernels.totals`."""
+    wide = row.to(tl.float64)
+    upper = wide
+    if row.dtype == tl.float64:
+        upper = (wide + SPLIT_AT) - SPLIT_AT
+    return upper, wide - upper
 
 
 @triton.jit

@@ -8,7 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvscope.kernels.triton_common import IS_MAX, IS_MEAN, IS_NONE, NEVER, finite, ordered, reduced, rounded_quotient
+from kvscope.kernels.triton_common import (
+    IS_MAX,
+    IS_MEAN,
+    IS_NONE,
+    NEVER,
+    finite,
+    ordered,
+    reduced,
+    rounded_quotient,
+    upper_and_lower,
+)
 
 
 @triton.jit
@@ -44,7 +54,8 @@ def _weights(
         here = h + q < together
         place = rows + (h + q)[:, None] * head_stride + j[None, :]
         row = tl.load(place, mask=here[:, None] & held[None, :], other=0.0)  # [QB, N]
-        total = tl.sum(row.to(tl.float64), 1)
+        upper, lower = upper_and_lower(row)
+        total = tl.sum(upper, 1) + tl.sum(lower, 1)
         if HAS_MISSING:
             total += tl.load(missing + (h + q) * length, mask=here, other=0.0)
         norm = tl.where(total > 0, total.to(row.dtype), 1.0).to(row.dtype)

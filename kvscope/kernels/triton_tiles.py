@@ -8,7 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvscope.kernels.triton_common import IS_MEAN, IS_NONE, NEVER, finite, ordered, reduced, rounded_quotient
+from kvscope.kernels.triton_common import (
+    IS_MEAN,
+    IS_NONE,
+    NEVER,
+    finite,
+    ordered,
+    reduced,
+    rounded_quotient,
+    upper_and_lower,
+)
 
 
 @triton.jit
@@ -55,10 +64,14 @@ def _norms(rows, alive, missing, n, here, HAS_MISSING: tl.constexpr, QB: tl.cons
     """Return what the row of each query head of the group is divided by, ``[QB]``."""
     j = tl.arange(0, N)
     total = tl.zeros([QB], tl.float64)
+    rest = tl.zeros([QB], tl.float64)
     for edge in range(0, n, N):
         held = tl.load(alive + edge + j, mask=edge + j < n, other=0) != 0
         seen = here[:, None] & held[None, :]
-        total += tl.sum(tl.load(rows + edge + j[None, :], mask=seen, other=0.0).to(tl.float64), 1)
+        upper, lower = upper_and_lower(tl.load(rows + edge + j[None, :], mask=seen, other=0.0))
+        total += tl.sum(upper, 1)
+        rest += tl.sum(lower, 1)
+    total += rest
     if HAS_MISSING:
         total += tl.load(missing, mask=here, other=0.0)
     kind = rows.dtype.element_ty

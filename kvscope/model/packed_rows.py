@@ -17,7 +17,7 @@ class PackedRows:
     def __init__(self) -> None:
         self._packer = Packer()
 
-    def of(self, call: Call, first: int, start: int, wanted: range) -> dict[str, Tensor]:
+    def of(self, call: Call, first: int, start: int, queries: range) -> dict[str, Tensor]:
         """Return ``row_sum`` ``[H, n]`` and ``weights``, float16 ``[H, total]``, of some queries of a call.
 
         Parameters
@@ -28,15 +28,15 @@ class PackedRows:
             Position of its first query.
         start : int
             Index of the first query of the block.
-        wanted : range
+        queries : range
             Indices of the queries whose rows are returned, up to the end of the block. The row of position ``t`` has
             ``t + 1`` weights.
         """
         if runs_kernel(call):
-            return _fused(call, first, wanted)
-        rows = placed(call.rows(start, wanted.stop)[0], call, first)[..., : first + wanted.stop]
-        rows = rows[:, wanted.start - start :: wanted.step]
-        lengths = range(first + wanted.start + 1, first + wanted.stop + 1, wanted.step)
+            return _fused(call, first, queries)
+        rows = placed(call.rows(start, queries.stop)[0], call, first)[..., : first + queries.stop]
+        rows = rows[:, queries.start - start :: queries.step]
+        lengths = range(first + queries.start + 1, first + queries.stop + 1, queries.step)
         return {"row_sum": rows.sum(-1), "weights": self._packer.packed(rows, lengths)}
 
 
@@ -45,10 +45,10 @@ def runs_kernel(call: Call) -> bool:
     return call.query.is_cuda and call.exact == torch.float32 and triton_available()
 
 
-def _fused(call: Call, first: int, wanted: range) -> dict[str, Tensor]:
+def _fused(call: Call, first: int, queries: range) -> dict[str, Tensor]:
     from kvscope.kernels.pack_rows_triton import RowsOf, pack_rows  # loads triton, which only a GPU needs
 
     mask = None if call.mask is None else call.mask[0]
     of = RowsOf(call.query[0], call.key[0], mask, call.sinks, call.scaling, call.softcap, call.sliding_window)
-    sums, weights = pack_rows(of, first, wanted.start, wanted.stop, wanted.step)
+    sums, weights = pack_rows(of, first, queries.start, queries.stop, queries.step)
     return {"row_sum": sums, "weights": weights}

@@ -17,7 +17,7 @@ class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """The cache of one layer for one sequence; key/value heads may hold different keys, and different numbers of keys.
 
     A head that holds fewer keys than another one is padded at the front, with NaN, so that reading the padding shows
-    in the output. `HeldKeys` knows what is held and removes keys.
+    in the output. `HeldKeys` stores what is held, and removes keys.
 
     Parameters
     ----------

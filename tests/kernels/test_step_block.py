@@ -104,6 +104,14 @@ def test_the_same_keys_are_evicted(
         )
 
 
+@pytest.mark.parametrize("seed", [60, 177])
+def test_ties_of_rows_in_double(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Totals that differ in the last digit, by the order of additions, would order keys of equal weight."""
+    rows = attention(seed, 2, 4, 29, "ties")
+    plan = EvictionPlan.published(parse_policies(["tova:scope=kv_head,group=max"])[0])
+    same(both(monkeypatch, plan, rows, [], kv_heads=2, prompt=1, prefill="stream", budgets=[4]))
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_windows_sinks_and_rows_that_differ_between_runs(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.stack([attention(seed, 2, 4, 40, "half").float() for seed in (1, 2)])  # [R, L, H, T, T]
