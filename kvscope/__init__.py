@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from kvscope.results.export import export as export
     from kvscope.results.store import Replay as Replay
     from kvscope.results.store import open_replay as open_replay
+    from kvscope.sharing.fetch import fetch as fetch
     from kvscope.trace.importer import import_maps as import_maps
     from kvscope.trace.reader import Trace as Trace
     from kvscope.trace.reader import open_trace as open
@@ -72,6 +73,7 @@ _PUBLIC = {
     "compare": "kvscope.analysis.compare:compare",
     "diff": "kvscope.results.diff:diff",
     "export": "kvscope.results.export:export",
+    "fetch": "kvscope.sharing.fetch:fetch",
     "import_maps": "kvscope.trace.importer:import_maps",
     "metric": "kvscope.metrics.base:metric",
     "open": "kvscope.trace.reader:open_trace",
@@ -113,6 +115,7 @@ __all__ = [
     "compare",
     "diff",
     "export",
+    "fetch",
     "import_maps",
     "metric",
     "open",

@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).parent.parent / "kvscope"
 ENGINE = {"core", "gates", "kernels", "metrics", "policies", "trace"}
 LOOPS = ENGINE | {"engine", "results"}
 MAY_IMPORT = {
-    "__init__": {"analysis", "core", "metrics", "model", "policies", "replay", "report", "results", "trace"},
+    "__init__": {"analysis", "core", "metrics", "model", "policies", "replay", "report", "results", "sharing", "trace"},
     "__main__": {"cli"},
     "core": set(),
     "trace": {"core"},
@@ -40,9 +40,10 @@ MAY_IMPORT = {
     "training": {"core", "gates", "kernels", "model", "trace"},
     "analysis": {"core", "results", "trace"},
     "report": {"core", "results", "trace"},
+    "sharing": {"core", "results", "trace"},
     "cli": {
         *("analysis", "closed_loop", "core", "engine", "gates", "kernels", "metrics", "model", "policies"),
-        *("replay", "report", "results", "tasks", "trace", "training", "tune"),
+        *("replay", "report", "results", "sharing", "tasks", "trace", "training", "tune"),
     },
 }
 
@@ -55,6 +56,7 @@ ONLY_IN = {
     "tokenizers": {"model"},
     "accelerate": {"model"},
     "numba": {"kernels"},
+    "fsspec": {"sharing"},
     "triton": {"kernels"},
     "torch": {
         *("bounds", "cli", "closed_loop", "engine", "gates", "kernels", "metrics"),

@@ -109,6 +109,7 @@ _OS_ERRORS = {
     errno.EPERM: "Check the permissions, or work in a folder that you may write to.",
     errno.EROFS: "Work in another folder: this file system is read-only.",
     errno.ENOSPC: "Free some space, or write to another disk with -o.",
+    errno.EFBIG: "Write to another disk with -o: this one takes no larger file.",
     errno.EDQUOT: "Free some space, or write to another disk with -o.",
     errno.ENOTDIR: "A file is in the way of a folder: move the file, or write elsewhere with -o.",
     errno.EEXIST: "A file is in the way of a folder: move the file, or write elsewhere with -o.",

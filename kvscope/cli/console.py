@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, TextIO
@@ -196,6 +196,21 @@ def bar(title: str, total: float | None, unit: str, *, quiet: bool = False) -> I
 
         with _in_use(console):
             yield update
+
+
+@contextmanager
+def counted(title: str, *, total: float | None = None, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Yield a function that adds bytes to a progress bar, as `bar`."""
+    done = 0
+
+    with bar(title, None if total is None else total / 1e6, "MB", quiet=quiet) as update:
+
+        def add(count: int) -> None:
+            nonlocal done
+            done += count
+            update(done / 1e6)
+
+        yield add
 
 
 @contextmanager

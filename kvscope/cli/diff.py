@@ -49,12 +49,15 @@ def diff(
     In a GitHub workflow, the result is also added to the job summary.
     """
     from kvscope.cli import console, places
-    from kvscope.core.errors import ResultError
+    from kvscope.core.errors import ResultError, UsageError
     from kvscope.results.baseline import accept, load_summary
     from kvscope.results.diff import diff as compare
     from kvscope.results.diff import parse_tolerance
+    from kvscope.sharing.remote import is_remote, shown
 
     allowed = parse_tolerance(tolerance or [])
+    if update and is_remote(base):
+        raise UsageError(f"{shown(base)} is on another machine: it is not written", "Name a file here as BASE.")
     if update and base.endswith(".json") and not Path(base).exists():
         source = places.find_replay(new, quiet=quiet)
         accept(source, Path(base))

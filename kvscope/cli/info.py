@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,7 +23,7 @@ def info(
         str | None,
         typer.Argument(
             metavar="TRACE",
-            help="Trace: name under traces/, or a path; or a replay. Default: the newest.",
+            help="Trace: name under traces/, path or address (s3://, https://); or a replay. Default: the newest.",
             show_default=False,
         ),
     ] = None,
@@ -47,27 +46,15 @@ def info(
     from kvscope.results.store import open_replay
     from kvscope.trace.reader import open_trace
 
-    replay = None if trace is None else _replay_named(trace)
-    if replay is not None:
-        with console.working(f"reading {replay}", quiet=quiet or not verify):
-            whole = open_replay(replay, verify=verify)
+    path, noun = places.find_either(trace, quiet=quiet)
+    if noun == "replay":
+        with console.working(f"reading {path}", quiet=quiet or not verify):
+            whole = open_replay(path, verify=verify)
         show_replay(whole, as_json=json, verified=verify)
         return
-    path = places.find_trace(trace, quiet=quiet)
     with console.working(f"reading {path}", quiet=quiet or not verify):
         opened = open_trace(path, verify=verify)
     show(opened, as_json=json, verified=verify)
-
-
-def _replay_named(given: str) -> Path | None:
-    """Return the folder of a replay by its path or its name under reports/, None where a trace has the name."""
-    from kvscope.cli import places
-    from kvscope.core.records import RUN_FILE
-
-    if (places.TRACES / given).exists():
-        return None
-    folders = (Path(given), places.REPORTS / given)
-    return next((folder for folder in folders if (folder / RUN_FILE).is_file()), None)
 
 
 def show_replay(replay: Replay, *, as_json: bool = False, verified: bool = False) -> None:

@@ -146,14 +146,17 @@ Hidden = Annotated[
 TraceSource = Annotated[
     str | None,
     typer.Option(
-        "--trace", metavar="TRACE", help="Read the trace from here. Default: its recorded path.", show_default=False
+        "--trace",
+        metavar="TRACE",
+        help="Read the trace from this name, path or address. Default: its recorded path.",
+        show_default=False,
     ),
 ]
 ReplayName = Annotated[
     str | None,
     typer.Argument(
         metavar="REPLAY",
-        help="Read this replay: a name under reports/, or a path. Default: the newest.",
+        help="Read this replay: a name under reports/, path or address (s3://, https://). Default: the newest.",
         show_default=False,
     ),
 ]
@@ -236,7 +239,7 @@ TraceNames = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="TRACE",
-        help="Use these traces: names under traces/, or paths. Default: the newest.",
+        help="Use these traces: names under traces/, paths or addresses. Default: the newest.",
         show_default=False,
     ),
 ]
@@ -264,7 +267,7 @@ HeldOut = Annotated[
 TomlFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Write this TOML file.")]
 # Of `diff`.
 DiffBase = Annotated[
-    str, typer.Argument(metavar="BASE", help="Compare with this replay (name or folder) or summary.json.")
+    str, typer.Argument(metavar="BASE", help="Compare with this replay (name, folder or address) or summary.json.")
 ]
 DiffNew = Annotated[str, typer.Argument(metavar="NEW", help="Compare this later replay or summary.json.")]
 AllowedChange = Annotated[
@@ -293,7 +296,10 @@ UnchangedToo = Annotated[bool, typer.Option("--all", help="Show unchanged values
 
 
 def command_line(ctx: typer.Context) -> str:
-    """Return the command as it was typed: part of the provenance of its output."""
+    """Return the command as it was typed, without secrets in addresses: part of the provenance of its output."""
     import shlex
 
-    return shlex.join(["kvscope", *ctx.find_root().obj])
+    from kvscope.sharing.remote import is_remote, shown
+
+    typed = [shown(word) if is_remote(word) else word for word in ctx.find_root().obj]
+    return shlex.join(["kvscope", *typed])

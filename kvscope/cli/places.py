@@ -6,24 +6,31 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvscope.cli.console import note
+from kvscope.cli.console import counted, note
 from kvscope.core.errors import RECORD_ONE, REPLAY_COMMAND, KvscopeError, ResultError, TraceError, UsageError
 from kvscope.core.output import incomplete, require_free, writer_of
 from kvscope.core.registry import nearest
 
 TRACES = Path("traces")
 REPORTS = Path("reports")
+PACKED = ".tar"  # ending of a packed file
 MAKE = {TRACES: RECORD_ONE, REPORTS: f"Make one: {REPLAY_COMMAND}"}
 
 
 def find_trace(given: str | None, *, quiet: bool = False) -> Path:
     """Return the folder of a trace: a path, a name under ``traces/``, or the newest complete one, which is printed.
 
+    What an address names, as ``s3://...``, is fetched first, and the folder of its copy is printed.
+
     Raises
     ------
     TraceError
         If there is none.
+    ShareError
+        If what an address names cannot be fetched.
     """
+    if given is not None and _is_remote(given):
+        return _fetched(given, "trace", quiet)[0]
     if given is not None:
         return _find(given, TRACES, "trace", TraceError)
     from kvscope.trace.newest import newest_trace
@@ -36,11 +43,17 @@ def find_trace(given: str | None, *, quiet: bool = False) -> Path:
 def find_replay(given: str | None, *, quiet: bool = False) -> Path:
     """Return a replay: a folder, a ``summary.json``, a name under ``reports/``, or the newest, which is printed.
 
+    What an address names, as ``s3://...``, is fetched first, and the path of its copy is printed.
+
     Raises
     ------
     ResultError
         If there is none.
+    ShareError
+        If what an address names cannot be fetched.
     """
+    if given is not None and _is_remote(given):
+        return _fetched(given, "replay", quiet)[0]
     if given is not None:
         return _find(given, REPORTS, "replay", ResultError)
     from kvscope.results.store import newest_replay
@@ -48,6 +61,19 @@ def find_replay(given: str | None, *, quiet: bool = False) -> Path:
     path = newest_replay(REPORTS)
     note(f"replay: {path} (the newest; name another to use it instead)", quiet=quiet)
     return path
+
+
+def find_either(given: str | None, *, quiet: bool = False) -> tuple[Path, str]:
+    """Return a trace or a replay, and which of them it is; of a name that both have, and without a name, the trace."""
+    if given is not None and _is_remote(given):
+        return _fetched(given, None, quiet)
+    if given is not None and not (TRACES / given).exists():
+        from kvscope.core.records import RUN_FILE
+
+        for path in (Path(given), REPORTS / given):
+            if (path / RUN_FILE).is_file():
+                return path, "replay"
+    return find_trace(given, quiet=quiet), "trace"
 
 
 def place(folder: Path, given: str | None, name: str, *, force: bool, suffix: str = "") -> Path:
@@ -98,6 +124,25 @@ def joined(names: Sequence[str], most: int = 3) -> str:
     return "+".join(names) if len(names) <= most else f"{names[0]}+{len(names) - 1}-more"
 
 
+def _is_remote(given: str) -> bool:
+    from kvscope.sharing.remote import is_remote
+
+    return is_remote(given)
+
+
+def _fetched(url: str, noun: str | None, quiet: bool) -> tuple[Path, str]:
+    """Return the local copy of what is at an address, which is printed, and what it is."""
+    from kvscope.sharing.fetch import fetch
+    from kvscope.sharing.kinds import KINDS
+    from kvscope.sharing.remote import shown
+
+    with counted(f"fetching {shown(url)}", quiet=quiet) as count:
+        found = fetch(url, KINDS[noun] if noun else None, progress_callback=count)
+    how = "fetched from" if found.fresh else "the copy of"
+    note(f"{found.kind.noun}: {found.path} ({how} {shown(url)})", quiet=quiet)
+    return found.path, found.kind.noun
+
+
 def _taken(path: Path) -> bool:
     return path.exists() or path.is_symlink() or writer_of(path) is not None
 
@@ -105,6 +150,8 @@ def _taken(path: Path) -> bool:
 def _find(given: str, folder: Path, kind: str, error: type[KvscopeError]) -> Path:
     """Return the path `given` if it exists, otherwise the path of that name in the folder, finished or not."""
     for path in (Path(given), folder / given):
+        if path.suffix == PACKED and path.is_file():
+            raise error(f"{path} is a packed file", f"Unpack it first: kvscope unpack {path}")
         if path.exists() or incomplete(path).exists():
             return path
     known = [item.name for item in folder.iterdir() if item.is_dir()] if folder.is_dir() else []

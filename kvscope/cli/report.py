@@ -22,7 +22,7 @@ def report(
         list[str] | None,
         typer.Argument(
             metavar="REPLAY",
-            help="Show these replays: names under reports/, or paths. Default: the newest.",
+            help="Show these replays: names under reports/, paths or addresses. Default: the newest.",
             show_default=False,
         ),
     ] = None,

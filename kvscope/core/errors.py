@@ -5,6 +5,7 @@
     ├── TraceError          a trace is missing, damaged, incomplete, of another version, or lacks a signal
     ├── ModelError          a model cannot be found, loaded or observed
     ├── ReplayError         a replay that cannot give valid results
+    ├── ShareError          a packed file, or a trace or replay on another machine, that cannot be read or is damaged
     ├── ResultError         a results file is missing, damaged, or not comparable
     └── OutputExists        the output exists already
 
@@ -69,6 +70,10 @@ class ReplayError(KvscopeError):
 
 class ResultError(KvscopeError):
     """A results file that is missing, damaged, or not comparable."""
+
+
+class ShareError(KvscopeError):
+    """A packed file, or a trace or replay on another machine, that cannot be read or is damaged."""
 
 
 class OutputExists(KvscopeError):

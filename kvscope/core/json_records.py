@@ -100,9 +100,15 @@ class Format:
     def header(self, file: Path, *, example: str) -> JsonDict:
         """Return the content of a file of this kind and of a version that is read; raises as `read`."""
         try:
-            data = parse(file.read_bytes())
+            content = file.read_bytes()
         except OSError as error:
             raise self.error(f"cannot read {file}: {error.strerror}", f"Name a {self.noun} that exists.") from error
+        return self.header_of(content, file, example=example)
+
+    def header_of(self, content: bytes, file: Path | str, *, example: str) -> JsonDict:
+        """Return what `header` returns, of the content of a file that is called `file` in messages."""
+        try:
+            data = parse(content)
         except ValueError as error:
             raise self.error(f"{file} is damaged: it is not JSON ({error})", self.again) from error
         if not isinstance(data, dict) or data.get("kind") != self.kind:
@@ -116,7 +122,7 @@ class Format:
             )
         return data
 
-    def decode(self, data: Mapping[str, object], file: Path, of: type[T]) -> T:
+    def decode(self, data: Mapping[str, object], file: Path | str, of: type[T]) -> T:
         """Return the record in the content of a file; raises `error` that names the field, or says it was changed."""
         try:
             record = decode(data, of)

@@ -239,7 +239,17 @@ def read_replay(path: Path) -> ReplayRecord:
         raise ResultError(f"no replay at {path}", f"Make one: {REPLAY_COMMAND}")
     if not file.is_file():
         raise ResultError(f"{path} is not a kvscope replay: it has no {RUN_FILE}", "Name a folder under reports/.")
-    data = REPLAY.header(file, example="Name a replay, as kvscope replay writes it.")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ResultError(f"cannot read {file}: {error.strerror}", "Name a replay that exists.") from error
+    return replay_of(content, path)
+
+
+def replay_of(content: bytes, path: Path | str) -> ReplayRecord:
+    """Return the record from the bytes of ``run.json`` of the replay at `path`; errors as `read_replay`."""
+    file = f"{path}/{RUN_FILE}"
+    data = REPLAY.header_of(content, file, example="Name a replay, as kvscope replay writes it.")
     if data.get("complete") is not True:
         raise ResultError(f"replay {path} is incomplete: it stopped before its end", _again(path))
     for name in ("created", "sizes", "checksums"):
@@ -251,5 +261,5 @@ def read_replay(path: Path) -> ReplayRecord:
     return record
 
 
-def _again(path: Path) -> str:
+def _again(path: Path | str) -> str:
     return f"Replay again; {path} can be removed."

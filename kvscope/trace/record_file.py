@@ -28,7 +28,18 @@ def read_record(path: Path) -> TraceRecord:
     TraceError
         If there is no trace, or it is incomplete, damaged, or of a version that cannot be read.
     """
-    data = _read_json(path)
+    return record_of(_read_header(path), path)
+
+
+def record_of(content: bytes, path: Path | str) -> TraceRecord:
+    """Return the record from the bytes of ``trace.json`` of the trace at `path`; errors as `read_record`."""
+    try:
+        data = json.loads(content.decode("utf-8", errors="surrogatepass"))
+    except (ValueError, RecursionError) as error:
+        raise TraceError(
+            f"trace {path} is damaged: {HEADER} is not JSON ({error})", "Record the trace again."
+        ) from error
+    data = data if isinstance(data, dict) else {}
     record = parse_record(data, path)
     if is_changed(data) or (record.schema >= SEALED_SINCE and SEAL not in data):
         raise TraceError(
@@ -38,7 +49,7 @@ def read_record(path: Path) -> TraceRecord:
     return record
 
 
-def parse_record(data: Mapping[str, object], path: Path) -> TraceRecord:
+def parse_record(data: Mapping[str, object], path: Path | str) -> TraceRecord:
     """Return the record from the content of ``trace.json`` of the trace at `path`; errors as `read_record`."""
     _require_readable(data, path)
     try:
@@ -93,7 +104,7 @@ def _write_json(folder: Path, data: Mapping[str, object]) -> None:
     (folder / HEADER).write_text(text, encoding="utf-8", errors="surrogatepass")
 
 
-def _read_json(path: Path) -> Mapping[str, object]:
+def _read_header(path: Path) -> bytes:
     file = path / HEADER
     if not path.exists():
         require_not_set_aside(path, "trace", TraceError)
@@ -103,16 +114,10 @@ def _read_json(path: Path) -> Mapping[str, object]:
         raise TraceError(f"no trace at {path}", RECORD_ONE)
     if not file.is_file():
         raise TraceError(f"{path} is not a kvscope trace: it has no {HEADER}", "Name a folder under traces/.")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8", errors="surrogatepass"))
-    except (ValueError, RecursionError) as error:
-        raise TraceError(
-            f"trace {path} is damaged: {HEADER} is not JSON ({error})", "Record the trace again."
-        ) from error
-    return data if isinstance(data, dict) else {}
+    return file.read_bytes()
 
 
-def _require_readable(data: Mapping[str, object], path: Path) -> None:
+def _require_readable(data: Mapping[str, object], path: Path | str) -> None:
     if data.get("kind") != KIND:
         raise TraceError(f"{path} is not a kvscope trace: {HEADER} is of another kind", "Name a folder under traces/.")
     schema = data.get("schema")
@@ -156,5 +161,5 @@ def _require_consistent(record: TraceRecord) -> None:
         raise FieldError("sizes", f"{name!r} {what}")
 
 
-def _again(path: Path) -> str:
+def _again(path: Path | str) -> str:
     return f"Record it again; {path} can be removed."

@@ -23,7 +23,8 @@ PANELS = (
     "queries provenance"
 ).split()
 COMMANDS = (
-    "trace replay perplexity verify tune score regret spans report diff compare export info policies import demo gate"
+    "trace replay perplexity verify tune score regret spans report diff compare export info policies import pack "
+    "unpack demo gate"
 ).split()
 
 LIST = {
