@@ -163,13 +163,14 @@ def _rows_of_steps(steps: Sequence[Captured], name: str, layer: int) -> Array:
                 f"{name}, layer {layer}: a step has the shape {list(array.shape)}", "Save [B, H, queries, keys]."
             )
     bounds = np.cumsum([0, *(array.shape[2] for array in arrays)]).tolist()
-    whole = np.zeros((*arrays[0].shape[:2], bounds[-1], bounds[-1]), arrays[0].dtype)
-    for step, (array, (start, stop)) in enumerate(zip(arrays, pairwise(bounds), strict=True)):
+    for step, (array, stop) in enumerate(zip(arrays, bounds[1:], strict=True)):
         if array.shape[3] != stop:
             raise UsageError(
                 f"{name}, layer {layer}: step {step} has {array.shape[3]} keys, and {stop} tokens were read until then",
                 "Generate with a cache that keeps every key, neither static nor sliding.",
             )
+    whole = np.zeros((*arrays[0].shape[:2], bounds[-1], bounds[-1]), arrays[0].dtype)
+    for array, (start, stop) in zip(arrays, pairwise(bounds), strict=True):
         whole[:, :, start:stop, :stop] = array
     return whole
 

@@ -12,24 +12,27 @@ import numpy as np
 
 from kvscope.core.errors import UsageError
 from kvscope.trace.blocks import Array
+from kvscope.trace.import_limit import KNOWN, ArraySizes, require_npy, require_npz, require_torch
 
 ENDINGS = (".npz", ".npy", ".safetensors", ".pt", ".pth")
 NAMES = ("attention", "attentions")
+OBJECT = 256  # bytes of memory that anything in a list takes at least, beside its numbers
 Captured: TypeAlias = "Array | list[Captured]"  # an array, or one for each layer, or for each step one for each layer
 
 
 def read_captured(source: Path) -> dict[str, Captured]:
-    """Return the arrays of a file by name; those of attention under a name of `NAMES`.
+    """Return the known arrays of a file by name; those of attention under a name of `NAMES`.
 
     Raises
     ------
     UsageError
-        If the file does not exist, has another format or is damaged, or has no attention.
+        If the file does not exist, has another format or is damaged, has no attention, or its arrays are far larger
+        than it is (see `kvscope.trace.import_limit`).
     """
     if not source.is_file():
         raise UsageError(f"no file {source}", f"Name a file of arrays: {', '.join(ENDINGS)}.")
     try:
-        found = _load(source)
+        names, found = _load(source)
     except UsageError:
         raise
     except Exception as error:  # the readers raise many kinds of error for a damaged file
@@ -43,7 +46,7 @@ def read_captured(source: Path) -> dict[str, Captured]:
     if not any(name in found for name in NAMES):
         raise UsageError(
             f"{source} has no array called attention",
-            f"Name the maps attention; the file contains: {', '.join(sorted(found)) or 'nothing'}.",
+            f"Name the maps attention; the file contains: {', '.join(sorted(names)) or 'nothing'}.",
         )
     return found
 
@@ -57,13 +60,16 @@ def _arrays(value: Captured) -> Iterator[Array]:
             yield from _arrays(one)
 
 
-def _load(source: Path) -> dict[str, Captured]:
+def _load(source: Path) -> tuple[list[str], dict[str, Captured]]:
+    """Return the names of all arrays of a file, and the known ones."""
     ending = source.suffix.lower()
     if ending == ".npz":
+        require_npz(source)
         with np.load(source, allow_pickle=False) as file:
-            return _numbered({name: file[name] for name in file.files})
+            return list(file.files), _numbered({name: file[name] for name in file.files if KNOWN.fullmatch(name)})
     if ending == ".npy":
-        return {"attention": np.load(source, allow_pickle=False)}
+        require_npy(source)
+        return ["attention"], {"attention": np.load(source, allow_pickle=False)}
     if ending == ".safetensors":
         return _load_safetensors(source)
     if ending in (".pt", ".pth"):
@@ -81,13 +87,16 @@ def _numbered(arrays: dict[str, Array]) -> dict[str, Captured]:
     return {"attention": arrays["arr_0"] if len(arrays) == 1 else [arrays[name] for name in numbered]}
 
 
-def _load_safetensors(source: Path) -> dict[str, Captured]:
+def _load_safetensors(source: Path) -> tuple[list[str], dict[str, Captured]]:
+    """Return names and known arrays; the library checks that they are exactly as large as the file says."""
     from safetensors import safe_open
 
     with safe_open(source, framework="numpy") as file:
-        names = list(file.keys())
+        every = list(file.keys())
+        names = [name for name in every if KNOWN.fullmatch(name)]
         short = {name for name in names if file.get_slice(name).get_dtype() == "BF16"}
-        return {name: _bfloat16(source, name) if name in short else file.get_tensor(name) for name in names}
+        known = {name: _bfloat16(source, name) if name in short else file.get_tensor(name) for name in names}
+        return every, known
 
 
 def _bfloat16(source: Path, name: str) -> Array:
@@ -101,22 +110,29 @@ def _bfloat16(source: Path, name: str) -> Array:
     return (upper << 16).view(np.float32).reshape(about["shape"])
 
 
-def _load_torch(source: Path) -> dict[str, Captured]:
+def _load_torch(source: Path) -> tuple[list[str], dict[str, Captured]]:
     """Return what `torch.save` wrote, if it is tensors in lists and dicts: other objects can run code."""
     import torch
 
+    sizes = ArraySizes(source)
+
     def plain(value: object) -> Captured:
         if isinstance(value, torch.Tensor):
+            # A view can have more numbers than are stored, and a list the same part many times.
+            sizes.add(value.numel() * max(value.element_size(), 4 if value.dtype == torch.bfloat16 else 1))
             value = value.detach()
             return np.asarray((value.float() if value.dtype == torch.bfloat16 else value).numpy())
+        sizes.add(OBJECT)
         if isinstance(value, Sequence) and not isinstance(value, str):
             return [plain(part) for part in value]
         return np.asarray(value)
 
+    require_torch(source)
     found = torch.load(source, map_location="cpu", weights_only=True)
     if not isinstance(found, Mapping):
-        return {"attentions": plain(found)}
-    return {str(name): plain(value) for name, value in found.items()}
+        return ["attentions"], {"attentions": plain(found)}
+    every = {str(name): value for name, value in found.items()}
+    return list(every), {name: plain(value) for name, value in every.items() if KNOWN.fullmatch(name)}
 
 
 def _todo(source: Path) -> str:

@@ -165,25 +165,34 @@ def _check_shapes(arrays: Mapping[str, Array], kv_heads: int | None) -> int:
 
 def _check_rows(attention: Array, learned_sinks: bool) -> None:
     """Raise TraceError for the first row of ``[L, H, T, T]`` that is not causal attention."""
-    above = ~np.tri(attention.shape[-1], dtype=bool)
     for layer, heads in enumerate(attention):
         for head, whole in enumerate(heads):
-            with np.errstate(over="ignore"):  # what is infinite in 32 bit is reported
-                rows = whole.astype(np.float32)
-            sums = rows.sum(-1)
-            faults = {
-                "has a weight that is not finite": ~np.isfinite(rows).all(-1),
-                "has a negative weight": (rows < 0).any(-1),
-                "attends to a later key": (np.where(above, np.abs(rows), 0) > ABOVE_TOLERANCE).any(-1),
-                **faults_of_sums(sums, learned_sinks),
-            }
-            for what, where in faults.items():
-                if where.any():
-                    row = int(where.argmax())
+            for first in range(0, len(whole), BLOCK):
+                fault = _fault_of_rows(whole[first : first + BLOCK], first, learned_sinks)
+                if fault is not None:
                     raise TraceError(
-                        f"layer {layer}, head {head}, row {row} {what} (sum {sums[row]:.4f})",
+                        f"layer {layer}, head {head}, {fault}",
                         "Save attention after softmax, [query, key], causal; declare learned sinks.",
                     )
+
+
+def _fault_of_rows(given: Array, first: int, learned_sinks: bool) -> str | None:
+    """Return what is wrong with rows ``[q, T]`` from position `first` on, None if they are causal attention."""
+    with np.errstate(over="ignore"):  # what is infinite in 32 bit is reported
+        rows = given.astype(np.float32)
+    above = np.arange(rows.shape[1]) > first + np.arange(len(rows))[:, None]  # [q, T]
+    sums = rows.sum(-1)
+    faults = {
+        "has a weight that is not finite": ~np.isfinite(rows).all(-1),
+        "has a negative weight": (rows < 0).any(-1),
+        "attends to a later key": (np.where(above, np.abs(rows), 0) > ABOVE_TOLERANCE).any(-1),
+        **faults_of_sums(sums, learned_sinks),
+    }
+    for what, where in faults.items():
+        if where.any():
+            row = int(where.argmax())
+            return f"row {first + row} {what} (sum {sums[row]:.4f})"
+    return None
 
 
 def _derive(arrays: dict[str, Array]) -> None:
