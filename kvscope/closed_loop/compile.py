@@ -101,9 +101,10 @@ def compile_perplexity(
 ) -> PerplexityJob:
     """Return the job that measures the perplexity of text files under each policy and budget.
 
-    The tokens of each file are divided into windows. Each window starts with an empty cache and, if the tokenizer has
-    one, its first token; all other tokens are scored under the budget (streaming prefill). If a prompt length is given,
-    that many tokens of each window are read with the full cache first and are not scored.
+    The tokens of each file are divided into windows. Each window starts with an empty cache and the tokens that the
+    tokenizer puts before every text, if there are any; then the text is scored under the budget (streaming prefill),
+    without such tokens all of it but its first token. If a prompt length is given, that many tokens of each window are
+    read with the full cache first and are not scored.
 
     Raises
     ------
@@ -163,7 +164,10 @@ def compile_verify(
         require_feasible(plan, limits, workload)
     loaded = load_model_of(trace, closed, str(torch_device(options.device)))
     whole = passages_of(trace, loaded)
-    passages = [Passage(part, text.ids[: part.length]) for part, text in zip(cut, whole[: len(cut)], strict=True)]
+    passages = [
+        Passage(part, text.ids[: part.length], prefix=text.prefix)
+        for part, text in zip(cut, whole[: len(cut)], strict=True)
+    ]
     runs = runs_of(plans, limits, Loop.closed, closed.positions)
     job = compile_closed_loop(loaded.model, passages, runs, [], options.prefill)
     with torch.inference_mode():

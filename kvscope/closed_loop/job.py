@@ -44,7 +44,8 @@ class TokenSink(Sink, Protocol):
 class ClosedLoopJob:
     """Runs of policies inside a model over texts, all checked.
 
-    With full prefill the tokens after the prompt are scored, with streaming prefill all but the first.
+    With full prefill the tokens after the prompt are scored, with streaming prefill all but the first; those that the
+    tokenizer puts before a text never are.
 
     Attributes
     ----------
@@ -99,7 +100,7 @@ class ClosedLoopJob:
 
     def _parts(self, passage: Passage) -> Iterator[list[RunSpec]]:
         """Yield the runs of each pass, as many as `PASS_BYTES` allow; runs of one plan are consecutive."""
-        scored = len(scored_tokens(passage.sequence, self.prefill))
+        scored = len(scored_tokens(passage, self.prefill))
         size = 4 if self.model.dtype != torch.float64 else 8
         per_run = scored * self.model.config.get_text_config(decoder=True).vocab_size * size
         most = max(1, PASS_BYTES // max(1, per_run) - 1)
@@ -161,7 +162,7 @@ class ForwardPass:
     def __init__(self, job: ClosedLoopJob, passage: Passage, runs: Sequence[RunSpec]) -> None:
         self.job, self.passage = job, passage
         sequence = passage.sequence
-        self.scored = scored_tokens(sequence, job.prefill)
+        self.scored = scored_tokens(passage, job.prefill)
         self.text = PassShape(sequence.prompt, sequence.length, sequence.index, len(job.layers), job.prefill)
         self.ids = passage.ids.to(job.model.get_input_embeddings().weight.device)
         self.runs = by_plan(runs)  # by batch

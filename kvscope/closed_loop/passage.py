@@ -14,13 +14,19 @@ from kvscope.trace.reader import TokenSequence
 
 @dataclass(frozen=True)
 class Passage:
-    """Token ids ``[T]``, their division into prompt and rest, and their log-probabilities ``[T]`` if recorded."""
+    """Token ids ``[T]``, their division into prompt and rest, and their log-probabilities ``[T]`` if recorded.
+
+    The first `prefix` tokens are those that the tokenizer puts before every text. They are not text, so that none of
+    them is scored.
+    """
 
     sequence: TokenSequence
     ids: Tensor
     logprob: NDArray[np.floating] | None = None
+    prefix: int = 0
 
 
-def scored_tokens(sequence: TokenSequence, prefill: Prefill) -> NDArray[np.int64]:
-    """Return the positions of the tokens that are scored: each is predicted by the one before it."""
-    return np.arange(sequence.prompt if prefill == "full" else 1, sequence.length)
+def scored_tokens(passage: Passage, prefill: Prefill) -> NDArray[np.int64]:
+    """Return the positions of the tokens of the text that are scored: each is predicted by the one before it."""
+    first = passage.sequence.prompt if prefill == "full" else 1
+    return np.arange(max(first, passage.prefix), passage.sequence.length)

@@ -124,7 +124,8 @@ def passages_of_texts(loaded: Loaded, texts: Mapping[Path, str], options: Perple
             raise UsageError(f"text {file} has too few tokens", f"Use a text of more than {fewest} tokens.")
         dropped[file] = sum(len(part) - len(encoder.prefix) for part in parts[len(scored) :])
         for part in scored:
-            found.append(Passage(TokenSequence(len(found), prompt, len(part), True), torch.tensor(part)))
+            sequence = TokenSequence(len(found), prompt, len(part), True)
+            found.append(Passage(sequence, torch.tensor(part), prefix=len(encoder.prefix)))
     return TextWindows(found, size, dropped)
 
 

@@ -10,6 +10,7 @@ from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import ModelError, TraceError
 from kvscope.core.options import ClosedLoopOptions, ModelSource
 from kvscope.model.loading import Loaded, load
+from kvscope.model.token_ids import TextEncoder
 from kvscope.trace.reader import Trace
 
 
@@ -50,7 +51,7 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
 
 def passages_of(trace: Trace, loaded: Loaded) -> list[Passage]:
     """Return the tokens of each sequence of a trace; raises ModelError if the model's vocabulary lacks some of them."""
-    vocabulary = loaded.text_config.vocab_size
+    vocabulary, encoder = loaded.text_config.vocab_size, TextEncoder(loaded.tokenizer)
     passages = []
     for sequence in trace.sequences:
         tokens = trace.tokens(sequence.index)
@@ -60,5 +61,6 @@ def passages_of(trace: Trace, loaded: Loaded) -> list[Passage]:
                 "Give the model that was traced with --model.",
             )
         ids = torch.from_numpy(tokens["token_id"].to_numpy().astype("int64"))
-        passages.append(Passage(sequence, ids, tokens["logprob"].to_numpy()))
+        prefix = len(encoder.prefix) if encoder.writes_prefix(ids.tolist()) else 0
+        passages.append(Passage(sequence, ids, tokens["logprob"].to_numpy(), prefix))
     return passages

@@ -1,6 +1,7 @@
 """The closed loop compared with plain passes of the model: with masks written by hand, and without eviction."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,16 @@ def test_a_cache_without_eviction_gives_the_losses_of_the_model(name: str, prefi
         assert np.abs(values["nll_full"] - expected).max() < 1e-12
         assert np.abs(values["nll_policy"] - expected).max() < near
         assert values["kl"].max() < 1e-12 and values["top1_equal"].all()
+
+
+@pytest.mark.parametrize("prefill", ["full", "stream"])
+def test_tokens_before_the_text_are_not_scored(prefill: str) -> None:
+    prefix = PROMPT + 2 if prefill == "full" else 2
+    model, sink = build("llama").double(), Kept()
+    text = replace(passage(), prefix=prefix)
+    evaluate(model, [text], runs(("tova", "6")), [], prefill, sink)
+    expected = losses(model, text.ids)[prefix - 1 :].numpy()
+    assert np.abs(sink.losses[0]["nll_full"] - expected).max() < 1e-12
 
 
 def test_learned_sinks_without_eviction() -> None:

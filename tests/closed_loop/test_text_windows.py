@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from kvscope.closed_loop.passage import scored_tokens
 from kvscope.closed_loop.perplexity import passages_of_texts
 from kvscope.core.errors import UsageError
-from kvscope.core.options import PerplexityOptions
+from kvscope.core.options import PerplexityOptions, Prefill
 from tests.model.tokenizer_kinds import make
 
 TEXT = "Once upon a time there was a small house by the sea. " * 4
@@ -31,6 +32,21 @@ def test_every_window_begins_with_the_prefix(affix: str, prefix: int) -> None:
     whole = ids_of(TEXT)
     assert text == whole[: len(text)] and read.dropped == {Path("a"): len(whole) - len(text)}
     assert make("byte-level").eos_token_id not in text
+
+
+@pytest.mark.parametrize(("affix", "prefix"), [("none", 0), ("bos", 1), ("both", 1), ("own", 2)])
+@pytest.mark.parametrize("prompt", [1, 2, 5])
+def test_every_token_of_the_text_is_scored_and_none_of_the_prefix(affix: str, prefix: int, prompt: int) -> None:
+    options = PerplexityOptions(window=16, prompt=prompt)
+    read = passages_of_texts(loaded(affix), {Path("a"): TEXT}, options)
+    whole, seen = ids_of(TEXT), 0
+    for passage in read.passages:
+        scored = scored_tokens(passage, Prefill.stream if prompt == 1 else Prefill.full)
+        first = max(prompt, prefix)
+        assert scored.tolist() == list(range(first, len(passage.ids)))
+        text = passage.ids[prefix:].tolist()
+        assert passage.ids[scored].tolist() == whole[seen : seen + len(text)][first - prefix :]
+        seen += len(text)
 
 
 def test_a_text_with_its_own_prefix_has_it_once() -> None:
