@@ -24,7 +24,7 @@ PANELS = (
 ).split()
 COMMANDS = (
     "trace replay perplexity verify tune score regret spans report diff compare export info policies import pack "
-    "unpack demo gate"
+    "unpack demo tasks gate"
 ).split()
 
 LIST = {
