@@ -3,7 +3,8 @@
 # make test-portable
 #              install, then check that other processors make the same decisions and pass the tests
 # make campaign
-#              install, then damage traces and replays in ten thousand ways: nothing damaged may be accepted
+#              install, then damage traces and replays in ten thousand ways, and run where nothing can be written:
+#              nothing damaged may be accepted, and nothing unfinished left
 # make check   install, then format, lint, types, tests and docs: a change must pass all of them
 # make format  rewrite the code in the project's format
 
@@ -30,6 +31,7 @@ test-portable: $(VENV)/.installed-dev
 
 campaign: $(VENV)/.installed-dev
 	$(BIN)/python tools/campaign.py --cases 10000 --output benchmarks/results/campaign.json
+	$(BIN)/python tools/surroundings.py --out benchmarks/results/surroundings.json
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

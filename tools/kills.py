@@ -134,7 +134,7 @@ def command(arguments: list[str], stop: tuple[float, signal.Signals] | None, own
     else:
         child = os.fork()
         if child == 0:
-            _run(arguments, log)
+            run_child(arguments, log)
     if stop is not None:
         time.sleep(stop[0])
         if os.waitpid(child, os.WNOHANG)[0] == 0:
@@ -144,13 +144,14 @@ def command(arguments: list[str], stop: tuple[float, signal.Signals] | None, own
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _run(arguments: list[str], log: Path) -> None:
-    """Run a command in this child and end it."""
+def run_child(arguments: list[str], log: Path, before: Callable[[], None] = lambda: None) -> None:
+    """Run a command in this child, in which `before` is called first, and end it."""
     status = 99
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
     try:
         for number, path in ((1, os.devnull), (2, str(log))):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        before()
         from kvscope.cli.app import prepare_process, run
 
         prepare_process()

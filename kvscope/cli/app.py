@@ -79,6 +79,11 @@ def run(arguments: Sequence[str]) -> int:
     from kvscope.cli import console
 
     try:
+        Path.cwd()  # without a current folder, the libraries of torch end the process
+    except FileNotFoundError:
+        console.fail("the current folder was deleted", "Change to a folder that exists: cd")
+        return ExitStatus.error
+    try:
         status = app(args=list(arguments), prog_name="kvscope", standalone_mode=False, obj=list(arguments))
         sys.stdout.flush()
     except KvscopeError as error:
@@ -117,7 +122,18 @@ _OS_ERRORS = {
     errno.ENOENT: "Check the path.",
     errno.ENAMETOOLONG: "Use a shorter name.",
     errno.ELOOP: "Use another path: this link points to itself.",
+    errno.EFBIG: "Raise the limit to the size of a file: ulimit -f unlimited",
+    errno.EMFILE: "Raise the limit to the number of open files: ulimit -n 4096",
+    errno.ENFILE: "Close other programs: no more files can be opened on this machine.",
+    errno.EIO: "Check the disk: it does not read or write this file.",
+    errno.ESTALE: "Connect the network file system again.",
+    errno.EBUSY: "Close the program that uses this file.",
+    errno.ETXTBSY: "Close the program that uses this file.",
+    errno.EXDEV: "Name a path on one disk.",
+    errno.EINVAL: "Use another path: this file system does not take it.",
+    errno.EILSEQ: "Use another name: this file system does not take it.",
 }
+_OF_PACKAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # of a file of kvscope itself, they are a defect
 
 
 def _explain(error: Exception | SystemExit) -> tuple[str, str] | None:
@@ -139,7 +155,7 @@ def _explain(error: Exception | SystemExit) -> tuple[str, str] | None:
         discard_stdout()
         return f"cannot write the output: {os.strerror(error.errno or 0)}", todo
     path = Path(os.fsdecode(name)) if isinstance(name, (str, bytes)) else Path(str(name))
-    if Path(__file__).parent.parent in path.resolve().parents:
+    if error.errno in _OF_PACKAGE and Path(__file__).parent.parent in path.resolve().parents:
         return None
     return f"{path}: {os.strerror(error.errno or 0)}", todo
 

@@ -30,9 +30,8 @@ def open_streams() -> None:
 
 def discard_stdout() -> None:
     """Let what is still buffered for stdout be discarded: its reader has closed it, or its disk is full."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    os.closerange(sys.stdout.fileno(), sys.stdout.fileno() + 1)  # one more is needed where no more can be opened
+    _to_nowhere(sys.stdout.fileno())
 
 
 def printable(text: str) -> str:

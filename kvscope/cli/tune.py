@@ -71,7 +71,7 @@ def tune(
     job = compile_tune(opened, policy, _grid(policy, grid or []), budget, options)
     with console.bar("tuning", tokens, "tokens", quiet=quiet) as update:
         found = job.execute(lambda share: update(share * tokens))
-    replace_file(output, to_toml(found).encode())
+    replace_file(output, to_toml(found).encode(), force=force)
     _show(found, output, as_json=json)
     if not json:
         spec = f"{_name(policy)}:@{output}"

@@ -145,8 +145,19 @@ def parse(content: bytes) -> object:
     """Return the value of a JSON text; raises ValueError if it is none, NaN and too deeply nested text included."""
     try:
         return msgspec.json.decode(content)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except RecursionError as error:
         raise ValueError(str(error)) from error
+    except msgspec.DecodeError as error:
+        if rb"\ud" not in content:
+            raise ValueError(str(error)) from error
+    try:  # half a surrogate pair, which msgspec refuses, stands for a byte of a file name that is not UTF-8
+        return json.loads(content, parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def decode(data: object, of: type[T]) -> T:

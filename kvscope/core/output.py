@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -62,35 +63,38 @@ class OutputFolder:
         `OutputExists` if the path is taken, and `error` if another process writes it or what would be removed is
         something else.
         """
-        self._recover()
-        if _there(self.path):
-            require_free(self.path, force=self.force)
-            self.require_own(self.path)
-        if _there(self.work):
-            self.require_own(self.work)
-            writer = writer_of(self.path)
-            if writer is not None:
-                raise self.error(
-                    f"process {writer} is writing {self.work}", "Wait for it, or name another folder with --output."
-                )
-            shutil.rmtree(self.work)
-        self.work.mkdir(parents=True)
-        return {"pid": os.getpid(), "host": socket.gethostname()}
+        writer: dict[str, object] = {"pid": os.getpid(), "host": socket.gethostname()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.locked():
+            self._make_room()
+            self.work.mkdir()
+            with self.abandoned_on_error():  # a disk that is full leaves an empty folder
+                (self.work / self.header).write_text(json.dumps({"writer": writer}))
+        return writer
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which no other process begins or finishes output in the same parent folder.
+
+        Write the header inside it: another process that reads half of it would take the folder for one that nobody
+        writes, and remove it.
+        """
+        return _locked(self.path.parent)
 
     def finish(self) -> None:
         """Give the folder its name, in place of an older one with `force`, which is removed only after that."""
-        old = self.force and _there(self.path)
-        if old:
-            self.require_own(self.path)
-            self.path.rename(replaced(self.path))
-        try:
-            self.work.rename(self.path)
-        except OSError:
+        with self.locked():
+            old = self.force and _there(self.path)
             if old:
-                replaced(self.path).rename(self.path)
-            raise
-        if old:
-            shutil.rmtree(replaced(self.path))
+                self.require_own(self.path)
+                self.path.rename(replaced(self.path))
+            try:
+                self.work.rename(self.path)
+            except OSError:
+                if old:
+                    replaced(self.path).rename(self.path)
+                raise
+            if old:
+                shutil.rmtree(replaced(self.path))
 
     def abandon(self) -> None:
         """Remove what was written, after an error or an interruption; a folder that is finished is left as it is."""
@@ -119,7 +123,7 @@ class OutputFolder:
 
     def unwritable(self, error: OSError) -> KvscopeError:
         """Return the error for a folder that cannot be written."""
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return self.error(
                 f"the disk of {self.path} is full", "Free some space, or write to another disk with --output."
             )
@@ -127,6 +131,22 @@ class OutputFolder:
             f"cannot write {self.path}: {error.strerror or error}",
             "Name a folder that can be written, with --output.",
         )
+
+    def _make_room(self) -> None:
+        """Remove what a killed run left; raises if the path is taken, or another process writes the folder."""
+        self._recover()
+        if _there(self.path):
+            require_free(self.path, force=self.force)
+            self.require_own(self.path)
+        if not _there(self.work):
+            return
+        writer = writer_of(self.path)
+        if writer is not None:
+            raise self.error(
+                f"process {writer} is writing {self.work}", "Wait for it, or name another folder with --output."
+            )
+        self.require_own(self.work)
+        shutil.rmtree(self.work)
 
     def _recover(self) -> None:
         """Complete the replacement of a folder by a run that was killed between its steps."""
@@ -171,22 +191,28 @@ def writer_of(path: Path) -> int | None:
     return None
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, *, force: bool = True) -> None:
     """Write a file, in place of an existing one, which is whole until then.
+
+    Two processes may write the same file: one waits for the other, and the file is whole at any time.
 
     Raises
     ------
     OSError
         If it cannot be written; nothing is left of it then.
+    OutputExists
+        If there is a file and `force` is off: another process may have written it since this one began.
     """
     work = incomplete(path)
-    try:
-        work.write_bytes(content)
-        work.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            work.unlink(missing_ok=True)
-        raise
+    with _locked(path.parent):
+        require_free(path, force=force)
+        try:
+            work.write_bytes(content)
+            work.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                work.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -267,6 +293,22 @@ def _remove_leftovers(path: Path) -> None:
             shutil.rmtree(item, ignore_errors=True)
         else:
             item.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process of this machine is in this context for the same folder."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written but not listed has no lock
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot lock a folder
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _there(path: Path) -> bool:

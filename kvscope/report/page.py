@@ -60,7 +60,7 @@ def report(
     source = report_input(replays, traces, limits)
     panels = ordered_panels()
     text = document(page_data(source, title, panels), [each.script.read_text(encoding="utf-8") for each in panels])
-    return _write(output, text.encode("utf-8"))
+    return _write(output, text.encode("utf-8"), force)
 
 
 def report_data(
@@ -80,7 +80,7 @@ def report_data(
     output = Path(output)
     _require_free(output, force)
     data = page_data(report_input(replays, traces, limits), title)
-    return _write(output, (inert_json(data) + "\n").encode("ascii"))
+    return _write(output, (inert_json(data) + "\n").encode("ascii"), force)
 
 
 def report_input(replays: Sequence[Replay], traces: Mapping[str, Trace], limits: Limits | None = None) -> ReportInput:
@@ -247,11 +247,11 @@ def _require_free(output: Path, force: bool) -> None:
     require_free(output, force=force)
 
 
-def _write(output: Path, content: bytes) -> Path:
+def _write(output: Path, content: bytes, force: bool) -> Path:
     """Write under another name, then rename, so that an existing page is complete."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(output, content)
+        replace_file(output, content, force=force)
     except OSError as error:
         raise ResultError(
             f"{output} cannot be written: {error.strerror or error}",

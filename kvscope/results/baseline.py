@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kvscope.core.errors import ResultError, UsageError
 from kvscope.core.output import replace_file
+from kvscope.core.records import RUN_FILE
 from kvscope.core.summary_records import SUMMARY_FILE, SummaryRecord, read_summary
 from kvscope.results.store import open_replay
 
@@ -35,13 +36,17 @@ def accept(new: Path, baseline: Path) -> None:
     Raises
     ------
     UsageError
-        If `baseline` is not a ``.json`` file: replays are never modified.
+        If `baseline` is not a ``.json`` file, or is in the folder of a replay: replays are never modified.
     ResultError
         If `new` is not a complete summary, or the file cannot be written.
     """
     if baseline.is_dir() or baseline.suffix != ".json":
         raise UsageError(
             f"{baseline} is not a .json file, and replays are never modified", "Name a file: baseline.json"
+        )
+    if (baseline.parent / RUN_FILE).exists():
+        raise UsageError(
+            f"{baseline} belongs to a replay, and replays are never modified", "Name a file elsewhere: baseline.json"
         )
     load_summary(new)
     content = (new if new.is_file() else new / SUMMARY_FILE).read_bytes()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +100,13 @@ def export(
         "long": long,
     }
     try:
-        _header(folder.work, about, complete=False, writer=folder.begin())
+        begun = folder.begin()
         with folder.abandoned_on_error():
+            with folder.locked():
+                _header(folder.work, about, complete=False, writer=begun)
             described = _write_tables(folder.work, kind, replay, _tables(replay, level, long))
-            _header(folder.work, about, complete=True, tables=described)
+            with folder.locked():
+                _header(folder.work, about, complete=True, tables=described)
             folder.finish()
     except OSError as error:
         raise folder.unwritable(error) from error
@@ -235,12 +240,18 @@ def _inert(table: pa.Table) -> pa.Table:
     return table
 
 
-def _open(file: Path, form: ExportFormat, schema: pa.Schema) -> Any:
+@contextmanager
+def _open(file: Path, form: ExportFormat, schema: pa.Schema) -> Iterator[Any]:
+    with pa.OSFile(os.fsencode(file), "wb") as sink, _writer(sink, form, schema) as writer:  # a str has to be UTF-8
+        yield writer
+
+
+def _writer(sink: pa.OSFile, form: ExportFormat, schema: pa.Schema) -> Any:
     if form == "csv":
-        return csv.CSVWriter(file, schema)
+        return csv.CSVWriter(sink, schema)
     if form == "arrow":
-        return pa.ipc.new_file(file, schema, options=pa.ipc.IpcWriteOptions(compression="zstd"))
-    return pq.ParquetWriter(file, schema, compression="zstd")
+        return pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd"))
+    return pq.ParquetWriter(sink, schema, compression="zstd")
 
 
 def _meaning(field: pa.Field, replay: Replay) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -146,8 +147,8 @@ class Replay:
         selected = {"run": run, "sequence": sequence, "layer": layer}
         filters = [(column, "=", value) for column, value in selected.items() if value is not None]
         try:
-            with self.table(name):
-                table = pq.read_table(self.path / f"{name}.parquet", filters=filters or None, partitioning=None)
+            with self.table(name), _native(self.path / f"{name}.parquet") as source:
+                table = pq.read_table(source, filters=filters or None, partitioning=None)
                 self.require_rows(name, table)
                 frame: pd.DataFrame = table.to_pandas()
         except pa.ArrowMemoryError:
@@ -168,7 +169,7 @@ class Replay:
         path = self.files.path(f"{name}.parquet")
         summary = self.summary
         try:
-            with pq.ParquetFile(path) as file:
+            with _native(path) as source, pq.ParquetFile(source) as file:
                 fault = None if name in self._known else fault_of_file(file, name, self.info, summary)
                 if fault is not None:
                     raise self.damaged(f"{name}.parquet", fault)
@@ -212,6 +213,11 @@ def open_replay(path: Path | str, *, verify: bool = False) -> Replay:
         replay.files.require_same()
         replay.require_decisions()
     return replay
+
+
+def _native(path: Path) -> pa.OSFile:
+    """Return an open file; the name of a file need not be UTF-8, as pyarrow requires of a str."""
+    return pa.OSFile(os.fsencode(path))
 
 
 def newest_replay(folder: Path = Path("reports")) -> Path:

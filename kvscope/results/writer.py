@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvscope.core.errors import ResultError
 from kvscope.core.output import OutputFolder, checksum
-from kvscope.core.records import LOSSES, REPLAY, RUN_FILE, ReplayRecord, RunCounts
+from kvscope.core.records import REPLAY, RUN_FILE, ReplayRecord, RunCounts
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.core.summary_records import SUMMARY, SUMMARY_FILE, SummaryRecord, summary_of
 from kvscope.results.digest import Digests
@@ -62,17 +63,29 @@ class ReplayWriter:
         self._digests = Digests()
         self._outcomes = Outcomes()
         self._gap = LoopGapCounter(record)
+        self._files: dict[str, pa.OSFile] = {}
         self._writers: dict[str, pq.ParquetWriter] = {}
         self._waiting: dict[str, list[pa.Table]] = {}
         try:
-            self._write_text(RUN_FILE, REPLAY.text(replace(record, writer=self._folder.begin())))
-            for name, schema in (("residency", RESIDENCY), ("fidelity", fidelity_schema(self.metrics))):
-                repeats = name == "residency"  # values of metrics do not: dictionaries make them a third larger
-                file = self.work / f"{name}.parquet"
-                own = schema.with_metadata(about_of(name, record))
-                self._writers[name] = pq.ParquetWriter(file, own, compression="zstd", use_dictionary=repeats)
+            begun = self._folder.begin()
+            with self._folder.abandoned_on_error():
+                with self._folder.locked():
+                    self._write_text(RUN_FILE, REPLAY.text(replace(record, writer=begun)))
+                self._open_tables()
         except OSError as error:
             raise self._folder.unwritable(error) from error
+
+    def _open_tables(self) -> None:
+        for name, schema in (("residency", RESIDENCY), ("fidelity", fidelity_schema(self.metrics))):
+            repeats = name == "residency"  # values of metrics do not: dictionaries make them a third larger
+            self._open_table(name, schema, use_dictionary=repeats)
+
+    def _open_table(self, name: str, schema: pa.Schema, *, use_dictionary: bool = True) -> None:
+        self._files[name] = pa.OSFile(os.fsencode(self.work / f"{name}.parquet"), "wb")  # a str has to be UTF-8
+        own = schema.with_metadata(about_of(name, self.record))
+        self._writers[name] = pq.ParquetWriter(
+            self._files[name], own, compression="zstd", use_dictionary=use_dictionary
+        )
 
     def __enter__(self) -> ReplayWriter:
         return self
@@ -80,12 +93,9 @@ class ReplayWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for writer in self._writers.values():
-            try:
-                writer.close()
-            except OSError as full:
-                if full.errno != errno.ENOSPC:
-                    raise
+        for part in (*self._writers.values(), *self._files.values()):
+            with contextlib.suppress(OSError):  # of a folder that is removed; those of a finished one are closed
+                part.close()
         if kind is not None:
             self._folder.abandon()
 
@@ -151,9 +161,7 @@ class ReplayWriter:
         """
         if "tokens" not in self._writers:
             try:
-                self._writers["tokens"] = pq.ParquetWriter(
-                    self.work / LOSSES, TOKENS.with_metadata(about_of("tokens", self.record)), compression="zstd"
-                )
+                self._open_table("tokens", TOKENS)
             except OSError as error:
                 raise self._folder.unwritable(error) from error
         place = {"run": run, "sequence": sequence}
@@ -179,8 +187,8 @@ class ReplayWriter:
         for name in list(self._waiting):
             self._flush(name)
         try:
-            for writer in self._writers.values():
-                writer.close()
+            for part in (*self._writers.values(), *self._files.values()):
+                part.close()
             self._write_text(SUMMARY_FILE, SUMMARY.text(self._summary(), ordered=True))
             written = [name for name in RECORDED if (self.work / name).exists()]
             whole = replace(
@@ -191,7 +199,8 @@ class ReplayWriter:
                 checksums={name: checksum(self.work / name) for name in written},
                 seconds=seconds,
             )
-            self._write_text(RUN_FILE, REPLAY.text(whole))
+            with self._folder.locked():
+                self._write_text(RUN_FILE, REPLAY.text(whole))
             self._folder.finish()
         except OSError as error:
             raise self._folder.unwritable(error) from error

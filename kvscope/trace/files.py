@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,7 +164,7 @@ class _OpenFiles(threading.local):
         if path not in self._files:
             while len(self._files) >= MOST_OPEN:
                 self._files.pop(next(iter(self._files))).close(force=True)
-            self._files[path] = pq.ParquetFile(path)
+            self._files[path] = pq.ParquetFile(pa.OSFile(os.fsencode(path)))  # a str has to be UTF-8
         return self._files[path]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -85,15 +85,11 @@ class LayerFile:
         self._sink.close()
 
     def abandon(self) -> None:
-        """Close the file without writing the buffer; a full disk was already reported, and is not an error here."""
-        if not self._sink.closed:
-            self._pending = []
-            try:
-                self._writer.close()
-                self._sink.close()
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
+        """Close the file without writing the buffer; that it cannot be written is not an error: it will be removed."""
+        self._pending = []
+        for part in (self._writer, self._sink):
+            with contextlib.suppress(OSError):
+                part.close()
 
     def _flush(self) -> None:
         if not self._pending:

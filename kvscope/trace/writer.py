@@ -49,7 +49,9 @@ class TraceWriter:
         self._files: dict[str, LayerFile] = {}
         self._outside = Outside()
         try:
-            write_unfinished(self.work, header, self._folder.begin())
+            begun = self._folder.begin()
+            with self._folder.abandoned_on_error(), self._folder.locked():
+                write_unfinished(self.work, header, begun)
         except OSError as error:
             raise self._folder.unwritable(error) from error
 
@@ -251,19 +253,18 @@ class TraceWriter:
             for file in self._files.values():
                 file.close()
             sizes = {name: (self.work / name).stat().st_size for name in sorted(self._files)}
-            write_record(
-                self.work,
-                TraceRecord(
-                    kvscope=__version__,
-                    header=self.header,
-                    created=datetime.now(UTC).isoformat(timespec="seconds"),
-                    sequences=list(sequences),
-                    loss=self._outside.summed_up(sequences) if TOPK in self.header.stored else None,
-                    bytes=sum(sizes.values()),
-                    sizes=sizes,
-                    checksums={name: checksum(self.work / name) for name in sizes},
-                ),
+            record = TraceRecord(
+                kvscope=__version__,
+                header=self.header,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                sequences=list(sequences),
+                loss=self._outside.summed_up(sequences) if TOPK in self.header.stored else None,
+                bytes=sum(sizes.values()),
+                sizes=sizes,
+                checksums={name: checksum(self.work / name) for name in sizes},
             )
+            with self._folder.locked():
+                write_record(self.work, record)
             self._folder.finish()
         except OSError as error:
             raise self._folder.unwritable(error) from error

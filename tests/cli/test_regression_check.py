@@ -112,6 +112,9 @@ def test_update_changes_nothing_where_it_must_not(replays: Run) -> None:
     done = replays("diff", "before", "after", "--update")
     assert done.status == 2
     assert "replays are never modified" in done.two_lines()[0]
+    done = replays("diff", "reports/before/summary.json", "after", "--update")
+    assert done.status == 2
+    assert "belongs to a replay" in done.two_lines()[0]
     foreign = json.loads(before)
     foreign["trace"]["identity"] = "0" * 64
     foreign = sealed(foreign)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from kvscope.cli.streams import one_line, printable
 from tests.cli.conftest import Run
 
+ROOT = Path(__file__).resolve().parents[2]
 KVSCOPE = f"{sys.executable} -m kvscope"
 
 
@@ -85,3 +88,30 @@ def test_an_interruption_that_python_cannot_raise_is_not_lost() -> None:
     assert done.returncode == 130
     assert done.stderr.splitlines()[0] == "error: interrupted"
     assert len(done.stderr.splitlines()) == 2
+
+
+def test_a_deleted_folder_is_two_lines(tmp_path: Path) -> None:
+    """The libraries of torch end the process there, with a line of their own and status 2."""
+    done = shell(f"mkdir gone && cd gone && rmdir ../gone && {KVSCOPE} replay /nowhere -p h2o", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: the current folder was deleted", "Change to a folder that exists: cd"]
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    """pyarrow takes a path only if it can be encoded as UTF-8: a Linux file name is any bytes."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a \xff"))
+    shutil.copytree(ROOT / "traces" / "example", folder / "traces" / "e")
+    # The C locale makes such names of all that are not ASCII.
+    commands = " && ".join(
+        f"{KVSCOPE} {command}"
+        for command in (
+            "replay e -p h2o --budget 20% -o 'r\xe9' -q",
+            "export 'r\xe9' --format csv -o csv -q",
+            "export 'r\xe9' --format arrow -o arrow -q",
+            "export 'r\xe9' -o 't\xe9' -q",
+            "report 'r\xe9' -q",
+        )
+    )
+    done = shell(f"export LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0; {commands}", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(item.name for item in (folder / "reports").iterdir()) == ["arrow", "csv", "r.html", "r\xe9", "t\xe9"]

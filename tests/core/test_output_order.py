@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,51 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> 
     assert file.read_bytes() == b"old"
     assert not incomplete(file).exists()
     shutil.rmtree(tmp_path)
+
+
+def test_a_folder_whose_header_cannot_be_written_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, *_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        folder(tmp_path / "a").begin()
+    assert list(tmp_path.iterdir()) == []
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+from kvscope.core.errors import KvscopeError
+from tests.core.test_output_order import folder
+from kvscope.core.output import replace_file
+path, start, name = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+while time.time() < start:
+    pass
+for number in range(300):
+    replace_file(path / "page", (name * (1000 + 777 * int(name))).encode())
+    try:
+        output = folder(path / "out")
+        output.begin()
+    except KvscopeError as error:
+        assert "is writing" in str(error), error
+        continue
+    (output.work / "data").write_text(name)
+    assert (output.work / "data").read_text() == name, "another process wrote into the folder"
+    output.finish()
+"""
+
+
+def test_two_processes_never_write_one_output_together(tmp_path: Path) -> None:
+    """Both would make the folder, or one would remove that of the other before its header says who writes it."""
+    (tmp_path / "out").mkdir()
+    start = time.time() + 5
+    arguments = [sys.executable, "-c", RACE, str(tmp_path), str(start)]
+    running = [
+        subprocess.Popen([*arguments, name], cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
+        for name in "12"
+    ]
+    assert [process.communicate(timeout=120)[1] for process in running] == ["", ""]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["out", "page"]
+    assert (tmp_path / "page").read_text() in ("1" * 1777, "2" * 2554)
+    assert (tmp_path / "out" / "data").read_text() in ("1", "2")

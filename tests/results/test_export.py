@@ -99,7 +99,7 @@ def test_no_more_than_a_piece_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("kvscope.results.writer.GROUP_ROWS", 1)
     replay = make(tmp_path / "r", [40, 40, 40])
     written: list[int] = []
-    original = export_module._open
+    original = export_module._writer
 
     def spy(*arguments: object) -> object:
         writer = original(*arguments)
@@ -112,7 +112,7 @@ def test_no_more_than_a_piece_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(writer, "write_table", noted)
         return writer
 
-    monkeypatch.setattr(export_module, "_open", spy)
+    monkeypatch.setattr(export_module, "_writer", spy)
     monkeypatch.setattr(export_module, "ROWS", 300)
     folder = export(replay, tmp_path / "out")
     group = 4 * 40
