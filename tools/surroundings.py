@@ -351,7 +351,8 @@ WRAPPED = {  # shell commands around one that is run as a process of its own
     "40 columns": "COLUMNS=40 {}",
     "deleted folder": "mkdir gone && cd gone && rmdir ../gone && {}",
 }
-READING = ["info source", "info first", "diff first second", "policies", "policies h2o", "regret first", "spans first"]
+READING = ("info first", "diff first second", "policies", "regret first")
+WRITING = ("trace", "replay", "report")
 
 
 def wrapped(shell: str, arguments: list[str], folder: Path) -> str:
@@ -375,13 +376,16 @@ def in_shells(inputs: Path, work: Path) -> dict[str, Counter[str]]:
     for name, shell in WRAPPED.items():
         fresh(inputs, folder)
         outcomes = [wrapped(shell, arguments.split(), folder) for arguments in READING]
-        for command in (known[each] for each in ("trace", "replay", "report", "export", "tune")):
+        for command in (known[each] for each in WRITING):
             outcome = wrapped(shell, command.arguments, folder)
             outcomes.append(left_behind(command, folder) or outcome)
         found[name] = Counter(outcomes)
+        print(f"{name:13} {dict(found[name])}", flush=True)
     fresh(inputs, folder)
     found["names"] = Counter(_named(name, folder) for name in NAMES)
     found["twice at once"] = Counter(_twice(command, inputs, folder) for command in commands())
+    for name in ("names", "twice at once"):
+        print(f"{name:13} {dict(found[name])}", flush=True)
     return found
 
 

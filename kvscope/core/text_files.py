@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +16,9 @@ from kvscope.core.text_names import COMPRESSED, STANDARD_INPUT
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of compressed files
 BOM = "\ufeff"
+# A text becomes some ten times smaller, up to fifty if it repeats itself; a file that was made to exceed memory, a
+# thousand times.
+MOST_RATIO, ALWAYS_ALLOWED = 100, 64 * 2**20
 
 
 def read_text(file: Path | str) -> str:
@@ -76,12 +80,28 @@ def _decompressed(name: str, content: bytes, ending: str) -> bytes:
     """Return the content of a file, decompressed if its first bytes say that it is compressed."""
     try:
         if content.startswith(GZIP):
-            return gzip.decompress(content)
+            with gzip.GzipFile(fileobj=io.BytesIO(content)) as unpacked:
+                return _within_limit(name, unpacked.read, len(content))
         if content.startswith(ZSTD):
             with pa.input_stream(pa.BufferReader(content), compression="zstd") as stream:
-                return bytes(stream.read())
+                return _within_limit(name, stream.read, len(content))
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise UsageError(f"{name} is damaged: it cannot be decompressed", "Write it again.") from error
     if content and ending in COMPRESSED:
         raise UsageError(f"{name} is not compressed, although its name ends in {ending}", "Correct its name.")
     return content
+
+
+def _within_limit(name: str, read: Callable[[int], bytes], size: int) -> bytes:
+    """Return what a stream of `size` compressed bytes holds; raises UsageError if no text becomes so small."""
+    limit = max(ALWAYS_ALLOWED, MOST_RATIO * size)
+    parts, left = [], limit + 1
+    while left and (part := read(min(left, ALWAYS_ALLOWED))):
+        parts.append(bytes(part))
+        left -= len(part)
+    if not left:
+        raise UsageError(
+            f"{name} is not a text: decompressed, it has more than {MOST_RATIO} times its size",
+            "Decompress it, then name the decompressed file.",
+        )
+    return b"".join(parts)

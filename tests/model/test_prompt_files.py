@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
+from kvscope.core import text_files
 from kvscope.core.errors import UsageError
 from kvscope.core.text_files import read_text
 from kvscope.core.text_names import text_ending, text_name
@@ -161,3 +162,15 @@ def test_what_is_no_prompt(tmp_path: Path, content: str, message: str) -> None:
 def test_whole_surrogate_pairs_are_characters(tmp_path: Path) -> None:
     (found,) = read(tmp_path / "p.jsonl", '{"prompt": "\\ud83d\\ude42"}')
     assert found.text == "🙂"
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_compressed_file_that_would_fill_memory_is_refused(tmp_path: Path, ending: str, monkeypatch) -> None:
+    monkeypatch.setattr(text_files, "ALWAYS_ALLOWED", 10_000)
+    pack = gzip.compress if ending == "gz" else lambda text: pa.compress(text, "zstd", asbytes=True)
+    file = tmp_path / f"p.jsonl.{ending}"
+    file.write_bytes(pack(b" " * 2_000_000))
+    with pytest.raises(UsageError, match="more than 100 times its size"):
+        text_files.read_text(file)
+    file.write_bytes(pack(b"a text " * 1400))
+    assert text_files.read_text(file) == "a text " * 1400
