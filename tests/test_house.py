@@ -72,6 +72,7 @@ LIGHT = (
     "memory",
     "options",
     "output",
+    "printable",
     "own_code",
     "recording_options",
     "registry",

@@ -360,7 +360,8 @@ def wrapped(shell: str, arguments: list[str], folder: Path) -> str:
     line = shell.format(shlex.join([sys.executable, "-m", "kvscope", *arguments]))
     done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, timeout=SECONDS)
     said = done.stderr.decode(errors="replace")
-    if done.returncode == 1 and not said and (">&-" in shell or "head" in shell):
+    silent = not any(text.startswith(("error: ", "Traceback")) for text in said.splitlines())
+    if done.returncode == 1 and silent and (">&-" in shell or "head" in shell):
         return "refused"  # there was no stream to say it on, or nobody reads any more
     if "COLUMNS=40" in shell and any(len(text) > 40 for text in done.stdout.decode().splitlines()):
         return "wider than the terminal"

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvscope.cli.streams import one_line, printable
+from kvscope.core.printable import one_line, printable
 
 PIPE_WIDTH = 200  # where stdout is no terminal: wide enough for every column
 GAP = 2  # characters between two columns of a table: padding and the separator of the box

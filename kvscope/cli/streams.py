@@ -1,14 +1,10 @@
-"""Standard streams that may be closed, and text that a terminal would take for a command."""
+"""Standard streams that may be closed, or that cannot encode every character."""
 
 from __future__ import annotations
 
 import io
 import os
-import re
 import sys
-
-# What moves the cursor, changes colours or titles, or reverses the direction of text; surrogates cannot be encoded.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def open_streams() -> None:
@@ -32,21 +28,6 @@ def discard_stdout() -> None:
     """Let what is still buffered for stdout be discarded: its reader has closed it, or its disk is full."""
     os.closerange(sys.stdout.fileno(), sys.stdout.fileno() + 1)  # one more is needed where no more can be opened
     _to_nowhere(sys.stdout.fileno())
-
-
-def printable(text: str) -> str:
-    """Return text with control characters made visible (``\\x1b``); line breaks and tabs are kept."""
-    return _CONTROL.sub(lambda found: _visible(found[0]), text)
-
-
-def one_line(text: str) -> str:
-    """Return text on one line, as `printable`: a name with a line break must not begin a line of its own."""
-    return printable(" ".join(text.split()))
-
-
-def _visible(character: str) -> str:
-    number = ord(character)
-    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
 
 
 def _to_nowhere(number: int) -> None:

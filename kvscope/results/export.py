@@ -19,6 +19,7 @@ from kvscope.core.errors import ResultError
 from kvscope.core.json_records import plain
 from kvscope.core.options import ExportFormat, ExportLevel, choice
 from kvscope.core.output import OutputFolder
+from kvscope.core.printable import encodable
 from kvscope.core.records import LOSSES, SCHEMA_VERSION
 from kvscope.results.schema import fidelity_schema
 from kvscope.results.store import Replay
@@ -145,7 +146,7 @@ class _Joined:
         sequences = range(len(replay.info.trace.sequences))
         self._keys = np.array([[run.keys(one) for one in sequences] for run in runs], np.float64)  # [R, sequences]
         self._words = {
-            field.name: pa.array([getattr(run, field.name) for run in runs], field.type)
+            field.name: pa.array([_flat(getattr(run, field.name)) for run in runs], field.type)
             for field in JOINED
             if field.name != "budget_keys"
         }
@@ -183,7 +184,9 @@ def _runs(replay: Replay) -> pa.Table:
 
 
 def _flat(value: object) -> object:
-    """Return a value that fits a cell: parameters and other nested things as JSON."""
+    """Return a value that fits a cell: nested things as JSON, texts as UTF-8 can represent them."""
+    if isinstance(value, str):
+        return encodable(value)
     return json.dumps(value) if isinstance(value, dict | list) else value
 
 

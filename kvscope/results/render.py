@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from xml.etree import ElementTree as xml
 
+from kvscope.core.printable import printable
 from kvscope.results.decisions import Decisions, ResidencyChange
 from kvscope.results.diff import Diff, DiffRow
 
@@ -113,5 +114,5 @@ def _escape(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return text without the characters that XML forbids."""
-    return re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
+    """Return text without the characters that XML forbids, or that a terminal or a CI system takes for commands."""
+    return re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", printable(text))

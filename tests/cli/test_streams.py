@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvscope.cli.streams import one_line, printable
+from kvscope.core.printable import one_line, printable
 from tests.cli.conftest import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +26,12 @@ def test_control_characters_are_shown() -> None:
     assert printable("\u202eabc\u2066\udc80\u2028") == "\\u202eabc\\u2066\\udc80\\u2028"
     assert printable("tab\tand\nline, 漢字, é, 👍") == "tab\tand\nline, 漢字, é, 👍"
     assert one_line("h2o\n::error::x\x1b") == "h2o ::error::x\\x1b"
+
+
+def test_no_line_begins_like_a_command_of_a_ci_system() -> None:
+    """GitHub runs a line of the log that begins with one, after blanks too: a cell of a table is enough."""
+    assert printable("::error::x\n  ::a::\n##[error]x") == "\\::error::x\n  \\::a::\n\\##[error]x"
+    assert printable("a::b ##[c]") == "a::b ##[c]"
 
 
 @pytest.mark.parametrize("name", ["\x1b[31mred", "[/x]", "[bold]x", "\x1b]0;title\x07", "a\r\nb", "\u202eabc"])

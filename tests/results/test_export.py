@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -182,3 +183,16 @@ def test_no_text_of_a_csv_file_begins_a_formula(tmp_path: Path) -> None:
     assert read["text"].tolist()[:7] == ["'=cmd()", "'+1", "'-x", "'@a", "'\t=1", "plain", "1=2"]
     assert read["text"].isna()[7]
     assert read["number"].tolist() == [-1.5] * len(texts)
+
+
+def test_half_characters_in_names_are_made_visible(tmp_path: Path) -> None:
+    """A label may hold any text of a file name; pyarrow refuses what UTF-8 cannot represent."""
+    replay = make(tmp_path / "r", LENGTHS)
+    run, summary = replace(replay.info.runs[0], label="\ud800x"), replay.summary
+    replay.info = replace(replay.info, runs=(run, *replay.info.runs[1:]))
+    replay.summary = replace(summary, runs=(replace(summary.runs[0], label="\ud800x"), *summary.runs[1:]))
+    replay._known.update(("fidelity", "residency"))  # their metadata has the label that was recorded
+    for form in ("csv", "parquet", "arrow"):
+        folder = export(replay, tmp_path / form, form=form, per="run")
+        assert read(folder, "runs", form)["label"][0] == "\\ud800x"
+        assert "\\ud800x" in set(read(folder, "fidelity", form)["label"])

@@ -14,7 +14,7 @@ from kvscope.results.render import MOST, junit, markdown
 from tests.results.make import make
 
 NASTY = "a|b `c` *d* <script>alert(1)</script> [e](f) \\ & ~g~ _h_\ni\x00\ud800"
-VISIBLE = "a|b `c` *d* <script>alert(1)</script> [e](f) \\ & ~g~ _h_ i\ufffd\ufffd"
+VISIBLE = "a|b `c` *d* <script>alert(1)</script> [e](f) \\ & ~g~ _h_ i\\x00\\ud800"
 
 # Attributes of each element that both Jenkins's schema (junit-10.xsd) and Ant's (JUnit.xsd) know, and those that one of
 # them asks for. Ant's asks for the time and the machine of the run too, which would make two equal runs differ.
