@@ -31,7 +31,7 @@ test-portable: $(VENV)/.installed-dev
 
 campaign: $(VENV)/.installed-dev
 	$(BIN)/python tools/campaign.py --cases 10000 --output benchmarks/results/campaign.json
-	$(BIN)/python tools/damaged_files.py --cases 10000 --output benchmarks/results/damaged_files.json
+	$(BIN)/python tools/damaged_files.py --cases 4000 --output benchmarks/results/damaged_files.json
 	$(BIN)/python tools/surroundings.py --out benchmarks/results/surroundings.json
 
 check: $(VENV)/.installed-dev

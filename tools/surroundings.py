@@ -399,7 +399,7 @@ def _named(name: str, folder: Path) -> str:
     ):
         found = wrapped("{}", arguments, folder)
         if found != "done":
-            return found if len(os.fsencode(name)) > 240 or name.startswith("-") else f"{name!r}: {found}"
+            return found if len(os.fsencode(name)) >= 240 or name.startswith("-") else f"{name!r}: {found}"
     return "WRONG: a name was run" if (folder / "ran").exists() else "done"
 
 

@@ -20,7 +20,7 @@ import typer
 from kvscope.cli.command import add_commands
 from kvscope.cli.streams import discard_stdout, open_streams
 from kvscope.core.errors import ExitStatus, KvscopeError
-from kvscope.core.memory import is_out_of_memory, out_of_memory
+from kvscope.core.memory import is_library_too_large, is_out_of_memory, out_of_memory
 from kvscope.core.own_code import own_place
 from kvscope.core.version import __version__
 
@@ -138,6 +138,11 @@ _OF_PACKAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # of a file of kvscop
 
 def _explain(error: Exception | SystemExit) -> tuple[str, str] | None:
     """Return the two lines for an error of memory, of a user's code or of the file system; None for kvscope's own."""
+    if is_library_too_large(error):
+        return (
+            "memory does not suffice to load the libraries",
+            "Raise the limit: ulimit -v unlimited, or 4 GB and more.",
+        )
     if is_out_of_memory(error):
         exceeded = out_of_memory(error)
         return exceeded.what, exceeded.todo

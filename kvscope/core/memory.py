@@ -10,6 +10,8 @@ from kvscope.core.errors import KvscopeError
 
 # What torch, CUDA, cuBLAS and the C++ library say where they raise a RuntimeError without a class of its own.
 _SIGNS = ("out of memory", "not enough memory", "allocate memory", "bad alloc", "bad_alloc", "alloc_failed")
+# What the loader of shared libraries says where a limit of this process leaves no addresses for them.
+_NOT_LOADED = ("failed to map segment", "cannot allocate memory")
 ADVICE = "Use --device cpu, fewer policies or budgets at a time, or shorter texts."
 
 
@@ -26,6 +28,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ == "OutOfMemoryError" or any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def is_library_too_large(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it arose from, says that memory does not suffice to load a library."""
+    while error is not None:
+        if isinstance(error, (ImportError, OSError)) and any(sign in str(error).lower() for sign in _NOT_LOADED):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def out_of_memory(error: BaseException, work: str = "", todo: str = ADVICE) -> OutOfMemory:
