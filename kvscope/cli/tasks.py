@@ -124,7 +124,7 @@ def make(
     if to_terminal:
         console.show_raw(as_lines(examples))
         return
-    replace_file(output, as_lines(examples).encode())
+    replace_file(output, as_lines(examples).encode(), force=force)
     console.note(f"{output}: {len(examples)} examples. Next: kvscope trace --model MODEL {output}", quiet=quiet)
 
 

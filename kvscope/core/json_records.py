@@ -157,7 +157,7 @@ def parse(content: bytes) -> object:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def decode(data: object, of: type[T]) -> T:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import socket
-import tempfile
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from kvscope.core.errors import KvscopeError, OutputExists
 
@@ -75,8 +73,8 @@ class OutputFolder:
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which no other process begins or finishes output in the same parent folder.
 
-        Write the header inside it: another process that reads half of it would take the folder for one that nobody
-        writes, and remove it.
+        Write the header inside it: another process that reads half of it would take the folder for an abandoned one,
+        and remove it.
         """
         return _locked(self.path.parent)
 
@@ -186,7 +184,7 @@ def writer_of(path: Path) -> int | None:
             host, pid = writer["host"], int(writer["pid"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
-        if host == socket.gethostname() and pid != os.getpid() and _runs(pid):
+        if host == socket.gethostname() and pid != os.getpid() and is_running(pid):
             return pid
     return None
 
@@ -215,48 +213,6 @@ def replace_file(path: Path, content: bytes, *, force: bool = True) -> None:
             raise
 
 
-@contextlib.contextmanager
-def written_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a stream; what is written to it becomes the file `path` when the block ends, and nothing is left otherwise.
-
-    Every process writes into a file of its own, and the last one that finishes gives the name. What killed processes of
-    this machine have left is removed.
-    """
-    _remove_leftovers(path)
-    work = path.with_name(f"{path.name}.{_this_process()}{INCOMPLETE}")
-    try:
-        with work.open("xb") as stream:
-            yield stream
-        work.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            work.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk does not say of what
-        raise
-
-
-@contextlib.contextmanager
-def first_complete(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that gets the name `path` when the block ends, unless a folder has it by then.
-
-    For content that is the same whoever writes it: several processes may write it at once, each into a folder of its
-    own. What killed processes of this machine have left is removed, and nothing is left after an error.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    work = Path(tempfile.mkdtemp(f"{INCOMPLETE}", f"{path.name}.{_this_process()}.", path.parent))
-    try:
-        yield work
-        try:
-            work.rename(path)
-        except OSError:
-            if not path.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def require_free(path: Path, *, force: bool) -> None:
     """Raise OutputExists if something is at `path` and may not be replaced."""
     if _there(path) and not force:
@@ -278,26 +234,14 @@ def size(count: float) -> str:
     raise AssertionError("the last unit returns")
 
 
-def _this_process() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what processes of this machine that no longer run have left of `written_file` or `first_complete`."""
-    own = rf"{re.escape(path.name)}\.{re.escape(socket.gethostname())}-(\d+)(\.\w+)?{re.escape(INCOMPLETE)}"
-    for item in path.parent.iterdir():
-        found = re.fullmatch(own, item.name)
-        if found is None or _runs(int(found[1])):
-            continue
-        if item.is_dir() and not item.is_symlink():
-            shutil.rmtree(item, ignore_errors=True)
-        else:
-            item.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process of this machine is in this context for the same folder."""
+    """Wait until no other process of this machine is in this context for the same folder; Windows has no such lock."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:  # a folder that may be written but not listed has no lock
@@ -315,7 +259,8 @@ def _there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Return whether a process of this machine runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvscope.core.errors import KvscopeError, ShareError
-from kvscope.core.output import first_complete, written_file
+from kvscope.core.written import first_complete, written_file
 from kvscope.sharing.archive import ENDING, SUFFIX, list_bytes
 from kvscope.sharing.cache import VARIABLE, cache_explained, place_of, version_of
 from kvscope.sharing.copying import Progress, Readable, copy_file, no_progress, read_up_to, require_room

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvscope.core.errors import ShareError
-from kvscope.core.output import require_free, written_file
+from kvscope.core.output import require_free
+from kvscope.core.written import written_file
 from kvscope.sharing.archive import END, LIST, PackRecord, list_bytes, padding, tar_header
 from kvscope.sharing.copying import PIECE, Progress, no_progress, require_room
 from kvscope.sharing.kinds import HEADER_BYTES, Kind, SharedFile
