@@ -207,8 +207,8 @@ def require_registry(model: nn.Module) -> None:
     transformers' names, and would silently run dense attention here.
     """
     name = type(model).__name__
-    source = sys.modules[type(model).__module__]
-    if not hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
+    sources = {sys.modules[type(part).__module__] for part in model.modules()}
+    if not any(hasattr(source, "ALL_ATTENTION_FUNCTIONS") for source in sources):
         raise ModelError(
             f"{name} does not use transformers' attention registry, so its attention cannot be observed",
             "Trace a model that does: Llama, Mistral, Qwen, Gemma, Phi-3, GPT-2, OPT, GPT-NeoX, ...",
@@ -254,6 +254,12 @@ def _store_input(inputs: dict[int, Tensor]) -> Callable[[nn.Module, tuple[object
     return store
 
 
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Return whether a kernel that gets no mask hides later keys, as transformers' kernels decide it."""
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
 def _interface(
     kernel: str, attention: AttentionFunction, inputs: dict[int, Tensor]
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -266,6 +272,11 @@ def _interface(
             raise ModelError(
                 f"{type(module).__name__} adds a position bias, which cannot be recorded",
                 "Trace a model without a position bias.",
+            )
+        if attention_mask is None and query.shape[2] > 1 and not _is_causal(module, kwargs):
+            raise ModelError(
+                f"{type(module).__name__} looks at later tokens: it is an encoder",
+                "Trace a decoder; for a decoder that was made from an encoder, is_decoder is true in its config.json.",
             )
         sinks = kwargs.get("s_aux")
         scaling = kwargs.get("scaling")

@@ -11,7 +11,14 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_log
 
 from kvscope.core.errors import ModelError, UsageError
@@ -139,7 +146,9 @@ def _load_name(name: str, how: ModelSource) -> Loaded:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         require_vocabulary(source, tokenizer)
     with explained(source, "weights", offline=offline):
-        model = _weights(source, dtype=dtype, device_map=how.device_map, **common)
+        # The grouped products of experts do not take float64; the plain loop over the experts takes every dtype.
+        experts = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
+        model = _weights(source, _loader(config), dtype=dtype, device_map=how.device_map, **experts, **common)
         if how.device_map is None:
             model = model.to(place)
     model.eval()
@@ -209,12 +218,18 @@ def require_vocabulary(source: str, tokenizer: Tokenizer) -> None:
         )
 
 
-def _weights(source: str, **options: object) -> CausalModel:
+def _loader(config: ModelConfig) -> type[AutoModelForCausalLM] | type[AutoModelForMultimodalLM]:
+    """Return the class of transformers that loads a model whose language model can be traced on text."""
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return AutoModelForCausalLM if known else AutoModelForMultimodalLM
+
+
+def _weights(source: str, loader: type[Any], **options: object) -> CausalModel:
     """Return the model; raises ModelError for missing weights, which transformers would fill with random numbers."""
     log = logging.getLogger("transformers.modeling_utils")
     before, log.disabled = log.disabled, True  # it logs a table of every missing weight
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = loader.from_pretrained(
             source, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
     finally:

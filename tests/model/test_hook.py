@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
     DynamicCache,
@@ -171,6 +173,14 @@ def test_models_outside_the_registry_are_refused_by_name(name: str) -> None:
     with pytest.raises(ModelError, match=f"{type(model).__name__} does not use transformers' attention registry"):
         self_check(model, tokens(5))
     assert model.config.model_type in UNSUPPORTED
+
+
+def test_an_encoder_is_refused() -> None:
+    """Without is_decoder a BERT sees later tokens, and gives no mask that says so."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with pytest.raises(ModelError, match=r"looks at later tokens: it is an encoder\n.*is_decoder"):
+        self_check(BertLMHeadModel(BertConfig(**sizes)).eval(), tokens(5))
+    assert self_check(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).eval(), tokens(5)).heads == 4
 
 
 def test_a_kernel_that_returns_no_rows_is_refused() -> None:
