@@ -107,6 +107,12 @@ def _show(found: Sequence[Verdict], title: str, *, as_json: bool) -> None:
         notes.append(
             "Below float64, rounding can change a decision and those that follow: agreement is reported, not required."
         )
+    own = max((item.model_difference for item in found if item.model_differs), default=None)
+    if own is not None:
+        notes.append(
+            f"The model itself decodes with a full cache to logits that are {own:.1e} from those of one pass over the "
+            "text, so the perplexities of the closed loop are not those of its decoding."
+        )
     show_table(columns, title=title, notes=notes)
 
 
@@ -117,6 +123,8 @@ def _share(item: Verdict) -> str:
 
 
 def _verdict(item: Verdict) -> str:
+    if item.model_differs:
+        return "the model differs from itself"
     if item.agrees:
         return "equal"
     if item.different:

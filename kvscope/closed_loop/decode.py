@@ -6,6 +6,7 @@ model computed at that step from the shortened cache. The decisions are made by 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +24,11 @@ from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.derotation import Derotation, derotations
 from kvscope.model.selfcheck import AttentionFacts, self_check
-from kvscope.model.short_cache import short_cache
+from kvscope.model.short_cache import full_cache, short_cache
 
 SIGNALS = frozenset({*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2"})
-KINDS = {"full_attention", "sliding_attention"}  # layer types in which all keys, or a window of them, are visible
+# Layer types in which all keys, or a window of them, are visible to the attention of the layer.
+KINDS = {"full_attention", "sliding_attention", "attention", "hybrid", "hybrid_sliding"}
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ class DecodeJob:
         Number of the sequence, on which random draws depend.
     facts : AttentionFacts
         Facts about the model's attention.
-    rotary : list of Derotation, or None
-        Rotation of each layer if positions are compacted: the keys in the cache have rotary positions 0 to n - 1,
-        oldest first, and the query n - 1. A policy still sees keys and queries at their original positions.
+    rotary : mapping of int to Derotation, or None
+        Rotation of each layer with attention if positions are compacted: the keys in the cache have rotary positions 0
+        to n - 1, oldest first, and the query n - 1. A policy still sees keys and queries at their original positions.
     """
 
     model: CausalModel
@@ -85,14 +87,14 @@ class DecodeJob:
     prefill: Prefill
     sequence: int
     facts: AttentionFacts
-    rotary: list[Derotation] | None = None
+    rotary: Mapping[int, Derotation] | None = None
 
     @torch.no_grad()
     def execute(self) -> Decoded:
         """Decode and return the result; raises ReplayError if a policy evicted nothing although it had to."""
         simulation = self._empty_simulation()
-        cache = short_cache(len(self.facts.windows), self.rotary)
-        decoder = Decoder(self.model, self.ids, simulation, cache, self.facts.head_dim)
+        cache, layers = short_cache(self.model, list(self.facts.windows), self.rotary)
+        decoder = Decoder(self.model, self.ids, simulation, cache, layers)
         logits = decoder.run()
         simulation.check()
         leave = [layer.expand(self.facts.kv_heads, -1) for layer in simulation.state.leave[0]]
@@ -110,11 +112,13 @@ class DecodeJob:
             length=length,
             sequence=self.sequence,
             windows=tuple(facts.windows.values()),
+            places=tuple(range(layers)),
         )
         signals = {}
         for name in self.plan.needs - ROWS:
             heads = {"queries": (facts.heads,), "mean_query": ()}.get(name, (facts.kv_heads,))
-            size = (facts.head_dim,) if time_axis(name) == -2 else ()
+            dim = facts.value_dim if name == "values" else facts.head_dim
+            size = (dim,) if time_axis(name) == -2 else ()
             signals[name] = torch.zeros(layers, *heads, length, *size, **made)
         missing = torch.zeros(layers, facts.heads, length, **made) if facts.learned_sinks else None
         return CacheSimulation(self.plan, [self.budget], shape, self.prefill, signals, missing_mass=missing, **made)
@@ -168,6 +172,21 @@ def decode(
     return DecodeJob(model, ids, plan, budget, prompt, how, sequence, facts, rotary).execute()
 
 
+@torch.no_grad()
+def decoded_alone(model: CausalModel, ids: Tensor, prompt: int) -> Tensor:
+    """Return the logits ``[T, V]`` of the model's own decoding of ids ``[1, T]`` with its full cache.
+
+    The first `prompt` tokens go through one pass; nothing of the model is replaced.
+    """
+    cache, starts = full_cache(model), ([0] if prompt else []) + list(range(prompt, ids.shape[1]))
+    stops = [*starts[1:], ids.shape[1]]
+    parts = [
+        model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits[0]
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+    return torch.cat(parts)
+
+
 def require_decodable(plan: EvictionPlan) -> None:
     """Raise UsageError if a plan needs more than a shortened cache holds, or a signal that decoding lacks."""
     if plan.policy.traits.reads or "full_weights" in plan.needs:
@@ -187,11 +206,12 @@ def require_decodable(plan: EvictionPlan) -> None:
 def attention_facts(model: CausalModel, ids: Tensor) -> AttentionFacts:
     """Return facts about the model's attention; raises ModelError if it has layers that cannot be decoded here."""
     facts = self_check(model, ids)
-    config = model.config.get_text_config(decoder=True)
-    other = set(getattr(config, "layer_types", None) or ()) - KINDS
-    if other or list(facts.windows) != list(range(config.num_hidden_layers)):
+    types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    other = {types[layer] for layer in facts.windows} - KINDS if types else set()
+    if other:
         raise ModelError(
-            f"{type(model).__name__} has layers that are not softmax attention over all keys or a sliding window",
-            "Use a model that has only such layers.",
+            f"{type(model).__name__} has {sorted(other)[0]} layers, in which a query does not see all earlier keys or "
+            "a window of them",
+            "Replay its trace in the open loop: omit --perplexity.",
         )
     return facts

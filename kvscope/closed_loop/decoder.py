@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,16 @@ class Decoder:
     """
 
     def __init__(
-        self, model: CausalModel, ids: Tensor, simulation: CacheSimulation, cache: KeyValueCache, head_dim: int
+        self,
+        model: CausalModel,
+        ids: Tensor,
+        simulation: CacheSimulation,
+        cache: KeyValueCache,
+        layers: Mapping[int, ShortLayer],
     ) -> None:
-        self.model, self.ids, self.simulation, self.cache, self.head_dim = model, ids, simulation, cache, head_dim
+        self.model, self.ids, self.simulation, self.cache, self.layers = model, ids, simulation, cache, layers
         self.exact = exact_dtype(model)
+        self._place = {layer: place for place, layer in enumerate(simulation.shape.layers)}
         self.held: list[int] = []
         traits = simulation.plan.policy.traits
         self._known = traits.bounded or traits.phase == "none"  # whether budgets tell how many keys are held
@@ -73,7 +81,6 @@ class Decoder:
     def _forward(self, start: int, stop: int) -> Tensor:
         output = self.model(
             input_ids=self.ids[:, start:stop],
-            position_ids=torch.arange(start, stop, device=self.ids.device)[None],
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -96,7 +103,7 @@ class Decoder:
                 queries = query.view(call.key.shape[1], -1, *query.shape[1:])  # [G, Q, b, D]
                 hidden = beyond(start, stop, call.sliding_window, queries.device)
                 made = weights(call, queries, call.key[0, :, None, :stop], hidden)
-                rows[call.layer] = made.flatten(0, 1)
+                rows[self._place[call.layer]] = made.flatten(0, 1)
             for t in range(start, stop):
                 self._complete(self.simulation.see(t), rows[:, :, t - start, : t + 1])
         self._calls.clear()
@@ -115,9 +122,10 @@ class Decoder:
         """Group the layers by how many keys they have room for; the budgets are known from now on."""
         kv_heads = self.simulation.shape.kv_heads
         for caches in self.simulation.occupancy.equal:
-            group = HeldKeys([self.cache.layers[layer] for layer in caches.layers], kv_heads, self.ids.device)
+            numbers = [self.simulation.shape.layers[place] for place in caches.layers]
+            group = HeldKeys([self.layers[number] for number in numbers], kv_heads, self.ids.device)
             self._groups.append((caches, group, torch.tensor(caches.layers, device=self.ids.device)))
-            self._group_of |= {layer: (group, place) for place, layer in enumerate(caches.layers)}
+            self._group_of |= {number: (group, place) for place, number in enumerate(numbers)}
 
     def _attend(self, call: Call, kernel: Kernel) -> Tensor:
         """Return the attention output of one query over the keys in its layer's cache, and store its row."""
@@ -130,21 +138,23 @@ class Decoder:
         row = weights(call, query, call.key[0], ~there[:, None])  # [G, Q, n]
         # padding adds nothing to the weight of the first key
         index = positions.clamp(min=0)[:, None].expand(row.shape)
-        self._by_kv_head(self._row[call.layer]).scatter_add_(-1, index, row)
+        self._by_kv_head(self._row[self._place[call.layer]]).scatter_add_(-1, index, row)
         values = call.value[0].to(self.exact).masked_fill(~there[..., None], 0)
         return (row @ values).flatten(0, 1)[None, None].to(call.query.dtype)  # [1, 1, H, D]
 
     def _record_signals(self, call: Call) -> ShortLayer:
         """Write the signals of a call's new tokens to the simulation, and return the cache of the layer."""
-        layer: ShortLayer = self.cache.layers[call.layer]
+        layer = self.layers[call.layer]
         queries, keys = call.query.shape[2], call.key.shape[2]
-        size = (1, self.simulation.shape.kv_heads, queries, self.head_dim)
-        if not layer.newest or any(came.shape != size for came in layer.newest) or keys != layer.longest():
+        size = (1, self.simulation.shape.kv_heads, queries)
+        latent = bool(layer.newest) and layer.newest[0].shape[1] == 1 < size[1]
+        came = (call.key[:, :, -queries:], call.value[:, :, -queries:]) if latent else layer.newest
+        if not came or any(part.shape[:3] != size for part in came) or keys != layer.longest():
             raise ModelError(
                 f"layer {call.layer} of {type(self.model).__name__} does not attend to the keys and values it caches",
-                "Use a model in which every layer caches its own keys and values.",
+                "Replay its trace in the open loop: kvscope replay without --perplexity.",
             )
-        key, value = (came[0].to(self.exact) for came in layer.newest)
+        key, value = (part[0].to(self.exact) for part in came)
         if self.simulation.plan.gates and call.hidden is not None:
             self._hidden.setdefault(call.layer, []).append(call.hidden)
         for name, buffer in self.simulation.inputs.signals.items():
@@ -152,7 +162,7 @@ class Decoder:
                 fresh = self._margins(name.removeprefix(GATE), call)[:, -queries:]
             else:
                 fresh = signal(name, call.query[0].to(self.exact), key, value)
-            buffer[0, call.layer].narrow(time_axis(name), layer.seen - queries, queries).copy_(fresh)
+            buffer[0, self._place[call.layer]].narrow(time_axis(name), layer.seen - queries, queries).copy_(fresh)
         return layer
 
     def _margins(self, gate: str, call: Call) -> Tensor:

@@ -62,12 +62,12 @@ class RunBatch:
 
 @dataclass(frozen=True)
 class PassShape:
-    """Sizes of a pass: ``P``, ``T``, the sequence's number, the number of layers of the model, and the prefill."""
+    """Sizes of a pass: ``P``, ``T``, the sequence's number, the layers with attention, and the prefill."""
 
     prompt: int
     length: int
     sequence: int
-    n_layers: int
+    layers: tuple[int, ...]
     prefill: Prefill
 
 
@@ -87,8 +87,9 @@ class ClosedLoop:
         Computed from each run's own full rows: the attention it would have in this layer without eviction.
     found : callable
         Called for each layer and batch when its simulation is complete.
-    rotary : sequence of Derotation, optional
-        Rotation of each layer. If given, positions are compacted: the keys that a query sees are at 0, 1, 2, ...
+    rotary : mapping of int to Derotation, optional
+        Rotation of each layer with attention. If given, positions are compacted: the keys that a query sees are at
+        0, 1, 2, ...
 
     Attributes
     ----------
@@ -102,7 +103,7 @@ class ClosedLoop:
         text: PassShape,
         metrics: Sequence[Metric],
         found: Found,
-        rotary: Sequence[Derotation] | None = None,
+        rotary: Mapping[int, Derotation] | None = None,
     ) -> None:
         self.batches, self.text, self.metrics, self.found = list(batches), text, list(metrics), found
         self.rotary = rotary
@@ -210,7 +211,8 @@ def simulation_of(call: Call, batch: RunBatch, text: PassShape) -> CacheSimulati
         length=text.length,
         sequence=text.sequence,
         windows=() if call.sliding_window is None else (call.sliding_window,),
-        n_layers=text.n_layers,
+        n_layers=len(text.layers),
+        places=(text.layers.index(call.layer),) if text.layers else (),
     )
     missing = None
     if call.sinks is not None:

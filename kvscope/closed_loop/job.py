@@ -61,8 +61,8 @@ class ClosedLoopJob:
         What happens during the prompt.
     layers : list of int
         Layers whose attention must be called.
-    rotary : list of Derotation, or None
-        Rotation of each layer if positions are compacted.
+    rotary : mapping of int to Derotation, or None
+        Rotation of each layer with attention if positions are compacted.
     """
 
     model: CausalModel
@@ -71,7 +71,7 @@ class ClosedLoopJob:
     metrics: Sequence[Metric]
     prefill: Prefill
     layers: list[int]
-    rotary: list[Derotation] | None = None
+    rotary: Mapping[int, Derotation] | None = None
 
     @torch.inference_mode()
     def execute(self, sink: TokenSink, progress_callback: Callable[[float], None] | None = None) -> Tally:
@@ -163,7 +163,7 @@ class ForwardPass:
         self.job, self.passage = job, passage
         sequence = passage.sequence
         self.scored = scored_tokens(passage, job.prefill)
-        self.text = PassShape(sequence.prompt, sequence.length, sequence.index, len(job.layers), job.prefill)
+        self.text = PassShape(sequence.prompt, sequence.length, sequence.index, tuple(job.layers), job.prefill)
         self.ids = passage.ids.to(job.model.get_input_embeddings().weight.device)
         self.runs = by_plan(runs)  # by batch
         self.results = [PassResult(run.number) for run in runs]

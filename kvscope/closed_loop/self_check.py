@@ -28,23 +28,22 @@ def self_check(model: CausalModel, ids: Tensor, prefill: Prefill) -> list[int]:
     ReplayError
         If a run that evicts nothing does not give the model's own logits.
     ModelError
-        If the model has layers without attention, or its attention cannot be observed.
+        If no layer has attention or one calls it several times, or it cannot be observed.
     """
     require_registry(model)
     ids = ids[:PROBE].to(model.get_input_embeddings().weight.device)
     count = len(ids)
-    text = PassShape(max(1, count // 2), count, 0, 0, prefill)
+    text = PassShape(max(1, count // 2), count, 0, (), prefill)
     batches = [RunBatch(EvictionPlan.published(Full()), [count])]
     if count > 2:
         batches.append(RunBatch(EvictionPlan.published(Window()), [max(1, count // 4)]))
     loop = ClosedLoop(batches, text, [], lambda *_: None)
     with replace_attention(model, loop):
         logits = logits_of(model, ids.expand(1 + len(batches), -1), slice(None))
-    expected = model.config.get_text_config(decoder=True).num_hidden_layers
-    if sorted(loop.layers) != list(range(expected)):
+    if not loop.layers or len(set(loop.layers)) < len(loop.layers):
         raise ModelError(
-            f"{type(model).__name__} has {expected} layers, and attention was called in {sorted(loop.layers)}",
-            "Use a model in which every layer has attention.",
+            f"attention of {type(model).__name__} was called in layers {loop.layers}, not once in each that has it",
+            "Use a model that calls attention once in a layer.",
         )
     difference = compare_logits(logits[:1], logits[1], ids.new_zeros(count))["kl"].mean().item()
     if not difference <= CLOSE[model.dtype]:

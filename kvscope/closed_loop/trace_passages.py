@@ -35,9 +35,11 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
             f"{trace.path} was recorded from a loaded {name} without a name, and the closed loop loads models by name",
             "Name the model or its folder with --model.",
         )
-    if len(trace.layers) != trace.header.n_layers:
+    header = trace.header
+    if not header.whole:
+        attended = header.n_layers - len(header.other_layers)
         raise TraceError(
-            f"{trace.path} holds {len(trace.layers)} of {trace.header.n_layers} layers, and the closed loop needs all",
+            f"{trace.path} holds {len(trace.layers)} of {attended} layers, and the closed loop needs all",
             "Record it again without --layers.",
         )
     if trace.header.head_numbers:

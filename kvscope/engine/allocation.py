@@ -26,9 +26,9 @@ class AllocationRequest:
     fixed : Tensor
         int64 ``[R]``: how many of them each head needs for protected keys; these cannot be given to other heads.
     layers : Tensor
-        int64 ``[L]``: numbers of the layers that are simulated.
+        int64 ``[L]``: places of the simulated layers among those that share the budget.
     n_layers : int
-        Layers of the model.
+        Layers that share the budget.
     heads : int
         ``S``: deciding heads of a layer.
     prompt : int

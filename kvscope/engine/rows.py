@@ -29,7 +29,9 @@ class Shape:
         For each layer how many newest keys the model can attend to (sliding-window layers), or None for all; empty if
         that is None everywhere.
     n_layers : int
-        Layers of the model; 0 if the group has all of them.
+        Layers that share a budget: those of the model that have attention; 0 if the group has all of them.
+    places : tuple of int
+        Place of each layer of the group among these; empty if it is the layer's number.
     """
 
     layers: tuple[int, ...]
@@ -40,6 +42,7 @@ class Shape:
     sequence: int = 0
     windows: tuple[int | None, ...] = ()
     n_layers: int = 0
+    places: tuple[int, ...] = ()
 
     def reach(self) -> list[int]:
         """Return for each of the ``L`` layers how many keys a query can attend to at most."""

@@ -243,7 +243,7 @@ def _sharing(inputs: StepInputs, protected: Tensor, allocator: Allocator | None)
     request = AllocationRequest(
         budget=torch.tensor(inputs.budgets, device=device),
         fixed=protected.sum(1),
-        layers=torch.tensor(shape.layers, dtype=torch.int64, device=device),
+        layers=torch.tensor(shape.places or shape.layers, dtype=torch.int64, device=device),
         n_layers=shape.n_layers or len(shape.layers),
         heads=1 if plan.policy.traits.scope == "layer" else shape.kv_heads,
         prompt=shape.prompt if inputs.prefill == "full" else shape.length,

@@ -21,7 +21,7 @@ from kvscope.model.plan import RecordingPlan
 from kvscope.model.prefill import chunk_size
 from kvscope.model.prompt_files import read_prompts
 from kvscope.model.prompts import encode
-from kvscope.model.selfcheck import AttentionFacts, self_check
+from kvscope.model.selfcheck import AttentionFacts, layer_count, self_check
 from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import MAPS, STORES, TOP, parse_store
 from kvscope.trace.space import estimate_bytes, free_bytes, require_space
@@ -57,12 +57,13 @@ def compile_recording(
     loaded = load(source)
     require_registry(loaded.model)
     encoded = tuple(encode(loaded, one, text) for one in texts)
-    layers = layers_of(loaded, store.layers)
+    require_layers(loaded, store.layers)
     with torch.inference_mode(), memory_explained(loaded.name):
         facts = self_check(loaded.model, torch.tensor([encoded[0].ids], device=loaded.device))
         longest = max(len(prompt.ids) + len(prompt.forced or []) for prompt in encoded)
         chunk = chunk_size(loaded, facts, longest, blocks.prefill_chunk)
         hidden = (Path(loaded.source) / GATE).is_file() if store.hidden is None else store.hidden
+        layers = tuple(sorted(set(store.layers))) if store.layers else tuple(sorted(facts.windows))
         selected = replace(store, layers=layers, heads=heads_of(loaded, facts, store.heads), hidden=hidden)
         known = header(
             loaded, facts, encoded, selected, sampling, seed=text.seed, command=output.command, prefill_chunk=chunk
@@ -123,13 +124,12 @@ def _sizes(known: TraceHeader, lengths: list[int], hidden: int) -> dict[str, int
     }
 
 
-def layers_of(loaded: Loaded, requested: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the layers to record, by default all; raises UsageError if the model does not have one."""
-    count = loaded.text_config.num_hidden_layers
+def require_layers(loaded: Loaded, requested: Sequence[int] | None) -> None:
+    """Raise UsageError if the model does not have one of the layers."""
+    count = layer_count(loaded.text_config)
     for layer in requested or []:
         if not 0 <= layer < count:
             raise UsageError(f"no layer {layer} in {loaded.name}", f"Choose from 0 to {count - 1}.")
-    return tuple(sorted(set(requested)) if requested else range(count))
 
 
 def heads_of(loaded: Loaded, facts: AttentionFacts, requested: Sequence[int] | None) -> tuple[int, ...]:

@@ -62,8 +62,8 @@ class Derotation:
         return cos.to(torch.float64), sin.to(torch.float64)
 
 
-def derotations(model: CausalModel, token: Tensor) -> list[Derotation]:
-    """Return the rotary embedding of each layer, checked on one token, ``[1, 1]``.
+def derotations(model: CausalModel, token: Tensor) -> dict[int, Derotation]:
+    """Return the rotary embedding of each layer with attention, checked on one token, ``[1, 1]``.
 
     A single token has the same hidden states at every position, so its queries and keys at two positions differ only
     by the rotation.
@@ -83,9 +83,11 @@ def derotations(model: CausalModel, token: Tensor) -> list[Derotation]:
         )
     calls = [_calls(model, token, position) for position in PROBES]
     by_type = "layer_type" in inspect.signature(found[0].forward).parameters
-    types = model.config.get_text_config(decoder=True).layer_types if by_type else [None] * len(calls[0])
-    layers = [Derotation(found[0], apply, layer_type, model.dtype) for layer_type in types]
-    for rotary, here, there in zip(layers, *calls, strict=True):
+    types = model.config.get_text_config(decoder=True).layer_types if by_type else None
+    layers = {}
+    for here, there in zip(*calls, strict=True):
+        layer_type = None if types is None else types[here.layer]
+        rotary = layers[here.layer] = Derotation(found[0], apply, layer_type, model.dtype)
         if not all(_agrees(rotary, getattr(here, part), getattr(there, part)) for part in ("query", "key")):
             raise ModelError(
                 f"layer {here.layer} of {name} does not use the rotary embedding of the model for its keys",

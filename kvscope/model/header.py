@@ -14,7 +14,7 @@ from kvscope.core.version import versions
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
-from kvscope.model.selfcheck import AttentionFacts
+from kvscope.model.selfcheck import AttentionFacts, layer_count
 from kvscope.trace.record import (
     AttentionKernel,
     LayerAttention,
@@ -61,7 +61,8 @@ def header(
         protocol="forced" if all(prompt.forced is not None for prompt in prompts) else "generated",
         model=_model(loaded, facts, sample(loaded.model) if selected.hidden else None),
         layers=layers,
-        n_layers=loaded.text_config.num_hidden_layers,
+        n_layers=layer_count(loaded.text_config),
+        other_layers={str(layer): kind for layer, kind in facts.others.items()},
         heads=len(heads) or facts.heads,
         kv_heads=len(heads) * facts.kv_heads // facts.heads or facts.kv_heads,
         head_dim=facts.head_dim,

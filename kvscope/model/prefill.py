@@ -44,7 +44,7 @@ def _default_size(loaded: Loaded, facts: AttentionFacts, longest: int) -> int:
 
 def _obstacle(loaded: Loaded, facts: AttentionFacts) -> str:
     """Return why reading a prompt in chunks would change the numbers; empty if it would not."""
-    if len(facts.windows) < loaded.text_config.num_hidden_layers:
+    if facts.others:
         return "some of its layers have no attention, and their state would be lost between chunks"
     parameters = getattr(loaded.text_config, "rope_parameters", None) or {}
     by_layer_type = [part for part in parameters.values() if isinstance(part, dict)]

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache
 
-from kvscope.core.model_types import ModelOutput
+from kvscope.core.model_types import KeyValueCache, ModelOutput
 from kvscope.model.attention_hook import observe_attention
 from kvscope.model.copies import HostCopies
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt, token_texts
 from kvscope.model.recorder import Recorder
 from kvscope.model.sampling import Chooser
+from kvscope.model.short_cache import full_cache
 from kvscope.trace.record import SequenceRecord
 from kvscope.trace.writer import TraceWriter
 
@@ -91,7 +91,7 @@ class RecordingRun:
         return SequenceRecord(len(prompt.ids), len(ids), prompt.forced is not None, answers)
 
     def _forced(self, ids: list[int]) -> tuple[list[int], list[Score]]:
-        cache = None if self.chunk is None else DynamicCache(config=self.loaded.model.config)
+        cache = None if self.chunk is None else full_cache(self.loaded.model)
         return ids, self._read(ids, cache)[0]
 
     def _generated(self, prompt: list[int], new: int, choose: Chooser) -> tuple[list[int], list[Score]]:
@@ -100,7 +100,7 @@ class RecordingRun:
         Tokens and scores stay on the device. Only a model with stop tokens has each token read, after the next forward
         pass was started, so that the device always has work.
         """
-        cache = DynamicCache(config=self.loaded.model.config)
+        cache = full_cache(self.loaded.model)
         scores, last = self._read(prompt, cache)
         tokens: list[Tensor] = []
         for _ in range(new):
@@ -115,7 +115,7 @@ class RecordingRun:
         made = self._copies.start({"tokens": torch.cat(tokens, 1)}).wait()["tokens"][0].tolist() if tokens else []
         return prompt + made, scores
 
-    def _read(self, ids: list[int], cache: DynamicCache | None) -> tuple[list[Score], Tensor]:
+    def _read(self, ids: list[int], cache: KeyValueCache | None) -> tuple[list[Score], Tensor]:
         """Run the model over tokens, chunk by chunk; return scores and the last logits ``[1, vocabulary]``."""
         tokens = torch.tensor([ids], device=self.loaded.device)
         scores: list[Score] = []
@@ -129,7 +129,7 @@ class RecordingRun:
             del logits  # free the memory before the next chunk allocates as much
         return scores, last
 
-    def _forward(self, tokens: Tensor, cache: DynamicCache | None) -> ModelOutput:
+    def _forward(self, tokens: Tensor, cache: KeyValueCache | None) -> ModelOutput:
         return self.loaded.model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
 
     def _on_host(self, scores: list[Score]) -> tuple[Numbers, Numbers]:

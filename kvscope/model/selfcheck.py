@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kvscope.core.errors import ModelError
-from kvscope.core.model_types import CausalModel
+from kvscope.core.model_types import CausalModel, ModelConfig
 from kvscope.model.attention_hook import Call, observe_attention
 from kvscope.model.packing import VECTOR_DTYPES
+from kvscope.model.short_cache import full_cache
 from kvscope.trace.columns import VectorType
 from kvscope.trace.record import LayerAttention
 
@@ -25,10 +26,12 @@ class AttentionFacts:
 
     Attributes
     ----------
-    heads, kv_heads, head_dim : int
-        ``H``, ``G`` and ``D``.
+    heads, kv_heads, head_dim, value_dim : int
+        ``H``, ``G``, ``D`` of queries and keys, and of values.
     windows : dict of int to int or None
-        Sliding window by layer.
+        Sliding window by layer with attention.
+    others : dict of int to str
+        Kind of each layer without attention, such as ``linear_attention``; it has no keys that could be evicted.
     scaling, softcap
         Factor and cap of the logits in the first layer.
     learned_sinks : bool
@@ -42,7 +45,9 @@ class AttentionFacts:
     heads: int
     kv_heads: int
     head_dim: int
+    value_dim: int
     windows: dict[int, int | None]
+    others: dict[int, str]
     scaling: float
     softcap: float | None
     learned_sinks: bool
@@ -56,8 +61,8 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
     Raises
     ------
     ModelError
-        If observing changes the output, no attention call is seen, layers differ in their heads, or a row is not
-        causal, not finite, or does not sum to one.
+        If observing changes the output, no attention call is seen, layers differ in their heads, a layer keeps keys
+        but its attention is not seen, or a row is not causal, not finite, or does not sum to one.
     """
     ids = ids[:, :PROBE]
     calls: list[Call] = []
@@ -75,18 +80,21 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
         raise ModelError(f"no attention of {name} was seen", "Trace a model with softmax attention in its layers.")
     for call in calls:
         _check_rows(name, call)
-    shapes = {(call.query.shape[1], call.key.shape[1], call.query.shape[3]) for call in calls}
-    if len(shapes) > 1 or len({call.layer for call in calls}) != len(calls):
+    _require_one_call(name, calls)
+    shapes = {(call.query.shape[1], call.key.shape[1], call.query.shape[3], call.value.shape[3]) for call in calls}
+    if len(shapes) > 1:
         raise ModelError(
-            f"the layers of {name} differ in their heads (H, G, D): {sorted(shapes)}",
-            "Record layers of one kind: --layers.",
+            f"the layers of {name} differ in their heads (H, G, D): {sorted({shape[:3] for shape in shapes})}",
+            "Trace a model whose layers have the same heads.",
         )
-    (heads, kv_heads, head_dim), first = shapes.pop(), calls[0]
+    (heads, kv_heads, head_dim, value_dim), first = shapes.pop(), calls[0]
     return AttentionFacts(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
+        value_dim=value_dim,
         windows={call.layer: call.sliding_window for call in calls},
+        others=_others(model, ids, [call.layer for call in calls]),
         scaling=first.scaling,
         softcap=first.softcap,
         learned_sinks=any(call.sinks is not None for call in calls),
@@ -99,6 +107,47 @@ def _vector_dtype(calls: list[Call]) -> VectorType:
     parts = [part for call in calls for part in (call.query, call.key, call.value, call.hidden) if part is not None]
     found = reduce(torch.promote_types, {part.dtype for part in parts})
     return next((name for name, dtype in VECTOR_DTYPES.items() if dtype == found), "float32")
+
+
+def _require_one_call(name: str, calls: list[Call]) -> None:
+    """Raise ModelError if a layer number names several attention calls, so that their rows cannot be told apart."""
+    numbers = [call.layer for call in calls]
+    several = sorted({number for number in numbers if numbers.count(number) > 1})
+    if several:
+        raise ModelError(
+            f"layer {several[0]} of {name} calls attention {numbers.count(several[0])} times for each token",
+            "Trace a model with one attention in a layer.",
+        )
+
+
+def _others(model: CausalModel, ids: Tensor, seen: list[int]) -> dict[int, str]:
+    """Return the kind of each layer without attention; raises ModelError if it keeps keys all the same."""
+    config = model.config.get_text_config(decoder=True)
+    others = [layer for layer in range(layer_count(config)) if layer not in seen]
+    if not others:
+        return {}
+    cache = full_cache(model)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    for layer in others:
+        keys = getattr(cache.layers[layer], "keys", None) if layer < len(cache.layers) else None
+        if keys is not None and keys.numel():
+            raise ModelError(
+                f"layer {layer} of {type(model).__name__} caches keys, but its attention cannot be observed",
+                "Trace another model, and please report this one.",
+            )
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    return {layer: types[layer] if layer < len(types) else "no attention" for layer in others}
+
+
+def layer_count(config: ModelConfig) -> int:
+    """Return the number of layers of a model's configuration; raises ModelError if it does not say."""
+    count = getattr(config, "num_hidden_layers", None)
+    if count is None:
+        raise ModelError(
+            f"the configuration of a {config.model_type} model does not say how many layers it has",
+            "Trace a model with one stack of decoder layers.",
+        )
+    return int(count)
 
 
 def _attention(call: Call) -> LayerAttention:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from kvscope.core.errors import ReplayError
-from kvscope.core.model_types import KeyValueCache
+from kvscope.core.model_types import CausalModel, KeyValueCache
 from kvscope.model.derotation import Derotation
 
 
@@ -17,7 +18,9 @@ class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """The cache of one layer for one sequence; key/value heads may hold different keys, and different numbers of keys.
 
     A head that holds fewer keys than another one is padded at the front, with NaN, so that reading the padding shows
-    in the output. `HeldKeys` stores what is held, and removes keys.
+    in the output. `HeldKeys` stores what is held, and removes keys. Where the model caches one latent vector per token,
+    from which it computes the keys and values of all heads, there is one head here, and it holds a latent vector as
+    long as any head holds its key.
 
     Parameters
     ----------
@@ -28,7 +31,8 @@ class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     Attributes
     ----------
     pairs : Tensor
-        Keys and values of ``G`` heads, each key beside its value, ``[G, n, 2 D]``, oldest first.
+        Keys and values of ``G`` heads, each key beside its value, ``[G, n, 2 D]``, oldest first; of latent vectors
+        one head, ``[1, n, .]``.
     places : Tensor or None
         int64 ``[G, n]``: index of each key in its head's cache, negative for padding; needed with `rotary`.
     newest : tuple of Tensor
@@ -92,7 +96,7 @@ class HeldKeys:
     positions : Tensor
         int64 ``[L, G, n]``: position in the text of each key, oldest first; -1 for padding, which is at the front.
     there : Tensor
-        bool ``[L, G, n]``: false for padding.
+        bool ``[L, G, n]``: false for padding, and for a latent vector whose key this head no longer holds.
     """
 
     def __init__(self, layers: Sequence[ShortLayer], heads: int, device: torch.device) -> None:
@@ -104,7 +108,7 @@ class HeldKeys:
     def append(self, start: int, stop: int) -> None:
         """Note that the next call of every layer's `update` adds the tokens `start` to `stop` - 1."""
         fresh = torch.arange(start, stop, device=self.positions.device).expand(*self.positions.shape[:2], -1)
-        self._set(torch.cat([self.positions, fresh], -1))
+        self._set(torch.cat([self.positions, fresh], -1), torch.cat([self.there, fresh >= 0], -1))
 
     def cut(self, retained: Tensor, most: int | None, oldest: int = 0) -> Tensor:
         """Remove all keys but those at the positions in `retained`, and free their memory.
@@ -114,7 +118,7 @@ class HeldKeys:
         retained : Tensor
             bool ``[L, G, seen]``.
         most : int or None
-            How many keys a head retains at most; None: read from the device.
+            How many keys a head retains at most; None: read from the device, as it is for latent vectors.
         oldest : int
             First position that is not removed all the same, because the next query's window reaches it.
 
@@ -128,16 +132,24 @@ class HeldKeys:
         self._returned |= (count != retained.sum(-1)).any()
         if oldest > 0:
             keep = keep & (self.positions >= oldest)
-        most = int(keep.sum(-1).max()) if most is None else most
-        order = keep.byte().argsort(dim=-1, stable=True)[..., self.positions.shape[-1] - most :]  # what is kept is last
-        there = keep.gather(-1, order)
+        stays = keep.any(1, keepdim=True).expand_as(keep) if self._latent else keep
+        most = int(stays.sum(-1).max()) if most is None or self._latent else most
+        order = stays.byte().argsort(dim=-1, stable=True)[..., self.positions.shape[-1] - most :]  # what stays is last
+        there, held = keep.gather(-1, order), stays.gather(-1, order)
         self._returned |= (there.sum(-1) != keep.sum(-1)).any()
-        self._set(torch.where(there, self.positions.gather(-1, order), -1))
-        for layer, index, held in zip(self._layers, order, there, strict=True):
+        self._set(torch.where(held, self.positions.gather(-1, order), -1), there)
+        for layer, index, kept in zip(self._layers, order, held, strict=True):
             assert layer.pairs is not None, "nothing is cut before the first token"
-            pairs = layer.pairs.gather(1, index[..., None].expand(-1, -1, layer.pairs.shape[-1]))
-            layer.pairs = pairs.masked_fill_(~held[..., None], torch.nan)
+            heads = len(layer.pairs)
+            pairs = layer.pairs.gather(1, index[:heads, :, None].expand(-1, -1, layer.pairs.shape[-1]))
+            layer.pairs = pairs.masked_fill_(~kept[:heads, :, None], torch.nan)
         return count.max()
+
+    @property
+    def _latent(self) -> bool:
+        """Whether the heads of a layer share one cached vector per token."""
+        pairs = self._layers[0].pairs
+        return pairs is not None and len(pairs) < self.positions.shape[1]
 
     def check(self) -> None:
         """Raise ReplayError if a key was to be retained that is not in the cache."""
@@ -146,14 +158,52 @@ class HeldKeys:
                 "a policy retains a key that is already evicted", "Fix the policy: an evicted key never returns."
             )
 
-    def _set(self, positions: Tensor) -> None:
-        self.positions, self.there = positions, positions >= 0
+    def _set(self, positions: Tensor, there: Tensor) -> None:
+        self.positions, self.there = positions, there
         if any(layer.rotary is not None for layer in self._layers):
             places = self.there.cumsum(-1) - 1
             for layer, own in zip(self._layers, places, strict=True):
                 layer.places = own
 
 
-def short_cache(layers: int, rotary: Sequence[Derotation] | None = None) -> KeyValueCache:
-    """Return a cache with a `ShortLayer` for each layer, to pass as ``past_key_values``."""
-    return Cache(layers=[ShortLayer(rotary[layer] if rotary else None) for layer in range(layers)])
+class _ShortLayerWithState(LinearAttentionLayer, ShortLayer):  # type: ignore[misc,override]
+    """A `ShortLayer` beside the states of a linear attention in the same layer."""
+
+    is_compileable = False
+
+    def __init__(self, number_of_states: int, rotary: Derotation | None = None) -> None:
+        ShortLayer.__init__(self, rotary)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)  # type: ignore[no-untyped-call]
+
+
+def full_cache(model: CausalModel) -> KeyValueCache:
+    """Return an empty cache of the kind that the model decodes with, to pass as ``past_key_values``."""
+    own = [
+        found
+        for found in vars(sys.modules[type(model).__module__]).values()
+        if isinstance(found, type) and issubclass(found, DynamicCache) and found.__module__ == type(model).__module__
+    ]
+    return own[0]() if own else DynamicCache(config=model.config)
+
+
+def short_cache(
+    model: CausalModel, layers: Sequence[int], rotary: Mapping[int, Derotation] | None = None
+) -> tuple[KeyValueCache, dict[int, ShortLayer]]:
+    """Return a cache to pass as ``past_key_values``, and its `ShortLayer` for each of `layers`.
+
+    The other layers keep the states of the kinds that the model has.
+    """
+    cache, turned = full_cache(model), rotary or {}
+    short: dict[int, ShortLayer] = {}
+    for layer in layers:
+        before = cache.layers[layer] if cache.layers else None
+        if isinstance(before, LinearAttentionCacheLayerMixin):
+            short[layer] = _ShortLayerWithState(before.number_of_states, turned.get(layer))
+        else:
+            short[layer] = ShortLayer(turned.get(layer))
+    if cache.layers:
+        for layer in layers:
+            cache.layers[layer] = short[layer]
+    else:  # the model adds layers when it first uses them
+        cache.layer_class_to_replicate = lambda: short.get(len(cache.layers)) or ShortLayer()
+    return cache, short

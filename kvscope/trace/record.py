@@ -155,6 +155,23 @@ class TraceHeader:
     assumed: Annotated[
         list[str], about("of an import: what neither the file nor the user said, and was assumed", omit=True)
     ] = field(default_factory=list)
+    other_layers: Annotated[
+        dict[str, str],
+        about("kind of each layer of the model that has no attention, so no cache to evict, by its number", omit=True),
+    ] = field(default_factory=dict)
+    rows_from: Annotated[
+        Literal["vectors", "module"] | None,
+        about(
+            "`module`: the rows are those that the model's attention modules return; otherwise they are computed from "
+            "queries and keys",
+            omit=True,
+        ),
+    ] = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every layer of the model that has attention was recorded."""
+        return len(self.layers) + len(self.other_layers) == self.n_layers
 
     @property
     def store(self) -> str:

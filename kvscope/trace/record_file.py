@@ -139,6 +139,9 @@ def _require_consistent(record: TraceRecord) -> None:
     for name, values in (("layer_types", header.layer_types), ("sliding_window", header.sliding_window)):
         if len(values) != count:
             raise FieldError(name, f"it has {len(values)} entries for {count} layers")
+    strangers = set(header.other_layers) - {str(layer) for layer in range(header.n_layers)}
+    if strangers or set(header.other_layers) & set(map(str, header.layers)):
+        raise FieldError("other_layers", "it names layers that the model does not have, or that were recorded")
     if header.attention and len(header.attention) != count:
         raise FieldError("attention", f"it has {len(header.attention)} entries for {count} layers")
     unknown = sorted(set(header.stored) - SIGNALS)

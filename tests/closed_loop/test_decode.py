@@ -387,7 +387,7 @@ def test_a_layer_without_rotation_cannot_be_compacted() -> None:
 
 def test_layers_whose_keys_no_window_describes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model("llama").config, "layer_types", ["chunked_attention", "full_attention"], raising=False)
-    with pytest.raises(ModelError, match="not softmax attention over all keys or a sliding window"):
+    with pytest.raises(ModelError, match="chunked_attention layers, in which a query does not see all"):
         run("llama")
 
 
@@ -401,6 +401,26 @@ def test_a_layer_that_reads_another_cache_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ShortLayer, "update", twice)
     with pytest.raises(ModelError, match="layer 0 of LlamaForCausalLM does not attend to the keys and values it"):
         run(prefill="stream")
+
+
+def test_a_latent_vector_is_held_as_long_as_a_head_holds_its_key() -> None:
+    layer = ShortLayer()
+    held = HeldKeys([layer], 2, torch.device("cpu"))
+    held.append(0, 4)
+    layer.update(torch.randn(1, 1, 4, 3), torch.randn(1, 1, 4, 2))
+    longest = held.cut(torch.tensor([[[True, False, False, True], [False, False, True, True]]]), 2)
+    assert longest == 2 and layer.longest() == 3
+    assert held.positions.tolist() == [[[0, 2, 3], [0, 2, 3]]]
+    assert held.there.tolist() == [[[True, False, True], [False, True, True]]]
+    held.append(4, 5)
+    keys, values = layer.update(torch.randn(1, 1, 1, 3), torch.randn(1, 1, 1, 2))
+    assert keys.shape == (1, 1, 4, 3) and values.shape == (1, 1, 4, 2)
+    held.cut(torch.tensor([[[True, False, False, True, True], [False, False, False, True, True]]]), 3)
+    assert held.positions.tolist() == [[[0, 3, 4], [0, 3, 4]]]
+    held.check()
+    held.cut(torch.ones(1, 2, 5, dtype=torch.bool), 4)
+    with pytest.raises(ReplayError, match="retains a key that is already evicted"):
+        held.check()
 
 
 def test_an_evicted_key_does_not_return() -> None:

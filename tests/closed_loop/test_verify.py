@@ -142,3 +142,28 @@ def test_float32_is_measured_and_not_judged() -> None:
     found = verdict(build("llama"), "tova", "full")
     assert not found.decided
     assert found.logit_difference < 1e-3 or found.different
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_a_part_in_float32_is_no_difference(name: str) -> None:
+    """Gemma 2 makes its softmax in float32, whatever the dtype of the model: the tolerance follows from that."""
+    found = verdict(build(name).double(), "tova", "full")
+    assert found.decided and found.agrees, found
+    assert not found.model_differs and found.tolerance < 1e-5
+    assert (found.tolerance > TOLERANCE) == (name == "gemma2"), found
+
+
+def test_a_model_that_decodes_to_other_logits_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama").double()
+    forward = type(model).forward
+
+    def differs(self: Any, input_ids: Tensor, past_key_values: Any = None, **options: Any) -> Any:
+        output = forward(self, input_ids=input_ids, past_key_values=past_key_values, **options)
+        if past_key_values is not None and input_ids.shape[1] == 1:
+            output.logits = output.logits + 0.01 * torch.arange(output.logits.shape[-1])
+        return output
+
+    monkeypatch.setattr(type(model), "forward", differs)
+    found = verdict(model, "tova", "full")
+    assert found.model_differs and found.model_difference > 0.1
+    assert not found.agrees and found.tolerance <= 1e-4

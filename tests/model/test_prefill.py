@@ -1,6 +1,7 @@
 """A prompt read in chunks gives the same trace as one read in a single forward pass, with less memory."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,20 +138,21 @@ def test_rows_of_eager_code_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "why"),
+    ("config", "others", "why"),
     [
-        (LlamaConfig(num_hidden_layers=3), "some of its layers have no attention"),
+        (LlamaConfig(), {2: "mamba"}, "some of its layers have no attention"),
         (
             LlamaConfig(
                 num_hidden_layers=2, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
             ),
+            {},
             "depends on the number of tokens",
         ),
     ],
 )
 @torch.inference_mode()
-def test_models_that_read_a_prompt_at_once(config: Any, why: str) -> None:
-    facts = self_check(build("llama"), tokens(5))
+def test_models_that_read_a_prompt_at_once(config: Any, others: dict[int, str], why: str) -> None:
+    facts = replace(self_check(build("llama"), tokens(5)), others=others)
     assert chunk_size(loaded(config), facts, 10**6, None) is None
     with pytest.raises(UsageError, match=why) as caught:
         chunk_size(loaded(config), facts, 10**6, 512)

@@ -172,4 +172,8 @@ def _pairs(values: Mapping[str, object]) -> str:
 def _layers(header: TraceHeader) -> str:
     if len(header.layers) == header.n_layers:
         return f"all {header.n_layers}"
-    return ", ".join(str(layer) for layer in header.layers) + f" of {header.n_layers}"
+    recorded = ", ".join(str(layer) for layer in header.layers) + f" of {header.n_layers}"
+    if not header.other_layers:
+        return recorded
+    kinds = ", ".join(sorted(set(header.other_layers.values())))
+    return f"{recorded}; the others have no cache to evict ({kinds})"
