@@ -212,6 +212,6 @@ def attention_facts(model: CausalModel, ids: Tensor) -> AttentionFacts:
         raise ModelError(
             f"{type(model).__name__} has {sorted(other)[0]} layers, in which a query does not see all earlier keys or "
             "a window of them",
-            "Replay its trace in the open loop: omit --perplexity.",
+            "Replay its trace in the open loop: kvscope replay without --perplexity.",
         )
     return facts

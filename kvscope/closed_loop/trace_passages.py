@@ -36,6 +36,12 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
             "Name the model or its folder with --model.",
         )
     header = trace.header
+    if header.rows_from == "module":
+        raise TraceError(
+            f"{trace.path} holds the rows that the modules of {header.model.class_name} returned: policies cannot run "
+            "inside its attention",
+            "Replay it in the open loop: kvscope replay without --perplexity.",
+        )
     if not header.whole:
         attended = header.n_layers - len(header.other_layers)
         raise TraceError(

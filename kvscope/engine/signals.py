@@ -16,7 +16,7 @@ from kvscope.metrics import METRICS, Metric
 from kvscope.metrics.base import RECORDED
 from kvscope.trace.derive import Floats
 from kvscope.trace.reader import Trace
-from kvscope.trace.signals import REMEDIES
+from kvscope.trace.signals import remedy
 
 ROWS = frozenset({"weights", "full_weights", "schedule"})  # computed from the rows, which every trace has
 # name -> (name in the trace, function that reads one layer)
@@ -55,7 +55,9 @@ def require(trace: Trace, plan: EvictionPlan) -> None:
             )
         stored, _ = _READ[name]
         if stored not in trace.stored:
-            raise TraceError(f"{plan.policy.label} needs {name}, which {trace.path} does not hold", REMEDIES[stored])
+            raise TraceError(
+                f"{plan.policy.label} needs {name}, which {trace.path} does not hold", remedy(trace.header, stored)
+            )
 
 
 def measurable(trace: Trace, names: Sequence[str] | None = None) -> tuple[list[Metric], dict[str, str]]:
@@ -81,7 +83,7 @@ def measurable(trace: Trace, names: Sequence[str] | None = None) -> tuple[list[M
         if not lacking:
             chosen.append(metric)
             continue
-        todo = REMEDIES[_READ[lacking[0]][0]]
+        todo = remedy(trace.header, _READ[lacking[0]][0])
         if names:
             raise TraceError(f"{metric.name} needs {lacking[0]}, which {trace.path} does not hold", todo)
         skipped[metric.name] = f"it needs {lacking[0]}, which the trace does not hold. {todo}"
@@ -115,7 +117,7 @@ def _require_recorded(trace: Trace, plan: EvictionPlan) -> None:
 def _require_gate(trace: Trace, plan: EvictionPlan, name: str) -> None:
     if "hidden" not in trace.stored:
         raise TraceError(
-            f"{plan.policy.label} needs layer inputs, which {trace.path} does not hold", REMEDIES["hidden"]
+            f"{plan.policy.label} needs layer inputs, which {trace.path} does not hold", remedy(trace.header, "hidden")
         )
     header = trace.header
     load_gate(name).require(

@@ -27,6 +27,8 @@ from kvscope.core.model_types import ModelConfig
 
 PREFIX = "kvscope-watch-"
 KERNELS = ("sdpa", "eager")
+INDEXED = ("index_topk", "index_topk_blocks", "indexer_budget")  # fields of configurations with a learned index
+SEVERAL_CALLS = frozenset({"diffllama"})  # types whose attention is the difference of two calls
 
 
 @dataclass
@@ -206,23 +208,44 @@ def require_registry(model: nn.Module) -> None:
     Models with indexed sparse attention are refused too: they apply the index only if the selected kernel has one of
     transformers' names, and would silently run dense attention here.
     """
+    refuse_encoder_decoder(model)
+    why = obstacle(model)
+    if why:
+        raise ModelError(
+            f"{why}, so policies cannot run inside its attention",
+            "Replay its trace in the open loop: kvscope replay without --perplexity.",
+        )
+
+
+def refuse_encoder_decoder(model: nn.Module) -> None:
+    """Raise ModelError for a model with an encoder, whose cross-attention is not traced."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder, whose cross-attention is not traced",
+            "Trace a decoder-only model.",
+        )
+
+
+def obstacle(model: nn.Module) -> str:
+    """Return why the attention calls of a model cannot be observed; empty if they can.
+
+    Models with indexed sparse attention apply the index only if the selected kernel has one of transformers' names, and
+    would silently run dense attention here.
+    """
     name = type(model).__name__
     sources = {sys.modules[type(part).__module__] for part in model.modules()}
     if not any(hasattr(source, "ALL_ATTENTION_FUNCTIONS") for source in sources):
-        raise ModelError(
-            f"{name} does not use transformers' attention registry, so its attention cannot be observed",
-            "Trace a model that does: Llama, Mistral, Qwen, Gemma, Phi-3, GPT-2, OPT, GPT-NeoX, ...",
-        )
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name} is an encoder-decoder, whose cross-attention is not traced", "Trace a decoder-only model."
-        )
-    if getattr(config, "index_topk", None) is not None:
-        raise ModelError(
-            f"{name} reads its cache through a learned index, which is disabled while attention is observed",
-            "Trace a model with dense attention.",
-        )
+        return f"{name} does not use transformers' attention registry but code of its own"
+    config = model.config.get_text_config(decoder=True) if hasattr(model, "config") else None
+    if any(getattr(config, field, None) is not None for field in INDEXED):
+        return f"{name} reads its cache through a learned index"
+    if getattr(config, "rel_extent", None) is not None:
+        return f"{name} adds a position bias to its logits"
+    if any(getattr(part, "layer_idx", 0) is None for part in model.modules()):
+        return f"{name} shares its attention modules between layers"
+    if getattr(config, "model_type", None) in SEVERAL_CALLS:
+        return f"{name} calls attention several times in a layer"
+    return ""
 
 
 def _configs(model: nn.Module) -> list[ModelConfig]:

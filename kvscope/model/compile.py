@@ -7,16 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from kvscope.core.errors import UsageError
+from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.options import ModelSource, OutputOptions
 from kvscope.core.output import require_free
 from kvscope.core.recording_options import BlockOptions, Sampling, StoreOptions, TextOptions
 from kvscope.core.text_names import text_name
-from kvscope.model.attention_hook import require_registry
+from kvscope.model.attention_hook import obstacle, refuse_encoder_decoder
 from kvscope.model.explain import memory_explained
 from kvscope.model.header import header
 from kvscope.model.loading import Loaded, load, model_name
+from kvscope.model.module_maps import self_check_modules
 from kvscope.model.plan import RecordingPlan
 from kvscope.model.prefill import chunk_size
 from kvscope.model.prompt_files import read_prompts
@@ -55,14 +57,15 @@ def compile_recording(
     texts = read_prompts(prompts, text.continuation, text.field)
     require_free(output.path, force=output.force)
     loaded = load(source)
-    require_registry(loaded.model)
+    refuse_encoder_decoder(loaded.model)
     encoded = tuple(encode(loaded, one, text) for one in texts)
     require_layers(loaded, store.layers)
     with torch.inference_mode(), memory_explained(loaded.name):
-        facts = self_check(loaded.model, torch.tensor([encoded[0].ids], device=loaded.device))
+        facts = _facts(loaded, torch.tensor([encoded[0].ids], device=loaded.device), store)
         longest = max(len(prompt.ids) + len(prompt.forced or []) for prompt in encoded)
         chunk = chunk_size(loaded, facts, longest, blocks.prefill_chunk)
-        hidden = (Path(loaded.source) / GATE).is_file() if store.hidden is None else store.hidden
+        hidden = (Path(loaded.source) / GATE).is_file() and not facts.from_modules
+        hidden = hidden if store.hidden is None else store.hidden
         layers = tuple(sorted(set(store.layers))) if store.layers else tuple(sorted(facts.windows))
         selected = replace(store, layers=layers, heads=heads_of(loaded, facts, store.heads), hidden=hidden)
         known = header(
@@ -87,6 +90,19 @@ def compile_recording(
         free=free_bytes(output.path),
         others=sizes,
     )
+
+
+def _facts(loaded: Loaded, ids: Tensor, store: StoreOptions) -> AttentionFacts:
+    """Return the facts of the model's attention; raises ModelError if it cannot be recorded, or not in this store."""
+    why = obstacle(loaded.model)
+    if not why:
+        return self_check(loaded.model, ids)
+    if store.store != MAPS or store.hidden:
+        raise ModelError(
+            f"{why}, so only the rows that its modules return can be recorded, not vectors or layer inputs",
+            "Record the rows alone: --store maps, without --hidden.",
+        )
+    return self_check_modules(loaded.model, ids)
 
 
 def default_output(source: ModelSource, prompts: Sequence[Path | str]) -> Path:

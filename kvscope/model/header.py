@@ -23,7 +23,7 @@ from kvscope.trace.record import (
     SamplingRecord,
     TraceHeader,
 )
-from kvscope.trace.schema import QKV, STORES, parse_store
+from kvscope.trace.schema import MAPS, QKV, STORES, parse_store
 
 
 def header(
@@ -62,6 +62,7 @@ def header(
         model=_model(loaded, facts, sample(loaded.model) if selected.hidden else None),
         layers=layers,
         n_layers=layer_count(loaded.text_config),
+        rows_from="module" if facts.from_modules else None,
         other_layers={str(layer): kind for layer, kind in facts.others.items()},
         heads=len(heads) or facts.heads,
         kv_heads=len(heads) * facts.kv_heads // facts.heads or facts.kv_heads,
@@ -70,7 +71,7 @@ def header(
         sliding_window=windows,
         learned_sinks=facts.learned_sinks,
         softcap=facts.softcap,
-        stored=[*STORES[store], *(["hidden"] if selected.hidden else [])],
+        stored=[MAPS] if facts.from_modules else [*STORES[store], *(["hidden"] if selected.hidden else [])],
         attention=[_narrowed(facts.attention[layer], heads) for layer in layers] if store == QKV else [],
         top=top,
         head_numbers=heads,

@@ -25,6 +25,7 @@ from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel, ModelConfig, Tokenizer
 from kvscope.core.options import ModelSource
 from kvscope.kernels.device import torch_device
+from kvscope.model.attention_hook import obstacle
 from kvscope.model.explain import HttpError, explained, fetch, first_line, kind
 from kvscope.model.names import resolve
 
@@ -141,14 +142,17 @@ def _load_name(name: str, how: ModelSource) -> Loaded:
     transformers_log.disable_progress_bar()  # type: ignore[no-untyped-call]  # the command line draws its own
     with explained(source, "configuration", offline=offline):
         config = AutoConfig.from_pretrained(source, **common)
-        _refuse_by_name(config)
+        _require_attention(config)
     with explained(source, "tokenizer", offline=offline):
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         require_vocabulary(source, tokenizer)
     with explained(source, "weights", offline=offline):
         # The grouped products of experts do not take float64; the plain loop over the experts takes every dtype.
         experts = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
-        model = _weights(source, _loader(config), dtype=dtype, device_map=how.device_map, **experts, **common)
+        own = {"attn_implementation": "eager"} if config.model_type in OWN_CODE else {}
+        model = _weights(source, _loader(config), dtype=dtype, device_map=how.device_map, **experts, **own, **common)
+        if not own and obstacle(model):
+            model.set_attn_implementation("eager")  # whose modules return rows
         if how.device_map is None:
             model = model.to(place)
     model.eval()
@@ -220,8 +224,11 @@ def require_vocabulary(source: str, tokenizer: Tokenizer) -> None:
 
 def _loader(config: ModelConfig) -> type[AutoModelForCausalLM] | type[AutoModelForMultimodalLM]:
     """Return the class of transformers that loads a model whose language model can be traced on text."""
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING
-    return AutoModelForCausalLM if known else AutoModelForMultimodalLM
+    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    whole = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)].__name__
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and whole not in (getattr(config, "architectures", None) or ())
+    return AutoModelForCausalLM if causal else AutoModelForMultimodalLM
 
 
 def _weights(source: str, loader: type[Any], **options: object) -> CausalModel:
@@ -245,16 +252,18 @@ def _weights(source: str, loader: type[Any], **options: object) -> CausalModel:
     return model
 
 
-def _refuse_by_name(config: ModelConfig) -> None:
-    if config.model_type in UNSUPPORTED:
+def _require_attention(config: ModelConfig) -> None:
+    """Raise ModelError for types without attention, before their weights are loaded."""
+    if config.model_type in NO_ATTENTION:
         raise ModelError(
-            f"models of type {config.model_type} do not use transformers' attention registry and cannot be observed",
-            "Trace a model that does: Llama, Mistral, Qwen, Gemma, Phi-3, GPT-2, OPT, GPT-NeoX, ...",
+            f"models of type {config.model_type} have no attention, so there is no cache to evict from",
+            "Trace a model with attention; kvscope models lists the types.",
         )
 
 
-# Causal models of transformers 5 that have no attention, or do not use the attention registry.
-UNSUPPORTED = frozenset(
-    "bloom codegen cpmant falcon falcon_mamba fuyu gpt_neo gpt_neox_japanese gptj mamba mamba2 megatron-bert mpt mvp "
-    "prophetnet rembert roformer rwkv xglm xlstm big_bird trocr".split()
+NO_ATTENTION = frozenset("falcon_mamba mamba mamba2 rwkv xlstm".split())
+# Types of transformers 5 with attention code of their own: their modules return rows only with eager attention.
+OWN_CODE = frozenset(
+    "big_bird bloom codegen cpmant falcon fuyu git gpt_neo gpt_neox_japanese gptj megatron-bert mpt mvp openai-gpt "
+    "prophetnet rembert roformer trocr xglm".split()
 )

@@ -12,6 +12,7 @@ from kvscope.core.options import OutputOptions
 from kvscope.core.recording_options import Sampling, StoreOptions, TextOptions
 from kvscope.model.explain import memory_explained
 from kvscope.model.loading import Loaded
+from kvscope.model.module_maps import MapRecorder
 from kvscope.model.pipeline import Pipeline, limit_for, threads_for
 from kvscope.model.prompts import Prompt
 from kvscope.model.recorder import Recorder
@@ -107,17 +108,7 @@ class RecordingPlan:
             TraceWriter(self.path, self.header, force=self.output.force) as writer,
         ):
             with Pipeline(threads_for(self.loaded.device)) as pipeline:
-                recorder = Recorder(
-                    writer,
-                    self.header.layers,
-                    self.query_block,
-                    store=self.store.store,
-                    hidden=bool(self.store.hidden),
-                    heads=self.header.head_numbers,
-                    query_stride=self.store.query_stride,
-                    vector_dtype=self.header.vector_dtype,
-                    pipeline=pipeline,
-                )
+                recorder = self._recorder(writer, pipeline)
                 run = RecordingRun(self.loaded, writer, recorder, self.prefill_chunk, self.tokens, progress_callback)
                 done = [
                     run.record(n, prompt, self.text.max_new_tokens, chooser(self.sampling, self.text.seed + n))
@@ -125,3 +116,21 @@ class RecordingPlan:
                 ]
             writer.finish(done)
         return open_trace(self.path)
+
+    def _recorder(self, writer: TraceWriter, pipeline: Pipeline) -> Recorder | MapRecorder:
+        heads, stride = self.header.head_numbers, self.store.query_stride
+        if self.header.rows_from == "module":
+            return MapRecorder(
+                writer, self.header.layers, self.query_block, heads=heads, query_stride=stride, pipeline=pipeline
+            )
+        return Recorder(
+            writer,
+            self.header.layers,
+            self.query_block,
+            store=self.store.store,
+            hidden=bool(self.store.hidden),
+            heads=heads,
+            query_stride=stride,
+            vector_dtype=self.header.vector_dtype,
+            pipeline=pipeline,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,11 @@ from kvscope.core.model_types import KeyValueCache, ModelOutput
 from kvscope.model.attention_hook import observe_attention
 from kvscope.model.copies import HostCopies
 from kvscope.model.loading import Loaded
+from kvscope.model.module_maps import MapRecorder, observe_modules, sources
 from kvscope.model.prompts import Prompt, token_texts
 from kvscope.model.recorder import Recorder
 from kvscope.model.sampling import Chooser
+from kvscope.model.selfcheck import PROBE
 from kvscope.model.short_cache import full_cache
 from kvscope.trace.record import SequenceRecord
 from kvscope.trace.writer import TraceWriter
@@ -44,8 +47,8 @@ class RecordingRun:
         The model.
     writer : TraceWriter
         Writes the tokens.
-    recorder : Recorder
-        Writes the attention calls.
+    recorder : Recorder or MapRecorder
+        Writes the attention calls, or the rows that modules return.
     prefill_chunk : int or None
         Tokens of a prompt per forward pass; None for all.
     total : int
@@ -58,7 +61,7 @@ class RecordingRun:
         self,
         loaded: Loaded,
         writer: TraceWriter,
-        recorder: Recorder,
+        recorder: Recorder | MapRecorder,
         prefill_chunk: int | None,
         total: int,
         progress_callback: Callable[[Progress], None] | None = None,
@@ -71,7 +74,7 @@ class RecordingRun:
     def record(self, number: int, prompt: Prompt, max_new_tokens: int, choose: Chooser) -> SequenceRecord:
         """Record one sequence and return its entry for ``trace.json``."""
         self.recorder.begin(number, len(prompt.ids))
-        with observe_attention(self.loaded.model, self.recorder):
+        with self._observed(prompt.ids):
             if prompt.forced is not None:
                 ids, scores = self._forced(prompt.ids + prompt.forced)
             else:
@@ -89,6 +92,13 @@ class RecordingRun:
         self._report(0)
         answers = None if prompt.source.answers is None else list(prompt.source.answers)
         return SequenceRecord(len(prompt.ids), len(ids), prompt.forced is not None, answers)
+
+    def _observed(self, ids: list[int]) -> AbstractContextManager[None]:
+        """Return the context in which the recorder gets what the model attends to."""
+        if isinstance(self.recorder, MapRecorder):
+            found = sources(self.loaded.model, torch.tensor([ids[:PROBE]], device=self.loaded.device))
+            return observe_modules(found, self.recorder)
+        return observe_attention(self.loaded.model, self.recorder)
 
     def _forced(self, ids: list[int]) -> tuple[list[int], list[Score]]:
         cache = None if self.chunk is None else full_cache(self.loaded.model)
@@ -130,7 +140,8 @@ class RecordingRun:
         return scores, last
 
     def _forward(self, tokens: Tensor, cache: KeyValueCache | None) -> ModelOutput:
-        return self.loaded.model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
+        returned = {"output_attentions": True} if isinstance(self.recorder, MapRecorder) else {}
+        return self.loaded.model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **returned)
 
     def _on_host(self, scores: list[Score]) -> tuple[Numbers, Numbers]:
         """Return log-probabilities and entropies on the host, NaN for the first token, which has no prediction."""

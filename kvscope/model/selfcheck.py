@@ -40,6 +40,8 @@ class AttentionFacts:
         How each layer turns queries and keys into weights.
     vector_dtype : VectorType
         Smallest type that represents all queries, keys, values and layer inputs exactly; float32 for float64.
+    from_modules : bool
+        Whether rows are those that the model's modules return, beside which nothing is known.
     """
 
     heads: int
@@ -48,11 +50,12 @@ class AttentionFacts:
     value_dim: int
     windows: dict[int, int | None]
     others: dict[int, str]
-    scaling: float
+    scaling: float | None
     softcap: float | None
     learned_sinks: bool
     attention: dict[int, LayerAttention]
     vector_dtype: VectorType
+    from_modules: bool = False
 
 
 def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:

@@ -258,7 +258,7 @@ class Trace:
 
     def _require(self, signal: str) -> None:
         if signal not in self.stored:
-            raise missing_signal(self.path, signal)
+            raise missing_signal(self.path, self.header, signal)
 
 
 def open_trace(path: Path | str, *, verify: bool = False, compare: bool = True) -> Trace:

@@ -160,7 +160,7 @@ class TraceHeader:
         about("kind of each layer of the model that has no attention, so no cache to evict, by its number", omit=True),
     ] = field(default_factory=dict)
     rows_from: Annotated[
-        Literal["vectors", "module"] | None,
+        Literal["module"] | None,
         about(
             "`module`: the rows are those that the model's attention modules return; otherwise they are computed from "
             "queries and keys",

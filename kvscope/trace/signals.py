@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvscope.core.errors import TraceError
+from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import MAPS_AND_VECTORS, QKV, TOPK, VECTORS
 
 REMEDIES = {
@@ -23,6 +24,13 @@ REMEDIES = {
 }
 
 
-def missing_signal(path: Path, signal: str) -> TraceError:
+def remedy(header: TraceHeader, signal: str) -> str:
+    """Return what to do about a signal that a trace with this header does not have."""
+    if header.rows_from == "module":
+        return "Use what needs rows alone, such as h2o and tova: of this model nothing else can be recorded."
+    return REMEDIES.get(signal, "Import it with that array.")
+
+
+def missing_signal(path: Path, header: TraceHeader, signal: str) -> TraceError:
     """Return the error for a signal that the trace at `path` does not have."""
-    return TraceError(f"trace {path} does not hold {signal}", REMEDIES.get(signal, "Import it with that array."))
+    return TraceError(f"trace {path} does not hold {signal}", remedy(header, signal))

@@ -132,7 +132,7 @@ def test_weights_that_would_be_random(folder: Path, capfd: pytest.CaptureFixture
         ("{", "not a valid JSON file"),
         ("{}", "model_type"),
         ('{"model_type": "vit"}', "ViTConfig"),
-        ('{"model_type": "falcon", "architectures": ["FalconForCausalLM"]}', "type falcon"),
+        ('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}', "type mamba have no attention"),
         ('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}', "contains Python code"),
     ],
 )

@@ -46,7 +46,8 @@ def shrunk(config: PreTrainedConfig, kind: str | None = None) -> PreTrainedConfi
         elif field in own or field.startswith("_"):
             continue
         elif field in SIZES and (value is not None or field in ALWAYS):
-            settings[field] = SIZES[field]
+            many = isinstance(value, (list, tuple)) and isinstance(SIZES[field], int) and not field.endswith("_id")
+            settings[field] = [SIZES[field]] * len(value) if many else SIZES[field]
         elif (shorter := per_layer(field, value)) is not value:
             settings[field] = shorter
     if settings.get("kv_lora_rank") and "num_key_value_heads" in settings:

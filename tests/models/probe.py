@@ -15,6 +15,7 @@ from kvscope.closed_loop.compile import compile_verify
 from kvscope.core.errors import KvscopeError
 from kvscope.core.options import ClosedLoopOptions, ModelSource, OutputOptions, ReplayOptions, VerifyOptions
 from kvscope.core.recording_options import TextOptions
+from kvscope.model.attention_hook import obstacle
 from kvscope.model.compile import compile_recording
 from kvscope.model.loading import load
 from kvscope.replay.compile import compile_replay
@@ -35,8 +36,12 @@ class Result:
     replay: str = "-"
     closed: str = "-"
     verify: str = "-"
-    rows_differ: float | None = None  # from eager attention, at most
+    rows_differ: float | None = None  # of the prompt, from eager attention in one pass, at most
+    decoded_rows_differ: float | None = None  # the same of rows that were decoded with a cache
     layers: int | None = None  # recorded
+    others: str = ""  # kinds of the layers without attention
+    why: str = ""  # only the rows of modules can be recorded
+    model_differs: float | None = None  # the model's own decoding from its own pass over the text
     logits_differ: float | None = None  # real decoding from the closed loop, at most
     message: str = ""
 
@@ -55,10 +60,12 @@ def probe(name: str, folder: Path) -> dict[str, Any]:
     trace = _stage(result, "trace", lambda: _traced(model, folder / "trace"))
     if trace is None:
         return asdict(result)
-    result.layers = len(trace.layers)
-    result.rows_differ = _stage(result, "trace", lambda: _difference(name, model, trace))
-    if result.rows_differ is not None:
-        result.trace = "ok" if result.rows_differ <= ROUNDING else "differs"
+    result.layers, result.others = len(trace.layers), ", ".join(sorted(set(trace.header.other_layers.values())))
+    result.why = obstacle(load(ModelSource(str(model))).model) if trace.header.rows_from else ""
+    differ = _stage(result, "trace", lambda: _differences(model, trace))
+    if differ is not None:
+        result.rows_differ, result.decoded_rows_differ = differ
+        result.trace = ("maps" if trace.header.rows_from else "ok") if differ[0] <= ROUNDING else "differs"
     if _stage(result, "replay", lambda: _replayed(trace, folder / "open", None)):
         result.replay = "ok"
     if _stage(result, "closed", lambda: _replayed(trace, folder / "closed", ClosedLoopOptions())):
@@ -66,6 +73,7 @@ def probe(name: str, folder: Path) -> dict[str, Any]:
     verdicts = _stage(result, "verify", lambda: compile_verify(trace, POLICIES, BUDGET, VerifyOptions()).execute())
     if verdicts is not None:
         result.verify = "equal" if all(one.agrees for one in verdicts) else "differs"
+        result.model_differs = max(one.model_difference for one in verdicts)
         result.logits_differ = max(one.logit_difference for one in verdicts)
         if any(one.different for one in verdicts):
             result.message += f"[verify] {sum(one.different for one in verdicts)} decisions differ\n"
@@ -99,21 +107,29 @@ def _replayed(trace: Trace, output: Path, closed: ClosedLoopOptions | None) -> b
     return True
 
 
-def _difference(name: str, folder: Path, trace: Trace) -> float:
-    """Return the largest difference of recorded weights from those that the model returns with eager attention."""
+def _differences(folder: Path, trace: Trace) -> tuple[float, float]:
+    """Return the largest difference of recorded weights from those of one eager pass, in the prompt and after it."""
     model = load(ModelSource(str(folder))).model
-    model.set_attn_implementation("eager")
+    if not trace.header.rows_from:
+        model.set_attn_implementation("eager")
     ids = torch.from_numpy(trace.tokens(0)["token_id"].to_numpy().astype("int64"))[None]
+    prompt = trace.sequences[0].prompt
+    worst = []
+    for start, stop in ((0, prompt), (prompt, ids.shape[1])):
+        maps = _maps(model, ids[:, :stop], trace)
+        rows = [np.asarray(trace.attention(0, layer, start, stop), dtype=np.float32) for layer in trace.layers]
+        pairs = zip(rows, maps, strict=True)
+        worst.append(max(float(np.abs(mine - given[:, start:stop, :stop]).max(initial=0)) for mine, given in pairs))
+    return worst[0], worst[1]
+
+
+def _maps(model: Any, ids: torch.Tensor, trace: Trace) -> list[Any]:
+    """Return the rows ``[H, T, T]`` of each recorded layer that eager attention gives in one pass."""
     with torch.inference_mode():
         maps = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
-    maps = [one for one in maps if one is not None and one.ndim == 4]
-    if len(maps) != len(trace.layers) and len(maps) != trace.header.n_layers:
-        raise ValueError(f"eager attention returns {len(maps)} maps, the trace has layers {trace.layers}")
-    if len(maps) != len(trace.layers):
+    maps = [one[0].float().numpy() for one in maps if one is not None and one.ndim == 4]
+    if len(maps) == trace.header.n_layers:
         maps = [maps[layer] for layer in trace.layers]
-    worst = 0.0
-    for layer, expected in zip(trace.layers, maps, strict=True):
-        rows = np.asarray(trace.attention(0, layer), dtype=np.float32)
-        seen = expected[0].float().numpy()[..., -rows.shape[1] :, -rows.shape[2] :]
-        worst = max(worst, float(np.abs(rows - seen).max()))
-    return worst
+    if len(maps) != len(trace.layers):
+        raise ValueError(f"eager attention returns {len(maps)} maps, the trace has layers {trace.layers}")
+    return maps

@@ -66,7 +66,9 @@ SIZES: dict[str, Any] = {
 TOKEN_IDS = 120  # of images, audio and so on: the last of the vocabulary
 
 # Fields that get their small value also where the default is None, which the code of some models does not take.
-ALWAYS = "head_dim num_key_value_heads num_experts_per_tok n_routed_experts moe_intermediate_size".split()
+ALWAYS = (
+    "head_dim num_key_value_heads num_experts_per_tok n_routed_experts moe_intermediate_size n_shared_experts".split()
+)
 
 # What the defaults of a type do not allow to be built with.
 FIRST: dict[str, dict[str, Any]] = {
@@ -75,6 +77,11 @@ FIRST: dict[str, dict[str, Any]] = {
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MIDDLE = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 CONV = {"layer_types": ["conv", "full_attention", "conv"]}
+SHARED = {
+    "layers_block_type": ["hybrid", "mamba", "hybrid"],
+    "attention_head_dim": 16,
+    "attention_hidden_size": 64,
+}
 DECODER = {"is_decoder": True}
 ENCODERS = (
     "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert reformer rembert roberta "
@@ -82,6 +89,12 @@ ENCODERS = (
 ).split()
 BY_TYPE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(ENCODERS, DECODER),
+    "chameleon": {"vocabulary_map": {"<image>": TOKEN_IDS}},
+    "emu3": {"vocabulary_map": {"<image>": TOKEN_IDS}},
+    "dots3_note_vision": {"adapter_in_dim": WIDTH},
+    "inkling2_vision": {"text_hidden_size": WIDTH},
+    "glm5_next_text": {"index_kpool": 2},
+    "zaya": {"num_experts_per_tok": 1},
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
@@ -104,8 +117,8 @@ BY_TYPE: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
-    "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "zamba": SHARED,
+    "zamba2": SHARED,
 }
 
 
@@ -113,6 +126,8 @@ def per_layer(field: str, value: Any) -> Any:
     """Return a list with one item for each of the fewer layers, token ids inside the vocabulary, else the value."""
     if field.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= TOKEN_IDS:
         return TOKEN_IDS + value % 7
+    if field == "rope_parameters" and isinstance(value, dict) and "mrope_section" in value:
+        return {**value, "mrope_section": [2, 1, 1]}  # parts of half a head
     if isinstance(value, (list, tuple)) and len(value) > LAYERS and field in PER_LAYER:
         return shortened(list(value))
     return value
