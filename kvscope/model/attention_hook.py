@@ -23,11 +23,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvscope.core.errors import ModelError
-from kvscope.core.model_types import ModelConfig
+from kvscope.core.model_types import CausalModel, ModelConfig
 
 PREFIX = "kvscope-watch-"
 KERNELS = ("sdpa", "eager")
 INDEXED = ("index_topk", "index_topk_blocks", "indexer_budget")  # fields of configurations with a learned index
+# Types of transformers 5 with attention code of their own: their modules return rows only with eager attention.
+OWN_CODE = frozenset(
+    "big_bird bloom codegen cpmant falcon fuyu git gpt_neo gpt_neox_japanese gptj megatron-bert mpt mvp openai-gpt "
+    "prophetnet rembert roformer trocr xglm".split()
+)
 SEVERAL_CALLS = frozenset({"diffllama"})  # types whose attention is the difference of two calls
 
 
@@ -121,6 +126,11 @@ class Call:
         keys = logits.shape[-1]
         if self.mask is not None:
             mask = self.mask[:, :, start:stop, :keys]
+            if mask.shape[-1] != keys:
+                raise ModelError(
+                    f"layer {self.layer} attends to {keys} keys with a mask for {mask.shape[-1]}",
+                    "Trace another model: this one does not decode with a cache as it reads a prompt.",
+                )
             if mask.dtype == torch.bool:
                 return logits.masked_fill_(~mask, -torch.inf)
             return logits.add_(mask)
@@ -226,7 +236,7 @@ def refuse_encoder_decoder(model: nn.Module) -> None:
         )
 
 
-def obstacle(model: nn.Module) -> str:
+def obstacle(model: CausalModel) -> str:
     """Return why the attention calls of a model cannot be observed; empty if they can.
 
     Models with indexed sparse attention apply the index only if the selected kernel has one of transformers' names, and
@@ -234,14 +244,22 @@ def obstacle(model: nn.Module) -> str:
     """
     name = type(model).__name__
     sources = {sys.modules[type(part).__module__] for part in model.modules()}
-    if not any(hasattr(source, "ALL_ATTENTION_FUNCTIONS") for source in sources):
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in OWN_CODE or not any(hasattr(source, "ALL_ATTENTION_FUNCTIONS") for source in sources):
         return f"{name} does not use transformers' attention registry but code of its own"
     config = model.config.get_text_config(decoder=True) if hasattr(model, "config") else None
     if any(getattr(config, field, None) is not None for field in INDEXED):
         return f"{name} reads its cache through a learned index"
     if getattr(config, "rel_extent", None) is not None:
         return f"{name} adds a position bias to its logits"
-    if any(getattr(part, "layer_idx", 0) is None for part in model.modules()):
+    layers = getattr(config, "per_layer_config", None) or ()  # of types whose layers differ
+    if (
+        len({(one.num_attention_heads, getattr(one, "num_key_value_heads", None)) for one in layers})
+        == 1
+        < len({getattr(one, "head_dim", None) for one in layers})
+    ):
+        return f"{name} has layers whose heads differ in size"
+    if any(getattr(part, "layer_idx", 0) in (None, -1) for part in model.modules()):
         return f"{name} shares its attention modules between layers"
     if getattr(config, "model_type", None) in SEVERAL_CALLS:
         return f"{name} calls attention several times in a layer"
@@ -298,7 +316,7 @@ def _interface(
             )
         if attention_mask is None and query.shape[2] > 1 and not _is_causal(module, kwargs):
             raise ModelError(
-                f"{type(module).__name__} looks at later tokens: it is an encoder",
+                f"{type(module).__name__} looks at later tokens, as an encoder or a prefix model does",
                 "Trace a decoder; for a decoder that was made from an encoder, is_decoder is true in its config.json.",
             )
         sinks = kwargs.get("s_aux")

@@ -54,8 +54,7 @@ def header(
         If a layer to record has no attention.
     """
     layers, heads = list(selected.layers or ()), list(selected.heads or ())
-    windows = _windows(loaded, facts, layers)
-    store, top = parse_store(selected.store)
+    windows, (store, top) = _windows(loaded, facts, layers), parse_store(selected.store)
     return TraceHeader(
         source="model",
         protocol="forced" if all(prompt.forced is not None for prompt in prompts) else "generated",
@@ -71,7 +70,7 @@ def header(
         sliding_window=windows,
         learned_sinks=facts.learned_sinks,
         softcap=facts.softcap,
-        stored=[MAPS] if facts.from_modules else [*STORES[store], *(["hidden"] if selected.hidden else [])],
+        stored=_stored(facts, store, hidden=bool(selected.hidden)),
         attention=[_narrowed(facts.attention[layer], heads) for layer in layers] if store == QKV else [],
         top=top,
         head_numbers=heads,
@@ -82,11 +81,16 @@ def header(
         device=str(loaded.device),
         sampling=SamplingRecord(**asdict(sampling)),
         tokenizer=type(loaded.tokenizer).__name__,
-        versions=_versions(),
+        versions={"python": platform.python_version(), **versions("torch", "transformers", "pyarrow")},
         seed=seed,
         command=command,
         prefill_chunk=prefill_chunk,
     )
+
+
+def _stored(facts: AttentionFacts, store: str, *, hidden: bool) -> list[str]:
+    """Return the signals that are stored; of a model whose modules return the rows these alone."""
+    return [MAPS] if facts.from_modules else [*STORES[store], *(["hidden"] if hidden else [])]
 
 
 def _windows(loaded: Loaded, facts: AttentionFacts, layers: Sequence[int]) -> list[int | None]:
@@ -108,10 +112,6 @@ def _prompt(prompt: Prompt) -> PromptRecord:
         tokens=len(prompt.ids),
         field=prompt.source.field,
     )
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **versions("torch", "transformers", "pyarrow")}
 
 
 def _narrowed(attention: LayerAttention, heads: list[int]) -> LayerAttention:

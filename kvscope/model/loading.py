@@ -25,7 +25,7 @@ from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel, ModelConfig, Tokenizer
 from kvscope.core.options import ModelSource
 from kvscope.kernels.device import torch_device
-from kvscope.model.attention_hook import obstacle
+from kvscope.model.attention_hook import OWN_CODE, obstacle
 from kvscope.model.explain import HttpError, explained, fetch, first_line, kind
 from kvscope.model.names import resolve
 
@@ -226,7 +226,7 @@ def _loader(config: ModelConfig) -> type[AutoModelForCausalLM] | type[AutoModelF
     """Return the class of transformers that loads a model whose language model can be traced on text."""
     if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return AutoModelForCausalLM
-    whole = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)].__name__
+    whole = str(getattr(MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)], "__name__", ""))
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and whole not in (getattr(config, "architectures", None) or ())
     return AutoModelForCausalLM if causal else AutoModelForMultimodalLM
 
@@ -262,8 +262,3 @@ def _require_attention(config: ModelConfig) -> None:
 
 
 NO_ATTENTION = frozenset("falcon_mamba mamba mamba2 rwkv xlstm".split())
-# Types of transformers 5 with attention code of their own: their modules return rows only with eager attention.
-OWN_CODE = frozenset(
-    "big_bird bloom codegen cpmant falcon fuyu git gpt_neo gpt_neox_japanese gptj megatron-bert mpt mvp openai-gpt "
-    "prophetnet rembert roformer trocr xglm".split()
-)

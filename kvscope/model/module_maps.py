@@ -20,9 +20,10 @@ from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, ModelConfig
 from kvscope.model.attention_hook import obstacle
 from kvscope.model.pipeline import Pipeline
-from kvscope.model.selfcheck import PROBE, TOLERANCE, AttentionFacts, layer_count
+from kvscope.model.selfcheck import PROBE, TOLERANCE, AttentionFacts, layer_count, plain_logits
 from kvscope.trace.writer import TraceWriter
 
+WITHOUT_CACHE = frozenset({"conv", "linear_attention", "mamba", "recurrent"})  # types of layers without attention
 Take = Callable[[int, Tensor], None]  # layer, its rows [1, H, q, k]
 
 
@@ -40,12 +41,15 @@ class Source:
         Their place in its output, or None if they are all of it.
     heads : int
         ``H``.
+    sinks : bool
+        Whether rows sum to less than one, since a learned sink takes part in the softmax.
     """
 
     layer: int
     module: nn.Module
     place: int | None
     heads: int
+    sinks: bool
 
 
 def self_check_modules(model: CausalModel, ids: Tensor) -> AttentionFacts:
@@ -57,6 +61,7 @@ def self_check_modules(model: CausalModel, ids: Tensor) -> AttentionFacts:
         If it does not use eager attention, or no module returns rows that are causal and sum to at most one.
     """
     config = model.config.get_text_config(decoder=True)
+    plain_logits(model, ids[:, :PROBE])
     found = sources(model, ids[:, :PROBE])
     heads = {source.heads for source in found}
     kv_heads = _kv_heads(config, max(heads))
@@ -65,20 +70,37 @@ def self_check_modules(model: CausalModel, ids: Tensor) -> AttentionFacts:
             f"the layers of {type(model).__name__} differ in their heads: {sorted(heads)}",
             "Trace a model whose layers have the same heads.",
         )
-    count, windows = layer_count(config), {source.layer: None for source in found}
+    windows = {source.layer: None for source in found}
     return AttentionFacts(
         heads=heads.pop(),
         kv_heads=kv_heads,
         head_dim=0,
         value_dim=0,
         windows=dict(windows),
-        others={layer: "no attention" for layer in range(count) if layer not in windows},
+        others=_others(type(model).__name__, config, windows),
         scaling=None,
         softcap=None,
-        learned_sinks=False,
+        learned_sinks=any(source.sinks for source in found),
         attention={},
+        vector_dtype="float32",
         from_modules=True,
     )
+
+
+def _others(name: str, config: ModelConfig, seen: Collection[int]) -> dict[int, str]:
+    """Return the kind of each layer without attention; raises ModelError for one with attention but without rows."""
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    others = {}
+    for layer in range(layer_count(config)):
+        if layer in seen:
+            continue
+        others[layer] = kind = types[layer] if layer < len(types) else "unknown"
+        if kind not in WITHOUT_CACHE:
+            raise ModelError(
+                f"the modules of layer {layer} of {name} return no rows over the tokens before a query",
+                "Trace another model; kvscope models lists those that can be traced.",
+            )
+    return others
 
 
 def _kv_heads(config: ModelConfig, heads: int) -> int:
@@ -98,7 +120,8 @@ def sources(model: CausalModel, ids: Tensor) -> list[Source]:
         for place, part in enumerate(parts):
             if isinstance(part, Tensor) and _are_rows(part, ids.shape[1]):
                 at = place if isinstance(output, tuple) else None
-                found.append((name, Source(_number(name), module, at, part.shape[1])))
+                sinks = float(part.detach().float().sum(-1).min()) < 1 - TOLERANCE
+                found.append((name, Source(_number(name), module, at, part.shape[1], sinks)))
 
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()]
     try:
@@ -228,4 +251,4 @@ class MapRecorder:
                 write = partial(
                     self.writer.attention, layer, self._sequence, first + start + skipped, stride=self._stride
                 )
-                self._put(layer, write, {"row_sum": block.sum(-1), "rows": block.half()})
+                self._put(("attention", layer), write, {"row_sum": block.sum(-1), "rows": block.half()})

@@ -109,7 +109,8 @@ class Recorder:
         if call.layer not in self._selected:
             return
         state = self._layers[call.layer]
-        if call.query.shape[2] == 1 and call.mask is None and call.sliding_window is None:
+        full = call.key.shape[2] == state.seen + len(state.queries) + 1  # not so if the cache is a window's
+        if full and call.query.shape[2] == 1 and call.mask is None and call.sliding_window is None:
             state.queries.append(call.query)
             state.hidden += [] if call.hidden is None else [call.hidden]
             state.newest = call

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from kvscope.core.errors import ModelError
+from kvscope.core.memory import is_out_of_memory
 from kvscope.core.model_types import CausalModel, ModelConfig
 from kvscope.model.attention_hook import Call, observe_attention
+from kvscope.model.explain import first_line
 from kvscope.model.packing import VECTOR_DTYPES
 from kvscope.model.short_cache import full_cache
 from kvscope.trace.columns import VectorType
@@ -69,7 +71,7 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
     """
     ids = ids[:, :PROBE]
     calls: list[Call] = []
-    expected = model(input_ids=ids, use_cache=False).logits
+    expected = plain_logits(model, ids)
     with observe_attention(model, calls.append):
         observed = model(input_ids=ids, use_cache=False).logits
     name = type(model).__name__
@@ -104,6 +106,19 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
         attention={call.layer: _attention(call) for call in calls},
         vector_dtype=_vector_dtype(calls),
     )
+
+
+def plain_logits(model: CausalModel, ids: Tensor) -> Tensor:
+    """Return the logits of ids ``[1, n]``; raises ModelError if the model does not run on text alone."""
+    try:
+        return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} does not run on a text prompt: {first_line(error)}",
+            "Trace a model that takes text alone, and check that its files belong together.",
+        ) from error
 
 
 def _vector_dtype(calls: list[Call]) -> VectorType:
@@ -159,9 +174,8 @@ def _attention(call: Call) -> LayerAttention:
 
 
 def _check_rows(name: str, call: Call) -> None:
-    count = call.query.shape[2]
+    count, where = call.query.shape[2], f"layer {call.layer} of {name}"
     rows = call.rows(0, count)[0]
-    where = f"layer {call.layer} of {name}"
     if not bool(torch.isfinite(rows).all()):
         raise ModelError(f"{where} has attention weights that are not finite", "Try --dtype float32.")
     if rows.shape[-1] != count or bool(rows.triu(1).any()):

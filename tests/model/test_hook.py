@@ -19,8 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvscope.core.errors import ModelError
-from kvscope.model.attention_hook import Call, observe_attention
-from kvscope.model.loading import OWN_CODE
+from kvscope.model.attention_hook import OWN_CODE, Call, observe_attention
 from kvscope.model.recorder import Recorder
 from kvscope.model.selfcheck import _check_rows, self_check
 from tests.model.tiny import MODELS, WINDOW, build, tokens
@@ -179,7 +178,7 @@ def test_models_outside_the_registry_run_no_policies(name: str) -> None:
 def test_an_encoder_is_refused() -> None:
     """Without is_decoder a BERT sees later tokens, and gives no mask that says so."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    with pytest.raises(ModelError, match=r"looks at later tokens: it is an encoder\n.*is_decoder"):
+    with pytest.raises(ModelError, match=r"looks at later tokens, as an encoder\n.*is_decoder"):
         self_check(BertLMHeadModel(BertConfig(**sizes)).eval(), tokens(5))
     assert self_check(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).eval(), tokens(5)).heads == 4
 

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from tests.models.shrink import ALWAYS, BY_TYPE, FIRST, SIZES, per_layer
+from tests.models.shrink import ALWAYS, BY_TYPE, FIRST, LAYERS, MROPE, PER_LAYER, ROPE, SIZES, per_layer
 
 VOCABULARY = 128
 SHARP = ("q_proj", "k_proj", "query", "qkv", "c_attn", "q_b_proj", "kv_b_proj", "key.", "in_proj")
@@ -47,11 +47,14 @@ def shrunk(config: PreTrainedConfig, kind: str | None = None) -> PreTrainedConfi
             continue
         elif field in SIZES and (value is not None or field in ALWAYS):
             many = isinstance(value, (list, tuple)) and isinstance(SIZES[field], int) and not field.endswith("_id")
-            settings[field] = [SIZES[field]] * len(value) if many else SIZES[field]
+            settings[field] = [SIZES[field]] * (LAYERS if field in PER_LAYER else len(value)) if many else SIZES[field]
         elif (shorter := per_layer(field, value)) is not value:
             settings[field] = shorter
     if settings.get("kv_lora_rank") and "num_key_value_heads" in settings:
         settings["num_key_value_heads"] = settings["num_attention_heads"]  # latent attention has keys for every head
+    if config.model_type in MROPE:
+        given = config.__dict__.get("rope_parameters") or ROPE
+        settings["rope_parameters"] = {**given, "mrope_section": MROPE[config.model_type]}
     return type(config)(**{**settings, **own})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from kvscope.core.recording_options import TextOptions
 from kvscope.model.attention_hook import obstacle
 from kvscope.model.compile import compile_recording
 from kvscope.model.loading import load
+from kvscope.model.module_maps import observe_modules, sources
 from kvscope.replay.compile import compile_replay
 from kvscope.trace.reader import Trace
 from tests.models.build import saved
@@ -118,18 +120,74 @@ def _differences(folder: Path, trace: Trace) -> tuple[float, float]:
     for start, stop in ((0, prompt), (prompt, ids.shape[1])):
         maps = _maps(model, ids[:, :stop], trace)
         rows = [np.asarray(trace.attention(0, layer, start, stop), dtype=np.float32) for layer in trace.layers]
+        if trace.header.learned_sinks:  # some types return rows before the factor of the sink
+            rows, maps = [_shares(one) for one in rows], [_shares(one) for one in maps]
         pairs = zip(rows, maps, strict=True)
         worst.append(max(float(np.abs(mine - given[:, start:stop, :stop]).max(initial=0)) for mine, given in pairs))
     return worst[0], worst[1]
+
+
+def _shares(rows: Any) -> Any:
+    """Return rows that sum to one."""
+    return rows / rows.sum(-1, keepdims=True)
 
 
 def _maps(model: Any, ids: torch.Tensor, trace: Trace) -> list[Any]:
     """Return the rows ``[H, T, T]`` of each recorded layer that eager attention gives in one pass."""
     with torch.inference_mode():
         maps = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+    if not maps:  # the model does not pass on what its modules return
+        found: dict[int, torch.Tensor] = {}
+        with torch.inference_mode(), observe_modules(sources(model, ids), found.__setitem__):
+            model(input_ids=ids, use_cache=False, output_attentions=True)
+        maps = [found[layer] for layer in trace.layers]
     maps = [one[0].float().numpy() for one in maps if one is not None and one.ndim == 4]
     if len(maps) == trace.header.n_layers:
         maps = [maps[layer] for layer in trace.layers]
     if len(maps) != len(trace.layers):
         raise ValueError(f"eager attention returns {len(maps)} maps, the trace has layers {trace.layers}")
     return maps
+
+
+def record_of(result: dict[str, Any]) -> dict[str, str]:
+    """Return the entry of a type in ``types.json``: what works with it, in words, and why something does not."""
+    if "does not run on a text prompt" in result["message"] and not re.search(NEEDS_IMAGES, result["message"]):
+        return {**dict.fromkeys(("replay", "closed", "verify"), "-"), "trace": "not tried", "remark": UNTRIED}
+    traced = {"ok": "rows", "maps": "module rows", "not built": "not tried"}
+    return {
+        "trace": traced.get(result["trace"], result["trace"]),
+        "replay": _WORDS.get(result["replay"], result["replay"]),
+        "closed": _WORDS.get(result["closed"], result["closed"]),
+        "verify": {"refused": "no"}.get(result["verify"], result["verify"]),
+        "remark": "; ".join(_remarks(result)),
+    }
+
+
+NEEDS_IMAGES = "pixel_values|image_embeds"
+UNTRIED = "no tiny configuration of it is known that runs"
+_WORDS = {"ok": "yes", "refused": "no"}
+SAME = 1e-4  # above this, logits of a model's own decoding and of its own pass are not the same
+
+
+def _remarks(result: dict[str, Any]) -> list[str]:
+    said = dict(re.findall(r"^\[(\w+)\] (.*)$", result["message"], re.MULTILINE))
+    said = {stage: re.sub(r"\S*/(model|trace)\b", r"the \1", line) for stage, line in said.items()}
+    if result["trace"] == "not built":
+        missing = re.findall(r"requires the (\w+) library", result["message"])
+        return [f"needs {' and '.join(dict.fromkeys(missing))}" if missing else UNTRIED]
+    if result["trace"] != "ok" and result["trace"] != "maps":
+        return [said.get("trace", "")]
+    found = []
+    if result["others"]:
+        found.append(
+            f"no cache to evict in its {result['others']} layers".replace("no attention layers", "other layers")
+        )
+    if result["why"]:
+        found.append(result["why"].partition(" ")[2])
+    else:
+        found += [
+            said[stage] for stage in ("replay", "closed", "verify") if result.get(stage) == "refused" and stage in said
+        ]
+    if (result["model_differs"] or 0) > SAME:
+        found.append("decodes to other logits than its own pass over the text gives")
+    return found

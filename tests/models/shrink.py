@@ -61,7 +61,19 @@ SIZES: dict[str, Any] = {
     **_all("num_position_embeddings", 16),
     **_all("first_k_dense_replace first_k_dense", 1),
     **dict.fromkeys(ENDS, LAST),
+    "global_head_dim": 16,
     "pad_token_id": 0,
+}
+# Parts of half a head for the positions of time, height and width, of types whose configuration does not name them.
+MROPE = {
+    "glm4v_text": [2, 1, 1],
+    "glm4v_moe_text": [1, 1, 0],
+    "glm_ocr_text": [2, 1, 1],
+    "glmga_text": [2, 1, 1],
+    "paddleocr_vl_text": [2, 1, 1],
+    "qwen2_5_omni_text": [2, 1, 1],
+    "qwen2_5_vl_text": [2, 1, 1],
+    "qwen2_vl_text": [2, 1, 1],
 }
 TOKEN_IDS = 120  # of images, audio and so on: the last of the vocabulary
 
@@ -94,6 +106,7 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "dots3_note_vision": {"adapter_in_dim": WIDTH},
     "inkling2_vision": {"text_hidden_size": WIDTH},
     "glm5_next_text": {"index_kpool": 2},
+    "mistral4": {"num_key_value_heads": HEADS},
     "zaya": {"num_experts_per_tok": 1},
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
