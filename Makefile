@@ -5,6 +5,8 @@
 # make campaign
 #              install, then damage traces and replays in ten thousand ways, and run where nothing can be written:
 #              nothing damaged may be accepted, and nothing unfinished left
+# make check-models
+#              install, then try every type of model in transformers: traced, replayed and verified as the table says
 # make check   install, then format, lint, types, tests and docs: a change must pass all of them
 # make format  rewrite the code in the project's format
 
@@ -15,7 +17,7 @@ JOBS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test test-portable campaign check format clean
+.PHONY: demo test test-portable campaign check check-models format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvscope demo
@@ -28,6 +30,10 @@ test: $(VENV)/.installed-dev
 
 test-portable: $(VENV)/.installed-dev
 	$(BIN)/python tools/portable.py
+
+check-models: export OMP_NUM_THREADS ?= 1
+check-models: $(VENV)/.installed-dev
+	$(BIN)/python tools/models.py --check
 
 campaign: $(VENV)/.installed-dev
 	$(BIN)/python tools/campaign.py --cases 10000 --output benchmarks/results/campaign.json

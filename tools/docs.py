@@ -19,6 +19,7 @@ import typer
 
 from kvscope import __version__
 from kvscope.cli.app import app
+from kvscope.model import known_types
 from kvscope.policies import POLICIES
 from kvscope.policies.describe import describe
 from kvscope.results import schema as results
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GENERATED: dict[str, Callable[[], str]] = {
     "traces/README.md": trace.describe,
     "reports/README.md": results.describe,
+    "docs/models.md": known_types.describe,
 }
 README, RESULTS = "README.md", Path("benchmarks/results")
 OUTCOMES, GATES, OPERATIONS = (RESULTS / f"{name}.json" for name in ("outcomes", "gates", "operations"))

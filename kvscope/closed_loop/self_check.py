@@ -11,7 +11,9 @@ from kvscope.core.errors import ModelError, ReplayError
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Prefill
 from kvscope.engine.plan import EvictionPlan
-from kvscope.model.attention_hook import replace_attention, require_registry
+from kvscope.model.attention_hook import replace_attention
+from kvscope.model.obstacles import require_registry
+from kvscope.model.selfcheck import layers_without_attention
 from kvscope.policies.full import Full
 from kvscope.policies.window import Window
 
@@ -29,7 +31,7 @@ def self_check(model: CausalModel, ids: Tensor, prefill: Prefill) -> list[int]:
     ReplayError
         If a run that evicts nothing does not give the model's own logits.
     ModelError
-        If no layer has attention or one calls it several times, or it cannot be observed.
+        If no layer has attention or one calls it several times, or a layer keeps keys and its attention is not seen.
     """
     require_registry(model)
     ids = ids[:PROBE].to(model.get_input_embeddings().weight.device)
@@ -46,6 +48,7 @@ def self_check(model: CausalModel, ids: Tensor, prefill: Prefill) -> list[int]:
             f"attention of {type(model).__name__} was called in layers {loop.layers}, not once in each that has it",
             "Use a model that calls attention once in a layer.",
         )
+    layers_without_attention(model, ids[None], loop.layers)
     difference = compare_logits(logits[:1], logits[1], ids.new_zeros(count))["kl"].mean().item()
     if not difference <= CLOSE[model.dtype]:
         raise ReplayError(

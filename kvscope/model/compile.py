@@ -14,11 +14,11 @@ from kvscope.core.options import ModelSource, OutputOptions
 from kvscope.core.output import require_free
 from kvscope.core.recording_options import BlockOptions, Sampling, StoreOptions, TextOptions
 from kvscope.core.text_names import text_name
-from kvscope.model.attention_hook import obstacle, refuse_encoder_decoder
 from kvscope.model.explain import memory_explained
 from kvscope.model.header import header
 from kvscope.model.loading import Loaded, load, model_name
 from kvscope.model.module_maps import self_check_modules
+from kvscope.model.obstacles import obstacle, refuse_encoder_decoder
 from kvscope.model.plan import RecordingPlan
 from kvscope.model.prefill import chunk_size
 from kvscope.model.prompt_files import read_prompts

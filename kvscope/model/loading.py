@@ -25,9 +25,9 @@ from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel, ModelConfig, Tokenizer
 from kvscope.core.options import ModelSource
 from kvscope.kernels.device import torch_device
-from kvscope.model.attention_hook import OWN_CODE, obstacle
 from kvscope.model.explain import HttpError, explained, fetch, first_line, kind
 from kvscope.model.names import resolve
+from kvscope.model.obstacles import OWN_CODE, obstacle
 
 DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
@@ -80,7 +80,8 @@ class Loaded:
     @property
     def context(self) -> int | None:
         """Longest sequence that the model supports, in tokens; None if its configuration does not say."""
-        return getattr(self.text_config, "max_position_embeddings", None)
+        most = getattr(self.text_config, "max_position_embeddings", None)
+        return most if most is not None and most > 0 else None  # some types write -1 for no limit
 
 
 def load(source: ModelSource) -> Loaded:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, ModelConfig
-from kvscope.model.attention_hook import obstacle
+from kvscope.model.obstacles import obstacle
 from kvscope.model.pipeline import Pipeline
 from kvscope.model.selfcheck import PROBE, TOLERANCE, AttentionFacts, layer_count, plain_logits
 from kvscope.trace.writer import TraceWriter

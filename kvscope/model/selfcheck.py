@@ -99,7 +99,7 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
         head_dim=head_dim,
         value_dim=value_dim,
         windows={call.layer: call.sliding_window for call in calls},
-        others=_others(model, ids, [call.layer for call in calls]),
+        others=layers_without_attention(model, ids, [call.layer for call in calls]),
         scaling=first.scaling,
         softcap=first.softcap,
         learned_sinks=any(call.sinks is not None for call in calls),
@@ -138,7 +138,7 @@ def _require_one_call(name: str, calls: list[Call]) -> None:
         )
 
 
-def _others(model: CausalModel, ids: Tensor, seen: list[int]) -> dict[int, str]:
+def layers_without_attention(model: CausalModel, ids: Tensor, seen: list[int]) -> dict[int, str]:
     """Return the kind of each layer without attention; raises ModelError if it keeps keys all the same."""
     config = model.config.get_text_config(decoder=True)
     others = [layer for layer in range(layer_count(config)) if layer not in seen]

@@ -19,8 +19,8 @@ from kvscope.core.version import versions
 from kvscope.gates.file import GateFacts
 from kvscope.gates.module import LearnedGate
 from kvscope.kernels.device import torch_device
-from kvscope.model.attention_hook import require_registry
 from kvscope.model.loading import Loaded, load
+from kvscope.model.obstacles import require_registry
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import self_check
 from kvscope.model.token_ids import TextEncoder

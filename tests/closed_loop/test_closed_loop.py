@@ -234,11 +234,21 @@ def test_layers_on_several_devices(positions: str, tmp_path: Path) -> None:
         assert not np.array_equal(values["nll_policy"], values["nll_full"])
 
 
-def test_the_self_check_finds_missing_attention_layers() -> None:
+def test_the_self_check_finds_missing_attention_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer without attention has nothing to evict, but not one that caches keys and attends to them by itself."""
     model = build("llama")
     assert self_check(model, tokens(20)[0], "full") == [0, 1]
-    model.config.num_hidden_layers = 3
-    with pytest.raises(Exception, match="attention was called in"):
+
+    def alone(hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+        if past_key_values is not None and keeps:
+            past_key_values.update(*torch.zeros(2, 1, 2, hidden_states.shape[1], 8), 1)
+        return hidden_states, None
+
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", alone)
+    keeps = False
+    assert self_check(model, tokens(20)[0], "full") == [0]
+    keeps = True
+    with pytest.raises(Exception, match="layer 1 of LlamaForCausalLM caches keys, but its attention cannot be"):
         self_check(model, tokens(20)[0], "full")
 
 

@@ -147,7 +147,10 @@ def test_float32_is_measured_and_not_judged() -> None:
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_a_part_in_float32_is_no_difference(name: str) -> None:
     """Gemma 2 makes its softmax in float32, whatever the dtype of the model: the tolerance follows from that."""
-    found = verdict(build(name).double(), "tova", "full")
+    model = build(name).double()
+    if name == "gpt_oss":
+        model.set_experts_implementation("eager")  # as the model is loaded in float64
+    found = verdict(model, "tova", "full")
     assert found.decided and found.agrees, found
     assert not found.model_differs and found.tolerance < 1e-5
     assert (found.tolerance > TOLERANCE) == (name == "gemma2"), found

@@ -23,8 +23,8 @@ PANELS = (
     "queries provenance"
 ).split()
 COMMANDS = (
-    "trace replay perplexity verify tune score regret spans report diff compare export info policies import pack "
-    "unpack demo tasks gate"
+    "trace replay perplexity verify tune score regret spans report diff compare export info policies models import "
+    "pack unpack demo tasks gate"
 ).split()
 
 LIST = {

@@ -19,7 +19,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvscope.core.errors import ModelError
-from kvscope.model.attention_hook import OWN_CODE, Call, observe_attention
+from kvscope.model.attention_hook import Call, observe_attention
+from kvscope.model.obstacles import OWN_CODE
 from kvscope.model.recorder import Recorder
 from kvscope.model.selfcheck import _check_rows, self_check
 from tests.model.tiny import MODELS, WINDOW, build, tokens

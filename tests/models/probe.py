@@ -16,10 +16,10 @@ from kvscope.closed_loop.compile import compile_verify
 from kvscope.core.errors import KvscopeError
 from kvscope.core.options import ClosedLoopOptions, ModelSource, OutputOptions, ReplayOptions, VerifyOptions
 from kvscope.core.recording_options import TextOptions
-from kvscope.model.attention_hook import obstacle
 from kvscope.model.compile import compile_recording
 from kvscope.model.loading import load
 from kvscope.model.module_maps import observe_modules, sources
+from kvscope.model.obstacles import obstacle
 from kvscope.replay.compile import compile_replay
 from kvscope.trace.reader import Trace
 from tests.models.build import saved
@@ -171,7 +171,8 @@ SAME = 1e-4  # above this, logits of a model's own decoding and of its own pass 
 
 def _remarks(result: dict[str, Any]) -> list[str]:
     said = dict(re.findall(r"^\[(\w+)\] (.*)$", result["message"], re.MULTILINE))
-    said = {stage: re.sub(r"\S*/(model|trace)\b", r"the \1", line) for stage, line in said.items()}
+    said = {stage: re.sub(r"\S*/(model|trace|prompt)\b", r"the \1", line) for stage, line in said.items()}
+    said = {stage: re.sub(r" by \S+ nats per token", "", line) for stage, line in said.items()}
     if result["trace"] == "not built":
         missing = re.findall(r"requires the (\w+) library", result["message"])
         return [f"needs {' and '.join(dict.fromkeys(missing))}" if missing else UNTRIED]

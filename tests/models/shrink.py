@@ -107,6 +107,8 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "inkling2_vision": {"text_hidden_size": WIDTH},
     "glm5_next_text": {"index_kpool": 2},
     "mistral4": {"num_key_value_heads": HEADS},
+    "step3p5": {"sliding_window": 8},
+    "unlimited_ocr_text": {"num_key_value_heads": HEADS},
     "zaya": {"num_experts_per_tok": 1},
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},

@@ -1,0 +1,111 @@
+"""``kvscope models``: which models can be traced, and what one of them would take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvscope.cli.command import command
+from kvscope.cli.options import Json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvscope.cli.console import Column
+    from kvscope.model.known_types import TypeRecord
+    from kvscope.model.model_facts import ModelFacts
+
+
+@command("models", order=145)
+def models(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="A type of transformers, or a model: an alias, a folder or a Hub id.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the types of models and what works with each, or describe one type or model; no weights are loaded."""
+    from dataclasses import asdict
+
+    from kvscope.cli import console
+    from kvscope.model.known_types import known_types, type_of
+
+    if name is None:
+        from kvscope.model.names import ALIASES
+
+        rows = list(known_types().values())
+        if json:
+            console.show_json({"aliases": ALIASES, "types": [asdict(row) for row in rows]})
+            return
+        console.show_pairs(sorted(ALIASES.items()), title="short names")
+        console.show_text("")
+        console.show_table(columns(rows), title="types of models", notes=NOTES)
+        return
+    known = type_of(name)
+    if known is not None:
+        shown, pairs = asdict(known), _of_type(known)
+    else:
+        facts = _facts(name, quiet=json)
+        shown, pairs = facts.plain, _of_model(facts)
+    if json:
+        console.show_json(shown)
+    else:
+        console.show_pairs(pairs, title=name)
+
+
+def _facts(name: str, *, quiet: bool) -> ModelFacts:
+    from kvscope.cli import console
+
+    with console.working("loading transformers", quiet=quiet):
+        from kvscope.model.model_facts import model_facts
+    return model_facts(name)
+
+
+NOTES = [
+    "rows: recomputed from queries and keys, with all signals; module rows: as the model's modules return them.",
+    "Each type was tried with a tiny random model. kvscope models NAME describes one type or model.",
+]
+
+
+def columns(rows: Sequence[TypeRecord]) -> list[Column]:
+    """Return the columns of the list of types."""
+    from kvscope.cli.console import Column
+
+    return [
+        Column("type", [row.name for row in rows]),
+        Column("trace", [row.trace for row in rows]),
+        Column("open loop", [row.replay for row in rows], keep=40),
+        Column("closed loop", [row.closed for row in rows]),
+        Column("verify", [row.verify for row in rows], keep=50),
+        Column("remark", [row.remark or "-" for row in rows], keep=10, wrap=30),
+    ]
+
+
+def _of_type(row: TypeRecord) -> list[tuple[str, str]]:
+    return [
+        ("trace", row.trace),
+        ("open loop", row.replay),
+        ("closed loop", row.closed),
+        ("verify", row.verify),
+        ("remark", row.remark or "-"),
+    ]
+
+
+def _of_model(facts: ModelFacts) -> list[tuple[str, str]]:
+    from kvscope.core.output import size
+
+    others = facts.layers - facts.attention_layers
+    return [
+        ("model", facts.source),
+        ("type", facts.type.name),
+        *_of_type(facts.type),
+        ("layers", f"{facts.layers}" + (f", {others} of them without a cache to evict" if others else "")),
+        ("heads", f"{facts.heads} query heads, {facts.kv_heads} key/value heads of size {facts.head_dim}"),
+        ("cache", f"{size(facts.cache_bytes)} per token in 16 bit"),
+        ("trace size", f"about {size(facts.trace_bytes)} for 1,000 tokens with --store maps"),
+    ]

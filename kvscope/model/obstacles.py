@@ -1,0 +1,77 @@
+"""Why the attention calls of a model cannot be observed, where they cannot."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from kvscope.core.errors import ModelError
+from kvscope.core.model_types import CausalModel, ModelConfig
+
+INDEXED = ("index_topk", "index_topk_blocks", "indexer_budget")  # fields of configurations with a learned index
+# Types of transformers 5 with attention code of their own: their modules return rows only with eager attention.
+OWN_CODE = frozenset(
+    "big_bird bloom codegen cpmant falcon fuyu git gpt_neo gpt_neox_japanese gptj megatron-bert mpt mvp openai-gpt "
+    "prophetnet rembert roformer trocr xglm".split()
+)
+SEVERAL_CALLS = frozenset({"diffllama"})  # types whose attention is the difference of two calls
+
+
+def require_registry(model: nn.Module) -> None:
+    """Raise ModelError if the model does not look up its attention function in transformers' registry.
+
+    Models with indexed sparse attention are refused too: they apply the index only if the selected kernel has one of
+    transformers' names, and would silently run dense attention here.
+    """
+    refuse_encoder_decoder(model)
+    why = obstacle(model)
+    if why:
+        raise ModelError(
+            f"{why}, so policies cannot run inside its attention",
+            "Replay its trace in the open loop: kvscope replay without --perplexity.",
+        )
+
+
+def refuse_encoder_decoder(model: nn.Module) -> None:
+    """Raise ModelError for a model with an encoder, whose cross-attention is not traced."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder, whose cross-attention is not traced",
+            "Trace a decoder-only model.",
+        )
+
+
+def obstacle(model: CausalModel) -> str:
+    """Return why the attention calls of a model cannot be observed; empty if they can.
+
+    Models with indexed sparse attention apply the index only if the selected kernel has one of transformers' names, and
+    would silently run dense attention here.
+    """
+    name = type(model).__name__
+    sources = {sys.modules[type(part).__module__] for part in model.modules()}
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in OWN_CODE or not any(hasattr(source, "ALL_ATTENTION_FUNCTIONS") for source in sources):
+        return f"{name} does not use transformers' attention registry but code of its own"
+    config = model.config.get_text_config(decoder=True) if hasattr(model, "config") else None
+    if any(getattr(config, field, None) is not None for field in INDEXED):
+        return f"{name} reads its cache through a learned index"
+    if getattr(config, "rel_extent", None) is not None:
+        return f"{name} adds a position bias to its logits"
+    if _differ_in_size(config):
+        return f"{name} has layers whose heads differ in size"
+    own = [part for part in model.modules() if getattr(part, "config", None) is config]  # not of an image encoder
+    if any(getattr(part, "layer_idx", 0) in (None, -1) for part in own):
+        return f"{name} shares its attention modules between layers"
+    if getattr(config, "model_type", None) in SEVERAL_CALLS:
+        return f"{name} calls attention several times in a layer"
+    return ""
+
+
+def _differ_in_size(config: ModelConfig) -> bool:
+    """Return whether layers have equally many heads that differ in size; other configurations are checked in a pass."""
+    if not getattr(config, "is_heterogeneous", False):
+        return False
+    layers = list(config.per_layer_config)
+    counts = {(one.num_attention_heads, getattr(one, "num_key_value_heads", None)) for one in layers}
+    return len(counts) == 1 < len({getattr(one, "head_dim", None) for one in layers})
