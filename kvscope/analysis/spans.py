@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 
 from kvscope.core.errors import UsageError
 from kvscope.core.residency import ResidencyIntervals
+from kvscope.core.text_spans import token_range
 from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay
+from kvscope.trace.reader import Trace
 
 _RANGE = re.compile(r"(?P<start>\d+):(?P<stop>\d+)")
 
@@ -113,6 +116,25 @@ def parse_spans(given: Sequence[str], length: int, texts: Callable[[], Sequence[
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"span {name!r} is given twice", "Give each span a different name.")
+    return spans
+
+
+def spans_of_prompt(trace: Trace, sequence: int) -> list[Span]:
+    """Return the spans that were recorded with a prompt; of those with one name, the second is ``NAME-2``, and so on.
+
+    Raises
+    ------
+    UsageError
+        If there are none.
+    """
+    seen: Counter[str] = Counter()
+    spans = []
+    for span in trace.record.sequences[sequence].spans:
+        seen[span.name] += 1
+        nth = seen[span.name]
+        spans.append(Span(f"{span.name}-{nth}" if nth > 1 else span.name, span.start, span.stop))
+    if not spans:
+        raise UsageError("no span is named", "Name one or more: --span question=120:140 --span fact=text:WORDS")
     return spans
 
 
@@ -243,11 +265,7 @@ def _places(words: str, texts: Sequence[str]) -> list[tuple[int, int]]:
     if not words:
         raise UsageError("a span has no text", "Write NAME=text:WORDS.")
     whole = "".join(texts)
-    ends = np.cumsum([len(text) for text in texts])
-    found = []
-    for match in re.finditer(re.escape(words), whole):
-        first = int(np.searchsorted(ends, match.start(), "right"))
-        found.append((first, int(np.searchsorted(ends, match.end(), "left")) + 1))
+    found = [token_range(match.start(), match.end(), texts) for match in re.finditer(re.escape(words), whole)]
     if not found:
         raise UsageError(
             f"{words!r} is not in the sequence",

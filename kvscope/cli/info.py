@@ -97,14 +97,17 @@ def show_system(*, as_json: bool = False) -> None:
         console.show_pairs([(name, str(value)) for name, value in found.items()], title="system")
 
 
-def show(trace: Trace, *, as_json: bool = False, verified: bool = False) -> None:
-    """Print what a trace holds."""
+def show(trace: Trace, *, as_json: bool = False, verified: bool = False, said: bool = False) -> None:
+    """Print what a trace holds, and with `said` what the model said."""
     from kvscope.cli import console
+    from kvscope.cli.said import show_said, what_was_said
 
+    texts = what_was_said(trace) if said else []
     if as_json:
-        console.show_json(describe(trace, verified=verified))
-    else:
-        console.show_pairs(pairs(trace, verified=verified), title=str(trace.path))
+        console.show_json({**describe(trace, verified=verified), **({"said": texts} if said else {})})
+        return
+    console.show_pairs(pairs(trace, verified=verified), title=str(trace.path))
+    show_said(texts)
 
 
 def describe(trace: Trace, *, verified: bool = False) -> JsonDict:

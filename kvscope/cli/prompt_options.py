@@ -26,6 +26,15 @@ Field = Annotated[
         show_default=False,
     ),
 ]
+Answer = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--answer",
+        metavar="TEXT",
+        help="A right answer to the prompt, of which there is one. Repeatable.",
+        show_default=False,
+    ),
+]
 Continuation = Annotated[
     Path | None,
     typer.Option("--continuation", metavar="FILE", help="Force this text after the prompt instead of generating."),

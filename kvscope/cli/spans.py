@@ -46,16 +46,15 @@ def spans(
 ) -> None:
     """Report how much of a span of tokens the heads hold, and when half of it had been evicted.
 
-    A single run is shown layer by layer, several runs on one line each.
+    Without --span, the spans are those of the prompt: the facts and the question of kvscope tasks. A single run is
+    shown layer by layer, several runs on one line each.
     """
-    from kvscope.analysis.spans import parse_spans, spans_of
+    from kvscope.analysis.spans import parse_spans, spans_of, spans_of_prompt
     from kvscope.cli import console, places
     from kvscope.cli.runs import chosen, trace_of
     from kvscope.core.errors import UsageError
     from kvscope.results.store import open_replay
 
-    if not span:
-        raise UsageError("no span is named", "Name one or more: --span question=120:140 --span fact=text:WORDS")
     opened = open_replay(places.find_replay(replay, quiet=quiet))
     runs = chosen(opened, policy, budget)
     sequences = opened.info.trace.sequences
@@ -66,7 +65,9 @@ def spans(
     def texts() -> list[str]:
         return [str(text) for text in trace_of(opened, trace, compare=not no_verify).tokens(sequence)["text"]]
 
-    named = parse_spans(span, length, texts)
+    named = (
+        parse_spans(span, length, texts) if span else spans_of_prompt(trace_of(opened, trace, compare=False), sequence)
+    )
     steps = list(dict.fromkeys(at or [prompt - 1, length - 1]))
     found = spans_of(opened, named, steps, [run.run for run in runs], sequence)
     if json:

@@ -29,6 +29,7 @@ def trace(
     output: options.TraceOutput = None,
     max_new_tokens: options.MaxNewTokens = 128,
     continuation: prompt_options.Continuation = None,
+    answer: prompt_options.Answer = None,
     layers: options.Layers = None,
     heads: options.Heads = None,
     query_stride: options.QueryStride = 1,
@@ -54,17 +55,16 @@ def trace(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Generate with a real model and record every attention row, or the vectors that determine it.
+    """Generate with a real model and record every attention row, or the vectors that determine it, in traces/NAME.
 
-    The trace goes to traces/NAME. Its estimated size is printed, and checked against free disk space, before it starts.
+    The estimated size is printed, and checked against free disk space, before it starts.
     """
     from kvscope.cli import console
     from kvscope.cli.hints import next_command
     from kvscope.cli.info import show
     from kvscope.cli.places import TRACES, place
 
-    path = place(TRACES, output, _name(prompts, model), force=force)
-    chosen = StoreOptions(store, _numbers("--layers", layers), _numbers("--heads", heads), query_stride, hidden)
+    path, templated = place(TRACES, output, _name(prompts, model), force=force), _chat_options(chat_option)
     with console.working("loading transformers", quiet=quiet):
         from kvscope.model.compile import compile_recording
 
@@ -73,14 +73,14 @@ def trace(
             ModelSource(model, revision, dtype, device, device_map, trust_remote_code),
             prompts,
             OutputOptions(path, force, options.command_line(ctx)),
-            text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, _chat_options(chat_option or ())),
-            store=chosen,
+            text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, templated, tuple(answer or ())),
+            store=StoreOptions(store, *_selected(layers, heads), query_stride, hidden),
             sampling=Sampling(do_sample, temperature, top_p, top_k),
             blocks=BlockOptions(query_block, prefill_chunk),
         )
         announce(plan, quiet)
         made = plan.execute(progress_callback(update))
-    show(made, as_json=json)
+    show(made, as_json=json, said=True)
     console.note(next_command(made), quiet=quiet)
 
 
@@ -115,14 +115,14 @@ def _name(prompts: Sequence[Path], model: str) -> str:
     return f"{stems}-{model.rstrip('/').rpartition('/')[2]}"
 
 
-def _chat_options(given: Sequence[str]) -> dict[str, Json]:
+def _chat_options(given: Sequence[str] | None) -> dict[str, Json]:
     """Return the values of ``NAME=VALUE``, which are JSON where they can be read as such, and otherwise texts."""
     import json
 
     from kvscope.core.errors import UsageError
 
     found: dict[str, Json] = {}
-    for item in given:
+    for item in given or ():
         name, equals, value = item.partition("=")
         if not name or not equals:
             raise UsageError(f"--chat-option {item!r} has no value", "Write --chat-option enable_thinking=false")
@@ -133,6 +133,11 @@ def _chat_options(given: Sequence[str]) -> dict[str, Json]:
         except (ValueError, RecursionError):
             found[name] = value
     return found
+
+
+def _selected(layers: str | None, heads: str | None) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Return the numbers of the layers and of the heads to record; None for all."""
+    return _numbers("--layers", layers), _numbers("--heads", heads)
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:

@@ -58,6 +58,8 @@ class TextOptions:
         System message before the prompt; only with a chat template.
     chat_options : mapping
         Options of the chat template, as ``{"enable_thinking": False}``.
+    answers : tuple of str
+        Right answers of a single prompt that has none of its own.
 
     Raises
     ------
@@ -72,6 +74,7 @@ class TextOptions:
     field: str | None = None
     system: str | None = None
     chat_options: Mapping[str, Json] = dataclasses.field(default_factory=dict)
+    answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:

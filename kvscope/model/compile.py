@@ -21,7 +21,7 @@ from kvscope.model.module_maps import self_check_modules
 from kvscope.model.obstacles import obstacle, refuse_encoder_decoder
 from kvscope.model.plan import RecordingPlan
 from kvscope.model.prefill import chunk_size
-from kvscope.model.prompt_files import read_prompts
+from kvscope.model.prompt_files import read_prompts, with_answers
 from kvscope.model.prompts import encode
 from kvscope.model.selfcheck import AttentionFacts, layer_count, self_check
 from kvscope.trace.record import TraceHeader
@@ -54,7 +54,7 @@ def compile_recording(
         If the trace exists, or the disk has too little space.
     """
     _require_rows(store)
-    texts = read_prompts(prompts, text.continuation, text.field)
+    texts = with_answers(read_prompts(prompts, text.continuation, text.field), text.answers)
     require_free(output.path, force=output.force)
     loaded = load(source)
     refuse_encoder_decoder(loaded.model)

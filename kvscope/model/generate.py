@@ -37,6 +37,7 @@ def trace(
     chat: bool = False,
     system: str | None = None,
     chat_options: Mapping[str, Json] | None = None,
+    answers: Sequence[str] = (),
     field: str | None = None,
     trust_remote_code: bool = False,
     query_block: int = 128,
@@ -59,15 +60,14 @@ def trace(
     progress, announce : callable, optional
         Called with `Progress` after every forward pass; with the `RecordingPlan` before the first one.
     other parameters
-        Fields of `ModelSource`, `TextOptions`, `StoreOptions`, `Sampling`, `BlockOptions` and `OutputOptions`, which
-        document them. Errors are those of `compile_recording` and `RecordingPlan.execute`.
+        Fields of the records below, which document them. Errors are those of `compile_recording` and its plan.
     """
     source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code)
     plan = compile_recording(
         source,
         prompts,
         OutputOptions(default_output(source, prompts) if output is None else Path(output), force, command),
-        text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, chat_options or {}),
+        text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, chat_options or {}, tuple(answers)),
         store=StoreOptions(store, _numbers(layers), _numbers(heads), query_stride, hidden),
         sampling=Sampling(do_sample, temperature, top_p, top_k),
         blocks=BlockOptions(query_block, prefill_chunk),

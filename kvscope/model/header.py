@@ -17,10 +17,13 @@ from kvscope.model.sample import sample
 from kvscope.model.selfcheck import AttentionFacts, layer_count
 from kvscope.trace.record import (
     AttentionKernel,
+    ExampleRecord,
     LayerAttention,
     ModelRecord,
     PromptRecord,
     SamplingRecord,
+    SequenceRecord,
+    SpanRecord,
     TraceHeader,
 )
 from kvscope.trace.schema import MAPS, QKV, STORES, parse_store
@@ -133,4 +136,17 @@ def _model(loaded: Loaded, facts: AttentionFacts, weights: list[float] | None) -
         config=json.loads(json.dumps(described, default=str)),
         attention=AttentionKernel(config._attn_implementation, facts.scaling),
         weights=weights,
+    )
+
+
+def sequence_record(prompt: Prompt, length: int) -> SequenceRecord:
+    """Return the entry of a sequence of `length` tokens for ``trace.json``."""
+    source = prompt.source
+    return SequenceRecord(
+        prompt=len(prompt.ids),
+        length=length,
+        forced=prompt.forced is not None,
+        answers=None if source.answers is None else list(source.answers),
+        example=None if source.example is None else ExampleRecord(**asdict(source.example)),
+        spans=[SpanRecord(span.name, span.start, span.stop) for span in prompt.spans],
     )

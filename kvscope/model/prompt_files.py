@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvscope.core.errors import UsageError
 from kvscope.core.json import Json, JsonDict
 from kvscope.core.text_files import BOM, file_name, read_exactly, read_text, require_one_input, require_whole
 from kvscope.core.text_names import text_ending
+from kvscope.core.text_spans import TextSpan
+from kvscope.model.example_facts import ExampleFacts, example_facts, text_spans
 
 LINES, WHOLE = (".jsonl", ".ndjson"), ".json"
 ANSWERS = ("answers", "outputs", "answer")
@@ -39,6 +41,10 @@ class PromptText:
         Right answers.
     field : str or None
         Fields of the line that it was read from.
+    example : ExampleFacts or None
+        What a dataset says about it.
+    spans : tuple of TextSpan
+        Named parts of `text`.
     """
 
     file: str
@@ -48,6 +54,8 @@ class PromptText:
     continuation: str | None = None
     answers: tuple[str, ...] | None = None
     field: str | None = None
+    example: ExampleFacts | None = None
+    spans: tuple[TextSpan, ...] = ()
 
 
 def read_prompts(
@@ -87,6 +95,31 @@ def read_prompts(
         for text in (prompt.text, prompt.continuation or "", messages, *(prompt.answers or ())):
             require_whole(f"prompt {prompt.place}", text)
     return found
+
+
+def with_answers(prompts: list[PromptText], answers: Sequence[str]) -> list[PromptText]:
+    """Return the prompts with right answers that a user names, if any.
+
+    Raises
+    ------
+    UsageError
+        If there are several prompts, or the prompt has answers of its own; if an answer is empty.
+    """
+    if not answers:
+        return prompts
+    if len(prompts) > 1:
+        raise UsageError(
+            f"--answer is for one prompt, and there are {len(prompts)}",
+            'Write the answers into a JSONL file: {"prompt": "...", "answers": ["..."]}',
+        )
+    (prompt,) = prompts
+    if prompt.answers is not None:
+        raise UsageError(f"prompt {prompt.place} has answers of its own", "Omit --answer.")
+    if not all(answer.strip() for answer in answers):
+        raise UsageError("--answer is empty", "Write what the model should say.")
+    for answer in answers:
+        require_whole("--answer", answer)
+    return [replace(prompt, answers=tuple(answers))]
 
 
 def _prompts_of(file: Path | str, forced: str | None, field: str | None) -> Iterator[PromptText]:
@@ -173,12 +206,14 @@ def _prompt(name: str, place: str, entry: Json, forced: str | None, field: str |
     answers, named = _answers(entry), "+".join(fields)
     if isinstance(entry[fields[0]], list):
         messages = _messages(place, entry[fields[0]])
-        return PromptText(name, place, "", messages, following, answers, named)
+        return PromptText(name, place, "", messages, following, answers, named, example_facts(place, entry))
     parts = [entry[each] for each in fields]
     texts = [part.lstrip(BOM) for part in parts if isinstance(part, str)]
     if len(texts) < len(parts):
         raise UsageError(f"{place}: no prompt: {named} is not a text", EXAMPLE)
-    return PromptText(name, place, "\n\n".join(filter(None, texts)), None, following, answers, named)
+    text = "\n\n".join(filter(None, texts))
+    facts, spans = example_facts(place, entry), text_spans(place, entry, text)
+    return PromptText(name, place, text, None, following, answers, named, facts, spans)
 
 
 def _fields(entry: JsonDict) -> tuple[str, ...]:

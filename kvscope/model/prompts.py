@@ -11,6 +11,7 @@ from kvscope.core.errors import UsageError
 from kvscope.core.model_types import Tokenizer
 from kvscope.core.recording_options import TextOptions
 from kvscope.core.text_files import require_whole
+from kvscope.core.text_spans import TokenSpan, token_range
 from kvscope.model.chat import render
 from kvscope.model.loading import Loaded
 from kvscope.model.prompt_files import PromptText
@@ -35,6 +36,8 @@ class Prompt:
         Whether a chat template rendered the text.
     notes : tuple of str
         What the user should know about the ids.
+    spans : tuple of TokenSpan
+        Named parts of the prompt.
     """
 
     source: PromptText
@@ -43,6 +46,7 @@ class Prompt:
     forced: list[int] | None = None
     rendered: bool = False
     notes: tuple[str, ...] = ()
+    spans: tuple[TokenSpan, ...] = ()
 
 
 def encode(loaded: Loaded, prompt: PromptText, options: TextOptions) -> Prompt:
@@ -79,7 +83,24 @@ def encode(loaded: Loaded, prompt: PromptText, options: TextOptions) -> Prompt:
     if forced is None and ids[-1] == getattr(loaded.tokenizer, "eos_token_id", None):
         notes.append(f"prompt {prompt.place} ends with {_shown(loaded, ids[-1:])}: the model generates after it")
     _require_context(loaded, prompt, ids, options.max_new_tokens if forced is None else len(forced))
-    return Prompt(prompt, text, ids, forced, chat, tuple(notes))
+    spans = _token_spans(loaded.tokenizer, prompt, ids, notes)
+    return Prompt(prompt, text, ids, forced, chat, tuple(notes), spans)
+
+
+def _token_spans(
+    tokenizer: Tokenizer, prompt: PromptText, ids: Sequence[int], notes: list[str]
+) -> tuple[TokenSpan, ...]:
+    """Return the tokens of a prompt's spans; none, with a note, if its text is not found among its tokens."""
+    if not prompt.spans:
+        return ()
+    texts = token_texts(tokenizer, ids)
+    begins = "".join(texts).find(prompt.text)  # after BOS, or inside of a chat template
+    if begins < 0:
+        notes.append(f"prompt {prompt.place}: its spans are omitted: its tokens do not show its text as it is")
+        return ()
+    return tuple(
+        TokenSpan(span.name, *token_range(begins + span.start, begins + span.stop, texts)) for span in prompt.spans
+    )
 
 
 def _with_continuation(

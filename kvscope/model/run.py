@@ -14,6 +14,7 @@ from torch import Tensor
 from kvscope.core.model_types import KeyValueCache, ModelOutput
 from kvscope.model.attention_hook import observe_attention
 from kvscope.model.copies import HostCopies
+from kvscope.model.header import sequence_record
 from kvscope.model.loading import Loaded
 from kvscope.model.module_maps import MapRecorder, observe_modules, sources
 from kvscope.model.prompts import Prompt, token_texts
@@ -90,8 +91,7 @@ class RecordingRun:
             entropy=entropy,
         )
         self._report(0)
-        answers = None if prompt.source.answers is None else list(prompt.source.answers)
-        return SequenceRecord(len(prompt.ids), len(ids), prompt.forced is not None, answers)
+        return sequence_record(prompt, len(ids))
 
     def _observed(self, ids: list[int]) -> AbstractContextManager[None]:
         """Return the context in which the recorder gets what the model attends to."""

@@ -7,7 +7,8 @@ docstring of each says where it differs. All wording is kvscope's own, so scores
 
 from __future__ import annotations
 
-from kvscope.tasks.base import TASKS, Example, TextSpan
+from kvscope.core.text_spans import TextSpan
+from kvscope.tasks.base import TASKS, Example
 from kvscope.tasks.make import make_examples
 from kvscope.tasks.scoring import SCORES, score
 from kvscope.tasks.spec import parse_task

@@ -9,17 +9,9 @@ from typing import Any, ClassVar, TypeVar
 
 from kvscope.core.errors import UsageError
 from kvscope.core.registry import Registry
+from kvscope.core.text_spans import TextSpan
 
 ANSWER, QUESTION = "answer", "question"  # names of spans that most families have
-
-
-@dataclass(frozen=True)
-class TextSpan:
-    """Characters `start` to `stop` - 1 of a prompt, under a name; several spans may have the same name."""
-
-    name: str
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)

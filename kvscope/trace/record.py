@@ -82,8 +82,28 @@ class SamplingRecord:
 
 
 @dataclass(frozen=True)
+class ExampleRecord:
+    """What a dataset says about an example."""
+
+    id: Annotated[str | None, about("its name", omit=True)] = None
+    task: Annotated[str | None, about("its task", omit=True)] = None
+    metric: Annotated[str | None, about("how an answer is scored: `exact`, `all`, `any`, `f1`, ...", omit=True)] = None
+    length: Annotated[Number | None, about("length that it was made for", omit=True)] = None
+    depth: Annotated[NotNegative | None, about("where its fact is in the prompt, 0 to 1", omit=True)] = None
+
+
+@dataclass(frozen=True)
+class SpanRecord:
+    """A named part of a prompt, such as a fact or the question."""
+
+    name: Annotated[str, about("its name; several spans may have the same")]
+    start: Annotated[Number, about("its first token")]
+    stop: Annotated[Positive, about("the token after its last")]
+
+
+@dataclass(frozen=True)
 class SequenceRecord:
-    """Lengths of one sequence."""
+    """Lengths of one sequence, and what its dataset says about it."""
 
     prompt: Annotated[Positive, about("tokens of the prompt, P")]
     length: Annotated[Positive, about("tokens altogether, T")]
@@ -91,6 +111,10 @@ class SequenceRecord:
     answers: Annotated[
         list[str] | None, about("right answers, where the prompt was read from a JSON object that has them", omit=True)
     ] = None
+    example: Annotated[ExampleRecord | None, about("other facts of that object", omit=True)] = None
+    spans: Annotated[list[SpanRecord], about("named parts of the prompt, where that object has them", omit=True)] = (
+        field(default_factory=list)
+    )
 
 
 @dataclass(frozen=True)

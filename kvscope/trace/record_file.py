@@ -154,6 +154,8 @@ def _require_consistent(record: TraceRecord) -> None:
     for index, sequence in enumerate(record.sequences):
         if sequence.prompt > sequence.length:
             raise FieldError(f"sequences[{index}].prompt", f"{sequence.prompt} is above its length {sequence.length}")
+        if any(not span.start < span.stop <= sequence.prompt for span in sequence.spans):
+            raise FieldError(f"sequences[{index}].spans", "one is not inside of the prompt")
     if "hidden" in header.stored and header.model.weights is None:
         raise FieldError("model.weights", "is missing beside hidden")
     if record.sizes.keys() != record.checksums.keys():
