@@ -26,7 +26,7 @@ HISTORY = {
     4: "store topk: the heaviest keys of every row and sums of columns; traces of some heads, or of every n-th row",
     6: "a checksum of `trace.json` in it; every file says in its metadata of which trace, kind and layer it is",
     7: "vectors of 16-bit models in 16 bits, as `vector_dtype` in `trace.json` says",
-    8: "layers without attention in `other_layers`; `rows_from` where its modules returned the rows; `example`, `spans`",
+    8: "layers without attention in `other_layers`; `rows_from` of rows that modules returned; `example` and `spans`",
 }
 
 Which = Literal["queries", "keys", "values"]
