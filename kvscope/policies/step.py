@@ -81,6 +81,10 @@ class Step:
         """Return the live row per key/value head, ``[R, L, G, n]``; `group` reduces its query heads to one."""
         return self.grouped(self._live(), group)
 
+    def head_weights(self) -> Tensor:
+        """Return the live row of every query head, ``[R, L, H, n]``."""
+        return self._live()
+
     def layer_weights(self) -> Tensor:
         """Return the live row averaged over all query heads of the layer, ``[R, L, 1, n]``."""
         live = self._live()

@@ -16,10 +16,10 @@ CASES = [(36, 12), (33, 17), (30, 15), (30, 16), (20, 18), (9, 9), (3, 12), (20,
 CASES += [(45, 20), (46, 24)]  # a twentieth is a key
 
 
-@pytest.mark.parametrize("window", [1, 4, 64])
+@pytest.mark.parametrize(("window", "group"), [(1, "mean"), (4, "mean"), (64, "mean"), (4, "max")])
 @pytest.mark.parametrize("heads", HEADS)
-def test_decisions_and_budgets_equal_the_plain_loop(heads: tuple[int, int], window: int) -> None:
-    policy = parse_policy(f"pyramidkv:window={window}")
+def test_decisions_and_budgets_equal_the_plain_loop(heads: tuple[int, int], window: int, group: str) -> None:
+    policy = parse_policy(f"pyramidkv:window={window},group={group}")
     for seed, (prompt, budget) in enumerate(CASES):
         rows, cut = groups(seed, *heads, LAYERS, LENGTH)
         simulation = run(policy, rows, [budget], kv_heads=heads[1], prompt=prompt, prefill="full")
@@ -28,9 +28,8 @@ def test_decisions_and_budgets_equal_the_plain_loop(heads: tuple[int, int], wind
         assert sum(shares) == budget * LAYERS
         assert simulation.state.budget[0].tolist() == [[keys] * heads[1] for keys in shares]
         for layer, head in itertools.product(range(LAYERS), range(heads[1])):
-            expected = snapkv(
-                cut[layer][head], budget, prompt, window=window, kernel=5, pooling="avg", capacity=shares[layer]
-            )
+            settings = {"window": window, "kernel": 5, "pooling": "avg", "group": group}
+            expected = snapkv(cut[layer][head], budget, prompt, capacity=shares[layer], **settings)
             assert head_sets(simulation, layer, head) == expected
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,12 +24,50 @@ CASES = [*PROMPTS_BUDGETS, (24, 13), (22, 4), (8, 7), (10, 9)]
         ("snapkv:window=3,kernel=3,pooling=max", {"window": 3, "kernel": 3, "pooling": "max"}),
         ("snapkv:window=2,pooling=none", {"window": 2, "kernel": 5, "pooling": "none"}),
         ("snapkv:window=1,kernel=7,group=max", {"window": 1, "kernel": 7, "pooling": "avg", "group": "max"}),
+        ("snapkv:window=4,kernel=3,group=max", {"window": 4, "kernel": 3, "pooling": "avg", "group": "max"}),
+        (
+            "snapkv:window=4,kernel=3,group=max,reduce=rows",
+            {"window": 4, "kernel": 3, "pooling": "avg", "group": "max", "reduce": "rows"},
+        ),
         ("snapkv:window=4,group=sum", {"window": 4, "kernel": 5, "pooling": "avg", "group": "sum"}),
     ],
 )
 def test_decisions_equal_the_plain_loop(spec: str, settings: dict) -> None:
     for rows, visible, held, prompt, budget in simulations(spec, "full", CASES):
         assert (visible, held) == reference.snapkv(rows, budget, prompt, **settings)
+
+
+# Kept by Zefan-Cai/KVCache-Factory @c97f9d7, `_grouped_window_attn_cache` with gqa_score_agg "max" and its top-k, with
+# the window of 8 keys: phase of the vectors -> keys of each key/value head.
+PUBLISHED = {
+    24: [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [6, 7, 10, 12, 13, 14, 15, 16, 47, 49, 50, 51]],
+    36: [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 45], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 45, 49]],
+}
+
+
+def waves(heads: int, phase: float) -> np.ndarray:
+    """Return vectors ``[heads, 60, 16]`` without ties."""
+    h, i, d = np.meshgrid(np.arange(heads), np.arange(60), np.arange(16), indexing="ij")
+    return np.sin(phase + 2.3 * h + 0.71 * (i + 1) * (d + 1) + 0.13 * i * i) * 1.5
+
+
+@pytest.mark.parametrize("phase", PUBLISHED)
+def test_the_largest_votes_of_a_group_decide_as_in_the_published_code(phase: int) -> None:
+    query, key = waves(4, phase), waves(2, phase + 0.5)[:, ::-1]
+    logits = np.einsum("hid,hjd->hij", query, np.repeat(key, 2, 0)) / 4
+    weights = np.exp(logits - logits.max(-1, keepdims=True)) * np.tril(np.ones((60, 60)))
+    rows = torch.tensor(weights / weights.sum(-1, keepdims=True))[None]
+    held = {
+        reduce: [
+            head_sets(run(parse_policy(spec), rows, [20], kv_heads=2, prompt=60, prefill="full"), 0, head)[1][-1]
+            for head in range(2)
+        ]
+        for reduce in ("votes", "rows")
+        if (spec := f"snapkv:window=8,kernel=5,group=max,reduce={reduce}")
+    }
+    expected = [set(keys) | set(range(52, 60)) for keys in PUBLISHED[phase]]
+    assert held["votes"] == expected
+    assert held["rows"] != expected
 
 
 @pytest.mark.parametrize("phase", ["step", "every:4"])
@@ -97,4 +136,5 @@ def test_the_defaults_are_those_of_the_codes() -> None:
         "cake": {"window": 32, "gamma": 200.0, "kernel": 5, "pooling": "avg"},
     }
     for name, expected in known.items():
-        assert parse_policy(name).parameters() == {**expected, "group": "mean"}
+        reduced = {} if name == "cake" else {"reduce": "votes"}
+        assert parse_policy(name).parameters() == {**expected, "group": "mean", **reduced}

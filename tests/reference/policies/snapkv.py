@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tests.reference.policies.evict import Rows, Sets, loop
+from tests.reference.policies.evict import REDUCE, Rows, Sets, live, loop
 
 
 def pool(votes: Sequence[float], kernel: int, pooling: str) -> list[float]:
@@ -27,6 +27,7 @@ def snapkv(
     kernel: int,
     pooling: str,
     group: str = "mean",
+    reduce: str = "votes",
     capacity: int | None = None,
     when: Callable[[int], bool] | None = None,
 ) -> tuple[Sets, Sets]:
@@ -35,13 +36,21 @@ def snapkv(
     `when` says at which steps keys go: at the end of the prompt alone, as published, if it is not given.
     """
     width = min(window, budget // 2)
-    past: list[np.ndarray] = []
+    past: list[
+        np.ndarray
+    ] = []  # of each step: rows of the heads, or the one that they were reduced to, [heads or 1, n]
 
     def score(t: int, visible: set[int], row: np.ndarray) -> list[float]:
-        past.append(row)
+        each = [live(rows[head : head + 1], t, visible) for head in range(len(rows))]
+        past.append(np.stack(each) if reduce == "votes" else row[None])
         older = [key for key in sorted(visible) if key <= t - width]
         voting = past[len(past) - width :]
-        votes = pool([sum(float(vote[key]) for vote in voting if key < len(vote)) for key in older], kernel, pooling)
+        by_head = [
+            [sum(float(vote[head, key]) for vote in voting if key < vote.shape[1]) for key in older]
+            for head in range(len(past[0]))
+        ]
+        reduced = REDUCE[group](np.array(by_head), axis=0) if reduce == "votes" else by_head[0]
+        votes = pool([float(vote) for vote in reduced], kernel, pooling)
         by_key = dict(zip(older, votes, strict=True))
         return [by_key.get(key, 0.0) for key in range(t + 1)]
 
@@ -52,5 +61,5 @@ def snapkv(
 
 def votes(rows: Rows, prompt: int, width: int, kernel: int, pooling: str, group: str = "mean") -> list[float]:
     """Return what the window gives to the prompt's older keys, for one head: what Ada-KV compares among heads."""
-    reduced = {"mean": np.mean, "max": np.max, "sum": np.sum}[group](rows[:, :prompt, :prompt], axis=0)
-    return pool([float(reduced[prompt - width :, key].sum()) for key in range(prompt - width)], kernel, pooling)
+    of_heads = rows[:, prompt - width : prompt, : prompt - width].sum(axis=1)
+    return pool([float(vote) for vote in REDUCE[group](of_heads, axis=0)], kernel, pooling)
