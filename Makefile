@@ -3,8 +3,9 @@
 # make test-portable
 #              install, then check that other processors make the same decisions and pass the tests
 # make campaign
-#              install, then damage traces and replays in ten thousand ways, and run where nothing can be written:
-#              nothing damaged may be accepted, and nothing unfinished left
+#              install, then damage traces and replays in ten thousand ways, run where nothing can be written, and put
+#              hostile strings wherever text goes: nothing damaged may be accepted, nothing unfinished left, and no
+#              string may be more than text
 # make check-models
 #              install, then try every type of model in transformers: traced, replayed and verified as the table says
 # make check   install, then format, lint, types, tests and docs: a change must pass all of them
@@ -39,6 +40,7 @@ campaign: $(VENV)/.installed-dev
 	$(BIN)/python tools/campaign.py --cases 10000 --output benchmarks/results/campaign.json
 	$(BIN)/python tools/damaged_files.py --cases 4000 --output benchmarks/results/damaged_files.json
 	$(BIN)/python tools/surroundings.py --out benchmarks/results/surroundings.json
+	$(BIN)/python tools/strings.py --output benchmarks/results/strings.json
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvscope.core.printable import one_line, printable
+from kvscope.core.printable import in_json, one_line, printable
 
 PIPE_WIDTH = 200  # where stdout is no terminal: wide enough for every column
 GAP = 2  # characters between two columns of a table: padding and the separator of the box
@@ -57,7 +57,8 @@ def fail(what: str, todo: str) -> None:
 
 def show_json(value: object) -> None:
     """Print a value as JSON; NaN and infinities become null."""
-    sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    sys.stdout.write(in_json(text) + "\n")
 
 
 @dataclass

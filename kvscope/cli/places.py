@@ -67,7 +67,7 @@ def find_either(given: str | None, *, quiet: bool = False) -> tuple[Path, str]:
     """Return a trace or a replay, and which of them it is; of a name that both have, and without a name, the trace."""
     if given is not None and _is_remote(given):
         return _fetched(given, None, quiet)
-    if given is not None and not (TRACES / given).exists():
+    if given is not None and (Path(given).is_absolute() or not (TRACES / given).exists()):
         from kvscope.core.records import RUN_FILE
 
         for path in (Path(given), REPORTS / given):

@@ -136,7 +136,7 @@ def describe_texts(loaded: Loaded, texts: Mapping[Path, str], read: TextWindows)
         facts = self_check(loaded.model, passages[0].ids[None].to(loaded.device))
     if facts.heads % facts.kv_heads:
         raise ModelError(f"{loaded.name} has {facts.heads} heads over {facts.kv_heads}", "Use another model.")
-    identity = hashlib.sha256(f"{loaded.source} {loaded.revision}".encode())
+    identity = hashlib.sha256(f"{loaded.source} {loaded.revision}".encode("utf-8", "surrogateescape"))
     for passage in passages:
         identity.update(passage.ids.numpy().tobytes())
     return SourceRef(

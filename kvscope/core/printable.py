@@ -6,16 +6,33 @@ import re
 
 # What moves the cursor, changes colours or titles, or reverses the direction of text; surrogates cannot be encoded.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-# What GitHub takes for a command where a line begins with it, blanks or not.
-_COMMAND = re.compile(r"^([ \t]*)(::|##\[)", re.MULTILINE)
+# What GitHub runs where a line begins with it, after blanks of any kind. Lines are wrapped anywhere, so that a command
+# of a known name may come to begin one.
+_AT_START = re.compile(r"^([^\S\n]*):(?=:)", re.MULTILINE)
+_ANYWHERE = re.compile(
+    r":(?=:(?:add-mask|add-matcher|add-path|debug|echo|endgroup|error|group|notice|remove-matcher|save-state|set-env"
+    r"|set-output|stop-commands|warning)\b[^\n]*::)",
+    re.IGNORECASE,
+)
+# What GitHub and Azure run wherever it stands in a line, and TeamCity at its beginning.
+_HASHES = re.compile(r"##(?=(?:vso|teamcity)?\[)")
 
 
 def printable(text: str) -> str:
     """Return text with control characters made visible (``\\x1b``); line breaks and tabs are kept.
 
-    A line that a CI system would run as a command, ``::error::``, begins with a backslash.
+    What a CI system would run as a command, ``::error::`` or ``##[error]``, has a backslash in it: ``:\\:error::``.
     """
-    return _COMMAND.sub(r"\1\\\2", _CONTROL.sub(lambda found: _visible(found[0]), text))
+    shown = _CONTROL.sub(lambda found: _visible(found[0]), text)
+    for pattern, inert in ((_AT_START, r"\1:\\"), (_ANYWHERE, r":\\"), (_HASHES, r"#\\#")):
+        shown = pattern.sub(inert, shown)
+    return shown
+
+
+def in_json(text: str) -> str:
+    """Return JSON that says the same, without control characters, and without what a CI system would run."""
+    escaped = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _HASHES.sub(r"#\\u0023", escaped)
 
 
 def one_line(text: str) -> str:

@@ -13,9 +13,12 @@ from kvscope.core.recording_options import TextOptions
 from kvscope.core.text_files import require_whole
 from kvscope.core.text_spans import TokenSpan, token_range
 from kvscope.model.chat import render
+from kvscope.model.fewest_tokens import fewest_tokens
 from kvscope.model.loading import Loaded
 from kvscope.model.prompt_files import PromptText
 from kvscope.model.token_ids import TextEncoder, tokenizer_explained
+
+_FAR_TOO_LONG = 8  # characters for each token of the context: a shorter text is encoded at once
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def encode(loaded: Loaded, prompt: PromptText, options: TextOptions) -> Prompt:
         raise UsageError(f"{option} is for chat templates, and {prompt.place} is a text", "Add --chat.")
     text = render(loaded, prompt, options.system, options.chat_options) if chat else prompt.text
     require_whole(f"prompt {prompt.place}", text)  # options of the template may contain what no file does
+    _require_possible(loaded, prompt, text)
     encoder = TextEncoder(loaded.tokenizer)
     notes: list[str] = []
     forced: list[int] | None = None
@@ -132,6 +136,19 @@ def _require_context(loaded: Loaded, prompt: PromptText, ids: Sequence[int], new
             f"prompt {prompt.place} has {len(ids)} tokens, which with {new} new ones exceeds the context of "
             f"{loaded.context}",
             "Shorten the prompt, or lower --max-new-tokens.",
+        )
+
+
+def _require_possible(loaded: Loaded, prompt: PromptText, text: str) -> None:
+    """Raise UsageError if a prompt exceeds the model's context by its length alone: 10 MB take 20 s to encode."""
+    if loaded.context is None or len(text) < _FAR_TOO_LONG * loaded.context:
+        return
+    fewest = fewest_tokens(loaded.tokenizer, text)
+    if fewest > loaded.context:
+        raise UsageError(
+            f"prompt {prompt.place} has {len(text)} characters, so at least {fewest} tokens, which exceeds the context "
+            f"of {loaded.context}",
+            "Shorten the prompt.",
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ def observe_of(policy: Policy) -> Observe:
         return policy.observe
 
     def observe(step: Step, score: Tensor) -> Tensor:
-        expected = tuple(score.shape)  # before the policy could change it
-        made: object = policy.observe(step, score)
+        expected = tuple(score.shape)
+        made: object = policy.observe(_copy(step), score)
         return _numbers(policy, "observe", made, expected, "floating-point scores", torch.Tensor.is_floating_point)
 
     return observe
@@ -40,7 +41,7 @@ def read_of(policy: Policy) -> Read:
         return policy.read
 
     def read(step: Step) -> Tensor:
-        made: object = policy.read(step)
+        made: object = policy.read(_copy(step))
         return _numbers(policy, "read", made, tuple(step.visible.shape), "booleans", lambda it: it.dtype == torch.bool)
 
     return read
@@ -48,6 +49,8 @@ def read_of(policy: Policy) -> Read:
 
 def fixed_of(policy: Policy, rule: Recurrence, keys: Arrivals, expected: tuple[int, ...]) -> Tensor:
     """Return ``rule.fixed(keys)``; raises ReplayError if that of an own policy is not a score for each key."""
+    if is_own(policy):
+        keys = replace(keys, positions=keys.positions.clone(), signals=_copies(keys.signals))
     made: object = rule.fixed(keys)
     return _numbers(
         policy, "recurrence", made, expected, "scores", lambda it: not (it.is_complex() or it.dtype == torch.bool)
@@ -60,6 +63,31 @@ def protection_of(policy: Policy, budget: int) -> Protection:
     if not isinstance(kept, Protection):
         raise _wrong(policy, "protect", f"returned {_kind(kept)}", "Return Protection(sinks=..., recent=...).")
     return kept
+
+
+def _copy(step: Step) -> Step:
+    """Return a step whose tensors are copies: what an own policy writes into them must not reach other policies."""
+    return replace(
+        step,
+        layers=step.layers.clone(),
+        budget=step.budget.clone(),
+        budgets=list(step.budgets),
+        visible=step.visible.clone(),
+        signals=_copies(step.signals),
+        live=None if step.live is None else _cloned(step.live),
+        draw=lambda seed: step.draw(seed).clone(),
+    )
+
+
+def _copies(signals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _cloned(signal) for name, signal in signals.items()}
+
+
+def _cloned(values: Tensor) -> Tensor:
+    """Return a copy; of values that all runs share a single one, so that what is computed of them is so once."""
+    if len(values) > 1 and values.stride(0) == 0:
+        return values[:1].clone().expand_as(values)
+    return values.clone()
 
 
 def _numbers(

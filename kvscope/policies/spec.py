@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 import sys
 import types
@@ -89,7 +90,7 @@ def load_class(file: Path, name: str) -> type[Policy]:
     """
     if not file.is_file():
         raise UsageError(f"no file {file}", "Give the path of a Python file and a class: path/to/file.py:MyPolicy")
-    module_name = USER_FILE + hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]
+    module_name = USER_FILE + hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:12]
     module = sys.modules.get(module_name)
     if module is None:
         module_spec = importlib.util.spec_from_file_location(module_name, file)

@@ -20,6 +20,8 @@ GroupReduction = Literal["mean", "max", "sum"]
 class Step:
     """The data that a policy observes when query `t` has attended.
 
+    A policy that is not part of kvscope gets copies of all tensors: other policies share the originals.
+
     Attributes
     ----------
     t : int

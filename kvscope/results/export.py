@@ -238,7 +238,7 @@ def _inert(table: pa.Table) -> pa.Table:
     """Return a table whose texts no spreadsheet takes for a formula: those that begin like one get an apostrophe."""
     for place, field in enumerate(table.schema):
         if pa.types.is_string(field.type):
-            text = pc.replace_substring_regex(table[place], r"^([=+\-@\t\r])", r"'\1")
+            text = pc.replace_substring_regex(table[place], r"^([=+\-@\t\r\n＝＋－＠])", r"'\1")
             table = table.set_column(place, field, text)
     return table
 

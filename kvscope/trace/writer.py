@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from kvscope.core.errors import TraceError
 from kvscope.core.output import OutputFolder, checksum
+from kvscope.core.printable import encodable
 from kvscope.core.version import __version__
 from kvscope.trace.blocks import Array, are_weights, bad_weight, lower, not_finite, own, places, tokens_from
 from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
@@ -229,7 +230,7 @@ class TraceWriter:
             "sequence": np.full(count, sequence, np.int32),
             "position": np.arange(count, dtype=np.int32),
             "token_id": np.asarray(token_id, np.int64),
-            "text": pa.array(text, pa.string()),
+            "text": pa.array(map(encodable, text), pa.string()),
             "is_prompt": np.asarray(is_prompt, bool),
             "logprob": np.asarray(logprob, np.float32),
             "entropy": np.asarray(entropy, np.float32),

@@ -43,5 +43,6 @@ def test_info_verifies_a_replay(run: Run, example: Path, monkeypatch: pytest.Mon
     assert done.status == 0 and "every checksum compared" in done.out
     flip(example / "reports" / "example" / "residency.parquet", 1000)
     assert run("info", "reports/example").status == 0, "checksums are compared at the first reading"
+    assert run("info", Path("reports/example").resolve()).status == 0, "an absolute path is no name under traces/"
     done = run("info", "reports/example", "--verify")
     assert done.status == 1 and "residency.parquet: its checksum differs" in done.err

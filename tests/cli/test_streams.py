@@ -25,13 +25,16 @@ def test_control_characters_are_shown() -> None:
     assert printable("a\x1b[31mb\x07\x9b\r") == "a\\x1b[31mb\\x07\\x9b\\x0d"
     assert printable("\u202eabc\u2066\udc80\u2028") == "\\u202eabc\\u2066\\udc80\\u2028"
     assert printable("tab\tand\nline, 漢字, é, 👍") == "tab\tand\nline, 漢字, é, 👍"
-    assert one_line("h2o\n::error::x\x1b") == "h2o ::error::x\\x1b"
+    assert one_line("h2o\n::error::x\x1b") == "h2o :\\:error::x\\x1b"
 
 
 def test_no_line_begins_like_a_command_of_a_ci_system() -> None:
     """GitHub runs a line of the log that begins with one, after blanks too: a cell of a table is enough."""
-    assert printable("::error::x\n  ::a::\n##[error]x") == "\\::error::x\n  \\::a::\n\\##[error]x"
-    assert printable("a::b ##[c]") == "a::b ##[c]"
+    assert printable("::error::x\n  ::a::\n##[error]x") == ":\\:error::x\n  :\\:a::\n#\\#[error]x"
+    assert printable("\u2003\u00a0::a::") == "\u2003\u00a0:\\:a::", "GitHub omits blanks of every kind"
+    assert printable("a::b::c ## [d]") == "a::b::c ## [d]"
+    assert printable("x ##[add-mask]y ##vso[z]") == "x #\\#[add-mask]y #\\#vso[z]", "they run anywhere in a line"
+    assert printable("x ::Warning file=a::b") == "x :\\:Warning file=a::b", "a line may be wrapped before it"
 
 
 @pytest.mark.parametrize("name", ["\x1b[31mred", "[/x]", "[bold]x", "\x1b]0;title\x07", "a\r\nb", "\u202eabc"])

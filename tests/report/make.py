@@ -70,23 +70,23 @@ def make_trace(
 ) -> Trace:
     """Return a trace of `weights`; the layer is their seed."""
     length = len(texts)
-    head = TraceHeader(
-        source="model",
-        protocol="generated",
-        model=ModelRecord(id="tiny", revision="abc", dtype="float32"),
-        layers=list(range(LAYERS)),
-        n_layers=LAYERS,
-        heads=HEADS,
-        kv_heads=KV_HEADS,
-        head_dim=2,
-        layer_types=["full"] * LAYERS,
-        sliding_window=[None] * LAYERS,
-        prompts=[PromptRecord(file=prompt_file, sha256="c" * 64)] * sequences,
-        stored=list(stored),
-        seed=7,
-        versions={"kvscope": "0.1.0"},
-        **header,
-    )
+    known_header: dict[str, Any] = {
+        "source": "model",
+        "protocol": "generated",
+        "model": ModelRecord(id="tiny", revision="abc", dtype="float32"),
+        "layers": list(range(LAYERS)),
+        "n_layers": LAYERS,
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "head_dim": 2,
+        "layer_types": ["full"] * LAYERS,
+        "sliding_window": [None] * LAYERS,
+        "prompts": [PromptRecord(file=prompt_file, sha256="c" * 64)] * sequences,
+        "stored": list(stored),
+        "seed": 7,
+        "versions": {"kvscope": "0.1.0"},
+    }
+    head = TraceHeader(**{**known_header, **header})
     known = -0.25 * np.arange(length) if logprob else np.full(length, np.nan)
     with TraceWriter(path, head) as writer:
         for sequence in range(sequences):
