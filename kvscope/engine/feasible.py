@@ -57,6 +57,7 @@ def require_feasible(plan: EvictionPlan, budgets: Sequence[Budget], workload: Wo
     """Raise UsageError if a plan cannot run under these budgets: phase, prefill, layers, room for protected keys."""
     plan.require(workload.prefill)
     plan.policy.fit(workload.layers, workload.kv_heads, workload.n_layers)
-    for run in runs_of([plan], budgets):
-        for sequence in workload.sequences:
-            require_room(plan.policy, run.keys(sequence, workload.prefill), sequence.prompt)
+    runs = runs_of([plan], budgets)
+    rooms = {(run.keys(each, workload.prefill), each.prompt) for run in runs for each in workload.sequences}
+    for budget, prompt in sorted(rooms):  # so that the smallest is named, whatever the order of budgets and sequences
+        require_room(plan.policy, budget, prompt)

@@ -143,7 +143,7 @@ def _sizes(known: TraceHeader, lengths: list[int], hidden: int) -> dict[str, int
 def require_layers(loaded: Loaded, requested: Sequence[int] | None) -> None:
     """Raise UsageError if the model does not have one of the layers."""
     count = layer_count(loaded.text_config)
-    for layer in requested or []:
+    for layer in sorted(requested or ()):
         if not 0 <= layer < count:
             raise UsageError(f"no layer {layer} in {loaded.name}", f"Choose from 0 to {count - 1}.")
 

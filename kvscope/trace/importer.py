@@ -71,14 +71,15 @@ def import_maps(
     UsageError
         If the file cannot be read, or an array has the wrong shape.
     TraceError
-        If a row is not causal, not finite, negative, or does not sum to one; the message names layer, head and row.
+        If a row is not causal, not finite, negative, or does not sum to one; the message says which.
     """
     text = _prompt(prompt)
     captured = arrange(read_captured(Path(source)), axes, prompt_length)
     groups = 1
-    for arrays in captured.sequences:
+    for number, arrays in enumerate(captured.sequences):
         groups = _check_shapes(arrays, kv_heads)
-        _check_rows(arrays["attention"][0], learned_sinks)
+        place = f"sequence {number}, " if len(captured.sequences) > 1 else ""
+        _check_rows(arrays["attention"][0], learned_sinks, place)
         _derive(arrays)
     records = [_lengths(arrays) for arrays in captured.sequences]
     assumed = [*captured.assumed, *_assumed(captured.sequences[0], kv_heads)]
@@ -163,15 +164,15 @@ def _check_shapes(arrays: Mapping[str, Array], kv_heads: int | None) -> int:
     return int(groups)
 
 
-def _check_rows(attention: Array, learned_sinks: bool) -> None:
-    """Raise TraceError for the first row of ``[L, H, T, T]`` that is not causal attention."""
+def _check_rows(attention: Array, learned_sinks: bool, place: str) -> None:
+    """Raise TraceError for the first row of ``[L, H, T, T]`` that is not causal attention; `place` goes before it."""
     for layer, heads in enumerate(attention):
         for head, whole in enumerate(heads):
             for first in range(0, len(whole), BLOCK):
                 fault = _fault_of_rows(whole[first : first + BLOCK], first, learned_sinks)
                 if fault is not None:
                     raise TraceError(
-                        f"layer {layer}, head {head}, {fault}",
+                        f"{place}layer {layer}, head {head}, {fault}",
                         "Save attention after softmax, [query, key], causal; declare learned sinks.",
                     )
 
