@@ -75,11 +75,8 @@ def import_maps(
     """
     text = _prompt(prompt)
     captured = arrange(read_captured(Path(source)), axes, prompt_length)
-    groups = 1
-    for number, arrays in enumerate(captured.sequences):
-        groups = _check_shapes(arrays, kv_heads)
-        place = f"sequence {number}, " if len(captured.sequences) > 1 else ""
-        _check_rows(arrays["attention"][0], learned_sinks, place)
+    groups = _check(captured.sequences, kv_heads, learned_sinks)
+    for arrays in captured.sequences:
         _derive(arrays)
     records = [_lengths(arrays) for arrays in captured.sequences]
     assumed = [*captured.assumed, *_assumed(captured.sequences[0], kv_heads)]
@@ -131,6 +128,16 @@ def _header(
         assumed=assumed,
         versions=versions("numpy"),
     )
+
+
+def _check(sequences: Sequence[Mapping[str, Array]], kv_heads: int | None, learned_sinks: bool) -> int:
+    """Return ``G``; raise UsageError or TraceError for an array of a sequence with a wrong shape, or a wrong row."""
+    groups = 1
+    for number, arrays in enumerate(sequences):
+        groups = _check_shapes(arrays, kv_heads)
+        place = f"sequence {number}, " if len(sequences) > 1 else ""
+        _check_rows(arrays["attention"][0], learned_sinks, place)
+    return groups
 
 
 def _check_shapes(arrays: Mapping[str, Array], kv_heads: int | None) -> int:
