@@ -50,7 +50,7 @@ KvHeads = Annotated[
 ]
 LearnedSinks = Annotated[
     bool,
-    typer.Option("--learned-sinks", help="Accept rows that sum to less than one because a learned sink takes a share."),
+    typer.Option("--learned-sinks", help="The model has learned sinks: rows may sum to less than one."),
 ]
 
 
@@ -69,8 +69,9 @@ def import_maps(
 ) -> None:
     """Make a trace of attention maps; every row is checked first.
 
-    Optional arrays: value_l1, value_l2, key_l2 [L, G, T]; keys, values, queries [L, G or H, T, D]; tokens;
-    prompt_length; attention_mask, whose padding is removed. What is assumed is printed and stored in the trace.
+    Optional arrays: value_l1, value_l2, key_l2 [L, G, T]; keys, values, queries [L, G or H, T, D]; sink_mass [L, H, T],
+    what a learned sink takes of rows that sum to one; tokens; prompt_length; attention_mask, whose padding is removed.
+    What is assumed is printed and stored in the trace.
     """
     from kvscope.cli import console, places
     from kvscope.cli.hints import next_command

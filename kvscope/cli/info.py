@@ -141,6 +141,7 @@ def describe(trace: Trace, *, verified: bool = False) -> JsonDict:
         "layer_types": header.layer_types,
         "sliding_window": header.sliding_window,
         "learned_sinks": header.learned_sinks,
+        "sink_rows": header.sink_rows,
         "softcap": header.softcap,
         "sequences": [{"prompt": s.prompt, "length": s.length, "forced": s.forced} for s in trace.sequences],
         "store": header.store,
@@ -189,7 +190,9 @@ def pairs(trace: Trace, *, verified: bool = False) -> list[tuple[str, str]]:
     if windows:
         lines.insert(2, ("sliding windows", ", ".join(map(str, windows))))
     if header.learned_sinks:
-        lines.insert(2, ("learned sinks", "yes: rows do not sum to one"))
+        lines.insert(2, ("learned sinks", "yes: rows are stored after the sinks' share, and do not sum to one"))
+    if header.sink_rows == "before":
+        lines.insert(2, ("learned sinks", "yes: rows are stored before the sinks' share, and sum to one"))
     if header.softcap is not None:
         lines.insert(2, ("soft cap", f"{header.softcap:g}"))
     return lines

@@ -51,10 +51,7 @@ def header(
     selected : StoreOptions
         With the layers and heads (empty for all) to record, and whether layer inputs are stored.
 
-    Raises
-    ------
-    ModelError
-        If a layer to record has no attention.
+    Raises ModelError if a layer to record has no attention.
     """
     layers, heads = list(selected.layers or ()), list(selected.heads or ())
     windows, (store, top) = _windows(loaded, facts, layers), parse_store(selected.store)
@@ -71,7 +68,8 @@ def header(
         head_dim=facts.head_dim,
         layer_types=["full" if window is None else "sliding" for window in windows],
         sliding_window=windows,
-        learned_sinks=facts.learned_sinks,
+        learned_sinks=facts.sink_rows == "after",
+        sink_rows=facts.sink_rows,
         softcap=facts.softcap,
         stored=_stored(facts, store, hidden=bool(selected.hidden)),
         attention=[_narrowed(facts.attention[layer], heads) for layer in layers] if store == QKV else [],
@@ -84,11 +82,15 @@ def header(
         device=str(loaded.device),
         sampling=SamplingRecord(**asdict(sampling)),
         tokenizer=type(loaded.tokenizer).__name__,
-        versions={"python": platform.python_version(), **versions("torch", "transformers", "pyarrow")},
+        versions=_versions(),
         seed=seed,
         command=command,
         prefill_chunk=prefill_chunk,
     )
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **versions("torch", "transformers", "pyarrow")}
 
 
 def _stored(facts: AttentionFacts, store: str, *, hidden: bool) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +82,23 @@ def self_check_modules(model: CausalModel, ids: Tensor) -> AttentionFacts:
         scaling=None,
         softcap=None,
         learned_sinks=any(source.sinks for source in found),
+        sink_rows=_sink_rows(model, found),
         attention={},
         vector_dtype="float32",
         from_modules=True,
     )
+
+
+def _sink_rows(model: CausalModel, found: Sequence[Source]) -> Literal["after", "before"] | None:
+    """Return whether the modules return rows after or before a learned sink takes its share; None without sinks.
+
+    A sink logit is a parameter that takes part in a softmax, after which rows sum to less than one. Some models compute
+    the softmax without it, return its rows, and shrink the output instead.
+    """
+    if any(source.sinks for source in found):
+        return "after"
+    own = {name for source in found for name, _ in source.module.named_parameters(recurse=False)}
+    return "before" if own & {"sinks", "sink"} else None
 
 
 def _others(name: str, config: ModelConfig, seen: Collection[int]) -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class AttentionFacts:
         Smallest type that represents all queries, keys, values and layer inputs exactly; float32 for float64.
     from_modules : bool
         Whether rows are those that the model's modules return, beside which nothing is known.
+    sink_rows : {"after", "before"} or None
+        Whether rows are what learned sinks leave, or those before their share; None without learned sinks.
     """
 
     heads: int
@@ -58,6 +61,7 @@ class AttentionFacts:
     attention: dict[int, LayerAttention]
     vector_dtype: VectorType
     from_modules: bool = False
+    sink_rows: Literal["after", "before"] | None = None
 
 
 def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
@@ -103,6 +107,7 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
         scaling=first.scaling,
         softcap=first.softcap,
         learned_sinks=any(call.sinks is not None for call in calls),
+        sink_rows="after" if any(call.sinks is not None for call in calls) else None,
         attention={call.layer: _attention(call) for call in calls},
         vector_dtype=_vector_dtype(calls),
     )

@@ -13,6 +13,7 @@ from kvscope.trace.blocks import Array
 from kvscope.trace.import_files import NAMES, Captured
 
 PER_KEY = ("value_l1", "value_l2", "key_l2")
+PER_QUERY = ("sink_mass",)
 VECTORS = ("queries", "keys", "values")
 TOKENS = ("tokens", "input_ids", "sequences")
 ATTENTION = "BLHQK"  # sequences, layers, query heads, queries, keys: as the functions after this one take them
@@ -26,8 +27,8 @@ class Arranged:
     Attributes
     ----------
     sequences : list of dict of str to array
-        ``attention`` ``[1, L, H, T, T]``, norms ``[1, L, G, T]``, vectors ``[1, L, G or H, T, D]``, ``tokens``
-        ``[1, T]``, ``prompt_length`` ``[1]``; only those that the file has.
+        ``attention`` ``[1, L, H, T, T]``, norms ``[1, L, G, T]``, sink_mass ``[1, L, H, T]``, vectors
+        ``[1, L, G or H, T, D]``, ``tokens`` ``[1, T]``, ``prompt_length`` ``[1]``; only those that the file has.
     assumed : list of str
         What the file does not say.
     """
@@ -60,10 +61,10 @@ def arrange(found: Mapping[str, Captured], axes: str | None, prompt_length: int 
     letters = _letters(axes) if axes is not None else _guessed(maps, found[name], name, assumed)
     attention = _ordered(maps, letters, ATTENTION, name)
     arrays = {"attention": attention}
-    for each in (*PER_KEY, *VECTORS):
+    for each in (*PER_KEY, *PER_QUERY, *VECTORS):
         if each in found:
-            own = letters.replace("K", "") if each in PER_KEY else letters.replace("K", "") + "D"
-            target = "BLHQ" if each in PER_KEY else "BLHQD"
+            own = letters.replace("K", "") + ("D" if each in VECTORS else "")
+            target = "BLHQD" if each in VECTORS else "BLHQ"
             arrays[each] = _ordered(_stacked(found[each], each, [])[0], own, target, each)
     count, length = len(attention), attention.shape[-1]
     if 0 in attention.shape:

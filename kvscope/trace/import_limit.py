@@ -16,7 +16,7 @@ from kvscope.core.output import size
 # Every array that an import reads; others are neither read nor counted. numpy.savez calls what has no name `arr_0`.
 KNOWN = re.compile(
     r"attentions?|value_l1|value_l2|key_l2|queries|keys|values|tokens|input_ids|sequences|prompt_length|attention_mask"
-    r"|arr_\d+"
+    r"|sink_mass|arr_\d+"
 )
 # Compressed attention of a sliding window of 16 of 1,024 tokens takes a sixtieth of its size (measured), of all tokens
 # about a third. Deflate expands a file of zeros a thousand times, and a view of one number expands without limit.

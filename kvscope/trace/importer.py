@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -14,8 +15,9 @@ from kvscope.core.text_files import read_text, require_whole
 from kvscope.core.version import versions
 from kvscope.trace.blocks import Array
 from kvscope.trace.derive import cosines, norms
-from kvscope.trace.import_axes import PER_KEY, arrange
+from kvscope.trace.import_axes import PER_KEY, PER_QUERY, arrange
 from kvscope.trace.import_files import read_captured
+from kvscope.trace.import_sinks import leave_share, sink_rows
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
 from kvscope.trace.row_checks import faults_of_sums
@@ -48,8 +50,8 @@ def import_maps(
         ``.npz``, ``.npy``, ``.safetensors`` or ``.pt`` with ``attention`` ``[L, H, T, T]`` or ``[S, L, H, T, T]``,
         or ``attentions`` ``[L, S, H, T, T]`` or as transformers returns them, and optionally ``value_l1``,
         ``value_l2``, ``key_l2`` ``[L, G, T]``, ``keys``, ``values`` ``[L, G, T, D]``, ``queries`` ``[L, H, T, D]``,
-        ``tokens`` ``[T]`` (ids or texts), ``prompt_length``, ``attention_mask`` ``[T]``, whose padding is removed;
-        with ``S`` where attention has it.
+        ``sink_mass`` ``[L, H, T]``, ``tokens`` ``[T]`` (ids or texts), ``prompt_length``,
+        ``attention_mask`` ``[T]``, whose padding is removed; with ``S`` where attention has it.
     prompt : str, optional
         The prompt, as text or as the path of a text file.
     output : Path
@@ -62,7 +64,7 @@ def import_maps(
     kv_heads : int, optional
         ``G``, where no array has it; by default every query head has its own keys and values.
     learned_sinks : bool
-        Whether rows may sum to less than one because a learned sink takes part in the softmax.
+        Whether the model has learned sinks. Rows that sum to one are then those before a sink takes its share.
     force : bool
         Whether to replace an existing trace.
 
@@ -73,14 +75,15 @@ def import_maps(
     TraceError
         If a row is not causal, not finite, negative, or does not sum to one; the message says which.
     """
-    text = _prompt(prompt)
-    captured = arrange(read_captured(Path(source)), axes, prompt_length)
+    source, text = Path(source), _prompt(prompt)
+    captured = arrange(read_captured(source), axes, prompt_length)
     groups = _check(captured.sequences, kv_heads, learned_sinks)
     for arrays in captured.sequences:
         _derive(arrays)
-    records = [_lengths(arrays) for arrays in captured.sequences]
-    assumed = [*captured.assumed, *_assumed(captured.sequences[0], kv_heads)]
-    header = _header(Path(source), captured.sequences[0], groups, learned_sinks, text, assumed)
+        leave_share(arrays)
+    records, first = [_lengths(arrays) for arrays in captured.sequences], captured.sequences[0]
+    sinks = sink_rows(captured.sequences, learned_sinks)
+    header = _header(source, first, groups, sinks, text, captured.assumed + _assumed(first, kv_heads, sinks))
     require_space(output, _bytes(header, records))
     with TraceWriter(output, header, force=force) as writer:
         for number, (arrays, record) in enumerate(zip(captured.sequences, records, strict=True)):
@@ -105,7 +108,7 @@ def _header(
     source: Path,
     arrays: Mapping[str, Array],
     groups: int,
-    learned_sinks: bool,
+    sinks: Literal["after", "before"] | None,
     prompt: PromptRecord,
     assumed: list[str],
 ) -> TraceHeader:
@@ -122,7 +125,8 @@ def _header(
         head_dim=next((arrays[name].shape[-1] for name in VECTORS if name in arrays), 0),
         layer_types=["full"] * layers,
         sliding_window=[None] * layers,
-        learned_sinks=learned_sinks,
+        learned_sinks=sinks == "after",
+        sink_rows=sinks,
         stored=_stored(arrays),
         prompts=[prompt],
         assumed=assumed,
@@ -136,7 +140,7 @@ def _check(sequences: Sequence[Mapping[str, Array]], kv_heads: int | None, learn
     for number, arrays in enumerate(sequences):
         groups = _check_shapes(arrays, kv_heads)
         place = f"sequence {number}, " if len(sequences) > 1 else ""
-        _check_rows(arrays["attention"][0], learned_sinks, place)
+        _check_rows(arrays["attention"][0], learned_sinks and "sink_mass" not in arrays, place)
     return groups
 
 
@@ -152,10 +156,10 @@ def _check_shapes(arrays: Mapping[str, Array], kv_heads: int | None) -> int:
         raise UsageError(f"the arrays have {groups} key/value heads, not {kv_heads}", "Omit --kv-heads.")
     if groups == 0 or heads % groups:
         raise UsageError(f"{heads} query heads do not share {groups} key/value heads evenly", "Make H a multiple of G.")
-    for name in (*PER_KEY, *VECTORS):
+    for name in (*PER_KEY, *PER_QUERY, *VECTORS):
         if name in arrays:
-            expected = (count, layers, heads if name == "queries" else groups, length)
-            if arrays[name].shape[:4] != expected or arrays[name].ndim != (4 if name in PER_KEY else 5):
+            expected = (count, layers, heads if name in ("queries", *PER_QUERY) else groups, length)
+            if arrays[name].shape[:4] != expected or arrays[name].ndim != (5 if name in VECTORS else 4):
                 raise UsageError(
                     f"{name} has the shape {list(arrays[name].shape)}",
                     f"Make it begin with {list(expected)} (S, L, heads, T).",
@@ -166,6 +170,10 @@ def _check_shapes(arrays: Mapping[str, Array], kv_heads: int | None) -> int:
                 )
             if name in PER_KEY and (arrays[name] < 0).any():
                 raise UsageError(f"{name} contains a negative norm", "Save norms, which are zero or more.")
+            if name in PER_QUERY and ((arrays[name] < 0) | (arrays[name] > 1)).any():
+                raise UsageError(
+                    f"{name} contains a share outside 0 to 1", "Save the share that the sink takes of a row."
+                )
     if "tokens" in arrays and arrays["tokens"].shape != (count, length):
         raise UsageError(f"tokens has the shape {list(arrays['tokens'].shape)}", f"Make it {[count, length]} (S, T).")
     return int(groups)
@@ -234,13 +242,15 @@ def _lengths(arrays: Mapping[str, Array]) -> SequenceRecord:
     return SequenceRecord(prompt, length, forced=True)
 
 
-def _assumed(arrays: Mapping[str, Array], kv_heads: int | None) -> list[str]:
-    """Return what is assumed about keys and prompt, where neither the file nor the user says it."""
+def _assumed(arrays: Mapping[str, Array], kv_heads: int | None, sinks: str | None) -> list[str]:
+    """Return what is assumed about keys, prompt and rows, where neither the file nor the user says it."""
     lines: list[str] = []
     if kv_heads is None and not any(name in arrays for name in OF_KEYS):
         lines.append("each query head has keys and values of its own; otherwise give --kv-heads")
     if "prompt_length" not in arrays:
         lines.append("the whole sequence is the prompt; otherwise give --prompt-length")
+    if sinks == "before":
+        lines.append("the rows are those before learned sinks take their share, since they sum to one")
     return lines
 
 

@@ -191,6 +191,14 @@ class TraceHeader:
             omit=True,
         ),
     ] = None
+    sink_rows: Annotated[
+        Literal["after", "before"] | None,
+        about(
+            "of a model with learned sinks: `after`: rows are what a sink leaves, so that they sum to less than one; "
+            "`before`: rows are divided by their sum, and what a sink then takes is unknown",
+            omit=True,
+        ),
+    ] = None
 
     @property
     def whole(self) -> bool:

@@ -16,7 +16,7 @@ KIND: Final = "kvscope-trace"
 HEADER = "trace.json"
 _FOLDERS = "|".join(name.partition("/")[0] for name in FILES if "/" in name)
 MEMBERS = rf"trace\.json|tokens\.parquet|({_FOLDERS})/layer=\d+\.parquet"  # regular expression for the files of a trace
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 OLDEST_VERSION = 1  # oldest version that can be read
 SEALED_SINCE = 6  # first version whose `trace.json` has a checksum of itself, and whose files say what they are
 HISTORY = {
@@ -27,6 +27,7 @@ HISTORY = {
     6: "a checksum of `trace.json` in it; every file says in its metadata of which trace, kind and layer it is",
     7: "vectors of 16-bit models in 16 bits, as `vector_dtype` in `trace.json` says",
     8: "layers without attention in `other_layers`; `rows_from` of rows that modules returned; `example` and `spans`",
+    9: "`sink_rows`: whether rows are stored before or after a learned sink takes its share",
 }
 
 Which = Literal["queries", "keys", "values"]

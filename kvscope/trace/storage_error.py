@@ -63,7 +63,7 @@ class Outside:
 
 
 def approximate(header: TraceHeader, error: StorageError | None) -> list[str]:
-    """Return sentences about what a trace lacks: exact rows, some heads, some rows; empty for a full trace.
+    """Return sentences about what a trace lacks: exact rows, heads, rows, what a sink takes; empty for a full one.
 
     Parameters
     ----------
@@ -88,6 +88,12 @@ def approximate(header: TraceHeader, error: StorageError | None) -> list[str]:
         )
     if header.query_stride > 1:
         sentences.append(f"Sampled: every {header.query_stride}th row of attention was recorded.")
+    if header.sink_rows == "before":
+        sentences.append(
+            "Rows before the sink: the model's learned sinks take a share of every row that the trace does not know. "
+            "Retained mass and all that compares shares of a row is the same without it; the output error, the "
+            "flattened cosine and the sums of policies are those of a model without sinks."
+        )
     return sentences
 
 

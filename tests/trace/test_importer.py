@@ -92,6 +92,24 @@ def test_what_is_no_attention(tmp_path: Path, change: tuple, message: str) -> No
 def test_learned_sinks_may_take_a_share(tmp_path: Path) -> None:
     trace = import_maps(saved(tmp_path, attention=maps() * 0.7), None, tmp_path / "t", learned_sinks=True)
     assert np.allclose(trace.row_sums(0, 0), 0.7, atol=1e-5)
+    assert (trace.header.learned_sinks, trace.header.sink_rows) == (True, "after")
+
+
+def test_rows_before_learned_sinks_are_stored_after_them_where_the_share_is_known(tmp_path: Path) -> None:
+    share = np.random.default_rng(0).random((2, 4, LENGTH)).astype(np.float32)
+    file = saved(tmp_path, attention=maps(), sink_mass=share)
+    trace = import_maps(file, None, tmp_path / "t")
+    assert (trace.header.learned_sinks, trace.header.sink_rows) == (True, "after")
+    assert np.allclose(trace.attention(0, 1), maps()[1] * (1 - share[1])[..., None], atol=5e-4)
+    assert np.allclose(trace.row_sums(0, 1), 1 - share[1], atol=1e-5)
+    unknown = import_maps(saved(tmp_path, attention=maps()), None, tmp_path / "u", learned_sinks=True)
+    assert (unknown.header.learned_sinks, unknown.header.sink_rows) == (False, "before")
+    assert any("before learned sinks" in line for line in unknown.header.assumed)
+    assert any(line.startswith("Rows before the sink") for line in unknown.approximate)
+    with pytest.raises(TraceError, match="sums to less than one"):
+        import_maps(saved(tmp_path, attention=maps() * 0.7, sink_mass=share), None, tmp_path / "v", learned_sinks=True)
+    with pytest.raises(UsageError, match="sink_mass contains a share outside 0 to 1"):
+        import_maps(saved(tmp_path, attention=maps(), sink_mass=share + 1), None, tmp_path / "v")
 
 
 @pytest.mark.parametrize(
