@@ -140,6 +140,7 @@ def describe(trace: Trace, *, verified: bool = False) -> JsonDict:
         "head_dim": trace.head_dim,
         "layer_types": header.layer_types,
         "sliding_window": header.sliding_window,
+        "chunk_size": header.chunk_size,
         "learned_sinks": header.learned_sinks,
         "sink_rows": header.sink_rows,
         "softcap": header.softcap,
@@ -189,6 +190,9 @@ def pairs(trace: Trace, *, verified: bool = False) -> list[tuple[str, str]]:
     lines += [("approximate", sentence) for sentence in trace.approximate]
     if windows:
         lines.insert(2, ("sliding windows", ", ".join(map(str, windows))))
+    chunks = sorted({chunk for chunk in header.chunk_size if chunk is not None})
+    if chunks:
+        lines.insert(2, ("attends in chunks of", ", ".join(map(str, chunks))))
     if header.learned_sinks:
         lines.insert(2, ("learned sinks", "yes: rows are stored after the sinks' share, and do not sum to one"))
     if header.sink_rows == "before":

@@ -27,7 +27,8 @@ from kvscope.model.selfcheck import AttentionFacts, self_check
 from kvscope.model.short_cache import full_cache, short_cache
 
 SIGNALS = frozenset({*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2"})
-# Layer types in which all keys, or a window of them, are visible to the attention of the layer.
+# Layer types in which all keys, or a window of them, are visible to the attention of the layer;
+# of `chunked_attention` those of a chunk are.
 KINDS = {"full_attention", "sliding_attention", "attention", "hybrid", "hybrid_sliding"}
 
 
@@ -113,6 +114,7 @@ class DecodeJob:
             sequence=self.sequence,
             windows=tuple(facts.windows.values()),
             places=tuple(range(layers)),
+            chunks=tuple(facts.chunks.get(layer) for layer in facts.windows) if facts.chunks else (),
         )
         signals = {}
         for name in self.plan.needs - ROWS:
@@ -207,7 +209,7 @@ def attention_facts(model: CausalModel, ids: Tensor) -> AttentionFacts:
     """Return facts about the model's attention; raises ModelError if it has layers that cannot be decoded here."""
     facts = self_check(model, ids)
     types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-    other = {types[layer] for layer in facts.windows} - KINDS if types else set()
+    other = {types[layer] for layer in facts.windows if layer not in facts.chunks} - KINDS if types else set()
     if other:
         raise ModelError(
             f"{type(model).__name__} has {sorted(other)[0]} layers, in which a query does not see all earlier keys or "

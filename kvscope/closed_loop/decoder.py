@@ -101,7 +101,7 @@ class Decoder:
             for call in self._calls:
                 query = call.query[0, :, start:stop]  # [H, b, D]
                 queries = query.view(call.key.shape[1], -1, *query.shape[1:])  # [G, Q, b, D]
-                hidden = beyond(start, stop, call.sliding_window, queries.device)
+                hidden = beyond(start, stop, call, queries.device)
                 made = weights(call, queries, call.key[0, :, None, :stop], hidden)
                 rows[self._place[call.layer]] = made.flatten(0, 1)
             for t in range(start, stop):
@@ -182,9 +182,9 @@ class Decoder:
         longest = []
         for caches, group, layers in self._groups:
             most = self.simulation.occupancy.most_of(caches) if self._known else None
-            oldest = t + 2 - caches.window if caches.window else 0
+            oldest = t + 2 - caches.within(t + 2) if caches.window or caches.chunk else 0
             if most is not None and oldest > 0:
-                most = min(most, caches.window - 1)
+                most = min(most, caches.within(t + 2) - 1)
             longest.append(group.cut(retained.index_select(0, layers), most, oldest))
         self._longest.append(torch.stack(longest).max())
 
@@ -224,11 +224,13 @@ def weights(call: Call, queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor
     return torch.softmax(torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], -1), -1)[..., :-1]
 
 
-def beyond(start: int, stop: int, window: int | None, device: torch.device) -> Tensor:
+def beyond(start: int, stop: int, call: Call, device: torch.device) -> Tensor:
     """Return which of the first `stop` keys the queries `start` to `stop` - 1 of a prompt do not see, bool."""
     query, key = torch.arange(start, stop, device=device)[:, None], torch.arange(stop, device=device)
     hidden = key > query
-    return hidden if window is None else hidden | (key <= query - window)
+    if call.chunk is not None:
+        hidden = hidden | (key < query // call.chunk * call.chunk)
+    return hidden if call.sliding_window is None else hidden | (key <= query - call.sliding_window)
 
 
 def signal(name: str, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -213,6 +213,7 @@ def simulation_of(call: Call, batch: RunBatch, text: PassShape) -> CacheSimulati
         windows=() if call.sliding_window is None else (call.sliding_window,),
         n_layers=len(text.layers),
         places=(text.layers.index(call.layer),) if text.layers else (),
+        chunks=() if call.chunk is None else (call.chunk,),
     )
     missing = None
     if call.sinks is not None:

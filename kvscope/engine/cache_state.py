@@ -38,6 +38,8 @@ class CacheState:
         int64 ``[R]``: number of first and of newest keys that are protected.
     windows : tuple of int
         For each of the ``L`` layers, how many newest keys the model can attend to; 0 for all.
+    chunks : tuple of int
+        For each of them, the size of the chunks in which the model attends; 0 for none.
     nan_scores : Tensor
         bool ``[]``: whether any score was NaN at a step that evicts.
     length_at_eviction : Tensor
@@ -55,6 +57,7 @@ class CacheState:
     windows: tuple[int, ...]
     nan_scores: Tensor
     length_at_eviction: Tensor
+    chunks: tuple[int, ...] = ()
 
     @classmethod
     def empty(
@@ -88,15 +91,19 @@ class CacheState:
             windows=tuple(window or 0 for window in shape.windows or (None,) * len(shape.layers)),
             nan_scores=torch.zeros((), dtype=torch.bool, device=device),
             length_at_eviction=torch.zeros((), dtype=torch.int64, device=device),
+            chunks=tuple(chunk or 0 for chunk in shape.chunks),
         )
 
     def append(self, t: int) -> None:
-        """Add key `t` to every cache, and remove the key that has slid out of each sliding-window layer."""
+        """Add key `t` to every cache, and remove what the model can no longer attend to: see `windows` and `chunks`."""
         self.alive[..., t].fill_(True)  # an assignment would copy the number from the host
         self.n_alive += 1
         for window, layers in self._windowed:
             if window <= t:
                 self._slide_out(layers, t - window, t - 1)
+        for layer, chunk in enumerate(self.chunks):
+            if chunk and t and t % chunk == 0:
+                self._leave(layer, t - chunk, t, t - 1)
 
     def append_block(self, start: int, stop: int) -> None:
         """Add keys `start` to `stop` - 1 to every cache, as `append` for each, where nothing is evicted in between.
@@ -113,6 +120,9 @@ class CacheState:
                 alive.fill_(False)
                 step = torch.arange(first + window - 1, stop - 1, dtype=leave.dtype, device=leave.device)
                 leave.copy_(torch.where(leave == NEVER, step, leave))
+        for layer, chunk in enumerate(self.chunks):
+            for end in range(-(-max(start, 1) // chunk) * chunk, stop, chunk) if chunk else ():
+                self._leave(layer, end - chunk, end, end - 1)
 
     def evictable(self, n: int) -> Tensor:
         """Return which of the first `n` keys are in the cache and not protected, bool ``[R, L, S, n]``."""
@@ -139,6 +149,13 @@ class CacheState:
         sizes = sorted({window for window in self.windows if window})
         layers = torch.tensor(self.windows, device=self.leave.device)[:, None]
         return [(size, layers == size) for size in sizes]
+
+    def _leave(self, layer: int, first: int, last: int, step: int) -> None:
+        """Remove keys `first` to `last` - 1 of one layer, whose chunk has ended with `step`."""
+        alive, leave = self.alive[:, layer, :, first:last], self.leave[:, layer, :, first:last]
+        self.n_alive[:, layer] -= alive.sum(-1)
+        leave.masked_fill_(alive & (leave == NEVER), step)
+        alive.fill_(False)
 
     def _slide_out(self, layers: Tensor, key: int, step: int) -> None:
         alive, leave = self.alive[..., key], self.leave[..., key]  # [R, L, S]

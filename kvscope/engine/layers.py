@@ -53,6 +53,7 @@ class RecordedLayers:
             windows=windows if any(window is not None for window in windows) else (),
             n_layers=len(trace.layers),
             places=tuple(trace.layers.index(layer) for layer in layers),
+            chunks=trace.header.chunks_of(layers),
         )
         self._loader = row_loader(trace, sequence.index, layers, device)
         self.missing = self._missing_mass()

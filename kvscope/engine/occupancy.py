@@ -12,12 +12,14 @@ from kvscope.engine.cache_state import CacheState
 
 @dataclass
 class EqualCaches:
-    """Layers whose caches hold equally many keys at most: with the same window, smallest and largest budget of a head.
+    """Layers whose caches hold equally many keys at most: with the same reach, smallest and largest budget of a head.
 
     Attributes
     ----------
     window : int
         How many newest keys the model can attend to; 0 for all.
+    chunk : int
+        Size of the chunks in which the model attends; 0 for none.
     least, largest : int
         Smallest and largest budget of a head.
     layers : list of int
@@ -27,6 +29,7 @@ class EqualCaches:
     """
 
     window: int
+    chunk: int
     least: int
     largest: int
     layers: list[int]
@@ -34,6 +37,7 @@ class EqualCaches:
 
     def within(self, keys: int) -> int:
         """Return how many of so many appended keys the model can attend to."""
+        keys = (keys - 1) % self.chunk + 1 if self.chunk and keys else keys
         return min(keys, self.window) if self.window else keys
 
     def surplus(self, n: int) -> int:
@@ -43,7 +47,7 @@ class EqualCaches:
 
     def most(self, n: int) -> int:
         """Return how many keys a cache holds at most after `n` were appended."""
-        return self.within(min(n, self.largest + n - self.evicted_at) if self.evicted_at else n)
+        return min(self.within(n), self.largest + n - self.evicted_at) if self.evicted_at else self.within(n)
 
 
 class Occupancy:
@@ -63,7 +67,7 @@ class Occupancy:
 
     def __init__(self, state: CacheState, bounded: bool) -> None:
         self._state, self._bounded = state, bounded
-        self._windows = [window for window in state.windows if window]
+        self._windows = [reach for reach in (*state.windows, *state.chunks) if reach]
         self._budget: Tensor | None = None
         self._equal: list[EqualCaches] = []
         self._n = 0  # keys appended
@@ -111,8 +115,9 @@ class Occupancy:
         if self._budget is not self._state.budget:
             self._budget = self._state.budget
             of_layers = self._budget.transpose(0, 1).flatten(1)  # [L, R * S]
-            kinds: dict[tuple[int, int, int], list[int]] = {}
+            kinds: dict[tuple[int, int, int, int], list[int]] = {}
+            chunks = self._state.chunks or (0,) * len(of_layers)
             for layer, bounds in enumerate(torch.stack(of_layers.aminmax(dim=1), 1).tolist()):
-                kinds.setdefault((self._state.windows[layer], *bounds), []).append(layer)
+                kinds.setdefault((self._state.windows[layer], chunks[layer], *bounds), []).append(layer)
             self._equal = [EqualCaches(*kind, layers) for kind, layers in kinds.items()]
         return self._equal

@@ -32,6 +32,9 @@ class Shape:
         Layers that share a budget: those of the model that have attention; 0 if the group has all of them.
     places : tuple of int
         Place of each layer of the group among these; empty if it is the layer's number.
+    chunks : tuple of int or None
+        For each layer the size of the chunks in which the model attends (a query sees the earlier keys of its own
+        chunk), or None; empty if that is None everywhere.
     """
 
     layers: tuple[int, ...]
@@ -43,11 +46,20 @@ class Shape:
     windows: tuple[int | None, ...] = ()
     n_layers: int = 0
     places: tuple[int, ...] = ()
+    chunks: tuple[int | None, ...] = ()
 
-    def reach(self) -> list[int]:
-        """Return for each of the ``L`` layers how many keys a query can attend to at most."""
-        windows = self.windows or (None,) * len(self.layers)
-        return [self.length if window is None else min(window, self.length) for window in windows]
+    def seen(self, steps: Tensor) -> Tensor:
+        """Return how many keys the queries at some positions ``[b]`` can attend to in each layer, int64 ``[L, b]``."""
+        whole = steps.long() + 1
+        counts = []
+        for window, chunk in zip(self._windows, self.chunks or (None,) * len(self.layers), strict=True):
+            count = whole if chunk is None else (whole - 1) % chunk + 1
+            counts.append(count if window is None else count.clamp(max=window))
+        return torch.stack(counts)
+
+    @property
+    def _windows(self) -> tuple[int | None, ...]:
+        return self.windows or (None,) * len(self.layers)
 
 
 class Block:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,13 +37,6 @@ class CacheHistory(Protocol):
         """Return ``R_t``, bool ``[R, L, G, stop - start, stop]``."""
 
 
-class Constants(NamedTuple):
-    """Numbers of all blocks: int ``[L]``, keys that a query can attend to at most; int ``[R]``, ``B`` of each run."""
-
-    reach: Tensor
-    budget: Tensor
-
-
 class MetricSeries:
     """The values of metrics at every step of one policy under several budgets.
 
@@ -62,7 +55,7 @@ class MetricSeries:
         self._blocks: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
         self._evicted: list[Tensor] = []
         self._pooled: dict[str, Tensor] = {}
-        self._constants: Constants | None = None
+        self._budgets: Tensor | None = None
 
     def values(self) -> dict[str, Tensor]:
         """Return ``[R, L, H, S]`` for every metric; NaN at steps at which nothing had been evicted."""
@@ -94,16 +87,14 @@ class MetricSeries:
 
     def _after_eviction(self, rows: Rows) -> Tensor:
         """Return whether the query sees fewer keys than with a full cache, bool ``[R, L, H, b]``."""
-        reach = self.constants(rows.full.device).reach
-        full = torch.minimum(rows.steps + 1, reach[:, None])[:, None, :]  # [L, 1, b]
+        full = self.history.shape.seen(rows.steps)[:, None, :]  # [L, 1, b]
         return rows.kept.keys < full
 
-    def constants(self, device: torch.device) -> Constants:
-        """Return numbers of the runs as tensors on a device, copied there once, since a copy waits for the device."""
-        if self._constants is None or self._constants.reach.device != device:
-            reach, budgets = self.history.shape.reach(), self.history.budgets
-            self._constants = Constants(torch.tensor(reach, device=device), torch.tensor(budgets, device=device))
-        return self._constants
+    def budgets(self, device: torch.device) -> Tensor:
+        """Return ``B`` of each run, int ``[R]``, copied to a device once, since a copy waits for the device."""
+        if self._budgets is None or self._budgets.device != device:
+            self._budgets = torch.tensor(self.history.budgets, device=device)
+        return self._budgets
 
     def on_cpu(self) -> dict[str, NDArray[np.float32]]:
         """Return `values` as arrays; from a device in one copy."""
@@ -160,7 +151,7 @@ class BlockScorer:
                 full=full,
                 visible=history.visible(begin, stop),
                 held=history.held(begin, stop),
-                budget=series.constants(full.device).budget,
+                budget=series.budgets(full.device),
                 budgets=tuple(history.budgets),
                 steps=steps,
                 missing=None if missing is None else missing[..., begin - start :],

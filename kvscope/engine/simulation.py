@@ -197,8 +197,8 @@ class CacheSimulation:
         and whether a head evicted: bool ``[1 + 2 R]``.
         """
         state = self.state
-        reach = torch.tensor(self.shape.reach(), device=state.leave.device)
-        in_cache = torch.minimum(reach, state.length_at_eviction)  # [L]: without eviction
+        last = (state.length_at_eviction - 1).clamp(min=0)
+        in_cache = self.shape.seen(last[None])[:, 0]  # [L]: without eviction
         evicted = state.evictions > 0  # [R, L, S]
         idle = (in_cache[:, None] > state.budget) & ~evicted
         of_runs = torch.stack([idle.flatten(1).any(1), evicted.flatten(1).any(1)], 1)  # [R, 2]
@@ -218,7 +218,7 @@ def choose_stepper(fallback: TorchStepper, inputs: StepInputs, state: CacheState
     if traits.phase == "none" and not traits.reads and not is_own(plan.policy):  # an own one is called and checked
         return AppendingStepper(state)
     rule = kernel_rule(inputs, sharing)
-    if rule is None:
+    if rule is None or any(state.chunks):
         return fallback
     device = state.leave.device.type
     if device == "cpu" and available():

@@ -54,6 +54,8 @@ class Call:
         Largest number of keys that a query sees, including its own.
     hidden : Tensor or None
         ``[batch, q, hidden]``, the input of the layer's attention module.
+    chunk : int or None
+        Size of the chunks in which the layer attends: a query sees the earlier keys of its own chunk.
     """
 
     layer: int
@@ -66,6 +68,7 @@ class Call:
     sinks: Tensor | None = None
     sliding_window: int | None = None
     hidden: Tensor | None = None
+    chunk: int | None = None
 
     @cached_property
     def exact(self) -> torch.dtype:
@@ -235,6 +238,13 @@ def _store_input(inputs: dict[int, Tensor]) -> Callable[[nn.Module, tuple[object
     return store
 
 
+def chunk_of(config: ModelConfig | None, layer: int) -> int | None:
+    """Return the size of the chunks in which a layer attends, as a configuration has it; None if it does not."""
+    types = getattr(config, "layer_types", None) or []
+    chunked = layer < len(types) and types[layer] == "chunked_attention"
+    return getattr(config, "attention_chunk_size", None) if chunked else None
+
+
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Return whether a kernel that gets no mask hides later keys, as transformers' kernels decide it."""
     given = kwargs.get("is_causal")
@@ -272,6 +282,7 @@ def _interface(
             sinks=sinks,
             sliding_window=kwargs.get("sliding_window"),
             hidden=inputs.pop(id(module), None),
+            chunk=chunk_of(getattr(module, "config", None), int(module.layer_idx)),  # type: ignore[arg-type]
         )
 
         def original(rows: int | None = None) -> Tensor:

@@ -66,8 +66,9 @@ def header(
         heads=len(heads) or facts.heads,
         kv_heads=len(heads) * facts.kv_heads // facts.heads or facts.kv_heads,
         head_dim=facts.head_dim,
-        layer_types=["full" if window is None else "sliding" for window in windows],
+        layer_types=[_kind(facts, layer) for layer in layers],
         sliding_window=windows,
+        chunk_size=[facts.chunks.get(layer) for layer in layers] if facts.chunks else [],
         learned_sinks=facts.sink_rows == "after",
         sink_rows=facts.sink_rows,
         softcap=facts.softcap,
@@ -87,6 +88,13 @@ def header(
         command=command,
         prefill_chunk=prefill_chunk,
     )
+
+
+def _kind(facts: AttentionFacts, layer: int) -> str:
+    """Return which keys a query of a layer sees: ``full``, ``sliding`` or ``chunked``."""
+    if layer in facts.chunks:
+        return "chunked"
+    return "full" if facts.windows[layer] is None else "sliding"
 
 
 def _versions() -> dict[str, str]:

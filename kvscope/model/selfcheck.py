@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Literal
 
@@ -33,6 +33,8 @@ class AttentionFacts:
         ``H``, ``G``, ``D`` of queries and keys, and of values.
     windows : dict of int to int or None
         Sliding window by layer with attention.
+    chunks : dict of int to int
+        Size of the chunks of each layer that attends in chunks.
     others : dict of int to str
         Kind of each layer without attention, such as ``linear_attention``; it has no keys that could be evicted.
     scaling, softcap
@@ -62,6 +64,7 @@ class AttentionFacts:
     vector_dtype: VectorType
     from_modules: bool = False
     sink_rows: Literal["after", "before"] | None = None
+    chunks: dict[int, int] = field(default_factory=dict)
 
 
 def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
@@ -103,6 +106,7 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
         head_dim=head_dim,
         value_dim=value_dim,
         windows={call.layer: call.sliding_window for call in calls},
+        chunks={call.layer: call.chunk for call in calls if call.chunk is not None},
         others=layers_without_attention(model, ids, [call.layer for call in calls]),
         scaling=first.scaling,
         softcap=first.softcap,

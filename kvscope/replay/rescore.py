@@ -66,10 +66,10 @@ class RecordedHistory:
         """Return ``R_t`` for steps `start` to `stop` - 1, bool ``[1, 1, G, stop - start, stop]``."""
         if not self._reads:
             return self._on_device(self._intervals.held(start, stop), stop)
-        step, key = torch.arange(start, stop)[:, None], torch.arange(stop)
-        reach, length = self.shape.reach()[0], self.shape.length
-        leave = torch.where(key + reach < length, key + reach - 1, length)  # step after which the window excludes it
-        mask = ((key <= step) & (step < leave)).to(self._device)
+        step, key = torch.arange(start, stop), torch.arange(stop)
+        following = (step + 1).clamp(max=self.shape.length - 1)
+        oldest = following + 1 - self.shape.seen(following)[0]  # of the keys that the next query can attend to
+        mask = ((key <= step[:, None]) & (key >= oldest[:, None])).to(self._device)
         return mask.expand(1, 1, self.shape.kv_heads, -1, -1)
 
     def _on_device(self, mask: NDArray[np.bool_], keys: int) -> Tensor:

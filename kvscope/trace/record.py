@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -140,7 +141,7 @@ class TraceHeader:
     heads: Annotated[Positive, about("query heads of a layer that were recorded, H")]
     kv_heads: Annotated[Positive, about("key/value heads of a layer that were recorded, G")]
     head_dim: Annotated[Number, about("size of a head, D; 0 where an import has no vectors")]
-    layer_types: Annotated[list[str], about("`full` or `sliding`, of each recorded layer")]
+    layer_types: Annotated[list[str], about("`full`, `sliding` or `chunked`, of each recorded layer")]
     sliding_window: Annotated[list[Positive | None], about("most keys that a query of the layer sees; null for all")]
     learned_sinks: Annotated[
         bool, about("whether rows sum to less than one because a learned sink takes part in the softmax")
@@ -191,6 +192,10 @@ class TraceHeader:
             omit=True,
         ),
     ] = None
+    chunk_size: Annotated[
+        list[Positive | None],
+        about("of each recorded layer, in chunks of how many tokens it attends; empty if none does", omit=True),
+    ] = field(default_factory=list)
     sink_rows: Annotated[
         Literal["after", "before"] | None,
         about(
@@ -240,6 +245,10 @@ class TraceHeader:
         model.pop("config", None)
         prompts = [prompt.sha256 for prompt in self.prompts]
         return {**facts, "model": model, "prompts": prompts}
+
+    def chunks_of(self, layers: Sequence[int]) -> tuple[int | None, ...]:
+        """Return the size of the chunks in which some recorded layers attend; empty if none of the trace does."""
+        return tuple(self.chunk_size[self.layers.index(layer)] for layer in layers) if self.chunk_size else ()
 
     def attention_of(self, layer: int) -> LayerAttention:
         """Return how a recorded layer turns queries and keys into weights; only for store ``qkv``."""

@@ -139,6 +139,8 @@ def _require_consistent(record: TraceRecord) -> None:
     for name, values in (("layer_types", header.layer_types), ("sliding_window", header.sliding_window)):
         if len(values) != count:
             raise FieldError(name, f"it has {len(values)} entries for {count} layers")
+    if header.chunk_size and len(header.chunk_size) != count:
+        raise FieldError("chunk_size", f"it has {len(header.chunk_size)} entries for {count} layers")
     strangers = set(header.other_layers) - {str(layer) for layer in range(header.n_layers)}
     if strangers or set(header.other_layers) & set(map(str, header.layers)):
         raise FieldError("other_layers", "it names layers that the model does not have, or that were recorded")
