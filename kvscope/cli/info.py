@@ -141,6 +141,7 @@ def describe(trace: Trace, *, verified: bool = False) -> JsonDict:
         "layer_types": header.layer_types,
         "sliding_window": header.sliding_window,
         "chunk_size": header.chunk_size,
+        "shared_cache": header.shared_cache,
         "learned_sinks": header.learned_sinks,
         "sink_rows": header.sink_rows,
         "softcap": header.softcap,

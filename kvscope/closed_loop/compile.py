@@ -37,6 +37,8 @@ from kvscope.kernels.device import torch_device
 from kvscope.metrics import METRICS, Metric
 from kvscope.model.derotation import derotations
 from kvscope.model.loading import load
+from kvscope.model.obstacles import require_registry
+from kvscope.model.selfcheck import require_own_caches
 from kvscope.policies.base import Policy
 from kvscope.trace.reader import Trace
 
@@ -65,6 +67,8 @@ def compile_closed_loop(
     for plan in _plans_of(runs):
         require_gates(plan, model)
     with torch.inference_mode():
+        require_registry(model)
+        require_own_caches(model, passages[0].ids[None].to(model.get_input_embeddings().weight.device))
         layers = self_check(model, passages[0].ids, prefill)
         rotary = None
         if runs[0].positions == Positions.compacted:

@@ -23,7 +23,7 @@ from kvscope.engine.signal_axes import VECTORS, time_axis
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.derotation import Derotation, derotations
-from kvscope.model.selfcheck import AttentionFacts, self_check
+from kvscope.model.selfcheck import AttentionFacts, require_own_caches, self_check
 from kvscope.model.short_cache import full_cache, short_cache
 
 SIGNALS = frozenset({*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2"})
@@ -208,6 +208,7 @@ def require_decodable(plan: EvictionPlan) -> None:
 def attention_facts(model: CausalModel, ids: Tensor) -> AttentionFacts:
     """Return facts about the model's attention; raises ModelError if it has layers that cannot be decoded here."""
     facts = self_check(model, ids)
+    require_own_caches(model, ids)
     types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
     other = {types[layer] for layer in facts.windows if layer not in facts.chunks} - KINDS if types else set()
     if other:

@@ -72,6 +72,7 @@ def header(
         learned_sinks=facts.sink_rows == "after",
         sink_rows=facts.sink_rows,
         softcap=facts.softcap,
+        shared_cache={str(layer): facts.shared[layer] for layer in layers if layer in facts.shared},
         stored=_stored(facts, store, hidden=bool(selected.hidden)),
         attention=[_narrowed(facts.attention[layer], heads) for layer in layers] if store == QKV else [],
         top=top,

@@ -35,6 +35,8 @@ class AttentionFacts:
         Sliding window by layer with attention.
     chunks : dict of int to int
         Size of the chunks of each layer that attends in chunks.
+    shared : dict of int to int
+        For each layer that caches nothing, but reads the keys and values of an earlier one, that layer.
     others : dict of int to str
         Kind of each layer without attention, such as ``linear_attention``; it has no keys that could be evicted.
     scaling, softcap
@@ -65,6 +67,7 @@ class AttentionFacts:
     from_modules: bool = False
     sink_rows: Literal["after", "before"] | None = None
     chunks: dict[int, int] = field(default_factory=dict)
+    shared: dict[int, int] = field(default_factory=dict)
 
 
 def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
@@ -114,7 +117,39 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
         sink_rows="after" if any(call.sinks is not None for call in calls) else None,
         attention={call.layer: _attention(call) for call in calls},
         vector_dtype=_vector_dtype(calls),
+        shared=_shared(calls),
     )
+
+
+def require_own_caches(model: CausalModel, ids: Tensor) -> None:
+    """Raise ModelError if layers share a cache: run layer by layer, each would decide alone what is evicted from it.
+
+    `ids` are the tokens of a text, ``[1, n]``.
+    """
+    calls: list[Call] = []
+    with observe_attention(model, calls.append):
+        model(input_ids=ids[:, :PROBE], use_cache=False)
+    shared = _shared(calls)
+    if shared:
+        raise ModelError(
+            f"layers {', '.join(map(str, shared))} of {type(model).__name__} read the cache of layers "
+            f"{', '.join(map(str, sorted(set(shared.values()))))}, and one decision cannot hold for all that read it",
+            "Replay its trace in the open loop: kvscope replay without --perplexity.",
+        )
+
+
+def _shared(calls: list[Call]) -> dict[int, int]:
+    """Return the layers that are given the keys of an earlier one, in the same memory, and which one that is.
+
+    The calls are held, so that no memory is used twice.
+    """
+    first: dict[tuple[int, torch.device], int] = {}
+    found = {}
+    for call in calls:
+        owner = first.setdefault((call.key.data_ptr(), call.key.device), call.layer)
+        if owner != call.layer:
+            found[call.layer] = owner
+    return found
 
 
 def plain_logits(model: CausalModel, ids: Tensor) -> Tensor:

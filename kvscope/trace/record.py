@@ -196,6 +196,10 @@ class TraceHeader:
         list[Positive | None],
         about("of each recorded layer, in chunks of how many tokens it attends; empty if none does", omit=True),
     ] = field(default_factory=list)
+    shared_cache: Annotated[
+        dict[str, Number],
+        about("for each recorded layer that reads the cache of an earlier one, by its number: that layer", omit=True),
+    ] = field(default_factory=dict)
     sink_rows: Annotated[
         Literal["after", "before"] | None,
         about(

@@ -141,6 +141,8 @@ def _require_consistent(record: TraceRecord) -> None:
             raise FieldError(name, f"it has {len(values)} entries for {count} layers")
     if header.chunk_size and len(header.chunk_size) != count:
         raise FieldError("chunk_size", f"it has {len(header.chunk_size)} entries for {count} layers")
+    if not set(header.shared_cache) <= set(map(str, header.layers)):
+        raise FieldError("shared_cache", "it names layers that were not recorded")
     strangers = set(header.other_layers) - {str(layer) for layer in range(header.n_layers)}
     if strangers or set(header.other_layers) & set(map(str, header.layers)):
         raise FieldError("other_layers", "it names layers that the model does not have, or that were recorded")

@@ -27,7 +27,8 @@ HISTORY = {
     6: "a checksum of `trace.json` in it; every file says in its metadata of which trace, kind and layer it is",
     7: "vectors of 16-bit models in 16 bits, as `vector_dtype` in `trace.json` says",
     8: "layers without attention in `other_layers`; `rows_from` of rows that modules returned; `example` and `spans`",
-    9: "`sink_rows`: rows before or after a learned sink takes its share; layers that attend in chunks: `chunk_size`",
+    9: "`sink_rows`: rows before or after a learned sink takes its share; layers that attend in chunks: `chunk_size`; "
+    "layers that read the cache of another: `shared_cache`",
 }
 
 Which = Literal["queries", "keys", "values"]

@@ -94,6 +94,12 @@ def approximate(header: TraceHeader, error: StorageError | None) -> list[str]:
             "Retained mass and all that compares shares of a row is the same without it; the output error, the "
             "flattened cosine and the sums of policies are those of a model without sinks."
         )
+    if header.shared_cache:
+        reading, owners = ", ".join(header.shared_cache), sorted(set(header.shared_cache.values()))
+        sentences.append(
+            f"Shared caches: layers {reading} read the cache of layers {', '.join(map(str, owners))}. Decisions are "
+            "made for every layer alone: such a cache is counted once for each, and must hold what any of them retains."
+        )
     return sentences
 
 
