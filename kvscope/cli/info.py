@@ -142,6 +142,7 @@ def describe(trace: Trace, *, verified: bool = False) -> JsonDict:
         "sliding_window": header.sliding_window,
         "chunk_size": header.chunk_size,
         "shared_cache": header.shared_cache,
+        "latent_size": header.latent_size,
         "learned_sinks": header.learned_sinks,
         "sink_rows": header.sink_rows,
         "softcap": header.softcap,

@@ -42,7 +42,23 @@ def show(replay: Replay, *, as_json: bool = False) -> None:
         show_json(SUMMARY.plain(summary))
         return
     runs = _paired(summary.runs)
-    show_table(columns(runs, summary.metrics), title=str(replay.path), notes=notes(runs, replay.info))
+    show_table(columns(runs, summary.metrics), title=str(replay.path), notes=notes(runs, replay.info) + latent(replay))
+
+
+def latent(replay: Replay) -> list[str]:
+    """Return a line for every run of a latent cache: the entries and bytes that it must hold."""
+    from kvscope.core.output import size
+    from kvscope.results.latent import latent_held
+
+    lines = []
+    for run in replay.info.runs:
+        held = latent_held(replay, run)
+        if held is not None:
+            what = (
+                f"{held.entries:.1f} latent entries of a layer, {size(round(held.bytes))} in all, for {held.keys:.1f}"
+            )
+            lines.append(f"{run.label} at {run.budget or 'no budget'}, {run.loop} loop: holds {what} keys of a head.")
+    return lines
 
 
 def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) -> list[Column]:

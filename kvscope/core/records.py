@@ -86,6 +86,9 @@ class SourceRef:
     lossy: Annotated[
         Mapping[str, Plain] | None, about("of a trace that stores a part of every row: how much is outside", omit=True)
     ] = None
+    latent_size: Annotated[
+        Positive | None, about("of a latent cache: numbers of the vector that the heads of a layer share", omit=True)
+    ] = None
     approximate: Annotated[tuple[str, ...], about("what about it is approximate, in sentences", omit=True)] = ()
 
     @property

@@ -25,6 +25,7 @@ def source_of(trace: Trace) -> SourceRef:
         model=trace.header.model.id,
         sequences=tuple(SequenceRef(each.prompt, each.length) for each in trace.sequences),
         lossy=None if error is None else {"top": trace.header.top, **asdict(error), "bounds": BOUNDS},
+        latent_size=trace.header.latent_size,
         approximate=tuple(trace.approximate),
         path=str(trace.path),
         layers=tuple(trace.layers),

@@ -55,7 +55,7 @@ def header(
     """
     layers, heads = list(selected.layers or ()), list(selected.heads or ())
     windows, (store, top) = _windows(loaded, facts, layers), parse_store(selected.store)
-    return TraceHeader(
+    known = TraceHeader(
         source="model",
         protocol="forced" if all(prompt.forced is not None for prompt in prompts) else "generated",
         model=_model(loaded, facts, sample(loaded.model) if selected.hidden else None),
@@ -68,11 +68,8 @@ def header(
         head_dim=facts.head_dim,
         layer_types=[_kind(facts, layer) for layer in layers],
         sliding_window=windows,
-        chunk_size=[facts.chunks.get(layer) for layer in layers] if facts.chunks else [],
-        learned_sinks=facts.sink_rows == "after",
-        sink_rows=facts.sink_rows,
+        learned_sinks=facts.learned_sinks,
         softcap=facts.softcap,
-        shared_cache={str(layer): facts.shared[layer] for layer in layers if layer in facts.shared},
         stored=_stored(facts, store, hidden=bool(selected.hidden)),
         attention=[_narrowed(facts.attention[layer], heads) for layer in layers] if store == QKV else [],
         top=top,
@@ -88,6 +85,18 @@ def header(
         seed=seed,
         command=command,
         prefill_chunk=prefill_chunk,
+    )
+    return _with_caches(known, facts)
+
+
+def _with_caches(known: TraceHeader, facts: AttentionFacts) -> TraceHeader:
+    """Return a header that also says what is particular about the caches of the layers, and about learned sinks."""
+    return replace(
+        known,
+        chunk_size=[facts.chunks.get(layer) for layer in known.layers] if facts.chunks else [],
+        shared_cache={str(layer): facts.shared[layer] for layer in known.layers if layer in facts.shared},
+        latent_size=facts.latent_size,
+        sink_rows=facts.sink_rows,
     )
 
 

@@ -37,6 +37,8 @@ class AttentionFacts:
         Size of the chunks of each layer that attends in chunks.
     shared : dict of int to int
         For each layer that caches nothing, but reads the keys and values of an earlier one, that layer.
+    latent_size : int or None
+        Numbers that a layer caches per token where the heads share one latent vector.
     others : dict of int to str
         Kind of each layer without attention, such as ``linear_attention``; it has no keys that could be evicted.
     scaling, softcap
@@ -68,6 +70,7 @@ class AttentionFacts:
     sink_rows: Literal["after", "before"] | None = None
     chunks: dict[int, int] = field(default_factory=dict)
     shared: dict[int, int] = field(default_factory=dict)
+    latent_size: int | None = None
 
 
 def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
@@ -118,7 +121,19 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
         attention={call.layer: _attention(call) for call in calls},
         vector_dtype=_vector_dtype(calls),
         shared=_shared(calls),
+        latent_size=_latent_size(model, ids, first),
     )
+
+
+def _latent_size(model: CausalModel, ids: Tensor, call: Call) -> int | None:
+    """Return how many numbers a layer caches per token if its heads share one latent vector, else None."""
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is None:
+        return None
+    cache = full_cache(model)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    layer = cache.layers[call.layer]
+    latent = layer.keys.shape[1] == 1 < call.key.shape[1]
+    return int(layer.keys.shape[-1] + layer.values.shape[-1]) if latent else None
 
 
 def require_own_caches(model: CausalModel, ids: Tensor) -> None:

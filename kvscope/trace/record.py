@@ -200,6 +200,10 @@ class TraceHeader:
         dict[str, Number],
         about("for each recorded layer that reads the cache of an earlier one, by its number: that layer", omit=True),
     ] = field(default_factory=dict)
+    latent_size: Annotated[
+        Positive | None,
+        about("where the heads of a layer share one cached vector per token: its numbers", omit=True),
+    ] = None
     sink_rows: Annotated[
         Literal["after", "before"] | None,
         about(

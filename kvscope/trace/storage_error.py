@@ -100,6 +100,12 @@ def approximate(header: TraceHeader, error: StorageError | None) -> list[str]:
             f"Shared caches: layers {reading} read the cache of layers {', '.join(map(str, owners))}. Decisions are "
             "made for every layer alone: such a cache is counted once for each, and must hold what any of them retains."
         )
+    if header.latent_size is not None:
+        sentences.append(
+            f"Latent cache: the heads of a layer share one vector of {header.latent_size} numbers per token, which is "
+            "held as long as any head holds its key. A policy that decides per head saves less than its budget says; "
+            "one that decides per layer saves that much."
+        )
     return sentences
 
 
