@@ -62,7 +62,7 @@ GATED = "attention-gate"  # has a gate for the bundled model only
 # of its own into a tensor.
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "lift_fresh", "_unique2", "unique_dim"}
 READS = frozenset("item tolist numpy cpu __bool__ __int__ __float__ __index__ __array__ __contains__".split())
-NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty", "detach_", "lift_fresh"}
+NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty", "detach_", "lift_fresh", "_unsafe_view"}
 
 
 class _Reads(TorchFunctionMode):

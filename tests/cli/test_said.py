@@ -26,7 +26,7 @@ def record(*arguments: str) -> int:
 
 def test_a_right_and_a_wrong_answer(capsys: pytest.CaptureFixture[str]) -> None:
     assert record("p.txt", "--answer", "583") == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "Answer: Clara holds" in out
     assert "583: right (any)" in out
     assert record("p.txt", "--answer", "584", "--force", "--json") == 0
