@@ -83,9 +83,10 @@ def out_of_memory(name: str) -> ModelError:
 
 def _explain_text(source: str, part: str, error: BaseException) -> ModelError:
     low = str(error).lower()
-    if "safetensors" in low and ("does not appear to have" in low or "no file named" in low or "not found" in low):
+    if isinstance(error, OSError) and lacks_safetensors(error):
         return ModelError(
-            f"model {source} has no safetensors weights", "Convert it: pickled weights can run code and are not loaded."
+            f"model {source} has its weights neither in safetensors nor in pytorch_model.bin",
+            "Name a model that has them in one of these, or a .gguf file.",
         )
     unreachable = isinstance(error, HttpError) and not isinstance(error, HfHubHTTPError)
     if unreachable or "couldn't connect" in low or "connection error" in low:
@@ -125,6 +126,12 @@ def _unknown(source: str) -> ModelError:
     return ModelError(
         f"no model {source} on the Hub, or it is private", "Check the name; for a private model run: hf auth login"
     )
+
+
+def lacks_safetensors(error: OSError) -> bool:
+    """Return whether transformers says that a model of the Hub has no weights in safetensors."""
+    low = str(error).lower()
+    return "safetensors" in low and any(said in low for said in ("does not appear to have", "no file named"))
 
 
 def kind(source: str) -> str:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -25,9 +24,10 @@ from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel, ModelConfig, Tokenizer
 from kvscope.core.options import ModelSource
 from kvscope.kernels.device import torch_device
-from kvscope.model.explain import HttpError, explained, fetch, first_line, kind
+from kvscope.model.explain import HttpError, explained, fetch, kind, lacks_safetensors
 from kvscope.model.names import resolve
 from kvscope.model.obstacles import OWN_CODE, obstacle
+from kvscope.model.weight_files import CONFIG, PICKLED, require_files
 
 DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
@@ -129,9 +129,9 @@ def model_name(source: ModelSource) -> str:
 def _load_name(name: str, how: ModelSource) -> Loaded:
     source = resolve(name)
     place, dtype = torch_device(how.device, double=False), _dtype(how)
-    local = Path(source).is_dir()
+    local, safe = Path(source).is_dir(), True
     if local:
-        _require_files(Path(source))
+        safe = require_files(Path(source))
         if how.revision is not None:
             raise UsageError(f"--revision {how.revision}: folder {source} has no revisions", "Omit --revision.")
     offline = not local and not hub_answers(source, how.revision)
@@ -151,7 +151,8 @@ def _load_name(name: str, how: ModelSource) -> Loaded:
         # The grouped products of experts do not take float64; the plain loop over the experts takes every dtype.
         experts = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
         own = {"attn_implementation": "eager"} if config.model_type in OWN_CODE else {}
-        model = _weights(source, _loader(config), dtype=dtype, device_map=how.device_map, **experts, **own, **common)
+        options = {"dtype": dtype, "device_map": how.device_map, **experts, **own, **common}
+        model = _weights(source, _loader(config), safe, options)
         if not own and obstacle(model):
             model.set_attn_implementation("eager")  # whose modules return rows
         if how.device_map is None:
@@ -193,28 +194,6 @@ def hub_answers(source: str, revision: str | None) -> bool:
     return True
 
 
-def _require_files(folder: Path) -> None:
-    """Raise ModelError unless a local folder has a configuration, and weights in intact safetensors files."""
-    todo = f"Name the folder of a model, or download one into it: {fetch(str(folder))}"
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"folder {folder} has no config.json, so it is not a model", todo)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        if pickled:
-            raise ModelError(
-                f"folder {folder} has no safetensors weights, only {pickled[0]}",
-                "Convert them: pickled weights can run code and are not loaded.",
-            )
-        raise ModelError(f"folder {folder} has no safetensors weights", todo)
-    for file in weights:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is damaged or truncated: {first_line(error)}", "Download it again.") from error
-
-
 def require_vocabulary(source: str, tokenizer: Tokenizer) -> None:
     """Raise ModelError for an empty tokenizer, which transformers makes for some models whose files are missing."""
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
@@ -232,17 +211,20 @@ def _loader(config: ModelConfig) -> type[AutoModelForCausalLM] | type[AutoModelF
     return AutoModelForCausalLM if causal else AutoModelForMultimodalLM
 
 
-def _weights(source: str, loader: type[Any], **options: object) -> CausalModel:
-    """Return the model; raises ModelError for missing weights, which transformers would fill with random numbers."""
-    log = logging.getLogger("transformers.modeling_utils")
-    before, log.disabled = log.disabled, True  # it logs a table of every missing weight
+def _weights(source: str, loader: type[Any], safe: bool, options: dict[str, Any]) -> CausalModel:
+    """Return the model; raises ModelError for missing weights, which transformers would fill with random numbers.
+
+    A model of the Hub that has no safetensors is read from its pickled files, after the check that local ones pass.
+    """
     try:
-        loaded: Any = loader.from_pretrained(
-            source, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
-        )
-    finally:
-        log.disabled = before
-    model, info = loaded
+        model, info = _read(source, loader, safe, options)
+    except OSError as error:
+        if not safe or not lacks_safetensors(error):
+            raise
+        folder = _pickled_snapshot(source, options)
+        if folder is None:
+            raise
+        model, info = _read(str(folder), loader, require_files(folder), options)
     missing = set(info["missing_keys"]).intersection(name for name, _ in model.named_parameters())
     for names, what in (({name for name, *_ in info["mismatched_keys"]}, "of another shape"), (missing, "missing")):
         if names:
@@ -251,6 +233,31 @@ def _weights(source: str, loader: type[Any], **options: object) -> CausalModel:
                 "Download it again, or name the model whose weights were saved.",
             )
     return model
+
+
+def _pickled_snapshot(source: str, options: dict[str, Any]) -> Path | None:
+    """Return the folder of the cache with the pickled weights of a Hub model; None if it has none."""
+    name = PICKLED.partition(".")[0]
+    where = {"revision": options["revision"], "local_files_only": options["local_files_only"]}
+    folder = Path(snapshot_download(source, allow_patterns=[CONFIG, f"{name}*"], **where))
+    return folder if any(folder.glob(f"{name}*.bin")) else None
+
+
+def _read(source: str, loader: type[Any], safe: bool, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the model as transformers loads it, and what it says about its weights."""
+    log = logging.getLogger("transformers.modeling_utils")
+    before, log.disabled = log.disabled, True  # it logs a table of every missing weight
+    try:
+        return loader.from_pretrained(  # type: ignore[no-any-return]
+            source,
+            use_safetensors=safe,
+            weights_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    finally:
+        log.disabled = before
 
 
 def _require_attention(config: ModelConfig) -> None:
