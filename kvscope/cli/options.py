@@ -60,7 +60,9 @@ Metrics = Annotated[
 ]
 
 # The model.
-Model = Annotated[str, typer.Option("--model", "-m", help="Load demo, an alias (llama2-7b), a Hub id, or a folder.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Load demo, an alias (llama2-7b), a Hub id, a folder or a .gguf file.")
+]
 ClosedLoop = Annotated[
     bool,
     typer.Option("--perplexity", help="Add the closed loop: run the model again with the policies in its attention."),

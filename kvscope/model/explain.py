@@ -135,12 +135,16 @@ def lacks_safetensors(error: OSError) -> bool:
 
 
 def kind(source: str) -> str:
-    """Return the word for a source: ``folder`` or ``model``."""
+    """Return the word for a source: ``folder``, ``file`` or ``model``."""
+    if Path(source).is_file():
+        return "file"
     return "folder" if Path(source).is_dir() else "model"
 
 
 def fetch(source: str) -> str:
-    """Return the command that downloads a model, into `source` if that is a folder."""
+    """Return the command that downloads a model, into `source` if that is a folder, or the file `source`."""
+    if Path(source).is_file():
+        return f"hf download ORG/NAME {Path(source).name} --local-dir {Path(source).parent}"
     return f"hf download ORG/NAME --local-dir {source}" if Path(source).is_dir() else f"hf download {source}"
 
 

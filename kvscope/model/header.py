@@ -153,6 +153,8 @@ def _model(loaded: Loaded, facts: AttentionFacts, weights: list[float] | None) -
         revision=loaded.revision,
         class_name=type(loaded.model).__name__,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
+        quantization=loaded.quantization,
+        base=loaded.base,
         config=json.loads(json.dumps(described, default=str)),
         attention=AttentionKernel(config._attn_implementation, facts.scaling),
         weights=weights,

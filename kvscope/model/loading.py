@@ -25,6 +25,7 @@ from kvscope.core.model_types import CausalModel, ModelConfig, Tokenizer
 from kvscope.core.options import ModelSource
 from kvscope.kernels.device import torch_device
 from kvscope.model.explain import HttpError, explained, fetch, kind, lacks_safetensors
+from kvscope.model.gguf_file import as_numbers, gguf_of, place_of, quantization_of, without_bars
 from kvscope.model.names import resolve
 from kvscope.model.obstacles import OWN_CODE, obstacle
 from kvscope.model.weight_files import CONFIG, PICKLED, require_files
@@ -59,6 +60,12 @@ class Loaded:
         Local folder or Hub id that the name stands for.
     revision : str or None
         Commit of a Hub model.
+    quantization : str or None
+        How its weights were quantised, ``gguf Q8_0``; None if they were not.
+    base : str or None
+        Of an adapter: the model that it changes.
+    notes : tuple of str
+        What the user should know about how it was loaded.
     """
 
     model: CausalModel
@@ -66,6 +73,9 @@ class Loaded:
     name: str
     source: str
     revision: str | None
+    quantization: str | None = None
+    base: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -128,37 +138,42 @@ def model_name(source: ModelSource) -> str:
 
 def _load_name(name: str, how: ModelSource) -> Loaded:
     source = resolve(name)
-    place, dtype = torch_device(how.device, double=False), _dtype(how)
-    local, safe = Path(source).is_dir(), True
-    if local:
-        safe = require_files(Path(source))
-        if how.revision is not None:
-            raise UsageError(f"--revision {how.revision}: folder {source} has no revisions", "Omit --revision.")
+    device, dtype = torch_device(how.device, double=False), _dtype(how)
+    local, gguf = Path(source).exists(), gguf_of(source)
+    place, named = place_of(source)
+    quantization = None if gguf is None else quantization_of(gguf)
+    safe = require_files(Path(source)) if local and gguf is None else True
+    if local and how.revision is not None:
+        raise UsageError(f"--revision {how.revision}: {kind(source)} {source} has no revisions", "Omit --revision.")
     offline = not local and not hub_answers(source, how.revision)
     common = {
         "revision": how.revision,
         "trust_remote_code": how.trust_remote_code,
         "local_files_only": local or offline,
+        **named,
     }
     transformers_log.disable_progress_bar()  # type: ignore[no-untyped-call]  # the command line draws its own
     with explained(source, "configuration", offline=offline):
-        config = AutoConfig.from_pretrained(source, **common)
+        config = AutoConfig.from_pretrained(place, **common)
         _require_attention(config)
     with explained(source, "tokenizer", offline=offline):
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        tokenizer = AutoTokenizer.from_pretrained(place, **common)
         require_vocabulary(source, tokenizer)
     with explained(source, "weights", offline=offline):
         # The grouped products of experts do not take float64; the plain loop over the experts takes every dtype.
         experts = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
         own = {"attn_implementation": "eager"} if config.model_type in OWN_CODE else {}
-        options = {"dtype": dtype, "device_map": how.device_map, **experts, **own, **common}
-        model = _weights(source, _loader(config), safe, options)
+        numbers = as_numbers() if gguf is not None else {}
+        options = {"dtype": dtype, "device_map": how.device_map, **experts, **own, **numbers, **common}
+        with without_bars(gguf):
+            model = _weights(place, _loader(config), safe, options)
         if not own and obstacle(model):
             model.set_attn_implementation("eager")  # whose modules return rows
         if how.device_map is None:
-            model = model.to(place)
+            model = model.to(device)
     model.eval()
-    return Loaded(model, tokenizer, name, source, how.revision if local else _commit(source, how.revision))
+    revision = how.revision if local else _commit(source, how.revision)
+    return Loaded(model, tokenizer, name, source, revision, quantization)
 
 
 def _dtype(how: ModelSource) -> str | torch.dtype:

@@ -14,6 +14,7 @@ from kvscope.core.json import JsonDict
 from kvscope.core.model_types import ModelConfig
 from kvscope.core.registry import nearest
 from kvscope.model.explain import explained
+from kvscope.model.gguf_file import place_of
 from kvscope.model.known_types import TypeRecord, known_types
 from kvscope.model.names import ALIASES, DEMO, resolve
 from kvscope.model.selfcheck import layer_count
@@ -76,7 +77,8 @@ def model_facts(name: str) -> ModelFacts:
         known = [DEMO, *ALIASES, *known_types()]
         raise UsageError(f"no model or type is called {name!r}", nearest(name.lower(), known)) from error
     with explained(source, "configuration"):
-        config = AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir())
+        place, named = place_of(source)
+        config = AutoConfig.from_pretrained(place, **named, local_files_only=Path(source).exists())
     unknown = TypeRecord(config.model_type, "unknown", "-", "-", "-", "transformers did not have this type")
     text = config.get_text_config(decoder=True)
     heads = int(text.num_attention_heads)

@@ -63,7 +63,7 @@ def demo_folder() -> Path:
 
 
 def resolve(name: str) -> str:
-    """Return the local folder or Hub id that a name stands for: ``demo``, an alias, a folder or a Hub id.
+    """Return what a name stands for, a folder, GGUF file or Hub id: ``demo``, an alias, or one of these itself.
 
     Raises
     ------
@@ -78,8 +78,12 @@ def resolve(name: str) -> str:
         return ALIASES[name.lower()]
     if name and Path(name).is_dir():
         return name
+    if Path(name).is_file() and name.endswith(".gguf"):
+        return name
     if Path(name).is_file():
-        raise UsageError(f"model {name} is a file", "Name the folder of the model, which contains config.json.")
+        raise UsageError(
+            f"model {name} is a file", "Name the folder of the model, which contains config.json, or a .gguf file."
+        )
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
         return name
     raise UsageError(

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from kvscope.core.options import ModelSource
 from kvscope.model.explain import explained
+from kvscope.model.gguf_file import place_of
 from kvscope.model.loading import hub_answers, require_vocabulary
 from kvscope.model.names import resolve
 from kvscope.model.token_ids import TextEncoder
@@ -24,11 +25,13 @@ def token_counter(source: ModelSource) -> Callable[[str], int]:
     """
     assert isinstance(source.model, str), "a loaded model has its own tokenizer"
     name = resolve(source.model)
-    local = Path(name).is_dir()
+    local = Path(name).exists()
+    place, named = place_of(name)
     offline = not local and not hub_answers(name, source.revision)
     with explained(name, "tokenizer", offline=offline):
         tokenizer = AutoTokenizer.from_pretrained(
-            name,
+            place,
+            **named,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             local_files_only=local or offline,

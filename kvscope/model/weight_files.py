@@ -39,7 +39,7 @@ def require_files(folder: Path) -> bool:
     for name, check in ((SAFETENSORS, check_safetensors), (PICKLED, check_pickled)):
         for file in _weight_files(folder, name):
             check(file)
-        if (folder / name).is_file() or (folder / (name + INDEX)).is_file():
+        if _exists(folder, name):
             return name == SAFETENSORS
     others = sorted(
         file.name
@@ -53,6 +53,15 @@ def require_files(folder: Path) -> bool:
             f"Save the model with save_pretrained of transformers, or download it: {fetch(str(folder))}",
         )
     raise ModelError(f"folder {folder} has no weights, neither {SAFETENSORS} nor {PICKLED}", todo)
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder has weights that transformers looks for, in safetensors or pickled."""
+    return _exists(folder, SAFETENSORS) or _exists(folder, PICKLED)
+
+
+def _exists(folder: Path, name: str) -> bool:
+    return (folder / name).is_file() or (folder / (name + INDEX)).is_file()
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:

@@ -49,6 +49,10 @@ class ModelRecord:
     revision: Annotated[str | None, about("commit of a Hub model")] = None
     class_name: Annotated[str | None, about("its class in transformers", omit=True)] = None
     dtype: Annotated[str | None, about("dtype of its weights: `float32`, `bfloat16`, ...", omit=True)] = None
+    quantization: Annotated[
+        str | None, about("how its weights were quantised: `gguf Q8_0`, `bitsandbytes 4bit`, `fp8`, ...", omit=True)
+    ] = None
+    base: Annotated[str | None, about("for an adapter, the model that it changes", omit=True)] = None
     config: Annotated[dict[str, object] | None, about("its configuration, as transformers has it", omit=True)] = None
     attention: Annotated[AttentionKernel | None, about("how it computed attention", omit=True)] = None
     weights: Annotated[

@@ -28,7 +28,8 @@ HISTORY = {
     7: "vectors of 16-bit models in 16 bits, as `vector_dtype` in `trace.json` says",
     8: "layers without attention in `other_layers`; `rows_from` of rows that modules returned; `example` and `spans`",
     9: "`sink_rows`: rows before or after a learned sink takes its share; layers that attend in chunks: `chunk_size`; "
-    "layers that read the cache of another: `shared_cache`; latent caches: `latent_size`",
+    "layers that read the cache of another: `shared_cache`; latent caches: `latent_size`; "
+    "`quantization` of the model's weights, and the `base` that an adapter changes",
 }
 
 Which = Literal["queries", "keys", "values"]
