@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_log
 
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel, ModelConfig, Tokenizer
 from kvscope.core.options import ModelSource
 from kvscope.kernels.device import torch_device
-from kvscope.model.explain import HttpError, explained, fetch, kind, lacks_safetensors
+from kvscope.model.adapter import adapter_of, add_adapter, base_of, load_base, require_peft
+from kvscope.model.explain import HttpError, explained, fetch, kind
 from kvscope.model.gguf_file import as_numbers, gguf_of, place_of, quantization_of, without_bars
 from kvscope.model.names import resolve
 from kvscope.model.obstacles import OWN_CODE, obstacle
-from kvscope.model.weight_files import CONFIG, PICKLED, require_files
+from kvscope.model.read_weights import loader_of, read_model
+from kvscope.model.weight_files import require_files
 
 DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
@@ -138,14 +131,49 @@ def model_name(source: ModelSource) -> str:
 
 def _load_name(name: str, how: ModelSource) -> Loaded:
     source = resolve(name)
+    offline = not Path(source).exists() and not hub_answers(source, how.revision)
+    adapter = adapter_of(source, how.revision, offline=offline)
+    if adapter is None:
+        return _load_model(name, source, how, offline=offline)
+    require_peft(source)
+    base, revision = base_of(adapter)
+    _refuse_revision(source, how)
+    loaded = load_base(source, base, lambda: _load_base(base, replace(how, revision=revision)))
+    model = add_adapter(source, adapter, loaded.model, merge=_has_numbers(loaded))
+    own = adapter if (adapter / "tokenizer_config.json").is_file() else None
+    if own is not None:
+        with explained(source, "tokenizer"):
+            loaded.tokenizer = AutoTokenizer.from_pretrained(own, local_files_only=True)
+    commit = None if Path(source).exists() else adapter.name
+    return replace(loaded, model=model.eval(), name=name, source=source, revision=commit, base=base)
+
+
+def _has_numbers(loaded: Loaded) -> bool:
+    """Return whether weights are plain numbers in memory; those of GGUF files are."""
+    return loaded.quantization is None or loaded.quantization.startswith("gguf")
+
+
+def _load_base(base: str, how: ModelSource) -> Loaded:
+    """Return the model that an adapter changes; raises ModelError if that is an adapter too."""
+    source = resolve(base)
+    offline = not Path(source).exists() and not hub_answers(source, how.revision)
+    if adapter_of(source, how.revision, offline=offline) is not None:
+        raise ModelError("it is an adapter itself", "Merge the two with PEFT")
+    return _load_model(base, source, how, offline=offline)
+
+
+def _refuse_revision(source: str, how: ModelSource) -> None:
+    if Path(source).exists() and how.revision is not None:
+        raise UsageError(f"--revision {how.revision}: {kind(source)} {source} has no revisions", "Omit --revision.")
+
+
+def _load_model(name: str, source: str, how: ModelSource, *, offline: bool) -> Loaded:
     device, dtype = torch_device(how.device, double=False), _dtype(how)
     local, gguf = Path(source).exists(), gguf_of(source)
     place, named = place_of(source)
     quantization = None if gguf is None else quantization_of(gguf)
     safe = require_files(Path(source)) if local and gguf is None else True
-    if local and how.revision is not None:
-        raise UsageError(f"--revision {how.revision}: {kind(source)} {source} has no revisions", "Omit --revision.")
-    offline = not local and not hub_answers(source, how.revision)
+    _refuse_revision(source, how)
     common = {
         "revision": how.revision,
         "trust_remote_code": how.trust_remote_code,
@@ -166,7 +194,7 @@ def _load_name(name: str, how: ModelSource) -> Loaded:
         numbers = as_numbers() if gguf is not None else {}
         options = {"dtype": dtype, "device_map": how.device_map, **experts, **own, **numbers, **common}
         with without_bars(gguf):
-            model = _weights(place, _loader(config), safe, options)
+            model = read_model(place, loader_of(config), safe, options)
         if not own and obstacle(model):
             model.set_attn_implementation("eager")  # whose modules return rows
         if how.device_map is None:
@@ -215,64 +243,6 @@ def require_vocabulary(source: str, tokenizer: Tokenizer) -> None:
         raise ModelError(
             f"the tokenizer of {kind(source)} {source} has no vocabulary", f"Download the whole model: {fetch(source)}"
         )
-
-
-def _loader(config: ModelConfig) -> type[AutoModelForCausalLM] | type[AutoModelForMultimodalLM]:
-    """Return the class of transformers that loads a model whose language model can be traced on text."""
-    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
-        return AutoModelForCausalLM
-    whole = str(getattr(MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)], "__name__", ""))
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and whole not in (getattr(config, "architectures", None) or ())
-    return AutoModelForCausalLM if causal else AutoModelForMultimodalLM
-
-
-def _weights(source: str, loader: type[Any], safe: bool, options: dict[str, Any]) -> CausalModel:
-    """Return the model; raises ModelError for missing weights, which transformers would fill with random numbers.
-
-    A model of the Hub that has no safetensors is read from its pickled files, after the check that local ones pass.
-    """
-    try:
-        model, info = _read(source, loader, safe, options)
-    except OSError as error:
-        if not safe or not lacks_safetensors(error):
-            raise
-        folder = _pickled_snapshot(source, options)
-        if folder is None:
-            raise
-        model, info = _read(str(folder), loader, require_files(folder), options)
-    missing = set(info["missing_keys"]).intersection(name for name, _ in model.named_parameters())
-    for names, what in (({name for name, *_ in info["mismatched_keys"]}, "of another shape"), (missing, "missing")):
-        if names:
-            raise ModelError(
-                f"{len(names)} of the weights of {kind(source)} {source} are {what}, among them {min(names)}",
-                "Download it again, or name the model whose weights were saved.",
-            )
-    return model
-
-
-def _pickled_snapshot(source: str, options: dict[str, Any]) -> Path | None:
-    """Return the folder of the cache with the pickled weights of a Hub model; None if it has none."""
-    name = PICKLED.partition(".")[0]
-    where = {"revision": options["revision"], "local_files_only": options["local_files_only"]}
-    folder = Path(snapshot_download(source, allow_patterns=[CONFIG, f"{name}*"], **where))
-    return folder if any(folder.glob(f"{name}*.bin")) else None
-
-
-def _read(source: str, loader: type[Any], safe: bool, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the model as transformers loads it, and what it says about its weights."""
-    log = logging.getLogger("transformers.modeling_utils")
-    before, log.disabled = log.disabled, True  # it logs a table of every missing weight
-    try:
-        return loader.from_pretrained(  # type: ignore[no-any-return]
-            source,
-            use_safetensors=safe,
-            weights_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **options,
-        )
-    finally:
-        log.disabled = before
 
 
 def _require_attention(config: ModelConfig) -> None:
