@@ -88,6 +88,10 @@ DeviceMap = Annotated[
     typer.Option("--device-map", help="Distribute the model over devices, as in transformers; needs accelerate."),
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Load a branch, tag or commit of a Hub model.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", metavar="BITS", help="Quantise the weights at loading: 4bit or 8bit; needs CUDA."),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]

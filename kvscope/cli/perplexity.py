@@ -21,6 +21,7 @@ from kvscope.cli.options import (
     Policy,
     PositionsMode,
     PromptLength,
+    Quantize,
     Quiet,
     ReportOutput,
     Revision,
@@ -47,6 +48,7 @@ def perplexity(
     allocate: Allocate = None,
     positions: PositionsMode = Positions.original,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
     revision: Revision = None,
@@ -73,7 +75,7 @@ def perplexity(
         ctx, [*files, *ctx.args], policy, budget, quiet=quiet
     )  # Typer puts options that it does not know into files
     texts = [Path(word) for word in selected.words]
-    source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code)
+    source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize)
     options = PerplexityOptions(
         plan=PlanOptions(compress=compress, allocate=allocate),
         positions=positions,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvscope.core.json import Json
     from kvscope.model.plan import RecordingPlan
     from kvscope.model.run import Progress
+    from kvscope.trace.reader import Trace
 
 
 @command("trace", order=10)
@@ -39,6 +40,7 @@ def trace(
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     device: options.Device = "auto",
     device_map: options.DeviceMap = None,
     revision: options.Revision = None,
@@ -60,8 +62,6 @@ def trace(
     The estimated size is printed, and checked against free disk space, before it starts.
     """
     from kvscope.cli import console
-    from kvscope.cli.hints import next_command
-    from kvscope.cli.info import show
     from kvscope.cli.places import TRACES, place
 
     path, templated = place(TRACES, output, _name(prompts, model), force=force), _chat_options(chat_option)
@@ -70,7 +70,7 @@ def trace(
 
     with console.bar(f"tracing {model}", None, "tokens", quiet=quiet) as update:
         plan = compile_recording(
-            ModelSource(model, revision, dtype, device, device_map, trust_remote_code),
+            ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize),
             prompts,
             OutputOptions(path, force, options.command_line(ctx)),
             text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, templated, tuple(answer or ())),
@@ -80,8 +80,17 @@ def trace(
         )
         announce(plan, quiet)
         made = plan.execute(progress_callback(update))
-    show(made, as_json=json, said=True)
-    console.note(next_command(made), quiet=quiet)
+    _show(made, as_json=json, quiet=quiet)
+
+
+def _show(made: Trace, *, as_json: bool, quiet: bool) -> None:
+    """Print what was recorded, and what can be done with it next."""
+    from kvscope.cli.console import note
+    from kvscope.cli.hints import next_command
+    from kvscope.cli.info import show
+
+    show(made, as_json=as_json, said=True)
+    note(next_command(made), quiet=quiet)
 
 
 def announce(plan: RecordingPlan, quiet: bool) -> None:

@@ -10,6 +10,7 @@ from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import ModelError, TraceError
 from kvscope.core.options import ClosedLoopOptions, ModelSource
 from kvscope.model.loading import Loaded, load
+from kvscope.model.quantised import at_loading
 from kvscope.model.token_ids import TextEncoder
 from kvscope.trace.reader import Trace
 
@@ -54,7 +55,8 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
             "Record it again without --heads.",
         )
     revision = None if options.model else trace.header.model.revision
-    return load(ModelSource(str(name), revision, options.dtype, device, options.device_map))
+    quantize = None if options.model else at_loading(header.model.quantization)
+    return load(ModelSource(str(name), revision, options.dtype, device, options.device_map, quantize=quantize))
 
 
 def passages_of(trace: Trace, loaded: Loaded) -> list[Passage]:

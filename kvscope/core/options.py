@@ -116,6 +116,8 @@ class ModelSource:
         How accelerate places the parts of the model.
     trust_remote_code : bool
         Whether code that comes with the model may run.
+    quantize : str or None
+        ``4bit`` or ``8bit``: quantise the weights at loading, with bitsandbytes on a CUDA device.
     """
 
     model: str | tuple[CausalModel, Tokenizer]
@@ -124,6 +126,7 @@ class ModelSource:
     device: str = "cpu"
     device_map: str | None = None
     trust_remote_code: bool = False
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def trace(
     answers: Sequence[str] = (),
     field: str | None = None,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
     query_block: int = 128,
     prefill_chunk: int | None = None,
     store: str = "maps",
@@ -59,10 +60,9 @@ def trace(
         Folder of the trace; ``traces/PROMPT-MODEL`` by default.
     progress, announce : callable, optional
         Called with `Progress` after every forward pass; with the `RecordingPlan` before the first one.
-    other parameters
-        Fields of the records below, which document them. Errors are those of `compile_recording` and its plan.
+    other parameters : fields of the records below, which document them; errors as of `compile_recording` and its plan
     """
-    source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code)
+    source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize)
     plan = compile_recording(
         source,
         prompts,

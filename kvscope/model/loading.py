@@ -20,6 +20,14 @@ from kvscope.model.explain import HttpError, explained, fetch, kind
 from kvscope.model.gguf_file import as_numbers, gguf_of, place_of, quantization_of, without_bars
 from kvscope.model.names import resolve
 from kvscope.model.obstacles import OWN_CODE, obstacle
+from kvscope.model.quantised import (
+    AT_LOADING,
+    finished,
+    packages_explained,
+    quantize_arguments,
+    require_quantize,
+    stored_quantization,
+)
 from kvscope.model.read_weights import loader_of, read_model
 from kvscope.model.weight_files import require_files
 
@@ -171,6 +179,7 @@ def _load_model(name: str, source: str, how: ModelSource, *, offline: bool) -> L
     device, dtype = torch_device(how.device, double=False), _dtype(how)
     local, gguf = Path(source).exists(), gguf_of(source)
     place, named = place_of(source)
+    require_quantize(how.quantize, device, dtype)
     quantization = None if gguf is None else quantization_of(gguf)
     safe = require_files(Path(source)) if local and gguf is None else True
     _refuse_revision(source, how)
@@ -184,6 +193,7 @@ def _load_model(name: str, source: str, how: ModelSource, *, offline: bool) -> L
     with explained(source, "configuration", offline=offline):
         config = AutoConfig.from_pretrained(place, **common)
         _require_attention(config)
+        quantization = quantization or stored_quantization(source, config, how.quantize)
     with explained(source, "tokenizer", offline=offline):
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
         require_vocabulary(source, tokenizer)
@@ -193,14 +203,18 @@ def _load_model(name: str, source: str, how: ModelSource, *, offline: bool) -> L
         own = {"attn_implementation": "eager"} if config.model_type in OWN_CODE else {}
         numbers = as_numbers() if gguf is not None else {}
         options = {"dtype": dtype, "device_map": how.device_map, **experts, **own, **numbers, **common}
-        with without_bars(gguf):
+        options |= quantize_arguments(how.quantize, device)
+        with without_bars(gguf), packages_explained(source, quantization):
             model = read_model(place, loader_of(config), safe, options)
         if not own and obstacle(model):
             model.set_attn_implementation("eager")  # whose modules return rows
-        if how.device_map is None:
+        if quantization is not None:
+            model = finished(model, source, dtype)
+        if how.device_map is None and how.quantize is None:
             model = model.to(device)
     model.eval()
     revision = how.revision if local else _commit(source, how.revision)
+    quantization = quantization if how.quantize is None else AT_LOADING.format(how.quantize)
     return Loaded(model, tokenizer, name, source, revision, quantization)
 
 
