@@ -17,6 +17,7 @@ from kvscope.core.options import ModelSource
 from kvscope.kernels.device import torch_device
 from kvscope.model.adapter import adapter_of, add_adapter, base_of, load_base, require_peft
 from kvscope.model.explain import HttpError, explained, fetch, kind
+from kvscope.model.generation_notes import generation_notes
 from kvscope.model.gguf_file import as_numbers, gguf_of, place_of, quantization_of, without_bars
 from kvscope.model.names import resolve
 from kvscope.model.obstacles import OWN_CODE, obstacle
@@ -215,7 +216,7 @@ def _load_model(name: str, source: str, how: ModelSource, *, offline: bool) -> L
     model.eval()
     revision = how.revision if local else _commit(source, how.revision)
     quantization = quantization if how.quantize is None else AT_LOADING.format(how.quantize)
-    return Loaded(model, tokenizer, name, source, revision, quantization)
+    return Loaded(model, tokenizer, name, source, revision, quantization, notes=generation_notes(model))
 
 
 def _dtype(how: ModelSource) -> str | torch.dtype:

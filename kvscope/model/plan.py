@@ -74,8 +74,8 @@ class RecordingPlan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know about the prompts' token ids."""
-        return tuple(note for prompt in self.prompts for note in prompt.notes)
+        """What the user should know about the model's settings and the prompts' token ids."""
+        return self.loaded.notes + tuple(note for prompt in self.prompts for note in prompt.notes)
 
     @property
     def prefill_chunk(self) -> int | None:

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import kvscope
-from kvscope.core.options import ClosedLoopOptions, ModelSource
+from kvscope.core.options import ClosedLoopOptions, ModelSource, OutputOptions
+from kvscope.core.recording_options import TextOptions
+from kvscope.model.compile import compile_recording
 from kvscope.model.loading import load
 from tests.model.test_loading import COMMIT, QUERY, WEIGHTS, cached, refused
 from tests.model.tiny import build, saved, tokens
@@ -238,3 +240,23 @@ def test_a_trace_and_a_closed_loop_in_bfloat16(folder: Path, tmp_path: Path) -> 
     kept, evicted = (frame for _, frame in replay.tokens().groupby("run"))
     assert len(kept) == len(evicted) == 4
     assert kept["kl"].max() < min(1e-4, evicted["kl"].max()), "rounding of bfloat16 alone, where nothing is evicted"
+
+
+def test_generation_settings_that_are_ignored_are_said_once(folder: Path, tmp_path: Path) -> None:
+    settings = {"num_beams": 4, "repetition_penalty": 1.3, "forced_eos_token_id": 5, "no_repeat_ngram_size": 0}
+    prompts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for prompt in prompts:
+        prompt.write_text("w1 w2 w3 w4 w5")
+    output, text = OutputOptions(tmp_path / "t"), TextOptions(max_new_tokens=3)
+    before = compile_recording(ModelSource(str(folder)), prompts, output, text=text)
+    assert before.notes == ()
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    plan = compile_recording(ModelSource(str(folder)), prompts, output, text=text)
+    assert plan.notes == (
+        "the model's generation settings num_beams=4, repetition_penalty=1.3, forced_eos_token_id=5 are ignored: "
+        "tokens are chosen by their logits alone",
+    )
+    ignoring = plan.execute().tokens(0)["token_id"].tolist()
+    (folder / "generation_config.json").write_text("{}")
+    plain = compile_recording(ModelSource(str(folder)), prompts, OutputOptions(tmp_path / "u"), text=text)
+    assert plain.execute().tokens(0)["token_id"].tolist() == ignoring
