@@ -63,14 +63,14 @@ def base_of(folder: Path) -> tuple[str, str | None]:
         config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
         base, revision, kind = (config.get(key) for key in ("base_model_name_or_path", "revision", "peft_type"))
     except (ValueError, AttributeError) as error:
-        raise ModelError(f"{folder / ADAPTER} is damaged: it is no JSON object", AGAIN) from error
+        raise ModelError(f"{folder / ADAPTER} is damaged: it is not a JSON object", AGAIN) from error
     if not isinstance(base, str) or not base:
         raise ModelError(
             f"{folder / ADAPTER} names no base model", "Write its folder or Hub id in base_model_name_or_path."
         )
     if kind in VIRTUAL_TOKENS:
         raise ModelError(
-            f"adapter {folder} of type {kind} adds keys that belong to no token of the prompt, which no policy knows",
+            f"adapter {folder} of type {kind} adds keys that belong to no token of the prompt",
             "Trace its base model, or an adapter that changes weights, such as LoRA.",
         )
     found = [name for name in FILES if (folder / name).is_file()]

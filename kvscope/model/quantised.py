@@ -1,4 +1,4 @@
-"""Quantised weights: checkpoints that carry them, and models that are quantised at loading (``--quantize``)."""
+"""Quantised weights: checkpoints that contain them, and models that are quantised at loading (``--quantize``)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def require_quantize(quantize: str | None, device: torch.device, dtype: str | to
     if find_spec("bitsandbytes") is None:
         raise ModelError(
             f"--quantize {quantize} needs the package bitsandbytes, which is not installed",
-            'Install it: pip install "kvscope[quantize]"',
+            "Install it: pip install bitsandbytes accelerate",
         )
 
 
@@ -47,7 +47,7 @@ def stored_quantization(source: str, config: ModelConfig, quantize: str | None) 
     Raises
     ------
     ModelError
-        If transformers does not know the method: it would take the quantised numbers for the weights.
+        If transformers does not support the method: it would take the quantised numbers for the weights.
     UsageError
         If they are to be quantised once more.
     """
@@ -63,7 +63,7 @@ def stored_quantization(source: str, config: ModelConfig, quantize: str | None) 
     if method != "bitsandbytes" and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise ModelError(
             f"the weights of {kind(source)} {source} are quantised by {method or 'a method without a name'}, which "
-            "transformers does not know",
+            "transformers does not support",
             "Use a model without it, or one quantised by GPTQ, AWQ, FP8 or bitsandbytes.",
         )
     if quantize is not None:
