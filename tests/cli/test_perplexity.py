@@ -170,8 +170,7 @@ def test_verify(run: Run, model: Path) -> None:
 def test_verify_tells_a_difference_by_its_status(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("p.txt").write_text(" ".join(WORDS.split()[:14]))
     assert run("trace", "--model", model, "p.txt", "--max-new-tokens", "8", "-q").status == 0
-    for limit in ("TOLERANCE", "SAME"):
-        monkeypatch.setattr(f"kvscope.closed_loop.verify.{limit}", -1.0)
+    monkeypatch.setattr("kvscope.closed_loop.verify.Verdict.tolerance", -1.0)
     done = run("verify", "-p", "tova", "-b", "5")
     assert done.status == 3
     assert "same keys, other logits" in done.out
