@@ -14,7 +14,7 @@ from kvscope.policies.cache import without_gaps
 from kvscope.policies.history import History
 
 Pooling = Literal["avg", "max", "none"]
-Reduced = Literal["votes", "rows"]
+Reduction = Literal["mean", "max", "sum", "max-rows"]
 
 
 @policy("snapkv")
@@ -26,8 +26,8 @@ class SnapKV(Policy):
     the keys of the window are protected and not pooled. arXiv:2404.14469, section 4.2; code FasterDecoding/SnapKV,
     class ``SnapKVCluster`` and its defaults. That code scores query heads. Here a group is reduced as in
     Zefan-Cai/KVCache-Factory, ``_grouped_window_attn_cache``: the weights of each query head are summed over the
-    window, then the heads become one, then the votes are pooled. ``reduce=rows`` makes the heads one in each row
-    instead, which differs with ``group=max``. The window is at most half of the budget. Pooled scores tie often: here
+    window, then the heads become one, then the votes are pooled. With ``max-rows`` each row is the largest of
+    the group before it is summed. The window is at most half of the budget. Pooled scores tie often: here
     the older key is evicted; in the code that depends on its sort.
 
     >>> from kvscope.replay.example import held
@@ -46,8 +46,7 @@ class SnapKV(Policy):
     )
     kernel: int = parameter(5, "width of the pooling over neighbouring keys, an odd number")
     pooling: Pooling = parameter("avg", "kind of pooling: avg, max or none")
-    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
-    reduce: Reduced = parameter("votes", "what of a group is reduced: the votes of its heads, or each of their rows")
+    group: Reduction = parameter("mean", "how the votes of a group become one: mean, max, sum; max-rows: of each row")
 
     def __post_init__(self) -> None:
         at_least("window", self.window, 1)
@@ -58,8 +57,8 @@ class SnapKV(Policy):
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         history = History.of(step.memory, "rows", self.window)
-        by_head = self.group == "max" and self.reduce == "votes"  # of a mean or sum, the order makes no difference
-        history.push(step.head_weights() if by_head else step.weights(self.group))
+        by_head = self.group == "max"  # of a mean or sum, the order makes no difference
+        history.push(step.head_weights() if by_head else step.weights(_of_rows(self.group)))
         if not step.compresses:
             return score
         rows, used = history.rows, voting(self, step)  # [R, L, S or H, w, n], [R]
@@ -67,6 +66,11 @@ class SnapKV(Policy):
         votes = (rows * newest[:, None, None, :, None]).sum(-2)
         votes = step.grouped(votes, "max") if by_head else votes
         return pooled(votes, step, used, self.kernel, self.pooling)
+
+
+def _of_rows(group: Reduction) -> GroupReduction:
+    """Return how each row of a group becomes one, where its rows and not its votes are reduced."""
+    return "max" if group == "max-rows" else group
 
 
 def voting(policy: Policy, step: Step) -> Tensor:
