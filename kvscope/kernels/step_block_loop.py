@@ -90,7 +90,8 @@ def _weigh(rows: Array, missing: Array, scale: Array, t: int, reduce: int, slots
     weight[:m] = 0
     for h in range(rows.shape[0]):
         row = rows[h]
-        total = _total(row, slots, m) + (missing[h, t] if missing.shape[1] else 0)
+        of_row = _total_of_double(row, slots, m) if row.itemsize == 8 else _total(row, slots, m)
+        total = of_row + (missing[h, t] if missing.shape[1] else 0)
         if np.isnan(total):
             weight[:m] = np.nan
             return
@@ -109,16 +110,8 @@ def _weigh(rows: Array, missing: Array, scale: Array, t: int, reduce: int, slots
 
 @compiled
 def _total(row: Array, slots: Array, m: int) -> float:
-    """Return the sum of a row over `m` slots in float64; of a row in double as `kvscope.kernels.totals` has it."""
-    if row.itemsize == 8:
-        upper = lower = 0.0
-        for k in range(m):
-            weight = row[slots[k]]
-            multiple = weight + SPLIT - SPLIT
-            upper += multiple
-            lower += weight - multiple
-        return upper + lower
-    a = b = c = d = 0.0  # four partial sums, so that additions can overlap
+    """Return the sum of a row in 32 bit over `m` slots in float64; four partial sums, so that additions can overlap."""
+    a = b = c = d = 0.0
     whole = m - m % 4
     for k in range(0, whole, 4):
         a += row[slots[k]]
@@ -128,6 +121,18 @@ def _total(row: Array, slots: Array, m: int) -> float:
     for k in range(whole, m):
         a += row[slots[k]]
     return (a + b) + (c + d)
+
+
+@compiled
+def _total_of_double(row: Array, slots: Array, m: int) -> float:
+    """Return the sum of a row in double over `m` slots, as `kvscope.kernels.totals` has it."""
+    upper = lower = 0.0
+    for k in range(m):
+        weight = row[slots[k]]
+        multiple = weight + SPLIT - SPLIT
+        upper += multiple
+        lower += weight - multiple
+    return upper + lower
 
 
 @compiled

@@ -104,7 +104,7 @@ def test_the_same_keys_are_evicted(
         )
 
 
-@pytest.mark.parametrize("seed", [60, 177])
+@pytest.mark.parametrize("seed", [30, 106, 143, 164])  # each fails where a total is added in any order
 def test_ties_of_rows_in_double(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Totals that differ in the last digit, by the order of additions, would order keys of equal weight."""
     rows = attention(seed, 2, 4, 29, "ties")
