@@ -68,8 +68,8 @@ class RowLoader(Protocol):
 
 
 @dataclass(frozen=True)
-class WholeRows:
-    """Loads float32 rows with their zeros: what the CPU computes on, and rows that are rebuilt (store ``topk``).
+class LayersOnDisk:
+    """The layers of one sequence whose rows are loaded.
 
     Attributes
     ----------
@@ -87,6 +87,11 @@ class WholeRows:
     sequence: int
     layers: Sequence[int]
     device: torch.device
+
+
+@dataclass(frozen=True)
+class WholeRows(LayersOnDisk):
+    """Loads float32 rows with their zeros: what the CPU computes on, and rows that are rebuilt (store ``topk``)."""
 
     def bytes(self, start: int, stop: int) -> int:
         """Return how many bytes the rows of these steps take."""
@@ -120,25 +125,8 @@ class WholeRows:
 
 
 @dataclass(frozen=True)
-class PackedRows:
-    """Loads rows as they are stored, 16-bit weights without zeros, and unpacks them on the device.
-
-    Attributes
-    ----------
-    trace : Trace
-        A trace that `holds_rows`.
-    sequence : int
-        Number of the sequence.
-    layers : sequence of int
-        Numbers of the ``L`` layers.
-    device : torch.device
-        Device of the rows.
-    """
-
-    trace: Trace
-    sequence: int
-    layers: Sequence[int]
-    device: torch.device
+class PackedRows(LayersOnDisk):
+    """Loads rows of a trace that `holds_rows` as they are stored, without zeros, and unpacks them on the device."""
 
     def bytes(self, start: int, stop: int) -> int:
         """Return about how many bytes the weights of these steps take."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from kvscope.core.errors import UsageError
@@ -76,7 +77,7 @@ class _Drafts:
 
     def of(self, size: int) -> Draft:
         start = self.haystack.from_anywhere(Random(f"{self.seed}/haystack"))
-        filler = lambda count: self.haystack.take(start, count)  # noqa: E731
+        filler = partial(self.haystack.take, start)
         return self.family.draft(Ingredients(Random(self.seed), filler, self.depth, size))
 
 
