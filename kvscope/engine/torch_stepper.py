@@ -17,6 +17,7 @@ from kvscope.engine.signal_axes import up_to
 from kvscope.engine.sparse_reader import SparseReader
 from kvscope.engine.stepper import StepInputs
 from kvscope.engine.threads import few_threads
+from kvscope.kernels import device as devices
 from kvscope.policies.base import Step
 from kvscope.policies.own import observe_of
 
@@ -52,6 +53,7 @@ class TorchStepper:
         self._clairvoyant, self._evictor = traits.clairvoyant, Evictor(state, traits.bounded, self.occupancy)
         self._heads = state.score.shape[2]
         self._layers = torch.tensor(inputs.shape.layers, dtype=torch.int64, device=state.score.device)
+        self._one_by_one = devices.on_cpu(state.score.device)
         self._draws = Draws(inputs.shape.sequence, self._layers, inputs.shape.length)
         self._memory: dict[str, Any] = {}  # what the policy stores between steps
 
@@ -85,6 +87,7 @@ class TorchStepper:
             compresses=inputs.evicts_after(t),
             most_visible=self.occupancy.most,
             exceeds=self.occupancy.surplus > 0,
+            one_by_one=self._one_by_one,
             visible=state.alive[..., : t + 1],
             signals={name: up_to(name, signal, t) for name, signal in inputs.signals.items()},
             live=None,

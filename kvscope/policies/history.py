@@ -83,6 +83,17 @@ class History:
         slots = torch.arange(self.count, device=self._buffer.device)
         return self._buffer[..., : self.count, : self._n], (self._pushed - 1 - slots) % self.window
 
+    def newest(self, count: int, run: int) -> Tensor:
+        """Return the newest `count` rows of one run in any order, ``[..., count, n]``; not to be written to."""
+        rows = self._buffer[run, ..., : self._n]
+        if count >= self.count:
+            return rows[..., : self.count, :]
+        start = (self._pushed - count) % self.window
+        if start + count <= self.window:
+            return rows[..., start : start + count, :]
+        slots = torch.arange(start, start + count, device=rows.device) % self.window
+        return rows.index_select(-2, slots)
+
     @property
     def sum(self) -> Tensor:
         """The sum of the rows that are kept, ``[..., n]``."""

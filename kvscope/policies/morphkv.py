@@ -65,17 +65,41 @@ class MorphKV(Policy):
 
     def _fused(self, step: Step, history: History, score: Tensor) -> Tensor:
         """Return the score of every key from the rows before this one, ``[R, L, G, n]``."""
+        if step.one_by_one:
+            return self._fused_by_run(step, history, score)
         window = self._windows(step)
         index, there = without_gaps(step.visible[..., :-1], step.most_visible - 1)  # [R, L, G, m]
         rows, newer = history.with_age()
-        counts = newer < window[:, None]  # [R, W]
+        counted = newer < window[:, None]  # [R, W]
+        older = there & (index < step.t - window[:, None, None, None])
+        return torch.zeros_like(score).scatter_(-1, index, self._shares(rows, counted, index, older).to(score.dtype))
+
+    def _fused_by_run(self, step: Step, history: History, score: Tensor) -> Tensor:
+        """Return the same run by run: windows and caches of the runs differ in size, and none is padded."""
+        fused = torch.zeros_like(score)
+        for run, budget in enumerate(step.budgets):
+            window = min(self.window, budget // 2)
+            older = step.visible[run : run + 1, ..., : max(0, step.t - window)]
+            most = int(older.sum(-1).max()) if older.numel() else 0
+            if not window or not most:
+                continue
+            index, there = without_gaps(older, most)  # [1, L, G, m]
+            rows = history.newest(window, run)[None]  # [1, L, G, W, n]
+            counted = torch.ones(1, rows.shape[-2], dtype=torch.bool)
+            fused[run].scatter_(-1, index[0], self._shares(rows, counted, index, there)[0].to(score.dtype))
+        return fused
+
+    def _shares(self, rows: Tensor, counted: Tensor, index: Tensor, older: Tensor) -> Tensor:
+        """Return the largest or summed share of the keys at `index` in the rows that count, float64 ``[R, L, G, m]``.
+
+        `rows` is ``[R, L, G, W, n]``, `counted` bool ``[R, W]``; keys that are not `older` get none.
+        """
         rows = rows.gather(-1, index[..., None, :].expand(*rows.shape[:-1], -1))  # [R, L, G, W, m]
-        rows = rows.double()  # one over a small float32 may be infinite
-        older = (there & (index < step.t - window[:, None, None, None])).to(rows.dtype)
-        total = (rows @ older[..., None])[..., 0]  # [R, L, G, W]
-        part = torch.where((total > 0) & counts[:, None, None], 1 / total, 0.0)
+        rows, mask = rows.double(), older.double()  # one over a small float32 may be infinite
+        total = (rows @ mask[..., None])[..., 0]  # [R, L, G, W]
+        part = torch.where((total > 0) & counted[:, None, None], 1 / total, 0.0)
         best = (rows * part[..., None]).amax(-2) if self.fuse == "max" else (part[..., None, :] @ rows)[..., 0, :]
-        return torch.zeros_like(score).scatter_(-1, index, (best * older).to(score.dtype))
+        return best * mask
 
     def _windows(self, step: Step) -> Tensor:
         """Return how many rows count in each run, int64 ``[R]``, and remember it."""

@@ -43,6 +43,9 @@ class Step:
         need not wait for a GPU to count its keys; it can only be too large, where a sliding window removes keys.
     exceeds : bool
         Whether a head may hold more keys than its budget.
+    one_by_one : bool
+        Whether runs that differ in size are computed faster one by one, as on a CPU, than padded to one size, as on a
+        GPU, where the operations count. It may decide nothing.
     visible : Tensor
         bool ``[R, L, S, n]``: the keys that the query sees (``V_t``). ``S`` is ``G``, or 1 with layer scope.
     signals : dict of str to Tensor
@@ -72,6 +75,7 @@ class Step:
     compresses: bool
     most_visible: int
     exceeds: bool
+    one_by_one: bool
     visible: Tensor
     signals: dict[str, Tensor]
     live: Tensor | None

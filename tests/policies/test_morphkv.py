@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from kvscope.core.residency import NEVER
+from kvscope.kernels import device as devices
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import attention, run
 from tests.policies.decisions import HEADS, LENGTH, PROMPTS_BUDGETS, sets
@@ -65,3 +67,20 @@ def test_tiny_shares_are_no_accident() -> None:
     rows = attention(5, 1, 2, 12)
     rows *= torch.where(torch.eye(12, dtype=torch.bool), 1.0, 3e-20)  # of two heads, a product that float32 just holds
     run(parse_policy("morphkv"), rows.float(), [6], kv_heads=1, prompt=6, prefill="full")
+
+
+@pytest.mark.parametrize("spec", ["morphkv", "morphkv:window=4,fuse=sum"])
+def test_runs_one_by_one_decide_as_runs_padded_to_one_size(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first form is for a CPU, the second for a GPU; a GPU is never asked how many keys there are."""
+    forms = []
+    for on_cpu in (True, False):
+        monkeypatch.setattr(devices, "on_cpu", lambda device, answer=on_cpu: answer)
+        simulations = [
+            run(parse_policy(spec), rows, [1, 2, 7, 16, 40], kv_heads=2, prompt=prompt, prefill=prefill)
+            for kind in ("dense", "sparse")
+            for rows in [attention(11, 2, 4, 60, kind)]
+            for prompt, prefill in ((10, "full"), (45, "full"), (1, "stream"))
+        ]
+        forms.append([simulation.state.leave for simulation in simulations])
+    assert all(torch.equal(one, padded) for one, padded in zip(*forms, strict=True))
+    assert all((leave < NEVER).any() for leave in forms[0])
