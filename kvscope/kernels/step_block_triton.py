@@ -84,7 +84,7 @@ def step_block(
     runs, layers, heads, length = state.leave.shape
     together = rows.shape[2] // heads
     bad = torch.zeros((runs, layers, heads), dtype=torch.uint8, device=rows.device)
-    kernel, block_heads, keys = _kernel(length, together, most_keys)
+    kernel, block_heads, keys = _kernel(start + rows.shape[3], together, most_keys)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     given = [rows[:1] if part is None else part.contiguous() for part in (missing, scale, fixed)]
     run_stride, layer_stride, head_stride, step_stride, _ = rows.stride()
@@ -96,7 +96,7 @@ def step_block(
         run_stride, layer_stride, head_stride, step_stride,
         REDUCE=REDUCTIONS[reduce], HAS_MISSING=missing is not None, HAS_SCALE=scale is not None,
         QB=block_heads, N=keys, BITS=8 * state.score.element_size(),
-        num_warps=_warps(keys), enable_fp_fusion=False,
+        num_warps=_warps(keys, block_heads), enable_fp_fusion=False,
     )  # fmt: skip
     return bad
 
@@ -109,6 +109,7 @@ def _kernel(length: int, together: int, most_keys: int) -> tuple[triton.JITFunct
     return step_in_tiles, group, max(16, min(most_keys, WEIGHTS_AT_ONCE // group))
 
 
-def _warps(keys: int) -> int:
-    """Return how many warps share the keys of a program: four keys a thread, up to the most that a block holds."""
-    return max(1, min(16, keys // 128))
+def _warps(keys: int, block_heads: int) -> int:
+    """Return how many warps a program has: four keys a thread, and twice as many for groups while registers do."""
+    most = 16 if block_heads == 1 or keys > 2048 else 32
+    return max(1, min(most, keys * block_heads // 128))

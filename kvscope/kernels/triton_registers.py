@@ -12,7 +12,6 @@ from kvscope.kernels.triton_common import (
     IS_MAX,
     IS_MEAN,
     IS_NONE,
-    NEVER,
     finite,
     ordered,
     reduced,
@@ -42,42 +41,144 @@ def _lowest(score, candidate, count, BITS: tl.constexpr):
 
 
 @triton.jit
-def _weights(
-    rows, missing, factor, held, together, head_stride, length,
-    REDUCE: tl.constexpr, HAS_MISSING: tl.constexpr, QB: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Return the weights ``[N]`` of one step in double: live rows of a group of query heads, made one."""
-    j = tl.arange(0, N)
-    q = tl.arange(0, QB)
-    weight = tl.zeros([N], tl.float64)
-    for h in range(0, together, QB):
-        here = h + q < together
-        place = rows + (h + q)[:, None] * head_stride + j[None, :]
-        row = tl.load(place, mask=here[:, None] & held[None, :], other=0.0)  # [QB, N]
+def _sum_of_row(row, axis: tl.constexpr):
+    """Return the sum of rows in double along an axis; rows in double are added as `kvscope.kernels.totals` does."""
+    if row.dtype == tl.float64:
         upper, lower = upper_and_lower(row)
-        total = tl.sum(upper, 1) + tl.sum(lower, 1)
-        if HAS_MISSING:
-            total += tl.load(missing + (h + q) * length, mask=here, other=0.0)
-        norm = tl.where(total > 0, total.to(row.dtype), 1.0).to(row.dtype)
-        live = rounded_quotient(row, norm[:, None]) * factor[None, :]
-        one = reduced(live, REDUCE)
-        weight = tl.maximum(weight, one) if REDUCE == IS_MAX else weight + one
-    if REDUCE == IS_MEAN:
-        weight = weight / together
-    return weight
+        return tl.sum(upper, axis) + tl.sum(lower, axis)
+    return tl.sum(row.to(tl.float64), axis)
 
 
 @triton.jit
-def _evicted(score, candidate, count, BITS: tl.constexpr, N: tl.constexpr):
-    """Return which `count` candidates are evicted, bool ``[N]``: the lowest scores, the oldest of equal ones."""
-    ranked = finite(score)
+def _row(own, i, t, steps, N: tl.constexpr):
+    """Return the row of step `i` of a block, at position `t`, ``[N]``; zeros beyond the block."""
+    j = tl.arange(0, N)
+    return tl.load(own + j, mask=(j <= t) & (i < steps), other=0.0)
+
+
+@triton.jit
+def _rows(own, h, i, t, steps, together, head_stride, QB: tl.constexpr, N: tl.constexpr):
+    """Return the rows ``[QB, N]`` of query heads from `h` on, of step `i` at position `t`; zeros beyond the block."""
+    j, q = tl.arange(0, N), h + tl.arange(0, QB)
+    place = own + q[:, None] * head_stride + j[None, :]
+    return tl.load(place, mask=(q < together)[:, None] & (j <= t)[None, :] & (i < steps), other=0.0)
+
+
+@triton.jit
+def _first(own, t, steps, together, head_stride, QB: tl.constexpr, N: tl.constexpr):
+    """Return the first rows of a block: ``[N]`` of one query head, ``[QB, N]`` of a group."""
+    if QB == 1:
+        return _row(own, 0, t, steps, N)
+    else:
+        return _rows(own, 0, 0, t, steps, together, head_stride, QB, N)
+
+
+@triton.jit
+def _place(unit, runs, of_run):
+    """Return where a unit is in a tensor of some runs, or of one for all, in units; `of_run` of them are one run."""
+    return tl.minimum(unit // of_run, runs - 1) * of_run + unit % of_run
+
+
+@triton.jit
+def _with_key(held, size, leave, t, window, N: tl.constexpr):
+    """Return the held keys and their number with key `t`, without the one that the layer's window no longer reaches."""
+    j = tl.arange(0, N)
+    held = held | (j == t)
+    size += 1
+    if window > 0:
+        there = tl.sum((held & (j == t - window)).to(tl.int32), 0)
+        tl.store(leave + t - window, t - 1, mask=there > 0)
+        size -= there
+        held = held & (j != t - window)
+    return held, size
+
+
+@triton.jit
+def _factor(scale, rows, inside, HAS_SCALE: tl.constexpr, N: tl.constexpr):
+    """Return what each weight is multiplied by ``[N]``, in the precision of the rows."""
+    if HAS_SCALE:
+        return tl.load(scale + tl.arange(0, N), mask=inside, other=0.0).to(rows.dtype.element_ty)
+    else:
+        return tl.full([N], 1, rows.dtype.element_ty)
+
+
+@triton.jit
+def _live_of_one(row, missing, factor, HAS_MISSING: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """Return the live row ``[N]`` of the only query head: `row` is zero at keys that are not held."""
+    total = _sum_of_row(row, 0)
+    if HAS_MISSING:
+        total += tl.load(missing)
+    norm = tl.where(total > 0, total.to(row.dtype), 1.0).to(row.dtype)
+    live = rounded_quotient(row, norm)
+    if HAS_SCALE:
+        live = live * factor
+    return live
+
+
+@triton.jit
+def _live_of_group(
+    rows, missing, factor, h, together, length, REDUCE: tl.constexpr, HAS_MISSING: tl.constexpr,
+    HAS_SCALE: tl.constexpr, QB: tl.constexpr,
+):  # fmt: skip
+    """Return the live rows of query heads from `h` on, made one, in double ``[N]``: `rows` as in `_live_of_one`."""
+    q = h + tl.arange(0, QB)
+    total = _sum_of_row(rows, 1)
+    if HAS_MISSING:
+        total += tl.load(missing + q * length, mask=q < together, other=0.0)
+    norm = tl.where(total > 0, total.to(rows.dtype), 1.0).to(rows.dtype)
+    live = rounded_quotient(rows, norm[:, None])
+    if HAS_SCALE:
+        live = live * factor[None, :]
+    return reduced(live, REDUCE)
+
+
+@triton.jit
+def _weights(
+    ahead, own, held, missing, factor, i, t, steps, together, head_stride, step_stride, length,
+    REDUCE: tl.constexpr, HAS_MISSING: tl.constexpr, HAS_SCALE: tl.constexpr, QB: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Return the weights of one step ``[N]``, and the first rows of the next step.
+
+    `ahead` is the first rows of this step. Rows are loaded before those at hand are used: which of their weights count
+    is known only once the step before has evicted, and memory would be waited for in every step. One query head is a
+    case of its own: its weights need no second axis and no second precision.
+    """
+    if QB == 1:
+        row = tl.where(held, ahead, 0.0)
+        following = _row(own + (i + 1) * step_stride, i + 1, t + 1, steps, N)
+        return _live_of_one(row, missing, factor, HAS_MISSING, HAS_SCALE), following
+    else:
+        weight = tl.zeros([N], tl.float64)
+        for h in range(0, together, QB):
+            rows = tl.where(held[None, :], ahead, 0.0)
+            last = (h + QB >= together).to(tl.int32)  # the next rows are those of the next step
+            place = own + (i + last) * step_stride
+            ahead = _rows(place, (h + QB) * (1 - last), i + last, t + last, steps, together, head_stride, QB, N)
+            one = _live_of_group(rows, missing, factor, h, together, length, REDUCE, HAS_MISSING, HAS_SCALE, QB)
+            weight = tl.maximum(weight, one) if REDUCE == IS_MAX else weight + one
+        if REDUCE == IS_MEAN:
+            weight = weight / together
+        return weight, ahead
+
+
+@triton.jit
+def _evicted(points, candidate, count, leave, t, BITS: tl.constexpr, N: tl.constexpr):
+    """Return which `count` candidates are evicted, bool ``[N]``, and how many: the lowest scores, the oldest of equal
+    ones. When they leave is stored.
+    """
+    j = tl.arange(0, N)
+    ranked = finite(points)
     if count == 1:
-        j = tl.arange(0, N)
-        low = tl.min(tl.where(candidate, ranked, float("inf")), 0)
-        goes = j == tl.min(tl.where(candidate & (ranked == low), j, N), 0)
+        low, key = tl.min(tl.where(candidate, ranked, float("inf")), 0, return_indices=True)
+        there = low < float("inf")
+        goes = (j == key) & there
+        went = there.to(tl.int32)
+        tl.store(leave + key, t, mask=there)
     else:
         goes = _lowest(ranked, candidate, count, BITS)
-    return goes
+        went = tl.sum(goes.to(tl.int32), 0)
+        tl.store(leave + j, tl.zeros([N], tl.int32) + t, mask=goes)
+    return goes, went
 
 
 @triton.jit
@@ -93,48 +194,39 @@ def step_in_registers(
     r, layer, s = unit // (layers * heads), unit // heads % layers, unit % heads
     j = tl.arange(0, N)
     inside = j < length
+    leave = leave + unit * length
     held = tl.load(alive + unit * length + j, mask=inside, other=0) != 0
     points = tl.load(score + unit * length + j, mask=inside, other=0.0)
-    gone_at = tl.load(leave + unit * length + j, mask=inside, other=0)
     size, most = tl.load(count + unit), tl.load(budget + unit)
     first, newest, window = tl.load(sinks + r), tl.load(recent + r), tl.load(windows + layer)
-    evicted, wrong, left = tl.load(evictions + unit), tl.load(bad + unit).to(tl.int32), tl.load(decay)
+    evicted, wrong, left = tl.load(evictions + unit), tl.zeros([N], tl.int32), tl.load(decay)
     own = rows + tl.minimum(r, row_runs - 1) * run_stride + layer * layer_stride + s * together * head_stride
-    lost = missing + ((tl.minimum(r, missing_runs - 1) * layers + layer) * heads + s) * together * length
-    factor = tl.full([N], 1, rows.dtype.element_ty)
-    if HAS_SCALE:
-        place = ((tl.minimum(r, scale_runs - 1) * layers + layer) * heads + s) * length
-        factor = tl.load(scale + place + j, mask=inside, other=0.0).to(rows.dtype.element_ty)
-    arriving = fixed + ((tl.minimum(r, fixed_runs - 1) * layers + layer) * heads + s) * steps
+    lost = missing + _place(unit, missing_runs, layers * heads) * together * length
+    arriving = fixed + _place(unit, fixed_runs, layers * heads) * steps
+    factor = _factor(scale + _place(unit, scale_runs, layers * heads) * length, rows, inside, HAS_SCALE, N)
+    if REDUCE != IS_NONE:
+        ahead = _first(own, start, steps, together, head_stride, QB, N)
     for i in range(steps):
         t = start + i
-        held = held | (j == t)
-        size += 1
-        if window > 0:
-            forgotten = held & (j == t - window)
-            gone_at = tl.where(forgotten & (gone_at == NEVER), t - 1, gone_at)
-            size -= tl.sum(forgotten.to(tl.int32), 0)
-            held = held & (j != t - window)
+        held, size = _with_key(held, size, leave, t, window, N)
         if REDUCE == IS_NONE:
             points = tl.where(j == t, tl.load(arriving + i).to(points.dtype), points)
         else:
-            weight = _weights(
-                own + i * step_stride, lost + t, factor, held, together, head_stride, length, REDUCE, HAS_MISSING, QB, N
-            )
+            weight, ahead = _weights(
+                ahead, own, held, lost + t, factor, i, t, steps, together, head_stride, step_stride, length,
+                REDUCE, HAS_MISSING, HAS_SCALE, QB, N,
+            )  # fmt: skip
             points = weight.to(points.dtype) + left * points
         surplus = (size - most).to(tl.int32)
         if (tl.load(evicts + i) != 0) & (surplus > 0):
-            wrong |= tl.max((held & (points != points)).to(tl.int32), 0)
+            wrong |= (held & (points != points)).to(tl.int32)
             candidate = held & (j >= first) & (j < t + 1 - newest)
-            goes = _evicted(points, candidate, surplus, BITS, N)
-            went = tl.sum(goes.to(tl.int32), 0)
+            goes, went = _evicted(points, candidate, surplus, leave, t, BITS, N)
             held = held & (goes == 0)
-            gone_at = tl.where(goes, t, gone_at)
             size -= went
             evicted += went
     tl.store(alive + unit * length + j, held.to(tl.uint8), mask=inside)
     tl.store(score + unit * length + j, points, mask=inside)
-    tl.store(leave + unit * length + j, gone_at, mask=inside)
     tl.store(count + unit, size)
     tl.store(evictions + unit, evicted)
-    tl.store(bad + unit, (wrong != 0).to(tl.uint8))
+    tl.store(bad + unit, tl.max(wrong, 0).to(tl.uint8))

@@ -1,0 +1,54 @@
+"""The kernel that steps caches compiles for a GPU, which the interpreter does not show."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvscope
+from kvscope.kernels import triton_available
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kvscope.kernels.step_block_triton import REDUCTIONS, _warps
+from kvscope.kernels.triton_registers import step_in_registers as kernel
+
+def compiled(reduce, heads, keys, rows, scores, scaled, missing):
+    fixed = {"REDUCE": REDUCTIONS[reduce], "HAS_MISSING": missing, "HAS_SCALE": scaled}
+    fixed |= {"QB": heads, "N": keys, "BITS": int(scores.removeprefix("fp"))}
+    types = dict.fromkeys(["rows", "missing", "scale"], "*" + rows)
+    types |= dict.fromkeys(["fixed", "score", "decay"], "*" + scores)
+    types |= dict.fromkeys(["alive", "evicts", "bad"], "*u8") | {"leave": "*i32"}
+    types |= dict.fromkeys(["count", "evictions", "budget", "sinks", "recent", "windows"], "*i64")
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in fixed.items()})
+    options = {"num_warps": _warps(keys, heads), "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+for given in (
+    ("mean", 1, 2048, "fp32", "fp32", True, True),
+    ("mean", 8, 2048, "fp32", "fp32", True, True),
+    ("none", 1, 1024, "fp32", "fp32", False, False),
+    ("max", 2, 1024, "fp64", "fp64", False, False),
+    ("sum", 4, 4096, "fp32", "fp64", False, True),
+):
+    assert compiled(*given).metadata.shared <= 48 * 1024, given
+"""
+
+
+@pytest.mark.skipif(not triton_available(), reason="triton is not installed: pip install triton")
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles for CUDA on Linux only")
+def test_it_compiles_for_a_gpu(tmp_path: Path) -> None:
+    """Prevents names that are a number in one branch and an address in another."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(kvscope.__file__).parents[1])}
+    (tmp_path / "made.py").write_text(COMPILE)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "made.py")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
