@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvscope.engine.cache_state import CacheState
+from kvscope.engine.constants import constant
 from kvscope.engine.draw import draws
 from kvscope.engine.signal_axes import with_one_number
 from kvscope.engine.stepper import StepInputs
@@ -30,7 +31,7 @@ def fixed_scores(rule: Recurrence, inputs: StepInputs, state: CacheState, start:
         return None
     device, heads, shape = state.score.device, state.score.shape[2], inputs.shape
     positions = torch.arange(start, stop, device=device)
-    layers = torch.tensor(shape.layers, dtype=torch.int64, device=device)
+    layers = constant(tuple(shape.layers), device)
     signals = {name: value[..., start:stop] for name, value in inputs.signals.items() if with_one_number(name)}
     keys = Arrivals(positions, signals, lambda seed: draws(seed, shape.sequence, layers, heads, positions))
     runs, *heads_of_layers, _ = state.score.shape

@@ -121,12 +121,16 @@ class EvictionPlan:
 
     def compresses(self, t: int, prompt: int, prefill: Prefill) -> bool:
         """Return whether keys are evicted at the end of step `t`."""
-        if self.phase == "none" or (prefill == "full" and t < prompt - 1):
-            return False
-        since = t - (prompt - 1) if prefill == "full" else t + 1
+        return t in self.evicting_steps(prompt, t + 1, prefill)
+
+    def evicting_steps(self, prompt: int, length: int, prefill: Prefill) -> range:
+        """Return the steps before `length` at whose end keys are evicted."""
+        if self.phase == "none" or (self.phase == "prefill" and prefill == "stream"):
+            return range(0)
         if self.phase == "prefill":
-            return since == 0
-        return self.phase == "step" or since % int(self.phase.removeprefix("every:")) == 0
+            return range(prompt - 1, min(prompt, length))
+        every = 1 if self.phase == "step" else int(self.phase.removeprefix("every:"))
+        return range(prompt - 1 if prefill == "full" else every - 1, length, every)
 
 
 def parse_phase(text: str) -> Phase:

@@ -18,6 +18,7 @@ from kvscope.core.residency import ResidencyIntervals
 from kvscope.engine.allocation import ALLOCATORS, AllocationRequest, Allocator
 from kvscope.engine.budget_sharing import BudgetSharing
 from kvscope.engine.cache_state import CacheState
+from kvscope.engine.constants import constant
 from kvscope.engine.numba_stepper import NumbaStepper
 from kvscope.engine.occupancy import Occupancy
 from kvscope.engine.plan import EvictionPlan, protection
@@ -93,7 +94,7 @@ class CacheSimulation:
         plan = policy if isinstance(policy, EvictionPlan) else EvictionPlan.published(policy)
         given = {name: with_run_axis(name, value) for name, value in (signals or {}).items()}
         self.inputs = StepInputs(plan, list(budgets), shape, prefill, given, missing_mass)
-        protected = torch.tensor([protection(plan.policy, budget, shape.prompt) for budget in budgets], device=device)
+        protected = constant(tuple(protection(plan.policy, budget, shape.prompt) for budget in budgets), device)
         sharing = _sharing(self.inputs, protected, allocator)
         self.state = CacheState.empty(shape, sharing.at_start(), protected, device, dtype)
         self._reader = SparseReader(plan.policy, self.state, self.inputs.first_eviction) if self._reads else None
@@ -241,9 +242,9 @@ def _sharing(inputs: StepInputs, protected: Tensor, allocator: Allocator | None)
     shape, plan = inputs.shape, inputs.plan
     device = protected.device
     request = AllocationRequest(
-        budget=torch.tensor(inputs.budgets, device=device),
+        budget=constant(tuple(inputs.budgets), device),
         fixed=protected.sum(1),
-        layers=torch.tensor(shape.places or shape.layers, dtype=torch.int64, device=device),
+        layers=constant(tuple(shape.places or shape.layers), device),
         n_layers=shape.n_layers or len(shape.layers),
         heads=1 if plan.policy.traits.scope == "layer" else shape.kv_heads,
         prompt=shape.prompt if inputs.prefill == "full" else shape.length,

@@ -7,6 +7,7 @@ from bisect import bisect_left
 import torch
 
 from kvscope.engine.cache_state import CacheState
+from kvscope.engine.constants import constant
 from kvscope.engine.fixed_scores import fixed_scores
 from kvscope.engine.rows import Block
 from kvscope.engine.signal_axes import with_run_axis
@@ -33,11 +34,11 @@ class TritonStepper:
     def __init__(self, inputs: StepInputs, state: CacheState, rule: Recurrence, *, most_keys: int = MOST_KEYS) -> None:
         self._inputs, self._state, self._rule, self._most_keys = inputs, state, rule, most_keys
         device = state.leave.device
-        self._decay = torch.tensor([rule.decay], dtype=state.score.dtype, device=device)
-        self._evicting = [t for t in range(inputs.shape.length) if inputs.evicts_after(t)]
-        evicts = torch.zeros(inputs.shape.length, dtype=torch.uint8)
-        evicts[self._evicting] = 1
-        self._evicts = evicts.to(device)  # of all steps: a copy for each block would wait for the device
+        self._decay = torch.full((1,), rule.decay, dtype=state.score.dtype, device=device)
+        evicting = inputs.plan.evicting_steps(inputs.shape.prompt, inputs.shape.length, inputs.prefill)
+        self._evicting = evicting
+        self._evicts = torch.zeros(inputs.shape.length, dtype=torch.uint8, device=device)
+        self._evicts[evicting.start : evicting.stop : evicting.step] = 1
         self._tensors = TritonState(
             alive=state.alive,
             score=state.score,
@@ -47,7 +48,7 @@ class TritonStepper:
             budget=state.budget.contiguous(),
             sinks=state.sinks,
             recent=state.recent,
-            windows=torch.tensor(state.windows, dtype=torch.int64, device=device),
+            windows=constant(state.windows, device),
         )
 
     def step_block(self, block: Block) -> None:

@@ -166,3 +166,20 @@ def test_half_precision_accumulates_as_the_authors_code() -> None:
             gone = min(seen[:-4], key=lambda j: (sums[j], j))
             held = [key for key in seen if key != gone]
             assert made.held(t, t + 1)[0, 0, head, 0].nonzero().flatten().tolist() == held
+
+
+@pytest.mark.parametrize("phase", ["step", "prefill", "every:3", "every:7"])
+@pytest.mark.parametrize("prefill", ["full", "stream"])
+def test_the_steps_that_evict_are_those_of_a_loop(phase: str, prefill: str) -> None:
+    if phase == "prefill" and prefill == "stream":
+        return  # not defined, and refused
+    every = {"step": 1, "prefill": 10**6}.get(phase) or int(phase.partition(":")[2])
+    made = plan("h2o", phase)
+    for prompt, length in ((1, 1), (5, 20), (20, 20), (7, 30)):
+        expected = []
+        for t in range(length):
+            since = t - (prompt - 1) if prefill == "full" else t + 1
+            if since >= 0 and since % every == 0 and not (prefill == "stream" and since == 0):
+                expected.append(t)
+        assert list(made.evicting_steps(prompt, length, prefill)) == expected
+        assert [t for t in range(length) if made.compresses(t, prompt, prefill)] == expected
