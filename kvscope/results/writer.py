@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kvscope.core.errors import ResultError
@@ -27,6 +24,7 @@ from kvscope.results.outcome import OUTCOMES, Outcomes
 from kvscope.results.schema import MEMBERS, RECORDED, RESIDENCY, TOKENS, fidelity_schema
 from kvscope.results.store import Replay, open_replay
 from kvscope.results.summary import Means, bounds
+from kvscope.results.table_file import TableFile
 from kvscope.results.tables import about_of
 from kvscope.results.tails import TailCounter
 
@@ -63,8 +61,7 @@ class ReplayWriter:
         self._digests = Digests()
         self._outcomes = Outcomes()
         self._gap = LoopGapCounter(record)
-        self._files: dict[str, pa.OSFile] = {}
-        self._writers: dict[str, pq.ParquetWriter] = {}
+        self._files: dict[str, TableFile] = {}
         self._waiting: dict[str, list[pa.Table]] = {}
         try:
             begun = self._folder.begin()
@@ -81,11 +78,8 @@ class ReplayWriter:
             self._open_table(name, schema, use_dictionary=repeats)
 
     def _open_table(self, name: str, schema: pa.Schema, *, use_dictionary: bool = True) -> None:
-        self._files[name] = pa.OSFile(os.fsencode(self.work / f"{name}.parquet"), "wb")  # a str has to be UTF-8
         own = schema.with_metadata(about_of(name, self.record))
-        self._writers[name] = pq.ParquetWriter(
-            self._files[name], own, compression="zstd", use_dictionary=use_dictionary
-        )
+        self._files[name] = TableFile(self.work / f"{name}.parquet", own, use_dictionary=use_dictionary)
 
     def __enter__(self) -> ReplayWriter:
         return self
@@ -93,9 +87,8 @@ class ReplayWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for part in (*self._writers.values(), *self._files.values()):
-            with contextlib.suppress(OSError):  # of a folder that is removed; those of a finished one are closed
-                part.close()
+        for file in self._files.values():
+            file.abandon()  # does nothing to those of a finished replay
         if kind is not None:
             self._folder.abandon()
 
@@ -159,7 +152,7 @@ class ReplayWriter:
         ResultError
             If the disk is full.
         """
-        if "tokens" not in self._writers:
+        if "tokens" not in self._files:
             try:
                 self._open_table("tokens", TOKENS)
             except OSError as error:
@@ -187,8 +180,8 @@ class ReplayWriter:
         for name in list(self._waiting):
             self._flush(name)
         try:
-            for part in (*self._writers.values(), *self._files.values()):
-                part.close()
+            for file in self._files.values():
+                file.close()
             self._write_text(SUMMARY_FILE, SUMMARY.text(self._summary(), ordered=True))
             written = [name for name in RECORDED if (self.work / name).exists()]
             whole = replace(
@@ -218,7 +211,7 @@ class ReplayWriter:
         ]
         by_number = {run.run: run for run in runs}
         summed = tuple(replace(run, bounds=bounds(run, runs), gap=self._gap.of(run.run, by_number)) for run in runs)
-        outcomes = OUTCOMES if "tokens" in self._writers else {}
+        outcomes = OUTCOMES if "tokens" in self._files else {}
         return SummaryRecord(self.record.trace.summarised, {**self.record.metrics, **outcomes}, summed)
 
     def _write(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
@@ -231,7 +224,7 @@ class ReplayWriter:
     def _flush(self, name: str) -> None:
         """Write the rows that wait as one row group: one for each layer of a small model would be mostly metadata."""
         try:
-            self._writers[name].write_table(pa.concat_tables(self._waiting.pop(name)))
+            self._files[name].write(pa.concat_tables(self._waiting.pop(name)))
         except OSError as error:
             raise self._folder.unwritable(error) from error
 

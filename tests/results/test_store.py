@@ -213,6 +213,6 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(writing, "GROUP_ROWS", 1)
-        monkeypatch.setattr(writer._writers["fidelity"], "write_table", full)
+        monkeypatch.setattr(writer._files["fidelity"], "write", full)
         with pytest.raises(ResultError, match="is full"):
             writer.fidelity(0, 0, 0, np.arange(5), values(0, 5))
