@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Mapping
@@ -12,10 +12,14 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from kvscope.core.cores import cores
 from kvscope.model.copies import Copy, HostCopies
 
 IN_FLIGHT = 64 * 10**6  # limit on the bytes on the host that wait to be written, for up to four threads
 BLOCK = IN_FLIGHT // 4  # most bytes of one block, whatever the number of threads: files do not depend on it
+# Seconds after which a thread that runs Python lets another one run. The model's thread is soon back at its launches:
+# with Python's own 5 ms, it waits longer for the writers than they need.
+SWITCH = 0.0002
 Write = Callable[..., None]  # takes arrays as keyword arguments
 
 
@@ -31,9 +35,7 @@ def threads_for(device: torch.device) -> int:
 
     A model on the CPU takes torch's threads, one on a device the thread that launches its work.
     """
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return max(1, cores - (torch.get_num_threads() if device.type == "cpu" else 1))
+    return max(1, cores() - (torch.get_num_threads() if device.type == "cpu" else 1))
 
 
 def limit_for(threads: int) -> int:
@@ -71,6 +73,8 @@ class Pipeline:
         self.peak = 0  # largest number of bytes that waited at once
 
     def __enter__(self) -> Pipeline:
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(min(self._interval, SWITCH))
         for thread in self._threads:
             thread.start()
             self._running += 1
@@ -90,6 +94,8 @@ class Pipeline:
             self._error = self._error or interruption  # as above; a file that a thread writes must not be closed
             self._wait_for_threads()
             raise
+        finally:
+            sys.setswitchinterval(self._interval)
         if error is None and self._error is not None:
             raise self._error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -11,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kvscope.core.cores import cores
+from kvscope.core.output import checksum
 from kvscope.trace.blocks import Array
 from kvscope.trace.columns import HIDDEN, STATES, TOP
 from kvscope.trace.vectors import as_column
@@ -49,6 +52,7 @@ class LayerFile:
 
     def __init__(self, path: Path, schema: pa.Schema, about: Mapping[bytes, bytes] | None = None) -> None:
         self.schema = schema
+        self.path = path
         self._sink = path.open("wb")
         self._writer = pq.ParquetWriter(
             self._sink,
@@ -100,6 +104,18 @@ class LayerFile:
         self._pending, self._values, self._waiting = [], 0, 0
         self._writer.write_table(table, row_group_size=rows)
         self._reached = self._sink.tell()
+
+
+def closed(files: Mapping[str, LayerFile]) -> dict[str, str]:
+    """Close files and return the SHA-256 of each by its name, sorted; several files at a time."""
+
+    def one(name: str) -> str:
+        files[name].close()
+        return checksum(files[name].path)
+
+    names = sorted(files)
+    with ThreadPoolExecutor(cores()) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
 
 
 def _join(parts: list[Column], kind: pa.DataType) -> pa.Array:

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from kvscope.core.errors import TraceError
-from kvscope.core.output import OutputFolder, checksum
+from kvscope.core.output import OutputFolder
 from kvscope.core.printable import encodable
 from kvscope.core.version import __version__
 from kvscope.trace.blocks import Array, are_weights, bad_weight, lower, not_finite, own, places, tokens_from
 from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
 from kvscope.trace.members import member_of
-from kvscope.trace.parquet import Column, LayerFile
+from kvscope.trace.parquet import Column, LayerFile, closed
 from kvscope.trace.record import SequenceRecord, TraceHeader, TraceRecord
 from kvscope.trace.record_file import write_record, write_unfinished
 from kvscope.trace.schema import HEADER, MEMBERS, TOPK, VECTORS
@@ -251,9 +251,8 @@ class TraceWriter:
             The folder of the finished trace.
         """
         try:
-            for file in self._files.values():
-                file.close()
-            sizes = {name: (self.work / name).stat().st_size for name in sorted(self._files)}
+            checksums = closed(self._files)
+            sizes = {name: (self.work / name).stat().st_size for name in checksums}
             record = TraceRecord(
                 kvscope=__version__,
                 header=self.header,
@@ -262,7 +261,7 @@ class TraceWriter:
                 loss=self._outside.summed_up(sequences) if TOPK in self.header.stored else None,
                 bytes=sum(sizes.values()),
                 sizes=sizes,
-                checksums={name: checksum(self.work / name) for name in sizes},
+                checksums=checksums,
             )
             with self._folder.locked():
                 write_record(self.work, record)
