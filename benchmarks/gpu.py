@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--traced", type=numbers, default=[1024, 256], help="prompt and new tokens of a tracing")
     parser.add_argument("--layers", type=int, default=4, help="layers of the trace that the CPU replays too")
     parser.add_argument("--rounds", type=int, default=5, help="most rounds of a measurement")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="some kinds of sections, with commas")
     parser.add_argument("--minutes", type=float, default=8.0, help="limit on all of it")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
     args = parser.parse_args()
@@ -52,7 +53,8 @@ def main() -> int:
     measurement = Measurement(args.out, about, 60 * args.minutes)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args.device, Path(folder), args.rounds, tuple(args.traced), args.layers)
-        measurement.run(sections(bench, args.shape, args.tokens))
+        chosen = sections(bench, args.shape, args.tokens)
+        measurement.run([section for section in chosen if args.only is None or section.name in args.only])
     return 1 if measurement.failed else 0
 
 
