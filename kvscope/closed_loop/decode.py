@@ -28,7 +28,7 @@ from kvscope.engine.survey import Given
 from kvscope.model.derotation import Derotation, derotations
 from kvscope.model.selfcheck import AttentionFacts, require_own_caches, self_check
 from kvscope.model.short_cache import full_cache, short_cache
-from kvscope.trace.record import LayerHeads
+from kvscope.trace.layer_records import LayerHeads
 
 SIGNALS = frozenset({*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2"})
 # Layer types in which all keys, or a window of them, are visible to the attention of the layer;

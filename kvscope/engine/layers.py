@@ -13,8 +13,8 @@ from kvscope.engine.row_loading import HostBlock, PackedRows, RowLoader, WholeRo
 from kvscope.engine.rows import Shape, own_counts
 from kvscope.engine.signals import load_signal
 from kvscope.kernels import device as devices
+from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.reader import TokenSequence, Trace
-from kvscope.trace.record import LayerHeads
 from kvscope.trace.schema import TOPK
 
 

@@ -12,8 +12,8 @@ from kvscope.core.version import versions as installed
 from kvscope.engine.runs import RunSpec
 from kvscope.engine.signals import ROWS
 from kvscope.metrics import Metric
+from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.reader import TokenSequence, Trace
-from kvscope.trace.record import LayerHeads
 from kvscope.trace.storage_error import BOUNDS
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvscope.engine.row_loading import HostBlock, Placed
 from kvscope.kernels.device import staging, to_device
+from kvscope.trace.layer_records import LayerAttention
 from kvscope.trace.reader import Trace
-from kvscope.trace.record import LayerAttention
 
 
 class RecomputedRows:

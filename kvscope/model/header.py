@@ -16,10 +16,9 @@ from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import AttentionFacts, layer_count
+from kvscope.trace.layer_records import AttentionKernel, LayerAttention
 from kvscope.trace.record import (
-    AttentionKernel,
     ExampleRecord,
-    LayerAttention,
     ModelRecord,
     PromptRecord,
     SamplingRecord,

@@ -22,7 +22,7 @@ from kvscope.core.model_types import CausalModel, ModelConfig
 from kvscope.model.obstacles import obstacle
 from kvscope.model.pipeline import Pipeline
 from kvscope.model.selfcheck import PROBE, TOLERANCE, AttentionFacts, layer_count, plain_logits
-from kvscope.trace.record import LayerHeads
+from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.writer import TraceWriter
 
 WITHOUT_CACHE = frozenset({"conv", "linear_attention", "mamba", "recurrent"})  # types of layers without attention

@@ -17,7 +17,7 @@ from kvscope.model.explain import first_line
 from kvscope.model.packing import VECTOR_DTYPES
 from kvscope.model.short_cache import full_cache
 from kvscope.trace.columns import VectorType
-from kvscope.trace.record import LayerAttention, LayerHeads
+from kvscope.trace.layer_records import LayerAttention, LayerHeads
 
 PROBE = 24  # tokens that are run
 TOLERANCE = 1e-4  # allowed error of a row's sum in float32

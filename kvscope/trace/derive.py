@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvscope.trace.cache import Cache
-from kvscope.trace.record import LayerAttention, TraceHeader
+from kvscope.trace.layer_records import LayerAttention
+from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import Which
 
 Floats = NDArray[np.float32]

@@ -14,7 +14,8 @@ from kvscope.core.errors import TraceError
 from kvscope.trace.cache import Cache
 from kvscope.trace.derive import Derived, Floats, KeptKeys
 from kvscope.trace.files import TraceFiles
-from kvscope.trace.record import LayerHeads, StorageError, TraceRecord
+from kvscope.trace.layer_records import LayerHeads
+from kvscope.trace.record import StorageError, TraceRecord
 from kvscope.trace.record_file import read_record
 from kvscope.trace.schema import TOPK, VECTORS, Which
 from kvscope.trace.signals import missing_signal

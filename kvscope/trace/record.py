@@ -16,44 +16,11 @@ from kvscope.core.json import JsonDict
 from kvscope.core.json_records import Checksum, Finite, NotNegative, Number, Positive, about, plain
 from kvscope.core.seal import seal_of
 from kvscope.trace.columns import VectorType
+from kvscope.trace.layer_records import AttentionKernel, LayerAttention, LayerHeads
 from kvscope.trace.schema import DERIVED, KIND, MAPS, MAPS_AND_VECTORS, QKV, SCHEMA_VERSION, SEALED_SINCE, TOPK, VECTORS
 
 # Fields of the header that say how the trace came about, and decide nothing.
 PROVENANCE = ("model", "prompts", "device", "seed", "sampling", "tokenizer", "versions", "command")
-
-
-@dataclass(frozen=True)
-class LayerAttention:
-    """How a layer turns queries and keys into weights: scale, cap, mask, softmax with sinks, whose part is dropped."""
-
-    scaling: Annotated[Finite, about("factor of the logits")]
-    softcap: Annotated[Finite | None, about("cap of the scaled logits: softcap * tanh(logits / softcap)")] = None
-    sliding_window: Annotated[Positive | None, about("most keys that a query sees, its own included")] = None
-    sinks: Annotated[list[float] | None, about("learned sink logit of each query head")] = None
-    mask: Annotated[str, about("`causal`: a query sees itself and earlier keys, within the window")] = "causal"
-
-
-@dataclass(frozen=True)
-class LayerHeads:
-    """Heads of one layer, and their sizes."""
-
-    heads: Annotated[Positive, about("query heads that were recorded, H")]
-    kv_heads: Annotated[Positive, about("key/value heads that were recorded, G")]
-    head_dim: Annotated[Number, about("size of a query and of a key, D")]
-    value_dim: Annotated[Number | None, about("size of a value, where it is not D", omit=True)] = None
-
-    @property
-    def value_size(self) -> int:
-        """Size of a value."""
-        return self.head_dim if self.value_dim is None else self.value_dim
-
-
-@dataclass(frozen=True)
-class AttentionKernel:
-    """How the model computed attention while it was recorded."""
-
-    kernel: Annotated[str | None, about("attention implementation in transformers: `sdpa`, `eager`, ...")] = None
-    scaling: Annotated[Finite | None, about("factor of the logits, of the first layer")] = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvscope.core.errors import TraceError
 from kvscope.core.output import size
-from kvscope.trace.record import LayerHeads
+from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.schema import MAPS, STORES, STRETCH, TOP, TOPK, VECTORS
 
 
