@@ -73,8 +73,8 @@ def _merged(allocator: Allocator, parts: Sequence[AllocationRequest]) -> Allocat
 
     differ = [one.kv_heads_of.to(device)[one.layers.to(device)] for one in parts if one.kv_heads_of is not None]
     sizes = {(name, *value.shape[2:]) for one in parts for name, value in one.memory.items()}
-    alike = len(sizes) == len(parts[0].memory)
-    memories = [one.memory if alike else allocator.condensed(one.memory) for one in parts]
+    same = len(sizes) == len(parts[0].memory)
+    memories = [one.memory if same else allocator.condensed(one.memory) for one in parts]
     scores = [one.score for one in parts if one.score is not None and not differ]
     return replace(
         parts[0],

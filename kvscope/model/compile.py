@@ -162,10 +162,10 @@ def heads_of(
         return ()
     if len(counts) > 1:
         (heads, kv_heads), *_ = counts
-        alike = [layer for layer in layers if layer in facts.sizes and _counts(facts, layer) == (heads, kv_heads)]
+        same = [layer for layer in layers if layer in facts.sizes and _counts(facts, layer) == (heads, kv_heads)]
         raise UsageError(
             f"the recorded layers of {loaded.name} differ in their heads, so that no numbers select heads of all",
-            f"Record all heads, or only layers that are alike: --layers {_listed(alike)}",
+            f"Record all heads, or only layers that have the same: --layers {_listed(same)}",
         )
     ((heads, kv_heads),) = counts
     group = heads // kv_heads
