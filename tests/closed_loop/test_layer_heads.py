@@ -112,6 +112,18 @@ def test_heads_can_be_selected_only_of_layers_that_are_alike(tmp_path: Path) -> 
     assert np.array_equal(trace.attention(0, 1), whole.attention(0, 1)[:2])
 
 
+def test_every_store_has_the_rows_of_every_layer(tmp_path: Path) -> None:
+    """All weights are among the heaviest that store ``topk`` keeps, so that nothing is rebuilt from sums."""
+    maps, vectors, top = (
+        traced(tmp_path, "mimo_v2_flash", StoreOptions(store)) for store in ("maps", "qkv", "topk:64")
+    )
+    for layer in range(3):
+        rows = maps.attention(0, layer)
+        assert np.abs(vectors.attention(0, layer) - rows).max() < 1e-3
+        assert np.abs(top.attention(0, layer) - rows).max() < 1e-6
+        assert maps.value_norms(0, layer).shape == vectors.value_norms(0, layer).shape == (2 + 2 * (layer == 2), 50)
+
+
 def test_rows_of_modules_have_the_heads_of_their_layer(tmp_path: Path) -> None:
     trace = traced(tmp_path, "dots3_note_text", StoreOptions("maps"))
     assert [(own.heads, own.kv_heads) for own in trace.header.layer_heads] == [(4, 4), (4, 4), (64, 64)]
