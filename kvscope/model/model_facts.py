@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
@@ -106,13 +107,18 @@ def model_facts(name: str) -> ModelFacts:
 
 def _layers(config: ModelConfig) -> list[LayerHeads]:
     """Return the heads of every layer as a configuration names them: layer by layer, or once for all."""
-    differ = getattr(config, "is_heterogeneous", False)
-    found = []
-    for one in config.per_layer_config if differ else [config] * layer_count(config):
-        heads = int(one.num_attention_heads)
-        kv_heads = int(vars(one).get("num_key_value_heads") or heads)
+    differ, found = getattr(config, "is_heterogeneous", False), []
+    for layer, one in enumerate(config.per_layer_config if differ else [config] * layer_count(config)):
+        own = {name: _of_layer(value, layer) for name, value in vars(one).items() if "heads" in name}
+        heads = int(own.get("num_attention_heads_per_layer") or _of_layer(one.num_attention_heads, layer))
+        kv_heads = int(own.get("num_key_value_heads") or heads)
         found.append(LayerHeads(heads, kv_heads, int(vars(one).get("head_dim") or config.hidden_size // heads)))
     return found
+
+
+def _of_layer(value: Any, layer: int) -> Any:
+    """Return the item of a layer, where a field of a configuration is a list of one for each."""
+    return value[layer] if isinstance(value, (list, tuple)) and layer < len(value) else value
 
 
 def _attention_layers(config: ModelConfig) -> int:

@@ -115,7 +115,8 @@ def _kv_heads(model: CausalModel, source: Source) -> int:
     own = vars(config.per_layer_config[source.layer] if differ else config)  # attributes are of all layers
     if own.get("multi_query") and not own.get("new_decoder_architecture"):
         return 1
-    count = int(own.get("num_key_value_heads") or own.get("num_kv_heads") or source.heads)
+    named = own.get("num_key_value_heads") or own.get("num_kv_heads") or source.heads
+    count = int(named[source.layer] if isinstance(named, (list, tuple)) else named)  # a list has one for each layer
     if source.heads % count:
         raise ModelError(
             f"{source.heads} query heads of layer {source.layer} of {type(model).__name__} do not share the {count} "
