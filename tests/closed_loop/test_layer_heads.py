@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvscope.closed_loop.compile import compile_verify
-from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.errors import ModelError, TraceError, UsageError
 from kvscope.core.options import (
     ClosedLoopOptions,
     ModelSource,
@@ -25,6 +25,7 @@ from kvscope.replay.compile import compile_replay
 from kvscope.report.page import page_data, report_input
 from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.reader import Trace
+from kvscope.training.train_gate import train_on_traces
 from tests.models import build
 
 PROMPT = " ".join(f"w{(7 * number) % 101 + 3}" for number in range(40))
@@ -142,9 +143,9 @@ def test_rows_of_modules_have_the_heads_of_their_layer(tmp_path: Path) -> None:
     assert replay.residency(layer=2)["kv_head"].nunique() == 64
 
 
-def test_a_gate_is_not_trained_for_layers_that_differ(tmp_path: Path) -> None:
-    from kvscope.training.train_gate import train_on_traces
-
+def test_a_gate_is_neither_used_nor_trained_where_layers_differ(tmp_path: Path) -> None:
     trace = traced(tmp_path, "mimo_v2_flash", StoreOptions(hidden=True))
     with pytest.raises(ModelError, match="2 or 4 key/value heads"):
         train_on_traces([trace], tmp_path / "gate")
+    with pytest.raises(TraceError, match=r"layers of .* differ in their heads\nReplay policies without a gate"):
+        compile_replay(trace, ["attention-gate"], "12")

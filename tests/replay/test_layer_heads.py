@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from kvscope.analysis.find_regrets import regrets
-from kvscope.core.options import OutputOptions, PlanOptions, Prefill, ReplayOptions
+from kvscope.core.errors import UsageError
+from kvscope.core.options import OutputOptions, PlanOptions, Prefill, ReplayOptions, TuneLevel, TuneOptions
 from kvscope.engine.layers import head_groups
 from kvscope.replay.compile import compile_replay
 from kvscope.replay.rescore import rescore
@@ -18,6 +19,7 @@ from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay
 from kvscope.results.tables import fault_of_rows
 from kvscope.trace.reader import Trace
+from kvscope.tune.compile import compile_tune
 from tests.policies.test_contract import SPECS, goes, plan
 from tests.trace.layers import HEADS, LENGTH, PROMPT, record, rows_of
 
@@ -159,3 +161,18 @@ def test_a_replay_knows_the_heads_of_each_layer(mixed: Trace, tmp_path: Path) ->
     wrong = table.set_column(table.column_names.index("kv_head"), "kv_head", [head.astype(np.int32)])
     assert fault_of_rows(table, "residency", replay.info) is None
     assert fault_of_rows(wrong, "residency", replay.info) == "it has rows of a kv_head that its layer has not"
+
+
+def test_layers_are_tuned_but_not_heads(tmp_path: Path) -> None:
+    trace, grid = record(tmp_path / "t", sequences=3), {"alpha": ["0.1", "0.9"]}
+    with pytest.raises(UsageError, match="differ in their heads\nUse --per layer"):
+        compile_tune([trace], "a2sf", grid, "12", TuneOptions(level=TuneLevel.head))
+    job = compile_tune([trace], "a2sf", grid, "12", TuneOptions(level=TuneLevel.layer))
+    tuned = job.execute().policy
+    assert [len(row) for row in tuned.choice] == [1] * len(HEADS)
+    made = replayed(trace, tmp_path / "r", [tuned, "a2sf:alpha=0.1", "a2sf:alpha=0.9"])
+    for layer, (number,) in enumerate(tuned.choice):
+        alpha = tuned.settings[number].parameters()["alpha"]
+        other = next(run.run for run in made.info.runs[1:] if run.params["alpha"] == alpha)
+        mine, alone = (made.residency(run, layer=layer).drop(columns="run") for run in (0, other))
+        pd.testing.assert_frame_equal(mine.reset_index(drop=True), alone.reset_index(drop=True))

@@ -65,31 +65,39 @@ def vectors_of(layer: int, sequence: int = 0) -> dict[str, np.ndarray]:
     return {name: random.normal(size=(n, LENGTH, size)).astype(np.float32) for name, (n, size) in shapes.items()}
 
 
-def record(path: Path, layers: Sequence[int] = tuple(range(len(HEADS))), store: str = "maps+vectors") -> Trace:
+def record(
+    path: Path, layers: Sequence[int] = tuple(range(len(HEADS))), store: str = "maps+vectors", sequences: int = 1
+) -> Trace:
     """Return a trace of some of the layers; each layer has the same rows and vectors whatever the others."""
     with TraceWriter(path, header(layers, store)) as writer:
-        for layer in layers:
-            vectors = vectors_of(layer)
-            if "maps" in STORES[store]:
-                writer.attention(layer, 0, 0, rows_of(layer))
-                writer.keys(
-                    layer,
-                    0,
-                    0,
-                    value_l1=np.abs(vectors["values"]).sum(-1),
-                    value_l2=np.sqrt(np.square(vectors["values"]).sum(-1)),
-                    key_l2=np.sqrt(np.square(vectors["keys"]).sum(-1)),
-                    similarity=np.zeros((HEADS[layer].kv_heads, LENGTH, LENGTH), np.float32),
-                )
-                writer.queries(layer, 0, 0, vectors["queries"].mean(0))
-            writer.vectors(layer, 0, 0, **vectors)
-        writer.tokens(
-            0,
-            token_id=np.arange(LENGTH),
-            text=[f" t{index}" for index in range(LENGTH)],
-            is_prompt=np.arange(LENGTH) < PROMPT,
-            logprob=np.full(LENGTH, -1.0),
-            entropy=np.full(LENGTH, 2.0),
-        )
-        writer.finish([SequenceRecord(PROMPT, LENGTH)])
+        for sequence in range(sequences):
+            for layer in layers:
+                _write(writer, layer, sequence)
+            writer.tokens(
+                sequence,
+                token_id=np.arange(LENGTH),
+                text=[f" t{index}" for index in range(LENGTH)],
+                is_prompt=np.arange(LENGTH) < PROMPT,
+                logprob=np.full(LENGTH, -1.0),
+                entropy=np.full(LENGTH, 2.0),
+            )
+        writer.finish([SequenceRecord(PROMPT, LENGTH)] * sequences)
     return open_trace(path)
+
+
+def _write(writer: TraceWriter, layer: int, sequence: int) -> None:
+    """Write a layer with everything that the store has."""
+    vectors = vectors_of(layer, sequence)
+    if "maps" in writer.header.stored:
+        writer.attention(layer, sequence, 0, rows_of(layer, sequence))
+        writer.keys(
+            layer,
+            sequence,
+            0,
+            value_l1=np.abs(vectors["values"]).sum(-1),
+            value_l2=np.sqrt(np.square(vectors["values"]).sum(-1)),
+            key_l2=np.sqrt(np.square(vectors["keys"]).sum(-1)),
+            similarity=np.zeros((HEADS[layer].kv_heads, LENGTH, LENGTH), np.float32),
+        )
+        writer.queries(layer, sequence, 0, vectors["queries"].mean(0))
+    writer.vectors(layer, sequence, 0, **vectors)
