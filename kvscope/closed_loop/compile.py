@@ -38,6 +38,7 @@ from kvscope.kernels.device import torch_device
 from kvscope.metrics import METRICS, Metric
 from kvscope.model.derotation import derotations
 from kvscope.model.loading import load
+from kvscope.model.model_facts import named_heads
 from kvscope.model.obstacles import require_registry
 from kvscope.model.selfcheck import kv_head_counts, require_own_caches
 from kvscope.policies.base import Policy
@@ -205,10 +206,9 @@ def evaluate(
         As `compile_closed_loop` and `ClosedLoopJob.execute`.
     """
     config = model.config.get_text_config(decoder=True)
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     layers = tuple(range(config.num_hidden_layers))
-    every = (kv_heads,) * len(layers)
-    workload = Workload([passage.sequence for passage in passages], prefill, layers, every, len(layers))
+    kv_heads = tuple(own.kv_heads for own in named_heads(config))
+    workload = Workload([passage.sequence for passage in passages], prefill, layers, kv_heads, len(layers))
     for plan in _plans_of(runs):
         plan_runs = [run for run in runs if run.plan == plan]
         require_closed(plan, plan_runs[0].positions)

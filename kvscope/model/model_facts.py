@@ -86,7 +86,7 @@ def model_facts(name: str) -> ModelFacts:
         config = AutoConfig.from_pretrained(place, **named, local_files_only=Path(source).exists())
     unknown = TypeRecord(config.model_type, "unknown", "-", "-", "-", "transformers did not have this type")
     text = config.get_text_config(decoder=True)
-    every, attended = _layers(text), _attention_layers(config)
+    every, attended = named_heads(text), _attention_layers(config)
     differ = len(set(every)) > 1 and attended == len(every)
     layers = every if differ else every[:1] * attended
     cached = sum(_cached_numbers(text, own.kv_heads, own.head_dim) for own in layers)
@@ -105,13 +105,14 @@ def model_facts(name: str) -> ModelFacts:
     )
 
 
-def _layers(config: ModelConfig) -> list[LayerHeads]:
+def named_heads(config: ModelConfig) -> list[LayerHeads]:
     """Return the heads of every layer as a configuration names them: layer by layer, or once for all."""
     differ, found = getattr(config, "is_heterogeneous", False), []
     for layer, one in enumerate(config.per_layer_config if differ else [config] * layer_count(config)):
         own = {name: _of_layer(value, layer) for name, value in vars(one).items() if "heads" in name}
         heads = int(own.get("num_attention_heads_per_layer") or _of_layer(one.num_attention_heads, layer))
-        kv_heads = int(own.get("num_key_value_heads") or heads)
+        named = own.get("num_key_value_heads") or (None if differ else getattr(one, "num_key_value_heads", None))
+        kv_heads = int(_of_layer(named, layer) or heads)
         found.append(LayerHeads(heads, kv_heads, int(vars(one).get("head_dim") or config.hidden_size // heads)))
     return found
 
