@@ -6,25 +6,29 @@ model computed at that step from the shortened cache. The decisions are made by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvscope.closed_loop.decoder import Decoder, exact_dtype
+from kvscope.closed_loop.forward import PassShape, RunBatch
 from kvscope.closed_loop.gates import require_gates
+from kvscope.closed_loop.survey import surveyed_shares
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Positions, Prefill, choice
 from kvscope.engine.plan import GATE, EvictionPlan, require_room
-from kvscope.engine.rows import Shape
+from kvscope.engine.rows import Shape, own_counts
 from kvscope.engine.signal_axes import VECTORS, time_axis
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
+from kvscope.engine.survey import Given
 from kvscope.model.derotation import Derotation, derotations
 from kvscope.model.selfcheck import AttentionFacts, require_own_caches, self_check
 from kvscope.model.short_cache import full_cache, short_cache
+from kvscope.trace.layer_records import LayerHeads
 
 SIGNALS = frozenset({*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2"})
 # Layer types in which all keys, or a window of them, are visible to the attention of the layer;
@@ -93,37 +97,69 @@ class DecodeJob:
     @torch.no_grad()
     def execute(self) -> Decoded:
         """Decode and return the result; raises ReplayError if a policy evicted nothing although it had to."""
-        simulation = self._empty_simulation()
+        kinds: dict[LayerHeads, list[int]] = {}
+        for layer in self.facts.windows:
+            kinds.setdefault(self.facts.sizes[layer], []).append(layer)
+        given = self._surveyed() if len(kinds) > 1 and self.plan.looks_across else {}
+        simulations = [self._empty_simulation(own, layers, given) for own, layers in kinds.items()]
         cache, layers = short_cache(self.model, list(self.facts.windows), self.rotary)
-        decoder = Decoder(self.model, self.ids, simulation, cache, layers)
+        decoder = Decoder(self.model, self.ids, simulations, cache, layers)
         logits = decoder.run()
-        simulation.check()
-        leave = [layer.expand(self.facts.kv_heads, -1) for layer in simulation.state.leave[0]]
-        return Decoded(logits, leave, decoder.held)
+        leave: dict[int, Tensor] = {}
+        for simulation in simulations:
+            simulation.check()
+            of_layers = zip(simulation.shape.layers, simulation.state.leave[0], strict=True)
+            leave |= {layer: steps.expand(simulation.shape.kv_heads, -1) for layer, steps in of_layers}
+        return Decoded(logits, [leave[layer] for layer in self.facts.windows], decoder.held)
 
-    def _empty_simulation(self) -> CacheSimulation:
-        """Return a simulation over all layers; its signals are zero until the decoder fills them in token by token."""
-        facts, length = self.facts, self.ids.shape[1]
-        layers, made = len(facts.windows), {"dtype": exact_dtype(self.model), "device": self.model.device}
+    def _surveyed(self) -> Mapping[int, Given]:
+        """Return the allocator of each layer where those that one simulation steps do not suffice to decide."""
+        layers = tuple(self.facts.windows)
+        text = PassShape(self.prompt, self.ids.shape[1], self.sequence, layers, self.prefill, self._kv_heads)
+        return surveyed_shares(self.model, self.ids[0], RunBatch(self.plan, [self.budget]), text)
+
+    @property
+    def _kv_heads(self) -> tuple[int, ...]:
+        return own_counts(self.facts.sizes[layer].kv_heads for layer in self.facts.windows)
+
+    def _empty_simulation(self, own: LayerHeads, numbers: Sequence[int], given: Mapping[int, Given]) -> CacheSimulation:
+        """Return a simulation over layers with the same heads.
+
+        Its signals are zero until the decoder fills them in token by token.
+        """
+        facts, length, order = self.facts, self.ids.shape[1], list(self.facts.windows)
+        layers, made = len(numbers), {"dtype": exact_dtype(self.model), "device": self.model.device}
         shape = Shape(
-            layers=tuple(facts.windows),
-            heads=facts.heads,
-            kv_heads=facts.kv_heads,
+            layers=tuple(numbers),
+            heads=own.heads,
+            kv_heads=own.kv_heads,
             prompt=self.prompt,
             length=length,
             sequence=self.sequence,
-            windows=tuple(facts.windows.values()),
-            places=tuple(range(layers)),
-            chunks=tuple(facts.chunks.get(layer) for layer in facts.windows) if facts.chunks else (),
+            windows=tuple(facts.windows[layer] for layer in numbers),
+            n_layers=len(order),
+            places=tuple(order.index(layer) for layer in numbers),
+            chunks=tuple(facts.chunks.get(layer) for layer in numbers) if facts.chunks else (),
+            kv_heads_of=self._kv_heads,
         )
         signals = {}
         for name in self.plan.needs - ROWS:
-            heads = {"queries": (facts.heads,), "mean_query": ()}.get(name, (facts.kv_heads,))
-            dim = facts.value_dim if name == "values" else facts.head_dim
+            heads = {"queries": (own.heads,), "mean_query": ()}.get(name, (own.kv_heads,))
+            dim = own.value_size if name == "values" else own.head_dim
             size = (dim,) if time_axis(name) == -2 else ()
             signals[name] = torch.zeros(layers, *heads, length, *size, **made)
-        missing = torch.zeros(layers, facts.heads, length, **made) if facts.learned_sinks else None
-        return CacheSimulation(self.plan, [self.budget], shape, self.prefill, signals, missing_mass=missing, **made)
+        missing = torch.zeros(layers, own.heads, length, **made) if facts.learned_sinks else None
+        together = Given.joined([given[layer] for layer in numbers]) if given else None
+        return CacheSimulation(
+            self.plan,
+            [self.budget],
+            shape,
+            self.prefill,
+            signals,
+            missing_mass=missing,
+            allocator=together,
+            **made,
+        )
 
 
 def decode(

@@ -62,13 +62,17 @@ class RunBatch:
 
 @dataclass(frozen=True)
 class PassShape:
-    """Sizes of a pass: ``P``, ``T``, the sequence's number, the layers with attention, and the prefill."""
+    """Sizes of a pass: ``P``, ``T``, the sequence's number, the layers with attention, the prefill, and each ``G``.
+
+    ``kv_heads_of`` is empty where all layers have equally many.
+    """
 
     prompt: int
     length: int
     sequence: int
     layers: tuple[int, ...]
     prefill: Prefill
+    kv_heads_of: tuple[int, ...] = ()
 
 
 Found = Callable[[int, int, CacheSimulation, MetricSeries], None]  # layer, number of the batch, and its results
@@ -214,6 +218,7 @@ def simulation_of(call: Call, batch: RunBatch, text: PassShape) -> CacheSimulati
         n_layers=len(text.layers),
         places=(text.layers.index(call.layer),) if text.layers else (),
         chunks=() if call.chunk is None else (call.chunk,),
+        kv_heads_of=text.kv_heads_of,
     )
     missing = None
     if call.sinks is not None:

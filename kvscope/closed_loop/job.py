@@ -63,6 +63,8 @@ class ClosedLoopJob:
         Layers whose attention must be called.
     rotary : mapping of int to Derotation, or None
         Rotation of each layer with attention if positions are compacted.
+    kv_heads_of : tuple of int
+        ``G`` of each of `layers`, where layers differ; otherwise empty.
     """
 
     model: CausalModel
@@ -72,6 +74,7 @@ class ClosedLoopJob:
     prefill: Prefill
     layers: list[int]
     rotary: Mapping[int, Derotation] | None = None
+    kv_heads_of: tuple[int, ...] = ()
 
     @torch.inference_mode()
     def execute(self, sink: TokenSink, progress_callback: Callable[[float], None] | None = None) -> Tally:
@@ -163,7 +166,8 @@ class ForwardPass:
         self.job, self.passage = job, passage
         sequence = passage.sequence
         self.scored = scored_tokens(passage, job.prefill)
-        self.text = PassShape(sequence.prompt, sequence.length, sequence.index, tuple(job.layers), job.prefill)
+        layers, kv_heads = tuple(job.layers), job.kv_heads_of
+        self.text = PassShape(sequence.prompt, sequence.length, sequence.index, layers, job.prefill, kv_heads)
         self.ids = passage.ids.to(job.model.get_input_embeddings().weight.device)
         self.runs = by_plan(runs)  # by batch
         self.results = [PassResult(run.number) for run in runs]

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kvscope.engine.recomputed_rows import RecomputedRows
 from kvscope.engine.row_loading import HostBlock, PackedRows, RowLoader, WholeRows
-from kvscope.engine.rows import Shape
+from kvscope.engine.rows import Shape, own_counts
 from kvscope.engine.signals import load_signal
 from kvscope.kernels import device as devices
+from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.reader import TokenSequence, Trace
 from kvscope.trace.schema import TOPK
 
@@ -27,7 +28,7 @@ class RecordedLayers:
     sequence : TokenSequence
         A sequence of the trace.
     layers : sequence of int
-        Numbers of the ``L`` layers.
+        Numbers of the ``L`` layers, which have the same heads (see `head_groups`).
     device : torch.device
         Device of the rows and signals.
 
@@ -45,8 +46,8 @@ class RecordedLayers:
         windows = tuple(trace.header.sliding_window[trace.layers.index(layer)] for layer in layers)
         self.shape = Shape(
             layers=tuple(layers),
-            heads=trace.heads,
-            kv_heads=trace.kv_heads,
+            heads=trace.heads_of(layers[0]).heads,
+            kv_heads=trace.heads_of(layers[0]).kv_heads,
             prompt=sequence.prompt,
             length=sequence.length,
             sequence=sequence.index,
@@ -54,6 +55,7 @@ class RecordedLayers:
             n_layers=len(trace.layers),
             places=tuple(trace.layers.index(layer) for layer in layers),
             chunks=trace.header.chunks_of(layers),
+            kv_heads_of=own_counts(trace.heads_of(layer).kv_heads for layer in trace.layers),
         )
         self._loader = row_loader(trace, sequence.index, layers, device)
         self.missing = self._missing_mass()
@@ -93,6 +95,14 @@ class RecordedLayers:
             return torch.zeros(len(self._layers), self.shape.heads, self.shape.length, device=self._device)
         sums = [self._trace.row_sums(self._sequence, layer) for layer in self._layers]
         return (1 - torch.from_numpy(np.stack(sums)).to(self._device)).clamp(min=0)
+
+
+def head_groups(trace: Trace) -> list[list[int]]:
+    """Return the layers of a trace, those together that have the same heads of the same sizes."""
+    groups: dict[LayerHeads, list[int]] = {}
+    for layer in trace.layers:
+        groups.setdefault(trace.heads_of(layer), []).append(layer)
+    return list(groups.values())
 
 
 def row_loader(trace: Trace, sequence: int, layers: Sequence[int], device: torch.device) -> RowLoader:

@@ -120,6 +120,12 @@ def _require_gate(trace: Trace, plan: EvictionPlan, name: str) -> None:
             f"{plan.policy.label} needs layer inputs, which {trace.path} does not hold", remedy(trace.header, "hidden")
         )
     header = trace.header
+    if len({header.heads_of(layer).kv_heads for layer in trace.layers}) > 1:
+        raise TraceError(
+            f"{plan.policy.label} uses a gate, which has equally many heads in every layer, and the layers of "
+            f"{trace.path} differ in their heads",
+            "Replay policies without a gate.",
+        )
     load_gate(name).require(
         name,
         layers=header.n_layers,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ def derotations(model: CausalModel, token: Tensor) -> dict[int, Derotation]:
             f"{name} has no rotary embedding that can be inverted, so its keys cannot be moved to other positions",
             "Use the original positions: --positions original.",
         )
-    calls = [_calls(model, token, position) for position in PROBES]
+    apply, calls = _of_pairs(apply), [_calls(model, token, position) for position in PROBES]
     by_type = "layer_type" in inspect.signature(found[0].forward).parameters
     types = model.config.get_text_config(decoder=True).layer_types if by_type else None
     layers = {}
@@ -94,6 +95,13 @@ def derotations(model: CausalModel, token: Tensor) -> dict[int, Derotation]:
                 "Use the original positions: --positions original.",
             )
     return layers
+
+
+def _of_pairs(apply: Callable[..., Any]) -> Apply:
+    """Return the function for queries and keys; that of some models takes one of them at a time."""
+    if list(inspect.signature(apply).parameters)[1:3] != ["cos", "sin"]:
+        return apply
+    return lambda query, key, cos, sin: (apply(query, cos, sin), apply(key, cos, sin))
 
 
 def _calls(model: CausalModel, token: Tensor, position: int) -> list[Call]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvscope.bounds.schedules import Schedules, schedules
-from kvscope.engine.layers import RecordedLayers
+from kvscope.engine.layers import RecordedLayers, head_groups
 from kvscope.engine.parts import MEMORY_ERRORS, RunParts
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.row_loading import HostBlock
@@ -73,7 +73,7 @@ class LayerGroup:
     """All runs over one group of layers of one sequence, stepped together through blocks of rows."""
 
     def __init__(self, work: OpenLoop, sequence: TokenSequence, layers: list[int]) -> None:
-        self.sequence, self.layers = sequence, layers
+        self.sequence, self.layers, self._work = sequence, layers, work
         runs, metrics, prefill = work.runs, work.metrics, work.prefill
         self._prefill, self._device = prefill, work.device
         self.source = RecordedLayers(work.trace, sequence, layers, work.device)
@@ -146,7 +146,14 @@ class LayerGroup:
         if schedule is not None:
             signals["schedule"] = schedule.leaves.to(self._device)
         return CacheSimulation(
-            plan, keys, self.shape, self._prefill, signals, missing_mass=self.source.missing, device=self._device
+            plan,
+            keys,
+            self.shape,
+            self._prefill,
+            signals,
+            missing_mass=self.source.missing,
+            allocator=self._work.survey.allocator(plan, keys, self.sequence, self.layers),
+            device=self._device,
         )
 
 
@@ -192,11 +199,11 @@ def step_through(
 def group_specs(work: OpenLoop, sequences: Sequence[TokenSequence]) -> list[GroupSpec]:
     """Return the groups of layers of some sequences, in the order in which they are stepped through."""
     groups = []
-    layers = work.trace.layers
     for sequence in sequences:
         needs = work.footprints[sequence.index]
-        starts = range(0, len(layers), needs.layers)
-        groups += [GroupSpec(sequence, layers[start : start + needs.layers], needs.steps) for start in starts]
+        for layers in head_groups(work.trace):
+            starts = range(0, len(layers), needs.layers)
+            groups += [GroupSpec(sequence, layers[start : start + needs.layers], needs.steps) for start in starts]
     return groups
 
 

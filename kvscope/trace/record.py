@@ -16,29 +16,11 @@ from kvscope.core.json import JsonDict
 from kvscope.core.json_records import Checksum, Finite, NotNegative, Number, Positive, about, plain
 from kvscope.core.seal import seal_of
 from kvscope.trace.columns import VectorType
+from kvscope.trace.layer_records import AttentionKernel, LayerAttention, LayerHeads
 from kvscope.trace.schema import DERIVED, KIND, MAPS, MAPS_AND_VECTORS, QKV, SCHEMA_VERSION, SEALED_SINCE, TOPK, VECTORS
 
 # Fields of the header that say how the trace came about, and decide nothing.
 PROVENANCE = ("model", "prompts", "device", "seed", "sampling", "tokenizer", "versions", "command")
-
-
-@dataclass(frozen=True)
-class LayerAttention:
-    """How a layer turns queries and keys into weights: scale, cap, mask, softmax with sinks, whose part is dropped."""
-
-    scaling: Annotated[Finite, about("factor of the logits")]
-    softcap: Annotated[Finite | None, about("cap of the scaled logits: softcap * tanh(logits / softcap)")] = None
-    sliding_window: Annotated[Positive | None, about("most keys that a query sees, its own included")] = None
-    sinks: Annotated[list[float] | None, about("learned sink logit of each query head")] = None
-    mask: Annotated[str, about("`causal`: a query sees itself and earlier keys, within the window")] = "causal"
-
-
-@dataclass(frozen=True)
-class AttentionKernel:
-    """How the model computed attention while it was recorded."""
-
-    kernel: Annotated[str | None, about("attention implementation in transformers: `sdpa`, `eager`, ...")] = None
-    scaling: Annotated[Finite | None, about("factor of the logits, of the first layer")] = None
 
 
 @dataclass(frozen=True)
@@ -142,9 +124,9 @@ class TraceHeader:
     model: Annotated[ModelRecord, about("the model")]
     layers: Annotated[list[Number], about("recorded layers, by their number in the model")]
     n_layers: Annotated[Positive, about("layers of the model, L")]
-    heads: Annotated[Positive, about("query heads of a layer that were recorded, H")]
-    kv_heads: Annotated[Positive, about("key/value heads of a layer that were recorded, G")]
-    head_dim: Annotated[Number, about("size of a head, D; 0 where an import has no vectors")]
+    heads: Annotated[Positive, about("query heads of a layer that were recorded, H; the most where layers differ")]
+    kv_heads: Annotated[Positive, about("key/value heads of a layer that were recorded, G; the most, too")]
+    head_dim: Annotated[Number, about("size of a head, D; 0 where an import has no vectors; the largest, too")]
     layer_types: Annotated[list[str], about("`full`, `sliding` or `chunked`, of each recorded layer")]
     sliding_window: Annotated[list[Positive | None], about("most keys that a query of the layer sees; null for all")]
     learned_sinks: Annotated[
@@ -216,6 +198,13 @@ class TraceHeader:
             omit=True,
         ),
     ] = None
+    layer_heads: Annotated[
+        list[LayerHeads],
+        about("heads of each recorded layer and their sizes, where layers differ; otherwise empty", omit=True),
+    ] = field(default_factory=list)
+    value_dim: Annotated[
+        Number | None, about("size of a value of all layers, where it is not that of a key", omit=True)
+    ] = None
 
     @property
     def whole(self) -> bool:
@@ -261,6 +250,12 @@ class TraceHeader:
     def chunks_of(self, layers: Sequence[int]) -> tuple[int | None, ...]:
         """Return the size of the chunks in which some recorded layers attend; empty if none of the trace does."""
         return tuple(self.chunk_size[self.layers.index(layer)] for layer in layers) if self.chunk_size else ()
+
+    def heads_of(self, layer: int) -> LayerHeads:
+        """Return the heads of a recorded layer."""
+        if self.layer_heads:
+            return self.layer_heads[self.layers.index(layer)]
+        return LayerHeads(self.heads, self.kv_heads, self.head_dim, self.value_dim)
 
     def attention_of(self, layer: int) -> LayerAttention:
         """Return how a recorded layer turns queries and keys into weights; only for store ``qkv``."""

@@ -91,16 +91,17 @@ kvscope.drawing("text", async (box, data, page) => {
     const found = how.value(token);
     const heading = element("h3", {}, `Token ${token} `, element("bdi", {}, page.token(token)), found === null ? "" : `: ${state.get("shade") === "held" ? `held by ${percent(found)} of the heads after step ${how.at}` : `${COLOURINGS[state.get("shade")]} ${number(found)}`}`);
     const grid = element("div");
-    const heads = rows.length ? rows[0].heads.length : 0;
-    const last = (r, c) => raster.intervalsOf(rows[r].heads[c], token).reduce((most, [, to]) => Math.max(most, to), -1);
+    const heads = Math.max(0, ...rows.map((row) => row.heads.length));
+    const there = (r, c) => c < rows[r].heads.length;
+    const last = (r, c) => !there(r, c) ? -1 : raster.intervalsOf(rows[r].heads[c], token).reduce((most, [, to]) => Math.max(most, to), -1);
     const ends = rows.flatMap((_, r) => [...Array(heads).keys()].map((c) => last(r, c))).filter((step) => step >= 0);
     if (ends.length) {
       kvscope.heat(grid, {
         label: `Step at which each key/value head evicts token ${token}`, corner: "layer / kv head", rows: rasters.map((each) => String(each.layer)), columns: [...Array(heads).keys()].map(String), scale: [Math.min(...ends), Math.max(...ends)],
         value: (r, c) => (last(r, c) < 0 ? null : last(r, c)), text: (value) => (value >= length ? "held" : String(value)),
-        say: (r, c) => `layer ${rasters[r].layer}, key/value head ${c}: ${last(r, c) < 0 ? "never held" : last(r, c) >= length ? "held to the end" : `evicted at step ${last(r, c)}`}${raster.intervalsOf(rows[r].heads[c], token).length > 1 ? ", with earlier absences" : ""}`,
-        chosen: (r, c) => rasters[r].layer === state.get("layer") && state.get("head") !== "all" && Math.floor(state.get("head") / page.part().group) === c,
-        click: (r, c) => state.set({ layer: rasters[r].layer, head: c * page.part().group }),
+        say: (r, c) => !there(r, c) ? `layer ${rasters[r].layer} has ${rows[r].heads.length} key/value heads` : `layer ${rasters[r].layer}, key/value head ${c}: ${last(r, c) < 0 ? "never held" : last(r, c) >= length ? "held to the end" : `evicted at step ${last(r, c)}`}${raster.intervalsOf(rows[r].heads[c], token).length > 1 ? ", with earlier absences" : ""}`,
+        chosen: (r, c) => rasters[r].layer === state.get("layer") && state.get("head") !== "all" && Math.floor(state.get("head") / page.headsOf().group) === c,
+        click: (r, c) => there(r, c) && state.set({ layer: rasters[r].layer, head: c * page.headsOf(rasters[r].layer).group }),
       });
     }
     life.replaceChildren(heading,

@@ -66,8 +66,7 @@ def _steps(part: Part, runs: list[RunView], most: int) -> NDArray[np.int64]:
 
 
 def _heads(source: ReportInput, part: Part) -> int:
-    residency = source.residency(part, source.layers_of(part)[0])
-    return len(source.layers_of(part)) * next(iter(residency.values())).heads
+    return sum(next(iter(source.residency(part, layer).values())).heads for layer in source.layers_of(part))
 
 
 def _shares(
