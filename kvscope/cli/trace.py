@@ -31,6 +31,7 @@ def trace(
     max_new_tokens: options.MaxNewTokens = 128,
     continuation: prompt_options.Continuation = None,
     answer: prompt_options.Answer = None,
+    image: prompt_options.Image = None,
     layers: options.Layers = None,
     heads: options.Heads = None,
     query_stride: options.QueryStride = 1,
@@ -67,13 +68,25 @@ def trace(
     path, templated = place(TRACES, output, _name(prompts, model), force=force), _chat_options(chat_option)
     with console.working("loading transformers", quiet=quiet):
         from kvscope.model.compile import compile_recording
+        from kvscope.sharing.remote import read_address
 
     with console.bar(f"tracing {model}", None, "tokens", quiet=quiet) as update:
         plan = compile_recording(
             ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize),
             prompts,
             OutputOptions(path, force, options.command_line(ctx)),
-            text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, templated, tuple(answer or ())),
+            text=TextOptions(
+                continuation,
+                chat,
+                max_new_tokens,
+                seed,
+                field,
+                system,
+                templated,
+                tuple(answer or ()),
+                tuple(image or ()),
+                read_address,
+            ),
             store=StoreOptions(store, *_selected(layers, heads), query_stride, hidden),
             sampling=Sampling(do_sample, temperature, top_p, top_k),
             blocks=BlockOptions(query_block, prefill_chunk),

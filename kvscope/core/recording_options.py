@@ -6,7 +6,7 @@ The command line and the Python functions take the same records. No torch here, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,10 @@ class TextOptions:
         Options of the chat template, as ``{"enable_thinking": False}``.
     answers : tuple of str
         Right answers of a single prompt that has none of its own.
+    images : tuple of str
+        Paths and addresses of the images of a single prompt that has none of its own.
+    read_address : callable or None
+        Returns at most so many bytes of what an address names; None refuses images at addresses.
 
     Raises
     ------
@@ -75,6 +79,8 @@ class TextOptions:
     system: str | None = None
     chat_options: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     answers: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    read_address: Callable[[str, int], bytes] | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:

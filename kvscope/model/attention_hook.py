@@ -23,7 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvscope.core.errors import ModelError
-from kvscope.core.model_types import ModelConfig
+from kvscope.core.model_types import CausalModel, ModelConfig
 from kvscope.model.obstacles import require_registry
 
 PREFIX = "kvscope-watch-"
@@ -180,7 +180,8 @@ def replace_attention(model: nn.Module, attention: AttentionFunction) -> Iterato
         As `observe_attention`.
     """
     require_registry(model)
-    configs = _configs(model)
+    language = language_model(model)
+    configs = _configs(language)
     before = [(config, config._attn_implementation) for config in configs]
     kernels = {name for _, name in before}
     unknown = kernels - set(KERNELS)
@@ -190,7 +191,7 @@ def replace_attention(model: nn.Module, attention: AttentionFunction) -> Iterato
             f"Load the model with one of: {', '.join(KERNELS)}.",
         )
     inputs: dict[int, Tensor] = {}  # id of an attention module -> its input, until its kernel is called
-    hooks = [module.register_forward_pre_hook(_store_input(inputs), with_kwargs=True) for module in _numbered(model)]
+    hooks = [module.register_forward_pre_hook(_store_input(inputs), with_kwargs=True) for module in _numbered(language)]
     try:
         for kernel in kernels:
             AttentionInterface.register(PREFIX + kernel, _interface(kernel, attention, inputs))
@@ -207,6 +208,16 @@ def replace_attention(model: nn.Module, attention: AttentionFunction) -> Iterato
             # The registries have no method to unregister a name.
             AttentionInterface._global_mapping.pop(PREFIX + kernel, None)
             AttentionMaskInterface._global_mapping.pop(PREFIX + kernel, None)
+
+
+def language_model(model: CausalModel) -> CausalModel:
+    """Return the part of a multimodal model that reads tokens, without its image encoder; another model itself."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        return model
+    text = config.get_text_config(decoder=True)
+    decoder = model.get_decoder()
+    return decoder if text is not config and getattr(decoder, "config", None) is text else model
 
 
 def _configs(model: nn.Module) -> list[ModelConfig]:

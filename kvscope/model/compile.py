@@ -16,12 +16,13 @@ from kvscope.core.recording_options import BlockOptions, Sampling, StoreOptions,
 from kvscope.core.text_names import text_name
 from kvscope.model.explain import memory_explained
 from kvscope.model.header import header
+from kvscope.model.image_check import check_images
 from kvscope.model.loading import Loaded, load, model_name
 from kvscope.model.module_maps import self_check_modules
 from kvscope.model.obstacles import obstacle, refuse_encoder_decoder
 from kvscope.model.plan import RecordingPlan
 from kvscope.model.prefill import chunk_size
-from kvscope.model.prompt_files import read_prompts, with_answers
+from kvscope.model.prompt_files import read_prompts, with_answers, with_images
 from kvscope.model.prompts import encode
 from kvscope.model.selfcheck import AttentionFacts, layer_count, self_check
 from kvscope.trace.record import TraceHeader
@@ -55,15 +56,18 @@ def compile_recording(
     """
     _require_rows(store)
     texts = with_answers(read_prompts(prompts, text.continuation, text.field), text.answers)
+    texts = with_images(texts, text.images)
     require_free(output.path, force=output.force)
     loaded = load(source)
     refuse_encoder_decoder(loaded.model)
-    encoded = tuple(encode(loaded, one, text) for one in texts)
+    encoded = tuple(encode(loaded, one, text, text.read_address) for one in texts)
     require_layers(loaded, store.layers)
     with torch.inference_mode(), memory_explained(loaded.name):
-        facts = _facts(loaded, torch.tensor([encoded[0].ids], device=loaded.device), store)
+        facts = _facts(loaded, torch.tensor([encoded[0].text_ids], device=loaded.device), store)
+        check_images(loaded, encoded)
         longest = max(len(prompt.ids) + len(prompt.forced or []) for prompt in encoded)
-        chunk = chunk_size(loaded, facts, longest, blocks.prefill_chunk)
+        images = any(prompt.inputs for prompt in encoded)
+        chunk = chunk_size(loaded, facts, longest, blocks.prefill_chunk, images=images)
         hidden = (Path(loaded.source) / GATE).is_file() and not facts.from_modules
         hidden = hidden if store.hidden is None else store.hidden
         layers = tuple(sorted(set(store.layers))) if store.layers else tuple(sorted(facts.windows))

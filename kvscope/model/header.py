@@ -11,6 +11,7 @@ from hashlib import sha256
 from kvscope.core.errors import ModelError
 from kvscope.core.recording_options import Sampling, StoreOptions
 from kvscope.core.version import versions
+from kvscope.model.image_prompts import PromptImage
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
@@ -18,6 +19,7 @@ from kvscope.model.selfcheck import AttentionFacts, layer_count
 from kvscope.trace.record import (
     AttentionKernel,
     ExampleRecord,
+    ImageRecord,
     LayerAttention,
     ModelRecord,
     PromptRecord,
@@ -171,4 +173,10 @@ def sequence_record(prompt: Prompt, length: int) -> SequenceRecord:
         answers=None if source.answers is None else list(source.answers),
         example=None if source.example is None else ExampleRecord(**asdict(source.example)),
         spans=[SpanRecord(span.name, span.start, span.stop) for span in prompt.spans],
+        images=[] if prompt.inputs is None else [_image(image) for image in prompt.inputs.images],
     )
+
+
+def _image(image: PromptImage) -> ImageRecord:
+    file = image.file
+    return ImageRecord(file.name, file.sha256, file.width, file.height, image.start, image.stop, image.tokens)

@@ -107,6 +107,19 @@ class SpanRecord:
 
 
 @dataclass(frozen=True)
+class ImageRecord:
+    """An image of a prompt; its span in `spans` is called ``image 1``, ``image 2``, ..."""
+
+    file: Annotated[str, about("path or address that it was read from")]
+    sha256: Annotated[Checksum, about("SHA-256 of the bytes of the file")]
+    width: Annotated[Positive, about("pixels in a line")]
+    height: Annotated[Positive, about("lines of pixels")]
+    start: Annotated[Number, about("first token that stands for a part of it")]
+    stop: Annotated[Positive, about("the token after the last; tokens that end its lines are in between")]
+    tokens: Annotated[Positive, about("how many tokens stand for its parts")]
+
+
+@dataclass(frozen=True)
 class SequenceRecord:
     """Lengths of one sequence, and what its dataset says about it."""
 
@@ -119,6 +132,9 @@ class SequenceRecord:
     example: Annotated[ExampleRecord | None, about("other facts of that object", omit=True)] = None
     spans: Annotated[list[SpanRecord], about("named parts of the prompt, where that object has them", omit=True)] = (
         field(default_factory=list)
+    )
+    images: Annotated[list[ImageRecord], about("images of the prompt, in order", omit=True)] = field(
+        default_factory=list
     )
 
 

@@ -1,0 +1,201 @@
+"""Prompts with images: token ids, what the model reads of the images, and which tokens stand for which image."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.text_spans import TokenSpan
+from kvscope.model.image_files import ImageFile, ReadAddress, read_image
+from kvscope.model.loading import Loaded
+from kvscope.model.processors import image_token_of, processed, processor_of
+from kvscope.model.prompt_files import PromptText
+from kvscope.model.token_ids import TextEncoder
+
+PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # inputs with a number for each token, 0 for text
+
+
+@dataclass(frozen=True)
+class PromptImage:
+    """An image of a prompt.
+
+    Attributes
+    ----------
+    file : ImageFile
+        The image; its picture is no longer needed.
+    start, stop : int
+        Its tokens in the prompt, from the first to the one after the last, those that end its lines included.
+    tokens : int
+        How many of them stand for a part of the image.
+    """
+
+    file: ImageFile
+    start: int
+    stop: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """What a model reads beside the ids of one prompt.
+
+    Attributes
+    ----------
+    tensors : mapping of str to Tensor
+        Arguments of the model's forward pass, on its device: ``pixel_values`` and others.
+    images : tuple of PromptImage
+        The images, in order.
+    token : int
+        Id of the tokens that stand for images.
+    """
+
+    tensors: Mapping[str, Tensor]
+    images: tuple[PromptImage, ...]
+    token: int
+
+    def for_tokens(self, count: int) -> dict[str, Tensor]:
+        """Return the tensors for the prompt and the text that follows it, `count` tokens altogether."""
+        return {name: _longer(tensor, count) if name in PER_TOKEN else tensor for name, tensor in self.tensors.items()}
+
+    @property
+    def spans(self) -> tuple[TokenSpan, ...]:
+        """The tokens of each image: ``image 1``, ``image 2``, ..."""
+        return tuple(TokenSpan(f"image {n}", image.start, image.stop) for n, image in enumerate(self.images, 1))
+
+
+def read_images(prompt: PromptText, read_address: ReadAddress | None) -> tuple[ImageFile, ...]:
+    """Return the images of a prompt; errors as of `read_image`."""
+    return tuple(read_image(name, prompt.place, read_address) for name in prompt.images)
+
+
+def encode_with_images(
+    loaded: Loaded, prompt: PromptText, text: str, files: Sequence[ImageFile], encoder: TextEncoder, *, chat: bool
+) -> tuple[list[int], list[int] | None, ImageInputs]:
+    """Return the ids of a prompt and of its forced continuation, and what the model reads of its images.
+
+    Parameters
+    ----------
+    text : str
+        The prompt with a placeholder for each image, as the chat template rendered it.
+    chat : bool
+        Whether a template rendered it: it has then written what begins a text.
+
+    Raises
+    ------
+    UsageError
+        If the text has more or fewer placeholders than there are images.
+    ModelError
+        If the processor fails, or gives what the model does not read.
+    """
+    _require_places(loaded, prompt.place, text, len(files))
+    pictures = [file.picture for file in files]
+    made = processed(loaded, prompt.place, text, pictures)
+    ids = _ids(made)
+    forced: list[int] | None = None
+    if prompt.continuation is not None:
+        whole = _ids(processed(loaded, prompt.place, text + prompt.continuation, pictures))
+        same = next((n for n, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), min(len(ids), len(whole)))
+        ids, forced = whole[:same], whole[same:]
+        if not forced:
+            raise UsageError(f"the continuation of prompt {prompt.place} has no tokens", "Write some text into it.")
+    before = [] if chat or encoder.writes_prefix(ids) else encoder.prefix
+    tensors = _tensors(loaded, made, len(before), len(before) + len(ids))
+    ids = [*before, *ids]
+    token = image_token_of(loaded)
+    assert token is not None, "the model has a processor for images"
+    return ids, forced, ImageInputs(tensors, _places(prompt.place, ids, token, files), token)
+
+
+def _ids(made: Mapping[str, object]) -> list[int]:
+    ids = made["input_ids"]
+    assert isinstance(ids, Tensor), "the processor was asked for tensors"
+    return [int(number) for number in ids[0].tolist()]
+
+
+def _require_places(loaded: Loaded, place: str, text: str, count: int) -> None:
+    """Raise UsageError unless a text has a placeholder for each image."""
+    processor = processor_of(loaded, place)
+    given = [getattr(processor, name, None) for name in ("boi_token", "image_token")]
+    known = [str(getattr(token, "content", token)) for token in given if token]
+    found = [token for token in known if token in text]
+    token = (found or known or ["<image>"])[0]
+    places = text.count(token)
+    if places != count:
+        what = f"{count} image{'s' if count > 1 else ''} and {places or 'no'} place{'s' if places > 1 else ''} for"
+        raise UsageError(
+            f"prompt {place} has {what} images in its text",
+            f"Write {token} where each image belongs, or use messages with parts of type image (or --chat).",
+        )
+
+
+def _tensors(loaded: Loaded, made: Mapping[str, object], before: int, count: int) -> dict[str, Tensor]:
+    """Return the arguments for the model's forward pass, for `count` tokens of which the first `before` were added."""
+    takes, model = inspect.signature(loaded.model.forward).parameters, loaded.model
+    found = {}
+    for name, value in made.items():
+        if name in ("input_ids", "attention_mask"):
+            continue
+        if name not in takes or not isinstance(value, Tensor):
+            raise ModelError(
+                f"the processor of {loaded.name} gives {name}, which {type(model).__name__} does not read",
+                "Check that the files of its folder belong together.",
+            )
+        if name in PER_TOKEN:
+            value = _longer(torch.nn.functional.pad(value, (before, 0)), count)
+        dtype = model.dtype if value.is_floating_point() else value.dtype
+        found[name] = value.to(loaded.device, dtype)
+    return found
+
+
+def _longer(numbers: Tensor, count: int) -> Tensor:
+    """Return ``[1, n]`` as ``[1, count]``: cut, or with zeros at the end."""
+    return torch.nn.functional.pad(numbers[:, :count], (0, max(0, count - numbers.shape[1])))
+
+
+def _places(place: str, ids: Sequence[int], token: int, files: Sequence[ImageFile]) -> tuple[PromptImage, ...]:
+    """Return the tokens of each image: runs of image tokens, of which the parts of one image may be several.
+
+    Raises
+    ------
+    ModelError
+        If the runs cannot be shared out among the images.
+    """
+    inside = [False, *(each == token for each in ids), False]
+    edges = [at for at in range(len(ids) + 1) if inside[at] != inside[at + 1]]
+    runs = list(zip(edges[::2], edges[1::2], strict=True))
+    if not runs or len(runs) % len(files):
+        raise ModelError(
+            f"prompt {place} has {len(files)} images and {len(runs)} groups of image tokens, which do not tell which "
+            "tokens are whose",
+            "Record a prompt for each image.",
+        )
+    groups = _shared(place, runs, len(files))
+    return tuple(
+        PromptImage(file, group[0][0], group[-1][1], sum(stop - start for start, stop in group))
+        for file, group in zip(files, groups, strict=True)
+    )
+
+
+def _shared(place: str, runs: Sequence[tuple[int, int]], count: int) -> list[list[tuple[int, int]]]:
+    """Return the runs of each of `count` images.
+
+    The runs of one image, its lines or tiles, are nearer to each other than to those of the next: images are separated
+    at the widest gaps.
+    """
+    gaps = [after[0] - before[1] for before, after in pairwise(runs)]
+    cuts = sorted(sorted(range(len(gaps)), key=lambda at: -gaps[at])[: count - 1])
+    if count > 1 and len(runs) > count:
+        inner = max((gap for at, gap in enumerate(gaps) if at not in cuts), default=0)
+        if inner >= min(gaps[at] for at in cuts):
+            raise ModelError(
+                f"prompt {place} has images whose tokens are not separated, so that they cannot be told apart",
+                "Write some text between the images, or record a prompt for each.",
+            )
+    starts = [0, *(at + 1 for at in cuts), len(runs)]
+    return [list(runs[start:stop]) for start, stop in pairwise(starts)]
