@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvscope.closed_loop.decoder import Decoder, exact_dtype
 from kvscope.closed_loop.gates import require_gates
+from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Positions, Prefill, choice
@@ -23,6 +24,7 @@ from kvscope.engine.signal_axes import VECTORS, time_axis
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.derotation import Derotation, derotations
+from kvscope.model.image_check import forget_positions
 from kvscope.model.selfcheck import AttentionFacts, require_own_caches, self_check
 from kvscope.model.short_cache import full_cache, short_cache
 
@@ -78,6 +80,8 @@ class DecodeJob:
     rotary : mapping of int to Derotation, or None
         Rotation of each layer with attention if positions are compacted: the keys in the cache have rotary positions 0
         to n - 1, oldest first, and the query n - 1. A policy still sees keys and queries at their original positions.
+    passage : Passage or None
+        The text, where its prompt has images; with full prefill the model reads them with the prompt.
     """
 
     model: CausalModel
@@ -89,13 +93,16 @@ class DecodeJob:
     sequence: int
     facts: AttentionFacts
     rotary: Mapping[int, Derotation] | None = None
+    passage: Passage | None = None
 
     @torch.no_grad()
     def execute(self) -> Decoded:
         """Decode and return the result; raises ReplayError if a policy evicted nothing although it had to."""
         simulation = self._empty_simulation()
         cache, layers = short_cache(self.model, list(self.facts.windows), self.rotary)
-        decoder = Decoder(self.model, self.ids, simulation, cache, layers)
+        beside = {} if self.passage is None or self.prefill != Prefill.full else self.passage.beside(self.prompt)
+        forget_positions(self.model)
+        decoder = Decoder(self.model, self.ids, simulation, cache, layers, beside)
         logits = decoder.run()
         simulation.check()
         leave = [layer.expand(self.facts.kv_heads, -1) for layer in simulation.state.leave[0]]
@@ -175,17 +182,19 @@ def decode(
 
 
 @torch.no_grad()
-def decoded_alone(model: CausalModel, ids: Tensor, prompt: int) -> Tensor:
-    """Return the logits ``[T, V]`` of the model's own decoding of ids ``[1, T]`` with its full cache.
+def decoded_alone(model: CausalModel, passage: Passage, prompt: int) -> Tensor:
+    """Return the logits ``[T, V]`` of the model's own decoding of a text with its full cache.
 
     The first `prompt` tokens go through one pass; nothing of the model is replaced.
     """
+    ids = passage.ids[None].to(model.get_input_embeddings().weight.device)
+    forget_positions(model)
     cache, starts = full_cache(model), ([0] if prompt else []) + list(range(prompt, ids.shape[1]))
     stops = [*starts[1:], ids.shape[1]]
-    parts = [
-        model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits[0]
-        for start, stop in zip(starts, stops, strict=True)
-    ]
+    parts = []
+    for start, stop in zip(starts, stops, strict=True):
+        beside = passage.beside(stop) if prompt and not start else {}
+        parts.append(model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **beside).logits[0])
     return torch.cat(parts)
 
 

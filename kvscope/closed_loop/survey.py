@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvscope.closed_loop.forward import PassShape, RunBatch, logits_of, require_whole, rows_of, simulation_of
+from kvscope.closed_loop.passage import Passage
 from kvscope.core.model_types import CausalModel
 from kvscope.engine.allocation import ALLOCATORS, AllocationRequest, Allocator
 from kvscope.engine.rows import Block
@@ -49,8 +50,8 @@ class _Recording(Allocator):
         return request.budget[:, None, None].expand(-1, 1, request.heads).clone()
 
 
-def surveyed(model: CausalModel, ids: Tensor, batch: RunBatch, text: PassShape) -> RunBatch:
-    """Return a batch with an allocator for each layer, from one pass over the prompt, the start of ids ``[T]``."""
+def surveyed(model: CausalModel, passage: Passage, batch: RunBatch, text: PassShape) -> RunBatch:
+    """Return a batch with an allocator for each layer, from one pass over the prompt of a passage."""
     prompt = replace(text, length=text.prompt)
     requests: dict[int, AllocationRequest] = {}
 
@@ -60,7 +61,8 @@ def surveyed(model: CausalModel, ids: Tensor, batch: RunBatch, text: PassShape) 
         return kernel()
 
     with replace_attention(model, answer):
-        logits_of(model, ids[None, : text.prompt], slice(-1, None))
+        ids = passage.ids[None, : text.prompt].to(model.get_input_embeddings().weight.device)
+        logits_of(model, ids, slice(-1, None), passage.beside(text.prompt))
     merged = _merged(list(requests.values()))
     share = ALLOCATORS.get(batch.plan.allocate)().share(merged)  # [R, L, S]
     allocators = {layer: Given(share[:, place : place + 1]) for place, layer in enumerate(requests)}

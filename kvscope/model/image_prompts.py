@@ -120,11 +120,9 @@ def _ids(made: Mapping[str, object]) -> list[int]:
 
 def _require_places(loaded: Loaded, place: str, text: str, count: int) -> None:
     """Raise UsageError unless a text has a placeholder for each image."""
-    processor = processor_of(loaded, place)
-    given = [getattr(processor, name, None) for name in ("boi_token", "image_token")]
-    known = [str(getattr(token, "content", token)) for token in given if token]
+    known = _placeholders(loaded, place)
     found = [token for token in known if token in text]
-    token = (found or known or ["<image>"])[0]
+    token = (found or known)[0]
     places = text.count(token)
     if places != count:
         what = f"{count} image{'s' if count > 1 else ''} and {places or 'no'} place{'s' if places > 1 else ''} for"
@@ -132,6 +130,38 @@ def _require_places(loaded: Loaded, place: str, text: str, count: int) -> None:
             f"prompt {place} has {what} images in its text",
             f"Write {token} where each image belongs, or use messages with parts of type image (or --chat).",
         )
+
+
+def _placeholders(loaded: Loaded, place: str) -> list[str]:
+    """Return the tokens that may stand for an image in a text, as its processor has them."""
+    processor = processor_of(loaded, place)
+    given = [getattr(processor, name, None) for name in ("boi_token", "image_token")]
+    return [str(getattr(token, "content", token)) for token in given if token] or ["<image>"]
+
+
+def inputs_again(loaded: Loaded, place: str, ids: Sequence[int], files: Sequence[ImageFile]) -> ImageInputs:
+    """Return what a model reads of the images of a prompt whose `ids` are known.
+
+    Raises
+    ------
+    ModelError
+        If the processor fails, or makes another number of tokens of the images.
+    """
+    text = " ".join([_placeholders(loaded, place)[0]] * len(files))
+    made = processed(loaded, place, text, [file.picture for file in files])
+    token = image_token_of(loaded)
+    assert token is not None, "the model has a processor for images"
+    now, then = _ids(made).count(token), list(ids).count(token)
+    if now != then:
+        raise ModelError(
+            f"the processor of {loaded.name} makes {now} tokens of the images of prompt {place}, and {then} were "
+            "recorded",
+            "Give the model that was traced, with its processor as it was.",
+        )
+    for name in PER_TOKEN:
+        if name in made:
+            made[name] = torch.tensor([[int(each == token) for each in ids]])
+    return ImageInputs(_tensors(loaded, made, 0, len(ids)), _places(place, ids, token, files), token)
 
 
 def _tensors(loaded: Loaded, made: Mapping[str, object], before: int, count: int) -> dict[str, Tensor]:

@@ -197,7 +197,8 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     assert "2 images and 1 place for images" in said(["a.png", "a.png"])
     assert "1 image and 2 places for images" in said(["a.png"], f"{text} <image>")
     assert "cannot read a prompt in chunks: its images" in said(["a.png"], prefill_chunk=4)
-    assert "has images of its own" in said(["a.png"], images=[tmp_path / "a.png"])
+    own = lines(tmp_path, {"prompt": text, "images": ["a.png"]})
+    assert "has images of its own" in refusal(llava, own, images=[tmp_path / "a.png"])
 
 
 def test_more_that_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
