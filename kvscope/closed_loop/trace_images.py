@@ -9,8 +9,8 @@ from kvscope.model.image_files import ImageFile, read_image
 from kvscope.model.image_prompts import ImageInputs, inputs_again
 from kvscope.model.loading import Loaded
 from kvscope.model.processors import processor_of
+from kvscope.trace.prompt_parts import ImageRecord
 from kvscope.trace.reader import Trace
-from kvscope.trace.record import ImageRecord
 
 OPEN = "replay the trace in the open loop: kvscope replay without --perplexity."
 

@@ -23,8 +23,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvscope.core.errors import ModelError
-from kvscope.core.model_types import CausalModel, ModelConfig
-from kvscope.model.obstacles import require_registry
+from kvscope.core.model_types import ModelConfig
+from kvscope.model.obstacles import language_model, require_registry
 
 PREFIX = "kvscope-watch-"
 KERNELS = ("sdpa", "eager")
@@ -208,16 +208,6 @@ def replace_attention(model: nn.Module, attention: AttentionFunction) -> Iterato
             # The registries have no method to unregister a name.
             AttentionInterface._global_mapping.pop(PREFIX + kernel, None)
             AttentionMaskInterface._global_mapping.pop(PREFIX + kernel, None)
-
-
-def language_model(model: CausalModel) -> CausalModel:
-    """Return the part of a multimodal model that reads tokens, without its image encoder; another model itself."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_decoder"):
-        return model
-    text = config.get_text_config(decoder=True)
-    decoder = model.get_decoder()
-    return decoder if text is not config and getattr(decoder, "config", None) is text else model
 
 
 def _configs(model: nn.Module) -> list[ModelConfig]:

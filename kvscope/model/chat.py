@@ -65,8 +65,8 @@ def render_with_images(
 ) -> str:
     """Return the text of a conversation with images: each is where the template writes the placeholder of an image.
 
-    The template is the processor's, or the tokenizer's where the processor has none. A prompt that is no conversation
-    becomes one message: its images, then its text.
+    The template is the processor's, or the tokenizer's where the processor has none. A text becomes one message: its
+    images, then the text.
 
     Raises
     ------

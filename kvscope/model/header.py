@@ -16,16 +16,14 @@ from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import AttentionFacts, layer_count
+from kvscope.trace.prompt_parts import ExampleRecord, ImageRecord, SpanRecord
 from kvscope.trace.record import (
     AttentionKernel,
-    ExampleRecord,
-    ImageRecord,
     LayerAttention,
     ModelRecord,
     PromptRecord,
     SamplingRecord,
     SequenceRecord,
-    SpanRecord,
     TraceHeader,
 )
 from kvscope.trace.schema import MAPS, QKV, STORES, parse_store

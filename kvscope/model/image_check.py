@@ -15,7 +15,7 @@ from kvscope.model.prompts import Prompt
 
 
 def check_images(loaded: Loaded, prompts: Sequence[Prompt]) -> None:
-    """Run the first prompt with images once, so that what cannot be recorded is said before a recording starts.
+    """Run the first prompt with images once, so that what cannot be recorded is refused before a recording starts.
 
     Raises
     ------

@@ -47,7 +47,7 @@ def read_image(name: str, place: str, read_address: ReadAddress | None = None) -
     Raises
     ------
     UsageError
-        If there is no such file, it is no image or damaged, or it is too large; if it is an address and
+        If there is no such file, it is not an image or damaged, or it is too large; if it is an address and
         `read_address` is None; if Pillow is not installed.
     ShareError
         By `read_address`.

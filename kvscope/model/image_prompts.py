@@ -224,7 +224,7 @@ def _shared(place: str, runs: Sequence[tuple[int, int]], count: int) -> list[lis
         inner = max((gap for at, gap in enumerate(gaps) if at not in cuts), default=0)
         if inner >= min(gaps[at] for at in cuts):
             raise ModelError(
-                f"prompt {place} has images whose tokens are not separated, so that they cannot be told apart",
+                f"prompt {place} has images whose tokens follow each other without text between them",
                 "Write some text between the images, or record a prompt for each.",
             )
     starts = [0, *(at + 1 for at in cuts), len(runs)]

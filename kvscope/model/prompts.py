@@ -14,7 +14,6 @@ from kvscope.core.text_files import require_whole
 from kvscope.core.text_spans import TokenSpan, token_range
 from kvscope.model.chat import render, render_with_images
 from kvscope.model.fewest_tokens import fewest_tokens
-from kvscope.model.image_files import ReadAddress
 from kvscope.model.image_prompts import ImageInputs, encode_with_images, read_images
 from kvscope.model.loading import Loaded
 from kvscope.model.processors import processor_of
@@ -63,7 +62,7 @@ class Prompt:
         return self.ids if self.inputs is None else [each for each in self.ids if each != self.inputs.token]
 
 
-def encode(loaded: Loaded, prompt: PromptText, options: TextOptions, read_address: ReadAddress | None = None) -> Prompt:
+def encode(loaded: Loaded, prompt: PromptText, options: TextOptions) -> Prompt:
     """Return the token ids of a prompt and of its forced continuation, by the rule of `kvscope.model.token_ids`.
 
     Raises
@@ -86,7 +85,7 @@ def encode(loaded: Loaded, prompt: PromptText, options: TextOptions, read_addres
     forced: list[int] | None = None
     inputs: ImageInputs | None = None
     if prompt.images:
-        files = read_images(prompt, read_address)
+        files = read_images(prompt, options.images.read_address)
         processor_of(loaded, prompt.place)
         ids, forced, inputs = encode_with_images(loaded, prompt, text, files, encoder, chat=chat)
     elif prompt.continuation is None:
