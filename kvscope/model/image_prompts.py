@@ -128,7 +128,7 @@ def _require_places(loaded: Loaded, place: str, text: str, count: int) -> None:
         what = f"{count} image{'s' if count > 1 else ''} and {places or 'no'} place{'s' if places > 1 else ''} for"
         raise UsageError(
             f"prompt {place} has {what} images in its text",
-            f"Write {token} where each image belongs, or use messages with parts of type image (or --chat).",
+            f"Add --chat for one before the text, or write {token} where each belongs, as the chat template does.",
         )
 
 

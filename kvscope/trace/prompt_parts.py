@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from kvscope.core.json_records import Checksum, NotNegative, Number, Positive, about
+from kvscope.core.json import JsonDict
+from kvscope.core.json_records import Checksum, NotNegative, Number, Positive, about, plain
 
 
 @dataclass(frozen=True)
@@ -39,3 +40,10 @@ class ImageRecord:
     start: Annotated[Number, about("first token that stands for a part of it")]
     stop: Annotated[Positive, about("the token after the last; tokens that end its lines are in between")]
     tokens: Annotated[Positive, about("how many tokens stand for its parts")]
+
+    @property
+    def facts(self) -> JsonDict:
+        """All but its place, which decides nothing."""
+        facts = plain(self)
+        del facts["file"]
+        return facts

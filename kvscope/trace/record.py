@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from kvscope.core.json import JsonDict
@@ -280,5 +280,10 @@ class TraceRecord:
         """
         if self.schema < SEALED_SINCE:
             return hashlib.sha256(json.dumps(self.checksums, sort_keys=True).encode()).hexdigest()
-        lengths = [plain(item) for item in self.sequences]
+        lengths = [plain(replace(item, images=[])) for item in self.sequences]
+        images = [[image.facts for image in item.images] for item in self.sequences]
+        if any(images):
+            return seal_of(
+                {"checksums": self.checksums, "header": self.header.digest, "sequences": lengths, "images": images}
+            )
         return seal_of({"checksums": self.checksums, "header": self.header.digest, "sequences": lengths})

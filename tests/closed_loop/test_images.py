@@ -66,6 +66,17 @@ def test_verify(kind: str, traces: dict[str, kvscope.Trace]) -> None:
     assert all(one.agrees for one in verdicts), [(one.label, one.different, one.logit_difference) for one in verdicts]
 
 
+def test_the_place_of_an_image_is_not_in_the_identity(tmp_path: Path) -> None:
+    made = []
+    model = saved(tmp_path / "model", "llava")
+    for name in ("here", "there"):
+        (folder := tmp_path / name).mkdir()
+        picture(folder / "a.png", seed=3)
+        (folder / "p.jsonl").write_text(json.dumps({"prompt": f"w1 {PLACES['llava']}", "images": ["a.png"]}))
+        made.append(kvscope.trace(str(model), [folder / "p.jsonl"], output=folder / "trace", max_new_tokens=2))
+    assert made[0].identity == made[1].identity
+
+
 def test_a_budget_that_depends_on_all_layers(traces: dict[str, kvscope.Trace]) -> None:
     trace = traces["qwen2_5_vl"]
     assert all(
