@@ -29,8 +29,9 @@ class Passage:
 
     @property
     def text_ids(self) -> Tensor:
-        """The ids without those of images, which mean nothing without them."""
-        return self.ids if self.images is None else self.ids[self.ids != self.images.token]
+        """The ids without those of images, which mean nothing without them; all if nothing is left."""
+        texts = self.ids if self.images is None else self.ids[self.ids != self.images.token]
+        return texts if len(texts) else self.ids
 
     def beside(self, count: int) -> dict[str, Tensor]:
         """Return the model's inputs beside the first `count` ids, which contain the prompt."""

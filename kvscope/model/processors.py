@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +15,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import Processor
-from kvscope.model.explain import explained, first_line
+from kvscope.model.explain import explained, fetch, first_line
 from kvscope.model.gguf_file import gguf_of
 from kvscope.model.loading import Loaded
 from kvscope.model.obstacles import obstacle
@@ -46,11 +49,15 @@ def processor_of(loaded: Loaded, place: str) -> Processor:
     if loaded.processor is None:
         loaded.processor = _load(loaded)
     if getattr(loaded.processor, "image_processor", None) is None:
-        raise ModelError(
-            f"model {loaded.name} has no image processor: its folder lacks preprocessor_config.json",
-            f"Download the whole model: hf download {loaded.source}",
-        )
+        raise _without_processor(loaded)
     return loaded.processor
+
+
+def _without_processor(loaded: Loaded) -> ModelError:
+    return ModelError(
+        f"model {loaded.name} has no image processor: preprocessor_config.json and processor_config.json are missing",
+        f"Download the whole model ({fetch(loaded.source)}), or omit the images.",
+    )
 
 
 def image_token_of(loaded: Loaded) -> int | None:
@@ -72,11 +79,29 @@ def _load(loaded: Loaded) -> Processor:
     local = Path(loaded.source).exists()
     common = {"revision": None if local else loaded.revision, "local_files_only": local}
     name = PROCESSOR_MAPPING_NAMES.get(_kind(loaded))
-    with explained(loaded.name, "processor"):
+    with explained(loaded.name, "processor"), _lacks_explained(loaded):
         known = getattr(transformers, name, None) if name else None
         if known is not None and not is_torchvision_available():
             return _without_videos(cast("type[Processor]", known)).from_pretrained(loaded.source, **common)
         return AutoProcessor.from_pretrained(loaded.source, **common)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _lacks_explained(loaded: Loaded) -> Iterator[None]:
+    """Turn the errors for a missing package, and for a folder without a processor, into ones that say what to do."""
+    try:
+        yield
+    except ImportError as error:
+        package = re.search(r"requires? the (\w+) library", str(error))
+        name = package[1].lower() if package else "a package"
+        raise ModelError(
+            f"the processor of {loaded.name} needs {name}, which is not installed",
+            f"Install it: pip install {name}" if package else first_line(error),
+        ) from error
+    except OSError as error:
+        if not Path(loaded.source).exists() or "preprocessor_config.json" not in str(error):
+            raise
+        raise _without_processor(loaded) from error
 
 
 def _without_videos(known: type[Processor]) -> type[Processor]:

@@ -58,8 +58,9 @@ class Prompt:
 
     @property
     def text_ids(self) -> list[int]:
-        """The ids without those of images, which mean nothing without them."""
-        return self.ids if self.inputs is None else [each for each in self.ids if each != self.inputs.token]
+        """The ids without those of images, which mean nothing without them; all if nothing is left."""
+        token = None if self.inputs is None else self.inputs.token
+        return [each for each in self.ids if each != token] or self.ids
 
 
 def encode(loaded: Loaded, prompt: PromptText, options: TextOptions) -> Prompt:

@@ -1,6 +1,7 @@
 """Prompts with images: rows are those of eager attention on them, and no image is ever dropped in silence."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,24 @@ def test_more_that_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     assert "reads text alone" in refusal(small, prompts)
     two = lines(tmp_path, {"prompt": "w1"}, {"prompt": "w2"})
     assert "--image is for one prompt" in refusal(llava, two, images=[tmp_path / "a.png"])
+
+
+def test_a_model_without_its_processor(folders: dict[str, Path], tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 24, 16)
+    prompts = lines(tmp_path, {"prompt": text_of("llava"), "images": ["a.png"]})
+    model = Path(shutil.copytree(folders["llava"], tmp_path / "model"))
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (model / name).unlink(missing_ok=True)
+    assert "has no image processor" in refusal(model, prompts)
+    text = lines(tmp_path, {"prompt": words(0, 5)})
+    assert traced(model, text).sequences[0].prompt == 5
+
+
+def test_an_image_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 24, 16)
+    trace = traced(folders["llava"], lines(tmp_path, {"prompt": "<image>", "images": ["a.png"]}))
+    (image,) = trace.record.sequences[0].images
+    assert (image.start, image.stop, trace.sequences[0].prompt) == (0, 16, 16)
 
 
 def test_huge_images_are_refused(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
