@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from kvscope.core.errors import ModelError
+from kvscope.core.memory import is_out_of_memory
 from kvscope.model.attention_hook import Call, observe_attention
 from kvscope.model.call_parts import HIDDEN_KEY
+from kvscope.model.explain import first_line
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 
@@ -27,16 +30,24 @@ def check_images(loaded: Loaded, prompts: Sequence[Prompt]) -> None:
         return
     ids = torch.tensor([prompt.ids], device=loaded.device)
     forget_positions(loaded.model)
+    observer = require_causal(loaded, prompt, lambda _: None)
+    with observe_attention(loaded.model, observer), images_explained(loaded, prompt):
+        loaded.model(input_ids=ids, use_cache=False, **prompt.inputs.for_tokens(len(prompt.ids)))
+    forget_positions(loaded.model)
+
+
+@contextmanager
+def images_explained(loaded: Loaded, prompt: Prompt) -> Iterator[None]:
+    """Turn the error of a model that cannot read the images of a prompt into a `ModelError`."""
     try:
-        with observe_attention(loaded.model, require_causal(loaded, prompt, lambda _: None)):
-            loaded.model(input_ids=ids, use_cache=False, **prompt.inputs.for_tokens(len(prompt.ids)))
-    except (IndexError, TypeError, ValueError) as error:
+        yield
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if prompt.inputs is None or is_out_of_memory(error):
+            raise
         raise ModelError(
-            f"{loaded.name} fails on the images of prompt {prompt.source.place}: {str(error).splitlines()[0]}",
-            "Check that its processor and its weights belong together.",
+            f"{loaded.name} fails on the images of prompt {prompt.source.place}: {first_line(error)}",
+            "Place them as its chat template does (--chat), and check that its processor and weights belong together.",
         ) from error
-    finally:
-        forget_positions(loaded.model)
 
 
 def require_causal(loaded: Loaded, prompt: Prompt, observer: Callable[[Call], None]) -> Callable[[Call], None]:

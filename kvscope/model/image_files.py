@@ -30,8 +30,8 @@ class ImageFile:
         Of the bytes of the file.
     width, height : int
         Pixels.
-    picture : PIL.Image.Image
-        Decoded to RGB, turned as its EXIF data says.
+    picture : PIL.Image.Image or None
+        Decoded to RGB, turned as its EXIF data says; None once the processor has read it.
     """
 
     name: str

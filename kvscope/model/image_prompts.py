@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class PromptImage:
     Attributes
     ----------
     file : ImageFile
-        The image; its picture is no longer needed.
+        The image, without its picture, which is no longer needed.
     start, stop : int
         Its tokens in the prompt, from the first to the one after the last, those that end its lines included.
     tokens : int
@@ -48,20 +48,24 @@ class ImageInputs:
     Attributes
     ----------
     tensors : mapping of str to Tensor
-        Arguments of the model's forward pass, on its device: ``pixel_values`` and others.
+        Arguments of the model's forward pass: ``pixel_values`` and others, on the host until they are needed.
     images : tuple of PromptImage
         The images, in order.
     token : int
         Id of the tokens that stand for images.
+    device : torch.device
+        Device of the model's inputs.
     """
 
     tensors: Mapping[str, Tensor]
     images: tuple[PromptImage, ...]
     token: int
+    device: torch.device
 
     def for_tokens(self, count: int) -> dict[str, Tensor]:
-        """Return the tensors for the prompt and the text that follows it, `count` tokens altogether."""
-        return {name: _longer(tensor, count) if name in PER_TOKEN else tensor for name, tensor in self.tensors.items()}
+        """Return the tensors for the prompt and the text that follows it, `count` tokens altogether, on the device."""
+        sized = {name: _longer(each, count) if name in PER_TOKEN else each for name, each in self.tensors.items()}
+        return {name: tensor.to(self.device) for name, tensor in sized.items()}
 
     @property
     def spans(self) -> tuple[TokenSpan, ...]:
@@ -109,7 +113,7 @@ def encode_with_images(
     ids = [*before, *ids]
     token = image_token_of(loaded)
     assert token is not None, "the model has a processor for images"
-    return ids, forced, ImageInputs(tensors, _places(prompt.place, ids, token, files), token)
+    return ids, forced, ImageInputs(tensors, _places(loaded, prompt.place, ids, token, files), token, loaded.device)
 
 
 def _ids(made: Mapping[str, object]) -> list[int]:
@@ -161,7 +165,9 @@ def inputs_again(loaded: Loaded, place: str, ids: Sequence[int], files: Sequence
     for name in PER_TOKEN:
         if name in made:
             made[name] = torch.tensor([[int(each == token) for each in ids]])
-    return ImageInputs(_tensors(loaded, made, 0, len(ids)), _places(place, ids, token, files), token)
+    return ImageInputs(
+        _tensors(loaded, made, 0, len(ids)), _places(loaded, place, ids, token, files), token, loaded.device
+    )
 
 
 def _tensors(loaded: Loaded, made: Mapping[str, object], before: int, count: int) -> dict[str, Tensor]:
@@ -178,8 +184,7 @@ def _tensors(loaded: Loaded, made: Mapping[str, object], before: int, count: int
             )
         if name in PER_TOKEN:
             value = _longer(torch.nn.functional.pad(value, (before, 0)), count)
-        dtype = model.dtype if value.is_floating_point() else value.dtype
-        found[name] = value.to(loaded.device, dtype)
+        found[name] = value.to(model.dtype) if value.is_floating_point() else value
     return found
 
 
@@ -188,44 +193,28 @@ def _longer(numbers: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(numbers[:, :count], (0, max(0, count - numbers.shape[1])))
 
 
-def _places(place: str, ids: Sequence[int], token: int, files: Sequence[ImageFile]) -> tuple[PromptImage, ...]:
-    """Return the tokens of each image: runs of image tokens, of which the parts of one image may be several.
+def _places(
+    loaded: Loaded, place: str, ids: Sequence[int], token: int, files: Sequence[ImageFile]
+) -> tuple[PromptImage, ...]:
+    """Return the tokens of each image: of all that stand for images, in order, as many as each alone has.
 
     Raises
     ------
     ModelError
-        If the runs cannot be shared out among the images.
+        If the images together do not have as many tokens as each alone.
     """
-    inside = [False, *(each == token for each in ids), False]
-    edges = [at for at in range(len(ids) + 1) if inside[at] != inside[at + 1]]
-    runs = list(zip(edges[::2], edges[1::2], strict=True))
-    if not runs or len(runs) % len(files):
+    at = [number for number, each in enumerate(ids) if each == token]
+    counts = [len(at)]
+    if len(files) > 1:
+        alone = _placeholders(loaded, place)[0]
+        counts = [_ids(processed(loaded, place, alone, [file.picture])).count(token) for file in files]
+    if not all(counts) or sum(counts) != len(at):
         raise ModelError(
-            f"prompt {place} has {len(files)} images and {len(runs)} groups of image tokens, which do not tell which "
-            "tokens are whose",
+            f"prompt {place} has {len(at)} tokens of images, and its images alone have {', '.join(map(str, counts))}",
             "Record a prompt for each image.",
         )
-    groups = _shared(place, runs, len(files))
+    ends = list(accumulate(counts))
     return tuple(
-        PromptImage(file, group[0][0], group[-1][1], sum(stop - start for start, stop in group))
-        for file, group in zip(files, groups, strict=True)
+        PromptImage(replace(file, picture=None), at[end - count], at[end - 1] + 1, count)
+        for file, count, end in zip(files, counts, ends, strict=True)
     )
-
-
-def _shared(place: str, runs: Sequence[tuple[int, int]], count: int) -> list[list[tuple[int, int]]]:
-    """Return the runs of each of `count` images.
-
-    The runs of one image, its lines or tiles, are nearer to each other than to those of the next: images are separated
-    at the widest gaps.
-    """
-    gaps = [after[0] - before[1] for before, after in pairwise(runs)]
-    cuts = sorted(sorted(range(len(gaps)), key=lambda at: -gaps[at])[: count - 1])
-    if count > 1 and len(runs) > count:
-        inner = max((gap for at, gap in enumerate(gaps) if at not in cuts), default=0)
-        if inner >= min(gaps[at] for at in cuts):
-            raise ModelError(
-                f"prompt {place} has images whose tokens follow each other without text between them",
-                "Write some text between the images, or record a prompt for each.",
-            )
-    starts = [0, *(at + 1 for at in cuts), len(runs)]
-    return [list(runs[start:stop]) for start, stop in pairwise(starts)]

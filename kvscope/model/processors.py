@@ -46,6 +46,11 @@ def processor_of(loaded: Loaded, place: str) -> Processor:
             f"{loaded.source} holds a language model without the part that reads images",
             "Trace the model in safetensors, or omit the images.",
         )
+    if loaded.source == type(loaded.model).__name__:
+        raise ModelError(
+            f"a loaded {loaded.source} without a name has no processor, which the images of prompt {place} need",
+            "Name the model or its folder instead of passing it loaded.",
+        )
     if loaded.processor is None:
         loaded.processor = _load(loaded)
     if getattr(loaded.processor, "image_processor", None) is None:
@@ -76,14 +81,16 @@ def _kind(loaded: Loaded) -> str:
 
 
 def _load(loaded: Loaded) -> Processor:
-    local = Path(loaded.source).exists()
-    common = {"revision": None if local else loaded.revision, "local_files_only": local}
+    source = loaded.base or loaded.source  # an adapter's folder has no processor
+    local, own_code = Path(source).exists(), type(loaded.model).__module__.startswith("transformers_modules.")
+    revision = None if local or loaded.base else loaded.revision
+    common = {"revision": revision, "local_files_only": local, "trust_remote_code": own_code}  # trusted at loading
     name = PROCESSOR_MAPPING_NAMES.get(_kind(loaded))
     with explained(loaded.name, "processor"), _lacks_explained(loaded):
         known = getattr(transformers, name, None) if name else None
         if known is not None and not is_torchvision_available():
-            return _without_videos(cast("type[Processor]", known)).from_pretrained(loaded.source, **common)
-        return AutoProcessor.from_pretrained(loaded.source, **common)  # type: ignore[no-untyped-call]
+            return _without_videos(cast("type[Processor]", known)).from_pretrained(source, **common)
+        return AutoProcessor.from_pretrained(source, **common)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from kvscope.core.model_types import KeyValueCache, ModelOutput
 from kvscope.model.attention_hook import observe_attention
 from kvscope.model.copies import HostCopies
 from kvscope.model.header import sequence_record
-from kvscope.model.image_check import forget_positions, require_causal
+from kvscope.model.image_check import forget_positions, images_explained, require_causal
 from kvscope.model.loading import Loaded
 from kvscope.model.module_maps import MapRecorder, observe_modules, sources
 from kvscope.model.prompts import Prompt, token_texts
@@ -109,7 +109,7 @@ class RecordingRun:
     def _forced(self, prompt: Prompt) -> tuple[list[int], list[Score]]:
         ids = prompt.ids + (prompt.forced or [])
         cache = None if self.chunk is None else full_cache(self.loaded.model)
-        return ids, self._read(ids, cache, _beside(prompt, len(ids)))[0]
+        return ids, self._read_prompt(prompt, ids, cache)[0]
 
     def _generated(self, prompt: Prompt, new: int, choose: Chooser) -> tuple[list[int], list[Score]]:
         """Decode token by token; the last token is also run through the model, so that every token has its rows.
@@ -118,7 +118,7 @@ class RecordingRun:
         pass was started, so that the device always has work.
         """
         cache = full_cache(self.loaded.model)
-        scores, last = self._read(prompt.ids, cache, _beside(prompt, len(prompt.ids)))
+        scores, last = self._read_prompt(prompt, prompt.ids, cache)
         tokens: list[Tensor] = []
         for _ in range(new):
             token = choose(last).to(self.loaded.device)
@@ -131,6 +131,12 @@ class RecordingRun:
                 break
         made = self._copies.start({"tokens": torch.cat(tokens, 1)}).wait()["tokens"][0].tolist() if tokens else []
         return prompt.ids + made, scores
+
+    def _read_prompt(self, prompt: Prompt, ids: list[int], cache: KeyValueCache | None) -> tuple[list[Score], Tensor]:
+        """Run the model over a prompt, and what is forced after it, with its images; return as `_read`."""
+        beside = NOTHING if prompt.inputs is None else prompt.inputs.for_tokens(len(ids))
+        with images_explained(self.loaded, prompt):
+            return self._read(ids, cache, beside)
 
     def _read(
         self, ids: list[int], cache: KeyValueCache | None, beside: Mapping[str, Tensor]
@@ -171,11 +177,6 @@ class RecordingRun:
         self.done += tokens
         if self.progress_callback is not None:
             self.progress_callback(Progress(self.done, self.total, self.writer.bytes_written))
-
-
-def _beside(prompt: Prompt, count: int) -> Mapping[str, Tensor]:
-    """Return what the model reads beside the first `count` tokens of a sequence."""
-    return NOTHING if prompt.inputs is None else prompt.inputs.for_tokens(count)
 
 
 def _scores(logits: Tensor, ids: Tensor) -> list[Score]:

@@ -5,11 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import kvscope
 from kvscope.closed_loop.compile import compile_verify
+from kvscope.closed_loop.trace_images import images_of
 from kvscope.core.errors import KvscopeError
-from kvscope.core.options import ClosedLoopOptions, OutputOptions, Positions, Prefill, ReplayOptions, VerifyOptions
+from kvscope.core.options import (
+    ClosedLoopOptions,
+    ModelSource,
+    OutputOptions,
+    Positions,
+    Prefill,
+    ReplayOptions,
+    VerifyOptions,
+)
+from kvscope.model.loading import load
 from kvscope.replay.compile import compile_replay
 from kvscope.results.store import Replay
 
@@ -106,6 +117,11 @@ def test_images_that_changed(traces: dict[str, kvscope.Trace], tmp_path: Path) -
 
 
 def test_what_is_refused(traces: dict[str, kvscope.Trace]) -> None:
+    trace, loaded = traces["llava"], load(ModelSource(str(traces["llava"].header.model.id)))
+    ids = torch.from_numpy(trace.tokens(0)["token_id"].to_numpy().astype("int64"))
+    ids[-1] = loaded.model.config.image_token_index
+    with pytest.raises(KvscopeError, match="the model generated tokens that stand for images"):
+        images_of(trace, loaded, 0, ids)
     with pytest.raises(KvscopeError, match="cannot be decoded token by token"):
         compile_verify(traces["llava"], POLICIES, "12", VerifyOptions(prefill=Prefill.stream))
     with pytest.raises(KvscopeError, match="cannot be compacted in prompts with images"):

@@ -229,6 +229,32 @@ def test_a_model_without_its_processor(folders: dict[str, Path], tmp_path: Path)
     assert traced(model, text).sequences[0].prompt == 5
 
 
+def test_images_without_text_between_them(folders: dict[str, Path], tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 24, 16)
+    picture(tmp_path / "b.png", 32, 24)
+    beside = {"images": ["a.png", "b.png"]}
+    trace = traced(folders["llava"], lines(tmp_path, {"prompt": "w3 <image> <image> w4", **beside}))
+    assert [(one.start, one.stop) for one in trace.record.sequences[0].images] == [(1, 17), (17, 33)]
+    one, two = PLACES["qwen3_vl"], "<|image_pad|> <|image_pad|>"
+    trace = traced(folders["qwen3_vl"], lines(tmp_path, {"prompt": f"w3 {one} {one}", **beside}))
+    assert [(one.start, one.stop) for one in trace.record.sequences[0].images] == [(2, 8), (10, 22)]
+    both = lines(tmp_path, {"prompt": f"w3 {one}", "images": ["a.png"]}, {"prompt": f"w3 {two}", **beside})
+    said = refusal(folders["qwen3_vl"], both, output=tmp_path / "new")
+    assert "fails on the images of prompt" in said and "line 2" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_loaded_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 24, 16)
+    prompts = lines(tmp_path, {"prompt": text_of("llava"), "images": ["a.png"]})
+    loaded = load(ModelSource(str(folders["llava"])))
+    made = kvscope.trace((loaded.model, loaded.tokenizer), [prompts], output=tmp_path / "t", max_new_tokens=0)
+    assert [one.tokens for one in made.record.sequences[0].images] == [16]
+    loaded.model.config.name_or_path = ""
+    with pytest.raises(ModelError, match="without a name has no processor"):
+        kvscope.trace((loaded.model, loaded.tokenizer), [prompts], output=tmp_path / "u", max_new_tokens=0)
+
+
 def test_an_image_alone(folders: dict[str, Path], tmp_path: Path) -> None:
     picture(tmp_path / "a.png", 24, 16)
     trace = traced(folders["llava"], lines(tmp_path, {"prompt": "<image>", "images": ["a.png"]}))
