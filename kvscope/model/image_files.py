@@ -57,9 +57,9 @@ def read_image(name: str, place: str, read_address: ReadAddress | None = None) -
         raise UsageError(
             f"prompt {place}: image {_short(name)} has more than {MOST_BYTES // 2**20} MiB", "Scale the image down."
         )
-    pillow = _pillow(place)
+    opener = pillow(place)
     try:
-        with pillow.open(io.BytesIO(content)) as opened:
+        with opener.open(io.BytesIO(content)) as opened:
             width, height = opened.size
             if width * height > MOST_PIXELS:
                 raise UsageError(
@@ -104,7 +104,8 @@ def _content(name: str, place: str, read_address: ReadAddress | None) -> bytes:
         ) from error
 
 
-def _pillow(place: str) -> ModuleType:
+def pillow(place: str) -> ModuleType:
+    """Return the module that opens images; raises UsageError if it is not installed, for the images of a prompt."""
     try:
         return importlib.import_module("PIL.Image")
     except ImportError as error:

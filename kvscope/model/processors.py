@@ -17,6 +17,7 @@ from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import Processor
 from kvscope.model.explain import explained, fetch, first_line
 from kvscope.model.gguf_file import gguf_of
+from kvscope.model.image_files import pillow
 from kvscope.model.loading import Loaded
 from kvscope.model.obstacles import obstacle
 
@@ -29,7 +30,7 @@ def processor_of(loaded: Loaded, place: str) -> Processor:
     Raises
     ------
     UsageError
-        If the model reads text alone.
+        If the model reads text alone, or Pillow is not installed.
     ModelError
         If its rows are those that modules return; if its processor is missing or needs another package.
     """
@@ -51,6 +52,7 @@ def processor_of(loaded: Loaded, place: str) -> Processor:
             f"a loaded {loaded.source} without a name has no processor, which the images of prompt {place} need",
             "Name the model or its folder instead of passing it loaded.",
         )
+    pillow(place)
     if loaded.processor is None:
         loaded.processor = _load(loaded)
     if getattr(loaded.processor, "image_processor", None) is None:

@@ -86,8 +86,8 @@ def encode(loaded: Loaded, prompt: PromptText, options: TextOptions) -> Prompt:
     forced: list[int] | None = None
     inputs: ImageInputs | None = None
     if prompt.images:
-        files = read_images(prompt, options.images.read_address)
         processor_of(loaded, prompt.place)
+        files = read_images(prompt, options.images.read_address)
         ids, forced, inputs = encode_with_images(loaded, prompt, text, files, encoder, chat=chat)
     elif prompt.continuation is None:
         ids = encoder.encode(text)

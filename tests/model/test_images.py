@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,16 @@ def test_a_loaded_model(folders: dict[str, Path], tmp_path: Path) -> None:
         kvscope.trace((loaded.model, loaded.tokenizer), [prompts], output=tmp_path / "u", max_new_tokens=0)
 
 
+def test_without_pillow(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "a.png", 24, 16)
+    prompts = lines(tmp_path, {"prompt": text_of("llava"), "images": ["a.png"]})
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    said = refusal(folders["llava"], prompts)
+    assert "need the package Pillow" in said and 'pip install "kvscope[images]"' in said
+    assert "reads text alone" in refusal(saved_text_model(tmp_path / "small"), prompts)
+    assert traced(folders["llava"], lines(tmp_path, {"prompt": words(0, 5)})).sequences[0].prompt == 5
+
+
 def test_an_image_alone(folders: dict[str, Path], tmp_path: Path) -> None:
     picture(tmp_path / "a.png", 24, 16)
     trace = traced(folders["llava"], lines(tmp_path, {"prompt": "<image>", "images": ["a.png"]}))
@@ -278,3 +289,15 @@ def test_a_whole_prompt_read_from_standard_places(folders: dict[str, Path], tmp_
     trace = traced(folders["llava"], lines(inner, {"prompt": text_of("llava"), "images": "a.png"}), max_new_tokens=0)
     (image,) = trace.record.sequences[0].images
     assert image.file == str(inner / "a.png")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_store_holds_the_same_rows(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 24, 16)
+    prompts = lines(tmp_path, {"prompt": text_of(kind), "images": ["a.png"]})
+    maps = traced(folders[kind], prompts, output=tmp_path / "maps")
+    for store in ("qkv", "topk:128"):
+        other = traced(folders[kind], prompts, output=tmp_path / store.partition(":")[0], store=store)
+        assert other.record.sequences[0].images == maps.record.sequences[0].images
+        for layer in maps.layers:
+            assert np.abs(other.attention(0, layer) - maps.attention(0, layer)).max() < ROUNDING
