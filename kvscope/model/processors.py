@@ -91,7 +91,7 @@ def _load(loaded: Loaded) -> Processor:
     with explained(loaded.name, "processor"), _lacks_explained(loaded):
         known = getattr(transformers, name, None) if name else None
         if known is not None and not is_torchvision_available():
-            return _without_videos(cast("type[Processor]", known)).from_pretrained(source, **common)
+            return without_videos(cast("type[Processor]", known)).from_pretrained(source, **common)
         return AutoProcessor.from_pretrained(source, **common)  # type: ignore[no-untyped-call]
 
 
@@ -113,7 +113,7 @@ def _lacks_explained(loaded: Loaded) -> Iterator[None]:
         raise _without_processor(loaded) from error
 
 
-def _without_videos(known: type[Processor]) -> type[Processor]:
+def without_videos(known: type[Processor]) -> type[Processor]:
     """Return a class of processors without its part for videos, which needs torchvision although no video is read."""
     if "video_processor" not in known.get_attributes():
         return known

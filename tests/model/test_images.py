@@ -266,6 +266,18 @@ def test_without_pillow(folders: dict[str, Path], tmp_path: Path, monkeypatch: p
     assert traced(folders["llava"], lines(tmp_path, {"prompt": words(0, 5)})).sequences[0].prompt == 5
 
 
+@pytest.mark.parametrize("kind", ["llava", "idefics3"])
+def test_the_processor_that_transformers_chooses(
+    kind: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "a.png", 24, 16)
+    prompts = lines(tmp_path, {"prompt": text_of(kind), "images": ["a.png"]})
+    known = traced(folders[kind], prompts, output=tmp_path / "known")
+    monkeypatch.setattr("kvscope.model.processors.is_torchvision_available", lambda: True)
+    chosen = traced(folders[kind], prompts, output=tmp_path / "chosen")
+    assert chosen.tokens(0)["token_id"].tolist() == known.tokens(0)["token_id"].tolist()
+
+
 def test_an_image_alone(folders: dict[str, Path], tmp_path: Path) -> None:
     picture(tmp_path / "a.png", 24, 16)
     trace = traced(folders["llava"], lines(tmp_path, {"prompt": "<image>", "images": ["a.png"]}))

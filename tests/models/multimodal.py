@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvscope.model.processors import _without_videos
+from kvscope.model.processors import without_videos
 from tests.models.build import build
 
 pytest.importorskip("PIL")
@@ -105,7 +105,7 @@ def _processor(kind: str, tokenizer: Any, config: Any) -> Any:
             size={"shortest_edge": pixels, "longest_edge": pixels * 30}, patch_size=4, merge_size=2
         )
         known = transformers.Qwen3VLProcessor if kind == "qwen3_vl" else transformers.Qwen2_5_VLProcessor
-        return _without_videos(known)(made, tokenizer, chat_template=chat)
+        return without_videos(known)(made, tokenizer, chat_template=chat)
     if kind == "gemma3":
         made = transformers.Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
         return transformers.Gemma3Processor(
