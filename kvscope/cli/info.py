@@ -149,6 +149,7 @@ def describe(trace: Trace, *, verified: bool = False) -> JsonDict:
         "sink_rows": header.sink_rows,
         "softcap": header.softcap,
         "sequences": [{"prompt": s.prompt, "length": s.length, "forced": s.forced} for s in trace.sequences],
+        "images": [[plain(image) for image in s.images] for s in trace.record.sequences],
         "store": header.store,
         "stored": sorted(header.stored),
         "derived": sorted(header.derived),
@@ -191,6 +192,10 @@ def pairs(trace: Trace, *, verified: bool = False) -> list[tuple[str, str]]:
     if header.derived:
         lines.insert(7, ("recomputed", ", ".join(sorted(header.derived))))
     lines += [("approximate", sentence) for sentence in trace.approximate]
+    images = sum(len(item.images) for item in trace.record.sequences)
+    if images:
+        tokens = sum(image.tokens for item in trace.record.sequences for image in item.images)
+        lines.insert(4, ("images", f"{images} in the prompts, {tokens} tokens"))
     if windows:
         lines.insert(2, ("sliding windows", ", ".join(map(str, windows))))
     chunks = sorted({chunk for chunk in header.chunk_size if chunk is not None})

@@ -70,9 +70,11 @@ def compile_closed_loop(
         require_gates(plan, model)
     with torch.inference_mode():
         require_registry(model)
-        require_own_caches(model, passages[0].ids[None].to(model.get_input_embeddings().weight.device))
-        layers = self_check(model, passages[0].ids, prefill)
-        counts = kv_head_counts(model, passages[0].ids[None].to(model.get_input_embeddings().weight.device))
+        _require_positions(passages, runs)
+        probe = passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
+        require_own_caches(model, probe)
+        layers = self_check(model, passages[0].text_ids, prefill)
+        counts = kv_head_counts(model, probe)
         rotary = None
         if runs[0].positions == Positions.compacted:
             rotary = derotations(model, passages[0].ids[None, :1].to(model.get_input_embeddings().weight.device))
@@ -176,13 +178,14 @@ def compile_verify(
     loaded = load_model_of(trace, closed, str(torch_device(options.device)))
     whole = passages_of(trace, loaded)
     passages = [
-        Passage(part, text.ids[: part.length], prefix=text.prefix)
+        Passage(part, text.ids[: part.length], prefix=text.prefix, images=text.images)
         for part, text in zip(cut, whole[: len(cut)], strict=True)
     ]
+    _require_decodable_images(passages, options.prefill)
     runs = runs_of(plans, limits, Loop.closed, closed.positions)
     job = compile_closed_loop(loaded.model, passages, runs, [], options.prefill)
     with torch.inference_mode():
-        facts = attention_facts(loaded.model, passages[0].ids[None].to(loaded.device))
+        facts = attention_facts(loaded.model, passages[0].text_ids[None].to(loaded.device))
     return VerifyJob(job, facts)
 
 
@@ -214,6 +217,24 @@ def evaluate(
         require_closed(plan, plan_runs[0].positions)
         require_feasible(plan, [run.budget for run in plan_runs if run.budget is not None], workload)
     return compile_closed_loop(model, passages, runs, metrics, prefill).execute(sink, progress)
+
+
+def _require_positions(passages: Sequence[Passage], runs: Sequence[RunSpec]) -> None:
+    """Raise UsageError if positions are to be compacted in a text with images: theirs may have several numbers."""
+    if any(passage.images for passage in passages) and runs[0].positions == Positions.compacted:
+        raise UsageError(
+            "positions cannot be compacted in prompts with images, whose positions may have two dimensions",
+            "Use the original positions: --positions original.",
+        )
+
+
+def _require_decodable_images(passages: Sequence[Passage], prefill: Prefill) -> None:
+    """Raise UsageError if a prompt with images is to be decoded token by token."""
+    if prefill is Prefill.stream and any(passage.images for passage in passages):
+        raise UsageError(
+            "a prompt with images cannot be decoded token by token: a model reads an image in one pass",
+            "Use --prefill full, or a trace of prompts without images.",
+        )
 
 
 def _plans_of(runs: Sequence[RunSpec]) -> list[EvictionPlan]:

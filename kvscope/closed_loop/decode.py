@@ -15,6 +15,7 @@ from torch import Tensor
 from kvscope.closed_loop.decoder import Decoder, exact_dtype
 from kvscope.closed_loop.forward import PassShape, RunBatch
 from kvscope.closed_loop.gates import require_gates
+from kvscope.closed_loop.passage import Passage
 from kvscope.closed_loop.survey import surveyed_shares
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel
@@ -26,6 +27,7 @@ from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.engine.survey import Given
 from kvscope.model.derotation import Derotation, derotations
+from kvscope.model.image_check import forget_positions
 from kvscope.model.selfcheck import AttentionFacts, require_own_caches, self_check
 from kvscope.model.short_cache import full_cache, short_cache
 from kvscope.trace.layer_records import LayerHeads
@@ -82,6 +84,8 @@ class DecodeJob:
     rotary : mapping of int to Derotation, or None
         Rotation of each layer with attention if positions are compacted: the keys in the cache have rotary positions 0
         to n - 1, oldest first, and the query n - 1. A policy still sees keys and queries at their original positions.
+    passage : Passage or None
+        The text, where its prompt has images; with full prefill the model reads them with the prompt.
     """
 
     model: CausalModel
@@ -93,6 +97,7 @@ class DecodeJob:
     sequence: int
     facts: AttentionFacts
     rotary: Mapping[int, Derotation] | None = None
+    passage: Passage | None = None
 
     @torch.no_grad()
     def execute(self) -> Decoded:
@@ -103,7 +108,8 @@ class DecodeJob:
         given = self._surveyed() if len(kinds) > 1 and self.plan.looks_across else {}
         simulations = [self._empty_simulation(own, layers, given) for own, layers in kinds.items()]
         cache, layers = short_cache(self.model, list(self.facts.windows), self.rotary)
-        decoder = Decoder(self.model, self.ids, simulations, cache, layers)
+        forget_positions(self.model)
+        decoder = Decoder(self.model, self.ids, simulations, cache, layers, self._beside)
         logits = decoder.run()
         leave: dict[int, Tensor] = {}
         for simulation in simulations:
@@ -116,7 +122,12 @@ class DecodeJob:
         """Return the allocator of each layer where those that one simulation steps do not suffice to decide."""
         layers = tuple(self.facts.windows)
         text = PassShape(self.prompt, self.ids.shape[1], self.sequence, layers, self.prefill, self._kv_heads)
-        return surveyed_shares(self.model, self.ids[0], RunBatch(self.plan, [self.budget]), text)
+        return surveyed_shares(self.model, self.ids[0], RunBatch(self.plan, [self.budget]), text, self._beside)
+
+    @property
+    def _beside(self) -> Mapping[str, Tensor]:
+        """What the model reads of the images of the prompt, with a prompt that goes through in one pass."""
+        return {} if self.passage is None or self.prefill != Prefill.full else self.passage.beside(self.prompt)
 
     @property
     def _kv_heads(self) -> tuple[int, ...]:
@@ -211,17 +222,19 @@ def decode(
 
 
 @torch.no_grad()
-def decoded_alone(model: CausalModel, ids: Tensor, prompt: int) -> Tensor:
-    """Return the logits ``[T, V]`` of the model's own decoding of ids ``[1, T]`` with its full cache.
+def decoded_alone(model: CausalModel, passage: Passage, prompt: int) -> Tensor:
+    """Return the logits ``[T, V]`` of the model's own decoding of a text with its full cache.
 
     The first `prompt` tokens go through one pass; nothing of the model is replaced.
     """
+    ids = passage.ids[None].to(model.get_input_embeddings().weight.device)
+    forget_positions(model)
     cache, starts = full_cache(model), ([0] if prompt else []) + list(range(prompt, ids.shape[1]))
     stops = [*starts[1:], ids.shape[1]]
-    parts = [
-        model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits[0]
-        for start, stop in zip(starts, stops, strict=True)
-    ]
+    parts = []
+    for start, stop in zip(starts, stops, strict=True):
+        beside = passage.beside(stop) if prompt and not start else {}
+        parts.append(model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **beside).logits[0])
     return torch.cat(parts)
 
 

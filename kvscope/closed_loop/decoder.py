@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -52,6 +53,8 @@ class Decoder:
     loop, which decoding is to prove. A token costs a fixed number of operations for each layer, whatever the number of
     heads. Nothing is read from the device before the end, unless the policy evicts without a budget: then only the
     device can tell how many keys it retains.
+
+    `beside` is what the model reads of the images of the prompt, with the prompt.
     """
 
     def __init__(
@@ -61,9 +64,10 @@ class Decoder:
         simulations: Sequence[CacheSimulation],
         cache: KeyValueCache,
         layers: Mapping[int, ShortLayer],
+        beside: Mapping[str, Tensor],
     ) -> None:
         self.model, self.ids, self.cache, self.layers = model, ids, cache, layers
-        self.exact = exact_dtype(model)
+        self.exact, self._beside = exact_dtype(model), beside
         self._parts = [LikeLayers(simulation) for simulation in simulations]
         self._part_of = {layer: part for part in self._parts for layer in part.simulation.shape.layers}
         self.held: list[int] = []
@@ -82,7 +86,7 @@ class Decoder:
         prompt = inputs.shape.prompt if inputs.prefill == "full" else 0  # tokens that are not decoded
         if prompt:
             with replace_attention(self.model, self._prefill):
-                logits.append(self._forward(0, prompt))
+                logits.append(self._forward(0, prompt, self._beside))
             self._observe_prompt(prompt)
         else:
             self._group_layers()
@@ -102,11 +106,12 @@ class Decoder:
         self.held = [prompt] * (prompt - 1) + torch.stack(self._longest).tolist()
         return torch.cat(logits).to(self.exact)
 
-    def _forward(self, start: int, stop: int) -> Tensor:
+    def _forward(self, start: int, stop: int, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
         output = self.model(
             input_ids=self.ids[:, start:stop],
             past_key_values=self.cache,
             use_cache=True,
+            **beside,
         )
         return output.logits[0]  # type: ignore[no-any-return]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from kvscope.kernels.kept import kept_rows
 from kvscope.metrics import Metric
 from kvscope.model.attention_hook import Call, Kernel
 from kvscope.model.derotation import Derotation
+from kvscope.model.image_check import forget_positions
 
 BLOCK_BYTES = 128 * 2**20  # limit for one tensor of rows for all runs of a batch
 BLOCK_QUERIES = 128  # limit for the queries of a block, so that few of its weights are above the causal diagonal
@@ -270,13 +272,18 @@ def rows_of(call: Call, start: int, stop: int) -> Call:
     )
 
 
-def logits_of(model: CausalModel, ids: Tensor, keep: slice) -> Tensor:
+def logits_of(
+    model: CausalModel, ids: Tensor, keep: slice, beside: Mapping[str, Tensor] = MappingProxyType({})
+) -> Tensor:
     """Return logits ``[batch, S, V]`` of the positions `keep` of ids ``[batch, T]``, from one pass without a cache.
 
     If the model supports it, logits of other positions are not computed. `keep` is a slice and not a tensor because
-    the parts of a model may be on several devices.
+    the parts of a model may be on several devices. `beside` is what the model reads of the images of one sequence: its
+    tensors have the images, or the sequence, along their first axis, and are repeated for each row of the batch.
     """
+    forget_positions(model)
+    more = {name: torch.cat([tensor] * len(ids)) for name, tensor in beside.items()}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits  # type: ignore[no-any-return]
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return model(input_ids=ids, use_cache=False, logits_to_keep=keep, **more).logits  # type: ignore[no-any-return]
+    logits: Tensor = model(input_ids=ids, use_cache=False, **more).logits
     return logits[:, keep]

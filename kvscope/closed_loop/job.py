@@ -174,14 +174,15 @@ class ForwardPass:
         self.batches = []
         for batch_runs in self.runs:
             batch = RunBatch(batch_runs[0].plan, [run.keys(sequence, job.prefill) for run in batch_runs])
-            self.batches.append(surveyed(job.model, self.ids, batch, self.text) if batch.plan.looks_across else batch)
+            self.batches.append(surveyed(job.model, passage, batch, self.text) if batch.plan.looks_across else batch)
 
     def logits(self) -> Tensor:
         """Return logits ``[1 + R, S, V]`` for the scored tokens, row 0 with the full cache, and fill in `results`."""
         rows = 1 + sum(map(len, self.runs))
         loop = ClosedLoop(self.batches, self.text, self.job.metrics, self._found, self.job.rotary)
         with replace_attention(self.job.model, loop):
-            logits = logits_of(self.job.model, self.ids.expand(rows, -1), slice(self.scored[0] - 1, self.scored[-1]))
+            keep, beside = slice(self.scored[0] - 1, self.scored[-1]), self.passage.beside(len(self.ids))
+            logits = logits_of(self.job.model, self.ids.expand(rows, -1), keep, beside)
         if sorted(loop.layers) != self.job.layers:
             raise ReplayError(
                 f"attention was called in layers {sorted(loop.layers)}, not in {self.job.layers}",

@@ -6,11 +6,13 @@ allocator all that it observes, and the pass that evicts uses the resulting allo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
 from kvscope.closed_loop.forward import PassShape, RunBatch, logits_of, require_whole, rows_of, simulation_of
+from kvscope.closed_loop.passage import Passage
 from kvscope.core.model_types import CausalModel
 from kvscope.engine.allocation import ALLOCATORS, AllocationRequest
 from kvscope.engine.rows import Block
@@ -18,13 +20,19 @@ from kvscope.engine.survey import Given, Recording, shares
 from kvscope.model.attention_hook import Call, Kernel, replace_attention
 
 
-def surveyed(model: CausalModel, ids: Tensor, batch: RunBatch, text: PassShape) -> RunBatch:
-    """Return a batch with an allocator for each layer, from one pass over the prompt, the start of ids ``[T]``."""
-    return replace(batch, allocators=surveyed_shares(model, ids, batch, text))
+def surveyed(model: CausalModel, passage: Passage, batch: RunBatch, text: PassShape) -> RunBatch:
+    """Return a batch with an allocator for each layer, from one pass over the prompt of a passage."""
+    ids = passage.ids.to(model.get_input_embeddings().weight.device)
+    return replace(batch, allocators=surveyed_shares(model, ids, batch, text, passage.beside(text.prompt)))
 
 
-def surveyed_shares(model: CausalModel, ids: Tensor, batch: RunBatch, text: PassShape) -> dict[int, Given]:
-    """Return the allocator of each layer, as `surveyed`."""
+def surveyed_shares(
+    model: CausalModel, ids: Tensor, batch: RunBatch, text: PassShape, beside: Mapping[str, Tensor]
+) -> dict[int, Given]:
+    """Return the allocator of each layer, from one pass over the prompt, the start of ids ``[T]``.
+
+    `beside` is what the model reads of the images of the prompt.
+    """
     prompt = replace(text, length=text.prompt)
     requests: dict[int, AllocationRequest] = {}
 
@@ -34,7 +42,7 @@ def surveyed_shares(model: CausalModel, ids: Tensor, batch: RunBatch, text: Pass
         return kernel()
 
     with replace_attention(model, answer):
-        logits_of(model, ids[None, : text.prompt], slice(-1, None))
+        logits_of(model, ids[None, : text.prompt], slice(-1, None), beside)
     found = shares(ALLOCATORS.get(batch.plan.allocate)(), list(requests.values()))
     return {layer: Given(share) for layer, share in zip(requests, found, strict=True)}
 

@@ -140,7 +140,7 @@ class VerifyJob:
         forward = ForwardPass(job, passage, [full])
         plain, closed = forward.logits()
         prompt = sequence.prompt if job.prefill == "full" else 0
-        cached = decoded_alone(job.model, passage.ids[None].to(closed.device), prompt)[forward.scored - 1]
+        cached = decoded_alone(job.model, passage, prompt)[forward.scored - 1]
         shortened = self._decoded(passage, full).logits[forward.scored - 1]
 
         def apart(one: Tensor, other: Tensor) -> float:
@@ -158,7 +158,7 @@ class VerifyJob:
         ids = passage.ids[None].to(job.model.get_input_embeddings().weight.device)
         keys, facts = run.keys(sequence, job.prefill), self.facts
         return DecodeJob(
-            job.model, ids, run.plan, keys, sequence.prompt, job.prefill, sequence.index, facts, job.rotary
+            job.model, ids, run.plan, keys, sequence.prompt, job.prefill, sequence.index, facts, job.rotary, passage
         ).execute()
 
     def _compare(self, passage: Passage, run: RunSpec) -> Verdict:

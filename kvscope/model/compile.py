@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.options import ModelSource, OutputOptions
@@ -16,13 +15,14 @@ from kvscope.core.recording_options import BlockOptions, Sampling, StoreOptions,
 from kvscope.core.text_names import text_name
 from kvscope.model.explain import memory_explained
 from kvscope.model.header import header
+from kvscope.model.image_check import check_images
 from kvscope.model.loading import Loaded, load, model_name
 from kvscope.model.module_maps import self_check_modules
 from kvscope.model.obstacles import obstacle, refuse_encoder_decoder
 from kvscope.model.plan import RecordingPlan
 from kvscope.model.prefill import chunk_size
-from kvscope.model.prompt_files import read_prompts, with_answers
-from kvscope.model.prompts import encode
+from kvscope.model.prompt_files import PromptText, read_prompts, with_answers, with_images
+from kvscope.model.prompts import Prompt, encode
 from kvscope.model.selfcheck import AttentionFacts, layer_count, self_check
 from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import MAPS, STORES, TOP, parse_store
@@ -54,16 +54,16 @@ def compile_recording(
         If the trace exists, or the disk has too little space.
     """
     _require_rows(store)
-    texts = with_answers(read_prompts(prompts, text.continuation, text.field), text.answers)
+    texts = _read(prompts, text)
     require_free(output.path, force=output.force)
     loaded = load(source)
     refuse_encoder_decoder(loaded.model)
     encoded = tuple(encode(loaded, one, text) for one in texts)
     require_layers(loaded, store.layers)
     with torch.inference_mode(), memory_explained(loaded.name):
-        facts = _facts(loaded, torch.tensor([encoded[0].ids], device=loaded.device), store)
+        facts = _facts(loaded, encoded, store)
         longest = max(len(prompt.ids) + len(prompt.forced or []) for prompt in encoded)
-        chunk = chunk_size(loaded, facts, longest, blocks.prefill_chunk)
+        chunk = chunk_size(loaded, facts, longest, blocks.prefill_chunk, images=any(one.inputs for one in encoded))
         hidden = (Path(loaded.source) / GATE).is_file() and not facts.from_modules
         hidden = hidden if store.hidden is None else store.hidden
         layers = tuple(sorted(set(store.layers))) if store.layers else tuple(sorted(facts.windows))
@@ -92,11 +92,20 @@ def compile_recording(
     )
 
 
-def _facts(loaded: Loaded, ids: Tensor, store: StoreOptions) -> AttentionFacts:
+def _read(prompts: Sequence[Path | str], text: TextOptions) -> list[PromptText]:
+    """Return the prompts of files, with what is given beside a single one."""
+    read = with_answers(read_prompts(prompts, text.continuation, text.field), text.answers)
+    return with_images(read, text.images.names)
+
+
+def _facts(loaded: Loaded, prompts: Sequence[Prompt], store: StoreOptions) -> AttentionFacts:
     """Return the facts of the model's attention; raises ModelError if it cannot be recorded, or not in this store."""
+    ids = torch.tensor([prompts[0].text_ids], device=loaded.device)
     why = obstacle(loaded.model)
     if not why:
-        return self_check(loaded.model, ids)
+        facts = self_check(loaded.model, ids)
+        check_images(loaded, prompts)
+        return facts
     if store.store != MAPS or store.hidden:
         raise ModelError(
             f"{why}, so only the rows that its modules return can be recorded, not vectors or layer inputs",

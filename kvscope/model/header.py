@@ -12,18 +12,18 @@ from typing import Any
 from kvscope.core.errors import ModelError
 from kvscope.core.recording_options import Sampling, StoreOptions
 from kvscope.core.version import versions
+from kvscope.model.image_prompts import PromptImage
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import AttentionFacts, layer_count
 from kvscope.trace.layer_records import AttentionKernel, LayerAttention
+from kvscope.trace.prompt_parts import ExampleRecord, ImageRecord, SpanRecord
 from kvscope.trace.record import (
-    ExampleRecord,
     ModelRecord,
     PromptRecord,
     SamplingRecord,
     SequenceRecord,
-    SpanRecord,
     TraceHeader,
 )
 from kvscope.trace.schema import MAPS, QKV, STORES, parse_store
@@ -180,4 +180,10 @@ def sequence_record(prompt: Prompt, length: int) -> SequenceRecord:
         answers=None if source.answers is None else list(source.answers),
         example=None if source.example is None else ExampleRecord(**asdict(source.example)),
         spans=[SpanRecord(span.name, span.start, span.stop) for span in prompt.spans],
+        images=[] if prompt.inputs is None else [_image(image) for image in prompt.inputs.images],
     )
+
+
+def _image(image: PromptImage) -> ImageRecord:
+    file = image.file
+    return ImageRecord(file.name, file.sha256, file.width, file.height, image.start, image.stop, image.tokens)

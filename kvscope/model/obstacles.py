@@ -42,6 +42,16 @@ def refuse_encoder_decoder(model: nn.Module) -> None:
         )
 
 
+def language_model(model: CausalModel) -> CausalModel:
+    """Return the part of a multimodal model that reads tokens, without its image encoder; another model itself."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        return model
+    text = config.get_text_config(decoder=True)
+    decoder = model.get_decoder()
+    return decoder if text is not config and getattr(decoder, "config", None) is text else model
+
+
 def obstacle(model: CausalModel) -> str:
     """Return why the attention calls of a model cannot be observed; empty if they can.
 

@@ -192,6 +192,7 @@ def _part(source: ReportInput, part: Part) -> JsonDict:
         "prompt": part.prompt,
         "length": part.length,
         "tokens": part.tokens,
+        "images": part.images,
         "layers": source.layers_of(part),
         "layer": spread(source.layers_of(part))[0],
         **_heads(HeadCounts(trace.heads, trace.kv_heads)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvscope.core.json_records import described
 from kvscope.core.seal import SEAL
-from kvscope.trace import layer_records, record
+from kvscope.trace import layer_records, prompt_parts, record
 from kvscope.trace.columns import FILES
 from kvscope.trace.schema import HEADER, HISTORY, SCHEMA_VERSION
 from kvscope.trace.storage_error import describe_bounds
@@ -19,6 +19,8 @@ PARTS = (
     record.PromptRecord,
     record.SamplingRecord,
     record.SequenceRecord,
+    prompt_parts.SpanRecord,
+    prompt_parts.ImageRecord,
     record.StorageError,
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from kvscope.core.json import JsonDict
@@ -17,6 +17,7 @@ from kvscope.core.json_records import Checksum, Finite, NotNegative, Number, Pos
 from kvscope.core.seal import seal_of
 from kvscope.trace.columns import VectorType
 from kvscope.trace.layer_records import AttentionKernel, LayerAttention, LayerHeads
+from kvscope.trace.prompt_parts import ExampleRecord, ImageRecord, SpanRecord
 from kvscope.trace.schema import DERIVED, KIND, MAPS, MAPS_AND_VECTORS, QKV, SCHEMA_VERSION, SEALED_SINCE, TOPK, VECTORS
 
 # Fields of the header that say how the trace came about, and decide nothing.
@@ -69,26 +70,6 @@ class SamplingRecord:
 
 
 @dataclass(frozen=True)
-class ExampleRecord:
-    """What a dataset says about an example."""
-
-    id: Annotated[str | None, about("its name", omit=True)] = None
-    task: Annotated[str | None, about("its task", omit=True)] = None
-    metric: Annotated[str | None, about("how an answer is scored: `exact`, `all`, `any`, `f1`, ...", omit=True)] = None
-    length: Annotated[Number | None, about("length that it was made for", omit=True)] = None
-    depth: Annotated[NotNegative | None, about("where its fact is in the prompt, 0 to 1", omit=True)] = None
-
-
-@dataclass(frozen=True)
-class SpanRecord:
-    """A named part of a prompt, such as a fact or the question."""
-
-    name: Annotated[str, about("its name; several spans may have the same")]
-    start: Annotated[Number, about("its first token")]
-    stop: Annotated[Positive, about("the token after its last")]
-
-
-@dataclass(frozen=True)
 class SequenceRecord:
     """Lengths of one sequence, and what its dataset says about it."""
 
@@ -101,6 +82,9 @@ class SequenceRecord:
     example: Annotated[ExampleRecord | None, about("other facts of that object", omit=True)] = None
     spans: Annotated[list[SpanRecord], about("named parts of the prompt, where that object has them", omit=True)] = (
         field(default_factory=list)
+    )
+    images: Annotated[list[ImageRecord], about("images of the prompt, in order", omit=True)] = field(
+        default_factory=list
     )
 
 
@@ -291,5 +275,10 @@ class TraceRecord:
         """
         if self.schema < SEALED_SINCE:
             return hashlib.sha256(json.dumps(self.checksums, sort_keys=True).encode()).hexdigest()
-        lengths = [plain(item) for item in self.sequences]
+        lengths = [plain(replace(item, images=[])) for item in self.sequences]
+        images = [[image.facts for image in item.images] for item in self.sequences]
+        if any(images):
+            return seal_of(
+                {"checksums": self.checksums, "header": self.header.digest, "sequences": lengths, "images": images}
+            )
         return seal_of({"checksums": self.checksums, "header": self.header.digest, "sequences": lengths})

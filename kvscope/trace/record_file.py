@@ -159,6 +159,8 @@ def _require_consistent(record: TraceRecord) -> None:
             raise FieldError(f"sequences[{index}].prompt", f"{sequence.prompt} is above its length {sequence.length}")
         if any(not span.start < span.stop <= sequence.prompt for span in sequence.spans):
             raise FieldError(f"sequences[{index}].spans", "one is not inside of the prompt")
+        if any(not one.start < one.stop <= sequence.prompt for one in sequence.images):
+            raise FieldError(f"sequences[{index}].images", "one is not inside of the prompt")
     if "hidden" in header.stored and header.model.weights is None:
         raise FieldError("model.weights", "is missing beside hidden")
     if record.sizes.keys() != record.checksums.keys():

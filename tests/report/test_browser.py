@@ -21,6 +21,7 @@ from kvscope.report.encoding import packed, packed_floats, packed_halves
 from kvscope.report.limits import Limits
 from kvscope.report.page import page_data, report
 from kvscope.report.source import ReportInput
+from kvscope.trace.prompt_parts import ImageRecord
 from kvscope.trace.reader import Trace
 from tests.report.make import make_replay, make_trace
 from tests.report.test_summary_panels import run_of
@@ -381,6 +382,22 @@ def test_a_token_shows_its_life(tab: Tab) -> None:
     assert tab.count("#text .life [role=gridcell]") == 4
     tab.page.locator("#text .text").press("ArrowRight")
     assert tab.address()["token"] == "10"
+
+
+def test_images_are_marked_and_listed(browser: Any, tmp_path: Path) -> None:
+    images = [ImageRecord("cat.png", "d" * 64, 40, 24, 1, 2, 1), ImageRecord(HOSTILE[1], "d" * 64, 8, 9, 2, 3, 1)]
+    trace = make_trace(tmp_path / "trace", images=images)
+    tab = Tab(browser, report([make_replay(tmp_path / "r", trace)], {trace.identity: trace}, tmp_path / "p.html"))
+    assert tab.count("#text .text [data-image='1']") == tab.count("#text .text [data-image='2']") == 1
+    assert tab.text("#text [data-at='1']") == "▦"
+    listed = tab.page.locator("#text .images li")
+    assert listed.first.inner_text() == "▦ image 1: tokens 1 to 1 (1 of 6), cat.png, 40 × 24 pixels"
+    assert listed.count() == tab.count("#text .end.image") == 2
+    colours = tab.run("['0', '1'].map(at => getComputedStyle(document.querySelector(`#text [data-at='${at}']`)).color)")
+    assert colours[0] != colours[1]
+    tab.page.locator("#text [data-at='1']").click()
+    assert tab.text("#text .life h3").startswith("Token 1 “image 1 (1/1)”")
+    tab.context.close()
 
 
 def test_text_can_be_shaded_by_loss_and_regret(tab: Tab, rich: ReportInput) -> None:

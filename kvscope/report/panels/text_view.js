@@ -15,18 +15,24 @@ kvscope.drawing("text", async (box, data, page) => {
   const said = element("p", { class: "small", role: "status" });
   const legend = element("span", { class: "legend" });
   const life = element("div", { class: "life" });
+  const listed = element("ul", { class: "images small", "aria-label": "Images of the prompt" });
   let spans = [];
   let drawnPart = null;
   let shaded = null;
 
   /* A token as it is read: its spaces are spaces again, a line break breaks the line after its sign. */
   function build() {
-    const { tokens, prompt } = page.part();
-    spans = tokens.map((token, at) => element("span", { "data-at": at }, token === "" ? "·" : token.replace(/␣/g, " ")));
+    const { tokens, prompt, images } = page.part();
+    const imageOf = (at) => images.find((image) => image.start <= at && at < image.stop);
+    spans = tokens.map((token, at) => (imageOf(at)
+      ? element("span", { "data-at": at, "data-image": imageOf(at).number, title: token }, "▦")
+      : element("span", { "data-at": at }, token === "" ? "·" : token.replace(/␣/g, " "))));
     const pieces = spans.flatMap((span, at) => [
-      ...(at === prompt ? [element("span", { class: "end" }, "the prompt ends here")] : []), span, ...(tokens[at].endsWith("↵") ? ["\n"] : []),
+      ...(at === prompt ? [element("span", { class: "end" }, "the prompt ends here")] : []), ...(imageOf(at)?.start === at ? [element("span", { class: "end image" }, `image ${imageOf(at).number}`)] : []), span, ...(tokens[at].endsWith("↵") ? ["\n"] : []),
     ]);
     text.replaceChildren(...pieces);
+    listed.hidden = !images.length;
+    listed.replaceChildren(...images.map((image) => element("li", {}, element("i", {}, "▦"), ` image ${image.number}: tokens ${image.start} to ${image.stop - 1} (${image.stop - image.start} of ${tokens.length}), `, element("bdi", {}, image.file), `, ${image.width} × ${image.height} pixels`)));
     drawnPart = state.get("part");
   }
   const near = (steps, step) => steps.reduce((best, each, at) => (Math.abs(each - step) < Math.abs(steps[best] - step) ? at : best), 0);
@@ -63,7 +69,7 @@ kvscope.drawing("text", async (box, data, page) => {
   }
 
   const draw = kvscope.latest(async () => {
-    if (!part()) { said.textContent = "The text of this sequence is unknown: its trace was not found."; text.hidden = true; legend.replaceChildren(); life.replaceChildren(); return; }
+    if (!part()) { said.textContent = "The text of this sequence is unknown: its trace was not found."; text.hidden = listed.hidden = true; legend.replaceChildren(); life.replaceChildren(); return; }
     const usable = there();
     choice.fill(usable.map((name) => ({ value: name, text: COLOURINGS[name] })), state.get("shade"));
     if (drawnPart !== state.get("part")) build();
@@ -122,7 +128,7 @@ kvscope.drawing("text", async (box, data, page) => {
     event.preventDefault();
   });
   const choice = select("Shade by", [], null, (shade) => state.set({ shade }));
-  box.append(element("div", { class: "controls" }, choice.box, legend), said, text, life);
+  box.append(element("div", { class: "controls" }, choice.box, legend), said, listed, text, life);
   state.on(["run", "part", "step", "token", "shade", "layer", "head"], draw);
   await draw();
 });

@@ -24,7 +24,7 @@ ALL = 255  # a byte: the token is held by every head of every layer
     detail=True,
     help="Every token is shaded by the share of key/value heads, over all layers, that hold it after the step chosen "
     "in the bar; struck through means that no head does. Choose a token to see when each head of each layer "
-    "evicted it.",
+    "evicted it. The tokens of an image are shown as ▦, in an edge of their own colour.",
 )
 def text_view(source: ReportInput) -> JsonDict | None:
     """Return for each sequence the share of heads that hold each token at some steps, for as many runs as fit."""
