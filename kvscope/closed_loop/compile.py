@@ -40,7 +40,7 @@ from kvscope.model.derotation import derotations
 from kvscope.model.loading import load
 from kvscope.model.model_facts import named_heads
 from kvscope.model.obstacles import require_registry
-from kvscope.model.selfcheck import kv_head_counts, require_own_caches
+from kvscope.model.selfcheck import kv_head_counts, shared_caches
 from kvscope.policies.base import Policy
 from kvscope.trace.reader import Trace
 
@@ -72,14 +72,14 @@ def compile_closed_loop(
         require_registry(model)
         _require_positions(passages, runs)
         probe = passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
-        require_own_caches(model, probe)
+        shared = shared_caches(model, probe)
         layers = self_check(model, passages[0].text_ids, prefill)
         counts = kv_head_counts(model, probe)
         rotary = None
         if runs[0].positions == Positions.compacted:
             rotary = derotations(model, passages[0].ids[None, :1].to(model.get_input_embeddings().weight.device))
     return ClosedLoopJob(
-        model, passages, runs, metrics, prefill, layers, rotary, own_counts(counts[layer] for layer in layers)
+        model, passages, runs, metrics, prefill, layers, rotary, own_counts(counts[layer] for layer in layers), shared
     )
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kvscope.closed_loop.decoder import Decoder, exact_dtype
-from kvscope.closed_loop.forward import PassShape, RunBatch
 from kvscope.closed_loop.gates import require_gates
+from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.closed_loop.passage import Passage
 from kvscope.closed_loop.survey import surveyed_shares
 from kvscope.core.errors import ModelError, UsageError
@@ -28,7 +28,7 @@ from kvscope.engine.simulation import CacheSimulation
 from kvscope.engine.survey import Given
 from kvscope.model.derotation import Derotation, derotations
 from kvscope.model.image_check import forget_positions
-from kvscope.model.selfcheck import AttentionFacts, require_own_caches, self_check
+from kvscope.model.selfcheck import AttentionFacts, self_check
 from kvscope.model.short_cache import full_cache, short_cache
 from kvscope.trace.layer_records import LayerHeads
 
@@ -103,25 +103,27 @@ class DecodeJob:
     def execute(self) -> Decoded:
         """Decode and return the result; raises ReplayError if a policy evicted nothing although it had to."""
         kinds: dict[LayerHeads, list[int]] = {}
-        for layer in self.facts.windows:
+        for layer in self._owners:
             kinds.setdefault(self.facts.sizes[layer], []).append(layer)
         given = self._surveyed() if len(kinds) > 1 and self.plan.looks_across else {}
         simulations = [self._empty_simulation(own, layers, given) for own, layers in kinds.items()]
-        cache, layers = short_cache(self.model, list(self.facts.windows), self.rotary)
+        cache, layers = short_cache(self.model, self._owners, self.rotary)
         forget_positions(self.model)
-        decoder = Decoder(self.model, self.ids, simulations, cache, layers, self._beside)
+        decoder = Decoder(self.model, self.ids, simulations, cache, layers, self._beside, self.facts.shared)
         logits = decoder.run()
         leave: dict[int, Tensor] = {}
         for simulation in simulations:
             simulation.check()
             of_layers = zip(simulation.shape.layers, simulation.state.leave[0], strict=True)
             leave |= {layer: steps.expand(simulation.shape.kv_heads, -1) for layer, steps in of_layers}
-        return Decoded(logits, [leave[layer] for layer in self.facts.windows], decoder.held)
+        owners = [self.facts.shared.get(layer, layer) for layer in self.facts.windows]
+        return Decoded(logits, [leave[owner] for owner in owners], decoder.held)
 
     def _surveyed(self) -> Mapping[int, Given]:
         """Return the allocator of each layer where those that one simulation steps do not suffice to decide."""
-        layers = tuple(self.facts.windows)
-        text = PassShape(self.prompt, self.ids.shape[1], self.sequence, layers, self.prefill, self._kv_heads)
+        layers, length = tuple(self.facts.windows), self.ids.shape[1]
+        kv_heads = own_counts(self.facts.sizes[layer].kv_heads for layer in layers)
+        text = PassShape(self.prompt, length, self.sequence, layers, self.prefill, kv_heads, self.facts.shared)
         return surveyed_shares(self.model, self.ids[0], RunBatch(self.plan, [self.budget]), text, self._beside)
 
     @property
@@ -130,15 +132,16 @@ class DecodeJob:
         return {} if self.passage is None or self.prefill != Prefill.full else self.passage.beside(self.prompt)
 
     @property
-    def _kv_heads(self) -> tuple[int, ...]:
-        return own_counts(self.facts.sizes[layer].kv_heads for layer in self.facts.windows)
+    def _owners(self) -> list[int]:
+        """The layers that own a cache, in order: they decide."""
+        return [layer for layer in self.facts.windows if layer not in self.facts.shared]
 
     def _empty_simulation(self, own: LayerHeads, numbers: Sequence[int], given: Mapping[int, Given]) -> CacheSimulation:
-        """Return a simulation over layers with the same heads.
+        """Return a simulation over layers with the same heads, which own a cache.
 
         Its signals are zero until the decoder fills them in token by token.
         """
-        facts, length, order = self.facts, self.ids.shape[1], list(self.facts.windows)
+        facts, length, order = self.facts, self.ids.shape[1], self._owners
         layers, made = len(numbers), {"dtype": exact_dtype(self.model), "device": self.model.device}
         shape = Shape(
             layers=tuple(numbers),
@@ -151,7 +154,7 @@ class DecodeJob:
             n_layers=len(order),
             places=tuple(order.index(layer) for layer in numbers),
             chunks=tuple(facts.chunks.get(layer) for layer in numbers) if facts.chunks else (),
-            kv_heads_of=self._kv_heads,
+            kv_heads_of=own_counts(facts.sizes[layer].kv_heads for layer in order),
         )
         signals = {}
         for name in self.plan.needs - ROWS:
@@ -257,7 +260,6 @@ def require_decodable(plan: EvictionPlan) -> None:
 def attention_facts(model: CausalModel, ids: Tensor) -> AttentionFacts:
     """Return facts about the model's attention; raises ModelError if it has layers that cannot be decoded here."""
     facts = self_check(model, ids)
-    require_own_caches(model, ids)
     types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
     other = {types[layer] for layer in facts.windows if layer not in facts.chunks} - KINDS if types else set()
     if other:

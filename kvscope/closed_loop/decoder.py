@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from kvscope.closed_loop.gates import margins
+from kvscope.closed_loop.like_layers import LikeLayers
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, KeyValueCache
-from kvscope.engine.occupancy import EqualCaches
 from kvscope.engine.plan import GATE
 from kvscope.engine.signal_axes import VECTORS, time_axis
 from kvscope.engine.simulation import CacheSimulation
@@ -21,29 +20,6 @@ from kvscope.model.short_cache import HeldKeys, ShortLayer
 from kvscope.policies.base import Step
 
 BLOCK_BYTES = 128 * 2**20  # limit for the rows of the prompt that are computed at a time
-
-
-@dataclass
-class LikeLayers:
-    """Layers with the same heads, which one simulation decides for.
-
-    Attributes
-    ----------
-    simulation : CacheSimulation
-        Decides which keys leave.
-    groups : list of tuple
-        Layers with room for equally many keys: how full they are, what they hold, and their places in the simulation.
-    row : Tensor
-        Row of the current step, ``[L, H, t + 1]``.
-    """
-
-    simulation: CacheSimulation
-    groups: list[tuple[EqualCaches, HeldKeys, Tensor]] = field(default_factory=list)
-    row: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def place(self, layer: int) -> int:
-        """Return the place of a layer in the simulation."""
-        return self.simulation.shape.layers.index(layer)
 
 
 class Decoder:
@@ -65,11 +41,13 @@ class Decoder:
         cache: KeyValueCache,
         layers: Mapping[int, ShortLayer],
         beside: Mapping[str, Tensor],
+        shared: Mapping[int, int],
     ) -> None:
         self.model, self.ids, self.cache, self.layers = model, ids, cache, layers
         self.exact, self._beside = exact_dtype(model), beside
         self._parts = [LikeLayers(simulation) for simulation in simulations]
         self._part_of = {layer: part for part in self._parts for layer in part.simulation.shape.layers}
+        self._shared = shared  # layer that reads the cache of an earlier one -> that layer, whose rows decide
         self.held: list[int] = []
         self._inputs = simulations[0].inputs
         traits = self._inputs.plan.policy.traits
@@ -117,6 +95,8 @@ class Decoder:
 
     def _prefill(self, call: Call, kernel: Kernel) -> Tensor:
         """Store a layer's call for the whole prompt, and return the output of the model's own kernel."""
+        if call.layer in self._shared:
+            return kernel()
         self._record_signals(call)
         self._calls.append(call)
         return kernel()
@@ -169,19 +149,34 @@ class Decoder:
 
     def _attend(self, call: Call, kernel: Kernel) -> Tensor:
         """Return the attention output of one query over the keys in its layer's cache, and store its row."""
-        layer = self._record_signals(call)
-        group, place = self._group_of[call.layer]
+        owner = self._shared.get(call.layer, call.layer)
+        layer = self._record_signals(call) if owner == call.layer else self._owner_of(call, owner)
+        group, place = self._group_of[owner]
         positions, there = group.positions[place], group.there[place]  # [G, n]
-        part = self._part_of[call.layer]
-        query = _by_kv_head(part, call.query[0, :, 0])  # [G, Q, D]
+        part = self._part_of[owner]
+        query = part.by_kv_head(call.query[0, :, 0])  # [G, Q, D]
         if layer.rotary is not None:
             query = _at_cache_position(layer, query, there.sum(-1) - 1)
         row = weights(call, query, call.key[0], ~there[:, None])  # [G, Q, n]
-        # padding adds nothing to the weight of the first key
-        index = positions.clamp(min=0)[:, None].expand(row.shape)
-        _by_kv_head(part, part.row[part.place(call.layer)]).scatter_add_(-1, index, row)
+        if owner == call.layer:
+            # padding adds nothing to the weight of the first key
+            index = positions.clamp(min=0)[:, None].expand(row.shape)
+            part.by_kv_head(part.row[part.place(owner)]).scatter_add_(-1, index, row)
         values = call.value[0].to(self.exact).masked_fill(~there[..., None], 0)
         return (row @ values).flatten(0, 1)[None, None].to(call.query.dtype)  # [1, 1, H, D]
+
+    def _owner_of(self, call: Call, owner: int) -> ShortLayer:
+        """Return the cache that a layer reads and another owns; raises ModelError if it attends to something else."""
+        layer = self.layers[owner]
+        if call.key.shape[2] != layer.longest() or call.key.shape[1] != self._part_of[owner].simulation.shape.kv_heads:
+            raise self._attends_elsewhere(call)
+        return layer
+
+    def _attends_elsewhere(self, call: Call) -> ModelError:
+        return ModelError(
+            f"layer {call.layer} of {type(self.model).__name__} does not attend to the keys and values it caches",
+            "Replay its trace in the open loop: kvscope replay without --perplexity.",
+        )
 
     def _record_signals(self, call: Call) -> ShortLayer:
         """Write the signals of a call's new tokens to the simulation, and return the cache of the layer."""
@@ -192,10 +187,7 @@ class Decoder:
         latent = bool(layer.newest) and layer.newest[0].shape[1] == 1 < size[1]
         came = (call.key[:, :, -queries:], call.value[:, :, -queries:]) if latent else layer.newest
         if not came or any(part.shape[:3] != size for part in came) or keys != layer.longest():
-            raise ModelError(
-                f"layer {call.layer} of {type(self.model).__name__} does not attend to the keys and values it caches",
-                "Replay its trace in the open loop: kvscope replay without --perplexity.",
-            )
+            raise self._attends_elsewhere(call)
         key, value = (part[0].to(self.exact) for part in came)
         if self._inputs.plan.gates and call.hidden is not None:
             self._hidden.setdefault(call.layer, []).append(call.hidden)
@@ -231,11 +223,6 @@ def _complete(simulation: CacheSimulation, step: Step, row: Tensor) -> None:
     if simulation.inputs.missing_mass is not None:
         simulation.inputs.missing_mass[..., step.t] = (1 - row.sum(-1)).clamp(min=0)
     simulation.attend(step, row)
-
-
-def _by_kv_head(part: LikeLayers, values: Tensor) -> Tensor:
-    """Return a view ``[G, Q, .]`` of ``[H, .]``."""
-    return values.view(part.simulation.shape.kv_heads, -1, values.shape[-1])
 
 
 def exact_dtype(model: CausalModel) -> torch.dtype:

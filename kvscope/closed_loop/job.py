@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvscope.closed_loop.forward import ClosedLoop, PassShape, RunBatch, logits_of
+from kvscope.closed_loop.forward import ClosedLoop, logits_of
 from kvscope.closed_loop.losses import compare_logits
+from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.closed_loop.passage import Passage, scored_tokens
 from kvscope.closed_loop.survey import surveyed
 from kvscope.core.errors import ModelError, ReplayError
@@ -65,6 +66,8 @@ class ClosedLoopJob:
         Rotation of each layer with attention if positions are compacted.
     kv_heads_of : tuple of int
         ``G`` of each of `layers`, where layers differ; otherwise empty.
+    shared : mapping of int to int
+        For each layer that reads the cache of an earlier one, that layer, whose rows decide.
     """
 
     model: CausalModel
@@ -75,6 +78,7 @@ class ClosedLoopJob:
     layers: list[int]
     rotary: Mapping[int, Derotation] | None = None
     kv_heads_of: tuple[int, ...] = ()
+    shared: Mapping[int, int] = field(default_factory=dict)
 
     @torch.inference_mode()
     def execute(self, sink: TokenSink, progress_callback: Callable[[float], None] | None = None) -> Tally:
@@ -166,8 +170,15 @@ class ForwardPass:
         self.job, self.passage = job, passage
         sequence = passage.sequence
         self.scored = scored_tokens(passage, job.prefill)
-        layers, kv_heads = tuple(job.layers), job.kv_heads_of
-        self.text = PassShape(sequence.prompt, sequence.length, sequence.index, layers, job.prefill, kv_heads)
+        self.text = PassShape(
+            sequence.prompt,
+            sequence.length,
+            sequence.index,
+            tuple(job.layers),
+            job.prefill,
+            job.kv_heads_of,
+            job.shared,
+        )
         self.ids = passage.ids.to(job.model.get_input_embeddings().weight.device)
         self.runs = by_plan(runs)  # by batch
         self.results = [PassResult(run.number) for run in runs]
@@ -221,6 +232,7 @@ class ForwardPass:
         values = {name: value.cpu().numpy() for name, value in series.values().items()} if self.job.metrics else {}
         start = sum(map(len, self.runs[:number]))
         for place, result in enumerate(self.results[start : start + len(self.runs[number])]):
-            result.counts.add_budget(result.run, simulation, place)
+            if simulation.shape.layers == (layer,):  # a cache that several layers read is counted once
+                result.counts.add_budget(result.run, simulation, place)
             run_values = {name: value[place, 0] for name, value in values.items()}
             result.layers.append(LayerResult(layer, simulation.residency(place, 0), steps, run_values))

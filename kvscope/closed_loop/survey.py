@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from kvscope.closed_loop.forward import PassShape, RunBatch, logits_of, require_whole, rows_of, simulation_of
+from kvscope.closed_loop.forward import logits_of, require_whole, rows_of, simulation_of
+from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.model_types import CausalModel
 from kvscope.engine.allocation import ALLOCATORS, AllocationRequest
@@ -38,7 +39,8 @@ def surveyed_shares(
 
     def answer(call: Call, kernel: Kernel) -> Tensor:
         require_whole(call, prompt)
-        requests[call.layer] = _request_of(rows_of(call, 0, 1), batch, prompt)
+        if call.layer in prompt.deciding(batch.plan):
+            requests[call.layer] = _request_of(rows_of(call, 0, 1), batch, prompt)
         return kernel()
 
     with replace_attention(model, answer):

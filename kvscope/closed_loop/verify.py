@@ -168,8 +168,10 @@ class VerifyJob:
         keys = run.keys(sequence, job.prefill)
         real = self._decoded(passage, run)
         by_layer = {result.layer: result.intervals.eviction_steps for result in forward.results[0].layers}
-        simulated = np.concatenate([by_layer[layer] for layer in sorted(by_layer)])  # [sum of G, times T]
-        decoded = np.concatenate([leave.reshape(-1).cpu().numpy() for leave in real.leave])
+        owners = [layer for layer in sorted(by_layer) if layer not in job.shared]  # a shared cache counts once
+        simulated = np.concatenate([by_layer[layer] for layer in owners])  # [sum of G, times T]
+        kept = dict(zip(sorted(by_layer), real.leave, strict=True))
+        decoded = np.concatenate([kept[layer].reshape(-1).cpu().numpy() for layer in owners])
         different = simulated != decoded
         first = int(np.minimum(simulated, decoded)[different].min()) if different.any() else None
         start = sequence.prompt - 1 if job.prefill == "full" else 0

@@ -16,6 +16,7 @@ from kvscope.metrics import METRICS, Metric
 from kvscope.metrics.base import RECORDED
 from kvscope.trace.derive import Floats
 from kvscope.trace.reader import Trace
+from kvscope.trace.shared_caches import caches_of
 from kvscope.trace.signals import remedy
 
 ROWS = frozenset({"weights", "full_weights", "schedule"})  # computed from the rows, which every trace has
@@ -105,6 +106,13 @@ def _require_recorded(trace: Trace, plan: EvictionPlan) -> None:
         raise TraceError(
             f"{trace.path} holds every {header.query_stride}th row of attention, and policies need all of them",
             "Record it again without --query-stride to replay it.",
+        )
+    absent = caches_of(header).keys() - set(header.layers)
+    if absent:
+        every = ",".join(map(str, sorted({*header.layers, *absent})))
+        raise TraceError(
+            f"{trace.path} lacks layers {', '.join(map(str, sorted(absent)))}: others read their caches, they decide",
+            f"Record it again with --layers {every}",
         )
     across = plan.looks_across or ALLOCATORS.get(plan.allocate).spans == "heads"
     if header.head_numbers and (across or (plan.policy.traits.scope == "layer" and plan.needs & ROWS)):

@@ -17,7 +17,7 @@ from kvscope.model.attention_hook import Call, observe_attention
 PROBES = (3, 8)  # positions at which the rotation of one token is compared
 TOLERANCE = 64  # allowed difference, in units of the dtype's eps
 
-Apply = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Apply = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 
 class Derotation:
@@ -36,6 +36,7 @@ class Derotation:
     """
 
     def __init__(self, angles: nn.Module, apply: Apply, layer_type: str | None, dtype: torch.dtype) -> None:
+        self._single = list(inspect.signature(apply).parameters)[1] == "cos"  # of queries or keys, not of both at once
         self._angles, self._apply, self._layer_type, self._dtype = angles, apply, layer_type, dtype
 
     def on(self, states: Tensor, positions: Tensor) -> Tensor:
@@ -54,7 +55,9 @@ class Derotation:
 
     def _rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         states = states.to(torch.float64)
-        return self._apply(states, states, cos, sin)[0]
+        given = (states, cos, sin) if self._single else (states, states, cos, sin)
+        rotated = self._apply(*given)
+        return rotated if isinstance(rotated, Tensor) else rotated[0]
 
     def _cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         like = torch.empty(0, dtype=self._dtype, device=positions.device)

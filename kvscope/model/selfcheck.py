@@ -163,21 +163,15 @@ def kv_head_counts(model: CausalModel, ids: Tensor) -> dict[int, int]:
     return counts
 
 
-def require_own_caches(model: CausalModel, ids: Tensor) -> None:
-    """Raise ModelError if layers share a cache: run layer by layer, each would decide alone what is evicted from it.
+def shared_caches(model: CausalModel, ids: Tensor) -> dict[int, int]:
+    """Return, for each layer that caches nothing but reads the keys and values of an earlier one, that layer.
 
     `ids` are the tokens of a text, ``[1, n]``.
     """
     calls: list[Call] = []
     with observe_attention(model, calls.append):
         model(input_ids=ids[:, :PROBE], use_cache=False)
-    shared = _shared(calls)
-    if shared:
-        raise ModelError(
-            f"layers {', '.join(map(str, shared))} of {type(model).__name__} read the cache of layers "
-            f"{', '.join(map(str, sorted(set(shared.values()))))}, and one decision cannot hold for all that read it",
-            "Replay its trace in the open loop: kvscope replay without --perplexity.",
-        )
+    return _shared(calls)
 
 
 def _shared(calls: list[Call]) -> dict[int, int]:

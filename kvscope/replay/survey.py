@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvscope.core.options import Prefill
 from kvscope.engine.allocation import ALLOCATORS, AllocationRequest, Allocator
-from kvscope.engine.layers import RecordedLayers, head_groups
+from kvscope.engine.layers import RecordedLayers, cache_groups, owners_first
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Block
 from kvscope.engine.signals import ROWS
@@ -48,7 +48,7 @@ class Survey:
         self, plan: EvictionPlan, keys: Sequence[int], sequence: TokenSequence, layers: Sequence[int]
     ) -> Allocator | None:
         """Return the allocator of some layers; None where the plan's own decides from what it observes in these."""
-        groups = head_groups(self.trace)
+        groups = cache_groups(self.trace)
         if not plan.looks_across or len(groups) == 1:
             return None
         key = (plan, tuple(keys), sequence.index)
@@ -58,12 +58,19 @@ class Survey:
         return Given(torch.cat([self._found[key][layer] for layer in layers], 1))
 
     def _shares(
-        self, plan: EvictionPlan, keys: Sequence[int], sequence: TokenSequence, groups: Sequence[Sequence[int]]
+        self,
+        plan: EvictionPlan,
+        keys: Sequence[int],
+        sequence: TokenSequence,
+        groups: Sequence[Sequence[Sequence[int]]],
     ) -> dict[int, Tensor]:
         """Return the keys of each layer and head, int64 ``[R, 1, S]`` by layer."""
-        own = ALLOCATORS.get(plan.allocate)
-        requests = [self._request(plan, keys, sequence, layers, own()) for layers in groups]
-        found = zip(groups, shares(own(), requests), strict=True)
+        own, reads = ALLOCATORS.get(plan.allocate), plan.policy.traits.reads
+        deciding = [
+            owners_first(self.trace, caches if reads else [[readers[0]] for readers in caches]) for caches in groups
+        ]
+        requests = [self._request(plan, keys, sequence, layers, own()) for layers in deciding]
+        found = zip(deciding, shares(own(), requests), strict=True)
         return {layer: share[:, place : place + 1] for of, share in found for place, layer in enumerate(of)}
 
     def _request(
@@ -80,7 +87,7 @@ class Survey:
         simulation = CacheSimulation(
             plan,
             keys,
-            source.shape,
+            source.shape if plan.policy.traits.reads else source.caches,
             self.prefill,
             signals,
             missing_mass=source.missing,
