@@ -28,8 +28,9 @@ from kvscope.core.residency import ResidencyIntervals
 from kvscope.report.page import page_data, report, report_input
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
+from kvscope.trace.layer_records import LayerAttention
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.record import LayerAttention, ModelRecord, PromptRecord, SequenceRecord, TraceHeader
+from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
 from kvscope.trace.schema import STORES
 from kvscope.trace.writer import TraceWriter
 

@@ -11,8 +11,8 @@ import numpy as np
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.results.store import Replay, open_replay
 from kvscope.results.writer import ReplayWriter
+from kvscope.trace.layer_records import LayerAttention
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.record import LayerAttention
 from kvscope.trace.schema import STORES, TOPK
 from kvscope.trace.stretches import stretches
 from kvscope.trace.writer import TraceWriter

@@ -82,7 +82,7 @@ def regrets(
         if progress is not None:
             progress((number + 1) / len(parts))
     tokens = {of.index: TokenKinds(trace.tokens(of.index)["text"].tolist()) for of in trace.sequences}
-    rows_of_run = len(trace.layers) * trace.kv_heads * _scored_steps(replay, trace)
+    rows_of_run = sum(trace.heads_of(layer).kv_heads for layer in trace.layers) * _scored_steps(replay, trace)
     return {
         "kind": "kvscope-regret",
         "schema": 1,
@@ -113,7 +113,8 @@ def _scored_steps(replay: Replay, trace: Trace) -> int:
 def blocks(trace: Trace, sequence: int, layer: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield the first step and the rows of the key/value heads, the mean over their query heads, ``[G, b, n]``."""
     length = trace.sequences[sequence].length
-    size = max(1, BLOCK_BYTES // (4 * trace.heads * length))
+    own = trace.heads_of(layer)
+    size = max(1, BLOCK_BYTES // (4 * own.heads * length))
     for start in range(0, length, size):
         rows = trace.attention(sequence, layer, start, min(start + size, length))  # [H, b, n]
-        yield start, rows.reshape(trace.kv_heads, -1, *rows.shape[1:]).mean(axis=1)
+        yield start, rows.reshape(own.kv_heads, -1, *rows.shape[1:]).mean(axis=1)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvscope.cli.console import Column
     from kvscope.model.known_types import TypeRecord
     from kvscope.model.model_facts import ModelFacts
+    from kvscope.trace.layer_records import LayerHeads
 
 
 @command("models", order=145)
@@ -96,8 +97,15 @@ def _of_type(row: TypeRecord) -> list[tuple[str, str]]:
     ]
 
 
+def _heads_of(facts: ModelFacts) -> LayerHeads:
+    from kvscope.trace.layer_records import LayerHeads
+
+    return LayerHeads(facts.heads, facts.kv_heads, facts.head_dim)
+
+
 def _of_model(facts: ModelFacts) -> list[tuple[str, str]]:
     from kvscope.core.output import size
+    from kvscope.trace.layer_records import heads_text
 
     others = facts.layers - facts.attention_layers
     return [
@@ -105,7 +113,7 @@ def _of_model(facts: ModelFacts) -> list[tuple[str, str]]:
         ("type", facts.type.name),
         *_of_type(facts.type),
         ("layers", f"{facts.layers}" + (f", {others} of them without a cache to evict" if others else "")),
-        ("heads", f"{facts.heads} query heads, {facts.kv_heads} key/value heads of size {facts.head_dim}"),
+        ("heads", heads_text(dict(enumerate(facts.layer_heads)) or {0: _heads_of(facts)})),
         ("cache", f"{size(facts.cache_bytes)} per token in 16 bit"),
         ("trace size", f"about {size(facts.trace_bytes)} for 1,000 tokens with --store maps"),
     ]

@@ -35,6 +35,16 @@ Answer = Annotated[
         show_default=False,
     ),
 ]
+Image = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image",
+        metavar="PATH",
+        help="An image of the prompt, of which there is one: a file, or an address such as https://... Repeatable, in "
+        "the order of the placeholders in the text.",
+        show_default=False,
+    ),
+]
 Continuation = Annotated[
     Path | None,
     typer.Option("--continuation", metavar="FILE", help="Force this text after the prompt instead of generating."),

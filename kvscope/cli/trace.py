@@ -10,7 +10,7 @@ import typer
 from kvscope.cli import options, prompt_options
 from kvscope.cli.command import command
 from kvscope.core.options import ModelSource, OutputOptions
-from kvscope.core.recording_options import BlockOptions, Sampling, StoreOptions, TextOptions
+from kvscope.core.recording_options import BlockOptions, ImageOptions, Sampling, StoreOptions, TextOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,6 +31,7 @@ def trace(
     max_new_tokens: options.MaxNewTokens = 128,
     continuation: prompt_options.Continuation = None,
     answer: prompt_options.Answer = None,
+    image: prompt_options.Image = None,
     layers: options.Layers = None,
     heads: options.Heads = None,
     query_stride: options.QueryStride = 1,
@@ -62,9 +63,8 @@ def trace(
     The estimated size is printed, and checked against free disk space, before it starts.
     """
     from kvscope.cli import console
-    from kvscope.cli.places import TRACES, place
 
-    path, templated = place(TRACES, output, _name(prompts, model), force=force), _chat_options(chat_option)
+    path, templated = _place(output, prompts, model, force), _chat_options(chat_option)
     with console.working("loading transformers", quiet=quiet):
         from kvscope.model.compile import compile_recording
 
@@ -73,7 +73,9 @@ def trace(
             ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize),
             prompts,
             OutputOptions(path, force, options.command_line(ctx)),
-            text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, templated, tuple(answer or ())),
+            text=TextOptions(
+                continuation, chat, max_new_tokens, seed, field, system, templated, *_given(answer, image)
+            ),
             store=StoreOptions(store, *_selected(layers, heads), query_stride, hidden),
             sampling=Sampling(do_sample, temperature, top_p, top_k),
             blocks=BlockOptions(query_block, prefill_chunk),
@@ -115,6 +117,12 @@ def progress_callback(update: Update) -> Callable[[Progress], None]:
     return lambda now: update(now.done, size(now.bytes), now.total)
 
 
+def _place(output: str | None, prompts: Sequence[Path], model: str, force: bool) -> Path:
+    from kvscope.cli.places import TRACES, place
+
+    return place(TRACES, output, _name(prompts, model), force=force)
+
+
 def _name(prompts: Sequence[Path], model: str) -> str:
     """Return a name of prompts and model: ``prompt-demo``, ``a+3-more-Llama-2-7b-hf``."""
     from kvscope.cli.places import joined
@@ -122,6 +130,13 @@ def _name(prompts: Sequence[Path], model: str) -> str:
 
     stems = joined([text_name(path) for path in prompts], most=1)
     return f"{stems}-{model.rstrip('/').rpartition('/')[2]}"
+
+
+def _given(answers: list[str] | None, images: list[str] | None) -> tuple[tuple[str, ...], ImageOptions]:
+    """Return what is given beside a single prompt: right answers and images."""
+    from kvscope.sharing.remote import read_address
+
+    return tuple(answers or ()), ImageOptions(tuple(images or ()), read_address)
 
 
 def _chat_options(given: Sequence[str] | None) -> dict[str, Json]:

@@ -58,6 +58,19 @@ class Compacted:
             outputs.append(output.flatten(1, 2))  # [R, H, D]
         return torch.stack(outputs, 1)
 
+    def follow(self, simulation: CacheSimulation, start: int, stop: int) -> Tensor:
+        """Return the output of queries `start` to `stop` - 1, ``[R, b, H, D]``, over what a finished simulation holds.
+
+        The cache is another layer's, which has decided which keys it holds.
+        """
+        outputs = []
+        for t in range(start, stop):
+            visible = simulation.visible(t, t + 1)[:, 0, :, 0]  # [R, G, n]
+            count = visible.sum(-1)
+            most = int(count.max()) if devices.on_cpu(count.device) else t + 1
+            outputs.append(self._live(t, visible, count, most)[1].flatten(1, 2))
+        return torch.stack(outputs, 1)
+
     def _whole(self, t: int, row: Tensor) -> Tensor:
         """Return the output of the full row of query `t`, ``[R, G, Q, D]``: without evictions no position changes."""
         grouped = row.reshape(row.shape[0], self.key.shape[1], -1, t + 1)
@@ -66,7 +79,8 @@ class Compacted:
     def _shortened(self, simulation: CacheSimulation, step: Step, row: Tensor) -> tuple[Tensor, Tensor]:
         """Return the live row of a step and its output; the full row if nothing has been evicted in any run."""
         visible = step.visible[:, 0].expand(-1, self.key.shape[1], -1)  # [R, G, n]
-        live, of_live = self._live(step, visible)
+        count = visible.sum(-1)  # [R, G]
+        live, of_live = self._live(step.t, visible, count, most_keys(step, count))
         lost = (1 - live.sum(-1)).clamp(min=0)
         missing = simulation.inputs.missing_mass
         if not simulation.plan.policy.traits.bounded:  # only the device can tell whether it evicts
@@ -78,15 +92,16 @@ class Compacted:
             missing[:, 0, :, step.t] = lost
         return live, of_live
 
-    def _live(self, step: Step, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the live row ``[R, H, n]`` of a query over its visible keys, and its output ``[R, G, Q, D]``."""
+    def _live(self, t: int, visible: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Return the live row ``[R, H, n]`` of a query over its visible keys, and its output ``[R, G, Q, D]``.
+
+        `count` are the visible keys of each head, ``[R, G]``, and `most` is at least the largest of them.
+        """
         runs, _, n = visible.shape
-        count = visible.sum(-1)  # [R, G]
-        most = most_keys(step, count)
         index = _visible_keys(visible, most)[..., None]  # [R, G, m, 1]
         compacted = torch.arange(most, device=index.device)
         keys = self.rotary.on(self.key.gather(2, index.expand(-1, -1, -1, self.key.shape[-1])), compacted)
-        query = self._newest(step.t, count - 1)
+        query = self._newest(t, count - 1)
         logits = query @ keys.to(query.dtype).transpose(2, 3) * self.call.scaling  # [R, G, Q, m]
         if self.call.softcap is not None:
             logits = (logits / self.call.softcap).tanh() * self.call.softcap

@@ -32,13 +32,15 @@ from kvscope.core.options import (
 from kvscope.core.text_files import read_text, require_one_input
 from kvscope.engine.feasible import Workload, make_plan, named_policies, require_feasible
 from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.rows import own_counts
 from kvscope.engine.runs import RunSpec, Tally, runs_of
 from kvscope.kernels.device import torch_device
 from kvscope.metrics import METRICS, Metric
 from kvscope.model.derotation import derotations
 from kvscope.model.loading import load
+from kvscope.model.model_facts import named_heads
 from kvscope.model.obstacles import require_registry
-from kvscope.model.selfcheck import require_own_caches
+from kvscope.model.selfcheck import kv_head_counts, shared_caches
 from kvscope.policies.base import Policy
 from kvscope.trace.reader import Trace
 
@@ -68,12 +70,17 @@ def compile_closed_loop(
         require_gates(plan, model)
     with torch.inference_mode():
         require_registry(model)
-        require_own_caches(model, passages[0].ids[None].to(model.get_input_embeddings().weight.device))
-        layers = self_check(model, passages[0].ids, prefill)
+        _require_positions(passages, runs)
+        probe = passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
+        shared = shared_caches(model, probe)
+        layers = self_check(model, passages[0].text_ids, prefill)
+        counts = kv_head_counts(model, probe)
         rotary = None
         if runs[0].positions == Positions.compacted:
             rotary = derotations(model, passages[0].ids[None, :1].to(model.get_input_embeddings().weight.device))
-    return ClosedLoopJob(model, passages, runs, metrics, prefill, layers, rotary)
+    return ClosedLoopJob(
+        model, passages, runs, metrics, prefill, layers, rotary, own_counts(counts[layer] for layer in layers), shared
+    )
 
 
 def compile_trace_loop(
@@ -134,7 +141,8 @@ def compile_perplexity(
     prefill = Prefill.stream if options.prompt == 1 else Prefill.full
     source_ref = describe_texts(loaded, texts, read)
     layers = source_ref.layers
-    workload = Workload([passage.sequence for passage in passages], prefill, layers, source_ref.kv_heads, len(layers))
+    kv_heads = tuple(source_ref.heads_of(layer).kv_heads for layer in layers)
+    workload = Workload([passage.sequence for passage in passages], prefill, layers, kv_heads, len(layers))
     for plan in plans:
         require_feasible(plan, limits, workload)
     runs = runs_of(plans, limits, Loop.closed, options.positions)
@@ -161,7 +169,8 @@ def compile_verify(
     plans = [make_plan(policy, options.plan) for policy in named_policies(policies, options.plan.params)]
     limits, chosen = parse_budgets(budgets), trace.sequences[: options.sequences]
     cut = [shortened(sequence, options.tokens, options.prefill) for sequence in chosen]
-    workload = Workload(cut, options.prefill, tuple(trace.layers), trace.kv_heads, trace.header.n_layers)
+    kv_heads = tuple(trace.heads_of(layer).kv_heads for layer in trace.layers)
+    workload = Workload(cut, options.prefill, tuple(trace.layers), kv_heads, trace.header.n_layers)
     for plan in plans:
         require_closed(plan, closed.positions)
         require_decodable(plan)
@@ -169,13 +178,14 @@ def compile_verify(
     loaded = load_model_of(trace, closed, str(torch_device(options.device)))
     whole = passages_of(trace, loaded)
     passages = [
-        Passage(part, text.ids[: part.length], prefix=text.prefix)
+        Passage(part, text.ids[: part.length], prefix=text.prefix, images=text.images)
         for part, text in zip(cut, whole[: len(cut)], strict=True)
     ]
+    _require_decodable_images(passages, options.prefill)
     runs = runs_of(plans, limits, Loop.closed, closed.positions)
     job = compile_closed_loop(loaded.model, passages, runs, [], options.prefill)
     with torch.inference_mode():
-        facts = attention_facts(loaded.model, passages[0].ids[None].to(loaded.device))
+        facts = attention_facts(loaded.model, passages[0].text_ids[None].to(loaded.device))
     return VerifyJob(job, facts)
 
 
@@ -199,14 +209,32 @@ def evaluate(
         As `compile_closed_loop` and `ClosedLoopJob.execute`.
     """
     config = model.config.get_text_config(decoder=True)
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     layers = tuple(range(config.num_hidden_layers))
+    kv_heads = tuple(own.kv_heads for own in named_heads(config))
     workload = Workload([passage.sequence for passage in passages], prefill, layers, kv_heads, len(layers))
     for plan in _plans_of(runs):
         plan_runs = [run for run in runs if run.plan == plan]
         require_closed(plan, plan_runs[0].positions)
         require_feasible(plan, [run.budget for run in plan_runs if run.budget is not None], workload)
     return compile_closed_loop(model, passages, runs, metrics, prefill).execute(sink, progress)
+
+
+def _require_positions(passages: Sequence[Passage], runs: Sequence[RunSpec]) -> None:
+    """Raise UsageError if positions are to be compacted in a text with images: theirs may have several numbers."""
+    if any(passage.images for passage in passages) and runs[0].positions == Positions.compacted:
+        raise UsageError(
+            "positions cannot be compacted in prompts with images, whose positions may have two dimensions",
+            "Use the original positions: --positions original.",
+        )
+
+
+def _require_decodable_images(passages: Sequence[Passage], prefill: Prefill) -> None:
+    """Raise UsageError if a prompt with images is to be decoded token by token."""
+    if prefill is Prefill.stream and any(passage.images for passage in passages):
+        raise UsageError(
+            "a prompt with images cannot be decoded token by token: a model reads an image in one pass",
+            "Use --prefill full, or a trace of prompts without images.",
+        )
 
 
 def _plans_of(runs: Sequence[RunSpec]) -> list[EvictionPlan]:

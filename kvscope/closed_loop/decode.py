@@ -6,7 +6,7 @@ model computed at that step from the shortened cache. The decisions are made by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,17 +14,23 @@ from torch import Tensor
 
 from kvscope.closed_loop.decoder import Decoder, exact_dtype
 from kvscope.closed_loop.gates import require_gates
+from kvscope.closed_loop.pass_shape import PassShape, RunBatch
+from kvscope.closed_loop.passage import Passage
+from kvscope.closed_loop.survey import surveyed_shares
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Positions, Prefill, choice
 from kvscope.engine.plan import GATE, EvictionPlan, require_room
-from kvscope.engine.rows import Shape
+from kvscope.engine.rows import Shape, own_counts
 from kvscope.engine.signal_axes import VECTORS, time_axis
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
+from kvscope.engine.survey import Given
 from kvscope.model.derotation import Derotation, derotations
-from kvscope.model.selfcheck import AttentionFacts, require_own_caches, self_check
+from kvscope.model.image_check import forget_positions
+from kvscope.model.selfcheck import AttentionFacts, self_check
 from kvscope.model.short_cache import full_cache, short_cache
+from kvscope.trace.layer_records import LayerHeads
 
 SIGNALS = frozenset({*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2"})
 # Layer types in which all keys, or a window of them, are visible to the attention of the layer;
@@ -78,6 +84,8 @@ class DecodeJob:
     rotary : mapping of int to Derotation, or None
         Rotation of each layer with attention if positions are compacted: the keys in the cache have rotary positions 0
         to n - 1, oldest first, and the query n - 1. A policy still sees keys and queries at their original positions.
+    passage : Passage or None
+        The text, where its prompt has images; with full prefill the model reads them with the prompt.
     """
 
     model: CausalModel
@@ -89,41 +97,83 @@ class DecodeJob:
     sequence: int
     facts: AttentionFacts
     rotary: Mapping[int, Derotation] | None = None
+    passage: Passage | None = None
 
     @torch.no_grad()
     def execute(self) -> Decoded:
         """Decode and return the result; raises ReplayError if a policy evicted nothing although it had to."""
-        simulation = self._empty_simulation()
-        cache, layers = short_cache(self.model, list(self.facts.windows), self.rotary)
-        decoder = Decoder(self.model, self.ids, simulation, cache, layers)
+        kinds: dict[LayerHeads, list[int]] = {}
+        for layer in self._owners:
+            kinds.setdefault(self.facts.sizes[layer], []).append(layer)
+        given = self._surveyed() if len(kinds) > 1 and self.plan.looks_across else {}
+        simulations = [self._empty_simulation(own, layers, given) for own, layers in kinds.items()]
+        cache, layers = short_cache(self.model, self._owners, self.rotary)
+        forget_positions(self.model)
+        decoder = Decoder(self.model, self.ids, simulations, cache, layers, self._beside, self.facts.shared)
         logits = decoder.run()
-        simulation.check()
-        leave = [layer.expand(self.facts.kv_heads, -1) for layer in simulation.state.leave[0]]
-        return Decoded(logits, leave, decoder.held)
+        leave: dict[int, Tensor] = {}
+        for simulation in simulations:
+            simulation.check()
+            of_layers = zip(simulation.shape.layers, simulation.state.leave[0], strict=True)
+            leave |= {layer: steps.expand(simulation.shape.kv_heads, -1) for layer, steps in of_layers}
+        owners = [self.facts.shared.get(layer, layer) for layer in self.facts.windows]
+        return Decoded(logits, [leave[owner] for owner in owners], decoder.held)
 
-    def _empty_simulation(self) -> CacheSimulation:
-        """Return a simulation over all layers; its signals are zero until the decoder fills them in token by token."""
-        facts, length = self.facts, self.ids.shape[1]
-        layers, made = len(facts.windows), {"dtype": exact_dtype(self.model), "device": self.model.device}
+    def _surveyed(self) -> Mapping[int, Given]:
+        """Return the allocator of each layer where those that one simulation steps do not suffice to decide."""
+        layers, length = tuple(self.facts.windows), self.ids.shape[1]
+        kv_heads = own_counts(self.facts.sizes[layer].kv_heads for layer in layers)
+        text = PassShape(self.prompt, length, self.sequence, layers, self.prefill, kv_heads, self.facts.shared)
+        return surveyed_shares(self.model, self.ids[0], RunBatch(self.plan, [self.budget]), text, self._beside)
+
+    @property
+    def _beside(self) -> Mapping[str, Tensor]:
+        """What the model reads of the images of the prompt, with a prompt that goes through in one pass."""
+        return {} if self.passage is None or self.prefill != Prefill.full else self.passage.beside(self.prompt)
+
+    @property
+    def _owners(self) -> list[int]:
+        """The layers that own a cache, in order: they decide."""
+        return [layer for layer in self.facts.windows if layer not in self.facts.shared]
+
+    def _empty_simulation(self, own: LayerHeads, numbers: Sequence[int], given: Mapping[int, Given]) -> CacheSimulation:
+        """Return a simulation over layers with the same heads, which own a cache.
+
+        Its signals are zero until the decoder fills them in token by token.
+        """
+        facts, length, order = self.facts, self.ids.shape[1], self._owners
+        layers, made = len(numbers), {"dtype": exact_dtype(self.model), "device": self.model.device}
         shape = Shape(
-            layers=tuple(facts.windows),
-            heads=facts.heads,
-            kv_heads=facts.kv_heads,
+            layers=tuple(numbers),
+            heads=own.heads,
+            kv_heads=own.kv_heads,
             prompt=self.prompt,
             length=length,
             sequence=self.sequence,
-            windows=tuple(facts.windows.values()),
-            places=tuple(range(layers)),
-            chunks=tuple(facts.chunks.get(layer) for layer in facts.windows) if facts.chunks else (),
+            windows=tuple(facts.windows[layer] for layer in numbers),
+            n_layers=len(order),
+            places=tuple(order.index(layer) for layer in numbers),
+            chunks=tuple(facts.chunks.get(layer) for layer in numbers) if facts.chunks else (),
+            kv_heads_of=own_counts(facts.sizes[layer].kv_heads for layer in order),
         )
         signals = {}
         for name in self.plan.needs - ROWS:
-            heads = {"queries": (facts.heads,), "mean_query": ()}.get(name, (facts.kv_heads,))
-            dim = facts.value_dim if name == "values" else facts.head_dim
+            heads = {"queries": (own.heads,), "mean_query": ()}.get(name, (own.kv_heads,))
+            dim = own.value_size if name == "values" else own.head_dim
             size = (dim,) if time_axis(name) == -2 else ()
             signals[name] = torch.zeros(layers, *heads, length, *size, **made)
-        missing = torch.zeros(layers, facts.heads, length, **made) if facts.learned_sinks else None
-        return CacheSimulation(self.plan, [self.budget], shape, self.prefill, signals, missing_mass=missing, **made)
+        missing = torch.zeros(layers, own.heads, length, **made) if facts.learned_sinks else None
+        together = Given.joined([given[layer] for layer in numbers]) if given else None
+        return CacheSimulation(
+            self.plan,
+            [self.budget],
+            shape,
+            self.prefill,
+            signals,
+            missing_mass=missing,
+            allocator=together,
+            **made,
+        )
 
 
 def decode(
@@ -175,17 +225,19 @@ def decode(
 
 
 @torch.no_grad()
-def decoded_alone(model: CausalModel, ids: Tensor, prompt: int) -> Tensor:
-    """Return the logits ``[T, V]`` of the model's own decoding of ids ``[1, T]`` with its full cache.
+def decoded_alone(model: CausalModel, passage: Passage, prompt: int) -> Tensor:
+    """Return the logits ``[T, V]`` of the model's own decoding of a text with its full cache.
 
     The first `prompt` tokens go through one pass; nothing of the model is replaced.
     """
+    ids = passage.ids[None].to(model.get_input_embeddings().weight.device)
+    forget_positions(model)
     cache, starts = full_cache(model), ([0] if prompt else []) + list(range(prompt, ids.shape[1]))
     stops = [*starts[1:], ids.shape[1]]
-    parts = [
-        model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits[0]
-        for start, stop in zip(starts, stops, strict=True)
-    ]
+    parts = []
+    for start, stop in zip(starts, stops, strict=True):
+        beside = passage.beside(stop) if prompt and not start else {}
+        parts.append(model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **beside).logits[0])
     return torch.cat(parts)
 
 
@@ -208,7 +260,6 @@ def require_decodable(plan: EvictionPlan) -> None:
 def attention_facts(model: CausalModel, ids: Tensor) -> AttentionFacts:
     """Return facts about the model's attention; raises ModelError if it has layers that cannot be decoded here."""
     facts = self_check(model, ids)
-    require_own_caches(model, ids)
     types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
     other = {types[layer] for layer in facts.windows if layer not in facts.chunks} - KINDS if types else set()
     if other:

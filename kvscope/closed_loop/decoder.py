@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from kvscope.closed_loop.gates import margins
+from kvscope.closed_loop.like_layers import LikeLayers
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, KeyValueCache
-from kvscope.engine.occupancy import EqualCaches
 from kvscope.engine.plan import GATE
 from kvscope.engine.signal_axes import VECTORS, time_axis
 from kvscope.engine.simulation import CacheSimulation
@@ -22,175 +23,206 @@ BLOCK_BYTES = 128 * 2**20  # limit for the rows of the prompt that are computed 
 
 
 class Decoder:
-    """Decodes one sequence: `simulation` decides for all layers, and `cache` holds the keys that are not evicted.
+    """Decodes one sequence: `simulations` decide, and `cache` holds the keys that are not evicted.
 
-    All layers are stepped together, row by row in torch: not by the compiled kernels of the closed loop, which decoding
-    is to prove. A token costs a fixed number of operations for each layer, whatever the number of heads. Nothing is
-    read from the device before the end, unless the policy evicts without a budget: then only the device can tell how
-    many keys it retains.
+    Layers with the same heads are stepped together, row by row in torch: not by the compiled kernels of the closed
+    loop, which decoding is to prove. A token costs a fixed number of operations for each layer, whatever the number of
+    heads. Nothing is read from the device before the end, unless the policy evicts without a budget: then only the
+    device can tell how many keys it retains.
+
+    `beside` is what the model reads of the images of the prompt, with the prompt.
     """
 
     def __init__(
         self,
         model: CausalModel,
         ids: Tensor,
-        simulation: CacheSimulation,
+        simulations: Sequence[CacheSimulation],
         cache: KeyValueCache,
         layers: Mapping[int, ShortLayer],
+        beside: Mapping[str, Tensor],
+        shared: Mapping[int, int],
     ) -> None:
-        self.model, self.ids, self.simulation, self.cache, self.layers = model, ids, simulation, cache, layers
-        self.exact = exact_dtype(model)
-        self._place = {layer: place for place, layer in enumerate(simulation.shape.layers)}
+        self.model, self.ids, self.cache, self.layers = model, ids, cache, layers
+        self.exact, self._beside = exact_dtype(model), beside
+        self._parts = [LikeLayers(simulation) for simulation in simulations]
+        self._part_of = {layer: part for part in self._parts for layer in part.simulation.shape.layers}
+        self._shared = shared  # layer that reads the cache of an earlier one -> that layer, whose rows decide
         self.held: list[int] = []
-        traits = simulation.plan.policy.traits
+        self._inputs = simulations[0].inputs
+        traits = self._inputs.plan.policy.traits
         self._known = traits.bounded or traits.phase == "none"  # whether budgets tell how many keys are held
-        self._groups: list[
-            tuple[EqualCaches, HeldKeys, Tensor]
-        ] = []  # layers with room for equally many keys, their numbers
         self._group_of: dict[int, tuple[HeldKeys, int]] = {}  # layer -> its group, and its place in it
         self._longest: list[Tensor] = []  # [] each: keys that the fullest head holds after a decoded step
         self._calls: list[Call] = []  # the calls of the prompt, one for each layer
         self._hidden: dict[int, list[Tensor]] = {}  # inputs of each layer so far, for gates
-        self._row = torch.empty(0)  # row of the current step, [L, H, t + 1]
 
     def run(self) -> Tensor:
         """Return the logits ``[T, V]``; raises ReplayError if a policy retains a key that is not in the cache."""
         logits = []
-        inputs = self.simulation.inputs
+        inputs = self._inputs
         prompt = inputs.shape.prompt if inputs.prefill == "full" else 0  # tokens that are not decoded
         if prompt:
             with replace_attention(self.model, self._prefill):
-                logits.append(self._forward(0, prompt))
+                logits.append(self._forward(0, prompt, self._beside))
             self._observe_prompt(prompt)
         else:
             self._group_layers()
         with replace_attention(self.model, self._attend):
             for t in range(prompt, self.ids.shape[1]):
-                step = self.simulation.see(t)
-                for _, group, _ in self._groups:
-                    group.append(t, t + 1)
-                self._row = self._zeros(1, t + 1)[:, :, 0]
+                steps = [part.simulation.see(t) for part in self._parts]
+                self._append(t, t + 1)
+                for part in self._parts:
+                    part.row = self._zeros(part, 1, t + 1)[:, :, 0]
                 logits.append(self._forward(t, t + 1))
-                self._complete(step, self._row)
+                for part, step in zip(self._parts, steps, strict=True):
+                    _complete(part.simulation, step, part.row)
                 self._cut(t)
-        for _, group, _ in self._groups:
-            group.check()
+        for part in self._parts:
+            for _, group, _ in part.groups:
+                group.check()
         self.held = [prompt] * (prompt - 1) + torch.stack(self._longest).tolist()
         return torch.cat(logits).to(self.exact)
 
-    def _forward(self, start: int, stop: int) -> Tensor:
+    def _forward(self, start: int, stop: int, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
         output = self.model(
             input_ids=self.ids[:, start:stop],
             past_key_values=self.cache,
             use_cache=True,
+            **beside,
         )
         return output.logits[0]  # type: ignore[no-any-return]
 
     def _prefill(self, call: Call, kernel: Kernel) -> Tensor:
         """Store a layer's call for the whole prompt, and return the output of the model's own kernel."""
+        if call.layer in self._shared:
+            return kernel()
         self._record_signals(call)
         self._calls.append(call)
         return kernel()
 
     def _observe_prompt(self, prompt: int) -> None:
         """Let the policy observe every row of the prompt, then cut the cache to the keys that it holds."""
-        size = max(1, BLOCK_BYTES // self._zeros(1, prompt).nbytes)
+        for part in self._parts:
+            self._observe_part(part, prompt)
+        self._calls.clear()
+        self._group_layers()
+        self._append(0, prompt)
+        self._cut(prompt - 1)
+
+    def _observe_part(self, part: LikeLayers, prompt: int) -> None:
+        """Let the policy observe every row of the prompt in some layers."""
+        size = max(1, BLOCK_BYTES // self._zeros(part, 1, prompt).nbytes)
         for start in range(0, prompt, size):
             stop = min(start + size, prompt)
-            rows = self._zeros(stop - start, stop)
-            for call in self._calls:
+            rows = self._zeros(part, stop - start, stop)
+            for call in (call for call in self._calls if self._part_of[call.layer] is part):
                 query = call.query[0, :, start:stop]  # [H, b, D]
                 queries = query.view(call.key.shape[1], -1, *query.shape[1:])  # [G, Q, b, D]
                 hidden = beyond(start, stop, call, queries.device)
                 made = weights(call, queries, call.key[0, :, None, :stop], hidden)
-                rows[self._place[call.layer]] = made.flatten(0, 1)
+                rows[part.place(call.layer)] = made.flatten(0, 1)
             for t in range(start, stop):
-                self._complete(self.simulation.see(t), rows[:, :, t - start, : t + 1])
-        self._calls.clear()
-        self._group_layers()
-        for _, group, _ in self._groups:
-            group.append(0, prompt)
-        self._cut(prompt - 1)
+                _complete(part.simulation, part.simulation.see(t), rows[:, :, t - start, : t + 1])
 
-    def _zeros(self, queries: int, keys: int) -> Tensor:
+    def _append(self, start: int, stop: int) -> None:
+        """Note that the next call of every layer adds the tokens `start` to `stop` - 1 to its cache."""
+        for part in self._parts:
+            for _, group, _ in part.groups:
+                group.append(start, stop)
+
+    def _zeros(self, part: LikeLayers, queries: int, keys: int) -> Tensor:
         """Return empty rows ``[L, H, b, n]``."""
-        shape = self.simulation.shape
+        shape = part.simulation.shape
         size = (len(shape.layers), shape.heads, queries, keys)
         return torch.zeros(size, dtype=self.exact, device=self.ids.device)
 
     def _group_layers(self) -> None:
         """Group the layers by how many keys they have room for; the budgets are known from now on."""
-        kv_heads = self.simulation.shape.kv_heads
-        for caches in self.simulation.occupancy.equal:
-            numbers = [self.simulation.shape.layers[place] for place in caches.layers]
-            group = HeldKeys([self.layers[number] for number in numbers], kv_heads, self.ids.device)
-            self._groups.append((caches, group, torch.tensor(caches.layers, device=self.ids.device)))
-            self._group_of |= {number: (group, place) for place, number in enumerate(numbers)}
+        for part in self._parts:
+            shape = part.simulation.shape
+            for caches in part.simulation.occupancy.equal:
+                numbers = [shape.layers[place] for place in caches.layers]
+                group = HeldKeys([self.layers[number] for number in numbers], shape.kv_heads, self.ids.device)
+                part.groups.append((caches, group, torch.tensor(caches.layers, device=self.ids.device)))
+                self._group_of |= {number: (group, place) for place, number in enumerate(numbers)}
 
     def _attend(self, call: Call, kernel: Kernel) -> Tensor:
         """Return the attention output of one query over the keys in its layer's cache, and store its row."""
-        layer = self._record_signals(call)
-        group, place = self._group_of[call.layer]
+        owner = self._shared.get(call.layer, call.layer)
+        layer = self._record_signals(call) if owner == call.layer else self._owner_of(call, owner)
+        group, place = self._group_of[owner]
         positions, there = group.positions[place], group.there[place]  # [G, n]
-        query = self._by_kv_head(call.query[0, :, 0])  # [G, Q, D]
+        part = self._part_of[owner]
+        query = part.by_kv_head(call.query[0, :, 0])  # [G, Q, D]
         if layer.rotary is not None:
             query = _at_cache_position(layer, query, there.sum(-1) - 1)
         row = weights(call, query, call.key[0], ~there[:, None])  # [G, Q, n]
-        # padding adds nothing to the weight of the first key
-        index = positions.clamp(min=0)[:, None].expand(row.shape)
-        self._by_kv_head(self._row[self._place[call.layer]]).scatter_add_(-1, index, row)
+        if owner == call.layer:
+            # padding adds nothing to the weight of the first key
+            index = positions.clamp(min=0)[:, None].expand(row.shape)
+            part.by_kv_head(part.row[part.place(owner)]).scatter_add_(-1, index, row)
         values = call.value[0].to(self.exact).masked_fill(~there[..., None], 0)
         return (row @ values).flatten(0, 1)[None, None].to(call.query.dtype)  # [1, 1, H, D]
+
+    def _owner_of(self, call: Call, owner: int) -> ShortLayer:
+        """Return the cache that a layer reads and another owns; raises ModelError if it attends to something else."""
+        layer = self.layers[owner]
+        if call.key.shape[2] != layer.longest() or call.key.shape[1] != self._part_of[owner].simulation.shape.kv_heads:
+            raise self._attends_elsewhere(call)
+        return layer
+
+    def _attends_elsewhere(self, call: Call) -> ModelError:
+        return ModelError(
+            f"layer {call.layer} of {type(self.model).__name__} does not attend to the keys and values it caches",
+            "Replay its trace in the open loop: kvscope replay without --perplexity.",
+        )
 
     def _record_signals(self, call: Call) -> ShortLayer:
         """Write the signals of a call's new tokens to the simulation, and return the cache of the layer."""
         layer = self.layers[call.layer]
         queries, keys = call.query.shape[2], call.key.shape[2]
-        size = (1, self.simulation.shape.kv_heads, queries)
+        part = self._part_of[call.layer]
+        size = (1, part.simulation.shape.kv_heads, queries)
         latent = bool(layer.newest) and layer.newest[0].shape[1] == 1 < size[1]
         came = (call.key[:, :, -queries:], call.value[:, :, -queries:]) if latent else layer.newest
         if not came or any(part.shape[:3] != size for part in came) or keys != layer.longest():
-            raise ModelError(
-                f"layer {call.layer} of {type(self.model).__name__} does not attend to the keys and values it caches",
-                "Replay its trace in the open loop: kvscope replay without --perplexity.",
-            )
+            raise self._attends_elsewhere(call)
         key, value = (part[0].to(self.exact) for part in came)
-        if self.simulation.plan.gates and call.hidden is not None:
+        if self._inputs.plan.gates and call.hidden is not None:
             self._hidden.setdefault(call.layer, []).append(call.hidden)
-        for name, buffer in self.simulation.inputs.signals.items():
+        for name, buffer in part.simulation.inputs.signals.items():
             if name.startswith(GATE):
                 fresh = self._margins(name.removeprefix(GATE), call)[:, -queries:]
             else:
                 fresh = signal(name, call.query[0].to(self.exact), key, value)
-            buffer[0, self._place[call.layer]].narrow(time_axis(name), layer.seen - queries, queries).copy_(fresh)
+            buffer[0, part.place(call.layer)].narrow(time_axis(name), layer.seen - queries, queries).copy_(fresh)
         return layer
 
     def _margins(self, gate: str, call: Call) -> Tensor:
         """Return the margins of a gate for all tokens so far, ``[G, n]``; it needs every past input of the layer."""
         inputs = self._hidden.get(call.layer)
-        return margins(gate, call, torch.cat(inputs, 1) if inputs else None, self.simulation.shape.prompt)[0]
-
-    def _complete(self, step: Step, row: Tensor) -> None:
-        """Let the policy score the keys after a step with this row ``[L, H, n]``, and evict."""
-        if self.simulation.inputs.missing_mass is not None:
-            self.simulation.inputs.missing_mass[..., step.t] = (1 - row.sum(-1)).clamp(min=0)
-        self.simulation.attend(step, row)
+        return margins(gate, call, torch.cat(inputs, 1) if inputs else None, self._inputs.shape.prompt)[0]
 
     def _cut(self, t: int) -> None:
         """Remove from the cache what is evicted after step `t`, and what the window of the next query leaves."""
-        retained = self.simulation.held(t, t + 1)[0, :, :, 0]  # [L, G, t + 1]
         longest = []
-        for caches, group, layers in self._groups:
-            most = self.simulation.occupancy.most_of(caches) if self._known else None
-            oldest = t + 2 - caches.within(t + 2) if caches.window or caches.chunk else 0
-            if most is not None and oldest > 0:
-                most = min(most, caches.within(t + 2) - 1)
-            longest.append(group.cut(retained.index_select(0, layers), most, oldest))
+        for part in self._parts:
+            retained = part.simulation.held(t, t + 1)[0, :, :, 0]  # [L, G, t + 1]
+            for caches, group, layers in part.groups:
+                most = part.simulation.occupancy.most_of(caches) if self._known else None
+                oldest = t + 2 - caches.within(t + 2) if caches.window or caches.chunk else 0
+                if most is not None and oldest > 0:
+                    most = min(most, caches.within(t + 2) - 1)
+                longest.append(group.cut(retained.index_select(0, layers), most, oldest))
         self._longest.append(torch.stack(longest).max())
 
-    def _by_kv_head(self, values: Tensor) -> Tensor:
-        """Return a view ``[G, Q, .]`` of ``[H, .]``."""
-        return values.view(self.simulation.shape.kv_heads, -1, values.shape[-1])
+
+def _complete(simulation: CacheSimulation, step: Step, row: Tensor) -> None:
+    """Let the policy score the keys after a step with this row ``[L, H, n]``, and evict."""
+    if simulation.inputs.missing_mass is not None:
+        simulation.inputs.missing_mass[..., step.t] = (1 - row.sum(-1)).clamp(min=0)
+    simulation.attend(step, row)
 
 
 def exact_dtype(model: CausalModel) -> torch.dtype:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from kvscope.closed_loop.compaction import Compacted
 from kvscope.closed_loop.gates import margins
+from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.core.errors import ReplayError
 from kvscope.core.model_types import CausalModel
-from kvscope.core.options import Prefill
-from kvscope.engine.allocation import Allocator
-from kvscope.engine.plan import GATE, EvictionPlan
+from kvscope.engine.plan import GATE
 from kvscope.engine.rows import Block, Shape
 from kvscope.engine.scoring import BlockScorer, MetricSeries
 from kvscope.engine.signals import ROWS
@@ -31,6 +31,7 @@ from kvscope.kernels.kept import kept_rows
 from kvscope.metrics import Metric
 from kvscope.model.attention_hook import Call, Kernel
 from kvscope.model.derotation import Derotation
+from kvscope.model.image_check import forget_positions
 
 BLOCK_BYTES = 128 * 2**20  # limit for one tensor of rows for all runs of a batch
 BLOCK_QUERIES = 128  # limit for the queries of a block, so that few of its weights are above the causal diagonal
@@ -39,36 +40,6 @@ BLOCK_QUERIES = 128  # limit for the queries of a block, so that few of its weig
 GPU_BLOCK_QUERIES = 1024
 GPU_BLOCK_SHARE = 1 / 32  # of the free memory, for one tensor of rows
 GPU_BLOCK_BYTES = 2 * 2**30
-
-
-@dataclass(frozen=True)
-class RunBatch:
-    """Runs of one plan that are computed together.
-
-    Attributes
-    ----------
-    plan : EvictionPlan
-        The policy, and how it is run.
-    budgets : list of int
-        ``B`` of each run.
-    allocators : mapping of int to Allocator
-        For each layer the allocator of its budget, if the allocation had to be computed beforehand (see `survey`).
-    """
-
-    plan: EvictionPlan
-    budgets: list[int]
-    allocators: Mapping[int, Allocator] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PassShape:
-    """Sizes of a pass: ``P``, ``T``, the sequence's number, the layers with attention, and the prefill."""
-
-    prompt: int
-    length: int
-    sequence: int
-    layers: tuple[int, ...]
-    prefill: Prefill
 
 
 Found = Callable[[int, int, CacheSimulation, MetricSeries], None]  # layer, number of the batch, and its results
@@ -108,6 +79,7 @@ class ClosedLoop:
         self.batches, self.text, self.metrics, self.found = list(batches), text, list(metrics), found
         self.rotary = rotary
         self.layers: list[int] = []
+        self._owners: dict[tuple[int, int], CacheSimulation] = {}  # batch, layer whose cache others read
 
     def __call__(self, call: Call, kernel: Kernel) -> Tensor:
         """Return the output of one layer, ``[1 + R, T, H, D]``."""
@@ -122,7 +94,8 @@ class ClosedLoop:
         return torch.cat(output)
 
     def _attend(self, call: Call, number: int, batch: RunBatch) -> Tensor:
-        simulation = simulation_of(call, batch, self.text)
+        decided = self._decided(call.layer, number, batch)
+        simulation = simulation_of(call, batch, self.text) if decided is None else decided
         first = self.text.prompt if self.text.prefill == "full" else 0
         series = MetricSeries(simulation, self.metrics, first)
         scorer = BlockScorer([series], call.value[:, None])
@@ -134,16 +107,28 @@ class ClosedLoop:
             rows = call.rows(start, stop, stop)  # [R, H, b, stop]
             missing = self._missing(call, simulation, rows, start, stop)
             if compacted is None:
-                simulation.block(Block(rows[:, None], start, None if missing is None else missing[:, None]))
+                if decided is None:
+                    simulation.block(Block(rows[:, None], start, None if missing is None else missing[:, None]))
                 output.append(_attended(call, simulation, rows, missing, start, stop))
-            else:
+            elif decided is None:
                 output.append(compacted.attend(simulation, rows, start))
+            else:
+                output.append(compacted.follow(simulation, start, stop))
             if self.metrics:
                 scorer.add(rows[:, None], start, None if missing is None else missing[:, None])
             simulation.release(stop)
-        simulation.check()
+        if decided is None:
+            simulation.check()
+        if call.layer in self.text.shared.values():
+            self._owners[number, call.layer] = simulation
         self.found(call.layer, number, simulation, series)
         return torch.cat(output, 1)
+
+    def _decided(self, layer: int, number: int, batch: RunBatch) -> CacheSimulation | None:
+        """Return the finished simulation of the cache of another layer, if one is read; see `engine.shared_caches`."""
+        if batch.plan.policy.traits.reads or layer not in self.text.shared:
+            return None
+        return self._owners[number, self.text.shared[layer]]
 
     @staticmethod
     def _missing(call: Call, simulation: CacheSimulation, rows: Tensor, start: int, stop: int) -> Tensor | None:
@@ -151,6 +136,8 @@ class ClosedLoop:
         if call.sinks is None or simulation.inputs.missing_mass is None:
             return None
         missing = (1 - rows.sum(-1)).clamp(min=0)
+        if simulation.shape.layers != (call.layer,):  # another layer's simulation, which is finished
+            return missing
         simulation.inputs.missing_mass[:, 0, :, start:stop] = missing
         return missing
 
@@ -203,6 +190,7 @@ def require_whole(call: Call, text: PassShape) -> None:
 def simulation_of(call: Call, batch: RunBatch, text: PassShape) -> CacheSimulation:
     """Return the simulation of one layer for the runs of a batch; row ``r`` of `call` is run ``r``."""
     runs, heads, length, _ = call.query.shape
+    sharing = text.deciding(batch.plan)
     shape = Shape(
         layers=(call.layer,),
         heads=heads,
@@ -211,9 +199,10 @@ def simulation_of(call: Call, batch: RunBatch, text: PassShape) -> CacheSimulati
         length=text.length,
         sequence=text.sequence,
         windows=() if call.sliding_window is None else (call.sliding_window,),
-        n_layers=len(text.layers),
-        places=(text.layers.index(call.layer),) if text.layers else (),
+        n_layers=len(sharing),
+        places=(sharing.index(call.layer),) if sharing else (),
         chunks=() if call.chunk is None else (call.chunk,),
+        kv_heads_of=text.deciding_heads(batch.plan),
     )
     missing = None
     if call.sinks is not None:
@@ -265,13 +254,18 @@ def rows_of(call: Call, start: int, stop: int) -> Call:
     )
 
 
-def logits_of(model: CausalModel, ids: Tensor, keep: slice) -> Tensor:
+def logits_of(
+    model: CausalModel, ids: Tensor, keep: slice, beside: Mapping[str, Tensor] = MappingProxyType({})
+) -> Tensor:
     """Return logits ``[batch, S, V]`` of the positions `keep` of ids ``[batch, T]``, from one pass without a cache.
 
     If the model supports it, logits of other positions are not computed. `keep` is a slice and not a tensor because
-    the parts of a model may be on several devices.
+    the parts of a model may be on several devices. `beside` is what the model reads of the images of one sequence: its
+    tensors have the images, or the sequence, along their first axis, and are repeated for each row of the batch.
     """
+    forget_positions(model)
+    more = {name: torch.cat([tensor] * len(ids)) for name, tensor in beside.items()}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits  # type: ignore[no-any-return]
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return model(input_ids=ids, use_cache=False, logits_to_keep=keep, **more).logits  # type: ignore[no-any-return]
+    logits: Tensor = model(input_ids=ids, use_cache=False, **more).logits
     return logits[:, keep]

@@ -10,18 +10,33 @@ from kvscope.core.model_types import CausalModel
 from kvscope.engine.plan import EvictionPlan
 from kvscope.gates.module import load_gate
 from kvscope.model.attention_hook import Call
+from kvscope.model.model_facts import named_heads
 from kvscope.model.sample import sample
 
 
 def require_gates(plan: EvictionPlan, model: CausalModel) -> None:
-    """Raise UsageError unless the gates that a plan uses were trained for this model."""
+    """Raise an error unless the gates that a plan uses were trained for this model.
+
+    Raises
+    ------
+    UsageError
+        If they were trained for another model.
+    ModelError
+        If the layers of the model differ in their heads.
+    """
     if not plan.gates:
         return
     config, weights = model.config.get_text_config(decoder=True), sample(model)
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    counts = {own.kv_heads for own in named_heads(config)}
+    if len(counts) > 1:
+        raise ModelError(
+            f"{plan.policy.label} uses a gate, which has equally many heads in every layer, and the layers of "
+            f"{type(model).__name__} differ in their heads",
+            "Use policies without a gate.",
+        )
     for name in plan.gates:
         load_gate(name).require(
-            name, layers=config.num_hidden_layers, hidden=config.hidden_size, kv_heads=kv_heads, weights=weights
+            name, layers=config.num_hidden_layers, hidden=config.hidden_size, kv_heads=max(counts), weights=weights
         )
 
 

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvscope.closed_loop.forward import ClosedLoop, PassShape, RunBatch, logits_of
+from kvscope.closed_loop.forward import ClosedLoop, logits_of
 from kvscope.closed_loop.losses import compare_logits
+from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.closed_loop.passage import Passage, scored_tokens
 from kvscope.closed_loop.survey import surveyed
 from kvscope.core.errors import ModelError, ReplayError
@@ -63,6 +64,10 @@ class ClosedLoopJob:
         Layers whose attention must be called.
     rotary : mapping of int to Derotation, or None
         Rotation of each layer with attention if positions are compacted.
+    kv_heads_of : tuple of int
+        ``G`` of each of `layers`, where layers differ; otherwise empty.
+    shared : mapping of int to int
+        For each layer that reads the cache of an earlier one, that layer, whose rows decide.
     """
 
     model: CausalModel
@@ -72,6 +77,8 @@ class ClosedLoopJob:
     prefill: Prefill
     layers: list[int]
     rotary: Mapping[int, Derotation] | None = None
+    kv_heads_of: tuple[int, ...] = ()
+    shared: Mapping[int, int] = field(default_factory=dict)
 
     @torch.inference_mode()
     def execute(self, sink: TokenSink, progress_callback: Callable[[float], None] | None = None) -> Tally:
@@ -163,21 +170,30 @@ class ForwardPass:
         self.job, self.passage = job, passage
         sequence = passage.sequence
         self.scored = scored_tokens(passage, job.prefill)
-        self.text = PassShape(sequence.prompt, sequence.length, sequence.index, tuple(job.layers), job.prefill)
+        self.text = PassShape(
+            sequence.prompt,
+            sequence.length,
+            sequence.index,
+            tuple(job.layers),
+            job.prefill,
+            job.kv_heads_of,
+            job.shared,
+        )
         self.ids = passage.ids.to(job.model.get_input_embeddings().weight.device)
         self.runs = by_plan(runs)  # by batch
         self.results = [PassResult(run.number) for run in runs]
         self.batches = []
         for batch_runs in self.runs:
             batch = RunBatch(batch_runs[0].plan, [run.keys(sequence, job.prefill) for run in batch_runs])
-            self.batches.append(surveyed(job.model, self.ids, batch, self.text) if batch.plan.looks_across else batch)
+            self.batches.append(surveyed(job.model, passage, batch, self.text) if batch.plan.looks_across else batch)
 
     def logits(self) -> Tensor:
         """Return logits ``[1 + R, S, V]`` for the scored tokens, row 0 with the full cache, and fill in `results`."""
         rows = 1 + sum(map(len, self.runs))
         loop = ClosedLoop(self.batches, self.text, self.job.metrics, self._found, self.job.rotary)
         with replace_attention(self.job.model, loop):
-            logits = logits_of(self.job.model, self.ids.expand(rows, -1), slice(self.scored[0] - 1, self.scored[-1]))
+            keep, beside = slice(self.scored[0] - 1, self.scored[-1]), self.passage.beside(len(self.ids))
+            logits = logits_of(self.job.model, self.ids.expand(rows, -1), keep, beside)
         if sorted(loop.layers) != self.job.layers:
             raise ReplayError(
                 f"attention was called in layers {sorted(loop.layers)}, not in {self.job.layers}",
@@ -216,6 +232,7 @@ class ForwardPass:
         values = {name: value.cpu().numpy() for name, value in series.values().items()} if self.job.metrics else {}
         start = sum(map(len, self.runs[:number]))
         for place, result in enumerate(self.results[start : start + len(self.runs[number])]):
-            result.counts.add_budget(result.run, simulation, place)
+            if simulation.shape.layers == (layer,):  # a cache that several layers read is counted once
+                result.counts.add_budget(result.run, simulation, place)
             run_values = {name: value[place, 0] for name, value in values.items()}
             result.layers.append(LayerResult(layer, simulation.residency(place, 0), steps, run_values))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvscope.core.options import Prefill
+from kvscope.model.image_prompts import ImageInputs
 from kvscope.trace.reader import TokenSequence
 
 
@@ -17,13 +18,24 @@ class Passage:
     """Token ids ``[T]``, their division into prompt and rest, and their log-probabilities ``[T]`` if recorded.
 
     The first `prefix` tokens are those that the tokenizer puts before every text. They are not text, so that none of
-    them is scored.
+    them is scored. `images` is what the model reads of the images of the prompt.
     """
 
     sequence: TokenSequence
     ids: Tensor
     logprob: NDArray[np.floating] | None = None
     prefix: int = 0
+    images: ImageInputs | None = None
+
+    @property
+    def text_ids(self) -> Tensor:
+        """The ids without those of images, which mean nothing without them; all if nothing is left."""
+        texts = self.ids if self.images is None else self.ids[self.ids != self.images.token]
+        return texts if len(texts) else self.ids
+
+    def beside(self, count: int) -> dict[str, Tensor]:
+        """Return the model's inputs beside the first `count` ids, which contain the prompt."""
+        return {} if self.images is None else self.images.for_tokens(count)
 
 
 def scored_tokens(passage: Passage, prefill: Prefill) -> NDArray[np.int64]:

@@ -13,11 +13,11 @@ import torch
 
 from kvscope.closed_loop.job import ClosedLoopJob
 from kvscope.closed_loop.passage import Passage
-from kvscope.core.errors import ModelError, UsageError
+from kvscope.core.errors import UsageError
 from kvscope.core.options import OutputOptions, PerplexityOptions
 from kvscope.core.records import SequenceRef, SourceRef, TextRef
 from kvscope.core.text_names import text_name
-from kvscope.engine.provenance import replay_record
+from kvscope.engine.provenance import head_counts, replay_record
 from kvscope.engine.runs import RunSpec
 from kvscope.model.loading import Loaded
 from kvscope.model.selfcheck import self_check
@@ -134,8 +134,6 @@ def describe_texts(loaded: Loaded, texts: Mapping[Path, str], read: TextWindows)
     files, passages = list(texts), read.passages
     with torch.inference_mode():
         facts = self_check(loaded.model, passages[0].ids[None].to(loaded.device))
-    if facts.heads % facts.kv_heads:
-        raise ModelError(f"{loaded.name} has {facts.heads} heads over {facts.kv_heads}", "Use another model.")
     identity = hashlib.sha256(f"{loaded.source} {loaded.revision}".encode("utf-8", "surrogateescape"))
     for passage in passages:
         identity.update(passage.ids.numpy().tobytes())
@@ -148,6 +146,7 @@ def describe_texts(loaded: Loaded, texts: Mapping[Path, str], read: TextWindows)
         layers=tuple(sorted(facts.windows)),
         heads=facts.heads,
         kv_heads=facts.kv_heads,
+        layer_heads=head_counts([facts.sizes[layer] for layer in sorted(facts.windows)]),
         protocol="text",
         window=read.size,
         texts=tuple(

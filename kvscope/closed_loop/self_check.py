@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvscope.closed_loop.forward import ClosedLoop, PassShape, RunBatch, logits_of
+from kvscope.closed_loop.forward import ClosedLoop, logits_of
 from kvscope.closed_loop.losses import compare_logits
+from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.core.errors import ModelError, ReplayError
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Prefill

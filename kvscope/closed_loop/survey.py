@@ -6,94 +6,58 @@ allocator all that it observes, and the pass that evicts uses the resulting allo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from kvscope.closed_loop.forward import PassShape, RunBatch, logits_of, require_whole, rows_of, simulation_of
+from kvscope.closed_loop.forward import logits_of, require_whole, rows_of, simulation_of
+from kvscope.closed_loop.pass_shape import PassShape, RunBatch
+from kvscope.closed_loop.passage import Passage
 from kvscope.core.model_types import CausalModel
-from kvscope.engine.allocation import ALLOCATORS, AllocationRequest, Allocator
+from kvscope.engine.allocation import ALLOCATORS, AllocationRequest
 from kvscope.engine.rows import Block
+from kvscope.engine.survey import Given, Recording, shares
 from kvscope.model.attention_hook import Call, Kernel, replace_attention
-from kvscope.policies.base import Step
 
 
-class Given(Allocator):
-    """Allocates, at the end of the prompt, shares that were computed beforehand."""
-
-    when = "prompt"
-
-    def __init__(self, share: Tensor) -> None:
-        self._share = share
-
-    def share(self, request: AllocationRequest) -> Tensor:
-        return self._share.to(request.budget.device)
+def surveyed(model: CausalModel, passage: Passage, batch: RunBatch, text: PassShape) -> RunBatch:
+    """Return a batch with an allocator for each layer, from one pass over the prompt of a passage."""
+    ids = passage.ids.to(model.get_input_embeddings().weight.device)
+    return replace(batch, allocators=surveyed_shares(model, ids, batch, text, passage.beside(text.prompt)))
 
 
-class _Recording(Allocator):
-    """Observes one layer for another allocator, and records the request that this one decides from."""
+def surveyed_shares(
+    model: CausalModel, ids: Tensor, batch: RunBatch, text: PassShape, beside: Mapping[str, Tensor]
+) -> dict[int, Given]:
+    """Return the allocator of each layer, from one pass over the prompt, the start of ids ``[T]``.
 
-    when = "prompt"
-
-    def __init__(self, allocator: Allocator) -> None:
-        self._allocator = allocator
-        self.request: AllocationRequest | None = None
-
-    def observe(self, step: Step, memory: dict[str, Tensor]) -> None:
-        self._allocator.observe(step, memory)
-
-    def share(self, request: AllocationRequest) -> Tensor:
-        self.request = replace(request, memory=dict(request.memory))  # a copy, since the caller clears the original
-        return request.budget[:, None, None].expand(-1, 1, request.heads).clone()
-
-
-def surveyed(model: CausalModel, ids: Tensor, batch: RunBatch, text: PassShape) -> RunBatch:
-    """Return a batch with an allocator for each layer, from one pass over the prompt, the start of ids ``[T]``."""
+    `beside` is what the model reads of the images of the prompt.
+    """
     prompt = replace(text, length=text.prompt)
     requests: dict[int, AllocationRequest] = {}
 
     def answer(call: Call, kernel: Kernel) -> Tensor:
         require_whole(call, prompt)
-        requests[call.layer] = _request_of(rows_of(call, 0, 1), batch, prompt)
+        if call.layer in prompt.deciding(batch.plan):
+            requests[call.layer] = _request_of(rows_of(call, 0, 1), batch, prompt)
         return kernel()
 
     with replace_attention(model, answer):
-        logits_of(model, ids[None, : text.prompt], slice(-1, None))
-    merged = _merged(list(requests.values()))
-    share = ALLOCATORS.get(batch.plan.allocate)().share(merged)  # [R, L, S]
-    allocators = {layer: Given(share[:, place : place + 1]) for place, layer in enumerate(requests)}
-    return replace(batch, allocators=allocators)
+        logits_of(model, ids[None, : text.prompt], slice(-1, None), beside)
+    found = shares(ALLOCATORS.get(batch.plan.allocate)(), list(requests.values()))
+    return {layer: Given(share) for layer, share in zip(requests, found, strict=True)}
 
 
 def _request_of(call: Call, batch: RunBatch, prompt: PassShape) -> AllocationRequest:
     """Return the request that an allocator would get at the end of the prompt for the layer of `call`."""
-    recording = _Recording(ALLOCATORS.get(batch.plan.allocate)())
+    recording = Recording(ALLOCATORS.get(batch.plan.allocate)())
     recorded = replace(batch, allocators={call.layer: recording})
     simulation = simulation_of(_repeated(call, len(batch.budgets)), recorded, prompt)
     rows = call.rows(0, prompt.length)
     simulation.block(Block(rows[:, None], 0))
     assert recording.request is not None, "called at the end of the prompt"
     return recording.request
-
-
-def _merged(layers: Sequence[AllocationRequest]) -> AllocationRequest:
-    """Return the request for all layers, merged from those of single layers."""
-    device = layers[0].budget.device
-
-    def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
-        return torch.cat([part.to(device) for part in parts], axis)
-
-    memory = {name: joined([one.memory[name] for one in layers], 1) for name in layers[0].memory}
-    scores = [one.score for one in layers if one.score is not None]
-    return replace(
-        layers[0],
-        layers=joined([one.layers for one in layers], 0),
-        n_layers=len(layers),
-        score=joined(scores, 1) if scores else None,
-        memory=memory,
-    )
 
 
 def _repeated(call: Call, runs: int) -> Call:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from kvscope.closed_loop.passage import Passage
+from kvscope.closed_loop.trace_images import images_of
 from kvscope.core.errors import ModelError, TraceError
 from kvscope.core.options import ClosedLoopOptions, ModelSource
 from kvscope.model.loading import Loaded, load
@@ -72,5 +73,6 @@ def passages_of(trace: Trace, loaded: Loaded) -> list[Passage]:
             )
         ids = torch.from_numpy(tokens["token_id"].to_numpy().astype("int64"))
         prefix = len(encoder.prefix) if encoder.writes_prefix(ids.tolist()) else 0
-        passages.append(Passage(sequence, ids, tokens["logprob"].to_numpy(), prefix))
+        images = images_of(trace, loaded, sequence.index, ids)
+        passages.append(Passage(sequence, ids, tokens["logprob"].to_numpy(), prefix, images))
     return passages

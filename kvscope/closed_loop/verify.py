@@ -140,7 +140,7 @@ class VerifyJob:
         forward = ForwardPass(job, passage, [full])
         plain, closed = forward.logits()
         prompt = sequence.prompt if job.prefill == "full" else 0
-        cached = decoded_alone(job.model, passage.ids[None].to(closed.device), prompt)[forward.scored - 1]
+        cached = decoded_alone(job.model, passage, prompt)[forward.scored - 1]
         shortened = self._decoded(passage, full).logits[forward.scored - 1]
 
         def apart(one: Tensor, other: Tensor) -> float:
@@ -158,7 +158,7 @@ class VerifyJob:
         ids = passage.ids[None].to(job.model.get_input_embeddings().weight.device)
         keys, facts = run.keys(sequence, job.prefill), self.facts
         return DecodeJob(
-            job.model, ids, run.plan, keys, sequence.prompt, job.prefill, sequence.index, facts, job.rotary
+            job.model, ids, run.plan, keys, sequence.prompt, job.prefill, sequence.index, facts, job.rotary, passage
         ).execute()
 
     def _compare(self, passage: Passage, run: RunSpec) -> Verdict:
@@ -168,8 +168,10 @@ class VerifyJob:
         keys = run.keys(sequence, job.prefill)
         real = self._decoded(passage, run)
         by_layer = {result.layer: result.intervals.eviction_steps for result in forward.results[0].layers}
-        simulated = np.stack([by_layer[layer] for layer in sorted(by_layer)])  # [L, G * T]
-        decoded = np.stack([leave.reshape(-1).cpu().numpy() for leave in real.leave])
+        owners = [layer for layer in sorted(by_layer) if layer not in job.shared]  # a shared cache counts once
+        simulated = np.concatenate([by_layer[layer] for layer in owners])  # [sum of G, times T]
+        kept = dict(zip(sorted(by_layer), real.leave, strict=True))
+        decoded = np.concatenate([kept[layer].reshape(-1).cpu().numpy() for layer in owners])
         different = simulated != decoded
         first = int(np.minimum(simulated, decoded)[different].min()) if different.any() else None
         start = sequence.prompt - 1 if job.prefill == "full" else 0

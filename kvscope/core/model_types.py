@@ -11,5 +11,6 @@ from typing import Any, TypeAlias
 CausalModel: TypeAlias = Any  # transformers.PreTrainedModel with a language modelling head
 ModelConfig: TypeAlias = Any  # transformers.PreTrainedConfig
 ModelOutput: TypeAlias = Any  # transformers.modeling_outputs.CausalLMOutputWithPast
+Processor: TypeAlias = Any  # transformers.ProcessorMixin
 Tokenizer: TypeAlias = Any  # transformers.PreTrainedTokenizerBase
 KeyValueCache: TypeAlias = Any  # transformers.Cache

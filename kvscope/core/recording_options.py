@@ -6,7 +6,7 @@ The command line and the Python functions take the same records. No torch here, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,22 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class ImageOptions:
+    """Images that are named beside a prompt, and how addresses are read.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Paths and addresses, in the order of their places in the prompt.
+    read_address : callable or None
+        Returns at most so many bytes of what an address names; None refuses images at addresses.
+    """
+
+    names: tuple[str, ...] = ()
+    read_address: Callable[[str, int], bytes] | None = None
+
+
+@dataclass(frozen=True)
 class TextOptions:
     """What the model reads and writes after each prompt.
 
@@ -60,6 +76,8 @@ class TextOptions:
         Options of the chat template, as ``{"enable_thinking": False}``.
     answers : tuple of str
         Right answers of a single prompt that has none of its own.
+    images : ImageOptions
+        Images of a single prompt that has none of its own, and how those at addresses are read.
 
     Raises
     ------
@@ -75,6 +93,7 @@ class TextOptions:
     system: str | None = None
     chat_options: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     answers: tuple[str, ...] = ()
+    images: ImageOptions = ImageOptions()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:

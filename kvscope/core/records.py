@@ -67,6 +67,14 @@ class TraceRef:
     approximate: Annotated[tuple[str, ...], about("what about it is approximate, in sentences", omit=True)] = ()
 
 
+@dataclass(frozen=True)
+class HeadCounts:
+    """Heads of a layer that was replayed."""
+
+    heads: Annotated[Positive, about("query heads, `H`")]
+    kv_heads: Annotated[Positive, about("key/value heads, `G`")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceRef:
     """The trace or text that was replayed, as the replay itself names it."""
@@ -78,8 +86,8 @@ class SourceRef:
     model: Annotated[str | None, about("name of the model, null where it is not known")]
     sequences: Annotated[tuple[SequenceRef, ...], about("its sequences, in order")]
     layers: Annotated[tuple[Number, ...], about("numbers of the layers that were replayed")]
-    heads: Annotated[Positive, about("query heads of a layer, `H`")]
-    kv_heads: Annotated[Positive, about("key/value heads of a layer, `G`")]
+    heads: Annotated[Positive, about("query heads of a layer, `H`; the most where layers differ")]
+    kv_heads: Annotated[Positive, about("key/value heads of a layer, `G`; the most where layers differ")]
     protocol: Annotated[str, about("`generated`, `forced`, `import`, or `text`")] = ""
     window: Annotated[Positive | None, about("of plain text: tokens of a window", omit=True)] = None
     texts: Annotated[tuple[TextRef, ...], about("of plain text: the files", omit=True)] = ()
@@ -90,6 +98,22 @@ class SourceRef:
         Positive | None, about("of a latent cache: numbers of the vector that the heads of a layer share", omit=True)
     ] = None
     approximate: Annotated[tuple[str, ...], about("what about it is approximate, in sentences", omit=True)] = ()
+    layer_heads: Annotated[
+        tuple[HeadCounts, ...], about("heads of each of these layers, where layers differ; otherwise empty", omit=True)
+    ] = ()
+
+    def __post_init__(self) -> None:
+        if self.layer_heads and len(self.layer_heads) != len(self.layers):
+            raise ValueError(f"the heads of {len(self.layer_heads)} layers of {len(self.layers)}")
+        for own in self.layer_heads or (HeadCounts(self.heads, self.kv_heads),):
+            if own.heads % own.kv_heads or own.heads > self.heads or own.kv_heads > self.kv_heads:
+                raise ValueError(f"{own.kv_heads} key/value heads of {own.heads} heads in a layer")
+
+    def heads_of(self, layer: int) -> HeadCounts:
+        """Return the heads of a layer that was replayed."""
+        if self.layer_heads:
+            return self.layer_heads[self.layers.index(layer)]
+        return HeadCounts(self.heads, self.kv_heads)
 
     @property
     def summarised(self) -> TraceRef:

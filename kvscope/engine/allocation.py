@@ -31,6 +31,8 @@ class AllocationRequest:
         Layers that share the budget.
     heads : int
         ``S``: deciding heads of a layer.
+    kv_heads_of : Tensor or None
+        int64 ``[n_layers]``: ``G`` of every layer that shares the budget, where layers differ.
     prompt : int
         ``P``; at the end of the prompt no head can hold more keys than that.
     score : Tensor or None
@@ -47,6 +49,7 @@ class AllocationRequest:
     prompt: int
     score: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    kv_heads_of: Tensor | None = None
 
     @property
     def free(self) -> Tensor:
@@ -88,6 +91,13 @@ class Allocator:
     def observe(self, step: Step, memory: dict[str, Tensor]) -> None:
         """Observe a step of the prompt and store in `memory` what `share` needs; by default nothing."""
 
+    def condensed(self, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what `share` needs of a memory, ``[R, L, ...]`` without an axis for heads; needed by `looks_across`.
+
+        Layers with different heads are then joined. By default the memory has no such axis.
+        """
+        return memory
+
     def share(self, request: AllocationRequest) -> Tensor:
         """Return the number of keys per run, layer and head, int64 ``[R, L, S]``."""
         raise NotImplementedError(f"{type(self).__name__} does not allocate a budget: define share()")
@@ -106,6 +116,30 @@ def allocator(name: str) -> Callable[[type[A]], type[A]]:
         return cls
 
     return register
+
+
+def among_layers(request: AllocationRequest, weights: Tensor, most: Tensor | None = None) -> Tensor:
+    """Return the free keys of each layer that shares the budget, in proportion to `weights`, int64 ``[R, N, S]``.
+
+    The heads of a layer get equally many. Where layers have different numbers of heads, a weight is that of a head: a
+    layer's keys are in proportion to its weight times its heads. They are divided among its heads, the first of which
+    get one more if there is a rest; a layer that decides as one cannot hold a rest, and leaves it.
+
+    Parameters
+    ----------
+    request : AllocationRequest
+        The budget.
+    weights : Tensor
+        float ``[R, N]``.
+    most : Tensor, optional
+        int64 ``[R, 1]``: most free keys of a head.
+    """
+    heads, count = request.kv_heads_of, request.heads
+    if heads is None:
+        return apportion(request.free * request.n_layers, weights, most)[..., None].expand(-1, -1, count)
+    keys = apportion(request.free * heads.sum(), weights * heads, request.room[:, None] * heads)  # [R, N]
+    each, rest = (keys // heads)[..., None], (keys % heads)[..., None]
+    return each.expand(-1, -1, count) + (torch.arange(count, device=keys.device) < rest if count > 1 else 0)
 
 
 def apportion(total: Tensor, weights: Tensor, most: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvscope.engine.allocation import AllocationRequest, Allocator, allocator, apportion
+from kvscope.engine.allocation import AllocationRequest, Allocator, allocator, among_layers, apportion
 from kvscope.policies.base import Step
 
 
@@ -26,7 +26,8 @@ class Pyramid(Allocator):
     last. If the first layer would get more keys than the prompt has, it gets all of them and the last layer the rest of
     ``2b``. With a prompt shorter than ``2b`` the allocation is uniform. PyramidKV, arXiv:2406.02069, section 4.2; code
     Zefan-Cai/KVCache-Factory, ``PyramidKVCluster``. That code decreases by whole keys, so that layer ``l`` holds up to
-    ``l`` keys more than the line; here the total is exact.
+    ``l`` keys more than the line; here the total is exact. Where layers have different numbers of heads, the line is
+    that of a head, scaled to the total.
     """
 
     spans = "layers"
@@ -36,10 +37,10 @@ class Pyramid(Allocator):
         last, first = pyramid_ends(request.free, request.room)
         depth = torch.arange(request.n_layers, device=request.budget.device).double() / max(request.n_layers - 1, 1)
         line = first[:, None] + (last - first)[:, None] * depth  # [R, layers of the model]
-        keys = apportion(request.free * request.n_layers, line) + request.fixed[:, None]
+        keys = among_layers(request, line) + request.fixed[:, None, None]  # [R, layers of the model, S]
         uniform = (request.prompt <= request.budget) | (request.prompt < 2 * request.free) | (request.n_layers == 1)
-        keys = torch.where(uniform[:, None], request.budget[:, None], keys)
-        return keys[:, request.layers, None].expand(-1, -1, request.heads).clone()
+        keys = torch.where(uniform[:, None, None], request.budget[:, None, None], keys)
+        return keys[:, request.layers]
 
 
 def pyramid_ends(free: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,15 +111,20 @@ class Cake(Allocator):
         for name, value in (("entropy", entropy), ("sum", row), ("squares", row * row)):
             memory[name] = memory[name] + value if name in memory else value
 
+    def condensed(self, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows = self.window
+        if not memory or "weight" in memory:
+            return memory
+        variance = (memory["squares"] / rows - (memory["sum"] / rows) ** 2).clamp(min=0).sum(-1)
+        return {"weight": (memory["entropy"] / rows).mean(-1) * variance.mean(-1)}  # [R, L]
+
     def share(self, request: AllocationRequest) -> Tensor:
         assert len(request.layers) == request.n_layers, "all layers are stepped together"
         size = (len(request.budget), request.n_layers, request.heads)
         uniform = request.budget[:, None, None].expand(size)
         if not request.memory:  # the prompt is no longer than the window, so there are no keys before the window
             return uniform.clone()
-        memory, rows = request.memory, self.window
-        variance = (memory["squares"] / rows - (memory["sum"] / rows) ** 2).clamp(min=0).sum(-1)
-        weight = (memory["entropy"] / rows).mean(-1) * variance.mean(-1)  # [R, L]
-        keys = apportion(request.free * request.n_layers, weight, request.room[:, None]) + request.fixed[:, None]
+        weight = self.condensed(request.memory)["weight"]
+        keys = among_layers(request, weight, request.room[:, None]) + request.fixed[:, None, None]
         fits = (request.budget >= request.prompt)[:, None, None]
-        return torch.where(fits, uniform, keys[..., None].expand(size))
+        return torch.where(fits, uniform, keys)

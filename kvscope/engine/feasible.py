@@ -27,8 +27,8 @@ class Workload:
         What happens during the prompt.
     layers : tuple of int
         Numbers of the layers that are simulated.
-    kv_heads : int
-        ``G``.
+    kv_heads : tuple of int
+        ``G`` of each of these layers.
     n_layers : int
         Layers of the model.
     """
@@ -36,7 +36,7 @@ class Workload:
     sequences: Sequence[TokenSequence]
     prefill: Prefill
     layers: tuple[int, ...]
-    kv_heads: int
+    kv_heads: tuple[int, ...]
     n_layers: int
 
 
@@ -56,7 +56,9 @@ def make_plan(policy: Policy, options: PlanOptions) -> EvictionPlan:
 def require_feasible(plan: EvictionPlan, budgets: Sequence[Budget], workload: Workload) -> None:
     """Raise UsageError if a plan cannot run under these budgets: phase, prefill, layers, room for protected keys."""
     plan.require(workload.prefill)
-    plan.policy.fit(workload.layers, workload.kv_heads, workload.n_layers)
+    for kv_heads in dict.fromkeys(workload.kv_heads):
+        pairs = zip(workload.layers, workload.kv_heads, strict=True)
+        plan.policy.fit(tuple(layer for layer, own in pairs if own == kv_heads), kv_heads, workload.n_layers)
     runs = runs_of([plan], budgets)
     rooms = {(run.keys(each, workload.prefill), each.prompt) for run in runs for each in workload.sequences}
     for budget, prompt in sorted(rooms):  # so that the smallest is named, whatever the order of budgets and sequences

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from kvscope.engine.recomputed_rows import RecomputedRows
 from kvscope.engine.row_loading import HostBlock, PackedRows, RowLoader, WholeRows
-from kvscope.engine.rows import Shape
+from kvscope.engine.rows import Shape, own_counts
 from kvscope.engine.signals import load_signal
 from kvscope.kernels import device as devices
+from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.reader import TokenSequence, Trace
 from kvscope.trace.schema import TOPK
+from kvscope.trace.shared_caches import caches_of, owner_of
 
 
 class RecordedLayers:
@@ -27,7 +29,8 @@ class RecordedLayers:
     sequence : TokenSequence
         A sequence of the trace.
     layers : sequence of int
-        Numbers of the ``L`` layers.
+        Numbers of the ``L`` layers, which have the same heads (see `head_groups`). A layer that reads the cache of
+        another comes after all that own one, and with its owner.
     device : torch.device
         Device of the rows and signals.
 
@@ -35,6 +38,10 @@ class RecordedLayers:
     ----------
     shape : Shape
         Sizes.
+    caches : Shape
+        Sizes of the layers that own a cache; they are the first of `layers`.
+    cache_of : list of int
+        For each layer the place of the one whose cache it reads.
     missing : Tensor or None
         ``[L, H, T]``: what a learned sink takes from each row. Where rows are computed on the device, those of a step
         are known once `place` has returned its row.
@@ -42,19 +49,13 @@ class RecordedLayers:
 
     def __init__(self, trace: Trace, sequence: TokenSequence, layers: Sequence[int], device: torch.device) -> None:
         self._trace, self._sequence, self._layers, self._device = trace, sequence.index, list(layers), device
-        windows = tuple(trace.header.sliding_window[trace.layers.index(layer)] for layer in layers)
-        self.shape = Shape(
-            layers=tuple(layers),
-            heads=trace.heads,
-            kv_heads=trace.kv_heads,
-            prompt=sequence.prompt,
-            length=sequence.length,
-            sequence=sequence.index,
-            windows=windows if any(window is not None for window in windows) else (),
-            n_layers=len(trace.layers),
-            places=tuple(trace.layers.index(layer) for layer in layers),
-            chunks=trace.header.chunks_of(layers),
-        )
+        self.shape = shape_of(trace, sequence, layers, trace.layers)
+        owners = [layer for layer in layers if owner_of(trace.header, layer) == layer]
+        assert owners == self._layers[: len(owners)], "layers that own a cache come first"
+        self.caches = self.shape
+        if len(caches_of(trace.header)) < len(trace.layers):
+            self.caches = shape_of(trace, sequence, owners, list(caches_of(trace.header)))
+        self.cache_of = [owners.index(owner_of(trace.header, layer)) for layer in layers]
         self._loader = row_loader(trace, sequence.index, layers, device)
         self.missing = self._missing_mass()
         self._signals: dict[str, Tensor] = {}
@@ -93,6 +94,46 @@ class RecordedLayers:
             return torch.zeros(len(self._layers), self.shape.heads, self.shape.length, device=self._device)
         sums = [self._trace.row_sums(self._sequence, layer) for layer in self._layers]
         return (1 - torch.from_numpy(np.stack(sums)).to(self._device)).clamp(min=0)
+
+
+def cache_groups(trace: Trace) -> list[list[list[int]]]:
+    """Return the caches of a trace, those together whose layers have the same heads of the same sizes.
+
+    A cache is the layers that read it, the one that owns it first.
+    """
+    groups: dict[LayerHeads, list[list[int]]] = {}
+    for readers in caches_of(trace.header).values():
+        groups.setdefault(trace.heads_of(readers[0]), []).append(readers)
+    return list(groups.values())
+
+
+def head_groups(trace: Trace) -> list[list[int]]:
+    """Return the layers of a trace, those together that have the same heads, owners of caches first."""
+    return [owners_first(trace, caches) for caches in cache_groups(trace)]
+
+
+def owners_first(trace: Trace, caches: Sequence[Sequence[int]]) -> list[int]:
+    """Return the layers that read some caches, those that own one first, each part in order."""
+    layers = [layer for readers in caches for layer in readers]
+    return sorted(layers, key=lambda layer: (owner_of(trace.header, layer) != layer, layer))
+
+
+def shape_of(trace: Trace, sequence: TokenSequence, layers: Sequence[int], sharing: Sequence[int]) -> Shape:
+    """Return the sizes of some layers of a sequence; `sharing` are the layers that share a budget."""
+    windows = tuple(trace.header.sliding_window[trace.layers.index(layer)] for layer in layers)
+    return Shape(
+        layers=tuple(layers),
+        heads=trace.heads_of(layers[0]).heads,
+        kv_heads=trace.heads_of(layers[0]).kv_heads,
+        prompt=sequence.prompt,
+        length=sequence.length,
+        sequence=sequence.index,
+        windows=windows if any(window is not None for window in windows) else (),
+        n_layers=len(sharing),
+        places=tuple(sharing.index(layer) for layer in layers),
+        chunks=trace.header.chunks_of(layers),
+        kv_heads_of=own_counts(trace.heads_of(layer).kv_heads for layer in sharing),
+    )
 
 
 def row_loader(trace: Trace, sequence: int, layers: Sequence[int], device: torch.device) -> RowLoader:

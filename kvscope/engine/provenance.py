@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from kvscope.core.options import Loop, Prefill
-from kvscope.core.records import ReplayRecord, RunRecord, SequenceRef, SourceRef
+from kvscope.core.records import HeadCounts, ReplayRecord, RunRecord, SequenceRef, SourceRef
 from kvscope.core.version import versions as installed
 from kvscope.engine.runs import RunSpec
 from kvscope.engine.signals import ROWS
 from kvscope.metrics import Metric
+from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.reader import TokenSequence, Trace
 from kvscope.trace.storage_error import BOUNDS
 
@@ -32,7 +33,14 @@ def source_of(trace: Trace) -> SourceRef:
         heads=trace.heads,
         kv_heads=trace.kv_heads,
         protocol=trace.header.protocol,
+        layer_heads=head_counts([trace.heads_of(layer) for layer in trace.layers]),
     )
+
+
+def head_counts(layers: Sequence[LayerHeads]) -> tuple[HeadCounts, ...]:
+    """Return the heads of each layer, or nothing where all have equally many."""
+    counts = tuple(HeadCounts(own.heads, own.kv_heads) for own in layers)
+    return counts if len(set(counts)) > 1 else ()
 
 
 def replay_record(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvscope.engine.row_loading import HostBlock, Placed
 from kvscope.kernels.device import staging, to_device
+from kvscope.trace.layer_records import LayerAttention
 from kvscope.trace.reader import Trace
-from kvscope.trace.record import LayerAttention
 
 
 class RecomputedRows:
@@ -34,6 +34,7 @@ class RecomputedRows:
 
     def __init__(self, trace: Trace, sequence: int, layers: Sequence[int], device: torch.device) -> None:
         self._trace, self._sequence, self._layers, self._device = trace, sequence, list(layers), device
+        self._heads = trace.heads_of(layers[0])
         self._how = [trace.header.attention_of(layer) for layer in layers]
         self._keys: Tensor | None = None  # [L, G, T, D]
         self._known = 0  # keys up to this position are on the device
@@ -41,8 +42,8 @@ class RecomputedRows:
 
     def bytes(self, start: int, stop: int) -> int:
         """Return how many bytes the queries and keys of these steps take."""
-        trace = self._trace
-        return 4 * len(self._layers) * (trace.heads + trace.kv_heads) * (stop - start) * trace.head_dim
+        own = self._heads
+        return 4 * len(self._layers) * (own.heads + own.kv_heads) * (stop - start) * own.head_dim
 
     def read(self, start: int, stop: int) -> HostBlock:
         """Read queries and keys of steps `start` to `stop` - 1; raises as `RowLoader.read`."""
@@ -51,9 +52,9 @@ class RecomputedRows:
 
     def _read(self, names: Sequence[str], start: int, stop: int) -> Tensor:
         """Return vectors of all layers, ``[L, heads of all names, stop - start, D]``."""
-        trace, layers = self._trace, self._layers
-        heads = sum(trace.heads if name == "queries" else trace.kv_heads for name in names)
-        buffer = staging((len(layers), heads, stop - start, trace.head_dim), torch.float32, self._device)
+        trace, layers, own = self._trace, self._layers, self._heads
+        heads = sum(own.heads if name == "queries" else own.kv_heads for name in names)
+        buffer = staging((len(layers), heads, stop - start, own.head_dim), torch.float32, self._device)
         for number, layer in enumerate(layers):
             first = 0
             for name in names:
@@ -64,7 +65,8 @@ class RecomputedRows:
 
     def _place(self, vectors: Tensor, start: int, stop: int) -> Placed:
         vectors = to_device(vectors, self._device)
-        queries, keys = vectors[:, : self._trace.heads], self._with_keys(vectors[:, self._trace.heads :], start, stop)
+        heads = self._heads.heads
+        queries, keys = vectors[:, :heads], self._with_keys(vectors[:, heads:], start, stop)
         rows = vectors.new_zeros(*queries.shape[:3], stop)
         sums = vectors.new_empty(queries.shape[:3])
         for number, how in enumerate(self._how):

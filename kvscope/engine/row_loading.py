@@ -95,7 +95,7 @@ class WholeRows(LayersOnDisk):
 
     def bytes(self, start: int, stop: int) -> int:
         """Return how many bytes the rows of these steps take."""
-        return 4 * len(self.layers) * self.trace.heads * (stop - start) * stop
+        return 4 * len(self.layers) * self.trace.heads_of(self.layers[0]).heads * (stop - start) * stop
 
     def read(self, start: int, stop: int) -> HostBlock:
         """Read steps `start` to `stop` - 1; raises as `layer_rows`."""
@@ -130,7 +130,7 @@ class PackedRows(LayersOnDisk):
 
     def bytes(self, start: int, stop: int) -> int:
         """Return about how many bytes the weights of these steps take."""
-        return 2 * len(self.layers) * self.trace.heads * (stop - start) * stop
+        return 2 * len(self.layers) * self.trace.heads_of(self.layers[0]).heads * (stop - start) * stop
 
     def read(self, start: int, stop: int) -> HostBlock:
         """Read steps `start` to `stop` - 1; raises as `RowLoader.read`."""

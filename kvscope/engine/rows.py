@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,6 +36,8 @@ class Shape:
     chunks : tuple of int or None
         For each layer the size of the chunks in which the model attends (a query sees the earlier keys of its own
         chunk), or None; empty if that is None everywhere.
+    kv_heads_of : tuple of int
+        ``G`` of every layer that shares a budget with these, where layers differ; empty if all have equally many.
     """
 
     layers: tuple[int, ...]
@@ -47,6 +50,7 @@ class Shape:
     n_layers: int = 0
     places: tuple[int, ...] = ()
     chunks: tuple[int | None, ...] = ()
+    kv_heads_of: tuple[int, ...] = ()
 
     def seen(self, steps: Tensor) -> Tensor:
         """Return how many keys the queries at some positions ``[b]`` can attend to in each layer, int64 ``[L, b]``."""
@@ -60,6 +64,12 @@ class Shape:
     @property
     def _windows(self) -> tuple[int | None, ...]:
         return self.windows or (None,) * len(self.layers)
+
+
+def own_counts(counts: Iterable[int]) -> tuple[int, ...]:
+    """Return the number of heads of each layer, or nothing where all layers have equally many."""
+    found = tuple(counts)
+    return found if len(set(found)) > 1 else ()
 
 
 class Block:

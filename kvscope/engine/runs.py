@@ -119,7 +119,10 @@ class Tally:
         """Count the keys allocated to the heads of run `run`, which is number `number` of the simulation."""
         budget = simulation.state.budget[number]  # [L, S]
         allocated, uniform = self.allocated.get(run, [0, 0])
-        self.allocated[run] = [allocated + int(budget.sum()), uniform + simulation.budgets[number] * budget.numel()]
+        shape = simulation.shape
+        held = shape.kv_heads // budget.shape[1] if shape.kv_heads_of else 1  # keys of a layer that decides as one
+        more = held * int(budget.sum()), held * simulation.budgets[number] * budget.numel()
+        self.allocated[run] = [allocated + more[0], uniform + more[1]]
 
     def add_changed(self, run: int, keys: int) -> None:
         """Count keys that were evicted at another step than in the float32 baseline."""

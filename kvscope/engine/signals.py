@@ -16,6 +16,7 @@ from kvscope.metrics import METRICS, Metric
 from kvscope.metrics.base import RECORDED
 from kvscope.trace.derive import Floats
 from kvscope.trace.reader import Trace
+from kvscope.trace.shared_caches import caches_of
 from kvscope.trace.signals import remedy
 
 ROWS = frozenset({"weights", "full_weights", "schedule"})  # computed from the rows, which every trace has
@@ -106,6 +107,13 @@ def _require_recorded(trace: Trace, plan: EvictionPlan) -> None:
             f"{trace.path} holds every {header.query_stride}th row of attention, and policies need all of them",
             "Record it again without --query-stride to replay it.",
         )
+    absent = caches_of(header).keys() - set(header.layers)
+    if absent:
+        every = ",".join(map(str, sorted({*header.layers, *absent})))
+        raise TraceError(
+            f"{trace.path} lacks layers {', '.join(map(str, sorted(absent)))}: others read their caches, they decide",
+            f"Record it again with --layers {every}",
+        )
     across = plan.looks_across or ALLOCATORS.get(plan.allocate).spans == "heads"
     if header.head_numbers and (across or (plan.policy.traits.scope == "layer" and plan.needs & ROWS)):
         raise TraceError(
@@ -120,6 +128,12 @@ def _require_gate(trace: Trace, plan: EvictionPlan, name: str) -> None:
             f"{plan.policy.label} needs layer inputs, which {trace.path} does not hold", remedy(trace.header, "hidden")
         )
     header = trace.header
+    if len({header.heads_of(layer).kv_heads for layer in trace.layers}) > 1:
+        raise TraceError(
+            f"{plan.policy.label} uses a gate, which has equally many heads in every layer, and the layers of "
+            f"{trace.path} differ in their heads",
+            "Replay policies without a gate.",
+        )
     load_gate(name).require(
         name,
         layers=header.n_layers,

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import ModelConfig
-from kvscope.model.obstacles import require_registry
+from kvscope.model.obstacles import language_model, require_registry
 
 PREFIX = "kvscope-watch-"
 KERNELS = ("sdpa", "eager")
@@ -180,7 +180,8 @@ def replace_attention(model: nn.Module, attention: AttentionFunction) -> Iterato
         As `observe_attention`.
     """
     require_registry(model)
-    configs = _configs(model)
+    language = language_model(model)
+    configs = _configs(language)
     before = [(config, config._attn_implementation) for config in configs]
     kernels = {name for _, name in before}
     unknown = kernels - set(KERNELS)
@@ -190,7 +191,7 @@ def replace_attention(model: nn.Module, attention: AttentionFunction) -> Iterato
             f"Load the model with one of: {', '.join(KERNELS)}.",
         )
     inputs: dict[int, Tensor] = {}  # id of an attention module -> its input, until its kernel is called
-    hooks = [module.register_forward_pre_hook(_store_input(inputs), with_kwargs=True) for module in _numbered(model)]
+    hooks = [module.register_forward_pre_hook(_store_input(inputs), with_kwargs=True) for module in _numbered(language)]
     try:
         for kernel in kernels:
             AttentionInterface.register(PREFIX + kernel, _interface(kernel, attention, inputs))

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from kvscope.core.errors import KvscopeError, ModelError, UsageError
 from kvscope.core.json import Json
+from kvscope.core.model_types import Processor, Tokenizer
 from kvscope.model.explain import first_line
+from kvscope.model.image_parts import Message
 from kvscope.model.loading import Loaded
-from kvscope.model.prompt_files import Message, PromptText
+from kvscope.model.prompt_files import PromptText
 
 RESERVED = frozenset(
     "messages conversation chat_template tools documents add_generation_prompt continue_final_message tokenize padding "
@@ -33,17 +35,13 @@ def render(loaded: Loaded, prompt: PromptText, system: str | None, options: Mapp
     ModelError
         If the template raises an error, or renders nothing.
     """
-    messages: list[Message] = list(prompt.messages or [{"role": "user", "content": prompt.text}])
-    if system is not None:
-        if any(message["role"] == "system" for message in messages):
-            raise UsageError(f"{prompt.place} has a system message of its own", "Omit --system.")
-        messages.insert(0, {"role": "system", "content": system})
+    messages = _messages(prompt, system, prompt.text)
     _require_options(loaded, options)
     failure: Exception | None = None
     rendered: list[str] = []
     for form in (messages, _other_form(messages, prompt.place)):
         try:
-            text = _apply(loaded, form, options)
+            text = _apply(loaded.tokenizer, form, options)
         except KvscopeError:
             raise
         except Exception as error:  # templates raise errors of jinja2 and of Python
@@ -62,9 +60,59 @@ def render(loaded: Loaded, prompt: PromptText, system: str | None, options: Mapp
     raise ModelError(f"the chat template of {loaded.name} renders {prompt.place} as nothing", "Omit --chat.")
 
 
-def _apply(loaded: Loaded, messages: Sequence[Message], options: Mapping[str, Json]) -> str:
+def render_with_images(
+    loaded: Loaded, processor: Processor, prompt: PromptText, system: str | None, options: Mapping[str, Json]
+) -> str:
+    """Return the text of a conversation with images: each is where the template writes the placeholder of an image.
+
+    The template is the processor's, or the tokenizer's where the processor has none. A text becomes one message: its
+    images, then the text.
+
+    Raises
+    ------
+    UsageError, ModelError
+        As `render`.
+    """
+    texts: list[Json] = [{"type": "text", "text": prompt.text}]
+    images: list[Json] = [{"type": "image"} for _ in prompt.images]
+    messages = _messages(prompt, system, images + texts)
+    owner = processor if getattr(processor, "chat_template", None) else loaded.tokenizer
+    _require_options(loaded, options, owner)
+    try:
+        text = _apply(owner, _as_parts(messages), options)
+    except Exception as error:  # templates raise errors of jinja2 and of Python
+        raise ModelError(
+            f"the chat template of {loaded.name} refuses {prompt.place}: {first_line(error)}",
+            "Change the conversation, or set what the template needs with --chat-option.",
+        ) from error
+    if not text.strip():
+        raise ModelError(f"the chat template of {loaded.name} renders {prompt.place} as nothing", "Omit --chat.")
+    return text
+
+
+def _messages(prompt: PromptText, system: str | None, content: Json) -> list[Message]:
+    """Return the messages of a prompt, after a system message; `content` is that of a prompt without messages."""
+    messages: list[Message] = list(prompt.messages or [{"role": "user", "content": content}])
+    if system is not None:
+        if any(message["role"] == "system" for message in messages):
+            raise UsageError(f"{prompt.place} has a system message of its own", "Omit --system.")
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def _as_parts(messages: Sequence[Message]) -> list[Message]:
+    """Return messages with every text as a list of one part, as templates for images read them."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
+def _apply(owner: Tokenizer | Processor, messages: Sequence[Message], options: Mapping[str, Json]) -> str:
     continued = messages[-1]["role"] == "assistant"
-    text = loaded.tokenizer.apply_chat_template(
+    text = owner.apply_chat_template(
         list(messages),
         tokenize=False,
         add_generation_prompt=not continued,
@@ -74,12 +122,14 @@ def _apply(loaded: Loaded, messages: Sequence[Message], options: Mapping[str, Js
     return str(text)
 
 
-def _require_options(loaded: Loaded, options: Mapping[str, Json]) -> None:
-    """Raise UsageError unless the model has a chat template that reads all options."""
-    if not getattr(loaded.tokenizer, "chat_template", None):
+def _require_options(loaded: Loaded, options: Mapping[str, Json], owner: Processor | None = None) -> None:
+    """Raise UsageError unless the model has a chat template, of `owner` or its tokenizer, that reads all options."""
+    owner = loaded.tokenizer if owner is None else owner
+    if not getattr(owner, "chat_template", None):
         raise UsageError(f"model {loaded.name} has no chat template", "Omit --chat, or trace a chat model.")
     try:
-        template = str(loaded.tokenizer.get_chat_template())
+        read = getattr(owner, "get_chat_template", None)  # a processor has none
+        template = str(read() if read is not None else owner.chat_template)
     except Exception as error:
         raise ModelError(
             f"the chat template of {loaded.name} cannot be used: {first_line(error)}", "Omit --chat."

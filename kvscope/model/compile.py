@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.options import ModelSource, OutputOptions
@@ -16,17 +15,18 @@ from kvscope.core.recording_options import BlockOptions, Sampling, StoreOptions,
 from kvscope.core.text_names import text_name
 from kvscope.model.explain import memory_explained
 from kvscope.model.header import header
+from kvscope.model.image_check import check_images
 from kvscope.model.loading import Loaded, load, model_name
 from kvscope.model.module_maps import self_check_modules
 from kvscope.model.obstacles import obstacle, refuse_encoder_decoder
 from kvscope.model.plan import RecordingPlan
 from kvscope.model.prefill import chunk_size
-from kvscope.model.prompt_files import read_prompts, with_answers
-from kvscope.model.prompts import encode
+from kvscope.model.prompt_files import PromptText, read_prompts, with_answers, with_images
+from kvscope.model.prompts import Prompt, encode
 from kvscope.model.selfcheck import AttentionFacts, layer_count, self_check
 from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import MAPS, STORES, TOP, parse_store
-from kvscope.trace.space import estimate_bytes, free_bytes, require_space
+from kvscope.trace.space import estimate_layers, free_bytes, require_space
 
 GATE = "gate.safetensors"  # gate file in a model's folder; where there is one, layer inputs are recorded by default
 
@@ -54,20 +54,20 @@ def compile_recording(
         If the trace exists, or the disk has too little space.
     """
     _require_rows(store)
-    texts = with_answers(read_prompts(prompts, text.continuation, text.field), text.answers)
+    texts = _read(prompts, text)
     require_free(output.path, force=output.force)
     loaded = load(source)
     refuse_encoder_decoder(loaded.model)
     encoded = tuple(encode(loaded, one, text) for one in texts)
     require_layers(loaded, store.layers)
     with torch.inference_mode(), memory_explained(loaded.name):
-        facts = _facts(loaded, torch.tensor([encoded[0].ids], device=loaded.device), store)
+        facts = _facts(loaded, encoded, store)
         longest = max(len(prompt.ids) + len(prompt.forced or []) for prompt in encoded)
-        chunk = chunk_size(loaded, facts, longest, blocks.prefill_chunk)
+        chunk = chunk_size(loaded, facts, longest, blocks.prefill_chunk, images=any(one.inputs for one in encoded))
         hidden = (Path(loaded.source) / GATE).is_file() and not facts.from_modules
         hidden = hidden if store.hidden is None else store.hidden
         layers = tuple(sorted(set(store.layers))) if store.layers else tuple(sorted(facts.windows))
-        selected = replace(store, layers=layers, heads=heads_of(loaded, facts, store.heads), hidden=hidden)
+        selected = replace(store, layers=layers, heads=heads_of(loaded, facts, layers, store.heads), hidden=hidden)
         known = header(
             loaded, facts, encoded, selected, sampling, seed=text.seed, command=output.command, prefill_chunk=chunk
         )
@@ -92,11 +92,20 @@ def compile_recording(
     )
 
 
-def _facts(loaded: Loaded, ids: Tensor, store: StoreOptions) -> AttentionFacts:
+def _read(prompts: Sequence[Path | str], text: TextOptions) -> list[PromptText]:
+    """Return the prompts of files, with what is given beside a single one."""
+    read = with_answers(read_prompts(prompts, text.continuation, text.field), text.answers)
+    return with_images(read, text.images.names)
+
+
+def _facts(loaded: Loaded, prompts: Sequence[Prompt], store: StoreOptions) -> AttentionFacts:
     """Return the facts of the model's attention; raises ModelError if it cannot be recorded, or not in this store."""
+    ids = torch.tensor([prompts[0].text_ids], device=loaded.device)
     why = obstacle(loaded.model)
     if not why:
-        return self_check(loaded.model, ids)
+        facts = self_check(loaded.model, ids)
+        check_images(loaded, prompts)
+        return facts
     if store.store != MAPS or store.hidden:
         raise ModelError(
             f"{why}, so only the rows that its modules return can be recorded, not vectors or layer inputs",
@@ -124,11 +133,8 @@ def _sizes(known: TraceHeader, lengths: list[int], hidden: int) -> dict[str, int
     """Return the estimated bytes of each store for sequences of these lengths; `hidden` is a layer input's size."""
     inputs = ("hidden",) if "hidden" in known.stored else ()
     return {
-        store: estimate_bytes(
-            layers=len(known.layers),
-            heads=known.heads,
-            kv_heads=known.kv_heads,
-            head_dim=known.head_dim,
+        store: estimate_layers(
+            [known.heads_of(layer) for layer in known.layers],
             lengths=lengths,
             stored=(*stored, *inputs),
             hidden=hidden,
@@ -148,27 +154,44 @@ def require_layers(loaded: Loaded, requested: Sequence[int] | None) -> None:
             raise UsageError(f"no layer {layer} in {loaded.name}", f"Choose from 0 to {count - 1}.")
 
 
-def heads_of(loaded: Loaded, facts: AttentionFacts, requested: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the query heads to record; empty for all.
+def heads_of(
+    loaded: Loaded, facts: AttentionFacts, layers: Sequence[int], requested: Sequence[int] | None
+) -> tuple[int, ...]:
+    """Return the query heads of the layers to record; empty for all.
 
     Raises
     ------
     UsageError
-        If the model does not have one, or only some of the heads that share keys and values are requested.
+        If the model does not have one, or only some of the heads that share keys and values are requested; if heads are
+        requested of layers that differ in theirs.
     """
-    selected, group = sorted(set(requested or ())), facts.heads // facts.kv_heads
+    selected = sorted(set(requested or ()))
+    counts = {(own.heads, own.kv_heads): layer for layer, own in facts.sizes.items() if layer in layers}
+    if not selected or not counts:
+        return ()
+    if len(counts) > 1:
+        (heads, kv_heads), *_ = counts
+        same = [layer for layer in layers if layer in facts.sizes and _counts(facts, layer) == (heads, kv_heads)]
+        raise UsageError(
+            f"the recorded layers of {loaded.name} differ in their heads, so that no numbers select heads of all",
+            f"Record all heads, or only layers that have the same: --layers {_listed(same)}",
+        )
+    ((heads, kv_heads),) = counts
+    group = heads // kv_heads
     for head in selected:
-        if not 0 <= head < facts.heads:
-            raise UsageError(
-                f"no query head {head} in {loaded.name}", f"Choose from its heads, 0 to {facts.heads - 1}."
-            )
+        if not 0 <= head < heads:
+            raise UsageError(f"no query head {head} in {loaded.name}", f"Choose from its heads, 0 to {heads - 1}.")
     whole = sorted({head // group * group + number for head in selected for number in range(group)})
     if whole != selected:
         raise UsageError(
             f"heads {_listed(selected)} split a group of {group} that shares keys and values in {loaded.name}",
             f"Record whole groups: --heads {_listed(whole)}",
         )
-    return () if len(selected) == facts.heads else tuple(selected)
+    return () if len(selected) == heads else tuple(selected)
+
+
+def _counts(facts: AttentionFacts, layer: int) -> tuple[int, int]:
+    return facts.sizes[layer].heads, facts.sizes[layer].kv_heads
 
 
 def _listed(numbers: Sequence[int]) -> str:

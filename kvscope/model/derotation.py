@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from kvscope.model.attention_hook import Call, observe_attention
 PROBES = (3, 8)  # positions at which the rotation of one token is compared
 TOLERANCE = 64  # allowed difference, in units of the dtype's eps
 
-Apply = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Apply = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 
 class Derotation:
@@ -35,6 +36,7 @@ class Derotation:
     """
 
     def __init__(self, angles: nn.Module, apply: Apply, layer_type: str | None, dtype: torch.dtype) -> None:
+        self._single = list(inspect.signature(apply).parameters)[1] == "cos"  # of queries or keys, not of both at once
         self._angles, self._apply, self._layer_type, self._dtype = angles, apply, layer_type, dtype
 
     def on(self, states: Tensor, positions: Tensor) -> Tensor:
@@ -53,7 +55,9 @@ class Derotation:
 
     def _rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         states = states.to(torch.float64)
-        return self._apply(states, states, cos, sin)[0]
+        given = (states, cos, sin) if self._single else (states, states, cos, sin)
+        rotated = self._apply(*given)
+        return rotated if isinstance(rotated, Tensor) else rotated[0]
 
     def _cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         like = torch.empty(0, dtype=self._dtype, device=positions.device)
@@ -81,7 +85,7 @@ def derotations(model: CausalModel, token: Tensor) -> dict[int, Derotation]:
             f"{name} has no rotary embedding that can be inverted, so its keys cannot be moved to other positions",
             "Use the original positions: --positions original.",
         )
-    calls = [_calls(model, token, position) for position in PROBES]
+    apply, calls = _of_pairs(apply), [_calls(model, token, position) for position in PROBES]
     by_type = "layer_type" in inspect.signature(found[0].forward).parameters
     types = model.config.get_text_config(decoder=True).layer_types if by_type else None
     layers = {}
@@ -94,6 +98,13 @@ def derotations(model: CausalModel, token: Tensor) -> dict[int, Derotation]:
                 "Use the original positions: --positions original.",
             )
     return layers
+
+
+def _of_pairs(apply: Callable[..., Any]) -> Apply:
+    """Return the function for queries and keys; that of some models takes one of them at a time."""
+    if list(inspect.signature(apply).parameters)[1:3] != ["cos", "sin"]:
+        return apply
+    return lambda query, key, cos, sin: (apply(query, cos, sin), apply(key, cos, sin))
 
 
 def _calls(model: CausalModel, token: Tensor, position: int) -> list[Call]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from kvscope.core.json import Json
 from kvscope.core.model_types import CausalModel, Tokenizer
 from kvscope.core.options import ModelSource, OutputOptions
-from kvscope.core.recording_options import BlockOptions, Sampling, StoreOptions, TextOptions
+from kvscope.core.recording_options import BlockOptions, ImageOptions, Sampling, StoreOptions, TextOptions
 from kvscope.model.compile import compile_recording, default_output
 from kvscope.model.plan import RecordingPlan
 from kvscope.model.run import Progress
@@ -38,6 +38,7 @@ def trace(
     system: str | None = None,
     chat_options: Mapping[str, Json] | None = None,
     answers: Sequence[str] = (),
+    images: Sequence[Path | str] = (),
     field: str | None = None,
     trust_remote_code: bool = False,
     quantize: str | None = None,
@@ -54,20 +55,19 @@ def trace(
 
     Parameters
     ----------
-    prompts : sequence of Path
-        Files of texts, JSON or JSON lines, as `kvscope.model.prompt_files.read_prompts` describes them.
-    output : Path, optional
-        Folder of the trace; ``traces/PROMPT-MODEL`` by default.
+    prompts, images, output : files of texts, JSON or JSON lines, as `kvscope.model.prompt_files.read_prompts` describes
+        them; files of images of a single prompt; folder of the trace, ``traces/PROMPT-MODEL`` by default
     progress, announce : callable, optional
         Called with `Progress` after every forward pass; with the `RecordingPlan` before the first one.
     other parameters : fields of the records below, which document them; errors as of `compile_recording` and its plan
     """
+    given = _given(answers, images)
     source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize)
     plan = compile_recording(
         source,
         prompts,
         OutputOptions(default_output(source, prompts) if output is None else Path(output), force, command),
-        text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, chat_options or {}, tuple(answers)),
+        text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, chat_options or {}, *given),
         store=StoreOptions(store, _numbers(layers), _numbers(heads), query_stride, hidden),
         sampling=Sampling(do_sample, temperature, top_p, top_k),
         blocks=BlockOptions(query_block, prefill_chunk),
@@ -75,6 +75,10 @@ def trace(
     if announce is not None:
         announce(plan)
     return plan.execute(progress)
+
+
+def _given(answers: Sequence[str], images: Sequence[Path | str]) -> tuple[tuple[str, ...], ImageOptions]:
+    return tuple(answers), ImageOptions(tuple(map(str, images)))
 
 
 def _numbers(selected: Sequence[int] | None) -> tuple[int, ...] | None:

@@ -7,23 +7,23 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
+from typing import Any
 
 from kvscope.core.errors import ModelError
 from kvscope.core.recording_options import Sampling, StoreOptions
 from kvscope.core.version import versions
+from kvscope.model.image_prompts import PromptImage
 from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import AttentionFacts, layer_count
+from kvscope.trace.layer_records import AttentionKernel, LayerAttention
+from kvscope.trace.prompt_parts import ExampleRecord, ImageRecord, SpanRecord
 from kvscope.trace.record import (
-    AttentionKernel,
-    ExampleRecord,
-    LayerAttention,
     ModelRecord,
     PromptRecord,
     SamplingRecord,
     SequenceRecord,
-    SpanRecord,
     TraceHeader,
 )
 from kvscope.trace.schema import MAPS, QKV, STORES, parse_store
@@ -63,9 +63,7 @@ def header(
         n_layers=layer_count(loaded.text_config),
         rows_from="module" if facts.from_modules else None,
         other_layers={str(layer): kind for layer, kind in facts.others.items()},
-        heads=len(heads) or facts.heads,
-        kv_heads=len(heads) * facts.kv_heads // facts.heads or facts.kv_heads,
-        head_dim=facts.head_dim,
+        **_heads(facts, layers, heads),
         layer_types=[_kind(facts, layer) for layer in layers],
         sliding_window=windows,
         learned_sinks=facts.learned_sinks,
@@ -74,7 +72,7 @@ def header(
         attention=[_narrowed(facts.attention[layer], heads) for layer in layers] if store == QKV else [],
         top=top,
         head_numbers=heads,
-        n_heads=facts.heads if heads else None,
+        n_heads=facts.sizes[layers[0]].heads if heads else None,
         query_stride=selected.query_stride,
         vector_dtype=facts.vector_dtype,
         prompts=[_prompt(prompt) for prompt in prompts],
@@ -98,6 +96,17 @@ def _with_caches(known: TraceHeader, facts: AttentionFacts) -> TraceHeader:
         latent_size=facts.latent_size,
         sink_rows=facts.sink_rows,
     )
+
+
+def _heads(facts: AttentionFacts, layers: Sequence[int], selected: Sequence[int]) -> dict[str, Any]:
+    """Return the fields of a header about the heads of the recorded layers, of which some may be selected."""
+    sizes = [facts.sizes[layer] for layer in layers]
+    if selected:  # of layers with the same heads
+        sizes = [replace(own, heads=len(selected), kv_heads=len(selected) * own.kv_heads // own.heads) for own in sizes]
+    most = {name: max(getattr(own, name) for own in sizes) for name in ("heads", "kv_heads", "head_dim")}
+    if len(set(sizes)) == 1:
+        return {**most, "value_dim": sizes[0].value_dim}
+    return {**most, "layer_heads": sizes}
 
 
 def _kind(facts: AttentionFacts, layer: int) -> str:
@@ -171,4 +180,10 @@ def sequence_record(prompt: Prompt, length: int) -> SequenceRecord:
         answers=None if source.answers is None else list(source.answers),
         example=None if source.example is None else ExampleRecord(**asdict(source.example)),
         spans=[SpanRecord(span.name, span.start, span.stop) for span in prompt.spans],
+        images=[] if prompt.inputs is None else [_image(image) for image in prompt.inputs.images],
     )
+
+
+def _image(image: PromptImage) -> ImageRecord:
+    file = image.file
+    return ImageRecord(file.name, file.sha256, file.width, file.height, image.start, image.stop, image.tokens)

@@ -67,7 +67,9 @@ _PAGE = """# Models
 
 Written by `python tools/docs.py` from the results of `python tools/models.py --write`. Every causal and every
 image-text type of transformers, {all} in all, was tried with a tiny random model: traced, compared with eager
-attention, replayed in both loops, and verified. Multimodal models are traced on text prompts.
+attention, replayed in both loops, and verified. All were tried on texts. Multimodal models that the table says give
+`rows` also read images, if they have a processor and attend to images in order: Llava, Qwen2.5-VL, Qwen3-VL and
+Idefics3 were tried on images.
 
 - trace: `rows` ({rows} types) are recomputed from queries and keys, with all signals; `module rows` ({modules}) are
   what the model's attention modules return, without norms and vectors; {refused} types are `refused`, with the remark

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_log
 
 from kvscope.core.errors import ModelError, UsageError
-from kvscope.core.model_types import CausalModel, ModelConfig, Tokenizer
+from kvscope.core.model_types import CausalModel, ModelConfig, Processor, Tokenizer
 from kvscope.core.options import ModelSource
 from kvscope.kernels.device import torch_device
 from kvscope.model.adapter import adapter_of, add_adapter, base_of, load_base, require_peft
@@ -68,6 +68,8 @@ class Loaded:
         Of an adapter: the model that it changes.
     notes : tuple of str
         What the user should know about how it was loaded.
+    processor : ProcessorMixin or None
+        Of a multimodal model whose prompts have images; loaded by `kvscope.model.processors` when the first is read.
     """
 
     model: CausalModel
@@ -78,6 +80,7 @@ class Loaded:
     quantization: str | None = None
     base: str | None = None
     notes: tuple[str, ...] = ()
+    processor: Processor | None = None
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
@@ -18,7 +19,8 @@ from kvscope.model.gguf_file import place_of
 from kvscope.model.known_types import TypeRecord, known_types
 from kvscope.model.names import ALIASES, DEMO, resolve
 from kvscope.model.selfcheck import layer_count
-from kvscope.trace.space import estimate_bytes
+from kvscope.trace.layer_records import LayerHeads
+from kvscope.trace.space import estimate_layers
 
 LENGTH = 1000  # tokens for which the size of a trace is estimated
 NUMBER = 2  # bytes of a cached number: weights are published in 16 bit
@@ -37,7 +39,9 @@ class ModelFacts:
     layers, attention_layers : int
         Layers, and how many of them cache keys.
     heads, kv_heads, head_dim : int
-        ``H``, ``G`` and ``D``.
+        ``H``, ``G`` and ``D``; the most of any layer where the configuration names them layer by layer.
+    layer_heads : tuple of LayerHeads
+        The same of every layer, where they differ; otherwise empty.
     cache_bytes : int
         Bytes that one token takes in the cache of all layers, in 16 bit.
     trace_bytes : int
@@ -54,6 +58,7 @@ class ModelFacts:
     head_dim: int
     cache_bytes: int
     trace_bytes: int
+    layer_heads: tuple[LayerHeads, ...] = ()
 
     @property
     def plain(self) -> JsonDict:
@@ -81,24 +86,40 @@ def model_facts(name: str) -> ModelFacts:
         config = AutoConfig.from_pretrained(place, **named, local_files_only=Path(source).exists())
     unknown = TypeRecord(config.model_type, "unknown", "-", "-", "-", "transformers did not have this type")
     text = config.get_text_config(decoder=True)
-    heads = int(text.num_attention_heads)
-    kv_heads = int(vars(text).get("num_key_value_heads") or heads)
-    head_dim = int(vars(text).get("head_dim") or text.hidden_size // heads)
-    attended = _attention_layers(config)
+    every, attended = named_heads(text), _attention_layers(config)
+    differ = len(set(every)) > 1 and attended == len(every)
+    layers = every if differ else every[:1] * attended
+    cached = sum(_cached_numbers(text, own.kv_heads, own.head_dim) for own in layers)
     return ModelFacts(
         name=name,
         source=source,
         type=known_types().get(config.model_type, unknown),
         layers=layer_count(text),
         attention_layers=attended,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        cache_bytes=NUMBER * attended * _cached_numbers(text, kv_heads, head_dim),
-        trace_bytes=estimate_bytes(
-            layers=attended, heads=heads, kv_heads=kv_heads, head_dim=head_dim, lengths=[LENGTH]
-        ),
+        heads=max(own.heads for own in layers or every),
+        kv_heads=max(own.kv_heads for own in layers or every),
+        head_dim=max(own.head_dim for own in layers or every),
+        cache_bytes=NUMBER * cached,
+        trace_bytes=estimate_layers(layers, lengths=[LENGTH]),
+        layer_heads=tuple(layers) if differ else (),
     )
+
+
+def named_heads(config: ModelConfig) -> list[LayerHeads]:
+    """Return the heads of every layer as a configuration names them: layer by layer, or once for all."""
+    differ, found = getattr(config, "is_heterogeneous", False), []
+    for layer, one in enumerate(config.per_layer_config if differ else [config] * layer_count(config)):
+        own = {name: _of_layer(value, layer) for name, value in vars(one).items() if "heads" in name}
+        heads = int(own.get("num_attention_heads_per_layer") or _of_layer(one.num_attention_heads, layer))
+        named = own.get("num_key_value_heads") or (None if differ else getattr(one, "num_key_value_heads", None))
+        kv_heads = int(_of_layer(named, layer) or heads)
+        found.append(LayerHeads(heads, kv_heads, int(vars(one).get("head_dim") or config.hidden_size // heads)))
+    return found
+
+
+def _of_layer(value: Any, layer: int) -> Any:
+    """Return the item of a layer, where a field of a configuration is a list of one for each."""
+    return value[layer] if isinstance(value, (list, tuple)) and layer < len(value) else value
 
 
 def _attention_layers(config: ModelConfig) -> int:

@@ -22,6 +22,7 @@ from kvscope.core.model_types import CausalModel, ModelConfig
 from kvscope.model.obstacles import obstacle
 from kvscope.model.pipeline import Pipeline
 from kvscope.model.selfcheck import PROBE, TOLERANCE, AttentionFacts, layer_count, plain_logits
+from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.writer import TraceWriter
 
 WITHOUT_CACHE = frozenset({"conv", "linear_attention", "mamba", "recurrent"})  # types of layers without attention
@@ -64,19 +65,9 @@ def self_check_modules(model: CausalModel, ids: Tensor) -> AttentionFacts:
     config = model.config.get_text_config(decoder=True)
     plain_logits(model, ids[:, :PROBE])
     found = sources(model, ids[:, :PROBE])
-    heads = {source.heads for source in found}
-    kv_heads = _kv_heads(config, max(heads))
-    if len(heads) > 1 or max(heads) % kv_heads:
-        raise ModelError(
-            f"the layers of {type(model).__name__} differ in their heads: {sorted(heads)}",
-            "Trace a model whose layers have the same heads.",
-        )
     windows = {source.layer: None for source in found}
     return AttentionFacts(
-        heads=heads.pop(),
-        kv_heads=kv_heads,
-        head_dim=0,
-        value_dim=0,
+        sizes={source.layer: LayerHeads(source.heads, _kv_heads(model, source), 0) for source in found},
         windows=dict(windows),
         others=_others(type(model).__name__, config, windows),
         scaling=None,
@@ -117,12 +108,22 @@ def _others(name: str, config: ModelConfig, seen: Collection[int]) -> dict[int, 
     return others
 
 
-def _kv_heads(config: ModelConfig, heads: int) -> int:
-    """Return how many key/value heads a configuration names; its own attributes alone, which do not differ by layer."""
-    own = vars(config)
+def _kv_heads(model: CausalModel, source: Source) -> int:
+    """Return how many key/value heads a configuration names for a layer; raises ModelError if they cannot be shared."""
+    config = model.config.get_text_config(decoder=True)
+    differ = getattr(config, "is_heterogeneous", False)
+    own = vars(config.per_layer_config[source.layer] if differ else config)  # attributes are of all layers
     if own.get("multi_query") and not own.get("new_decoder_architecture"):
         return 1
-    return int(own.get("num_key_value_heads") or own.get("num_kv_heads") or heads)
+    named = own.get("num_key_value_heads") or own.get("num_kv_heads") or source.heads
+    count = int(named[source.layer] if isinstance(named, (list, tuple)) else named)  # a list has one for each layer
+    if source.heads % count:
+        raise ModelError(
+            f"{source.heads} query heads of layer {source.layer} of {type(model).__name__} do not share the {count} "
+            "key/value heads of its configuration evenly",
+            "Trace another model, and please report this one.",
+        )
+    return count
 
 
 def sources(model: CausalModel, ids: Tensor) -> list[Source]:

@@ -7,7 +7,7 @@ import sys
 from torch import nn
 
 from kvscope.core.errors import ModelError
-from kvscope.core.model_types import CausalModel, ModelConfig
+from kvscope.core.model_types import CausalModel
 
 INDEXED = ("index_topk", "index_topk_blocks", "indexer_budget")  # fields of configurations with a learned index
 # Types of transformers 5 with attention code of their own: their modules return rows only with eager attention.
@@ -42,6 +42,16 @@ def refuse_encoder_decoder(model: nn.Module) -> None:
         )
 
 
+def language_model(model: CausalModel) -> CausalModel:
+    """Return the part of a multimodal model that reads tokens, without its image encoder; another model itself."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        return model
+    text = config.get_text_config(decoder=True)
+    decoder = model.get_decoder()
+    return decoder if text is not config and getattr(decoder, "config", None) is text else model
+
+
 def obstacle(model: CausalModel) -> str:
     """Return why the attention calls of a model cannot be observed; empty if they can.
 
@@ -58,20 +68,9 @@ def obstacle(model: CausalModel) -> str:
         return f"{name} reads its cache through a learned index"
     if getattr(config, "rel_extent", None) is not None:
         return f"{name} adds a position bias to its logits"
-    if _differ_in_size(config):
-        return f"{name} has layers whose heads differ in size"
     own = [part for part in model.modules() if getattr(part, "config", None) is config]  # not of an image encoder
     if any(getattr(part, "layer_idx", 0) in (None, -1) for part in own):
         return f"{name} shares its attention modules between layers"
     if getattr(config, "model_type", None) in SEVERAL_CALLS:
         return f"{name} calls attention several times in a layer"
     return ""
-
-
-def _differ_in_size(config: ModelConfig) -> bool:
-    """Return whether layers have equally many heads that differ in size; other configurations are checked in a pass."""
-    if not getattr(config, "is_heterogeneous", False):
-        return False
-    layers = list(config.per_layer_config)
-    counts = {(one.num_attention_heads, getattr(one, "num_key_value_heads", None)) for one in layers}
-    return len(counts) == 1 < len({getattr(one, "head_dim", None) for one in layers})

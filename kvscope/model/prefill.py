@@ -11,7 +11,9 @@ LEAST, MOST = 64, 2048  # bounds of the default chunk, in tokens
 ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
 
-def chunk_size(loaded: Loaded, facts: AttentionFacts, longest: int, requested: int | None) -> int | None:
+def chunk_size(
+    loaded: Loaded, facts: AttentionFacts, longest: int, requested: int | None, *, images: bool = False
+) -> int | None:
     """Return the tokens per forward pass, or None if every prompt is read in one pass.
 
     Parameters
@@ -20,6 +22,8 @@ def chunk_size(loaded: Loaded, facts: AttentionFacts, longest: int, requested: i
         Tokens of the longest prompt, including a forced continuation.
     requested : int or None
         Chunk size that the user chose; None for a size whose logits take about `CHUNK_BYTES`.
+    images : bool
+        Whether a prompt has images, which the model reads in one pass.
 
     Raises
     ------
@@ -29,7 +33,7 @@ def chunk_size(loaded: Loaded, facts: AttentionFacts, longest: int, requested: i
     size = _default_size(loaded, facts, longest) if requested is None else requested
     if size >= longest:
         return None
-    obstacle = _obstacle(loaded, facts)
+    obstacle = "its images are read in one pass" if images else _obstacle(loaded, facts)
     if obstacle and requested is not None:
         raise UsageError(f"{loaded.name} cannot read a prompt in chunks: {obstacle}", "Omit --prefill-chunk.")
     return None if obstacle else size

@@ -10,17 +10,16 @@ from pathlib import Path
 from kvscope.core.errors import UsageError
 from kvscope.core.json import Json, JsonDict
 from kvscope.core.text_files import BOM, file_name, read_exactly, read_text, require_one_input, require_whole
-from kvscope.core.text_names import text_ending
+from kvscope.core.text_names import STANDARD_INPUT, text_ending
 from kvscope.core.text_spans import TextSpan
 from kvscope.model.example_facts import ExampleFacts, example_facts, text_spans
+from kvscope.model.image_parts import Message, images_beside, images_within
 
 LINES, WHOLE = (".jsonl", ".ndjson"), ".json"
 ANSWERS = ("answers", "outputs", "answer")
 QUESTIONS = ("input", "question")
 TABLES = (".csv", ".tsv", ".xlsx", ".parquet", ".arrow", ".feather", ".yaml", ".yml", ".toml")  # data, but not prose
 EXAMPLE = 'Write objects such as {"prompt": "..."} or {"messages": [...]}, or name the field of the text with --field.'
-
-Message = dict[str, Json]  # role and content, and what else a template reads
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class PromptText:
         What a dataset says about it.
     spans : tuple of TextSpan
         Named parts of `text`.
+    images : tuple of str
+        Paths and addresses of its images, in the order of their places in the text or the messages.
     """
 
     file: str
@@ -56,6 +57,7 @@ class PromptText:
     field: str | None = None
     example: ExampleFacts | None = None
     spans: tuple[TextSpan, ...] = ()
+    images: tuple[str, ...] = ()
 
 
 def read_prompts(
@@ -120,6 +122,32 @@ def with_answers(prompts: list[PromptText], answers: Sequence[str]) -> list[Prom
     for answer in answers:
         require_whole("--answer", answer)
     return [replace(prompt, answers=tuple(answers))]
+
+
+def with_images(prompts: list[PromptText], images: Sequence[str]) -> list[PromptText]:
+    """Return the prompts with images that a user names beside a single prompt, if any.
+
+    Raises
+    ------
+    UsageError
+        If there are several prompts, or the prompt has images of its own; if it is a conversation.
+    """
+    if not images:
+        return prompts
+    if len(prompts) > 1:
+        raise UsageError(
+            f"--image is for one prompt, and there are {len(prompts)}",
+            'Write the images into a JSONL file: {"prompt": "...", "images": ["picture.png"]}',
+        )
+    (prompt,) = prompts
+    if prompt.images:
+        raise UsageError(f"prompt {prompt.place} has images of its own", "Omit --image.")
+    if prompt.messages is not None:
+        raise UsageError(
+            f"prompt {prompt.place} is a conversation, in which --image has no place",
+            'Put {"type": "image", "path": "picture.png"} into the content of a message.',
+        )
+    return [replace(prompt, images=tuple(images))]
 
 
 def _prompts_of(file: Path | str, forced: str | None, field: str | None) -> Iterator[PromptText]:
@@ -203,17 +231,24 @@ def _prompt(name: str, place: str, entry: Json, forced: str | None, field: str |
     if not isinstance(following, str | None):
         raise UsageError(f"{place}: the continuation is not a text", 'Write "continuation": "..."')
     following = forced if following is None else following.lstrip(BOM)
-    answers, named = _answers(entry), "+".join(fields)
+    answers, named, folder = _answers(entry), "+".join(fields), _folder(name)
+    images = images_beside(place, entry, folder)
     if isinstance(entry[fields[0]], list):
-        messages = _messages(place, entry[fields[0]])
-        return PromptText(name, place, "", messages, following, answers, named, example_facts(place, entry))
+        messages, images = images_within(place, _messages(place, entry[fields[0]]), images, folder)
+        facts = example_facts(place, entry)
+        return PromptText(name, place, "", messages, following, answers, named, facts, images=images)
     parts = [entry[each] for each in fields]
     texts = [part.lstrip(BOM) for part in parts if isinstance(part, str)]
     if len(texts) < len(parts):
         raise UsageError(f"{place}: no prompt: {named} is not a text", EXAMPLE)
     text = "\n\n".join(filter(None, texts))
     facts, spans = example_facts(place, entry), text_spans(place, entry, text)
-    return PromptText(name, place, text, None, following, answers, named, facts, spans)
+    return PromptText(name, place, text, None, following, answers, named, facts, spans, images)
+
+
+def _folder(name: str) -> Path | None:
+    """Return the folder of a file of prompts, to which its images are relative; None for standard input."""
+    return None if name == file_name(STANDARD_INPUT) else Path(name).parent
 
 
 def _fields(entry: JsonDict) -> tuple[str, ...]:

@@ -12,9 +12,11 @@ from kvscope.core.model_types import Tokenizer
 from kvscope.core.recording_options import TextOptions
 from kvscope.core.text_files import require_whole
 from kvscope.core.text_spans import TokenSpan, token_range
-from kvscope.model.chat import render
+from kvscope.model.chat import render, render_with_images
 from kvscope.model.fewest_tokens import fewest_tokens
+from kvscope.model.image_prompts import ImageInputs, encode_with_images, read_images
 from kvscope.model.loading import Loaded
+from kvscope.model.processors import processor_of
 from kvscope.model.prompt_files import PromptText
 from kvscope.model.token_ids import TextEncoder, tokenizer_explained
 
@@ -41,6 +43,8 @@ class Prompt:
         What the user should know about the ids.
     spans : tuple of TokenSpan
         Named parts of the prompt.
+    inputs : ImageInputs or None
+        What the model reads of its images; None if it has none.
     """
 
     source: PromptText
@@ -50,6 +54,13 @@ class Prompt:
     rendered: bool = False
     notes: tuple[str, ...] = ()
     spans: tuple[TokenSpan, ...] = ()
+    inputs: ImageInputs | None = None
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The ids without those of images, which mean nothing without them; all if nothing is left."""
+        token = None if self.inputs is None else self.inputs.token
+        return [each for each in self.ids if each != token] or self.ids
 
 
 def encode(loaded: Loaded, prompt: PromptText, options: TextOptions) -> Prompt:
@@ -67,20 +78,25 @@ def encode(loaded: Loaded, prompt: PromptText, options: TextOptions) -> Prompt:
     if not chat and (options.system is not None or options.chat_options):
         option = "--chat-option" if options.system is None else "--system"
         raise UsageError(f"{option} is for chat templates, and {prompt.place} is a text", "Add --chat.")
-    text = render(loaded, prompt, options.system, options.chat_options) if chat else prompt.text
+    text = _rendered(loaded, prompt, options) if chat else prompt.text
     require_whole(f"prompt {prompt.place}", text)  # options of the template may contain what no file does
     _require_possible(loaded, prompt, text)
     encoder = TextEncoder(loaded.tokenizer)
     notes: list[str] = []
     forced: list[int] | None = None
-    if prompt.continuation is None:
+    inputs: ImageInputs | None = None
+    if prompt.images:
+        processor_of(loaded, prompt.place)
+        files = read_images(prompt, options.images.read_address)
+        ids, forced, inputs = encode_with_images(loaded, prompt, text, files, encoder, chat=chat)
+    elif prompt.continuation is None:
         ids = encoder.encode(text)
     else:
         ids, forced = _with_continuation(encoder, prompt, text, notes)
     if encoder.writes_prefix(ids):
         if not chat:
             notes.append(f"prompt {prompt.place} begins with {_shown(loaded, encoder.prefix)}: none is added")
-    elif not chat:  # a chat template writes what the model expects
+    elif not chat and inputs is None:  # a chat template writes what the model expects
         ids = [*encoder.prefix, *ids]
     if not ids:
         raise UsageError(f"prompt {prompt.place} has no tokens", "Write other text into it.")
@@ -88,7 +104,16 @@ def encode(loaded: Loaded, prompt: PromptText, options: TextOptions) -> Prompt:
         notes.append(f"prompt {prompt.place} ends with {_shown(loaded, ids[-1:])}: the model generates after it")
     _require_context(loaded, prompt, ids, options.max_new_tokens if forced is None else len(forced))
     spans = _token_spans(loaded.tokenizer, prompt, ids, notes)
-    return Prompt(prompt, text, ids, forced, chat, tuple(notes), spans)
+    spans += () if inputs is None else inputs.spans
+    return Prompt(prompt, text, ids, forced, chat, tuple(notes), spans, inputs)
+
+
+def _rendered(loaded: Loaded, prompt: PromptText, options: TextOptions) -> str:
+    """Return the text of a conversation, with placeholders for its images if it has any."""
+    if not prompt.images:
+        return render(loaded, prompt, options.system, options.chat_options)
+    processor = processor_of(loaded, prompt.place)
+    return render_with_images(loaded, processor, prompt, options.system, options.chat_options)
 
 
 def _token_spans(

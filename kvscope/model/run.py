@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from kvscope.core.model_types import KeyValueCache, ModelOutput
 from kvscope.model.attention_hook import observe_attention
 from kvscope.model.copies import HostCopies
 from kvscope.model.header import sequence_record
+from kvscope.model.image_check import forget_positions, images_explained, require_causal
 from kvscope.model.loading import Loaded
 from kvscope.model.module_maps import MapRecorder, observe_modules, sources
 from kvscope.model.prompts import Prompt, token_texts
@@ -27,6 +29,7 @@ from kvscope.trace.writer import TraceWriter
 
 LOGIT_BLOCK = 256  # positions whose logits are normalised at a time
 Numbers = NDArray[np.floating]
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 Score = tuple[Tensor, Tensor]  # log-probabilities and entropies of some tokens on the device, nats
 
 
@@ -75,11 +78,13 @@ class RecordingRun:
     def record(self, number: int, prompt: Prompt, max_new_tokens: int, choose: Chooser) -> SequenceRecord:
         """Record one sequence and return its entry for ``trace.json``."""
         self.recorder.begin(number, len(prompt.ids))
-        with self._observed(prompt.ids):
+        forget_positions(self.loaded.model)
+        with self._observed(prompt):
             if prompt.forced is not None:
-                ids, scores = self._forced(prompt.ids + prompt.forced)
+                ids, scores = self._forced(prompt)
             else:
-                ids, scores = self._generated(prompt.ids, max_new_tokens, choose)
+                ids, scores = self._generated(prompt, max_new_tokens, choose)
+        forget_positions(self.loaded.model)
         self.recorder.end()
         logprob, entropy = self._on_host(scores)
         self.writer.tokens(
@@ -93,25 +98,27 @@ class RecordingRun:
         self._report(0)
         return sequence_record(prompt, len(ids))
 
-    def _observed(self, ids: list[int]) -> AbstractContextManager[None]:
+    def _observed(self, prompt: Prompt) -> AbstractContextManager[None]:
         """Return the context in which the recorder gets what the model attends to."""
         if isinstance(self.recorder, MapRecorder):
-            found = sources(self.loaded.model, torch.tensor([ids[:PROBE]], device=self.loaded.device))
+            found = sources(self.loaded.model, torch.tensor([prompt.ids[:PROBE]], device=self.loaded.device))
             return observe_modules(found, self.recorder)
-        return observe_attention(self.loaded.model, self.recorder)
+        recorder = self.recorder if prompt.inputs is None else require_causal(self.loaded, prompt, self.recorder)
+        return observe_attention(self.loaded.model, recorder)
 
-    def _forced(self, ids: list[int]) -> tuple[list[int], list[Score]]:
+    def _forced(self, prompt: Prompt) -> tuple[list[int], list[Score]]:
+        ids = prompt.ids + (prompt.forced or [])
         cache = None if self.chunk is None else full_cache(self.loaded.model)
-        return ids, self._read(ids, cache)[0]
+        return ids, self._read_prompt(prompt, ids, cache)[0]
 
-    def _generated(self, prompt: list[int], new: int, choose: Chooser) -> tuple[list[int], list[Score]]:
+    def _generated(self, prompt: Prompt, new: int, choose: Chooser) -> tuple[list[int], list[Score]]:
         """Decode token by token; the last token is also run through the model, so that every token has its rows.
 
         Tokens and scores stay on the device. Only a model with stop tokens has each token read, after the next forward
         pass was started, so that the device always has work.
         """
         cache = full_cache(self.loaded.model)
-        scores, last = self._read(prompt, cache)
+        scores, last = self._read_prompt(prompt, prompt.ids, cache)
         tokens: list[Tensor] = []
         for _ in range(new):
             token = choose(last).to(self.loaded.device)
@@ -123,15 +130,26 @@ class RecordingRun:
             if copy is not None and int(copy.wait()["token"][0, 0]) in self.stops:
                 break
         made = self._copies.start({"tokens": torch.cat(tokens, 1)}).wait()["tokens"][0].tolist() if tokens else []
-        return prompt + made, scores
+        return prompt.ids + made, scores
 
-    def _read(self, ids: list[int], cache: KeyValueCache | None) -> tuple[list[Score], Tensor]:
-        """Run the model over tokens, chunk by chunk; return scores and the last logits ``[1, vocabulary]``."""
+    def _read_prompt(self, prompt: Prompt, ids: list[int], cache: KeyValueCache | None) -> tuple[list[Score], Tensor]:
+        """Run the model over a prompt, and what is forced after it, with its images; return as `_read`."""
+        beside = NOTHING if prompt.inputs is None else prompt.inputs.for_tokens(len(ids))
+        with images_explained(self.loaded, prompt):
+            return self._read(ids, cache, beside)
+
+    def _read(
+        self, ids: list[int], cache: KeyValueCache | None, beside: Mapping[str, Tensor]
+    ) -> tuple[list[Score], Tensor]:
+        """Run the model over tokens, chunk by chunk; return scores and the last logits ``[1, vocabulary]``.
+
+        `beside` is what it reads of images, with all tokens in one chunk.
+        """
         tokens = torch.tensor([ids], device=self.loaded.device)
         scores: list[Score] = []
         size = self.chunk or len(ids)
         for start in range(0, len(ids), size):
-            logits = self._forward(tokens[:, start : start + size], cache).logits[0]
+            logits = self._forward(tokens[:, start : start + size], cache, beside).logits[0]
             following = tokens[0, start + 1 : start + size + 1]
             scores += _scores(logits[: len(following)], following)
             last = logits[-1:].clone()
@@ -139,9 +157,12 @@ class RecordingRun:
             del logits  # free the memory before the next chunk allocates as much
         return scores, last
 
-    def _forward(self, tokens: Tensor, cache: KeyValueCache | None) -> ModelOutput:
+    def _forward(
+        self, tokens: Tensor, cache: KeyValueCache | None, beside: Mapping[str, Tensor] = NOTHING
+    ) -> ModelOutput:
         returned = {"output_attentions": True} if isinstance(self.recorder, MapRecorder) else {}
-        return self.loaded.model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **returned)
+        cached = {"past_key_values": cache, "use_cache": cache is not None}
+        return self.loaded.model(input_ids=tokens, **cached, **beside, **returned)
 
     def _on_host(self, scores: list[Score]) -> tuple[Numbers, Numbers]:
         """Return log-probabilities and entropies on the host, NaN for the first token, which has no prediction."""

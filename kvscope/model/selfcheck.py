@@ -17,7 +17,7 @@ from kvscope.model.explain import first_line
 from kvscope.model.packing import VECTOR_DTYPES
 from kvscope.model.short_cache import full_cache
 from kvscope.trace.columns import VectorType
-from kvscope.trace.record import LayerAttention
+from kvscope.trace.layer_records import LayerAttention, LayerHeads
 
 PROBE = 24  # tokens that are run
 TOLERANCE = 1e-4  # allowed error of a row's sum in float32
@@ -29,8 +29,8 @@ class AttentionFacts:
 
     Attributes
     ----------
-    heads, kv_heads, head_dim, value_dim : int
-        ``H``, ``G``, ``D`` of queries and keys, and of values.
+    sizes : dict of int to LayerHeads
+        ``H``, ``G`` and the sizes of queries, keys and values by layer with attention.
     windows : dict of int to int or None
         Sliding window by layer with attention.
     chunks : dict of int to int
@@ -55,10 +55,7 @@ class AttentionFacts:
         Whether rows are what learned sinks leave, or those before their share; None without learned sinks.
     """
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
+    sizes: dict[int, LayerHeads]
     windows: dict[int, int | None]
     others: dict[int, str]
     scaling: float | None
@@ -72,6 +69,21 @@ class AttentionFacts:
     shared: dict[int, int] = field(default_factory=dict)
     latent_size: int | None = None
 
+    @property
+    def heads(self) -> int:
+        """``H``, the most of any layer."""
+        return max(own.heads for own in self.sizes.values())
+
+    @property
+    def kv_heads(self) -> int:
+        """``G``, the most of any layer."""
+        return max(own.kv_heads for own in self.sizes.values())
+
+    @property
+    def head_dim(self) -> int:
+        """``D`` of queries and keys, the largest of any layer."""
+        return max(own.head_dim for own in self.sizes.values())
+
 
 def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
     """Return the facts of the model's attention, checked on the first tokens of a prompt ``[1, P]``.
@@ -79,8 +91,8 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
     Raises
     ------
     ModelError
-        If observing changes the output, no attention call is seen, layers differ in their heads, a layer keeps keys
-        but its attention is not seen, or a row is not causal, not finite, or does not sum to one.
+        If observing changes the output, no attention call is seen, a layer keeps keys but its attention is not seen,
+        query heads do not share key/value heads evenly, or a row is not causal, not finite, or does not sum to one.
     """
     ids = ids[:, :PROBE]
     calls: list[Call] = []
@@ -99,18 +111,9 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
     for call in calls:
         _check_rows(name, call)
     _require_one_call(name, calls)
-    shapes = {(call.query.shape[1], call.key.shape[1], call.query.shape[3], call.value.shape[3]) for call in calls}
-    if len(shapes) > 1:
-        raise ModelError(
-            f"the layers of {name} differ in their heads (H, G, D): {sorted({shape[:3] for shape in shapes})}",
-            "Trace a model whose layers have the same heads.",
-        )
-    (heads, kv_heads, head_dim, value_dim), first = shapes.pop(), calls[0]
+    first = calls[0]
     return AttentionFacts(
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
+        sizes={call.layer: _heads(name, call) for call in calls},
         windows={call.layer: call.sliding_window for call in calls},
         chunks={call.layer: call.chunk for call in calls if call.chunk is not None},
         others=layers_without_attention(model, ids, [call.layer for call in calls]),
@@ -125,6 +128,22 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
     )
 
 
+def _heads(name: str, call: Call) -> LayerHeads:
+    """Return the heads of a layer; raises ModelError if its query heads do not share key/value heads evenly."""
+    heads, kv_heads = call.query.shape[1], call.key.shape[1]
+    if heads % kv_heads:
+        raise ModelError(
+            f"{heads} query heads of layer {call.layer} of {name} do not share {kv_heads} key/value heads evenly",
+            "Trace another model, and please report this one.",
+        )
+    return head_sizes(heads, kv_heads, call.query.shape[3], call.value.shape[3])
+
+
+def head_sizes(heads: int, kv_heads: int, head_dim: int, value_dim: int) -> LayerHeads:
+    """Return the heads of a layer, with the size of values where it is not that of keys."""
+    return LayerHeads(heads, kv_heads, head_dim, None if value_dim == head_dim else value_dim)
+
+
 def _latent_size(model: CausalModel, ids: Tensor, call: Call) -> int | None:
     """Return how many numbers a layer caches per token if its heads share one latent vector, else None."""
     if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is None:
@@ -136,21 +155,23 @@ def _latent_size(model: CausalModel, ids: Tensor, call: Call) -> int | None:
     return int(layer.keys.shape[-1] + layer.values.shape[-1]) if latent else None
 
 
-def require_own_caches(model: CausalModel, ids: Tensor) -> None:
-    """Raise ModelError if layers share a cache: run layer by layer, each would decide alone what is evicted from it.
+def kv_head_counts(model: CausalModel, ids: Tensor) -> dict[int, int]:
+    """Return ``G`` of each layer with attention, from one pass over the first tokens of ids ``[1, n]``."""
+    counts: dict[int, int] = {}
+    with observe_attention(model, lambda call: counts.update({call.layer: call.key.shape[1]})):
+        model(input_ids=ids[:, :2], use_cache=False)
+    return counts
+
+
+def shared_caches(model: CausalModel, ids: Tensor) -> dict[int, int]:
+    """Return, for each layer that caches nothing but reads the keys and values of an earlier one, that layer.
 
     `ids` are the tokens of a text, ``[1, n]``.
     """
     calls: list[Call] = []
     with observe_attention(model, calls.append):
         model(input_ids=ids[:, :PROBE], use_cache=False)
-    shared = _shared(calls)
-    if shared:
-        raise ModelError(
-            f"layers {', '.join(map(str, shared))} of {type(model).__name__} read the cache of layers "
-            f"{', '.join(map(str, sorted(set(shared.values()))))}, and one decision cannot hold for all that read it",
-            "Replay its trace in the open loop: kvscope replay without --perplexity.",
-        )
+    return _shared(calls)
 
 
 def _shared(calls: list[Call]) -> dict[int, int]:

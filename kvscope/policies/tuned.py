@@ -94,7 +94,7 @@ class Tuned(Policy):
             why = f"not for layer {unknown[0]}"
         elif max(self.layers) >= n_layers:
             why = f"for layer {max(self.layers)}, of {n_layers} in the model"
-        elif any(len(row) not in (1, heads) for row in self.choice):
+        elif any(len(self.choice[self.layers.index(layer)]) not in (1, heads) for layer in layers):
             why = f"not for {heads} key/value heads"
         else:
             return

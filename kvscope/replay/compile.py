@@ -171,7 +171,8 @@ def require_replayable(trace: Trace, plan: EvictionPlan, budgets: Sequence[Budge
     """
     require(trace, plan)
     layers = tuple(trace.layers)
-    require_feasible(plan, budgets, Workload(trace.sequences, prefill, layers, trace.kv_heads, trace.header.n_layers))
+    kv_heads = tuple(trace.heads_of(layer).kv_heads for layer in layers)
+    require_feasible(plan, budgets, Workload(trace.sequences, prefill, layers, kv_heads, trace.header.n_layers))
 
 
 def require_steps(trace: Trace, prefill: Prefill) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.signals import ROWS
 from kvscope.trace.reader import TokenSequence, Trace
+from kvscope.trace.shared_caches import caches_of
 
 GROUP_BYTES = 2**30  # limit for a group of several layers
 BLOCK_STEPS = 64
@@ -65,6 +66,7 @@ def footprint(trace: Trace, sequence: TokenSequence, plans: Sequence[EvictionPla
         return layers * (state_bytes + signal_bytes + block_bytes)
 
     layers = len(trace.layers)
-    while not together and layers > 1 and (group_bytes(layers) > GROUP_BYTES or block_steps(layers) < BLOCK_STEPS):
+    least = max(map(len, caches_of(trace.header).values()))  # those that read one cache are stepped together
+    while not together and layers > least and (group_bytes(layers) > GROUP_BYTES or block_steps(layers) < BLOCK_STEPS):
         layers -= 1
     return Footprint(layers, block_steps(layers), group_bytes(layers))

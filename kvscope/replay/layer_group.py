@@ -8,19 +8,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvscope.bounds.schedules import Schedules, schedules
-from kvscope.engine.layers import RecordedLayers
+from kvscope.engine.layers import RecordedLayers, cache_groups, owners_first
 from kvscope.engine.parts import MEMORY_ERRORS, RunParts
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.row_loading import HostBlock
-from kvscope.engine.rows import Block
+from kvscope.engine.rows import Block, Shape
 from kvscope.engine.runs import LayerResult, RunSpec, Sink, Tally, by_plan
 from kvscope.engine.scoring import BlockScorer, MetricSeries
+from kvscope.engine.shared_caches import ReadCaches
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.metrics import Metric
 from kvscope.replay.open_loop import OpenLoop
 from kvscope.replay.reading import BlockReader, GroupSpec
-from kvscope.trace.reader import TokenSequence
+from kvscope.trace.reader import TokenSequence, Trace
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,12 @@ class LayerGroup:
     """All runs over one group of layers of one sequence, stepped together through blocks of rows."""
 
     def __init__(self, work: OpenLoop, sequence: TokenSequence, layers: list[int]) -> None:
-        self.sequence, self.layers = sequence, layers
+        self.sequence, self.layers, self._work = sequence, layers, work
         runs, metrics, prefill = work.runs, work.metrics, work.prefill
         self._prefill, self._device = prefill, work.device
         self.source = RecordedLayers(work.trace, sequence, layers, work.device)
         self.shape = self.source.shape
+        self._shared = self.source.caches is not self.shape  # some layers read the cache of another
         self.first = sequence.prompt if prefill == "full" else 0
         self.plan_runs = [self._plan_runs(of_plan[0].plan, of_plan, metrics) for of_plan in by_plan(runs)]
         values = self.source.signal("values") if any("values" in metric.needs for metric in metrics) else None
@@ -96,6 +98,15 @@ class LayerGroup:
             missing = None if self.source.missing is None else self.source.missing[..., block.start : block.stop]
             yield Block(rows, block.start, missing)
 
+    def observed(self, block: Block) -> Iterator[tuple[CacheSimulation, Block]]:
+        """Yield every simulation with what it observes of a block: if it evicts, rows of layers that own a cache."""
+        owned, count = block, len(self.source.caches.layers)
+        if self._shared:
+            missing = None if block.missing is None else block.missing[:count]
+            owned = Block(block.rows[:count], block.start, missing)
+        for simulation in self.simulations:
+            yield simulation, block if simulation.shape is self.shape else owned
+
     def score(self, block: Block) -> None:
         """Score a block that every simulation has stepped through, then free the memory that only scoring needs."""
         self._scorer.add(block.rows, block.start, block.missing)
@@ -112,6 +123,7 @@ class LayerGroup:
         steps = np.arange(self.first, self.shape.length)
         for each in self.plan_runs:
             values = each.series.on_cpu()
+            alone = each.simulation.shape is self.shape
             for number, run in enumerate(each.runs):
                 counts = Tally()
                 each.count(number, len(steps), counts)
@@ -120,7 +132,7 @@ class LayerGroup:
                     [
                         LayerResult(
                             layer,
-                            each.simulation.residency(number, position),
+                            each.simulation.residency(number, position if alone else self.source.cache_of[position]),
                             steps,
                             {name: value[number, position] for name, value in values.items()},
                         )
@@ -130,23 +142,37 @@ class LayerGroup:
                 )
 
     def _plan_runs(self, plan: EvictionPlan, runs: list[RunSpec], metrics: Sequence[Metric]) -> PlanRuns:
-        keys = [run.keys(self.sequence, self._prefill) for run in runs]
+        keys, shape = [run.keys(self.sequence, self._prefill) for run in runs], self._deciding(plan)
         schedule = None
         if "schedule" in plan.needs:
             scope = plan.policy.traits.scope
-            schedule = schedules(self.source.layer_rows, self.shape, keys, self._prefill, scope)
+            schedule = schedules(self.source.layer_rows, shape, keys, self._prefill, scope)
         baseline = None
         if plan.accumulate is not None:
             baseline = self._simulation(replace(plan, accumulate=None), keys, schedule)
         simulation = self._simulation(plan, keys, schedule)
-        return PlanRuns(runs, simulation, MetricSeries(simulation, metrics, self.first), baseline, schedule)
+        shared = shape is not self.shape
+        history = ReadCaches(simulation, self.source.cache_of, self.shape) if shared else simulation
+        return PlanRuns(runs, simulation, MetricSeries(history, metrics, self.first), baseline, schedule)
+
+    def _deciding(self, plan: EvictionPlan) -> Shape:
+        """Return the layers that decide: those that own a cache; of a sparse reader, which evicts nothing, all."""
+        return self.shape if plan.policy.traits.reads else self.source.caches
 
     def _simulation(self, plan: EvictionPlan, keys: list[int], schedule: Schedules | None) -> CacheSimulation:
-        signals = {name: self.source.signal(name) for name in sorted(plan.needs - ROWS)}
+        shape, missing = self._deciding(plan), self.source.missing
+        signals = {name: self.source.signal(name)[: len(shape.layers)] for name in sorted(plan.needs - ROWS)}
         if schedule is not None:
             signals["schedule"] = schedule.leaves.to(self._device)
         return CacheSimulation(
-            plan, keys, self.shape, self._prefill, signals, missing_mass=self.source.missing, device=self._device
+            plan,
+            keys,
+            shape,
+            self._prefill,
+            signals,
+            missing_mass=None if missing is None else missing[: len(shape.layers)],
+            allocator=self._work.survey.allocator(plan, keys, self.sequence, shape.layers),
+            device=self._device,
         )
 
 
@@ -192,12 +218,26 @@ def step_through(
 def group_specs(work: OpenLoop, sequences: Sequence[TokenSequence]) -> list[GroupSpec]:
     """Return the groups of layers of some sequences, in the order in which they are stepped through."""
     groups = []
-    layers = work.trace.layers
     for sequence in sequences:
         needs = work.footprints[sequence.index]
-        starts = range(0, len(layers), needs.layers)
-        groups += [GroupSpec(sequence, layers[start : start + needs.layers], needs.steps) for start in starts]
+        for caches in cache_groups(work.trace):
+            groups += [
+                GroupSpec(sequence, layers, needs.steps) for layers in _together(work.trace, caches, needs.layers)
+            ]
     return groups
+
+
+def _together(trace: Trace, caches: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Return groups of at most so many layers; those that read one cache are together, those that own one first."""
+    groups: list[list[Sequence[int]]] = []
+    count = most
+    for readers in caches:
+        if not groups or count + len(readers) > most:
+            groups.append([])
+            count = 0
+        groups[-1].append(readers)
+        count += len(readers)
+    return [owners_first(trace, group) for group in groups]
 
 
 def _stepped(
@@ -211,8 +251,8 @@ def _stepped(
     try:
         group = LayerGroup(work, spec.sequence, spec.layers)
         for block in group.blocks(read):
-            for simulation in group.simulations:
-                simulation.block(block)
+            for simulation, observed in group.observed(block):
+                simulation.block(observed)
             group.score(block)
             if progress is not None:
                 progress((block.start + block.rows.shape[-2]) / spec.sequence.length)

@@ -12,6 +12,7 @@ from kvscope.core.options import Prefill
 from kvscope.engine.runs import RunSpec
 from kvscope.metrics import Metric
 from kvscope.replay.footprint import Footprint, footprint
+from kvscope.replay.survey import Survey
 from kvscope.trace.reader import Trace
 
 
@@ -38,6 +39,11 @@ class OpenLoop:
     metrics: Sequence[Metric]
     prefill: Prefill
     device: torch.device
+
+    @cached_property
+    def survey(self) -> Survey:
+        """What decides a budget from layers that are not stepped together."""
+        return Survey(self.trace, self.prefill, self.device)
 
     @cached_property
     def footprints(self) -> Mapping[int, Footprint]:

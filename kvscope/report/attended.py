@@ -62,7 +62,7 @@ def attended(trace: Trace, sequence: int, layer: int, residency: Mapping[str, Re
     found = np.zeros(len(steps))
     order = np.argsort(steps, kind="stable")
     ordered = steps[order]
-    total = np.zeros((trace.kv_heads, length))
+    total = np.zeros((trace.heads_of(layer).kv_heads, length))
     for first, rows in _blocks(trace, sequence, layer):
         stop = first + rows.shape[1]
         since = first
@@ -111,8 +111,9 @@ def _sums_at(absences: Absences, length: int) -> tuple[Whole, Whole, Whole]:
 def _blocks(trace: Trace, sequence: int, layer: int, first: int = 0) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield the first step and the rows of the key/value heads, ``[G, b, n]``, block by block from `first` on."""
     length = trace.sequences[sequence].length
-    size = max(8, BLOCK // (trace.heads * length))
+    own = trace.heads_of(layer)
+    size = max(8, BLOCK // (own.heads * length))
     for start in range(first, length, size):
         rows = trace.attention(sequence, layer, start, min(start + size, length))  # [H, b, n]
-        alone = trace.heads == trace.kv_heads
-        yield start, rows if alone else rows.reshape(trace.kv_heads, -1, *rows.shape[1:]).mean(axis=1)
+        alone = own.heads == own.kv_heads
+        yield start, rows if alone else rows.reshape(own.kv_heads, -1, *rows.shape[1:]).mean(axis=1)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvscope.core.errors import REPLAY_COMMAND, ResultError
-from kvscope.core.json import JsonDict
+from kvscope.core.json import Json, JsonDict
 from kvscope.core.output import replace_file, require_free
+from kvscope.core.records import HeadCounts, SourceRef
 from kvscope.core.summary_records import MetricSummary
 from kvscope.core.version import __version__
 from kvscope.report.encoding import rounded, visible, visible_everywhere
@@ -184,17 +185,24 @@ def _value(value: MetricSummary) -> list[float | None]:
 
 def _part(source: ReportInput, part: Part) -> JsonDict:
     replay = next(each for each in source.replays if each.info.trace.identity == part.identity)
-    heads, kv_heads = int(replay.info.trace.heads), int(replay.info.trace.kv_heads)
+    trace = replay.info.trace
+    own = {str(layer): _heads(trace.heads_of(layer)) for layer in source.layers_of(part)}
     return {
         "number": part.number,
         "prompt": part.prompt,
         "length": part.length,
         "tokens": part.tokens,
+        "images": part.images,
         "layers": source.layers_of(part),
         "layer": spread(source.layers_of(part))[0],
-        "heads": heads,
-        "group": heads // kv_heads,
+        **_heads(HeadCounts(trace.heads, trace.kv_heads)),
+        **({"own": own} if trace.layer_heads else {}),
     }
+
+
+def _heads(own: HeadCounts) -> dict[str, Json]:
+    """Return the number of query heads, and how many of them share a key/value head."""
+    return {"heads": own.heads, "group": own.heads // own.kv_heads}
 
 
 def _notes(source: ReportInput, missing: Sequence[str]) -> list[str]:
@@ -225,12 +233,18 @@ def _facts(source: ReportInput) -> list[str]:
         prompts = sorted({sequence.prompt for sequence in sequences})
         facts += [
             f"model {trace.model or 'unknown'}",
-            f"{len(trace.layers)} layers, {trace.heads} heads, {trace.kv_heads} key/value heads",
+            f"{len(trace.layers)} layers, {_head_facts(trace)}",
             f"{_count(len(sequences), 'sequence')} of {_span(lengths)} tokens, {_span(prompts)} of them prompt",
             f"{replay.info.prefill} prefill",
             f"{replay.info.loop} loop",
         ]
     return list(dict.fromkeys(facts))
+
+
+def _head_facts(trace: SourceRef) -> str:
+    """Return how many heads the layers have; where they differ, each pair of numbers."""
+    pairs = [f"{own.heads} heads, {own.kv_heads} key/value heads" for own in map(trace.heads_of, trace.layers)]
+    return " in some and ".join(dict.fromkeys(pairs)) + (" in others" if len(set(pairs)) > 1 else "")
 
 
 def _span(values: Sequence[int]) -> str:

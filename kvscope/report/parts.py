@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from kvscope.core.json import JsonDict
 from kvscope.core.token_parts import shown_parts
-from kvscope.report.encoding import visible_token
+from kvscope.report.encoding import visible, visible_token
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 
@@ -24,7 +25,9 @@ class Part:
     number, prompt, length : int
         Number of the sequence, ``P`` and ``T``.
     tokens : list of str or None
-        Texts; None if the trace was not found.
+        Texts; None if the trace was not found. Those of an image are ``image 1 (1/16)``, ``image 1 (2/16)``, ...
+    images : list of JsonDict
+        Number, file, size and tokens of each image of the prompt.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Part:
     prompt: int
     length: int
     tokens: list[str] | None
+    images: list[JsonDict] = field(default_factory=list)
 
 
 def sequences_of(replays: Sequence[Replay], traces: Mapping[str, Trace]) -> Iterator[Part]:
@@ -44,7 +48,8 @@ def sequences_of(replays: Sequence[Replay], traces: Mapping[str, Trace]) -> Iter
                 info, opened = trace.sequences[number], traces.get(trace.identity)
                 tokens = None if opened is None else _texts(opened, number)
                 name = f"{index}.{number}"
-                yield Part(name, trace.identity, number, info.prompt, info.length, tokens)
+                images = [] if opened is None else _images(opened, number)
+                yield Part(name, trace.identity, number, info.prompt, info.length, tokens, images)
 
 
 def spread(layers: Sequence[int]) -> list[int]:
@@ -63,4 +68,23 @@ def spread(layers: Sequence[int]) -> list[int]:
 def _texts(trace: Trace, sequence: int) -> list[str]:
     frame = trace.tokens(sequence).sort_values("position")
     texts = ["" if text is None else str(text) for text in frame["text"]]
-    return [visible_token(text) for text in shown_parts(texts)]
+    shown = [visible_token(text) for text in shown_parts(texts)]
+    for number, image in enumerate(trace.record.sequences[sequence].images, 1):
+        count = image.stop - image.start
+        shown[image.start : image.stop] = [f"image {number} ({place}/{count})" for place in range(1, count + 1)]
+    return shown
+
+
+def _images(trace: Trace, sequence: int) -> list[JsonDict]:
+    """Return what the page shows of the images of a sequence: of a path only the name of the file."""
+    return [
+        {
+            "number": number,
+            "file": visible(image.file.rstrip("/").replace("\\", "/").rpartition("/")[2]),
+            "width": image.width,
+            "height": image.height,
+            "start": image.start,
+            "stop": image.stop,
+        }
+        for number, image in enumerate(trace.record.sequences[sequence].images, 1)
+    ]

@@ -186,7 +186,7 @@ class ReportInput:
             if part.identity not in self.traces:
                 continue
             for layer in spread(self.layers_of(part)):
-                left -= self.traces[part.identity].heads * part.length * (part.length + 1) // 2
+                left -= self.traces[part.identity].heads_of(layer).heads * part.length * (part.length + 1) // 2
                 if left < 0:
                     return found
                 found[part.name].append(layer)

@@ -52,7 +52,8 @@ def latent_held(replay: Replay, run: RunRecord) -> LatentHeld | None:
         place = np.searchsorted(trace.layers, part["layer"].to_numpy())
         np.maximum.at(longest, (place, part["key"].to_numpy()), stays)
         entries.append(longest.sum() / len(trace.layers) / steps)
-        keys.append(stays.sum() / len(trace.layers) / trace.kv_heads / steps)
+        heads = sum(trace.heads_of(layer).kv_heads for layer in trace.layers)
+        keys.append(stays.sum() / heads / steps)
     if not entries:
         return None
     mean = float(np.mean(entries))

@@ -31,7 +31,7 @@ def read_residency(
         If the file cannot be read.
     """
     trace = replay.info.trace
-    heads, length = trace.kv_heads, trace.sequences[sequence].length
+    heads, length = trace.heads_of(layer).kv_heads, trace.sequences[sequence].length
     frame = replay.residency(sequence=sequence, layer=layer)
     selected = [run.run for run in replay.info.runs] if runs is None else list(runs)
     parts = {int(str(run)): part for run, part in frame.groupby("run")}

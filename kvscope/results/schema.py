@@ -13,6 +13,7 @@ from kvscope.core.records import (
     RUN_FILE,
     SCHEMA_VERSION,
     Certificate,
+    HeadCounts,
     MetricRecord,
     ReplayRecord,
     RunRecord,
@@ -40,6 +41,7 @@ MEMBERS = "|".join(map(re.escape, (RUN_FILE, *RECORDED)))  # what such a folder 
 RECORDS: tuple[type, ...] = (
     ReplayRecord,
     SourceRef,
+    HeadCounts,
     SequenceRef,
     TextRef,
     RunRecord,

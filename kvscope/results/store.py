@@ -122,7 +122,7 @@ class Replay:
         frame = self.residency(run, sequence, layer)
         trace = self.info.trace
         length = trace.sequences[sequence].length
-        mask = np.zeros((trace.kv_heads, length, length), bool)
+        mask = np.zeros((trace.heads_of(layer).kv_heads, length, length), bool)
         leave = frame["leave"].fillna(length).to_numpy(int)
         intervals = zip(frame["kv_head"], frame["key"], frame["enter"] + shift, leave + shift, strict=True)
         for head, key, start, stop in intervals:

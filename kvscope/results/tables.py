@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kvscope.core.records import ReplayRecord
+from kvscope.core.records import ReplayRecord, SourceRef
 from kvscope.core.seal import seal_of
 from kvscope.core.summary_records import SummaryRecord
 from kvscope.results.outcome import OUTCOMES
@@ -77,11 +77,16 @@ def fault_of_rows(table: pa.Table, name: str, info: ReplayRecord) -> str | None:
     if any(columns[column].null_count for column in columns if not schema_of(name, info).field(column).nullable):
         return "it has rows without a number"
     known = {"run": [run.run for run in info.runs], "layer": list(trace.layers)}
-    heads = {"head": trace.heads, "kv_head": trace.kv_heads, "sequence": len(trace.sequences)}
-    numbers = {name: columns[name].to_numpy() for name in (*known, *heads) if name in columns}
+    ends = {"head": trace.heads, "kv_head": trace.kv_heads, "sequence": len(trace.sequences)}
+    numbers = {name: columns[name].to_numpy() for name in (*known, *ends) if name in columns}
     for column, values in numbers.items():
-        if not (np.isin(values, known[column]).all() if column in known else _within(values, heads[column])):
+        if not (np.isin(values, known[column]).all() if column in known else _within(values, ends[column])):
             return f"it has rows of a {column} that the replay has not"
+    if trace.layer_heads and "layer" in numbers:
+        layer = np.searchsorted(trace.layers, numbers["layer"])
+        for column, counts in (("head", [own.heads for own in trace.layer_heads]), ("kv_head", _kv_heads(trace))):
+            if column in numbers and not _within(numbers[column], np.array(counts)[layer]):
+                return f"it has rows of a {column} that its layer has not"
     if "sequence" in numbers:
         lengths = np.array([item.length for item in trace.sequences])[numbers["sequence"]]
         for column in ("step", "position", "key"):
@@ -95,6 +100,10 @@ def fault_of_rows(table: pa.Table, name: str, info: ReplayRecord) -> str | None:
         if pa.types.is_floating(chunks.type) and not np.isfinite(chunks.drop_null().to_numpy()).all():
             return f"a value of {column} is not finite"
     return None
+
+
+def _kv_heads(trace: SourceRef) -> list[int]:
+    return [own.kv_heads for own in trace.layer_heads]
 
 
 def _fault_of_counts(values: Mapping[str, int], summary: SummaryRecord) -> str | None:

@@ -101,6 +101,16 @@ def opened(url: str) -> Iterator[RemoteFile]:
             stream.close()
 
 
+def read_address(url: str, most: int) -> bytes:
+    """Return the content of a file of another machine, no more than its first `most` bytes; errors as `opened`."""
+    parts, left = [], most
+    with opened(url) as stream:
+        while left and (part := stream.read(min(left, 2**20))):
+            parts.append(part)
+            left -= len(part)
+    return b"".join(parts)
+
+
 @contextmanager
 def explained(url: str) -> Iterator[None]:
     """Turn every error of reading an address into a ShareError; libraries raise errors of many kinds."""

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvscope.trace.cache import Cache
-from kvscope.trace.record import LayerAttention, TraceHeader
+from kvscope.trace.layer_records import LayerAttention
+from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import Which
 
 Floats = NDArray[np.float32]
@@ -123,16 +124,16 @@ class Derived:
 
     def attention(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
         """Return rows `start` to `stop` - 1, ``[H, stop - start, stop]``."""
-        rows = np.zeros((self._header.heads, stop - start, stop), np.float32)
+        rows = np.zeros((self._header.heads_of(layer).heads, stop - start, stop), np.float32)
         key, how = self._keys(sequence, layer), self._header.attention_of(layer)
-        for first, last, query in self._queries(sequence, layer, start, stop, self._header.head_dim):
+        for first, last, query in self._queries(sequence, layer, start, stop, self._header.heads_of(layer).head_dim):
             attend(query, key, first, how, rows[:, first - start : last - start])
         return rows
 
     def row_sums(self, sequence: int, layer: int) -> Floats:
         """Return the sum of every row, ``[H, T]``; without learned sinks all are 1, and no row is computed."""
         length, how = self._lengths[sequence], self._header.attention_of(layer)
-        sums = np.ones((self._header.heads, length), np.float32)
+        sums = np.ones((self._header.heads_of(layer).heads, length), np.float32)
         if how.sinks is None:
             return sums
         key = self._keys(sequence, layer)
@@ -153,8 +154,8 @@ class Derived:
 
     def mean_queries(self, sequence: int, layer: int) -> Floats:
         """Return the mean query over the query heads, ``[T, D]``."""
-        means = np.empty((self._lengths[sequence], self._header.head_dim), np.float32)
-        for first, last, query in self._queries(sequence, layer, 0, len(means), self._header.head_dim):
+        means = np.empty((self._lengths[sequence], self._header.heads_of(layer).head_dim), np.float32)
+        for first, last, query in self._queries(sequence, layer, 0, *means.shape):
             means[first:last] = query.mean(0, dtype=np.float64)
         return means
 
@@ -162,7 +163,7 @@ class Derived:
         self, sequence: int, layer: int, start: int, stop: int, width: int
     ) -> Iterator[tuple[int, int, Floats]]:
         """Yield start, stop and queries of blocks whose ``H`` rows of `width` numbers fit in `BLOCK_BYTES`."""
-        size = max(1, BLOCK_BYTES // (4 * self._header.heads * width))
+        size = max(1, BLOCK_BYTES // (4 * self._header.heads_of(layer).heads * width))
         for first in range(start, stop, size):
             last = min(first + size, stop)
             yield first, last, self._vectors(sequence, layer, "queries", first, last)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvscope.core.json_records import described
 from kvscope.core.seal import SEAL
-from kvscope.trace import record
+from kvscope.trace import layer_records, prompt_parts, record
 from kvscope.trace.columns import FILES
 from kvscope.trace.schema import HEADER, HISTORY, SCHEMA_VERSION
 from kvscope.trace.storage_error import describe_bounds
@@ -13,11 +13,14 @@ NAMES = {"class_name": "class"}  # attribute -> name in the file, where that is 
 # Objects inside `trace.json`, in the order in which they appear.
 PARTS = (
     record.ModelRecord,
-    record.AttentionKernel,
-    record.LayerAttention,
+    layer_records.AttentionKernel,
+    layer_records.LayerHeads,
+    layer_records.LayerAttention,
     record.PromptRecord,
     record.SamplingRecord,
     record.SequenceRecord,
+    prompt_parts.SpanRecord,
+    prompt_parts.ImageRecord,
     record.StorageError,
 )
 

@@ -132,7 +132,8 @@ class TraceFiles:
         if column.path_in_schema == "text":
             most = TEXT_BYTES * rows
         else:
-            widest = max(longest, (header.heads + header.kv_heads) * max(header.head_dim, 1), 2**16)
+            size = max(max(own.head_dim, own.value_size) for own in map(header.heads_of, header.layers))
+            widest = max(longest, (header.heads + header.kv_heads) * max(size, 1), 2**16)
             most = NUMBER_BYTES * rows * (widest if "." in column.path_in_schema else 1)
         said = (column.total_uncompressed_size, column.total_compressed_size, column.num_values)
         if min(said) < 0 or max(said) > most + SLACK:

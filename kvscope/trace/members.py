@@ -43,12 +43,14 @@ class Member:
     def rows(self, header: TraceHeader, sequences: Sequence[SequenceRecord]) -> int:
         """Return how many rows the file has."""
         lengths = [item.length for item in sequences]
+        heads = None if self.layer is None else header.heads_of(self.layer)
+        if heads is None or self.kind in ("queries", "states", "hidden"):
+            return sum(lengths)
         if self.kind == "attention":
-            return header.heads * sum(length // header.query_stride for length in lengths)
+            return heads.heads * sum(length // header.query_stride for length in lengths)
         if self.kind == "columns":
-            return header.heads * sum(count_stretches(item.prompt, item.length) for item in sequences)
-        heads = {"topk": header.heads, "keys": header.kv_heads}
-        return heads.get(self.kind, 1) * sum(lengths)
+            return heads.heads * sum(count_stretches(item.prompt, item.length) for item in sequences)
+        return (heads.heads if self.kind == "topk" else heads.kv_heads) * sum(lengths)
 
     def about(self, header: TraceHeader) -> dict[bytes, bytes]:
         """Return the metadata by which the file is known: digest of the header, kind, layer."""

@@ -14,6 +14,7 @@ from kvscope.core.errors import TraceError
 from kvscope.trace.cache import Cache
 from kvscope.trace.derive import Derived, Floats, KeptKeys
 from kvscope.trace.files import TraceFiles
+from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.record import StorageError, TraceRecord
 from kvscope.trace.record_file import read_record
 from kvscope.trace.schema import TOPK, VECTORS, Which
@@ -82,18 +83,22 @@ class Trace:
 
     @property
     def heads(self) -> int:
-        """``H``, query heads of a layer."""
+        """``H``, query heads of a layer; the most where layers differ (see `heads_of`)."""
         return self.header.heads
 
     @property
     def kv_heads(self) -> int:
-        """``G``, key/value heads of a layer."""
+        """``G``, key/value heads of a layer; the most where layers differ."""
         return self.header.kv_heads
 
     @property
     def head_dim(self) -> int:
-        """``D``, size of a head."""
+        """``D``, size of a head; the largest where layers differ."""
         return self.header.head_dim
+
+    def heads_of(self, layer: int) -> LayerHeads:
+        """Return the heads of a recorded layer and their sizes."""
+        return self.header.heads_of(layer)
 
     @property
     def stored(self) -> frozenset[str]:

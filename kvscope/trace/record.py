@@ -9,36 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from kvscope.core.json import JsonDict
 from kvscope.core.json_records import Checksum, Finite, NotNegative, Number, Positive, about, plain
 from kvscope.core.seal import seal_of
 from kvscope.trace.columns import VectorType
+from kvscope.trace.layer_records import AttentionKernel, LayerAttention, LayerHeads
+from kvscope.trace.prompt_parts import ExampleRecord, ImageRecord, SpanRecord
 from kvscope.trace.schema import DERIVED, KIND, MAPS, MAPS_AND_VECTORS, QKV, SCHEMA_VERSION, SEALED_SINCE, TOPK, VECTORS
 
 # Fields of the header that say how the trace came about, and decide nothing.
 PROVENANCE = ("model", "prompts", "device", "seed", "sampling", "tokenizer", "versions", "command")
-
-
-@dataclass(frozen=True)
-class LayerAttention:
-    """How a layer turns queries and keys into weights: scale, cap, mask, softmax with sinks, whose part is dropped."""
-
-    scaling: Annotated[Finite, about("factor of the logits")]
-    softcap: Annotated[Finite | None, about("cap of the scaled logits: softcap * tanh(logits / softcap)")] = None
-    sliding_window: Annotated[Positive | None, about("most keys that a query sees, its own included")] = None
-    sinks: Annotated[list[float] | None, about("learned sink logit of each query head")] = None
-    mask: Annotated[str, about("`causal`: a query sees itself and earlier keys, within the window")] = "causal"
-
-
-@dataclass(frozen=True)
-class AttentionKernel:
-    """How the model computed attention while it was recorded."""
-
-    kernel: Annotated[str | None, about("attention implementation in transformers: `sdpa`, `eager`, ...")] = None
-    scaling: Annotated[Finite | None, about("factor of the logits, of the first layer")] = None
 
 
 @dataclass(frozen=True)
@@ -87,26 +70,6 @@ class SamplingRecord:
 
 
 @dataclass(frozen=True)
-class ExampleRecord:
-    """What a dataset says about an example."""
-
-    id: Annotated[str | None, about("its name", omit=True)] = None
-    task: Annotated[str | None, about("its task", omit=True)] = None
-    metric: Annotated[str | None, about("how an answer is scored: `exact`, `all`, `any`, `f1`, ...", omit=True)] = None
-    length: Annotated[Number | None, about("length that it was made for", omit=True)] = None
-    depth: Annotated[NotNegative | None, about("where its fact is in the prompt, 0 to 1", omit=True)] = None
-
-
-@dataclass(frozen=True)
-class SpanRecord:
-    """A named part of a prompt, such as a fact or the question."""
-
-    name: Annotated[str, about("its name; several spans may have the same")]
-    start: Annotated[Number, about("its first token")]
-    stop: Annotated[Positive, about("the token after its last")]
-
-
-@dataclass(frozen=True)
 class SequenceRecord:
     """Lengths of one sequence, and what its dataset says about it."""
 
@@ -119,6 +82,9 @@ class SequenceRecord:
     example: Annotated[ExampleRecord | None, about("other facts of that object", omit=True)] = None
     spans: Annotated[list[SpanRecord], about("named parts of the prompt, where that object has them", omit=True)] = (
         field(default_factory=list)
+    )
+    images: Annotated[list[ImageRecord], about("images of the prompt, in order", omit=True)] = field(
+        default_factory=list
     )
 
 
@@ -142,9 +108,9 @@ class TraceHeader:
     model: Annotated[ModelRecord, about("the model")]
     layers: Annotated[list[Number], about("recorded layers, by their number in the model")]
     n_layers: Annotated[Positive, about("layers of the model, L")]
-    heads: Annotated[Positive, about("query heads of a layer that were recorded, H")]
-    kv_heads: Annotated[Positive, about("key/value heads of a layer that were recorded, G")]
-    head_dim: Annotated[Number, about("size of a head, D; 0 where an import has no vectors")]
+    heads: Annotated[Positive, about("query heads of a layer that were recorded, H; the most where layers differ")]
+    kv_heads: Annotated[Positive, about("key/value heads of a layer that were recorded, G; the most, too")]
+    head_dim: Annotated[Number, about("size of a head, D; 0 where an import has no vectors; the largest, too")]
     layer_types: Annotated[list[str], about("`full`, `sliding` or `chunked`, of each recorded layer")]
     sliding_window: Annotated[list[Positive | None], about("most keys that a query of the layer sees; null for all")]
     learned_sinks: Annotated[
@@ -216,6 +182,13 @@ class TraceHeader:
             omit=True,
         ),
     ] = None
+    layer_heads: Annotated[
+        list[LayerHeads],
+        about("heads of each recorded layer and their sizes, where layers differ; otherwise empty", omit=True),
+    ] = field(default_factory=list)
+    value_dim: Annotated[
+        Number | None, about("size of a value of all layers, where it is not that of a key", omit=True)
+    ] = None
 
     @property
     def whole(self) -> bool:
@@ -262,6 +235,12 @@ class TraceHeader:
         """Return the size of the chunks in which some recorded layers attend; empty if none of the trace does."""
         return tuple(self.chunk_size[self.layers.index(layer)] for layer in layers) if self.chunk_size else ()
 
+    def heads_of(self, layer: int) -> LayerHeads:
+        """Return the heads of a recorded layer."""
+        if self.layer_heads:
+            return self.layer_heads[self.layers.index(layer)]
+        return LayerHeads(self.heads, self.kv_heads, self.head_dim, self.value_dim)
+
     def attention_of(self, layer: int) -> LayerAttention:
         """Return how a recorded layer turns queries and keys into weights; only for store ``qkv``."""
         return self.attention[self.layers.index(layer)]
@@ -296,5 +275,10 @@ class TraceRecord:
         """
         if self.schema < SEALED_SINCE:
             return hashlib.sha256(json.dumps(self.checksums, sort_keys=True).encode()).hexdigest()
-        lengths = [plain(item) for item in self.sequences]
+        lengths = [plain(replace(item, images=[])) for item in self.sequences]
+        images = [[image.facts for image in item.images] for item in self.sequences]
+        if any(images):
+            return seal_of(
+                {"checksums": self.checksums, "header": self.header.digest, "sequences": lengths, "images": images}
+            )
         return seal_of({"checksums": self.checksums, "header": self.header.digest, "sequences": lengths})

@@ -153,13 +153,14 @@ def _require_consistent(record: TraceRecord) -> None:
         raise FieldError("stored", f"it names {unknown[0]!r}" if unknown else "it names a signal twice")
     if not record.sequences:
         raise FieldError("sequences", "there is none")
-    if header.heads % header.kv_heads:
-        raise FieldError("kv_heads", f"{header.kv_heads} do not share {header.heads} query heads evenly")
+    _require_heads(header)
     for index, sequence in enumerate(record.sequences):
         if sequence.prompt > sequence.length:
             raise FieldError(f"sequences[{index}].prompt", f"{sequence.prompt} is above its length {sequence.length}")
         if any(not span.start < span.stop <= sequence.prompt for span in sequence.spans):
             raise FieldError(f"sequences[{index}].spans", "one is not inside of the prompt")
+        if any(not one.start < one.stop <= sequence.prompt for one in sequence.images):
+            raise FieldError(f"sequences[{index}].images", "one is not inside of the prompt")
     if "hidden" in header.stored and header.model.weights is None:
         raise FieldError("model.weights", "is missing beside hidden")
     if record.sizes.keys() != record.checksums.keys():
@@ -168,6 +169,22 @@ def _require_consistent(record: TraceRecord) -> None:
     for name in (*expected - record.sizes.keys(), *record.sizes.keys() - expected):
         what = "is missing" if name in expected else "is not a file of this trace"
         raise FieldError("sizes", f"{name!r} {what}")
+
+
+def _require_heads(header: TraceHeader) -> None:
+    """Raise FieldError if the heads of a layer cannot be shared, or are not those that the header names of all."""
+    if header.layer_heads:
+        if len(header.layer_heads) != len(header.layers):
+            count = len(header.layer_heads)
+            raise FieldError("layer_heads", f"it has {count} entries for {len(header.layers)} layers")
+        for name in ("heads", "kv_heads", "head_dim"):
+            most = max(getattr(one, name) for one in header.layer_heads)
+            if most != getattr(header, name):
+                raise FieldError("layer_heads", f"the most {name} of a layer are {most}, not {getattr(header, name)}")
+    for layer in header.layers:
+        own, where = header.heads_of(layer), f"layer_heads of layer {layer}" if header.layer_heads else "kv_heads"
+        if own.heads % own.kv_heads:
+            raise FieldError(where, f"{own.kv_heads} do not share {own.heads} query heads evenly")
 
 
 def _again(path: Path | str) -> str:

@@ -16,7 +16,7 @@ KIND: Final = "kvscope-trace"
 HEADER = "trace.json"
 _FOLDERS = "|".join(name.partition("/")[0] for name in FILES if "/" in name)
 MEMBERS = rf"trace\.json|tokens\.parquet|({_FOLDERS})/layer=\d+\.parquet"  # regular expression for the files of a trace
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 11
 OLDEST_VERSION = 1  # oldest version that can be read
 SEALED_SINCE = 6  # first version whose `trace.json` has a checksum of itself, and whose files say what they are
 HISTORY = {
@@ -30,6 +30,8 @@ HISTORY = {
     9: "`sink_rows`: rows before or after a learned sink takes its share; layers that attend in chunks: `chunk_size`; "
     "layers that read the cache of another: `shared_cache`; latent caches: `latent_size`; "
     "`quantization` of the model's weights, and the `base` that an adapter changes",
+    10: "heads and head size of each layer where layers differ: `layer_heads`; size of values that differ: `value_dim`",
+    11: "prompts with images: `images` of a sequence",
 }
 
 Which = Literal["queries", "keys", "values"]

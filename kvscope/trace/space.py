@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from kvscope.core.errors import TraceError
 from kvscope.core.output import size
+from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.schema import MAPS, STORES, STRETCH, TOP, TOPK, VECTORS
 
 
@@ -74,6 +77,18 @@ def estimate_bytes(
         total += layers * length * (number_bytes * hidden + 12) if "hidden" in stored else 0
         total += 32 * length
     return int(total) + 4096 * (1 + 3 * layers)
+
+
+def estimate_layers(layers: Sequence[LayerHeads], *, lengths: Sequence[int], **rest: Any) -> int:
+    """Return the estimated bytes of a trace whose layers may differ in their heads; `rest` as `estimate_bytes`."""
+    shared = estimate_bytes(layers=0, heads=1, kv_heads=1, head_dim=1, lengths=lengths, **rest)
+    parts = [
+        estimate_bytes(
+            layers=count, heads=own.heads, kv_heads=own.kv_heads, head_dim=own.head_dim, lengths=lengths, **rest
+        )
+        for own, count in Counter(layers).items()
+    ]
+    return shared + sum(part - shared for part in parts)
 
 
 def _topk_bytes(length: int, top: int) -> float:

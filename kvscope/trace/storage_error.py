@@ -97,8 +97,8 @@ def approximate(header: TraceHeader, error: StorageError | None) -> list[str]:
     if header.shared_cache:
         reading, owners = ", ".join(header.shared_cache), sorted(set(header.shared_cache.values()))
         sentences.append(
-            f"Shared caches: layers {reading} read the cache of layers {', '.join(map(str, owners))}. Decisions are "
-            "made for every layer alone: such a cache is counted once for each, and must hold what any of them retains."
+            f"Shared caches: layers {reading} read the cache of layers {', '.join(map(str, owners))}. One decision "
+            "holds for all that read a cache, made from the rows of the layer that owns it, and budgets count it once."
         )
     if header.latent_size is not None:
         sentences.append(

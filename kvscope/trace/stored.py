@@ -57,7 +57,7 @@ class StoredSignals:
     def attention(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
         """Return rows `start` to `stop` - 1, float32 ``[H, stop - start, stop]``."""
         name, table = self._of_attention(sequence, layer, start, stop)
-        rows = np.zeros((self._header.heads, stop - start, stop), np.float32)
+        rows = np.zeros((self._header.heads_of(layer).heads, stop - start, stop), np.float32)
         for part in table.to_batches():
             self._weights(name, part)
             scatter(rows, part["head"].to_numpy(), part["position"].to_numpy() - start, part["weights"])
@@ -74,7 +74,7 @@ class StoredSignals:
     def rows(self, sequence: int, layer: int, start: int, stop: int) -> StoredRows:
         """Return rows `start` to `stop` - 1 as they are stored, after the same checks as of `attention`."""
         name, table = self._of_attention(sequence, layer, start, stop)
-        first, sizes = np.zeros((2, self._header.heads, stop - start), np.int64)
+        first, sizes = np.zeros((2, self._header.heads_of(layer).heads, stop - start), np.int64)
         if table.num_rows == 0:
             return StoredRows(np.empty(0, np.float16), first, sizes)
         part = table.combine_chunks().to_batches()[0]
@@ -97,16 +97,18 @@ class StoredSignals:
         name = layer_file("topk" if top else "attention", layer)
         length = self._sequences[sequence].length
         recorded = np.arange(length) if top else self.positions(0, length)
-        return self._grid(name, "head", column, self._header.heads, sequence, recorded)
+        return self._grid(name, "head", column, self._header.heads_of(layer).heads, sequence, recorded)
 
     def norms(self, column: str, sequence: int, layer: int) -> Floats:
         """Return ``value_l1``, ``value_l2`` or ``key_l2``, float32 ``[G, T]``."""
         every = np.arange(self._sequences[sequence].length)
-        return self._grid(layer_file("keys", layer), "kv_head", column, self._header.kv_heads, sequence, every)
+        heads = self._header.heads_of(layer).kv_heads
+        return self._grid(layer_file("keys", layer), "kv_head", column, heads, sequence, every)
 
     def similarity(self, sequence: int, layer: int) -> Floats:
         """Return the cosines of all pairs of keys, float32 ``[G, T, T]``, 1 on the diagonal."""
-        name, length, heads = layer_file("keys", layer), self._sequences[sequence].length, self._header.kv_heads
+        name, length = layer_file("keys", layer), self._sequences[sequence].length
+        heads = self._header.heads_of(layer).kv_heads
         table = self._files.of_sequence(name, sequence, ["kv_head", "position", "similarity"])
         head, position = table["kv_head"].to_numpy(), table["position"].to_numpy()
         self._require_places(name, head, position, heads, np.arange(length))
@@ -130,9 +132,10 @@ class StoredSignals:
     def vectors(self, sequence: int, layer: int, which: Which, start: int, stop: int) -> Floats:
         """Return queries, keys or values of positions `start` to `stop` - 1, float32 ``[heads, stop - start, D]``."""
         flat = self._numbers(layer_file("states", layer), which, sequence, start, stop, self._header.vector_dtype)
-        heads = self._header.heads if which == "queries" else self._header.kv_heads
+        own = self._header.heads_of(layer)
+        heads = own.heads if which == "queries" else own.kv_heads
         known = self._header.source == "model"  # vectors of an import may differ in size
-        width = heads * self._header.head_dim if known else flat.shape[1]
+        width = heads * (own.value_size if which == "values" else own.head_dim) if known else flat.shape[1]
         if flat.shape[1] != width or width % heads or not width:
             name = layer_file("states", layer)
             raise self._files.damaged(name, f"its {which} have {flat.shape[1]} numbers for {heads} heads")
@@ -164,7 +167,7 @@ class StoredSignals:
         table = self._files.rows(name, sequence, start, stop, ["head", "position", "row_sum", "weights"])
         table = _inside(table, start, stop)
         head, position = table["head"].to_numpy(), table["position"].to_numpy()
-        self._require_places(name, head, position, self._header.heads, self.positions(start, stop))
+        self._require_places(name, head, position, self._header.heads_of(layer).heads, self.positions(start, stop))
         return name, table
 
     def _window(self, layer: int) -> int | None:

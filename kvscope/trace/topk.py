@@ -61,7 +61,7 @@ class Rebuilt:
 
     def attention(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
         """Return rows `start` to `stop` - 1, ``[H, stop - start, stop]``."""
-        rows = np.zeros((self._header.heads, stop - start, stop), np.float32)
+        rows = np.zeros((self._header.heads_of(layer).heads, stop - start, stop), np.float32)
         ends = stretches(*self._lengths[sequence])
         first = start
         while first < stop:
@@ -82,7 +82,7 @@ class Rebuilt:
         position = table["position"].to_numpy()
         table = table.filter(pa.array((position >= start) & (position < stop))).combine_chunks()
         head, position = table["head"].to_numpy(), table["position"].to_numpy()
-        fault = misplaced(head, position, self._header.heads, np.arange(start, stop))
+        fault = misplaced(head, position, self._header.heads_of(layer).heads, np.arange(start, stop))
         if fault is not None:
             raise self._files.damaged(name, fault)
         lists, keys = table["weights"].chunk(0), table["keys"].chunk(0)
@@ -96,7 +96,7 @@ class Rebuilt:
         if fault is not None:
             raise self._files.damaged(name, fault)
         weight = weight.astype(np.float32)
-        residual, least = np.zeros((2, self._header.heads, stop - start), np.float32)
+        residual, least = np.zeros((2, self._header.heads_of(layer).heads, stop - start), np.float32)
         residual[head, query] = table["residual"].to_numpy()
         least[head, query] = np.minimum.reduceat(weight, starts)
         return Top(np.repeat(head, lengths), np.repeat(query, lengths), key, weight, residual, least)
@@ -121,7 +121,7 @@ class Rebuilt:
         )
 
     def _computed_rate(self, sequence: int, layer: int, start: int, stop: int) -> Floats:
-        heads, count = self._header.heads, stop - start
+        heads, count = self._header.heads_of(layer).heads, stop - start
         top = self.top(sequence, layer, start, stop)
         residual = top.residual.astype(np.float64)
         before = np.zeros((heads, count + 1))  # sum of the residuals of the rows before each row
@@ -141,13 +141,13 @@ class Rebuilt:
         table = self._files.rows(name, sequence, stop - 1, stop, ["head", "position", "outside"])
         table = table.filter(pa.array(table["position"].to_numpy() == stop - 1)).combine_chunks()
         head = table["head"].to_numpy()
-        if not np.array_equal(np.sort(head), np.arange(self._header.heads)):
+        if not np.array_equal(np.sort(head), np.arange(self._header.heads_of(layer).heads)):
             where = f"sequence {sequence}, layer {layer}"
             raise self._files.damaged(name, f"it lacks the sums of columns up to position {stop - 1} of {where}")
         sums = table["outside"].chunk(0).flatten().to_numpy()
         if len(sums) != len(head) * stop or not (np.isfinite(sums) & (sums >= -NOISE)).all():
             raise self._files.damaged(name, f"the sums of columns up to position {stop - 1} are not {stop} sums each")
-        outside = np.zeros((self._header.heads, stop), np.float32)
+        outside = np.zeros((self._header.heads_of(layer).heads, stop), np.float32)
         outside[head] = sums.reshape(-1, stop)
         return outside
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from kvscope.model.obstacles import require_registry
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import self_check
 from kvscope.model.token_ids import TextEncoder
+from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.reader import Trace
 from kvscope.training.fit import Evaluation, train
 from kvscope.training.tasks import RecordedMass, Task, TextReading, Texts
@@ -133,6 +134,7 @@ def train_on_traces(
     """
     if not traces:
         raise UsageError("no trace is named", "Name one or more traces that were recorded with --hidden.")
+    _require_equal_heads(traces[0].name, map(traces[0].heads_of, traces[0].layers))
     place = torch_device(device)
     task = RecordedMass(traces, settings.target_keep, design.form, seed, str(place))
     header = traces[0].header
@@ -180,11 +182,23 @@ def finish(
     return Trained(output, gate.facts, log)
 
 
+def _require_equal_heads(name: str, layers: Iterable[LayerHeads]) -> None:
+    """Raise ModelError if layers have different numbers of key/value heads: a gate has as many in every layer."""
+    counts = sorted({own.kv_heads for own in layers})
+    if len(counts) > 1:
+        raise ModelError(
+            f"the layers of {name} have {' or '.join(map(str, counts))} key/value heads, and a gate has equally many "
+            "in every layer",
+            "Train a gate for a model whose layers have the same heads.",
+        )
+
+
 def _untrained(loaded: Loaded, design: GateDesign, ids: Tensor, seed: int) -> LearnedGate:
     """Return an untrained gate for a model, which is checked on the first tokens of ``[batch, T]``."""
     with torch.inference_mode():
         facts = self_check(loaded.model, ids[:1].to(loaded.device))
     config = loaded.text_config
+    _require_equal_heads(loaded.name, facts.sizes.values())
     if list(facts.windows) != list(range(config.num_hidden_layers)):
         raise ModelError(f"{loaded.name} has layers without attention", "Use a model with attention in every layer.")
     torch.manual_seed(seed)

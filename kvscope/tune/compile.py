@@ -56,6 +56,7 @@ def compile_tune(
     metric = _metric(options.metric)
     settings = _settings(policy, grid)
     _require_own_heads(settings, options.level)
+    _require_equal_heads(traces, options.level)
     searched, held_out = _split(traces, options.held_out)
     limit, device = Budget.parse(budget), torch_device(options.device)
     layers = tuple(traces[0].layers)
@@ -107,6 +108,13 @@ def _require_own_heads(settings: Sequence[Policy], level: TuneLevel) -> None:
             raise UsageError(f"{policy.label} decides per layer", "Use --per layer or --per model.")
         if level == "head" and ALLOCATORS.get(policy.traits.allocate).spans == "heads":
             raise UsageError(f"the heads of {policy.label} share a budget", "Use --per layer or --per model.")
+
+
+def _require_equal_heads(traces: Sequence[Trace], level: TuneLevel) -> None:
+    """Raise UsageError if heads are to be tuned one by one and layers have different numbers of them."""
+    for trace in traces:
+        if level == "head" and len({trace.heads_of(layer).kv_heads for layer in trace.layers}) > 1:
+            raise UsageError(f"the layers of {trace.path} differ in their heads", "Use --per layer or --per model.")
 
 
 def _split(traces: Sequence[Trace], held_out: int | None) -> tuple[list[Place], list[Place]]:

@@ -174,9 +174,14 @@ class _Means:
 
 
 def _grid(layers: Mapping[int, Floats], trace: Trace) -> Floats:
-    """Return ``[layers, key/value heads]``, the means over the query heads that share a key/value head."""
-    rows = np.array([layers[layer] for layer in trace.layers])
-    return np.asarray(rows.reshape(len(rows), trace.kv_heads, -1).mean(-1))
+    """Return ``[layers, key/value heads]``, the means over the query heads that share a key/value head.
+
+    Where layers differ in their heads, the mean over all of a layer: ``[layers, 1]``.
+    """
+    if len({trace.heads_of(layer).kv_heads for layer in trace.layers}) > 1:
+        return np.array([[layers[layer].mean()] for layer in trace.layers])
+    grouped = [layers[layer].reshape(trace.heads_of(layer).kv_heads, -1).mean(-1) for layer in trace.layers]
+    return np.array(grouped)
 
 
 def _sequence(trace: Trace, index: int) -> TokenSequence:

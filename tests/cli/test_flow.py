@@ -10,6 +10,7 @@ import pytest
 
 from kvscope.core.seal import sealed
 from tests.cli.conftest import LENGTH, PROMPT, Run, maps
+from tests.trace.layers import record as record_layers
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -143,6 +144,15 @@ def test_info(run: Run, small: Path) -> None:
     table = run("info", "small").out
     assert f"{PROMPT} + {LENGTH - PROMPT}" in table
     assert "traces/small" in table
+    assert told["layer_heads"] == []
+
+
+def test_info_names_the_heads_of_each_layer(run: Run) -> None:
+    record_layers(Path("traces/layers"))
+    told = json.loads(run("info", "layers", "--json").out)
+    assert told["layer_heads"][1] == {"heads": 6, "kv_heads": 3, "head_dim": 3}
+    said = " ".join(run("info", "layers").out.split())
+    assert "6 layers; layers 0, 2: 4 query heads, 2 key/value heads of size 3; layers 1, 3: 6" in said
 
 
 def test_policies(run: Run) -> None:

@@ -37,6 +37,15 @@ def test_one_model_without_its_weights(run: Run, tmp_path: Path) -> None:
     assert json.loads(run("models", str(latent), "--json").out)["cache_bytes"] == 2 * 3 * (16 + 8)
 
 
+def test_a_model_whose_layers_differ_in_their_heads(run: Run, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "gemma", "gemma4_text")
+    told = json.loads(run("models", str(folder), "--json").out)
+    assert [own["head_dim"] for own in told["layer_heads"]] == [8, 8, 512]
+    assert told["cache_bytes"] == 2 * 2 * 2 * (8 + 8 + 512), "16 bit, keys and values, two heads in each layer"
+    said = " ".join(run("models", str(folder)).out.split())
+    assert "layers 0, 1: 4 query heads, 2 key/value heads of size 8; layer 2: 4 query heads" in said
+
+
 def test_an_unknown_name(run: Run) -> None:
     done = run("models", "lama")
     assert done.status == 2 and "no model or type is called 'lama'" in done.err and "llama" in done.err

@@ -15,8 +15,8 @@ from kvscope.engine.recomputed_rows import RecomputedRows, attend
 from kvscope.engine.row_loading import PackedRows, RowLoader, WholeRows, unpacked
 from kvscope.kernels import device as devices
 from kvscope.trace import derive
+from kvscope.trace.layer_records import LayerAttention
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.record import LayerAttention
 from tests.trace.make import record as record_maps
 from tests.trace.test_derive import record as record_vectors
 

@@ -87,6 +87,16 @@ def test_a_model_that_looks_at_later_tokens_has_no_rows() -> None:
         self_check_modules(build("xlm"), tokens(9))
 
 
+def test_key_value_heads_may_be_named_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mpt")
+    monkeypatch.setattr(model.config, "num_kv_heads", [1, 2, 4], raising=False)
+    sizes = self_check_modules(model, tokens(9)).sizes
+    assert [(sizes[layer].heads, sizes[layer].kv_heads) for layer in range(3)] == [(4, 1), (4, 2), (4, 4)]
+    monkeypatch.setattr(model.config, "num_kv_heads", [1, 3, 4], raising=False)
+    with pytest.raises(ModelError, match=r"4 query heads of layer 1 of MptForCausalLM do not share the 3 "):
+        self_check_modules(model, tokens(9))
+
+
 def test_a_learned_index_is_in_the_rows() -> None:
     """The mask of the index is part of what the module returns: a query reads at most as many keys as it chooses."""
     model, rows = build("deepseek_v32"), {}

@@ -97,9 +97,9 @@ def test_no_more_than_a_chunk_goes_through_the_model(prompt: Path, tmp_path: Pat
     folder, seen = saved(tmp_path / "llama"), list[int]()
     forward = RecordingRun._forward
 
-    def counted(run: RecordingRun, tokens: torch.Tensor, cache: Any) -> Any:
+    def counted(run: RecordingRun, tokens: torch.Tensor, cache: Any, *beside: Any) -> Any:
         seen.append(tokens.shape[1])
-        return forward(run, tokens, cache)
+        return forward(run, tokens, cache, *beside)
 
     monkeypatch.setattr(RecordingRun, "_forward", counted)
     record(folder, prompt, tmp_path / "t", prefill_chunk=10)

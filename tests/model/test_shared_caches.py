@@ -1,24 +1,36 @@
-"""Layers that read the cache of an earlier one (Gemma 3n): named in the trace, refused where one decision is needed."""
+"""Layers that read the cache of an earlier one (Gemma 3n): one decision, by the owner's rows, holds for all of them."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 from kvscope.closed_loop.compile import compile_verify
-from kvscope.closed_loop.decode import attention_facts
-from kvscope.core.errors import ModelError
-from kvscope.core.options import ClosedLoopOptions, ModelSource, OutputOptions, ReplayOptions, VerifyOptions
-from kvscope.core.recording_options import TextOptions
+from kvscope.core.errors import TraceError
+from kvscope.core.options import (
+    ClosedLoopOptions,
+    ModelSource,
+    OutputOptions,
+    PlanOptions,
+    Positions,
+    Prefill,
+    ReplayOptions,
+    VerifyOptions,
+)
+from kvscope.core.recording_options import StoreOptions, TextOptions
 from kvscope.model.compile import compile_recording
-from kvscope.model.selfcheck import self_check
+from kvscope.model.selfcheck import self_check, shared_caches
+from kvscope.replay import footprint
 from kvscope.replay.compile import compile_replay
+from kvscope.trace.reader import Trace
+from kvscope.trace.shared_caches import caches_of
 from tests.models import build as builder
 
 PROMPT = " ".join(f"w{(7 * number) % 101 + 3}" for number in range(20))
-REFUSED = r"layers 3, 4 of \w+ read the cache of layers 1, 2, and one decision.*\n.*open loop: kvscope replay without"
+OWNERS, READERS = [0, 1, 2], {3: 1, 4: 2}
 
 
 def sharing(name: str) -> Any:
@@ -47,21 +59,96 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return builder.saved(tmp_path_factory.mktemp("gemma3n") / "model", "gemma3n_text")
 
 
-def test_the_trace_says_which_layers_share_and_both_closed_ways_refuse(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompt.txt").write_text(PROMPT)
-    source, output = ModelSource(str(folder)), OutputOptions(tmp_path / "trace")
-    text = TextOptions(max_new_tokens=5)
-    trace = compile_recording(source, [tmp_path / "prompt.txt"], output, text=text).execute()
-    assert trace.header.shared_cache == {"3": 1, "4": 2}
+def recorded(folder: Path, place: Path, layers: tuple[int, ...] | None = None) -> Trace:
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "prompt.txt").write_text(PROMPT)
+    store = StoreOptions(store="maps+vectors", layers=layers)
+    return compile_recording(
+        ModelSource(str(folder)),
+        [place / "prompt.txt"],
+        OutputOptions(place / "trace"),
+        text=TextOptions(max_new_tokens=12),
+        store=store,
+    ).execute()
+
+
+@pytest.fixture(scope="module")
+def trace(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    return recorded(folder, tmp_path_factory.mktemp("shared"))
+
+
+def test_the_trace_says_which_layers_share(folder: Path, trace: Trace) -> None:
+    assert trace.header.shared_cache == {str(reader): owner for reader, owner in READERS.items()}
+    assert caches_of(trace.header) == {0: [0], 1: [1, 3], 2: [2, 4]}
     assert any(line.startswith("Shared caches: layers 3, 4 read") for line in trace.approximate)
+    with torch.inference_mode():
+        assert shared_caches(AutoModelForCausalLM.from_pretrained(folder).eval(), torch.arange(3, 20)[None]) == READERS
+
+
+@pytest.mark.parametrize("allocate", [None, "pyramid", "cake"])
+def test_one_decision_holds_for_all_that_read_a_cache(trace: Trace, tmp_path: Path, allocate: str | None) -> None:
+    """In both loops alike; what the owner's rows decide is what they decide without readers; keys are counted once."""
+    options = ReplayOptions(plan=PlanOptions(allocate=allocate), closed=ClosedLoopOptions())
+    policies = ["h2o", "tova", "keydiff", "random"]
+    made = compile_replay(trace, policies, "9", options).execute(OutputOptions(tmp_path / "replay"))
+    for run in made.info.runs:
+        held = {layer: made.resident(run.run, 0, layer) for layer in trace.layers}
+        for reader, owner in READERS.items():
+            assert np.array_equal(held[reader], held[owner]), f"{run.title}: layer {reader}"
+        heads = 1 if run.scope == "layer" else trace.kv_heads
+        assert run.allocated_keys == run.uniform_keys == 9 * heads * len(OWNERS), run.title
+
+
+def test_readers_are_scored_with_their_own_rows(trace: Trace, tmp_path: Path) -> None:
     made = compile_replay(trace, ["h2o"], "9").execute(OutputOptions(tmp_path / "replay"))
-    assert any(line.startswith("Shared caches") for line in made.info.trace.approximate)
-    with pytest.raises(ModelError, match=REFUSED):
-        compile_replay(trace, ["h2o"], "9", ReplayOptions(closed=ClosedLoopOptions()))
-    with pytest.raises(ModelError, match=REFUSED):
-        compile_verify(trace, ["h2o"], "9", VerifyOptions())
-    with torch.inference_mode(), pytest.raises(ModelError, match=REFUSED):
-        attention_facts(AutoModelForCausalLM.from_pretrained(folder).eval(), torch.arange(3, 20)[None])
+    frame = made.fidelity(0)
+    sequence = trace.sequences[0]
+    for layer in (1, 3, 4):
+        rows = trace.attention(0, layer)
+        visible = made.resident(0, 0, layer)
+        of_layer = frame[(frame["layer"] == layer) & (frame["head"] == 0)].set_index("step")["retained_mass"]
+        for t in range(sequence.prompt, sequence.length):
+            seen = visible[0, t - 1, : t + 1].copy()
+            seen[t] = True
+            if np.isnan(of_layer[t]):  # nothing is evicted from within the window
+                assert layer == 4
+                continue
+            assert of_layer[t] == pytest.approx(float(rows[0, t, : t + 1][seen].sum()), abs=2e-3), (layer, t)
+
+
+def test_groups_of_few_layers_decide_the_same(trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies = ["h2o", "belady", "quest:page_size=2", "ideal", "r-kv"]
+    whole = compile_replay(trace, policies, "9").execute(OutputOptions(tmp_path / "whole"))
+    monkeypatch.setattr(footprint, "GROUP_BYTES", 1)
+    job = compile_replay(trace, policies, "9")
+    assert job.footprint.layers == 2
+    parts = job.execute(OutputOptions(tmp_path / "parts"))
+    for one, other in zip(whole.info.runs, parts.info.runs, strict=True):
+        assert one.decisions == other.decisions
+    reading = next(run.run for run in whole.info.runs if run.policy == "ideal")
+    assert not np.array_equal(whole.resident(reading, 0, 1), whole.resident(reading, 0, 3)), "nothing is evicted"
+
+
+@pytest.mark.parametrize("positions", [Positions.original, Positions.compacted])
+@pytest.mark.parametrize("prefill", [Prefill.full, Prefill.stream])
+def test_decoding_agrees_with_the_closed_loop(trace: Trace, prefill: Prefill, positions: Positions) -> None:
+    """A cache that is really shortened is read by every layer that shares it."""
+    options = VerifyOptions(closed=ClosedLoopOptions(positions=positions), prefill=prefill)
+    policies = ["h2o", "tova", "streaming-llm:sinks=2", "keydiff", *(["snapkv"] if prefill == "full" else [])]
+    for verdict in compile_verify(trace, policies, "9", options).execute():
+        assert verdict.agrees, verdict
+        length = trace.sequences[0].length
+        assert verdict.decisions == trace.kv_heads * len(OWNERS) * length
+        assert verdict.largest_cache <= (length if verdict.label == "snapkv" else 9)  # it evicts once
+
+
+def test_a_trace_without_the_owner_says_what_to_record(folder: Path, tmp_path: Path) -> None:
+    trace = recorded(folder, tmp_path, (0, 3))
+    with pytest.raises(TraceError, match=r"lacks layers 1: others read their caches, they decide\n.*--layers 0,1,3"):
+        compile_replay(trace, ["h2o"], "9")
+    again = recorded(folder, tmp_path / "again", (0, 1, 3))
+    made = compile_replay(again, ["h2o"], "9").execute(OutputOptions(tmp_path / "replay"))
+    assert np.array_equal(made.resident(0, 0, 1), made.resident(0, 0, 3))
 
 
 @pytest.mark.parametrize("name", ["gemma3n_text", "llama", "gpt2", "phi3", "deepseek_v3"])

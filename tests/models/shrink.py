@@ -102,6 +102,7 @@ ENCODERS = (
 BY_TYPE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(ENCODERS, DECODER),
     "chameleon": {"vocabulary_map": {"<image>": TOKEN_IDS}},
+    "gemma3": {"mm_tokens_per_image": 4},
     "emu3": {"vocabulary_map": {"<image>": TOKEN_IDS}},
     "dots3_note_vision": {"adapter_in_dim": WIDTH},
     "inkling2_vision": {"text_hidden_size": WIDTH},

@@ -29,6 +29,7 @@ from kvscope.replay.reading import BlockReader, GroupSpec
 from kvscope.replay.run import replay
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace, open_trace
+from tests.trace.layers import record as record_layers
 from tests.trace.test_derive import record as record_vectors
 
 POLICIES = ["h2o", "a2sf", "tova", "window", "belady", "random"]
@@ -66,6 +67,16 @@ def test_a_trace_of_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sin
     one = replay(trace, POLICIES, "3,6", output=tmp_path / "cpu")
     monkeypatch.setattr(devices, "on_cpu", lambda device: False)
     same(one, replay(trace, POLICIES, "3,6", output=tmp_path / "device"))
+
+
+@pytest.mark.parametrize("store", ["maps+vectors", "qkv"])
+def test_a_trace_whose_layers_differ_in_their_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    trace = record_layers(tmp_path / "t", store=store)
+    one = replay(trace, [*POLICIES, "cake"], "8,13", output=tmp_path / "cpu")
+    monkeypatch.setattr(devices, "on_cpu", lambda device: False)
+    same(one, replay(trace, [*POLICIES, "cake"], "8,13", output=tmp_path / "device"))
 
 
 def test_a_group_can_be_read_again(example: Trace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from kvscope.engine.layers import RecordedLayers
 from kvscope.replay.run import replay
 from kvscope.trace.reader import Trace, open_trace
+from tests.trace.layers import record as record_layers
 from tests.trace.test_derive import record as record_vectors
 
 POLICIES = ["h2o", "a2sf:alpha=0.7", "tova", "vatp", "scissorhands", "streaming-llm"]
@@ -45,6 +46,12 @@ def test_the_same_keys_are_evicted(prefill: str, tmp_path: Path) -> None:
 def test_the_same_keys_are_evicted_from_recomputed_rows(sinks: bool, tmp_path: Path) -> None:
     trace = record_vectors(tmp_path / "t", lengths=(160,), sinks=sinks)
     same(trace, ["h2o", "a2sf", "tova", "streaming-llm"], "12,40", "stream", tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("store", ["maps+vectors", "qkv"])
+def test_the_same_keys_are_evicted_where_layers_differ_in_their_heads(store: str, tmp_path: Path) -> None:
+    same(record_layers(tmp_path / "t", store=store), ["h2o", "tova", "cake", "ada-kv"], "8,13", "full", tmp_path)
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from kvscope.core.residency import ResidencyIntervals
 from kvscope.core.summary_records import BoundShares
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
+from kvscope.trace.prompt_parts import ImageRecord
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
 from kvscope.trace.writer import TraceWriter
@@ -66,6 +67,7 @@ def make_trace(
     prompt_file: str = "prompt.txt",
     stored: Sequence[str] = ("maps",),
     logprob: bool = False,
+    images: Sequence[ImageRecord] = (),
     **header: Any,
 ) -> Trace:
     """Return a trace of `weights`; the layer is their seed."""
@@ -107,7 +109,7 @@ def make_trace(
                 logprob=known,
                 entropy=known,
             )
-        writer.finish([SequenceRecord(prompt, length)] * sequences)
+        writer.finish([SequenceRecord(prompt, length, images=list(images))] * sequences)
     return open_trace(path)
 
 

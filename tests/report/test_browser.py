@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 
 from kvscope.core.summary_records import LoopGap
+from kvscope.replay.run import replay
 from kvscope.report.encoding import packed, packed_floats, packed_halves
 from kvscope.report.limits import Limits
 from kvscope.report.page import page_data, report
 from kvscope.report.source import ReportInput
+from kvscope.trace.prompt_parts import ImageRecord
 from kvscope.trace.reader import Trace
 from tests.report.make import make_replay, make_trace
 from tests.report.test_summary_panels import run_of
 from tests.results.make import with_summary
+from tests.trace.layers import record as record_layers
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -381,6 +384,22 @@ def test_a_token_shows_its_life(tab: Tab) -> None:
     assert tab.address()["token"] == "10"
 
 
+def test_images_are_marked_and_listed(browser: Any, tmp_path: Path) -> None:
+    images = [ImageRecord("cat.png", "d" * 64, 40, 24, 1, 2, 1), ImageRecord(HOSTILE[1], "d" * 64, 8, 9, 2, 3, 1)]
+    trace = make_trace(tmp_path / "trace", images=images)
+    tab = Tab(browser, report([make_replay(tmp_path / "r", trace)], {trace.identity: trace}, tmp_path / "p.html"))
+    assert tab.count("#text .text [data-image='1']") == tab.count("#text .text [data-image='2']") == 1
+    assert tab.text("#text [data-at='1']") == "▦"
+    listed = tab.page.locator("#text .images li")
+    assert listed.first.inner_text() == "▦ image 1: tokens 1 to 1 (1 of 6), cat.png, 40 × 24 pixels"
+    assert listed.count() == tab.count("#text .end.image") == 2
+    colours = tab.run("['0', '1'].map(at => getComputedStyle(document.querySelector(`#text [data-at='${at}']`)).color)")
+    assert colours[0] != colours[1]
+    tab.page.locator("#text [data-at='1']").click()
+    assert tab.text("#text .life h3").startswith("Token 1 “image 1 (1/1)”")
+    tab.context.close()
+
+
 def test_text_can_be_shaded_by_loss_and_regret(tab: Tab, rich: ReportInput) -> None:
     tab.run("id => kvscope.state.set({ run: id })", run_of(rich, "tova", "4", "closed").id)
     shades = tab.page.locator("#text").get_by_label("Shade by")
@@ -498,4 +517,34 @@ def test_what_was_tuned_and_what_both_loops_hold_is_drawn(browser: Any, trace: T
     assert tab.run(cells.format("#agreement")) == ["0.75", "1.00", "0.50"]
     tab.page.locator("#sweep [role=gridcell]").nth(3).click()
     assert (tab.chosen("Layer"), tab.chosen("Query head")) == ("1", "2")
+    tab.context.close()
+
+
+def test_layers_that_differ_in_their_heads_show_those_that_they_have(browser: Any, tmp_path: Path) -> None:
+    trace = record_layers(
+        tmp_path / "t"
+    )  # layer 0 has 4 query heads over 2, layer 1 has 6 over 3, layer 5 has 4 over 4
+    made = replay(trace, ["h2o", "tova"], "12", output=tmp_path / "r")
+    tab = Tab(
+        browser, report([made], {trace.identity: trace}, tmp_path / "r.html"), "#?layer=1&head=5&token=45&step=50"
+    )
+    assert (tab.chosen("Layer"), tab.chosen("Query head")) == ("1", "5")
+    tab.choose("Layer", "0")
+    assert tab.chosen("Query head") == "all", "layer 0 has no query head 5"
+    options = "[...document.querySelectorAll('.choice select')].map((each) => each.options.length)"
+    assert 1 + 4 in tab.run(options) and 1 + 6 not in tab.run(options)
+    cells = tab.page.locator("#head-map [role=gridcell]")
+    assert cells.count() == 6 * 6
+    assert cells.nth(4).get_attribute("title") == "layer 0 has 4 query heads"
+    cells.nth(4).click()
+    assert tab.chosen("Query head") == "all"
+    cells.nth(6 * 5 + 3).click()
+    assert (tab.chosen("Layer"), tab.chosen("Query head")) == ("5", "3")
+    assert "key/value head 3" in str(cells.nth(6 * 5 + 3).get_attribute("title"))
+    life = tab.page.locator("#text .life [role=gridcell]")
+    assert life.count() == 6 * 4
+    assert life.nth(2).get_attribute("title") == "layer 0 has 2 key/value heads"
+    life.nth(4 + 2).click()
+    assert (tab.chosen("Layer"), tab.chosen("Query head")) == ("1", "4"), "the first query head of key/value head 2"
+    assert tab.said == []
     tab.context.close()

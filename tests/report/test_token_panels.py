@@ -30,6 +30,7 @@ from kvscope.report.parts import spread
 from kvscope.report.regret import worst_evictions
 from kvscope.report.residency import packed_intervals
 from kvscope.report.source import ReportInput
+from kvscope.trace.prompt_parts import ImageRecord
 from kvscope.trace.reader import Trace
 from tests.report.make import HEADS, KV_HEADS, LENGTH, make_replay, make_trace
 from tests.report.test_summary_panels import run_of
@@ -71,6 +72,15 @@ def coming_back() -> tuple[pd.DataFrame, np.ndarray]:
     return frame, np.array(mask, bool)
 
 
+def test_images_are_named_and_numbered(tmp_path: Path) -> None:
+    image = ImageRecord("/some/where/cat.png", "d" * 64, 40, 24, 1, 3, 2)
+    trace = make_trace(tmp_path / "trace", images=[image])
+    replay = make_replay(tmp_path / "replay", trace)
+    (part,) = page_data(ReportInput((replay,), {trace.identity: trace}))["parts"].values()
+    assert part["tokens"][:3] == ["The", "image 1 (1/2)", "image 1 (2/2)"]
+    assert part["images"] == [{"number": 1, "file": "cat.png", "width": 40, "height": 24, "start": 1, "stop": 3}]
+
+
 def test_raster_carries_what_the_replay_holds(source: ReportInput) -> None:
     data = residency_raster(source)
     assert len(data["rasters"]) == 2 * len(source.runs)
@@ -87,6 +97,7 @@ def test_parts_carry_texts_with_nothing_hidden(source: ReportInput) -> None:
             "prompt": 3,
             "length": 6,
             "tokens": ["The", "␣king", "↵", "␣said", "␣4", "821"],
+            "images": [],
             "layers": [0, 1],
             "layer": 0,
             "heads": 4,

@@ -13,8 +13,9 @@ from kvscope.core.errors import TraceError
 from kvscope.core.seal import SEAL
 from kvscope.trace import derive
 from kvscope.trace.importer import import_maps
+from kvscope.trace.layer_records import LayerAttention
 from kvscope.trace.reader import Trace, open_trace
-from kvscope.trace.record import LayerAttention, SequenceRecord
+from kvscope.trace.record import SequenceRecord
 from kvscope.trace.schema import HEADER, STORES
 from kvscope.trace.space import estimate_bytes
 from kvscope.trace.writer import TraceWriter

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from kvscope.core.errors import TraceError
 from kvscope.core.json_records import described, plain
 from kvscope.core.seal import SEAL
-from kvscope.trace.record import LayerAttention, TraceHeader, TraceRecord
+from kvscope.trace.layer_records import LayerAttention
+from kvscope.trace.record import TraceHeader, TraceRecord
 from kvscope.trace.record_file import parse_record, read_record, to_json, write_record
 from kvscope.trace.schema import HEADER, OLDEST_VERSION, SCHEMA_VERSION, SEALED_SINCE
 

@@ -32,6 +32,8 @@ kvscope.show = (() => {
       ? { color: kvscope.colour("muted"), symbol: "circle", dash: run.policy === "ideal" ? "dot" : "dash" }
       : kvscope.lineStyle(page.labels.indexOf(run.label), ways.indexOf(`${run.replay} ${run.loop}`))); // a dash for each way of replaying
     page.part = () => page.parts[state.get("part")];
+    /* How many query heads a layer has, and how many of them share a key/value head. */
+    page.headsOf = (layer = state.get("layer")) => { const part = page.part(); return (part.own && part.own[layer]) || { heads: part.heads, group: part.group }; };
     const { oneOf, whole } = state;
     state.declare("run", () => page.first, oneOf(() => ids));
     state.declare("part", () => page.run().parts[0] || "", oneOf(() => page.run().parts));
@@ -39,7 +41,7 @@ kvscope.show = (() => {
     state.declare("other", () => NONE, oneOf(sameParts));
     const layers = () => (page.part() ? page.part().layers : [0]);
     state.declare("layer", () => (page.part() ? page.part().layer : 0), oneOf(layers)); // the one in the page, if it has only one
-    state.declare("head", () => "all", (value) => (value === "all" ? value : whole(() => 0, () => (page.part() ? page.part().heads - 1 : 0))(value)));
+    state.declare("head", () => "all", (value) => (value === "all" ? value : whole(() => 0, () => (page.part() ? page.headsOf().heads - 1 : 0))(value)));
     const last = () => (page.part() ? page.part().length - 1 : 0);
     state.declare("step", last, whole(() => 0, last));
     state.declare("token", () => -1, whole(() => -1, last));
@@ -87,7 +89,7 @@ kvscope.show = (() => {
       part.box.hidden = run.parts.length < 2;
       if (!shape) return;
       layer.fill(options(shape.layers), state.get("layer"));
-      head.fill([{ value: "all", text: "all" }, ...options([...Array(shape.heads).keys()])], state.get("head"));
+      head.fill([{ value: "all", text: "all" }, ...options([...Array(page.headsOf().heads).keys()])], state.get("head"));
       step.set(0, shape.length - 1, state.get("step"));
       const at = state.get("token");
       token.replaceChildren(...(at < 0 ? [] : [element("span", { class: "small" }, "Token"), element("span", { class: "chosen" },

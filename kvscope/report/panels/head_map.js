@@ -19,20 +19,20 @@ kvscope.drawing("head-map", async (box, data, page) => {
     const values = await numbers(packed);
     const [layers, heads] = packed.shape;
     const scale = state.get("scale") === "shared" ? data.scale[metric.name] : [packed.low, packed.high];
-    const { group } = page.part();
+    const own = (r) => page.headsOf(map.layers[r]);
     const at = (r, c) => values[r * heads + c];
     legend.replaceChildren(scaleBar(scale, (value) => number(value, metric)));
     heat(area, {
       label: `${metric.title} by layer and query head, ${run.name}`, corner: "layer / head",
       rows: map.layers.map(String), columns: [...Array(heads).keys()].map(String), scale,
       value: (r, c) => (Number.isNaN(at(r, c)) ? null : at(r, c)),
-      say: (r, c) => `layer ${map.layers[r]}, query head ${c}, key/value head ${Math.floor(c / group)}: ${number(at(r, c), metric)}`,
+      say: (r, c) => (c < own(r).heads ? `layer ${map.layers[r]}, query head ${c}, key/value head ${Math.floor(c / own(r).group)}: ${number(at(r, c), metric)}` : `layer ${map.layers[r]} has ${own(r).heads} query heads`),
       text: (value) => number(value, metric),
-      chosen: (r, c) => map.layers[r] === state.get("layer") && (state.get("head") === "all" || state.get("head") === c),
-      click: (r, c) => state.set({ layer: map.layers[r], head: state.get("layer") === map.layers[r] && state.get("head") === c ? "all" : c }),
+      chosen: (r, c) => map.layers[r] === state.get("layer") && (state.get("head") === "all" ? c < own(r).heads : state.get("head") === c),
+      click: (r, c) => c < own(r).heads && state.set({ layer: map.layers[r], head: state.get("layer") === map.layers[r] && state.get("head") === c ? "all" : c }),
     });
     if (layers * heads > 1) area.append(kvscope.tableBehind("The numbers behind this map", ["Layer", ...[...Array(heads).keys()].map((head) => `head ${head}`)],
-      () => map.layers.map((layer, r) => [layer, ...[...Array(heads).keys()].map((c) => number(at(r, c), metric))])));
+      () => map.layers.map((layer, r) => [layer, ...[...Array(heads).keys()].map((c) => (c < own(r).heads ? number(at(r, c), metric) : ""))])));
   });
 
   const metricChoice = select("Metric", usable.map((each) => ({ value: each.name, text: each.title })), state.get("metric"), (name) => state.set({ metric: name }));

@@ -27,7 +27,7 @@ kvscope.drawing("inspector", async (box, data, page) => {
     const each = (residency && residency.data ? residency.data.rasters : []).find((one) => one.run === state.get("run") && one.part === state.get("part") && one.layer === row.layer);
     if (!each) return null;
     const intervals = await raster.open(each, page.part().length);
-    const head = intervals.heads[Math.floor(row.head / page.part().group)];
+    const head = intervals.heads[Math.floor(row.head / page.headsOf(row.layer).group)];
     return Array.from({ length: row.step + 1 }, (_, key) => key === row.step || raster.holds(head, key, row.step - 1));
   }
   /* The current key and as many others as the run saw, by weight; of equal weights the newer. */
@@ -51,7 +51,7 @@ kvscope.drawing("inspector", async (box, data, page) => {
     const [mass, whole, bestMass] = [seen ? sum(all.filter((key) => seen[key])) : null, sum(all), sum([...best])];
     const live = (key) => (seen && seen[key] ? weights[key] / (mass + row.missing) : 0);
     const kind = (key) => (seen && seen[key] ? (best.has(key) ? 0 : 1) : best.has(key) ? 2 : 3);
-    const heavy = new Set((data.parts[state.get("part")].heavy[row.layer] || [])[Math.floor(row.head / page.part().group)] || []);
+    const heavy = new Set((data.parts[state.get("part")].heavy[row.layer] || [])[Math.floor(row.head / page.headsOf(row.layer).group)] || []);
     const mark = (key) => [key < data.sinks ? "S" : "", heavy.has(key) ? "H" : ""].filter(Boolean).join(" ");
     said.textContent = `Layer ${row.layer}, query head ${row.head}, step ${row.step} ${page.token(row.step)}${row.step === state.get("step") ? "" : `, the available row nearest to step ${state.get("step")}`}${state.get("head") === "all" ? "; choose a head in the bar for another" : ""}.${seen ? "" : " The page does not contain the raster of this layer, so what the chosen run saw is unknown."}`;
     if (seen) facts.textContent = `${page.run().name} sees ${count} of ${weights.length} keys with ${percent(mass / whole)} of the row; the ideal set of as many keys has ${percent(bestMass / whole)}.`;

@@ -49,7 +49,8 @@ def inspector(source: ReportInput) -> JsonDict | None:
         heavy = {str(layer): _heavy(source, part, layer) for layer in source.readable[part.name]}
         parts[part.name] = {"rows": rows, "heavy": heavy}
         shown += len(rows)
-        total += len(source.layers_of(part)) * source.traces[part.identity].heads * part.length
+        trace = source.traces[part.identity]
+        total += sum(trace.heads_of(layer).heads for layer in source.layers_of(part)) * part.length
     if not parts:
         return None
     notes = [f"The page contains {shown:,} of {total:,} attention rows; the trace has all."]
@@ -75,16 +76,17 @@ def _rows(source: ReportInput, part: Part) -> Iterator[tuple[JsonDict, int]]:
 def _selected(source: ReportInput, part: Part) -> Iterator[RowIndex]:
     """Yield layer, query head and step of rows, the most informative first."""
     trace = source.traces[part.identity]
-    group = trace.heads // trace.kv_heads
     worst = source.worst(part)
     for place in range(WORST):
         for run in source.runs_of(part):
             for each in worst[run.id][place : place + 1]:
+                own = trace.heads_of(each.layer)
+                group = own.heads // own.kv_heads
                 yield from ((each.layer, each.head * group + query, each.missed) for query in range(group))
     steps = bins(min(part.prompt, part.length - 1), part.length, STEPS)[1:] - 1
     for step in spread(steps.tolist()):
         for layer in spread(source.layers_of(part)):
-            yield from ((layer, head, step) for head in range(trace.heads))
+            yield from ((layer, head, step) for head in range(trace.heads_of(layer).heads))
 
 
 def _heavy(source: ReportInput, part: Part, layer: int) -> list[list[int]]:

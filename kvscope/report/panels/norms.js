@@ -12,8 +12,8 @@ kvscope.drawing("norms", async (box, data, page) => {
     const found = layers[state.get("layer")];
     area.hidden = behind.hidden = !found;
     if (!found) { said.textContent = `Layer ${state.get("layer")} is not in this page; layers in this page: ${Object.keys(layers).join(", ") || "none"}.`; return; }
-    const { length, group } = page.part();
-    const head = state.get("head") === "all" ? 0 : Math.floor(state.get("head") / group);
+    const { length } = page.part();
+    const head = state.get("head") === "all" ? 0 : Math.floor(state.get("head") / page.headsOf().group);
     const [received, norm] = await Promise.all([numbers(found.received), numbers(found.norm)]);
     const each = (residency && residency.data ? residency.data.rasters : []).find((one) => one.run === state.get("run") && one.part === state.get("part") && one.layer === state.get("layer"));
     const intervals = each ? (await raster.open(each, length)).heads[head] : null;

@@ -16,7 +16,7 @@ kvscope.drawing("residency", async (box, data, page) => {
   let views = [];
 
   const part = () => page.part();
-  const chosenHeads = (intervals) => (state.get("head") === "all" ? intervals.heads : [intervals.heads[Math.floor(state.get("head") / part().group)]]);
+  const chosenHeads = (intervals) => (state.get("head") === "all" ? intervals.heads : [intervals.heads[Math.floor(state.get("head") / page.headsOf().group)]]);
 
   /* keys k0..k1, steps t0..t1, half open; after a full prefill nothing changes within the prompt, so the first view starts at its end */
   function view() {
@@ -72,7 +72,7 @@ kvscope.drawing("residency", async (box, data, page) => {
   /* What it cost, where this is among the worst evictions of the run. */
   function cost(run, key, left) {
     const worst = regrets?.data.parts[state.get("part")]?.worst[run] || [];
-    const found = state.get("head") === "all" ? null : worst.find(([layer, head, one, evicted]) => layer === state.get("layer") && head === Math.floor(state.get("head") / part().group) && one === key && evicted === left);
+    const found = state.get("head") === "all" ? null : worst.find(([layer, head, one, evicted]) => layer === state.get("layer") && head === Math.floor(state.get("head") / page.headsOf().group) && one === key && evicted === left);
     return found ? `; it would still have received ${found[4].toPrecision(3)} of attention${found[5] < 0 ? "" : `, most of it at step ${found[5]}`}` : "";
   }
   function words(shown, key, step) {

@@ -13,7 +13,7 @@ kvscope.drawing("sweep", async (box, data, page) => {
       label: `${parameter} in every layer`, corner: perHead ? "layer / kv head" : "layer", rows: layers.map(String), columns: perHead ? values[0].map((_, head) => String(head)) : [parameter],
       scale: [Math.min(...given.map(place)), Math.max(...given.map(place))], value: (r, c) => place(values[r][c]), text: (at) => String(numeric ? at : given[at]),
       say: (r, c) => `layer ${layers[r]}${perHead ? `, key/value head ${c}` : ""}: ${parameter} ${values[r][c]}`,
-      click: (r, c) => state.set({ run, layer: layers[r], ...(perHead ? { head: c * page.part().group } : {}) }),
+      click: (r, c) => state.set({ run, layer: layers[r], ...(perHead ? { head: c * page.headsOf(layers[r]).group } : {}) }),
     });
     box.append(element("h3", {}, "Tuned: ", element("bdi", {}, `${page.byId.get(run).label}, ${parameter}`)), grid);
   }

@@ -15,18 +15,24 @@ kvscope.drawing("text", async (box, data, page) => {
   const said = element("p", { class: "small", role: "status" });
   const legend = element("span", { class: "legend" });
   const life = element("div", { class: "life" });
+  const listed = element("ul", { class: "images small", "aria-label": "Images of the prompt" });
   let spans = [];
   let drawnPart = null;
   let shaded = null;
 
   /* A token as it is read: its spaces are spaces again, a line break breaks the line after its sign. */
   function build() {
-    const { tokens, prompt } = page.part();
-    spans = tokens.map((token, at) => element("span", { "data-at": at }, token === "" ? "·" : token.replace(/␣/g, " ")));
+    const { tokens, prompt, images } = page.part();
+    const imageOf = (at) => images.find((image) => image.start <= at && at < image.stop);
+    spans = tokens.map((token, at) => (imageOf(at)
+      ? element("span", { "data-at": at, "data-image": imageOf(at).number, title: token }, "▦")
+      : element("span", { "data-at": at }, token === "" ? "·" : token.replace(/␣/g, " "))));
     const pieces = spans.flatMap((span, at) => [
-      ...(at === prompt ? [element("span", { class: "end" }, "the prompt ends here")] : []), span, ...(tokens[at].endsWith("↵") ? ["\n"] : []),
+      ...(at === prompt ? [element("span", { class: "end" }, "the prompt ends here")] : []), ...(imageOf(at)?.start === at ? [element("span", { class: "end image" }, `image ${imageOf(at).number}`)] : []), span, ...(tokens[at].endsWith("↵") ? ["\n"] : []),
     ]);
     text.replaceChildren(...pieces);
+    listed.hidden = !images.length;
+    listed.replaceChildren(...images.map((image) => element("li", {}, element("i", {}, "▦"), ` image ${image.number}: tokens ${image.start} to ${image.stop - 1} (${image.stop - image.start} of ${tokens.length}), `, element("bdi", {}, image.file), `, ${image.width} × ${image.height} pixels`)));
     drawnPart = state.get("part");
   }
   const near = (steps, step) => steps.reduce((best, each, at) => (Math.abs(each - step) < Math.abs(steps[best] - step) ? at : best), 0);
@@ -63,7 +69,7 @@ kvscope.drawing("text", async (box, data, page) => {
   }
 
   const draw = kvscope.latest(async () => {
-    if (!part()) { said.textContent = "The text of this sequence is unknown: its trace was not found."; text.hidden = true; legend.replaceChildren(); life.replaceChildren(); return; }
+    if (!part()) { said.textContent = "The text of this sequence is unknown: its trace was not found."; text.hidden = listed.hidden = true; legend.replaceChildren(); life.replaceChildren(); return; }
     const usable = there();
     choice.fill(usable.map((name) => ({ value: name, text: COLOURINGS[name] })), state.get("shade"));
     if (drawnPart !== state.get("part")) build();
@@ -91,16 +97,17 @@ kvscope.drawing("text", async (box, data, page) => {
     const found = how.value(token);
     const heading = element("h3", {}, `Token ${token} `, element("bdi", {}, page.token(token)), found === null ? "" : `: ${state.get("shade") === "held" ? `held by ${percent(found)} of the heads after step ${how.at}` : `${COLOURINGS[state.get("shade")]} ${number(found)}`}`);
     const grid = element("div");
-    const heads = rows.length ? rows[0].heads.length : 0;
-    const last = (r, c) => raster.intervalsOf(rows[r].heads[c], token).reduce((most, [, to]) => Math.max(most, to), -1);
+    const heads = Math.max(0, ...rows.map((row) => row.heads.length));
+    const there = (r, c) => c < rows[r].heads.length;
+    const last = (r, c) => !there(r, c) ? -1 : raster.intervalsOf(rows[r].heads[c], token).reduce((most, [, to]) => Math.max(most, to), -1);
     const ends = rows.flatMap((_, r) => [...Array(heads).keys()].map((c) => last(r, c))).filter((step) => step >= 0);
     if (ends.length) {
       kvscope.heat(grid, {
         label: `Step at which each key/value head evicts token ${token}`, corner: "layer / kv head", rows: rasters.map((each) => String(each.layer)), columns: [...Array(heads).keys()].map(String), scale: [Math.min(...ends), Math.max(...ends)],
         value: (r, c) => (last(r, c) < 0 ? null : last(r, c)), text: (value) => (value >= length ? "held" : String(value)),
-        say: (r, c) => `layer ${rasters[r].layer}, key/value head ${c}: ${last(r, c) < 0 ? "never held" : last(r, c) >= length ? "held to the end" : `evicted at step ${last(r, c)}`}${raster.intervalsOf(rows[r].heads[c], token).length > 1 ? ", with earlier absences" : ""}`,
-        chosen: (r, c) => rasters[r].layer === state.get("layer") && state.get("head") !== "all" && Math.floor(state.get("head") / page.part().group) === c,
-        click: (r, c) => state.set({ layer: rasters[r].layer, head: c * page.part().group }),
+        say: (r, c) => !there(r, c) ? `layer ${rasters[r].layer} has ${rows[r].heads.length} key/value heads` : `layer ${rasters[r].layer}, key/value head ${c}: ${last(r, c) < 0 ? "never held" : last(r, c) >= length ? "held to the end" : `evicted at step ${last(r, c)}`}${raster.intervalsOf(rows[r].heads[c], token).length > 1 ? ", with earlier absences" : ""}`,
+        chosen: (r, c) => rasters[r].layer === state.get("layer") && state.get("head") !== "all" && Math.floor(state.get("head") / page.headsOf().group) === c,
+        click: (r, c) => there(r, c) && state.set({ layer: rasters[r].layer, head: c * page.headsOf(rasters[r].layer).group }),
       });
     }
     life.replaceChildren(heading,
@@ -121,7 +128,7 @@ kvscope.drawing("text", async (box, data, page) => {
     event.preventDefault();
   });
   const choice = select("Shade by", [], null, (shade) => state.set({ shade }));
-  box.append(element("div", { class: "controls" }, choice.box, legend), said, text, life);
+  box.append(element("div", { class: "controls" }, choice.box, legend), said, listed, text, life);
   state.on(["run", "part", "step", "token", "shade", "layer", "head"], draw);
   await draw();
 });

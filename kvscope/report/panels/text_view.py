@@ -24,7 +24,7 @@ ALL = 255  # a byte: the token is held by every head of every layer
     detail=True,
     help="Every token is shaded by the share of key/value heads, over all layers, that hold it after the step chosen "
     "in the bar; struck through means that no head does. Choose a token to see when each head of each layer "
-    "evicted it.",
+    "evicted it. The tokens of an image are shown as ▦, in an edge of their own colour.",
 )
 def text_view(source: ReportInput) -> JsonDict | None:
     """Return for each sequence the share of heads that hold each token at some steps, for as many runs as fit."""
@@ -66,8 +66,7 @@ def _steps(part: Part, runs: list[RunView], most: int) -> NDArray[np.int64]:
 
 
 def _heads(source: ReportInput, part: Part) -> int:
-    residency = source.residency(part, source.layers_of(part)[0])
-    return len(source.layers_of(part)) * next(iter(residency.values())).heads
+    return sum(next(iter(source.residency(part, layer).values())).heads for layer in source.layers_of(part))
 
 
 def _shares(
