@@ -102,10 +102,13 @@ def step_block(
 
 
 def _kernel(length: int, together: int, most_keys: int) -> tuple[triton.JITFunction[..., None], int, int]:
-    """Return the kernel for a length and a size of groups, and how many query heads and keys it has at once."""
+    """Return the kernel for a length and a size of groups, and how many query heads and keys it has at once.
+
+    One query head at once is a group of one, which the kernel treats as such.
+    """
     keys, group = triton.next_power_of_2(length), triton.next_power_of_2(together)
     if keys <= most_keys:
-        return step_in_registers, min(group, max(1, WEIGHTS_AT_ONCE // keys)), keys
+        return step_in_registers, min(group, max(2, WEIGHTS_AT_ONCE // keys)), keys
     return step_in_tiles, group, max(16, min(most_keys, WEIGHTS_AT_ONCE // group))
 
 

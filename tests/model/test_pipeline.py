@@ -113,23 +113,28 @@ def test_an_error_of_the_caller_ends_the_threads_and_is_the_one_that_is_seen() -
 
 def test_an_interruption_while_the_last_blocks_are_written_waits_for_no_other() -> None:
     """Prevents that files are closed under a thread that still writes."""
-    written, inside = [], threading.Event()
+    written, inside, go = [], threading.Event(), threading.Event()
 
     def slow(array) -> None:
         inside.set()
-        time.sleep(0.5)
+        go.wait(10)
         written.append("first")
+
+    def interrupt(thread: int) -> None:
+        signal.pthread_kill(thread, signal.SIGINT)
+        threading.Timer(0.3, go.set).start()  # what is being written ends after the interruption
 
     def stop() -> None:
         with Pipeline() as pipeline:
             pipeline.put(0, slow, block())
             pipeline.put(0, lambda array: written.append("second"), block())
             inside.wait(10)
-            threading.Timer(0.05, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+            threading.Timer(0.05, interrupt, (threading.get_ident(),)).start()
 
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         stop()
+    time.sleep(0.05)
     assert written == ["first"]
     assert threading.active_count() == before
 
