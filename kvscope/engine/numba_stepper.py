@@ -45,7 +45,8 @@ class NumbaStepper:
         """Let all queries of a block attend, be scored and evict, in order of their position."""
         inputs, rows = self._inputs, block.rows
         steps = range(block.start, block.start + rows.shape[-2])
-        evicts = np.array([inputs.evicts_after(t) for t in steps])
+        evicting = inputs.evicting_steps
+        evicts = np.array([t in evicting for t in steps])
         missing = inputs.missing_mass
         scale = None if self._rule.scale is None else inputs.signals[self._rule.scale]
         fixed = fixed_scores(self._rule, inputs, self._state, steps.start, steps.stop)

@@ -50,7 +50,12 @@ class StepInputs:
 
     def evicts_after(self, t: int) -> bool:
         """Return whether keys are evicted at the end of step `t`."""
-        return self.plan.compresses(t, self.shape.prompt, self.prefill)
+        return t in self.evicting_steps
+
+    @cached_property
+    def evicting_steps(self) -> range:
+        """All steps at whose end keys are evicted."""
+        return self.plan.evicting_steps(self.shape.prompt, self.shape.length, self.prefill)
 
 
 class Stepper(Protocol):

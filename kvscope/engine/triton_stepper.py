@@ -35,8 +35,7 @@ class TritonStepper:
         self._inputs, self._state, self._rule, self._most_keys = inputs, state, rule, most_keys
         device = state.leave.device
         self._decay = torch.full((1,), rule.decay, dtype=state.score.dtype, device=device)
-        evicting = inputs.plan.evicting_steps(inputs.shape.prompt, inputs.shape.length, inputs.prefill)
-        self._evicting = evicting
+        self._evicting = evicting = inputs.evicting_steps
         self._evicts = torch.zeros(inputs.shape.length, dtype=torch.uint8, device=device)
         self._evicts[evicting.start : evicting.stop : evicting.step] = 1
         self._tensors = TritonState(
