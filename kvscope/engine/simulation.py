@@ -248,7 +248,7 @@ def _sharing(inputs: StepInputs, protected: Tensor, allocator: Allocator | None)
         n_layers=shape.n_layers or len(shape.layers),
         heads=1 if plan.policy.traits.scope == "layer" else shape.kv_heads,
         prompt=shape.prompt if inputs.prefill == "full" else shape.length,
-        kv_heads_of=torch.tensor(shape.kv_heads_of, device=device) if shape.kv_heads_of else None,
+        kv_heads_of=constant(shape.kv_heads_of, device) if shape.kv_heads_of else None,
     )
     prompt = shape.prompt if inputs.prefill == "full" else 0
     return BudgetSharing(allocator or ALLOCATORS.get(plan.allocate)(), request, prompt)

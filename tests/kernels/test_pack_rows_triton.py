@@ -3,8 +3,6 @@
 Where there is no GPU it runs in Triton's interpreter, on shapes that are small because that is slow.
 """
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kvscope
 from kvscope.core.errors import TraceError
 from kvscope.kernels import triton_available
 from kvscope.model import packed_rows
@@ -26,6 +23,7 @@ from kvscope.model.attention_hook import Call
 from kvscope.model.generate import trace
 from kvscope.model.packed_rows import PackedRows
 from kvscope.trace.reader import open_trace
+from tests.kernels.compiling import require_compiles
 from tests.model.tiny import saved
 
 pytestmark = pytest.mark.skipif(not triton_available(), reason="triton is not installed: pip install triton")
@@ -235,10 +233,4 @@ for made in (narrow, compiled("fp32", own.ADDED, 64, True, True), compiled("fp16
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles for CUDA on Linux only")
 def test_it_compiles_for_a_gpu(tmp_path: Path) -> None:
     """Prevents what only the interpreter takes: numbers whose type depends on a branch, tiles that do not fit."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(kvscope.__file__).parents[1])}
-    (tmp_path / "made.py").write_text(COMPILE)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "made.py")], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    require_compiles(COMPILE, tmp_path)

@@ -1,14 +1,12 @@
 """The kernel that steps caches compiles for a GPU, which the interpreter does not show."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import kvscope
 from kvscope.kernels import triton_available
+from tests.kernels.compiling import require_compiles
 
 COMPILE = """
 import triton
@@ -45,10 +43,4 @@ for given in (
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles for CUDA on Linux only")
 def test_it_compiles_for_a_gpu(tmp_path: Path) -> None:
     """Prevents names that are a number in one branch and an address in another."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(kvscope.__file__).parents[1])}
-    (tmp_path / "made.py").write_text(COMPILE)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "made.py")], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    require_compiles(COMPILE, tmp_path)
