@@ -170,10 +170,9 @@ def _evicted(points, candidate, count, leave, t, BITS: tl.constexpr, N: tl.const
     ranked = finite(points)
     if count == 1:
         low, key = tl.min(tl.where(candidate, ranked, float("inf")), 0, return_indices=True)
-        there = low < float("inf")
-        goes = (j == key) & there
-        went = there.to(tl.int32)
-        tl.store(leave + key, t, mask=there)
+        went = tl.where(low < float("inf"), 1, 0).to(tl.int32)
+        goes = (j == key) & (went > 0)
+        tl.store(leave + key, t, mask=went > 0)
     else:
         goes = _lowest(ranked, candidate, count, BITS)
         went = tl.sum(goes.to(tl.int32), 0)

@@ -73,6 +73,7 @@ def stepped(
         simulation.stepper = simulation._torch
     else:
         simulation.stepper = TritonStepper(simulation.inputs, simulation.state, rule, most_keys=most_keys)
+    simulation.block = simulation.stepper.step_block
     for start, stop in zip([0, *blocks], [*blocks, length], strict=True):
         lost = None if missing is None else missing[..., start:stop]
         simulation.block(Block(rows[..., start:stop, :stop].to(DEVICE), start, lost))
