@@ -83,12 +83,9 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._work:
+        try:
             if error is not None:
                 self._error = self._error or error  # blocks that still wait are not written
-            self._closed = True
-            self._work.notify_all()
-        try:
             self._wait_for_threads()
         except BaseException as interruption:
             self._error = self._error or interruption  # as above; a file that a thread writes must not be closed
@@ -102,6 +99,8 @@ class Pipeline:
     def _wait_for_threads(self) -> None:
         """Return when all threads have ended; `Thread.join` takes a thread for ended when it was interrupted once."""
         with self._room:
+            self._closed = True
+            self._work.notify_all()
             self._room.wait_for(lambda: not self._running)
         for thread in self._threads:
             thread.join()

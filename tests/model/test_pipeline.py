@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -111,30 +111,30 @@ def test_an_error_of_the_caller_ends_the_threads_and_is_the_one_that_is_seen() -
     assert threading.active_count() == before
 
 
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def test_an_interruption_while_the_last_blocks_are_written_waits_for_no_other() -> None:
     """Prevents that files are closed under a thread that still writes."""
-    written, inside, go = [], threading.Event(), threading.Event()
+    written, pipeline = [], Pipeline()
 
     def slow(array) -> None:
-        inside.set()
-        go.wait(10)
+        until(lambda: pipeline._closed)  # the main thread waits on exit
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        until(lambda: pipeline._error is not None)  # what is being written ends after the interruption
         written.append("first")
 
-    def interrupt(thread: int) -> None:
-        signal.pthread_kill(thread, signal.SIGINT)
-        threading.Timer(0.3, go.set).start()  # what is being written ends after the interruption
-
     def stop() -> None:
-        with Pipeline() as pipeline:
+        with pipeline:
             pipeline.put(0, slow, block())
             pipeline.put(0, lambda array: written.append("second"), block())
-            inside.wait(10)
-            threading.Timer(0.05, interrupt, (threading.get_ident(),)).start()
 
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         stop()
-    time.sleep(0.05)
     assert written == ["first"]
     assert threading.active_count() == before
 

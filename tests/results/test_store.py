@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -214,7 +213,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(writing, "GROUP_ROWS", 1)
-        monkeypatch.setattr(writer._files["fidelity"], "_writer", SimpleNamespace(write_table=full, close=lambda: None))
+        monkeypatch.setattr(writer._files["fidelity"]._writer, "write_table", full)
         writer.fidelity(0, 0, 0, np.arange(5), values(0, 5))
         with pytest.raises(ResultError, match="is full"):
             writer.finish()
