@@ -46,6 +46,14 @@ Allocate = Annotated[
         "--allocate", metavar="NAME", help="Allocate the budget to layers and heads: uniform, pyramid, ada, cake."
     ),
 ]
+Scope = Annotated[
+    str | None,
+    typer.Option(
+        "--scope",
+        metavar="WHO",
+        help="Let each kv_head decide, or the layer as one. Default: as published; with a latent cache, layer.",
+    ),
+]
 Accumulate = Annotated[
     str | None, typer.Option("--accumulate", metavar="DTYPE", help="Sum in float32, float16 or bfloat16.")
 ]

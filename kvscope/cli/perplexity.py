@@ -25,6 +25,7 @@ from kvscope.cli.options import (
     Quiet,
     ReportOutput,
     Revision,
+    Scope,
     TextFiles,
     TrustRemoteCode,
     Window,
@@ -46,6 +47,7 @@ def perplexity(
     prompt_length: PromptLength = 1,
     compress: Compress = None,
     allocate: Allocate = None,
+    scope: Scope = None,
     positions: PositionsMode = Positions.original,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -77,7 +79,7 @@ def perplexity(
     texts = [Path(word) for word in selected.words]
     source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize)
     options = PerplexityOptions(
-        plan=PlanOptions(compress=compress, allocate=allocate),
+        plan=PlanOptions(compress=compress, allocate=allocate, scope=scope),
         positions=positions,
         window=window,
         max_windows=max_windows,

@@ -22,6 +22,7 @@ from kvscope.cli.options import (
     PrefillMode,
     Quiet,
     ReportOutput,
+    Scope,
     TracedModel,
     command_line,
 )
@@ -39,6 +40,7 @@ def replay(
     prefill: PrefillMode = Prefill.full,
     compress: Compress = None,
     allocate: Allocate = None,
+    scope: Scope = None,
     accumulate: Accumulate = None,
     perplexity: ClosedLoop = False,
     positions: PositionsMode = Positions.original,
@@ -73,7 +75,7 @@ def replay(
     _require_closed_loop(closed, perplexity)
     options = ReplayOptions(
         prefill=prefill,
-        plan=PlanOptions(compress=compress, allocate=allocate, accumulate=accumulate),
+        plan=PlanOptions(compress=compress, allocate=allocate, accumulate=accumulate, scope=scope),
         closed=closed if perplexity else None,
         device=device,
         skip_unsupported=selected.everything,

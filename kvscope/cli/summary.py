@@ -24,6 +24,7 @@ _METRICS = (
     ("mask_cosine", "mask\ncosine", 40),
     ("ideal_recall", "ideal\nrecall", 95),
 )
+_LATENT = "latent_entries"
 # Of the closed loop: metric, header, digits, and `Column.keep`.
 _OUTCOMES = (
     ("perplexity", "perplexity", 3, 99),
@@ -42,23 +43,7 @@ def show(replay: Replay, *, as_json: bool = False) -> None:
         show_json(SUMMARY.plain(summary))
         return
     runs = _paired(summary.runs)
-    show_table(columns(runs, summary.metrics), title=str(replay.path), notes=notes(runs, replay.info) + latent(replay))
-
-
-def latent(replay: Replay) -> list[str]:
-    """Return a line for every run of a latent cache: the entries and bytes that it must hold."""
-    from kvscope.core.output import size
-    from kvscope.results.latent import latent_held
-
-    lines = []
-    for run in replay.info.runs:
-        held = latent_held(replay, run)
-        if held is not None:
-            what = (
-                f"{held.entries:.1f} latent entries of a layer, {size(round(held.bytes))} in all, for {held.keys:.1f}"
-            )
-            lines.append(f"{run.label} at {run.budget or 'no budget'}, {run.loop} loop: holds {what} keys of a head.")
-    return lines
+    show_table(columns(runs, summary.metrics), title=str(replay.path), notes=notes(runs, replay.info))
 
 
 def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) -> list[Column]:
@@ -80,6 +65,9 @@ def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) ->
         Column("read", [_number(run, "read_keys", 1) for run in runs], keep=70, numeric=True),
         Column("held", [_number(run, "held_keys", 1) for run in runs], keep=65, numeric=True),
     ]
+    if any(_LATENT in run.metrics for run in runs):
+        table.append(Column("latent\nentries", [_number(run, _LATENT, 1) for run in runs], keep=92, numeric=True))
+        table.append(Column("latent\nbytes", [_bytes(run) for run in runs], keep=58, numeric=True))
     for name, header, keep in _METRICS:
         if not any(name in run.metrics for run in runs):
             continue
@@ -112,6 +100,8 @@ def _differing(runs: Sequence[RunSummary]) -> list[Column]:
     allocations = [run.allocate for run in runs]
     if set(allocations) != {"uniform"}:
         found.append(Column("allocation", allocations, keep=42))
+    if any(_LATENT in run.metrics for run in runs):
+        found.append(Column("decides", [run.scope.replace("_", " ") for run in runs], keep=91))
     if any(run.decisions_changed is not None for run in runs):
         cells = ["-" if run.decisions_changed is None else f"{run.decisions_changed:,}" for run in runs]
         found.append(Column("decisions\nchanged", cells, keep=93, numeric=True))
@@ -165,6 +155,11 @@ def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
         lines.append(
             f"Overlap of the keys held in open and closed loop: {min(gaps):.0%} (lowest policy) to {max(gaps):.0%} "
             "(highest). The lower it is, the less the open loop predicts."
+        )
+    if any(run.scope == "kv_head" and _LATENT in run.metrics for run in runs):
+        lines.append(
+            "Latent entries: the vectors that a layer must hold for its heads, the union of their keys. Where each "
+            "kv head decides, they are more than the keys that a head holds."
         )
     if any(_of_belady(run) is not None for run in runs):
         lines.append(_bounds(runs))
@@ -226,6 +221,14 @@ def _number(run: RunSummary, name: str, digits: int) -> str:
     if value.low is None or value.high is None:
         return text
     return f"{text}\n{value.low:.{digits}f}..{value.high:.{digits}f}"
+
+
+def _bytes(run: RunSummary) -> str:
+    """Return the size of the latent vectors that are held."""
+    from kvscope.core.output import size
+
+    held = run.mean("latent_bytes")
+    return "-" if held is None else size(round(held))
 
 
 def _below_half(run: RunSummary) -> str:

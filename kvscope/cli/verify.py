@@ -21,6 +21,7 @@ from kvscope.cli.options import (
     PositionsMode,
     PrefillMode,
     Quiet,
+    Scope,
     TracedModel,
 )
 from kvscope.cli.parameters import PARAMETERS
@@ -41,6 +42,7 @@ def verify(
     prefill: PrefillMode = Prefill.full,
     compress: Compress = None,
     allocate: Allocate = None,
+    scope: Scope = None,
     positions: PositionsMode = Positions.original,
     tokens: DecodedTokens = 128,
     sequences: FirstSequences = 1,
@@ -67,7 +69,7 @@ def verify(
     trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet), compare=not no_verify)
     options = VerifyOptions(
         prefill=prefill,
-        plan=PlanOptions(compress=compress, allocate=allocate),
+        plan=PlanOptions(compress=compress, allocate=allocate, scope=scope),
         closed=ClosedLoopOptions(positions, model, dtype),
         tokens=tokens,
         sequences=sequences,

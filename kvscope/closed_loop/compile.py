@@ -126,9 +126,9 @@ def compile_perplexity(
     ReplayError
         If the model fails its self-check.
     """
-    plans = [make_plan(policy, options.plan) for policy in named_policies(policies, options.plan.params)]
-    for plan in plans:
-        require_closed(plan, options.positions)
+    named = named_policies(policies, options.plan.params)
+    for policy in named:  # before the model is loaded
+        require_closed(make_plan(policy, options.plan, latent=False), options.positions)
     limits = parse_budgets(budgets)
     metrics = [METRICS.get(name) for name in (options.metrics or METRICS.names())]
     if not files:
@@ -141,6 +141,7 @@ def compile_perplexity(
     prefill = Prefill.stream if options.prompt == 1 else Prefill.full
     source_ref = describe_texts(loaded, texts, read)
     layers = source_ref.layers
+    plans = [make_plan(policy, options.plan, latent=source_ref.latent_size is not None) for policy in named]
     kv_heads = tuple(source_ref.heads_of(layer).kv_heads for layer in layers)
     workload = Workload([passage.sequence for passage in passages], prefill, layers, kv_heads, len(layers))
     for plan in plans:
@@ -166,7 +167,9 @@ def compile_verify(
     """
     closed = options.closed
     closed = replace(closed, dtype="float64") if closed.dtype == "auto" else closed
-    plans = [make_plan(policy, options.plan) for policy in named_policies(policies, options.plan.params)]
+    latent = trace.header.latent_size is not None
+    named = named_policies(policies, options.plan.params)
+    plans = [make_plan(policy, options.plan, latent=latent) for policy in named]
     limits, chosen = parse_budgets(budgets), trace.sequences[: options.sequences]
     cut = [shortened(sequence, options.tokens, options.prefill) for sequence in chosen]
     kv_heads = tuple(trace.heads_of(layer).kv_heads for layer in trace.layers)

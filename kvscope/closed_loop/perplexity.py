@@ -147,6 +147,8 @@ def describe_texts(loaded: Loaded, texts: Mapping[Path, str], read: TextWindows)
         heads=facts.heads,
         kv_heads=facts.kv_heads,
         layer_heads=head_counts([facts.sizes[layer] for layer in sorted(facts.windows)]),
+        latent_size=facts.latent_size,
+        shared_cache={str(layer): owner for layer, owner in facts.shared.items()},
         protocol="text",
         window=read.size,
         texts=tuple(

@@ -143,12 +143,16 @@ class PlanOptions:
         How the budget is allocated to layers and heads: ``uniform``, ``pyramid``, ``ada``, ``cake``.
     accumulate : str or None
         Precision of live rows and sums: ``float32``, ``float16``, ``bfloat16``.
+    scope : str or None
+        Whether each ``kv_head`` decides, or the heads of a ``layer`` as one; None: as each policy was published, and in
+        a model with a latent cache the layer, where the policy can.
     """
 
     params: Mapping[str, str] = field(default_factory=dict)
     compress: str | None = None
     allocate: str | None = None
     accumulate: str | None = None
+    scope: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ from kvscope.core.json_records import Checksum, Finite, Format, NotNegative, Num
 from kvscope.core.options import Loop, Positions, Prefill
 from kvscope.core.output import incomplete, require_not_set_aside
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 HISTORY = {
     1: "first version: open loop; added since, as nothing breaks: `decisions` and `tails` of every run, `left_out`",
+    2: "layers that read the cache of another: `shared_cache`; `held_keys` is null there, so that every cache counts "
+    "once. Latent caches: `latent_entries` and `latent_bytes` of every run",
 }
 REPLAY = Format("kvscope-replay", "replay", SCHEMA_VERSION, ResultError, "Replay again.")
 RUN_FILE = "run.json"
@@ -101,10 +103,16 @@ class SourceRef:
     layer_heads: Annotated[
         tuple[HeadCounts, ...], about("heads of each of these layers, where layers differ; otherwise empty", omit=True)
     ] = ()
+    shared_cache: Annotated[
+        Mapping[str, Number], about("for layers that read the cache of another: which", omit=True)
+    ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.layer_heads and len(self.layer_heads) != len(self.layers):
             raise ValueError(f"the heads of {len(self.layer_heads)} layers of {len(self.layers)}")
+        readers = {int(layer) for layer in self.shared_cache}
+        if not readers <= set(self.layers) or readers & set(self.shared_cache.values()):
+            raise ValueError("`shared_cache` names a layer that was not replayed, or one that itself reads another")
         for own in self.layer_heads or (HeadCounts(self.heads, self.kv_heads),):
             if own.heads % own.kv_heads or own.heads > self.heads or own.kv_heads > self.kv_heads:
                 raise ValueError(f"{own.kv_heads} key/value heads of {own.heads} heads in a layer")

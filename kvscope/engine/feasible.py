@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kvscope.core.budget import Budget
 from kvscope.core.errors import UsageError
 from kvscope.core.options import PlanOptions, Prefill
+from kvscope.engine.deciding import decided
 from kvscope.engine.plan import EvictionPlan, require_room
 from kvscope.engine.runs import runs_of
 from kvscope.policies.base import Policy
@@ -48,9 +49,16 @@ def named_policies(policies: Sequence[str | Policy], params: Mapping[str, str] |
     return chosen
 
 
-def make_plan(policy: Policy, options: PlanOptions) -> EvictionPlan:
-    """Return the plan of a policy with the user's choices; raises what `EvictionPlan.make` raises."""
-    return EvictionPlan.make(policy, options.compress, options.allocate, options.accumulate)
+def make_plan(policy: Policy, options: PlanOptions, *, latent: bool) -> EvictionPlan:
+    """Return the plan of a policy with the user's choices, for a model with or without a latent cache.
+
+    Raises
+    ------
+    UsageError
+        As `EvictionPlan.make` and `decided`.
+    """
+    plan = EvictionPlan.make(policy, options.compress, options.allocate, options.accumulate)
+    return decided(plan, options.scope, latent=latent)
 
 
 def require_feasible(plan: EvictionPlan, budgets: Sequence[Budget], workload: Workload) -> None:

@@ -10,7 +10,7 @@ from kvscope.core.errors import UsageError
 from kvscope.core.options import Prefill
 from kvscope.engine.allocation import ALLOCATORS
 from kvscope.gates.module import load_gate
-from kvscope.policies.base import Phase, Policy
+from kvscope.policies.base import Phase, Policy, Scope
 from kvscope.policies.own import protection_of
 
 GATE = "gate:"  # prefix of a signal's name; the name of the gate follows
@@ -31,12 +31,16 @@ class EvictionPlan:
         Name of the allocator.
     accumulate : torch.dtype or None
         Precision of live rows and scores; None for that of the simulation.
+    scope : {"layer"} or None
+        With ``layer`` the heads of a layer decide as one, as if all query heads were one group; None: as the policy's
+        rule says.
     """
 
     policy: Policy
     phase: Phase
     allocate: str
     accumulate: torch.dtype | None = None
+    scope: Scope | None = None
 
     @classmethod
     def published(cls, policy: Policy) -> EvictionPlan:
@@ -75,6 +79,11 @@ class EvictionPlan:
         return plan
 
     @property
+    def decides(self) -> Scope:
+        """Whether each key/value head decides, or the layer."""
+        return self.scope or self.policy.traits.scope
+
+    @property
     def needs(self) -> frozenset[str]:
         """Signals that the policy or its allocator reads."""
         return self.policy.traits.needs | ALLOCATORS.get(self.allocate).needs
@@ -95,6 +104,8 @@ class EvictionPlan:
         published = EvictionPlan.published(self.policy)
         choices = ((self.phase, published.phase), (self.allocate, published.allocate))
         different = [value for value, usual in choices if value != usual]
+        if self.decides != self.policy.traits.scope:
+            different.append(f"per {self.decides}")
         if self.accumulate is not None:
             different.append(str(self.accumulate).removeprefix("torch."))
         return f"{self.policy.label} [{', '.join(different)}]" if different else self.policy.label

@@ -14,6 +14,7 @@ from kvscope.engine.signals import ROWS
 from kvscope.metrics import Metric
 from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.reader import TokenSequence, Trace
+from kvscope.trace.shared_caches import owner_of
 from kvscope.trace.storage_error import BOUNDS
 
 
@@ -33,6 +34,7 @@ def source_of(trace: Trace) -> SourceRef:
         heads=trace.heads,
         kv_heads=trace.kv_heads,
         protocol=trace.header.protocol,
+        shared_cache={str(layer): owner for layer in trace.layers if (owner := owner_of(trace.header, layer)) != layer},
         layer_heads=head_counts([trace.heads_of(layer) for layer in trace.layers]),
     )
 
@@ -85,7 +87,7 @@ def _run(run: RunSpec, source: SourceRef, sequences: Sequence[TokenSequence], pr
         bounded=traits.bounded,
         published=traits.published,
         loop=run.loop,
-        scope=traits.scope,
+        scope=run.plan.decides,
         lossy=None if source.lossy is None else not closed and bool(run.plan.needs & ROWS),
         positions=run.positions if closed else None,
         open_run=run.open_run if closed else None,

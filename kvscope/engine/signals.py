@@ -115,7 +115,7 @@ def _require_recorded(trace: Trace, plan: EvictionPlan) -> None:
             f"Record it again with --layers {every}",
         )
     across = plan.looks_across or ALLOCATORS.get(plan.allocate).spans == "heads"
-    if header.head_numbers and (across or (plan.policy.traits.scope == "layer" and plan.needs & ROWS)):
+    if header.head_numbers and (across or (plan.decides == "layer" and plan.needs & ROWS)):
         raise TraceError(
             f"{plan.label} decides from all heads of a layer, and {trace.path} holds {trace.heads} of {header.n_heads}",
             "Record it again without --heads, or replay policies that decide per key/value head.",

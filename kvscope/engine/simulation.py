@@ -246,7 +246,7 @@ def _sharing(inputs: StepInputs, protected: Tensor, allocator: Allocator | None)
         fixed=protected.sum(1),
         layers=constant(tuple(shape.places or shape.layers), device),
         n_layers=shape.n_layers or len(shape.layers),
-        heads=1 if plan.policy.traits.scope == "layer" else shape.kv_heads,
+        heads=1 if plan.decides == "layer" else shape.kv_heads,
         prompt=shape.prompt if inputs.prefill == "full" else shape.length,
         kv_heads_of=constant(shape.kv_heads_of, device) if shape.kv_heads_of else None,
     )

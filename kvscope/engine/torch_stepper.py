@@ -80,7 +80,7 @@ class TorchStepper:
             t=t,
             prompt=shape.prompt,
             length=shape.length,
-            kv_heads=shape.kv_heads,
+            kv_heads=shape.kv_heads if inputs.plan.scope is None else 1,  # as if all query heads were one group
             layers=self._layers,
             budget=state.budget,
             budgets=inputs.budgets,

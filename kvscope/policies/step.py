@@ -29,7 +29,7 @@ class Step:
     prompt, length : int
         ``P`` and ``T``.
     kv_heads : int
-        ``G``.
+        ``G``; 1 where the plan, not the policy, lets all heads of the layer decide as one.
     layers : Tensor
         int64 ``[L]``, the numbers of the layers.
     budget : Tensor

@@ -192,7 +192,7 @@ def _plans(
     plans, skipped = [], {}
     for policy in policies:
         try:
-            plan = make_plan(policy, options.plan)
+            plan = make_plan(policy, options.plan, latent=trace.header.latent_size is not None)
             require_replayable(trace, plan, budgets, options.prefill)
             if options.closed is not None and not policy.traits.clairvoyant:  # bounds run in the open loop alone
                 require_closed(plan, options.closed.positions)

@@ -145,8 +145,7 @@ class LayerGroup:
         keys, shape = [run.keys(self.sequence, self._prefill) for run in runs], self._deciding(plan)
         schedule = None
         if "schedule" in plan.needs:
-            scope = plan.policy.traits.scope
-            schedule = schedules(self.source.layer_rows, shape, keys, self._prefill, scope)
+            schedule = schedules(self.source.layer_rows, shape, keys, self._prefill, plan.decides)
         baseline = None
         if plan.accumulate is not None:
             baseline = self._simulation(replace(plan, accumulate=None), keys, schedule)

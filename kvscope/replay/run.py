@@ -26,6 +26,7 @@ def replay(
     compress: str | None = None,
     allocate: str | None = None,
     accumulate: str | None = None,
+    scope: str | None = None,
     closed: ClosedLoopOptions | None = None,
     device: str = "cpu",
     progress: Callable[[float], None] | None = None,
@@ -47,7 +48,7 @@ def replay(
         As in `OutputOptions`.
     prefill, metrics, closed, device
         As in `ReplayOptions`.
-    params, compress, allocate, accumulate
+    params, compress, allocate, accumulate, scope
         As in `PlanOptions`.
     progress : callable, optional
         Called with the completed share, from 0 to 1.
@@ -63,7 +64,7 @@ def replay(
     """
     options = ReplayOptions(
         prefill=choice(Prefill, prefill, "prefill"),
-        plan=PlanOptions(params or {}, compress, allocate, accumulate),
+        plan=PlanOptions(params or {}, compress, allocate, accumulate, scope),
         metrics=None if metrics is None else tuple(metrics),
         closed=closed,
         device=device,

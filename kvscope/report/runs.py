@@ -21,7 +21,7 @@ FIRST = (
     "output_error",
     "perplexity_ratio",
 )
-LAST = ("read_keys", "held_keys")
+LAST = ("read_keys", "held_keys", "latent_entries", "latent_bytes")
 
 TAILED = "retained_mass"  # the metric whose tails are shown
 TAILS = ("share_below_half", "worst_head", "worst_step")
@@ -170,6 +170,8 @@ class RunView:
             marks.append(self.phase.replace(":", " ") + " steps")
         if self.info.allocate != "uniform":
             marks.append(f"{self.info.allocate} allocation")
+        if "latent_entries" in self.info.metrics:
+            marks.append("decides per " + self.info.scope.replace("_", " "))
         if self.info.published:
             marks.append("as in the published code")
         if self.info.positions == "compacted":

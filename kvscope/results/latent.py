@@ -2,59 +2,86 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
-from kvscope.core.records import RunRecord
-from kvscope.results.store import Replay
+from kvscope.core.options import Prefill
+from kvscope.core.records import MetricRecord, RunRecord, SourceRef
+from kvscope.core.residency import ResidencyIntervals
+from kvscope.core.summary_records import MetricSummary
+from kvscope.results.statistics import interval
 
 NUMBER = 2  # bytes of a cached number: weights are published in 16 bit
 
+LATENT: dict[str, MetricRecord] = {
+    "latent_entries": MetricRecord(
+        "none",
+        (0, None),
+        None,
+        "entries",
+        "Latent vectors that a layer holds: the union of the keys that its heads hold, mean over steps and layers.",
+    ),
+    "latent_bytes": MetricRecord(
+        "none",
+        (0, None),
+        None,
+        "bytes",
+        "Bytes of the latent vectors that all layers hold, in 16 bit, mean over steps.",
+    ),
+}
 
-@dataclass(frozen=True)
-class LatentHeld:
-    """Means over the steps that are scored, layers and sequences of one run.
 
-    Attributes
+class LatentCounter:
+    """Counts the latent vectors that runs hold at the scored steps, from the residency of each layer.
+
+    Nothing is counted where the cache is not latent, and of runs that hold every key and read some.
+
+    Parameters
     ----------
-    entries : float
-        Latent vectors that a layer holds: the union of the keys that its heads hold.
-    keys : float
-        Keys that a head holds.
-    bytes : float
-        Bytes of the latent vectors of all layers, in 16 bit.
+    trace : SourceRef
+        Says how long a latent vector is, and which layers read the cache of another, which is counted once.
+    runs : sequence of RunRecord
+        The runs of the replay.
     """
 
-    entries: float
-    keys: float
-    bytes: float
+    def __init__(self, trace: SourceRef, runs: Sequence[RunRecord]) -> None:
+        self._trace = trace
+        counted = runs if trace.latent_size is not None else ()
+        self._after_prompt = {run.run: run.prefill is Prefill.full for run in counted if not run.reads}
+        self._owners = [layer for layer in trace.layers if str(layer) not in trace.shared_cache]
+        self._sums: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))  # run -> sequence
 
+    def add(self, run: int, sequence: int, layer: int, intervals: ResidencyIntervals) -> None:
+        """Take the residency of one layer."""
+        if run not in self._after_prompt or layer not in self._owners:
+            return
+        first = self._first(run, sequence)
+        stays = np.maximum(intervals.leave.astype(np.int64) - np.maximum(intervals.key, first), 0)  # scored steps
+        longest = np.zeros(intervals.length, np.int64)  # of each key, in the head that holds it longest
+        np.maximum.at(longest, intervals.key, stays)
+        self._sums[run][sequence] += float(longest.sum())
 
-def latent_held(replay: Replay, run: RunRecord) -> LatentHeld | None:
-    """Return what a run holds in a latent cache.
+    def by_sequence(self, run: int) -> dict[int, dict[str, float]]:
+        """Return the metrics of `LATENT` for each sequence of a run that has scored steps."""
+        found = {}
+        for sequence, total in sorted(self._sums.get(run, {}).items()):
+            steps = self._trace.sequences[sequence].length - self._first(run, sequence)
+            if steps > 0:
+                held = total / steps  # vectors of all layers
+                size = (self._trace.latent_size or 0) * NUMBER
+                found[sequence] = {"latent_entries": held / len(self._owners), "latent_bytes": held * size}
+        return found
 
-    None if the model's cache is not latent, if the run reads keys but holds all, or if no step is scored.
-    """
-    trace, entries, keys = replay.info.trace, [], []
-    if trace.latent_size is None or run.reads:
-        return None
-    frame = replay.residency(run.run)
-    for number, sequence in enumerate(trace.sequences):
-        first = sequence.prompt if run.prefill == "full" else 0
-        steps = sequence.length - first
-        if steps == 0:
-            continue
-        part = frame[frame["sequence"] == number]
-        leave = part["leave"].fillna(sequence.length).to_numpy(dtype=np.int64)
-        stays = np.maximum(leave - np.maximum(part["key"].to_numpy(dtype=np.int64), first), 0)  # scored steps
-        longest = np.zeros((len(trace.layers), sequence.length), np.int64)
-        place = np.searchsorted(trace.layers, part["layer"].to_numpy())
-        np.maximum.at(longest, (place, part["key"].to_numpy()), stays)
-        entries.append(longest.sum() / len(trace.layers) / steps)
-        heads = sum(trace.heads_of(layer).kv_heads for layer in trace.layers)
-        keys.append(stays.sum() / heads / steps)
-    if not entries:
-        return None
-    mean = float(np.mean(entries))
-    return LatentHeld(mean, float(np.mean(keys)), mean * trace.latent_size * NUMBER * len(trace.layers))
+    def of(self, run: int) -> dict[str, MetricSummary]:
+        """Return these metrics of a run with their 95 % bootstrap interval over sequences; empty if it has none."""
+        each = list(self.by_sequence(run).values())
+        found = {}
+        for name in LATENT if each else ():
+            values = np.array([of_sequence[name] for of_sequence in each])
+            found[name] = MetricSummary(float(values.mean()), *interval(values), len(values))
+        return found
+
+    def _first(self, run: int, sequence: int) -> int:
+        return self._trace.sequences[sequence].prompt if self._after_prompt[run] else 0

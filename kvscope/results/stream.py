@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kvscope.core.residency import ResidencyIntervals
+from kvscope.results.latent import LATENT, LatentCounter
 from kvscope.results.outcome import LOSSES, OUTCOMES, Outcomes
 from kvscope.results.store import Replay
 from kvscope.results.summary import Means
@@ -67,6 +70,8 @@ def by_sequence(
         for run in runs
         for name in fidelity
     }
+    if any(name in LATENT for name in metrics):
+        values |= _latent(replay, runs, metrics)
     outcomes = [name for name in metrics if name in OUTCOMES]
     losses = Outcomes()
     for run in runs if outcomes else ():
@@ -77,3 +82,24 @@ def by_sequence(
         of_run = losses.by_sequence(run)
         values |= {(run, name): {number: value[name] for number, value in of_run.items()} for name in outcomes}
     return values
+
+
+def _latent(replay: Replay, runs: Collection[int], metrics: Sequence[str]) -> dict[tuple[int, str], dict[int, float]]:
+    """Return what runs hold in a latent cache in each sequence, by run and metric."""
+    trace, counter = replay.info.trace, LatentCounter(replay.info.trace, replay.info.runs)
+    for run in runs:
+        frame = replay.residency(run)
+        places = frame[["sequence", "layer"]].drop_duplicates().to_numpy(np.int64).tolist()
+        for sequence, layer in places:
+            rows = frame[(frame["sequence"] == sequence) & (frame["layer"] == layer)]
+            columns = {name: rows[name].to_numpy(np.int32) for name in ("kv_head", "key", "enter")}
+            length, heads = trace.sequences[sequence].length, trace.heads_of(layer).kv_heads
+            leave = rows["leave"].fillna(-1).to_numpy(np.int32)
+            intervals = ResidencyIntervals.of(**columns, leave=leave, heads=heads, length=length)
+            counter.add(run, sequence, layer, intervals)
+    return {
+        (run, name): {sequence: found[name] for sequence, found in counter.by_sequence(run).items()}
+        for run in runs
+        for name in metrics
+        if name in LATENT
+    }

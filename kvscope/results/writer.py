@@ -19,6 +19,7 @@ from kvscope.core.records import REPLAY, RUN_FILE, ReplayRecord, RunCounts
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.core.summary_records import SUMMARY, SUMMARY_FILE, SummaryRecord, summary_of
 from kvscope.results.digest import Digests
+from kvscope.results.latent import LATENT, LatentCounter
 from kvscope.results.loop_gap import LoopGapCounter
 from kvscope.results.outcome import OUTCOMES, Outcomes
 from kvscope.results.schema import MEMBERS, RECORDED, RESIDENCY, TOKENS, fidelity_schema
@@ -29,6 +30,7 @@ from kvscope.results.tables import about_of
 from kvscope.results.tails import TailCounter
 
 Array = NDArray[Any]
+HELD = "held_keys"  # metric of the cache of a layer, which another layer may read
 GROUP_ROWS = 4096  # least number in a Parquet row group: about what one layer of a large model has
 
 
@@ -61,6 +63,7 @@ class ReplayWriter:
         self._digests = Digests()
         self._outcomes = Outcomes()
         self._gap = LoopGapCounter(record)
+        self._latent = LatentCounter(record.trace, record.runs)
         self._files: dict[str, TableFile] = {}
         self._waiting: dict[str, list[pa.Table]] = {}
         try:
@@ -103,6 +106,7 @@ class ReplayWriter:
         head, key, enter, leave = intervals.kv_head, intervals.key, intervals.enter, intervals.stored_leave
         self._digests.add(run, sequence, layer, kv_head=head, key=key, enter=enter, leave=leave)
         self._gap.add(run, sequence, layer, intervals)
+        self._latent.add(run, sequence, layer, intervals)
         count = len(key)
         columns = {
             "run": np.full(count, run, np.int32),
@@ -118,12 +122,16 @@ class ReplayWriter:
     def fidelity(self, run: int, sequence: int, layer: int, steps: Array, values: Mapping[str, Array]) -> None:
         """Write metrics, each ``[H, S]``, of the steps ``[S]``; NaN is stored as null.
 
+        Keys held are null in a layer that reads the cache of another, so that a mean counts every cache once.
+
         Raises
         ------
         ResultError
             If a value is infinite, or the disk is full.
         """
         stored = {name: values[name].astype(np.float32) for name in self.metrics}
+        if str(layer) in self.record.trace.shared_cache and HELD in stored:
+            stored[HELD] = np.full_like(stored[HELD], np.nan)  # its keys are held, and counted, by another layer
         for name, array in stored.items():
             if np.isinf(array).any():
                 raise ResultError(
@@ -204,15 +212,15 @@ class ReplayWriter:
         runs = [
             summary_of(
                 run,
-                metrics=self._means.summaries(run.run) | self._outcomes.of(run.run),
+                metrics=self._means.summaries(run.run) | self._outcomes.of(run.run) | self._latent.of(run.run),
                 tails=self._tails.of(run.run),
             )
             for run in self.record.runs
         ]
         by_number = {run.run: run for run in runs}
         summed = tuple(replace(run, bounds=bounds(run, runs), gap=self._gap.of(run.run, by_number)) for run in runs)
-        outcomes = OUTCOMES if "tokens" in self._files else {}
-        return SummaryRecord(self.record.trace.summarised, {**self.record.metrics, **outcomes}, summed)
+        beside = (OUTCOMES if "tokens" in self._files else {}) | (LATENT if self.record.trace.latent_size else {})
+        return SummaryRecord(self.record.trace.summarised, {**self.record.metrics, **beside}, summed)
 
     def _write(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
         arrays = [pa.array(columns[column.name]).cast(column.type) for column in schema]

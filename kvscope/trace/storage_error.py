@@ -103,8 +103,8 @@ def approximate(header: TraceHeader, error: StorageError | None) -> list[str]:
     if header.latent_size is not None:
         sentences.append(
             f"Latent cache: the heads of a layer share one vector of {header.latent_size} numbers per token, which is "
-            "held as long as any head holds its key. A policy that decides per head saves less than its budget says; "
-            "one that decides per layer saves that much."
+            "held as long as any head holds its key. So the heads of a layer decide as one by default; a policy that "
+            "cannot decides per head, and saves less than its budget says."
         )
     return sentences
 

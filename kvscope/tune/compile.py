@@ -10,6 +10,7 @@ from kvscope.core.budget import Budget
 from kvscope.core.errors import UsageError
 from kvscope.core.options import TuneLevel, TuneOptions
 from kvscope.engine.allocation import ALLOCATORS
+from kvscope.engine.deciding import decided
 from kvscope.engine.plan import EvictionPlan
 from kvscope.kernels.device import torch_device
 from kvscope.metrics import METRICS, Metric
@@ -55,7 +56,8 @@ def compile_tune(
     """
     metric = _metric(options.metric)
     settings = _settings(policy, grid)
-    _require_own_heads(settings, options.level)
+    latent = traces[0].header.latent_size is not None
+    _require_own_heads([decided(EvictionPlan.published(each), latent=latent) for each in settings], options.level)
     _require_equal_heads(traces, options.level)
     searched, held_out = _split(traces, options.held_out)
     limit, device = Budget.parse(budget), torch_device(options.device)
@@ -65,7 +67,8 @@ def compile_tune(
     candidate = Tuned(options.source, combined, layers, ((0,),) * len(layers))
     for trace in traces:
         for each in (candidate, *settings):
-            require_replayable(trace, EvictionPlan.published(each), [limit], options.prefill)
+            plan = decided(EvictionPlan.published(each), latent=latent)
+            require_replayable(trace, plan, [limit], options.prefill)
         require_steps(trace, options.prefill)
     return TuneJob(traces, settings, list(grid), limit, metric, options, device, searched, held_out)
 
@@ -101,13 +104,13 @@ def _settings(policy: str, grid: Mapping[str, Sequence[str]]) -> list[Policy]:
     return distinct
 
 
-def _require_own_heads(settings: Sequence[Policy], level: TuneLevel) -> None:
+def _require_own_heads(plans: Sequence[EvictionPlan], level: TuneLevel) -> None:
     """Raise UsageError if heads are to be tuned one by one but do not decide independently."""
-    for policy in settings:
-        if level == "head" and policy.traits.scope == "layer":
-            raise UsageError(f"{policy.label} decides per layer", "Use --per layer or --per model.")
-        if level == "head" and ALLOCATORS.get(policy.traits.allocate).spans == "heads":
-            raise UsageError(f"the heads of {policy.label} share a budget", "Use --per layer or --per model.")
+    for plan in plans:
+        if level == "head" and plan.decides == "layer":
+            raise UsageError(f"{plan.policy.label} decides per layer", "Use --per layer or --per model.")
+        if level == "head" and ALLOCATORS.get(plan.allocate).spans == "heads":
+            raise UsageError(f"the heads of {plan.policy.label} share a budget", "Use --per layer or --per model.")
 
 
 def _require_equal_heads(traces: Sequence[Trace], level: TuneLevel) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kvscope.core.budget import Budget
 from kvscope.core.errors import ReplayError
 from kvscope.core.options import TuneLevel, TuneOptions
+from kvscope.engine.deciding import decided
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec
 from kvscope.metrics import Metric
@@ -122,7 +123,9 @@ class TuneJob:
         self, policies: Sequence[Policy], places: Sequence[Place], progress: Progress | None
     ) -> NDArray[np.float64]:
         """Return the metric, ``[policies, sequences, layers, key/value heads]``."""
-        runs = [RunSpec(number, EvictionPlan.published(policy), self.budget) for number, policy in enumerate(policies)]
+        latent = self.traces[0].header.latent_size is not None
+        plans = [decided(EvictionPlan.published(policy), latent=latent) for policy in policies]
+        runs = [RunSpec(number, plan, self.budget) for number, plan in enumerate(plans)]
         found: dict[Place, _Means] = {}
         used = sorted({trace for trace, _ in places})
         for done, number in enumerate(used):

@@ -1,5 +1,7 @@
 """Layers that read the cache of an earlier one (Gemma 3n): one decision, by the owner's rows, holds for all of them."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ from kvscope.model.compile import compile_recording
 from kvscope.model.selfcheck import self_check, shared_caches
 from kvscope.replay import footprint
 from kvscope.replay.compile import compile_replay
+from kvscope.report.page import page_data
+from kvscope.report.panels.depth import depth
+from kvscope.report.source import ReportInput
+from kvscope.results.store import open_replay
 from kvscope.trace.reader import Trace
 from kvscope.trace.shared_caches import caches_of
 from tests.models import build as builder
@@ -97,6 +103,36 @@ def test_one_decision_holds_for_all_that_read_a_cache(trace: Trace, tmp_path: Pa
             assert np.array_equal(held[reader], held[owner]), f"{run.title}: layer {reader}"
         heads = 1 if run.scope == "layer" else trace.kv_heads
         assert run.allocated_keys == run.uniform_keys == 9 * heads * len(OWNERS), run.title
+
+
+def test_keys_held_are_counted_once_for_a_cache(trace: Trace, tmp_path: Path) -> None:
+    """The budget of 9 keys is held three times; a mean over five layers would count two caches twice."""
+    options = ReplayOptions(plan=PlanOptions(allocate="pyramid"), closed=ClosedLoopOptions())
+    made = compile_replay(trace, ["h2o"], "9", options).execute(OutputOptions(tmp_path / "replay"))
+    assert made.info.trace.shared_cache == {str(reader): owner for reader, owner in READERS.items()}
+    assert open_replay(made.path).info.trace.shared_cache == made.info.trace.shared_cache
+    prompt = trace.sequences[0].prompt
+    for run in made.summary.runs:
+        held = {layer: made.resident(run.run, 0, layer)[:, prompt:].sum(-1).mean() for layer in trace.layers}
+        once = float(np.mean([held[layer] for layer in OWNERS]))
+        assert run.mean("held_keys") == pytest.approx(once, rel=1e-6)
+        assert abs(once - float(np.mean(list(held.values())))) > 0.05, "otherwise nothing is shown"
+        frame = made.fidelity(run.run)
+        assert frame[frame["layer"].isin(READERS)]["held_keys"].isna().all()
+        assert frame[frame["layer"].isin(OWNERS)]["held_keys"].notna().all()
+        assert frame[frame["layer"] == 3]["read_keys"].notna().all()
+    source = ReportInput((made,), {trace.identity: trace})
+    drawn = depth(source)
+    assert drawn is not None
+    for line in drawn["lines"]:
+        assert [line["mean"][reader] for reader in READERS] == [line["mean"][owner] for owner in READERS.values()]
+    json.dumps(page_data(source), allow_nan=False)
+
+
+def test_a_record_without_its_owner_is_damaged(trace: Trace, tmp_path: Path) -> None:
+    made = compile_replay(trace, ["h2o"], "9").execute(OutputOptions(tmp_path / "replay"))
+    with pytest.raises(ValueError, match="one that itself reads another"):
+        replace(made.info.trace, shared_cache={"3": 4, "4": 2})
 
 
 def test_readers_are_scored_with_their_own_rows(trace: Trace, tmp_path: Path) -> None:

@@ -57,5 +57,8 @@ def _beside(source: ReportInput, run: RunView) -> list[RunView]:
 def _line(source: ReportInput, run: RunView) -> JsonDict:
     means = source.means(run.replay)
     share = means.by_head[HELD][means.runs[run.number]] / run.full_keys  # [L, H]
+    trace = run.replay.info.trace
+    for reader, owner in trace.shared_cache.items():  # a layer that reads the cache of another holds its keys
+        share[trace.layers.index(int(reader))] = share[trace.layers.index(owner)]
     rounded = np.round([np.nanmean(share, 1), np.nanmin(share, 1), np.nanmax(share, 1)], 4).tolist()
     return dict(zip(("run", "mean", "low", "high"), (run.id, *rounded), strict=True))

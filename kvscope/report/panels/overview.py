@@ -19,6 +19,8 @@ USUAL = (
     "share_of_belady",
     "read_keys",
     "held_keys",
+    "latent_entries",
+    "latent_bytes",
 )
 HEADLINES = ("retained_mass", "ideal_cosine", "output_error", "perplexity_ratio")
 ANSWERS = {
