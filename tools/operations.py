@@ -251,7 +251,7 @@ class Cost:
 def cost(spec: str) -> dict[str, Any]:
     """Return what one more token costs under a policy, see `figures`."""
     policy = parse_policy(spec)
-    if policy.traits.clairvoyant:
+    if policy.traits.clairvoyant or "selection" in policy.traits.needs:
         short, long = (stepping(spec, PROMPT + FEW + more) for more in (0, MORE))
         return {"stepper": "TorchStepper", "open_token": asdict(Cost.between(short, long, MORE))}
     model, more = model_of(spec), _period(policy)

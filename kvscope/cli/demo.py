@@ -6,7 +6,7 @@ import typer
 
 from kvscope.cli.command import command
 from kvscope.cli.options import Json, Quiet, command_line
-from kvscope.core.options import ModelSource, OutputOptions
+from kvscope.core.options import ModelSource, OutputOptions, ReplayOptions
 from kvscope.core.recording_options import StoreOptions, TextOptions
 
 BUDGETS = "10%,20%,40%"
@@ -41,9 +41,9 @@ def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
         announce(plan, quiet)
         trace = plan.execute(progress_callback(update))
     tokens = sum(sequence.length for sequence in trace.sequences)
-    with console.bar(f"replaying {len(POLICIES.names())} policies", tokens, "tokens", quiet=quiet) as update:
+    job = compile_replay(trace, POLICIES.names(), BUDGETS, ReplayOptions(skip_unsupported=True))
+    with console.bar(f"replaying {len(job.plans)} policies", tokens, "tokens", quiet=quiet) as update:
         output = OutputOptions(places.place(places.REPORTS, None, path.name, force=False), command=command_line(ctx))
-        job = compile_replay(trace, POLICIES.names(), BUDGETS)
         made = job.execute(output, lambda share: update(share * tokens))
     page = places.place(places.REPORTS, None, made.path.name, force=False, suffix=".html")
     with console.working("drawing", quiet=quiet):

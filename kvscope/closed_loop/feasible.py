@@ -26,6 +26,8 @@ def require_closed(plan: EvictionPlan, positions: Positions = Positions.original
     why = None
     if traits.clairvoyant:
         why = "needs future attention, which depends on what it evicts"
+    elif "selection" in plan.needs:
+        why = "follows the index of a model, which the trace of the model has alone"
     elif "full_weights" in plan.needs and not traits.reads:
         why = "needs the attention on keys that it has evicted"
     elif positions == Positions.compacted and traits.reads:

@@ -166,9 +166,5 @@ def runs_of(
     positions: Positions = Positions.original,
 ) -> list[RunSpec]:
     """Return a run for every plan and budget; a plan that keeps to no budget gets one run."""
-    pairs = [
-        (plan, budget)
-        for plan in plans
-        for budget in (budgets if plan.policy.traits.bounded or plan.policy.traits.reads else [None])
-    ]
+    pairs = [(plan, budget) for plan in plans for budget in (budgets if plan.policy.traits.bounded else [None])]
     return [RunSpec(number, plan, budget, loop, positions) for number, (plan, budget) in enumerate(pairs)]

@@ -19,7 +19,7 @@ from kvscope.trace.reader import Trace
 from kvscope.trace.shared_caches import caches_of
 from kvscope.trace.signals import remedy
 
-ROWS = frozenset({"weights", "full_weights", "schedule"})  # computed from the rows, which every trace has
+ROWS = frozenset({"weights", "full_weights", "schedule", "selection"})  # computed from the rows, which every trace has
 # name -> (name in the trace, function that reads one layer)
 _READ: dict[str, tuple[str, Callable[[Trace, int, int], Floats]]] = {
     "value_l1": ("value_l1", lambda trace, sequence, layer: trace.value_norms(sequence, layer, "l1")),
@@ -44,6 +44,11 @@ def require(trace: Trace, plan: EvictionPlan) -> None:
         and the plan decides from all heads together.
     """
     _require_recorded(trace, plan)
+    if "selection" in plan.needs and not trace.header.indexed:
+        raise TraceError(
+            f"{plan.policy.label} needs a model that chooses the keys it reads, and that of {trace.path} has no index",
+            "Use another policy; deepseek_v32 and glm_moe_dsa are models with an index.",
+        )
     for name in plan.gates:
         _require_gate(trace, plan, name)
     for name in sorted(plan.needs - ROWS):

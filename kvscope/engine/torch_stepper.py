@@ -68,11 +68,14 @@ class TorchStepper:
     def step(self, t: int, row: Tensor, normalised: Tensor | None = None) -> None:
         """Step through query `t`: it attends, then keys are scored and evicted; the arguments are those of `attend`."""
         row = row if row.ndim == 4 else row[None]
-        step = self.see(t, row if self._clairvoyant else None)
+        step = self.see(t, row if self._clairvoyant or "selection" in self._needs else None)
         self.attend(step, row, normalised)
 
     def see(self, t: int, row: Tensor | None = None) -> Step:
-        """Return the step of query `t` with its visible keys; `row`, its full row, is shown to clairvoyant policies."""
+        """Return the step of query `t` with its visible keys.
+
+        `row` is its full row. Clairvoyant policies are shown it, those that need ``selection`` where it has weight.
+        """
         inputs, shape, state = self._inputs, self._inputs.shape, self._state
         state.append(t)
         self.occupancy.append()
@@ -95,7 +98,9 @@ class TorchStepper:
             draw=lambda seed: self._draws.of_key(seed, self._heads, t),
             draw_row=lambda seed: self._draws.of_row(seed, shape.heads, t),
         )
-        if row is not None:
+        if row is not None and "selection" in self._needs:
+            step.signals["selection"] = step.grouped(row, "max") > 0
+        if row is not None and self._clairvoyant:
             step.signals["full_weights"] = row
         return step if self._reader is None else self._reader.read(step)
 

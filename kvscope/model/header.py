@@ -95,6 +95,7 @@ def _with_caches(known: TraceHeader, facts: AttentionFacts) -> TraceHeader:
         shared_cache={str(layer): facts.shared[layer] for layer in known.layers if layer in facts.shared},
         latent_size=facts.latent_size,
         sink_rows=facts.sink_rows,
+        indexed=facts.indexed,
     )
 
 

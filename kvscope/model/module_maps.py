@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, ModelConfig
-from kvscope.model.obstacles import obstacle
+from kvscope.model.obstacles import is_indexed, obstacle
 from kvscope.model.pipeline import Pipeline
-from kvscope.model.selfcheck import PROBE, TOLERANCE, AttentionFacts, layer_count, plain_logits
+from kvscope.model.selfcheck import PROBE, TOLERANCE, AttentionFacts, latent_size, layer_count, plain_logits
 from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.writer import TraceWriter
 
 WITHOUT_CACHE = frozenset({"conv", "linear_attention", "mamba", "recurrent"})  # types of layers without attention
+LEAST = torch.tensor(2.0**-24, dtype=torch.float16)  # the least number in float16 above zero
 Take = Callable[[int, Tensor], None]  # layer, its rows [1, H, q, k]
 
 
@@ -77,6 +78,8 @@ def self_check_modules(model: CausalModel, ids: Tensor) -> AttentionFacts:
         attention={},
         vector_dtype="float32",
         from_modules=True,
+        latent_size=latent_size(model, ids[:, :PROBE], found[0].layer, _kv_heads(model, found[0])),
+        indexed=is_indexed(model),
     )
 
 
@@ -224,6 +227,8 @@ class MapRecorder:
         Query heads to record; empty for all.
     query_stride : int
         Record every n-th row.
+    indexed : bool
+        Whether the keys with weight are those that the model chose, so that no weight may be rounded to zero.
     pipeline : Pipeline
         Writes blocks in threads.
     """
@@ -236,10 +241,11 @@ class MapRecorder:
         *,
         heads: Sequence[int],
         query_stride: int,
+        indexed: bool,
         pipeline: Pipeline,
     ) -> None:
         self.writer, self.query_block, self._selected = writer, query_block, frozenset(layers)
-        self._heads, self._stride, self._put = list(heads), query_stride, pipeline.put
+        self._heads, self._stride, self._put, self._indexed = list(heads), query_stride, pipeline.put, indexed
         self._seen: dict[int, int] = {}
         self._sequence = 0
 
@@ -266,4 +272,7 @@ class MapRecorder:
                 write = partial(
                     self.writer.attention, layer, self._sequence, first + start + skipped, stride=self._stride
                 )
-                self._put(("attention", layer), write, {"row_sum": block.sum(-1), "rows": block.half()})
+                half = block.half()
+                if self._indexed:
+                    half = torch.where((half == 0) & (block > 0), LEAST, half)
+                self._put(("attention", layer), write, {"row_sum": block.sum(-1), "rows": half})

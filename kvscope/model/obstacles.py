@@ -64,7 +64,7 @@ def obstacle(model: CausalModel) -> str:
     if kind in OWN_CODE or not any(hasattr(source, "ALL_ATTENTION_FUNCTIONS") for source in sources):
         return f"{name} does not use transformers' attention registry but code of its own"
     config = model.config.get_text_config(decoder=True) if hasattr(model, "config") else None
-    if any(getattr(config, field, None) is not None for field in INDEXED):
+    if is_indexed(model):
         return f"{name} reads its cache through a learned index"
     if getattr(config, "rel_extent", None) is not None:
         return f"{name} adds a position bias to its logits"
@@ -74,3 +74,9 @@ def obstacle(model: CausalModel) -> str:
     if getattr(config, "model_type", None) in SEVERAL_CALLS:
         return f"{name} calls attention several times in a layer"
     return ""
+
+
+def is_indexed(model: CausalModel) -> bool:
+    """Return whether a learned index of the model chooses the keys that a query sees."""
+    config = model.config.get_text_config(decoder=True) if hasattr(model, "config") else None
+    return any(getattr(config, field, None) is not None for field in INDEXED)

@@ -121,7 +121,13 @@ class RecordingPlan:
         heads, stride = self.header.head_numbers, self.store.query_stride
         if self.header.rows_from == "module":
             return MapRecorder(
-                writer, self.header.layers, self.query_block, heads=heads, query_stride=stride, pipeline=pipeline
+                writer,
+                self.header.layers,
+                self.query_block,
+                heads=heads,
+                query_stride=stride,
+                indexed=self.header.indexed,
+                pipeline=pipeline,
             )
         return Recorder(
             writer,

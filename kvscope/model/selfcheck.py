@@ -39,6 +39,8 @@ class AttentionFacts:
         For each layer that caches nothing, but reads the keys and values of an earlier one, that layer.
     latent_size : int or None
         Numbers that a layer caches per token where the heads share one latent vector.
+    indexed : bool
+        Whether a learned index chooses the keys that a query sees.
     others : dict of int to str
         Kind of each layer without attention, such as ``linear_attention``; it has no keys that could be evicted.
     scaling, softcap
@@ -68,6 +70,7 @@ class AttentionFacts:
     chunks: dict[int, int] = field(default_factory=dict)
     shared: dict[int, int] = field(default_factory=dict)
     latent_size: int | None = None
+    indexed: bool = False
 
     @property
     def heads(self) -> int:
@@ -124,7 +127,7 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
         attention={call.layer: _attention(call) for call in calls},
         vector_dtype=_vector_dtype(calls),
         shared=_shared(calls),
-        latent_size=_latent_size(model, ids, first),
+        latent_size=latent_size(model, ids, first.layer, first.key.shape[1]),
     )
 
 
@@ -144,14 +147,14 @@ def head_sizes(heads: int, kv_heads: int, head_dim: int, value_dim: int) -> Laye
     return LayerHeads(heads, kv_heads, head_dim, None if value_dim == head_dim else value_dim)
 
 
-def _latent_size(model: CausalModel, ids: Tensor, call: Call) -> int | None:
-    """Return how many numbers a layer caches per token if its heads share one latent vector, else None."""
+def latent_size(model: CausalModel, ids: Tensor, number: int, kv_heads: int) -> int | None:
+    """Return how many numbers layer `number` caches per token if its heads share one latent vector, else None."""
     if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is None:
         return None
     cache = full_cache(model)
     model(input_ids=ids, past_key_values=cache, use_cache=True)
-    layer = cache.layers[call.layer]
-    latent = layer.keys.shape[1] == 1 < call.key.shape[1]
+    layer = cache.layers[number]
+    latent = layer.keys.shape[1] == 1 < kv_heads
     return int(layer.keys.shape[-1] + layer.values.shape[-1]) if latent else None
 
 

@@ -182,6 +182,10 @@ class TraceHeader:
             omit=True,
         ),
     ] = None
+    indexed: Annotated[
+        bool,
+        about("whether a learned index of the model chooses the keys that a query sees: those with weight", omit=True),
+    ] = False
     layer_heads: Annotated[
         list[LayerHeads],
         about("heads of each recorded layer and their sizes, where layers differ; otherwise empty", omit=True),

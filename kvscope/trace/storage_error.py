@@ -94,6 +94,11 @@ def approximate(header: TraceHeader, error: StorageError | None) -> list[str]:
             "Retained mass and all that compares shares of a row is the same without it; the output error, the "
             "flattened cosine and the sums of policies are those of a model without sinks."
         )
+    if header.indexed:
+        sentences.append(
+            "Learned index: a query of this model sees the keys that the model itself chooses, and rows have weight on "
+            "these alone. The policy indexer reads them; what other policies retain is a share of that."
+        )
     if header.shared_cache:
         reading, owners = ", ".join(header.shared_cache), sorted(set(header.shared_cache.values()))
         sentences.append(

@@ -1,0 +1,41 @@
+"""The model's own index: which keys a model with learned sparse attention reads at each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvscope.policies.base import Policy, Step, policy
+
+
+@policy("indexer")
+@dataclass(frozen=True)
+class Indexer(Policy):
+    """Read the keys that the model's own learned index chooses for the query, as it was recorded; hold all keys.
+
+    DeepSeek-V3.2 and models like it have a small indexer in a layer, which scores every key for a query, and attend to
+    the keys with the highest scores alone: the recorded rows have no weight on others. How many that is, the model
+    says; a budget has no effect. The current key counts as read even where it is not chosen. Only a trace of such a
+    model has the choice. Its rows are those over the chosen keys, so the mass that it retains is 1, and that of other
+    policies is the share of what the model itself reads. DeepSeek-V3.2, arXiv:2512.02556, section 2.1; the choice is
+    that of the model's code in transformers.
+
+    >>> from kvscope.replay.example import held
+    >>> held("indexer", [[1], [0.5, 0.5], [0.4, 0, 0.6], [0, 0.3, 0.7, 0]], budget=4, prompt=1)
+    [[0], [0, 1], [0, 2], [1, 2, 3]]
+    """
+
+    needs = frozenset({"selection"})
+    reads = True
+    bounded = False
+    paper = "the model's own index (arXiv:2512.02556)"
+    proven = "the model's indexer"
+
+    def read(self, step: Step) -> Tensor:
+        chosen = step.signals["selection"].expand(step.visible.shape)[..., :-1]
+        return torch.cat([chosen, torch.ones_like(step.visible[..., :1])], -1)
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        return score
