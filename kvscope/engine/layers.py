@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class RecordedLayers:
         A sequence of the trace.
     layers : sequence of int
         Numbers of the ``L`` layers, which have the same heads (see `head_groups`). A layer that reads the cache of
-        another comes after all that own one, and with its owner.
+        another comes after all that own one; with its owner, if what decides is asked for.
     device : torch.device
         Device of the rows and signals.
 
@@ -38,10 +39,6 @@ class RecordedLayers:
     ----------
     shape : Shape
         Sizes.
-    caches : Shape
-        Sizes of the layers that own a cache; they are the first of `layers`.
-    cache_of : list of int
-        For each layer the place of the one whose cache it reads.
     missing : Tensor or None
         ``[L, H, T]``: what a learned sink takes from each row. Where rows are computed on the device, those of a step
         are known once `place` has returned its row.
@@ -49,16 +46,25 @@ class RecordedLayers:
 
     def __init__(self, trace: Trace, sequence: TokenSequence, layers: Sequence[int], device: torch.device) -> None:
         self._trace, self._sequence, self._layers, self._device = trace, sequence.index, list(layers), device
-        self.shape = shape_of(trace, sequence, layers, trace.layers)
-        owners = [layer for layer in layers if owner_of(trace.header, layer) == layer]
-        assert owners == self._layers[: len(owners)], "layers that own a cache come first"
-        self.caches = self.shape
-        if len(caches_of(trace.header)) < len(trace.layers):
-            self.caches = shape_of(trace, sequence, owners, list(caches_of(trace.header)))
-        self.cache_of = [owners.index(owner_of(trace.header, layer)) for layer in layers]
+        self._owners = [layer for layer in layers if owner_of(trace.header, layer) == layer]
+        assert self._owners == self._layers[: len(self._owners)], "layers that own a cache come first"
+        self._tokens, self.shape = sequence, shape_of(trace, sequence, layers, trace.layers)
         self._loader = row_loader(trace, sequence.index, layers, device)
         self.missing = self._missing_mass()
         self._signals: dict[str, Tensor] = {}
+
+    @cached_property
+    def caches(self) -> Shape:
+        """Sizes of the layers that own a cache; they are the first of the layers."""
+        sharing = list(caches_of(self._trace.header))
+        if len(sharing) == len(self._trace.layers):
+            return self.shape
+        return shape_of(self._trace, self._tokens, self._owners, sharing)
+
+    @cached_property
+    def cache_of(self) -> list[int]:
+        """For each layer the place of the one whose cache it reads."""
+        return [self._owners.index(owner_of(self._trace.header, layer)) for layer in self._layers]
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return full rows of steps `start` to `stop` - 1, ``[L, H, stop - start, stop]``; raises as `layer_rows`."""
