@@ -103,17 +103,32 @@ def _heads_of(facts: ModelFacts) -> LayerHeads:
     return LayerHeads(facts.heads, facts.kv_heads, facts.head_dim)
 
 
+def _windows(facts: ModelFacts) -> str:
+    """Return which layers have a sliding window, and of how many keys."""
+    of_size: dict[int, list[str]] = {}
+    for layer, window in enumerate(facts.windows):
+        if window is not None:
+            of_size.setdefault(window, []).append(str(layer))
+    every = sum(map(len, of_size.values())) == len(facts.windows)
+    return "; ".join(
+        f"{window:,} keys in " + ("every layer" if every and len(of_size) == 1 else f"layers {', '.join(layers)}")
+        for window, layers in of_size.items()
+    )
+
+
 def _of_model(facts: ModelFacts) -> list[tuple[str, str]]:
     from kvscope.core.output import size
     from kvscope.trace.layer_records import heads_text
 
     others = facts.layers - facts.attention_layers
+    reading = f", {facts.reading_layers} of them read the cache of an earlier one" if facts.reading_layers else ""
     return [
-        ("model", facts.source),
+        ("model", facts.source + (f", an adapter of {facts.base}" if facts.base else "")),
         ("type", facts.type.name),
         *_of_type(facts.type),
-        ("layers", f"{facts.layers}" + (f", {others} of them without a cache to evict" if others else "")),
+        ("layers", f"{facts.layers}" + (f", {others} of them without a cache to evict" if others else "") + reading),
         ("heads", heads_text(dict(enumerate(facts.layer_heads)) or {0: _heads_of(facts)})),
+        *([("windows", _windows(facts))] if facts.windows else []),
         ("cache", f"{size(facts.cache_bytes)} per token in 16 bit"),
         ("trace size", f"about {size(facts.trace_bytes)} for 1,000 tokens with --store maps"),
     ]

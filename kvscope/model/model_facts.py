@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
@@ -14,10 +16,15 @@ from kvscope.core.errors import UsageError
 from kvscope.core.json import JsonDict
 from kvscope.core.model_types import ModelConfig
 from kvscope.core.registry import nearest
+from kvscope.model.adapter import adapter_of, base_of
 from kvscope.model.explain import explained
 from kvscope.model.gguf_file import place_of
 from kvscope.model.known_types import TypeRecord, known_types
+from kvscope.model.loading import hub_answers
+from kvscope.model.named_windows import named_windows
 from kvscope.model.names import ALIASES, DEMO, resolve
+from kvscope.model.obstacles import language_model
+from kvscope.model.read_weights import loader_of
 from kvscope.model.selfcheck import layer_count
 from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.space import estimate_layers
@@ -37,11 +44,17 @@ class ModelFacts:
     type : TypeRecord
         What is known of its type.
     layers, attention_layers : int
-        Layers, and how many of them cache keys.
+        Layers, and how many of them have attention over keys that are cached.
+    reading_layers : int
+        How many of these read the cache of an earlier layer.
     heads, kv_heads, head_dim : int
         ``H``, ``G`` and ``D``; the most of any layer where the configuration names them layer by layer.
     layer_heads : tuple of LayerHeads
         The same of every layer, where they differ; otherwise empty.
+    windows : tuple of int or None
+        Sliding window of every layer with attention, as its configuration names it; empty if none has one.
+    base : str or None
+        Of an adapter: the model that it changes, whose facts these are.
     cache_bytes : int
         Bytes that one token takes in the cache of all layers, in 16 bit.
     trace_bytes : int
@@ -59,6 +72,9 @@ class ModelFacts:
     cache_bytes: int
     trace_bytes: int
     layer_heads: tuple[LayerHeads, ...] = ()
+    windows: tuple[int | None, ...] = ()
+    reading_layers: int = 0
+    base: str | None = None
 
     @property
     def plain(self) -> JsonDict:
@@ -68,6 +84,9 @@ class ModelFacts:
 
 def model_facts(name: str) -> ModelFacts:
     """Return what the configuration of a model says: an alias, a folder or a Hub id; its weights are not loaded.
+
+    Of an adapter it is that of its base model. How many query heads share a key/value head is read from the model's own
+    modules, which are built without memory: some types derive it in their code.
 
     Raises
     ------
@@ -81,28 +100,63 @@ def model_facts(name: str) -> ModelFacts:
     except UsageError as error:
         known = [DEMO, *ALIASES, *known_types()]
         raise UsageError(f"no model or type is called {name!r}", nearest(name.lower(), known)) from error
-    with explained(source, "configuration"):
-        place, named = place_of(source)
-        config = AutoConfig.from_pretrained(place, **named, local_files_only=Path(source).exists())
+    config, base = _config(source)
     unknown = TypeRecord(config.model_type, "unknown", "-", "-", "-", "transformers did not have this type")
     text = config.get_text_config(decoder=True)
-    every, attended = named_heads(text), _attention_layers(config)
-    differ = len(set(every)) > 1 and attended == len(every)
-    layers = every if differ else every[:1] * attended
-    cached = sum(_cached_numbers(text, own.kv_heads, own.head_dim) for own in layers)
+    with explained(source, "configuration"):
+        (every, cached_heads), (numbers, reading) = _built_heads(config, named_heads(text)), _attention_layers(config)
+    windows, layers = named_windows(text, len(every)), [every[layer] for layer in numbers]
+    differ = len(set(every)) > 1 and len(numbers) == len(every)
+    owning = [layer for layer in numbers if layer not in reading]
+    cached = sum(_cached_numbers(text, layer, cached_heads[layer], every[layer].head_dim) for layer in owning)
     return ModelFacts(
         name=name,
         source=source,
         type=known_types().get(config.model_type, unknown),
         layers=layer_count(text),
-        attention_layers=attended,
+        attention_layers=len(numbers),
         heads=max(own.heads for own in layers or every),
         kv_heads=max(own.kv_heads for own in layers or every),
         head_dim=max(own.head_dim for own in layers or every),
         cache_bytes=NUMBER * cached,
         trace_bytes=estimate_layers(layers, lengths=[LENGTH]),
         layer_heads=tuple(layers) if differ else (),
+        windows=tuple(windows) if any(window is not None for window in windows) else (),
+        reading_layers=len(reading),
+        base=base,
     )
+
+
+def _config(source: str) -> tuple[ModelConfig, str | None]:
+    """Return the configuration of a model, or of the base of an adapter with the name of that base."""
+    local = Path(source).exists()
+    adapter = adapter_of(source, None, offline=not local and not hub_answers(source, None))
+    base, revision = base_of(adapter) if adapter is not None else (None, None)
+    read = source if base is None else resolve(base)
+    with explained(read, "configuration"):
+        place, named = place_of(read)
+        local = Path(read).exists()
+        found = AutoConfig.from_pretrained(place, **named, revision=revision, local_files_only=local)
+    return found, base
+
+
+def _built_heads(config: ModelConfig, named: list[LayerHeads]) -> tuple[list[LayerHeads], list[int]]:
+    """Return the heads of every layer, as the model's modules share keys and values, and the heads that it caches.
+
+    The two differ where a model repeats what it has cached before it attends (JetMoE).
+    """
+    with torch.device("meta"):
+        model = loader_of(config).from_config(config)  # type: ignore[no-untyped-call]
+    found, cached = list(named), [own.kv_heads for own in named]
+    for module in language_model(model).modules():
+        layer, group = getattr(module, "layer_idx", None), getattr(module, "num_key_value_groups", None)
+        if isinstance(layer, int) and isinstance(group, int) and 0 <= layer < len(found):
+            found[layer] = replace(found[layer], kv_heads=found[layer].heads // group)
+            size = getattr(module, "qk_head_dim", None)  # of latent attention: what is rotated, and the rest
+            found[layer] = replace(found[layer], head_dim=size) if isinstance(size, int) else found[layer]
+            own = getattr(module, "num_key_value_heads", None)
+            cached[layer] = own if isinstance(own, int) else found[layer].kv_heads
+    return found, cached
 
 
 def named_heads(config: ModelConfig) -> list[LayerHeads]:
@@ -112,9 +166,17 @@ def named_heads(config: ModelConfig) -> list[LayerHeads]:
         own = {name: _of_layer(value, layer) for name, value in vars(one).items() if "heads" in name}
         heads = int(own.get("num_attention_heads_per_layer") or _of_layer(one.num_attention_heads, layer))
         named = own.get("num_key_value_heads") or (None if differ else getattr(one, "num_key_value_heads", None))
+        named = named or own.get("num_kv_heads")
+        if vars(one).get("multi_query") and not vars(one).get("new_decoder_architecture"):
+            named = 1
         kv_heads = int(_of_layer(named, layer) or heads)
-        found.append(LayerHeads(heads, kv_heads, int(vars(one).get("head_dim") or config.hidden_size // heads)))
+        found.append(LayerHeads(heads, kv_heads, _head_dim(vars(one)) or config.hidden_size // heads))
     return found
+
+
+def _head_dim(own: Mapping[str, Any]) -> int:
+    """Return the size of a head that a configuration names; 0 if it names none."""
+    return int(own.get("head_dim") or own.get("attention_head_dim") or 0)
 
 
 def _of_layer(value: Any, layer: int) -> Any:
@@ -122,17 +184,23 @@ def _of_layer(value: Any, layer: int) -> Any:
     return value[layer] if isinstance(value, (list, tuple)) and layer < len(value) else value
 
 
-def _attention_layers(config: ModelConfig) -> int:
-    """Return how many layers cache keys."""
+def _attention_layers(config: ModelConfig) -> tuple[list[int], list[int]]:
+    """Return the layers with attention over cached keys, and those of them that read the cache of an earlier one."""
+    text = config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     if not layers:
-        return layer_count(config.get_text_config(decoder=True))
-    return sum(isinstance(layer, CacheLayerMixin) for layer in layers)
+        return list(range(layer_count(text))), []
+    modes = getattr(text, "kv_sharing_modes", None) or [None] * len(layers)
+    reading = [number for number, mode in enumerate(modes[: len(layers)]) if str(mode).startswith("reuse")]
+    caching = [number for number, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
+    return sorted({*caching, *reading}), reading
 
 
-def _cached_numbers(config: ModelConfig, kv_heads: int, head_dim: int) -> int:
+def _cached_numbers(config: ModelConfig, layer: int, kv_heads: int, head_dim: int) -> int:
     """Return how many numbers a layer caches per token: keys and values, or one latent vector and a rotary key."""
-    latent = getattr(config, "kv_lora_rank", None)
+    own = config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+    latent = getattr(own, "kv_lora_rank", None)
     if latent:
-        return int(latent) + int(getattr(config, "qk_rope_head_dim", 0) or 0)
+        rotated = _of_layer(getattr(own, "no_rope_layers", None) or 1, layer)  # 0 in a layer without positions
+        return int(latent) + (int(getattr(own, "qk_rope_head_dim", 0) or 0) if rotated else 0)
     return 2 * kv_heads * head_dim

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, ModelConfig
+from kvscope.model.named_windows import named_windows
 from kvscope.model.obstacles import is_indexed, obstacle
 from kvscope.model.pipeline import Pipeline
 from kvscope.model.selfcheck import PROBE, TOLERANCE, AttentionFacts, latent_size, layer_count, plain_logits
+from kvscope.model.shared_states import shared_states
 from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.writer import TraceWriter
 
@@ -46,6 +48,8 @@ class Source:
         ``H``.
     sinks : bool
         Whether rows sum to less than one, since a learned sink takes part in the softmax.
+    reach : int
+        Keys from the oldest that a query gives weight to, to the query's own.
     """
 
     layer: int
@@ -53,6 +57,7 @@ class Source:
     place: int | None
     heads: int
     sinks: bool
+    reach: int
 
 
 def self_check_modules(model: CausalModel, ids: Tensor) -> AttentionFacts:
@@ -66,10 +71,12 @@ def self_check_modules(model: CausalModel, ids: Tensor) -> AttentionFacts:
     config = model.config.get_text_config(decoder=True)
     plain_logits(model, ids[:, :PROBE])
     found = sources(model, ids[:, :PROBE])
-    windows = {source.layer: None for source in found}
+    sizes = {source.layer: LayerHeads(source.heads, _kv_heads(model, source), 0) for source in found}
+    named = named_windows(config, layer_count(config))
+    windows = {source.layer: _window(source, named[source.layer]) for source in found}
     return AttentionFacts(
-        sizes={source.layer: LayerHeads(source.heads, _kv_heads(model, source), 0) for source in found},
-        windows=dict(windows),
+        sizes=sizes,
+        windows=windows,
         others=_others(type(model).__name__, config, windows),
         scaling=None,
         softcap=None,
@@ -78,8 +85,9 @@ def self_check_modules(model: CausalModel, ids: Tensor) -> AttentionFacts:
         attention={},
         vector_dtype="float32",
         from_modules=True,
-        latent_size=latent_size(model, ids[:, :PROBE], found[0].layer, _kv_heads(model, found[0])),
+        latent_size=latent_size(model, ids[:, :PROBE], {layer: own.kv_heads for layer, own in sizes.items()}),
         indexed=is_indexed(model),
+        shared=shared_states(model, ids[:, :PROBE]),
     )
 
 
@@ -93,6 +101,11 @@ def _sink_rows(model: CausalModel, found: Sequence[Source]) -> Literal["after", 
         return "after"
     own = {name for source in found for name, _ in source.module.named_parameters(recurse=False)}
     return "before" if own & {"sinks", "sink"} else None
+
+
+def _window(source: Source, named: int | None) -> int | None:
+    """Return the window that a configuration names for a layer; None if the rows of the probe reach beyond it."""
+    return None if named is not None and source.reach > named else named
 
 
 def _others(name: str, config: ModelConfig, seen: Collection[int]) -> dict[int, str]:
@@ -139,7 +152,7 @@ def sources(model: CausalModel, ids: Tensor) -> list[Source]:
             if isinstance(part, Tensor) and _are_rows(part, ids.shape[1]):
                 at = place if isinstance(output, tuple) else None
                 sinks = float(part.detach().float().sum(-1).min()) < 1 - TOLERANCE
-                found.append((name, Source(_number(name), module, at, part.shape[1], sinks)))
+                found.append((name, Source(_number(name), module, at, part.shape[1], sinks, _reach(part))))
 
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()]
     try:
@@ -155,6 +168,12 @@ def sources(model: CausalModel, ids: Tensor) -> list[Source]:
             "Trace another model; kvscope models lists those that can be traced.",
         )
     return sorted(inner, key=lambda source: source.layer)
+
+
+def _reach(rows: Tensor) -> int:
+    """Return how many keys back rows ``[1, H, n, n]`` have weight, the query's own included."""
+    oldest = (rows[0] > 0).any(0).int().argmax(-1)  # [n], of each query
+    return int((torch.arange(len(oldest), device=rows.device) - oldest).max()) + 1
 
 
 def layer_count_of(model: CausalModel) -> int:

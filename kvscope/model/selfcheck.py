@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Literal
@@ -127,7 +128,7 @@ def self_check(model: CausalModel, ids: Tensor) -> AttentionFacts:
         attention={call.layer: _attention(call) for call in calls},
         vector_dtype=_vector_dtype(calls),
         shared=_shared(calls),
-        latent_size=latent_size(model, ids, first.layer, first.key.shape[1]),
+        latent_size=latent_size(model, ids, {call.layer: call.key.shape[1] for call in calls}),
     )
 
 
@@ -147,15 +148,25 @@ def head_sizes(heads: int, kv_heads: int, head_dim: int, value_dim: int) -> Laye
     return LayerHeads(heads, kv_heads, head_dim, None if value_dim == head_dim else value_dim)
 
 
-def latent_size(model: CausalModel, ids: Tensor, number: int, kv_heads: int) -> int | None:
-    """Return how many numbers layer `number` caches per token if its heads share one latent vector, else None."""
-    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is None:
+def latent_size(model: CausalModel, ids: Tensor, kv_heads: Mapping[int, int]) -> int | None:
+    """Return how many numbers a layer caches per token if the heads of every layer share one latent vector, else None.
+
+    `kv_heads` has ``G`` of each layer with attention. Where layers differ in size, the most of any counts.
+    """
+    config = model.config.get_text_config(decoder=True)
+    each = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    if all(getattr(own, "kv_lora_rank", None) is None for own in each):
         return None
     cache = full_cache(model)
     model(input_ids=ids, past_key_values=cache, use_cache=True)
-    layer = cache.layers[number]
-    latent = layer.keys.shape[1] == 1 < kv_heads
-    return int(layer.keys.shape[-1] + layer.values.shape[-1]) if latent else None
+    sizes: list[int] = []
+    for layer, heads in kv_heads.items():
+        keys, values = (getattr(cache.layers[layer], name, None) for name in ("keys", "values"))
+        if keys is not None and values is not None and keys.numel():  # otherwise it reads another layer's
+            if not keys.shape[1] == 1 < heads:
+                return None
+            sizes.append(int(keys.shape[-1] + values.shape[-1]))
+    return max(sizes, default=None)
 
 
 def kv_head_counts(model: CausalModel, ids: Tensor) -> dict[int, int]:

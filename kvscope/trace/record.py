@@ -172,7 +172,7 @@ class TraceHeader:
     ] = field(default_factory=dict)
     latent_size: Annotated[
         Positive | None,
-        about("where the heads of a layer share one cached vector per token: its numbers", omit=True),
+        about("where the heads of a layer share one cached vector per token: its numbers, the most", omit=True),
     ] = None
     sink_rows: Annotated[
         Literal["after", "before"] | None,

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.cli.conftest import Run
-from tests.models.build import saved
+from tests.models.build import config_of, saved
 
+TYPES = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 WORDS = "w3 w10 w17 w24 w31 w38 w45 w52 w59 w66 w73 w80"
 
 
@@ -44,6 +47,38 @@ def test_a_model_whose_layers_differ_in_their_heads(run: Run, tmp_path: Path) ->
     assert told["cache_bytes"] == 2 * 2 * 2 * (8 + 8 + 512), "16 bit, keys and values, two heads in each layer"
     said = " ".join(run("models", str(folder)).out.split())
     assert "layers 0, 1: 4 query heads, 2 key/value heads of size 8; layer 2: 4 query heads" in said
+
+
+def test_layers_that_read_a_cache_are_counted_apart(run: Run, tmp_path: Path) -> None:
+    config = config_of("gemma4_text")
+    known = {field: value for field, value in config.to_dict().items() if field != "per_layer_config"}
+    changes = {"num_hidden_layers": 5, "layer_types": TYPES, "num_kv_shared_layers": 2, "global_head_dim": 16}
+    type(config)(**{**known, **changes}).save_pretrained(tmp_path)
+    told = json.loads(run("models", str(tmp_path), "--json").out)
+    assert (told["layers"], told["attention_layers"], told["reading_layers"]) == (5, 5, 2)
+    assert told["windows"] == [8, None, 8, 8, None] and len(told["layer_heads"]) == 5
+    assert told["cache_bytes"] == 2 * 2 * 2 * (8 + 16 + 8), "16 bit, keys and values, two heads, three caches"
+    said = " ".join(run("models", str(tmp_path)).out.split())
+    assert "5, 2 of them read the cache of an earlier one" in said and "8 keys in layers 0, 2, 3" in said
+
+
+def test_an_adapter_is_described_by_its_base(run: Run, tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", "mistral")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base), "task_type": "CAUSAL_LM"})
+    )
+    missing = run("models", str(adapter))
+    assert missing.status == 1 and "adapter_model.safetensors" in missing.err
+    save_file({"lora": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    told = json.loads(run("models", str(adapter), "--json").out)
+    plain = json.loads(run("models", str(base), "--json").out)
+    assert told["base"] == str(base) and plain["base"] is None
+    assert {**told, "name": 0, "source": 0, "base": 0} == {**plain, "name": 0, "source": 0, "base": 0}
+    assert told["windows"] == [8, 8, 8]
+    said = " ".join(run("models", str(adapter)).out.split())
+    assert "an adapter of" in said and "8 keys in every layer" in said
 
 
 def test_an_unknown_name(run: Run) -> None:
