@@ -53,10 +53,7 @@ def render(loaded: Loaded, prompt: PromptText, system: str | None, options: Mapp
     if rendered and rendered[0].strip():
         return rendered[0]
     if failure is not None:
-        raise ModelError(
-            f"the chat template of {loaded.name} refuses {prompt.place}: {first_line(failure)}",
-            "Change the conversation, or set what the template needs with --chat-option.",
-        ) from failure
+        raise _refused(loaded, prompt, failure) from failure
     raise ModelError(f"the chat template of {loaded.name} renders {prompt.place} as nothing", "Omit --chat.")
 
 
@@ -81,13 +78,20 @@ def render_with_images(
     try:
         text = _apply(owner, _as_parts(messages), options)
     except Exception as error:  # templates raise errors of jinja2 and of Python
-        raise ModelError(
-            f"the chat template of {loaded.name} refuses {prompt.place}: {first_line(error)}",
-            "Change the conversation, or set what the template needs with --chat-option.",
-        ) from error
+        raise _refused(loaded, prompt, error) from error
     if not text.strip():
         raise ModelError(f"the chat template of {loaded.name} renders {prompt.place} as nothing", "Omit --chat.")
     return text
+
+
+def _refused(loaded: Loaded, prompt: PromptText, error: Exception) -> ModelError:
+    """Return the error for a template that fails: whatever the conversation, if it is not a template at all."""
+    if any(kind.__name__ == "TemplateSyntaxError" for kind in type(error).__mro__):  # of jinja2, as transformers has it
+        return ModelError(f"the chat template of {loaded.name} cannot be used: {first_line(error)}", "Omit --chat.")
+    return ModelError(
+        f"the chat template of {loaded.name} refuses {prompt.place}: {first_line(error)}",
+        "Change the conversation, or set what the template needs with --chat-option.",
+    )
 
 
 def _messages(prompt: PromptText, system: str | None, content: Json) -> list[Message]:
