@@ -1,4 +1,4 @@
-"""The sliding windows that a configuration names, for what is said before a model runs and for rows of modules."""
+"""The sliding windows that a configuration names: for a model that has not run, and for rows of modules."""
 
 from __future__ import annotations
 
