@@ -76,6 +76,9 @@ Idefics3 were tried on images.
   as reason; of {untried} types no tiny model could be made.
 - open and closed loop: whether policies can be replayed over the trace, and inside the model.
 - verify: whether real decoding with a shortened cache equals the closed loop in float64.
+- remark: why something does not work, and what is particular. Where layers share a cache, one decision holds for all of
+  them, and it counts once; sharing was tried with Gemma 3n, Gemma 4 and Mistral Large 4. Where heads share one latent
+  cache, the layer decides by default.
 
 `kvscope models NAME` describes one type, or one model.
 

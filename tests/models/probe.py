@@ -43,6 +43,9 @@ class Result:
     layers: int | None = None  # recorded
     others: str = ""  # kinds of the layers without attention
     why: str = ""  # only the rows of modules can be recorded
+    latent: bool = False  # the heads of a layer share one cached vector
+    indexed: bool = False  # a learned index chooses what a query sees
+    shares: bool = False  # its configuration can let layers share a cache
     model_differs: float | None = None  # the model's own decoding from its own pass over the text
     logits_differ: float | None = None  # real decoding from the closed loop, at most
     message: str = ""
@@ -63,6 +66,8 @@ def probe(name: str, folder: Path) -> dict[str, Any]:
     if trace is None:
         return asdict(result)
     result.layers, result.others = len(trace.layers), ", ".join(sorted(set(trace.header.other_layers.values())))
+    result.latent, result.indexed = trace.header.latent_size is not None, trace.header.indexed
+    result.shares = hasattr(type(load(ModelSource(str(model))).text_config), "kv_sharing_modes")
     result.why = obstacle(load(ModelSource(str(model))).model) if trace.header.rows_from else ""
     differ = _stage(result, "trace", lambda: _differences(model, trace))
     if differ is not None:
@@ -166,6 +171,11 @@ def record_of(result: dict[str, Any]) -> dict[str, str]:
 NEEDS_IMAGES = "pixel_values|image_embeds"
 UNTRIED = "no tiny configuration of it is known that runs"
 _WORDS = {"ok": "yes", "refused": "no"}
+CACHES = {
+    "latent": "one latent cache for the heads of a layer",
+    "indexed": "its own choice is the policy indexer",
+    "shares": "layers can share a cache",
+}
 SAME = 1e-4  # above this, logits of a model's own decoding and of its own pass are not the same
 
 
@@ -189,6 +199,7 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         found += [
             said[stage] for stage in ("replay", "closed", "verify") if result.get(stage) == "refused" and stage in said
         ]
+    found += [words for fact, words in CACHES.items() if result.get(fact)]
     if (result["model_differs"] or 0) > SAME:
         found.append("decodes to other logits than its own pass over the text gives")
     return found
