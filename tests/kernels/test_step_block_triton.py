@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvscope.core.errors import ReplayError
+from kvscope.engine.deciding import decided
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Block, Shape
 from kvscope.engine.simulation import CacheSimulation
@@ -125,6 +126,16 @@ def test_phases_evict_several_keys_at_once(compress: str, most_keys: int) -> Non
     rows = attention(5, 1, 4, 26).float()
     how = {"kv_heads": 2, "prompt": 16, "prefill": "full", "budgets": [6, 12]}
     same(*(stepped(plan, rows, [], most, **how) for most in (most_keys, None)))
+
+
+@pytest.mark.parametrize("most_keys", [REGISTERS, TILES])
+@pytest.mark.parametrize("heads", [4, 32])
+def test_a_layer_that_decides_as_one(heads: int, most_keys: int) -> None:
+    plan = decided(EvictionPlan.published(parse_policies(["h2o"])[0]), "layer")
+    how = {"kv_heads": heads, "prompt": 9, "prefill": "full", "budgets": [6, 12]}
+    one, other = (stepped(plan, attention(5, 1, heads, 26).float(), [13], most, **how) for most in (most_keys, None))
+    assert one.state.leave.shape[2] == 1
+    same(one, other)
 
 
 @pytest.mark.parametrize("most_keys", [REGISTERS, TILES])
