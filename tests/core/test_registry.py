@@ -10,7 +10,7 @@ from kvscope.core.errors import UsageError
 from kvscope.core.registry import Registry
 
 POLICIES = (
-    "a2sf snapkv ada-kv attention-gate belady cake full h2o ideal key-norm keydiff keyformer lagkv lru morphkv "
+    "a2sf snapkv ada-kv attention-gate belady cake full h2o ideal indexer key-norm keydiff keyformer lagkv lru morphkv "
     "pyramidkv quest r-kv random recycled-attention refreshkv roco scissorhands streaming-llm tova vatp window"
 ).split()
 METRICS = (
