@@ -104,11 +104,13 @@ def model_facts(name: str) -> ModelFacts:
     unknown = TypeRecord(config.model_type, "unknown", "-", "-", "-", "transformers did not have this type")
     text = config.get_text_config(decoder=True)
     with explained(source, "configuration"):
-        (every, cached_heads), (numbers, reading) = _built_heads(config, named_heads(text)), _attention_layers(config)
-    windows, layers = named_windows(text, len(every)), [every[layer] for layer in numbers]
+        built, (numbers, reading) = _built(config, named_heads(text)), _attention_layers(config)
+    every, windows = built.heads, named_windows(text, len(built.heads))
+    layers = [every[layer] for layer in numbers]
     differ = len(set(every)) > 1 and len(numbers) == len(every)
     owning = [layer for layer in numbers if layer not in reading]
-    cached = sum(_cached_numbers(text, layer, cached_heads[layer], every[layer].head_dim) for layer in owning)
+    cached = sum(_cached_numbers(text, layer, built.cached[layer], every[layer].head_dim) for layer in owning)
+    cached += sum(built.index[layer] for layer in _indexed_layers(config))
     return ModelFacts(
         name=name,
         source=source,
@@ -140,23 +142,43 @@ def _config(source: str) -> tuple[ModelConfig, str | None]:
     return found, base
 
 
-def _built_heads(config: ModelConfig, named: list[LayerHeads]) -> tuple[list[LayerHeads], list[int]]:
-    """Return the heads of every layer, as the model's modules share keys and values, and the heads that it caches.
+@dataclass
+class _Built:
+    """What the modules of a model say of its layers.
 
-    The two differ where a model repeats what it has cached before it attends (JetMoE).
+    Attributes
+    ----------
+    heads : list of LayerHeads
+        Heads of each layer, as they share keys and values.
+    cached : list of int
+        Heads that each layer caches: fewer where a model repeats them before it attends (JetMoE).
+    index : list of int
+        Numbers of the key of a learned index that each layer has.
     """
+
+    heads: list[LayerHeads]
+    cached: list[int]
+    index: list[int]
+
+
+def _built(config: ModelConfig, named: list[LayerHeads]) -> _Built:
+    """Return what the modules of a model say, which are built without memory, beside what its configuration names."""
     with torch.device("meta"):
         model = loader_of(config).from_config(config)  # type: ignore[no-untyped-call]
-    found, cached = list(named), [own.kv_heads for own in named]
+    found = _Built(list(named), [own.kv_heads for own in named], [0] * len(named))
     for module in language_model(model).modules():
         layer, group = getattr(module, "layer_idx", None), getattr(module, "num_key_value_groups", None)
-        if isinstance(layer, int) and isinstance(group, int) and 0 <= layer < len(found):
-            found[layer] = replace(found[layer], kv_heads=found[layer].heads // group)
-            size = getattr(module, "qk_head_dim", None)  # of latent attention: what is rotated, and the rest
-            found[layer] = replace(found[layer], head_dim=size) if isinstance(size, int) else found[layer]
-            own = getattr(module, "num_key_value_heads", None)
-            cached[layer] = own if isinstance(own, int) else found[layer].kv_heads
-    return found, cached
+        if not isinstance(layer, int) or not isinstance(group, int) or not 0 <= layer < len(named):
+            continue
+        size = getattr(module, "qk_head_dim", None)  # of latent attention: what is rotated, and the rest
+        own = replace(found.heads[layer], kv_heads=named[layer].heads // group)
+        found.heads[layer] = replace(own, head_dim=size) if isinstance(size, int) else own
+        cached = getattr(module, "num_key_value_heads", None)
+        found.cached[layer] = cached if isinstance(cached, int) else own.kv_heads
+        index = getattr(module, "indexer", None)
+        of_key = int(getattr(index, "head_dim", 0) or getattr(index, "index_head_dim", 0))
+        found.index[layer] = of_key * int(getattr(index, "index_kv_heads", 1))
+    return found
 
 
 def named_heads(config: ModelConfig) -> list[LayerHeads]:
@@ -194,6 +216,11 @@ def _attention_layers(config: ModelConfig) -> tuple[list[int], list[int]]:
     reading = [number for number, mode in enumerate(modes[: len(layers)]) if str(mode).startswith("reuse")]
     caching = [number for number, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
     return sorted({*caching, *reading}), reading
+
+
+def _indexed_layers(config: ModelConfig) -> list[int]:
+    """Return the layers that cache keys of a learned index, too."""
+    return [number for number, layer in enumerate(DynamicCache(config=config).layers) if hasattr(layer, "indexer_keys")]
 
 
 def _cached_numbers(config: ModelConfig, layer: int, kv_heads: int, head_dim: int) -> int:

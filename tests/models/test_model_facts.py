@@ -22,7 +22,7 @@ from tests.models import build
 # Types whose heads, windows or caches the configuration alone does not say, and usual ones.
 NAMES = (
     "llama gemma3 mimo_v2_flash gpt_bigcode jetmoe falcon_h1 deepseek_v3 kimi_linear bailing_hybrid gemma4_text zamba2 "
-    "gpt_neo inkling2_text dots3_note_text mistral_large4 nemotron_h qwen3_next bloom"
+    "gpt_neo inkling2_text dots3_note_text mistral_large4 hy_v4 deepseek_v32 qwen4_exp_text nemotron_h qwen3_next bloom"
 ).split()
 IDS = torch.arange(3, 27)[None]
 
@@ -45,12 +45,8 @@ def cached_numbers(model: Any) -> int:
     """Return how many numbers one token takes in the cache of the model."""
     cache = full_cache(model)
     model(input_ids=IDS, past_key_values=cache, use_cache=True)
-    parts = [
-        part
-        for layer in cache.layers
-        for name in ("keys", "values")
-        if (part := getattr(layer, name, None)) is not None
-    ]
+    parts = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", "indexer_keys")]
+    parts = [part[:, None] if part.ndim == 3 else part for part in parts if part is not None]  # an index has one head
     return sum(part.shape[1] * part.shape[-1] for part in parts if part.numel())
 
 
@@ -100,7 +96,7 @@ def test_latent_vectors_that_are_handed_on_are_one_cache(tmp_path: Path) -> None
         patch.setattr(build, "config_of", lambda _: type(config)(text_config=text, **other))
         folder = build.saved(tmp_path / "model", "mistral_large4")
     facts = model_facts(str(folder))
-    assert (facts.reading_layers, facts.cache_bytes) == (1, 2 * (24 + 16))
+    assert (facts.reading_layers, facts.cache_bytes) == (1, 2 * (24 + 16 + 3 * 16)), "three layers have an index"
     (tmp_path / "prompt.txt").write_text(" ".join(f"w{(7 * number) % 101 + 3}" for number in range(20)))
     output, new = OutputOptions(tmp_path / "trace"), TextOptions(max_new_tokens=10)
     trace = compile_recording(ModelSource(str(folder)), [tmp_path / "prompt.txt"], output, text=new).execute()
