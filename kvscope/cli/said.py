@@ -27,8 +27,9 @@ class Said(TypedDict):
 
 def what_was_said(trace: Trace) -> list[Said]:
     """Return the text after the prompt of every sequence, scored where right answers are known."""
+    from kvscope.core.answer_records import USUAL
     from kvscope.core.errors import UsageError
-    from kvscope.tasks.scoring import SCORES, USUAL, score
+    from kvscope.tasks.scoring import SCORES, score
 
     found: list[Said] = []
     for number, sequence in enumerate(trace.record.sequences):

@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kvscope.core.budget import Budget
-from kvscope.core.options import ClosedLoopOptions, OutputOptions, PlanOptions, Prefill, ReplayOptions, choice
+from kvscope.core.options import (
+    ClosedLoopOptions,
+    GenerateOptions,
+    OutputOptions,
+    PlanOptions,
+    Prefill,
+    ReplayOptions,
+    choice,
+)
 from kvscope.policies.base import Policy
 from kvscope.replay.compile import compile_replay
 from kvscope.replay.footprint import Footprint
@@ -27,6 +35,7 @@ def replay(
     allocate: str | None = None,
     accumulate: str | None = None,
     closed: ClosedLoopOptions | None = None,
+    generate: GenerateOptions | None = None,
     device: str = "cpu",
     progress: Callable[[float], None] | None = None,
     announce: Callable[[Footprint], None] | None = None,
@@ -45,7 +54,7 @@ def replay(
         ``"20%,256"``; every policy runs under every budget.
     output, command, force
         As in `OutputOptions`.
-    prefill, metrics, closed, device
+    prefill, metrics, closed, generate, device
         As in `ReplayOptions`.
     params, compress, allocate, accumulate
         As in `PlanOptions`.
@@ -66,6 +75,7 @@ def replay(
         plan=PlanOptions(params or {}, compress, allocate, accumulate),
         metrics=None if metrics is None else tuple(metrics),
         closed=closed,
+        generate=generate,
         device=device,
     )
     job = compile_replay(trace, policies, budgets, options)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from kvscope.core.errors import UsageError
 from kvscope.core.registry import nearest
 
-USUAL = "any"  # where a dataset has answers and does not say how they are scored
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
