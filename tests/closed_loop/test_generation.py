@@ -3,16 +3,20 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import kvscope
+from kvscope.core.errors import UsageError
 from kvscope.core.options import ClosedLoopOptions, GenerateOptions, OutputOptions, Prefill, ReplayOptions
 from kvscope.replay.compile import compile_replay
-from kvscope.results.store import Replay
-from kvscope.tasks import make_examples, parse_task
+from kvscope.results.export import export
+from kvscope.results.store import Replay, open_replay
+from kvscope.results.stream import by_sequence
+from kvscope.tasks import make_examples, parse_task, score
 from kvscope.tasks.dataset import as_lines
 from kvscope.tasks.make import Lengths, words
-from kvscope.trace.reader import Trace
+from kvscope.trace.reader import Trace, open_trace
 
 POLICIES = ["full", "window", "h2o", "tova", "a2sf", "snapkv:window=8"]
 NEW = 5
@@ -44,8 +48,6 @@ def replayed(trace: Trace, path: Path, policies: list[str], **options: object) -
 
 def both(replay: Replay) -> dict[tuple[int, int], tuple[float, float]]:
     """Return score and all-tokens-first-choice of every closed run and example that have both."""
-    from kvscope.results.stream import by_sequence
-
     runs = [run.run for run in replay.info.runs if run.loop == "closed"]
     found = by_sequence(replay, runs, ["answer_score", "answer_first"])
     return {
@@ -57,7 +59,89 @@ def both(replay: Replay) -> dict[tuple[int, int], tuple[float, float]]:
 
 @pytest.mark.parametrize("prefill", list(Prefill))
 def test_generated_answers_are_those_of_the_closed_loop(trace: Trace, prefill: Prefill, tmp_path: Path) -> None:
-    policies = POLICIES if prefill == Prefill.full else POLICIES[:3]  # every token of a prompt is decoded
+    policies = POLICIES if prefill == Prefill.full else POLICIES[:2]  # every token of a prompt is decoded
     found = both(replayed(trace, tmp_path / "r", policies, prefill=prefill))
     assert len(found) == (2 * len(policies) - 1) * 6, "every example has both: the model answers all with a full cache"
     assert set(found.values()) == {(0.0, 0.0), (1.0, 1.0)}, "equal, and some right and some wrong"
+
+
+@pytest.fixture(scope="module")
+def generated(trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> Replay:
+    return replayed(trace, tmp_path_factory.mktemp("reports") / "r", ["full", "window"])
+
+
+def test_the_full_cache_says_what_was_recorded(trace: Trace, generated: Replay) -> None:
+    (full,) = (run.run for run in generated.info.runs if run.loop == "closed" and run.policy == "full")
+    said = generated.answers(full)
+    for number, sequence in enumerate(trace.sequences):
+        texts = trace.tokens(number)["text"]
+        (row,) = said[said["sequence"] == number].itertuples()
+        assert row.text == "".join(texts[sequence.prompt :])
+        assert row.answer_score == score("exact", row.text, trace.record.sequences[number].answers or [])
+
+
+def test_what_the_summary_says_of_answers(generated: Replay) -> None:
+    open_replay(generated.path, verify=True)
+    said = generated.answers()
+    assert all(not run.tasks and "answer_score" not in run.metrics for run in generated.summary.runs[:3])
+    for run in generated.summary.runs[3:]:
+        own = said[said["run"] == run.run]
+        assert run.mean("answer_score") == pytest.approx(own["answer_score"].mean())
+        assert [(task.task, task.length) for task in run.tasks] == [
+            ("needle:wording=notes", 40),
+            ("needle:wording=notes", 80),
+        ]
+        for place, task in enumerate(run.tasks):
+            of_task = own[own["sequence"] // 3 == place]["answer_score"]
+            assert task.metrics["answer_score"].mean == pytest.approx(of_task.mean())
+            assert task.metrics["answer_score"].count == 3
+        interval = run.metrics["answer_score"]
+        assert interval.low is not None and interval.low <= (interval.mean or 0) <= (interval.high or 0)
+
+
+def test_answer_losses_are_those_of_the_tokens(generated: Replay) -> None:
+    run = generated.summary.runs[-1]
+    losses = []
+    for example in generated.info.trace.examples:
+        tokens = generated.tokens(run.run, example.sequence).set_index("position")
+        (span,) = example.spans
+        losses.append(tokens.loc[span.start : span.stop - 1, "nll_policy"].mean())
+    assert run.mean("answer_loss") == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_answers_are_exported_beside_the_other_metrics(generated: Replay, tmp_path: Path) -> None:
+    export(generated, tmp_path / "out")
+    rows = pd.read_parquet(tmp_path / "out" / "examples.parquet")
+    assert len(rows) == 3 * 6
+    said = generated.answers().set_index(["run", "sequence"])
+    for row in rows.itertuples():
+        assert row.text == said.loc[(row.run, row.sequence), "text"]
+        assert row.answer_score == said.loc[(row.run, row.sequence), "answer_score"]
+    evicting = rows[rows["policy"] == "window"]
+    assert evicting["retained_mass"].notna().all() and evicting["perplexity_ratio"].notna().all()
+    tasks = pd.read_parquet(tmp_path / "out" / "tasks.parquet")
+    assert len(tasks) == 3 * 2 and (tasks["answer_score_count"] == 3).all()
+
+
+def test_a_shorter_answer_and_another_score(trace: Trace, tmp_path: Path) -> None:
+    made = replayed(trace, tmp_path / "r", ["window"], generate=GenerateOptions(max_new_tokens=1, metric="f1"))
+    assert set(made.answers()["tokens"]) == {1}
+    assert {example.metric for example in made.info.trace.examples} == {"f1"}
+    assert set(made.answers()["answer_score"]) == {0.0}, "one token is no whole number of three digits"
+
+
+def refused(trace: Trace, policy: str, **options: object) -> str:
+    given = {"closed": ClosedLoopOptions(), "generate": GenerateOptions(), **options}
+    with pytest.raises(UsageError) as error:
+        compile_replay(trace, [policy], "50%", ReplayOptions(**given))  # type: ignore[arg-type]
+    assert error.value.what and error.value.todo
+    return error.value.what
+
+
+def test_what_cannot_be_generated_is_refused(trace: Trace) -> None:
+    assert "keys that a shortened cache does not hold" in refused(trace, "recycled-attention")
+    assert "belady" in refused(trace, "belady")
+    assert "the closed loop, which is off" in refused(trace, "window", closed=None)
+    assert "no score is called 'exat'" in refused(trace, "window", generate=GenerateOptions(metric="exat"))
+    example = open_trace(Path(__file__).parents[2] / "traces" / "example")
+    assert "has no right answers" in refused(example, "window")
