@@ -65,8 +65,8 @@ def export(
     """Return the folder with the tables of a replay; large ones are written in pieces.
 
     ``runs`` has a row for each policy and budget with the means of the summary. ``fidelity`` has the metrics,
-    ``residency`` the residency intervals, ``tokens`` (of a closed loop) the losses. With right
-    answers, ``examples`` has every example under every closed run, with all metrics, and ``tasks`` means by task.
+    ``residency`` the residency intervals, ``tokens`` (of a closed loop) the losses; right answers are in the tables
+    of `answer_tables`.
 
     Parameters
     ----------

@@ -40,7 +40,11 @@ EXAMPLE = [
 
 
 def answer_tables(replay: Replay) -> dict[str, Iterator[pa.Table]]:
-    """Return the tables ``examples`` and ``tasks`` of a replay, in pieces; none without right answers."""
+    """Return the tables ``examples`` and ``tasks`` of a replay, in pieces; none without right answers.
+
+    ``examples`` has every example under every closed run, with what was said and all metrics; ``tasks`` has the
+    means of each task and length with intervals.
+    """
     closed = [run for run in replay.info.runs if run.loop == "closed"]
     if not closed or not replay.info.trace.examples:
         return {}
@@ -55,8 +59,8 @@ def _examples(replay: Replay, run: RunRecord) -> pa.Table:
     said = {}
     if ANSWERS in replay.info.sizes:
         frame = replay.answers(run.run)
-        columns = (frame[name].tolist() for name in ("sequence", "tokens", "text"))
-        said = {sequence: (tokens, text) for sequence, tokens, text in zip(*columns, strict=True)}
+        parts = (frame[name].tolist() for name in ("sequence", "tokens", "text"))
+        said = {sequence: (tokens, text) for sequence, tokens, text in zip(*parts, strict=True)}
     rows = []
     for example in replay.info.trace.examples:
         tokens, text = said.get(example.sequence, (None, None))
