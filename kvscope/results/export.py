@@ -65,8 +65,7 @@ def export(
     """Return the folder with the tables of a replay; large ones are written in pieces.
 
     ``runs`` has a row for each policy and budget with the means of the summary. ``fidelity`` has the metrics,
-    ``residency`` the residency intervals, ``tokens`` (of a closed loop) the losses; right answers are in the tables
-    of `answer_tables`.
+    ``residency`` the residency intervals, ``tokens`` the losses of a closed loop; of right answers see `answer_tables`.
 
     Parameters
     ----------

@@ -42,8 +42,8 @@ EXAMPLE = [
 def answer_tables(replay: Replay) -> dict[str, Iterator[pa.Table]]:
     """Return the tables ``examples`` and ``tasks`` of a replay, in pieces; none without right answers.
 
-    ``examples`` has every example under every closed run, with what was said and all metrics; ``tasks`` has the
-    means of each task and length with intervals.
+    ``examples`` has every example under every closed run, with what the model says and all metrics; ``tasks`` has
+    the means of each task and length with intervals.
     """
     closed = [run for run in replay.info.runs if run.loop == "closed"]
     if not closed or not replay.info.trace.examples:
@@ -52,7 +52,7 @@ def answer_tables(replay: Replay) -> dict[str, Iterator[pa.Table]]:
 
 
 def _examples(replay: Replay, run: RunRecord) -> pa.Table:
-    """Return every example under one run: what it is, what was said, and the value of every metric."""
+    """Return every example under one run: what it is, what the model says, and the value of every metric."""
     metrics = list(replay.summary.metrics)
     scored = [name for name in metrics if name != SCORE or ANSWERS in replay.info.sizes]
     values = by_sequence(replay, [run.run], scored)

@@ -1,6 +1,6 @@
 /* Right answers: accuracy over budget by task, a map of depth and length, and maps of heads that had evicted the needle. */
 kvscope.drawing("answers", async (box, data, page) => {
-  const { element, select, state, plot, plain, number, sample, heat, scaleBar, axisTitle } = kvscope;
+  const { element, select, state, plot, plain, number, percent, sample, heat, scaleBar, axisTitle } = kvscope;
   const usable = page.metrics.filter((metric) => data.metrics.includes(metric.name)).sort((a, b) => data.metrics.indexOf(a.name) - data.metrics.indexOf(b.name));
   const mapped = Object.keys(data.values).filter((id) => data.depth[id] || data.heads[id]);
   state.declare("answer", () => usable[0].name, state.oneOf(() => usable.map((metric) => metric.name)));
@@ -50,8 +50,11 @@ kvscope.drawing("answers", async (box, data, page) => {
   area.on("plotly_click", ({ points: [point] }) => state.set({ run: point.customdata, ...(mapped.includes(point.customdata) ? { answered: point.customdata } : {}) }));
   if (!mapped.length) return;
 
-  const share = { name: "share", range: [0, 1], direction: "none" };
   const scored = usable.find((metric) => metric.name === data.metrics[0]);
+  /* Scores are shares; of a replay in which nothing has a score, the map shows the first metric that there is. */
+  const bounded = scored.range[1] === 1;
+  const say = (each) => (bounded ? percent(each) : number(each, scored));
+  const scale = bounded ? [0, 1] : [0, Math.max(1e-9, ...Object.values(data.depth).flatMap((each) => each.means.flat()))];
   const maps = element("div");
   const drawMaps = () => {
     const run = page.byId.get(state.get("answered"));
@@ -61,11 +64,11 @@ kvscope.drawing("answers", async (box, data, page) => {
     if (found) {
       const grid = element("div");
       heat(grid, {
-        label: `${scored.title} by depth and length, ${run.name}`, corner: "depth / length", rows: found.depths, columns: found.lengths, scale: [0, 1],
-        value: (r, c) => found.means[r][c], text: (each) => number(each, scored),
-        say: (r, c) => `fact at ${found.depths[r]} of the text, length ${found.lengths[c]}: ${found.means[r][c] === null ? "no example" : `${number(found.means[r][c], scored)} over ${found.counts[r][c]} examples`}`,
+        label: `${scored.title} by depth and length, ${run.name}`, corner: "depth / length", rows: found.depths, columns: found.lengths, scale,
+        value: (r, c) => found.means[r][c], text: say,
+        say: (r, c) => `fact at ${found.depths[r]} of the text, length ${found.lengths[c]}: ${found.means[r][c] === null ? "no example" : `${say(found.means[r][c])} over ${found.counts[r][c]} examples`}`,
       });
-      parts.push(element("h3", {}, `Depth and length: ${scored.title}`), scaleBar([0, 1], (each) => number(each, scored)), grid);
+      parts.push(element("h3", {}, `Depth and length: ${scored.title}`), scaleBar(scale, say), grid);
     }
     for (const side of heads ? ["wrong", "right"] : []) {
       const count = heads[`${side}_examples`];
@@ -74,11 +77,11 @@ kvscope.drawing("answers", async (box, data, page) => {
       const grid = element("div");
       heat(grid, {
         label: `Share of the needle evicted by layer and key/value head where the answer is ${side}, ${run.name}`, corner: "layer / kv head", rows: heads.layers.map(String), columns: heads[side][0].map((_, head) => String(head)), scale: [0, 1],
-        value: (r, c) => heads[side][r][c], text: (each) => number(each, share),
-        say: (r, c) => `layer ${heads.layers[r]}, key/value head ${c}: ${heads[side][r][c] === null ? "not there" : `${number(heads[side][r][c], share)} of the needle's tokens evicted at the end of the prompt`}`,
+        value: (r, c) => heads[side][r][c], text: percent,
+        say: (r, c) => `layer ${heads.layers[r]}, key/value head ${c}: ${heads[side][r][c] === null ? "not there" : `${percent(heads[side][r][c])} of the needle's tokens evicted at the end of the prompt`}`,
         click: (r, c) => heads[side][r][c] !== null && state.set({ run: run.id, layer: heads.layers[r], head: c * page.headsOf(heads.layers[r]).group }),
       });
-      parts.push(scaleBar([0, 1], (each) => number(each, share)), grid);
+      parts.push(scaleBar([0, 1], percent), grid);
     }
     maps.replaceChildren(...parts);
   };

@@ -33,8 +33,8 @@ Task = tuple[str | None, int | None]
     help="Each line is one policy from its smallest to its largest budget: how often the model answers right under it. "
     "Bars are 95 % intervals over examples; where they overlap, a difference may be chance. The map of depth and "
     "length shows where in the prompt the fact has to be for the answer to be right. The maps of heads show which "
-    "share of the fact each head had evicted when the answer began: what is dark where answers are wrong and light "
-    "where they are right is what they failed for.",
+    "share of the fact each head had evicted at the end of the prompt: heads that had evicted it where the answer is "
+    "wrong, and not where it is right, are those that the answer needs.",
 )
 def answers(source: ReportInput) -> JsonDict | None:
     """Return accuracy of every closed run by task and length, by depth, and the evicted needles of wrong answers."""
