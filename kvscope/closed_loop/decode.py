@@ -17,6 +17,7 @@ from kvscope.closed_loop.feasible import require_decodable
 from kvscope.closed_loop.gates import require_gates
 from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.closed_loop.passage import Passage
+from kvscope.closed_loop.prompt_pass import PromptPass
 from kvscope.closed_loop.survey import surveyed_shares
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel
@@ -113,18 +114,19 @@ class DecodeJob:
         return Decoded(logits, [leave[owner] for owner in owners], decoder.held)
 
     @torch.no_grad()
-    def generate(self, stops: Collection[int]) -> list[int]:
+    def generate(self, stops: Collection[int], read: PromptPass | None = None) -> list[int]:
         """Return the tokens generated greedily after the prompt, as many as `ids` has room for; raises as `execute`.
 
-        A token of `stops` ends the text, and is not returned. What `ids` has after the prompt is overwritten.
+        A token of `stops` ends the text, and is not returned. What `ids` has after the prompt is overwritten. `read` is
+        shared by jobs with the same prompt, of which only the first then runs the model over it.
         """
-        decoder, simulations = self._begun()
+        decoder, simulations = self._begun(read)
         made = decoder.generate(stops)
         for simulation in simulations:
             simulation.check()
         return made
 
-    def _begun(self) -> tuple[Decoder, list[CacheSimulation]]:
+    def _begun(self, read: PromptPass | None = None) -> tuple[Decoder, list[CacheSimulation]]:
         """Return a decoder that has decoded nothing yet, and the simulations that decide for it."""
         kinds: dict[LayerHeads, list[int]] = {}
         for layer in self._owners:
@@ -133,7 +135,7 @@ class DecodeJob:
         simulations = [self._empty_simulation(own, layers, given) for own, layers in kinds.items()]
         cache, layers = short_cache(self.model, self._owners, self.rotary)
         forget_positions(self.model)
-        decoder = Decoder(self.model, self.ids, simulations, cache, layers, self._beside, self.facts.shared)
+        decoder = Decoder(self.model, self.ids, simulations, cache, layers, self._beside, self.facts.shared, read)
         return decoder, simulations
 
     def _surveyed(self) -> Mapping[int, Given]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvscope.closed_loop.decoded_rows import beyond, signal, weights
 from kvscope.closed_loop.gates import margins
 from kvscope.closed_loop.like_layers import LikeLayers
+from kvscope.closed_loop.prompt_pass import PromptPass
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, KeyValueCache
 from kvscope.engine.plan import GATE
@@ -31,7 +32,7 @@ class Decoder:
     heads. Nothing is read from the device before the end, unless the policy evicts without a budget: then only the
     device can tell how many keys it retains.
 
-    `beside` is what the model reads of the images of the prompt, with the prompt.
+    `beside` is what the model reads of the images of the prompt, with the prompt. `read` is filled in, or followed.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Decoder:
         layers: Mapping[int, ShortLayer],
         beside: Mapping[str, Tensor],
         shared: Mapping[int, int],
+        read: PromptPass | None = None,
     ) -> None:
         self.model, self.ids, self.cache, self.layers = model, ids, cache, layers
-        self.exact, self._beside = exact_dtype(model), beside
+        self.exact, self._beside, self._read = exact_dtype(model), beside, read
         self._parts = [LikeLayers(simulation) for simulation in simulations]
         self._part_of = {layer: part for part in self._parts for layer in part.simulation.shape.layers}
         self._shared = shared  # layer that reads the cache of an earlier one -> that layer, whose rows decide
@@ -103,9 +105,19 @@ class Decoder:
 
     def _read_prompt(self) -> Tensor:
         """Run the model over the prompt, let the policy evict at its end, and return the logits ``[P, V]``."""
-        prompt = self._read_at_once
-        with replace_attention(self.model, self._prefill):
-            logits = self._forward(0, prompt, self._beside)
+        prompt, read = self._read_at_once, self._read
+        if read is not None and read.logits is not None:
+            for call in read.calls:
+                self.cache.update(*read.came[call.layer], call.layer)
+                self._record_signals(call)
+                self._calls.append(call)
+            logits = read.logits
+        else:
+            with replace_attention(self.model, self._prefill):
+                logits = self._forward(0, prompt, self._beside)
+            if read is not None and not self._beside and all(type(each) is ShortLayer for each in self.cache.layers):
+                read.logits, read.calls = logits, list(self._calls)
+                read.came = {call.layer: self.layers[call.layer].newest for call in self._calls}
         self._observe_prompt(prompt)
         return logits
 

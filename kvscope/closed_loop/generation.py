@@ -11,6 +11,7 @@ import torch
 from kvscope.closed_loop.decode import DecodeJob
 from kvscope.closed_loop.job import ClosedLoopJob
 from kvscope.closed_loop.passage import Passage
+from kvscope.closed_loop.prompt_pass import PromptPass
 from kvscope.core.answer_records import ExampleRef
 from kvscope.core.memory import memory_explained
 from kvscope.core.model_types import Tokenizer
@@ -71,21 +72,24 @@ class GenerateJob:
         ReplayError
             If a policy evicted nothing although it had to.
         """
-        runs = self.closed.runs
-        pairs = [(example, run) for example in self.examples for run in runs]
-        for done, (example, run) in enumerate(pairs, start=1):
-            with memory_explained(f" with {run.plan.label}", "Use --device cpu, --dtype float32, or shorter prompts."):
-                made = self.generated(self.closed.passages[example.sequence], run)
-            prompt = self.closed.passages[example.sequence]
-            text = self._text(prompt, made)
-            sink.answer(run.number, example.sequence, text, len(made), score(example.metric, text, example.answers))
-            if progress_callback is not None:
-                progress_callback(done / len(pairs))
+        runs, done = self.closed.runs, 0
+        for example in self.examples:
+            passage, read = self.closed.passages[example.sequence], PromptPass()
+            for run in runs:
+                what = f" with {run.plan.label}"
+                with memory_explained(what, "Use --device cpu, --dtype float32, or shorter prompts."):
+                    made = self.generated(passage, run, read)
+                text = self._text(passage, made)
+                sink.answer(run.number, example.sequence, text, len(made), score(example.metric, text, example.answers))
+                done += 1
+                if progress_callback is not None:
+                    progress_callback(done / (len(runs) * len(self.examples)))
 
-    def generated(self, passage: Passage, run: RunSpec) -> list[int]:
+    def generated(self, passage: Passage, run: RunSpec, read: PromptPass | None = None) -> list[int]:
         """Return the tokens that a run generates after the prompt of a text; one that ends it is not among them.
 
         The budget is that of the closed run: a share of the prompt, or with streaming prefill of the traced sequence.
+        `read` is shared by the runs of one text, so that the model reads its prompt once.
         """
         job, sequence = self.closed, passage.sequence
         prompt = sequence.prompt
@@ -97,7 +101,7 @@ class GenerateJob:
         decoding = DecodeJob(
             job.model, ids, run.plan, keys, prompt, job.prefill, index, self.facts, job.rotary, passage
         )
-        return decoding.generate(self.stops)
+        return decoding.generate(self.stops, read)
 
     def _text(self, passage: Passage, made: Sequence[int]) -> str:
         """Return the text that generated tokens add to a prompt, as a trace has it."""

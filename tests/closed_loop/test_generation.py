@@ -2,13 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 import kvscope
+from kvscope.closed_loop.decode import DecodeJob, attention_facts, decode
+from kvscope.closed_loop.prompt_pass import PromptPass
 from kvscope.core.errors import UsageError
 from kvscope.core.options import ClosedLoopOptions, GenerateOptions, OutputOptions, Prefill, ReplayOptions
+from kvscope.engine.plan import EvictionPlan
+from kvscope.model.derotation import derotations
+from kvscope.policies.spec import parse_policy
 from kvscope.replay.compile import compile_replay
 from kvscope.results.export import export
 from kvscope.results.store import Replay, open_replay
@@ -17,6 +24,7 @@ from kvscope.tasks import make_examples, parse_task, score
 from kvscope.tasks.dataset import as_lines
 from kvscope.tasks.make import Lengths, words
 from kvscope.trace.reader import Trace, open_trace
+from tests.model.tiny import build, tokens
 
 POLICIES = ["full", "window", "h2o", "tova", "a2sf", "snapkv:window=8"]
 NEW = 5
@@ -145,3 +153,35 @@ def test_what_cannot_be_generated_is_refused(trace: Trace) -> None:
     assert "no score is called 'exat'" in refused(trace, "window", generate=GenerateOptions(metric="exat"))
     example = open_trace(Path(__file__).parents[2] / "traces" / "example")
     assert "has no right answers" in refused(example, "window")
+
+
+def forwards(model: Any) -> list[int]:
+    """Return a list that receives the number of tokens of every pass of a model."""
+    found: list[int] = []
+
+    def note(_module: Any, _arguments: Any, options: dict[str, Any]) -> None:
+        found.append(options["input_ids"].shape[1])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return found
+
+
+@pytest.mark.parametrize(("name", "positions"), [("llama", "original"), ("llama", "compacted"), ("gemma3", "original")])
+def test_one_pass_over_a_prompt_serves_every_run(name: str, positions: str) -> None:
+    """Every generated token is the first choice after those before it, as decoding of the finished text gives it."""
+    model, prompt, room = build(name).double(), 12, 20
+    ids = tokens(room)
+    with torch.no_grad():
+        facts = attention_facts(model, ids)
+        rotary = derotations(model, ids[:, :1]) if positions == "compacted" else None
+    passes, read = forwards(model), PromptPass()
+    for spec in ("full", "window", "h2o", "tova", "keydiff"):
+        plan, given = EvictionPlan.published(parse_policy(spec)), ids.clone()
+        made = DecodeJob(model, given, plan, 5, prompt, Prefill.full, 0, facts, rotary).generate(frozenset(), read)
+        assert len(made) == room - prompt and given[0, prompt:].tolist() == made
+        logits = decode(model, given, plan, 5, prompt=prompt, positions=positions).logits
+        assert logits[prompt - 1 : -1].argmax(-1).tolist() == made
+        stop = frozenset([made[3]])
+        alone = DecodeJob(model, ids.clone(), plan, 5, prompt, Prefill.full, 0, facts, rotary).generate(stop)
+        assert alone == made[: made.index(made[3])], "a token that ends the text is not returned"
+    assert passes.count(prompt) == 1 + 2 * 5, "once for all runs, and once in each decoding that shares nothing"
