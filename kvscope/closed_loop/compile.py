@@ -45,7 +45,7 @@ from kvscope.model.obstacles import require_registry
 from kvscope.model.run import stop_ids
 from kvscope.model.selfcheck import kv_head_counts, shared_caches
 from kvscope.policies.base import Policy
-from kvscope.trace.reader import Trace
+from kvscope.trace.reader import TokenSequence, Trace
 
 Policies = Sequence[str | Policy]
 Budgets = str | Sequence[str | int | Budget]
@@ -117,8 +117,9 @@ def compile_generation(trace: Trace, closed: ClosedLoopJob, loaded: Loaded, opti
     Raises
     ------
     UsageError
-        If the trace has no answers; if a metric is unknown or needs a package that is not installed; if a policy holds
-        every key (sparse readers); if prompts have images and are to be decoded token by token.
+        If a metric is unknown or needs a package that is not installed; if a policy holds every key (sparse readers);
+        if no token or more tokens than the model's context holds are to be generated; if prompts have images and
+        are to be decoded token by token.
     ModelError
         If the model has layers that cannot be decoded with a shortened cache.
     """
@@ -128,7 +129,25 @@ def compile_generation(trace: Trace, closed: ClosedLoopJob, loaded: Loaded, opti
     _require_decodable_images(closed.passages, closed.prefill)
     with torch.inference_mode():
         facts = attention_facts(loaded.model, closed.passages[0].text_ids[None].to(loaded.device))
-    return GenerateJob(closed, facts, examples, loaded.tokenizer, stop_ids(loaded), options.max_new_tokens)
+    job = GenerateJob(closed, facts, examples, loaded.tokenizer, stop_ids(loaded), options.max_new_tokens)
+    for example in examples:
+        _require_room(closed.passages[example.sequence].sequence, job.most_tokens(example.sequence), loaded.context)
+    return job
+
+
+def _require_room(sequence: TokenSequence, new: int, context: int | None) -> None:
+    """Raise UsageError if nothing is to be generated after a prompt, or more than the model's context holds."""
+    if new < 1:
+        raise UsageError(
+            f"sequence {sequence.index} has no tokens after its prompt, so that no answer would be generated",
+            "Give the length of an answer: --max-new-tokens 32.",
+        )
+    if context is not None and sequence.prompt + new > context:
+        raise UsageError(
+            f"sequence {sequence.index} has a prompt of {sequence.prompt} tokens, and {new} more exceed the model's "
+            f"context of {context}",
+            "Lower --max-new-tokens.",
+        )
 
 
 def compile_perplexity(

@@ -85,6 +85,11 @@ class GenerateJob:
                 if progress_callback is not None:
                     progress_callback(done / (len(runs) * len(self.examples)))
 
+    def most_tokens(self, sequence: int) -> int:
+        """Return how many tokens are generated after the prompt of a sequence at most."""
+        traced = self.closed.passages[sequence].sequence
+        return traced.length - traced.prompt if self.max_new_tokens is None else self.max_new_tokens
+
     def generated(self, passage: Passage, run: RunSpec, read: PromptPass | None = None) -> list[int]:
         """Return the tokens that a run generates after the prompt of a text; one that ends it is not among them.
 
@@ -93,8 +98,7 @@ class GenerateJob:
         """
         job, sequence = self.closed, passage.sequence
         prompt = sequence.prompt
-        new = sequence.length - prompt if self.max_new_tokens is None else self.max_new_tokens
-        ids = torch.zeros(1, prompt + new, dtype=torch.int64)
+        ids = torch.zeros(1, prompt + self.most_tokens(sequence.index), dtype=torch.int64)
         ids[0, :prompt] = passage.ids[:prompt]
         ids = ids.to(job.model.get_input_embeddings().weight.device)
         keys, index = run.keys(sequence, job.prefill), sequence.index

@@ -151,6 +151,8 @@ def test_what_cannot_be_generated_is_refused(trace: Trace) -> None:
     assert "belady" in refused(trace, "belady")
     assert "the closed loop, which is off" in refused(trace, "window", closed=None)
     assert "no score is called 'exat'" in refused(trace, "window", generate=GenerateOptions(metric="exat"))
+    long = GenerateOptions(max_new_tokens=100_000)
+    assert "100000 more exceed the model's context" in refused(trace, "window", generate=long)
     example = open_trace(Path(__file__).parents[2] / "traces" / "example")
     assert "has no right answers" in refused(example, "window")
 
@@ -185,3 +187,12 @@ def test_one_pass_over_a_prompt_serves_every_run(name: str, positions: str) -> N
         alone = DecodeJob(model, ids.clone(), plan, 5, prompt, Prefill.full, 0, facts, rotary).generate(stop)
         assert alone == made[: made.index(made[3])], "a token that ends the text is not returned"
     assert passes.count(prompt) == 1 + 2 * 5, "once for all runs, and once in each decoding that shares nothing"
+
+
+def test_a_trace_of_prompts_alone_needs_a_length(tmp_path: Path) -> None:
+    prompts = kvscope.trace("demo", [needles(tmp_path, number=1)], output=tmp_path / "t", max_new_tokens=0)
+    assert "no tokens after its prompt" in refused(prompts, "window", prefill=Prefill.stream)
+    options = {"generate": GenerateOptions(max_new_tokens=NEW), "prefill": Prefill.stream}
+    made = replayed(prompts, tmp_path / "r", ["full"], **options)
+    assert made.summary.runs[-1].mean("answer_score") == 1
+    assert "answer_loss" not in made.summary.metrics, "no answer follows the prompts"
