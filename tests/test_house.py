@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "engine": ENGINE,
     "bounds": {"core", "engine", "policies"},
     "results": {"core"},
-    "closed_loop": LOOPS | {"model"},
+    "closed_loop": LOOPS | {"model", "tasks"},
     "replay": LOOPS | {"bounds", "closed_loop"},
     "tune": LOOPS | {"replay"},
     "tasks": {"core"},

@@ -33,7 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvscope.closed_loop import forward
 from kvscope.closed_loop.compile import evaluate
-from kvscope.closed_loop.decode import decode, require_decodable
+from kvscope.closed_loop.decode import decode
+from kvscope.closed_loop.feasible import require_decodable
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.budget import Budget
 from kvscope.core.errors import UsageError

@@ -34,6 +34,7 @@ def export(
 ) -> None:
     """Write runs, fidelity and residency as tables in which every row names its policy and budget: no join is needed.
 
+    Where right answers are known, examples.* has what the model says beside all metrics of the example, tasks.* means.
     Large replays are written in pieces. export.json describes the columns.
     """
     from kvscope.cli import console, places

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from kvscope.cli.command import command
 from kvscope.cli.options import (
     Accumulate,
     Allocate,
+    AnswerScore,
+    AnswerTokens,
     Budget,
     ClosedLoop,
     Compress,
@@ -15,6 +19,7 @@ from kvscope.cli.options import (
     DeviceMap,
     Dtype,
     Force,
+    Generate,
     Json,
     NoVerify,
     Policy,
@@ -27,7 +32,18 @@ from kvscope.cli.options import (
     command_line,
 )
 from kvscope.cli.parameters import PARAMETERS
-from kvscope.core.options import ClosedLoopOptions, OutputOptions, PlanOptions, Positions, Prefill, ReplayOptions
+from kvscope.core.options import (
+    ClosedLoopOptions,
+    GenerateOptions,
+    OutputOptions,
+    PlanOptions,
+    Positions,
+    Prefill,
+    ReplayOptions,
+)
+
+if TYPE_CHECKING:
+    from kvscope.replay.compile import ReplayJob
 
 EPILOG = f"{PARAMETERS} Without TRACE, the newest complete one under traces/ is used."
 
@@ -43,6 +59,9 @@ def replay(
     scope: Scope = None,
     accumulate: Accumulate = None,
     perplexity: ClosedLoop = False,
+    generate: Generate = False,
+    max_new_tokens: AnswerTokens = None,
+    score: AnswerScore = None,
     positions: PositionsMode = Positions.original,
     model: TracedModel = None,
     dtype: Dtype = "auto",
@@ -57,13 +76,11 @@ def replay(
     """Replay any number of policies and budgets over a trace, in one pass.
 
     The results go to reports/NAME and a summary is printed. The open loop uses the recorded attention, so it does not
-    include the effect of an eviction on later layers and tokens; the closed loop, with --perplexity, does.
+    include the effect of an eviction on later layers and tokens; the closed loop, with --perplexity, does. With
+    --generate the model also answers each prompt under each policy, where right answers are known.
     """
     from kvscope.cli import console, places
-    from kvscope.cli.hints import next_report
     from kvscope.cli.parameters import only_word, select
-    from kvscope.cli.summary import show
-    from kvscope.core.output import size
 
     with console.working("loading torch", quiet=quiet):
         from kvscope.replay.compile import compile_replay
@@ -72,30 +89,46 @@ def replay(
     selected = select(ctx, ctx.args, policy, budget, quiet=quiet)
     trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet), compare=not no_verify)
     closed = ClosedLoopOptions(positions, model, dtype, device_map)
-    _require_closed_loop(closed, perplexity)
+    answers = GenerateOptions(max_new_tokens, score)
+    _require_closed_loop(closed, answers, perplexity=perplexity or generate, generate=generate)
     options = ReplayOptions(
         prefill=prefill,
         plan=PlanOptions(compress=compress, allocate=allocate, accumulate=accumulate, scope=scope),
-        closed=closed if perplexity else None,
+        closed=closed if perplexity or generate else None,
+        generate=answers if generate else None,
         device=device,
         skip_unsupported=selected.everything,
     )
     path = places.place(places.REPORTS, output, f"{trace.name}-{selected.name}", force=force)
     with console.working("checking the replay", quiet=quiet):
         job = compile_replay(trace, selected.policies, selected.budgets, options)
+    _execute(job, OutputOptions(path, force, command_line(ctx)), as_json=json, quiet=quiet)
+
+
+def _execute(job: ReplayJob, output: OutputOptions, *, as_json: bool, quiet: bool) -> None:
+    """Execute a job with a progress bar, and print the summary."""
+    from kvscope.cli import console
+    from kvscope.cli.hints import next_report
+    from kvscope.cli.summary import show
+    from kvscope.core.output import size
+
     for why in job.skipped.values():
         console.warn(f"skipped: {why}")
-    needs, tokens = job.footprint, sum(sequence.length for sequence in trace.sequences)
+    needs, tokens = job.footprint, sum(sequence.length for sequence in job.open.trace.sequences)
     console.note(f"about {size(needs.bytes)} of memory, for {needs.layers} layers at a time", quiet=quiet)
     with console.bar("replaying", tokens, "tokens", quiet=quiet) as update:
-        made = job.execute(OutputOptions(path, force, command_line(ctx)), lambda share: update(share * tokens))
-    show(made, as_json=json)
-    console.note(next_report(path), quiet=quiet)
+        made = job.execute(output, lambda share: update(share * tokens))
+    show(made, as_json=as_json)
+    console.note(next_report(output.path), quiet=quiet)
 
 
-def _require_closed_loop(closed: ClosedLoopOptions, perplexity: bool) -> None:
-    """Raise UsageError for options of the closed loop without --perplexity."""
+def _require_closed_loop(
+    closed: ClosedLoopOptions, answers: GenerateOptions, *, perplexity: bool, generate: bool
+) -> None:
+    """Raise UsageError for options of the closed loop without it, and for those of --generate without it."""
     from kvscope.core.errors import UsageError
 
     if closed != ClosedLoopOptions() and not perplexity:
         raise UsageError("--model, --dtype, --device-map and --positions need the closed loop", "Add --perplexity.")
+    if answers != GenerateOptions() and not generate:
+        raise UsageError("--max-new-tokens and --score are about generated answers", "Add --generate.")

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # sequences
 MOST = 160  # characters of the end of a prompt, and of what was said
-METRIC = "any"  # where a dataset has answers and does not say how they are scored
 
 
 class Said(TypedDict):
@@ -28,6 +27,7 @@ class Said(TypedDict):
 
 def what_was_said(trace: Trace) -> list[Said]:
     """Return the text after the prompt of every sequence, scored where right answers are known."""
+    from kvscope.core.answer_records import USUAL
     from kvscope.core.errors import UsageError
     from kvscope.tasks.scoring import SCORES, score
 
@@ -35,7 +35,7 @@ def what_was_said(trace: Trace) -> list[Said]:
     for number, sequence in enumerate(trace.record.sequences):
         texts = [str(text) for text in trace.tokens(number)["text"]]
         text = "".join(texts[sequence.prompt :])
-        metric = (sequence.example.metric if sequence.example else None) or METRIC
+        metric = (sequence.example.metric if sequence.example else None) or USUAL
         known = bool(sequence.answers) and not sequence.forced and metric in SCORES
         try:
             points = score(metric, text, sequence.answers or ()) if known else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from kvscope.cli.answers import show_tasks
 from kvscope.cli.console import ALWAYS, Column, show_json, show_table
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def show(replay: Replay, *, as_json: bool = False) -> None:
         return
     runs = _paired(summary.runs)
     show_table(columns(runs, summary.metrics), title=str(replay.path), notes=notes(runs, replay.info))
+    show_tasks(runs, replay.info)
 
 
 def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) -> list[Column]:

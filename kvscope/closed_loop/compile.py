@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from kvscope.closed_loop.decode import attention_facts, require_decodable
-from kvscope.closed_loop.feasible import closed_runs, require_closed
+from kvscope.closed_loop.decode import attention_facts
+from kvscope.closed_loop.feasible import closed_runs, require_closed, require_decodable
 from kvscope.closed_loop.gates import require_gates
+from kvscope.closed_loop.generation import GenerateJob, examples_to_generate
 from kvscope.closed_loop.job import ClosedLoopJob, TokenSink
 from kvscope.closed_loop.passage import Passage
 from kvscope.closed_loop.perplexity import PerplexityJob, describe_texts, passages_of_texts
@@ -21,6 +22,7 @@ from kvscope.core.budget import Budget, parse_budgets
 from kvscope.core.errors import UsageError
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import (
+    GenerateOptions,
     Loop,
     ModelSource,
     PerplexityOptions,
@@ -37,12 +39,13 @@ from kvscope.engine.runs import RunSpec, Tally, runs_of
 from kvscope.kernels.device import torch_device
 from kvscope.metrics import METRICS, Metric
 from kvscope.model.derotation import derotations
-from kvscope.model.loading import load
+from kvscope.model.loading import Loaded, load
 from kvscope.model.model_facts import named_heads
 from kvscope.model.obstacles import require_registry
+from kvscope.model.run import stop_ids
 from kvscope.model.selfcheck import kv_head_counts, shared_caches
 from kvscope.policies.base import Policy
-from kvscope.trace.reader import Trace
+from kvscope.trace.reader import TokenSequence, Trace
 
 Policies = Sequence[str | Policy]
 Budgets = str | Sequence[str | int | Budget]
@@ -85,11 +88,15 @@ def compile_closed_loop(
 
 def compile_trace_loop(
     trace: Trace, open_runs: Sequence[RunSpec], metrics: Sequence[Metric], options: ReplayOptions
-) -> ClosedLoopJob:
+) -> tuple[ClosedLoopJob, GenerateJob | None]:
     """Return the job that runs the model of a trace again, with the plans of open runs checked against that trace.
+
+    The second job lets it continue the prompts under the same runs, if the options ask for that.
 
     Raises
     ------
+    UsageError
+        As `compile_generation`.
     TraceError
         If the trace does not name a model, or lacks layers or heads.
     ModelError
@@ -100,7 +107,47 @@ def compile_trace_loop(
     assert options.closed is not None, "called only with a closed loop"
     loaded = load_model_of(trace, options.closed, str(torch_device(options.device)))
     runs = closed_runs(open_runs, options.closed.positions)
-    return compile_closed_loop(loaded.model, passages_of(trace, loaded), runs, metrics, options.prefill)
+    closed = compile_closed_loop(loaded.model, passages_of(trace, loaded), runs, metrics, options.prefill)
+    return closed, None if options.generate is None else compile_generation(trace, closed, loaded, options.generate)
+
+
+def compile_generation(trace: Trace, closed: ClosedLoopJob, loaded: Loaded, options: GenerateOptions) -> GenerateJob:
+    """Return the job that lets the model of a closed loop continue the prompts of a trace under each of its runs.
+
+    Raises
+    ------
+    UsageError
+        If a metric is unknown or needs a package that is not installed; if a policy holds every key (sparse readers);
+        if no token or more tokens than the model's context holds are to be generated; if prompts have images and
+        are to be decoded token by token.
+    ModelError
+        If the model has layers that cannot be decoded with a shortened cache.
+    """
+    examples = examples_to_generate(trace, options.metric)
+    for plan in _plans_of(closed.runs):
+        require_decodable(plan)
+    _require_decodable_images(closed.passages, closed.prefill)
+    with torch.inference_mode():
+        facts = attention_facts(loaded.model, closed.passages[0].text_ids[None].to(loaded.device))
+    job = GenerateJob(closed, facts, examples, loaded.tokenizer, stop_ids(loaded), options.max_new_tokens)
+    for example in examples:
+        _require_room(closed.passages[example.sequence].sequence, job.most_tokens(example.sequence), loaded.context)
+    return job
+
+
+def _require_room(sequence: TokenSequence, new: int, context: int | None) -> None:
+    """Raise UsageError if nothing is to be generated after a prompt, or more than the model's context holds."""
+    if new < 1:
+        raise UsageError(
+            f"sequence {sequence.index} has no tokens after its prompt, so that no answer would be generated",
+            "Give the length of an answer: --max-new-tokens 32.",
+        )
+    if context is not None and sequence.prompt + new > context:
+        raise UsageError(
+            f"sequence {sequence.index} has a prompt of {sequence.prompt} tokens, and {new} more exceed the model's "
+            f"context of {context}",
+            "Lower --max-new-tokens.",
+        )
 
 
 def compile_perplexity(

@@ -6,23 +6,25 @@ model computed at that step from the shortened cache. The decisions are made by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvscope.closed_loop.decoder import Decoder, exact_dtype
+from kvscope.closed_loop.feasible import require_decodable
 from kvscope.closed_loop.gates import require_gates
 from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.closed_loop.passage import Passage
+from kvscope.closed_loop.prompt_pass import PromptPass
 from kvscope.closed_loop.survey import surveyed_shares
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Positions, Prefill, choice
-from kvscope.engine.plan import GATE, EvictionPlan, require_room
+from kvscope.engine.plan import EvictionPlan, require_room
 from kvscope.engine.rows import Shape, own_counts
-from kvscope.engine.signal_axes import VECTORS, time_axis
+from kvscope.engine.signal_axes import time_axis
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.engine.survey import Given
@@ -32,7 +34,6 @@ from kvscope.model.selfcheck import AttentionFacts, self_check
 from kvscope.model.short_cache import full_cache, short_cache
 from kvscope.trace.layer_records import LayerHeads
 
-SIGNALS = frozenset({*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2"})
 # Layer types in which all keys, or a window of them, are visible to the attention of the layer;
 # of `chunked_attention` those of a chunk are.
 KINDS = {"full_attention", "sliding_attention", "attention", "hybrid", "hybrid_sliding"}
@@ -102,14 +103,7 @@ class DecodeJob:
     @torch.no_grad()
     def execute(self) -> Decoded:
         """Decode and return the result; raises ReplayError if a policy evicted nothing although it had to."""
-        kinds: dict[LayerHeads, list[int]] = {}
-        for layer in self._owners:
-            kinds.setdefault(self.facts.sizes[layer], []).append(layer)
-        given = self._surveyed() if len(kinds) > 1 and self.plan.looks_across else {}
-        simulations = [self._empty_simulation(own, layers, given) for own, layers in kinds.items()]
-        cache, layers = short_cache(self.model, self._owners, self.rotary)
-        forget_positions(self.model)
-        decoder = Decoder(self.model, self.ids, simulations, cache, layers, self._beside, self.facts.shared)
+        decoder, simulations = self._begun()
         logits = decoder.run()
         leave: dict[int, Tensor] = {}
         for simulation in simulations:
@@ -118,6 +112,31 @@ class DecodeJob:
             leave |= {layer: steps.expand(simulation.shape.kv_heads, -1) for layer, steps in of_layers}
         owners = [self.facts.shared.get(layer, layer) for layer in self.facts.windows]
         return Decoded(logits, [leave[owner] for owner in owners], decoder.held)
+
+    @torch.no_grad()
+    def generate(self, stops: Collection[int], read: PromptPass | None = None) -> list[int]:
+        """Return the tokens generated greedily after the prompt, as many as `ids` has room for; raises as `execute`.
+
+        A token of `stops` ends the text, and is not returned. What `ids` has after the prompt is overwritten. `read` is
+        shared by jobs with the same prompt, of which only the first then runs the model over it.
+        """
+        decoder, simulations = self._begun(read)
+        made = decoder.generate(stops)
+        for simulation in simulations:
+            simulation.check()
+        return made
+
+    def _begun(self, read: PromptPass | None = None) -> tuple[Decoder, list[CacheSimulation]]:
+        """Return a decoder that has decoded nothing yet, and the simulations that decide for it."""
+        kinds: dict[LayerHeads, list[int]] = {}
+        for layer in self._owners:
+            kinds.setdefault(self.facts.sizes[layer], []).append(layer)
+        given = self._surveyed() if len(kinds) > 1 and self.plan.looks_across else {}
+        simulations = [self._empty_simulation(own, layers, given) for own, layers in kinds.items()]
+        cache, layers = short_cache(self.model, self._owners, self.rotary)
+        forget_positions(self.model)
+        decoder = Decoder(self.model, self.ids, simulations, cache, layers, self._beside, self.facts.shared, read)
+        return decoder, simulations
 
     def _surveyed(self) -> Mapping[int, Given]:
         """Return the allocator of each layer where those that one simulation steps do not suffice to decide."""
@@ -239,22 +258,6 @@ def decoded_alone(model: CausalModel, passage: Passage, prompt: int) -> Tensor:
         beside = passage.beside(stop) if prompt and not start else {}
         parts.append(model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **beside).logits[0])
     return torch.cat(parts)
-
-
-def require_decodable(plan: EvictionPlan) -> None:
-    """Raise UsageError if a plan needs more than a shortened cache holds, or a signal that decoding lacks."""
-    if plan.policy.traits.reads or "full_weights" in plan.needs:
-        why = "reads" if plan.policy.traits.reads else "observes the attention on"
-        raise UsageError(
-            f"{plan.policy.label} {why} keys that a shortened cache does not hold, so it cannot be decoded with one",
-            "Use another policy, or replay this one in the closed loop.",
-        )
-    unknown = {name for name in plan.needs - ROWS - SIGNALS if not name.startswith(GATE)}
-    if unknown:
-        raise UsageError(
-            f"{plan.policy.label} needs a signal called {sorted(unknown)[0]!r}, which decoding does not provide",
-            f"Use one of the known signals: {', '.join(sorted(ROWS | SIGNALS))}.",
-        )
 
 
 def attention_facts(model: CausalModel, ids: Tensor) -> AttentionFacts:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from kvscope.closed_loop.decoded_rows import beyond, signal, weights
 from kvscope.closed_loop.gates import margins
 from kvscope.closed_loop.like_layers import LikeLayers
+from kvscope.closed_loop.prompt_pass import PromptPass
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, KeyValueCache
 from kvscope.engine.plan import GATE
-from kvscope.engine.signal_axes import VECTORS, time_axis
+from kvscope.engine.signal_axes import time_axis
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.attention_hook import Call, Kernel, replace_attention
 from kvscope.model.short_cache import HeldKeys, ShortLayer
@@ -30,7 +32,7 @@ class Decoder:
     heads. Nothing is read from the device before the end, unless the policy evicts without a budget: then only the
     device can tell how many keys it retains.
 
-    `beside` is what the model reads of the images of the prompt, with the prompt.
+    `beside` is what the model reads of the images of the prompt, with the prompt. `read` is filled in, or followed.
     """
 
     def __init__(
@@ -42,9 +44,10 @@ class Decoder:
         layers: Mapping[int, ShortLayer],
         beside: Mapping[str, Tensor],
         shared: Mapping[int, int],
+        read: PromptPass | None = None,
     ) -> None:
         self.model, self.ids, self.cache, self.layers = model, ids, cache, layers
-        self.exact, self._beside = exact_dtype(model), beside
+        self.exact, self._beside, self._read = exact_dtype(model), beside, read
         self._parts = [LikeLayers(simulation) for simulation in simulations]
         self._part_of = {layer: part for part in self._parts for layer in part.simulation.shape.layers}
         self._shared = shared  # layer that reads the cache of an earlier one -> that layer, whose rows decide
@@ -59,30 +62,84 @@ class Decoder:
 
     def run(self) -> Tensor:
         """Return the logits ``[T, V]``; raises ReplayError if a policy retains a key that is not in the cache."""
-        logits = []
-        inputs = self._inputs
-        prompt = inputs.shape.prompt if inputs.prefill == "full" else 0  # tokens that are not decoded
-        if prompt:
-            with replace_attention(self.model, self._prefill):
-                logits.append(self._forward(0, prompt, self._beside))
-            self._observe_prompt(prompt)
-        else:
-            self._group_layers()
+        prompt = self._read_at_once
+        logits = [self._read_prompt()] if prompt else []
         with replace_attention(self.model, self._attend):
-            for t in range(prompt, self.ids.shape[1]):
-                steps = [part.simulation.see(t) for part in self._parts]
-                self._append(t, t + 1)
-                for part in self._parts:
-                    part.row = self._zeros(part, 1, t + 1)[:, :, 0]
-                logits.append(self._forward(t, t + 1))
-                for part, step in zip(self._parts, steps, strict=True):
-                    _complete(part.simulation, step, part.row)
-                self._cut(t)
+            logits += [self._step(t) for t in range(prompt, self.ids.shape[1])]
+        self._check()
+        self.held = [prompt] * (prompt - 1) + torch.stack(self._longest).tolist()
+        return torch.cat(logits).to(self.exact)
+
+    def generate(self, stops: Collection[int]) -> list[int]:
+        """Return the tokens that the model generates greedily after the prompt, up to the room that `ids` has.
+
+        The room in `ids` after the prompt is filled in. A token of `stops` ends the text, and is not returned.
+
+        Raises
+        ------
+        ReplayError
+            If a policy retains a key that is not in the cache.
+        """
+        prompt, room = self._inputs.shape.prompt, self.ids.shape[1]
+        logits = self._read_prompt() if self._read_at_once else torch.empty(0)
+        made: list[int] = []
+        with replace_attention(self.model, self._attend):
+            for t in range(self._read_at_once, prompt):
+                logits = self._step(t)
+            for t in range(prompt, room):
+                token = int(logits[-1].argmax())
+                if token in stops:
+                    break
+                made.append(token)
+                self.ids[0, t] = token
+                if t + 1 < room:  # what would follow the last token is not asked for
+                    logits = self._step(t)
+        self._check()
+        return made
+
+    @property
+    def _read_at_once(self) -> int:
+        """How many tokens go through one pass, before the others are decoded."""
+        inputs = self._inputs
+        return inputs.shape.prompt if inputs.prefill == "full" else 0
+
+    def _read_prompt(self) -> Tensor:
+        """Run the model over the prompt, let the policy evict at its end, and return the logits ``[P, V]``."""
+        prompt, read = self._read_at_once, self._read
+        if read is not None and read.logits is not None:
+            for call in read.calls:
+                self.cache.update(*read.came[call.layer], call.layer)
+                self._record_signals(call)
+                self._calls.append(call)
+            logits = read.logits
+        else:
+            with replace_attention(self.model, self._prefill):
+                logits = self._forward(0, prompt, self._beside)
+            if read is not None and not self._beside and all(type(each) is ShortLayer for each in self.cache.layers):
+                read.logits, read.calls = logits, list(self._calls)
+                read.came = {call.layer: self.layers[call.layer].newest for call in self._calls}
+        self._observe_prompt(prompt)
+        return logits
+
+    def _step(self, t: int) -> Tensor:
+        """Decode the token at a position, let the policy evict, and return the logits ``[1, V]``."""
+        if not self._group_of:
+            self._group_layers()
+        steps = [part.simulation.see(t) for part in self._parts]
+        self._append(t, t + 1)
+        for part in self._parts:
+            part.row = self._zeros(part, 1, t + 1)[:, :, 0]
+        logits = self._forward(t, t + 1)
+        for part, step in zip(self._parts, steps, strict=True):
+            _complete(part.simulation, step, part.row)
+        self._cut(t)
+        return logits
+
+    def _check(self) -> None:
+        """Raise ReplayError if a key was to be retained that is not in the cache."""
         for part in self._parts:
             for _, group, _ in part.groups:
                 group.check()
-        self.held = [prompt] * (prompt - 1) + torch.stack(self._longest).tolist()
-        return torch.cat(logits).to(self.exact)
 
     def _forward(self, start: int, stop: int, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
         output = self.model(
@@ -228,52 +285,6 @@ def _complete(simulation: CacheSimulation, step: Step, row: Tensor) -> None:
 def exact_dtype(model: CausalModel) -> torch.dtype:
     """Return the precision of rows and scores: float32, or that of the model if it is higher."""
     return torch.promote_types(model.dtype, torch.float32)
-
-
-def weights(call: Call, queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
-    """Return the weights of queries on keys, for the query heads of each key/value head.
-
-    Computed in float32 or better, with scaling, soft cap and learned sink.
-
-    Parameters
-    ----------
-    call : Call
-        The call of the layer.
-    queries : Tensor
-        ``[G, Q, ., D]``, or ``[G, Q, D]`` for one query.
-    keys : Tensor
-        ``[G, 1, n, D]`` or ``[G, n, D]``.
-    hidden : Tensor
-        bool, which keys get no weight.
-    """
-    logits = queries.to(call.exact) @ keys.to(call.exact).transpose(-1, -2) * call.scaling
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
-    logits = logits.masked_fill(hidden, -torch.inf)
-    if call.sinks is None:
-        return torch.softmax(logits, -1)
-    sink = call.sinks.to(logits.dtype).view(len(logits), -1, *[1] * (logits.ndim - 2))  # [G, Q, 1] or [G, Q, 1, 1]
-    return torch.softmax(torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], -1), -1)[..., :-1]
-
-
-def beyond(start: int, stop: int, call: Call, device: torch.device) -> Tensor:
-    """Return which of the first `stop` keys the queries `start` to `stop` - 1 of a prompt do not see, bool."""
-    query, key = torch.arange(start, stop, device=device)[:, None], torch.arange(stop, device=device)
-    hidden = key > query
-    if call.chunk is not None:
-        hidden = hidden | (key < query // call.chunk * call.chunk)
-    return hidden if call.sliding_window is None else hidden | (key <= query - call.sliding_window)
-
-
-def signal(name: str, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Return a signal of new tokens from queries ``[H, q, D]``, keys and values ``[G, q, D]``, without a layer axis."""
-    if name == "mean_query":
-        return queries.mean(0)
-    if name in VECTORS:
-        return {"queries": queries, "keys": keys, "values": values}[name]
-    vectors, order = {"value_l1": (values, 1), "value_l2": (values, 2), "key_l2": (keys, 2)}[name]
-    norm: Tensor = vectors.norm(p=order, dim=-1)
-    return norm
 
 
 def _at_cache_position(layer: ShortLayer, query: Tensor, position: Tensor) -> Tensor:

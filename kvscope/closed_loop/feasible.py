@@ -7,8 +7,12 @@ from dataclasses import replace
 
 from kvscope.core.errors import UsageError
 from kvscope.core.options import Loop, Positions
-from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.plan import GATE, EvictionPlan
 from kvscope.engine.runs import RunSpec
+from kvscope.engine.signal_axes import VECTORS
+from kvscope.engine.signals import ROWS
+
+SIGNALS = frozenset({*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2"})
 
 
 def closed_runs(open_runs: Sequence[RunSpec], positions: Positions) -> list[RunSpec]:
@@ -35,4 +39,20 @@ def require_closed(plan: EvictionPlan, positions: Positions = Positions.original
     if why:
         raise UsageError(
             f"{plan.label} cannot run in the closed loop with {positions} positions: it {why}", "Use another policy."
+        )
+
+
+def require_decodable(plan: EvictionPlan) -> None:
+    """Raise UsageError if a plan needs more than a shortened cache holds, or a signal that decoding lacks."""
+    if plan.policy.traits.reads or "full_weights" in plan.needs:
+        why = "reads" if plan.policy.traits.reads else "observes the attention on"
+        raise UsageError(
+            f"{plan.policy.label} {why} keys that a shortened cache does not hold, so it cannot be decoded with one",
+            "Use another policy, or replay this one in the closed loop.",
+        )
+    unknown = {name for name in plan.needs - ROWS - SIGNALS if not name.startswith(GATE)}
+    if unknown:
+        raise UsageError(
+            f"{plan.policy.label} needs a signal called {sorted(unknown)[0]!r}, which decoding does not provide",
+            f"Use one of the known signals: {', '.join(sorted(ROWS | SIGNALS))}.",
         )

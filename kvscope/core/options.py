@@ -178,6 +178,22 @@ class ClosedLoopOptions:
 
 
 @dataclass(frozen=True)
+class GenerateOptions:
+    """How answers are generated under each policy of a replay's closed loop: greedily, with evicted keys removed.
+
+    Attributes
+    ----------
+    max_new_tokens : int or None
+        Tokens to generate after each prompt at most; None is as many as the trace has after it.
+    metric : str or None
+        How answers are scored, a name in `kvscope.tasks.SCORES`; None is as the dataset of each example says.
+    """
+
+    max_new_tokens: int | None = None
+    metric: str | None = None
+
+
+@dataclass(frozen=True)
 class ReplayOptions:
     """What a replay may choose beside policies and budgets.
 
@@ -191,6 +207,8 @@ class ReplayOptions:
         Names; None is every metric that the trace has the signals for.
     closed : ClosedLoopOptions or None
         Runs the model of the trace too, with the policies inside its attention.
+    generate : GenerateOptions or None
+        Lets the model continue the prompts under each policy too, and scores what it says; needs `closed`.
     device : str
         Where to compute: ``cpu``, ``cuda``.
     skip_unsupported : bool
@@ -201,6 +219,7 @@ class ReplayOptions:
     plan: PlanOptions = PlanOptions()
     metrics: tuple[str, ...] | None = None
     closed: ClosedLoopOptions | None = None
+    generate: GenerateOptions | None = None
     device: str = "cpu"
     skip_unsupported: bool = False
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from kvscope.core.answer_records import ANSWERS, ExampleRef
 from kvscope.core.errors import REPLAY_COMMAND, ResultError
 from kvscope.core.json_records import Checksum, Finite, Format, NotNegative, Number, Plain, Positive, about
 from kvscope.core.options import Loop, Positions, Prefill
@@ -22,7 +23,8 @@ SCHEMA_VERSION = 2
 HISTORY = {
     1: "first version: open loop; added since, as nothing breaks: `decisions` and `tails` of every run, `left_out`",
     2: "layers that read the cache of another: `shared_cache`; `held_keys` is null there, so that every cache counts "
-    "once. Latent caches: `latent_entries` and `latent_bytes` of every run",
+    "once. Latent caches: `latent_entries` and `latent_bytes` of every run. Right answers: `examples` of the trace, "
+    "`tasks` of every run, and answers.parquet of what each policy says",
 }
 REPLAY = Format("kvscope-replay", "replay", SCHEMA_VERSION, ResultError, "Replay again.")
 RUN_FILE = "run.json"
@@ -106,8 +108,11 @@ class SourceRef:
     shared_cache: Annotated[
         Mapping[str, Number], about("for layers that read the cache of another: which", omit=True)
     ] = field(default_factory=dict)
+    examples: Annotated[tuple[ExampleRef, ...], about("sequences whose right answers are known", omit=True)] = ()
 
     def __post_init__(self) -> None:
+        if any(example.sequence >= len(self.sequences) for example in self.examples):
+            raise ValueError("`examples` has a sequence that the trace has not")
         if self.layer_heads and len(self.layer_heads) != len(self.layers):
             raise ValueError(f"the heads of {len(self.layer_heads)} layers of {len(self.layers)}")
         readers = {int(layer) for layer in self.shared_cache}
@@ -291,7 +296,7 @@ def replay_of(content: bytes, path: Path | str) -> ReplayRecord:
         if name not in data:
             raise ResultError(f"{file} is damaged: it has no field `{name}`", "Replay again.")
     record = REPLAY.decode(data, file, ReplayRecord)
-    if record.sizes.keys() != record.checksums.keys() or record.sizes.keys() - {LOSSES} != ALWAYS:
+    if record.sizes.keys() != record.checksums.keys() or record.sizes.keys() - {LOSSES, ANSWERS} != ALWAYS:
         raise ResultError(f"{file} is damaged: it does not list the files that a replay has", "Replay again.")
     return record
 

@@ -83,6 +83,15 @@ class LoopGap:
     retained_mass: Annotated[Finite | None, about("retained mass of the closed run minus that of the open one")]
 
 
+@dataclass(frozen=True)
+class TaskSummary:
+    """Figures of the examples of one task and length."""
+
+    task: Annotated[str | None, about("the task; null where the dataset names none")]
+    length: Annotated[Number | None, about("length that its examples were made for; null where that is not known")]
+    metrics: Annotated[Mapping[str, MetricSummary], about("figures of its answers, by name; intervals over examples")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSummary(RunRecord):
     """A run with its figures."""
@@ -91,6 +100,9 @@ class RunSummary(RunRecord):
     bounds: Annotated[BoundShares, about("the run beside the bounds")] = BoundShares(None, None)
     tails: Annotated[Mapping[str, Tails], about("tails of retained mass, by metric")] = field(default_factory=dict)
     gap: Annotated[LoopGap | None, about("of a closed run: how it differs from its open run", omit=True)] = None
+    tasks: Annotated[
+        tuple[TaskSummary, ...], about("of a closed run: figures of right answers, by task and length", omit=True)
+    ] = ()
 
     def mean(self, metric: str) -> float | None:
         """Return the mean of a metric; None where it was not computed or has no value."""

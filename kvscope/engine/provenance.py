@@ -9,6 +9,7 @@ from dataclasses import asdict
 from kvscope.core.options import Loop, Prefill
 from kvscope.core.records import HeadCounts, ReplayRecord, RunRecord, SequenceRef, SourceRef
 from kvscope.core.version import versions as installed
+from kvscope.engine.examples import examples_of
 from kvscope.engine.runs import RunSpec
 from kvscope.engine.signals import ROWS
 from kvscope.metrics import Metric
@@ -36,6 +37,7 @@ def source_of(trace: Trace) -> SourceRef:
         protocol=trace.header.protocol,
         shared_cache={str(layer): owner for layer in trace.layers if (owner := owner_of(trace.header, layer)) != layer},
         layer_heads=head_counts([trace.heads_of(layer) for layer in trace.layers]),
+        examples=examples_of(trace),
     )
 
 

@@ -72,7 +72,7 @@ class RecordingRun:
     ) -> None:
         self.loaded, self.writer, self.recorder, self.chunk = loaded, writer, recorder, prefill_chunk
         self.total, self.done, self.progress_callback = total, 0, progress_callback
-        self.stops = _stop_ids(loaded)
+        self.stops = stop_ids(loaded)
         self._copies = HostCopies()
 
     def record(self, number: int, prompt: Prompt, max_new_tokens: int, choose: Chooser) -> SequenceRecord:
@@ -190,7 +190,8 @@ def _scores(logits: Tensor, ids: Tensor) -> list[Score]:
     return parts
 
 
-def _stop_ids(loaded: Loaded) -> frozenset[int]:
+def stop_ids(loaded: Loaded) -> frozenset[int]:
+    """Return the tokens that end a text, as the model's generation settings name them."""
     ids = loaded.model.generation_config.eos_token_id
     if ids is None:
         return frozenset()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvscope.closed_loop.feasible import require_closed
+from kvscope.closed_loop.feasible import require_closed, require_decodable
 from kvscope.core.budget import Budget, parse_budgets
 from kvscope.core.errors import ReplayError, TraceError, UsageError
 from kvscope.core.options import OutputOptions, Prefill, ReplayOptions
@@ -27,9 +27,11 @@ from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace
 
 if TYPE_CHECKING:
+    from kvscope.closed_loop.generation import GenerateJob
     from kvscope.closed_loop.job import ClosedLoopJob
 
 OPEN_SHARE = 0.3  # share of the progress bar that the open loop takes in a replay with a closed loop
+CLOSED_SHARE = 0.5  # where the closed loop ends in a replay that generates answers too
 Progress = Callable[[float], None]
 
 
@@ -48,12 +50,15 @@ class ReplayJob:
         `ReplayOptions.skip_unsupported` is set.
     skipped_metrics : dict of str to str
         For the name of each metric whose signal the trace lacks: the reason.
+    generate : GenerateJob or None
+        Continues the prompts under the closed runs, and scores what the model says.
     """
 
     open: OpenLoop
     closed: ClosedLoopJob | None
     skipped: Mapping[str, str]
     skipped_metrics: Mapping[str, str]
+    generate: GenerateJob | None = None
 
     @property
     def runs(self) -> list[RunSpec]:
@@ -96,8 +101,11 @@ class ReplayJob:
         """
         started, trace = time.monotonic(), self.open.trace
         share = 1.0 if self.closed is None else OPEN_SHARE
+        source = source_of(trace)
+        if self.generate is not None:
+            source = self.generate.scored_as(source)
         record = replay_record(
-            source_of(trace),
+            source,
             trace.sequences,
             self.runs,
             self.metrics,
@@ -110,8 +118,11 @@ class ReplayJob:
             tally = step_through(self.open, writer, progress=_part(progress_callback, 0, share))
             counted = {run.number: tally.of(run.number) for run in self.open.runs}
             if self.closed is not None:
-                tally = self.closed.execute(writer, _part(progress_callback, share, 1))
+                end = 1.0 if self.generate is None else CLOSED_SHARE
+                tally = self.closed.execute(writer, _part(progress_callback, share, end))
                 counted |= {run.number: tally.of(run.number) for run in self.closed.runs}
+            if self.generate is not None:
+                self.generate.execute(writer, _part(progress_callback, CLOSED_SHARE, 1))
             return writer.finish(counted, seconds=round(time.monotonic() - started, 3))
 
 
@@ -146,17 +157,20 @@ def compile_replay(
         If there is no step to score, or the model fails its self-check.
     """
     chosen, limits = named_policies(policies, options.plan.params), parse_budgets(budgets)
+    if options.generate is not None:
+        require_answers(trace, options)
     metrics, skipped_metrics = measurable(trace, options.metrics)
     require_steps(trace, options.prefill)
     device = torch_device(options.device)
     plans, skipped = _plans(trace, chosen, limits, options)
     runs = runs_of(plans, limits)
-    closed = None
+    closed = generate = None
     if options.closed is not None:
         from kvscope.closed_loop.compile import compile_trace_loop  # loads transformers
 
-        closed = compile_trace_loop(trace, runs, metrics, options)
-    return ReplayJob(OpenLoop(trace, runs, metrics, options.prefill, device), closed, skipped, skipped_metrics)
+        closed, generate = compile_trace_loop(trace, runs, metrics, options)
+    opened = OpenLoop(trace, runs, metrics, options.prefill, device)
+    return ReplayJob(opened, closed, skipped, skipped_metrics, generate)
 
 
 def require_replayable(trace: Trace, plan: EvictionPlan, budgets: Sequence[Budget], prefill: Prefill) -> None:
@@ -185,6 +199,17 @@ def require_steps(trace: Trace, prefill: Prefill) -> None:
             )
 
 
+def require_answers(trace: Trace, options: ReplayOptions) -> None:
+    """Raise UsageError if answers are to be generated and cannot be scored, or without the closed loop."""
+    if options.closed is None:
+        raise UsageError("answers are generated in the closed loop, which is off", "Give ReplayOptions.closed too.")
+    if not any(sequence.answers for sequence in trace.record.sequences):
+        raise UsageError(
+            f"{trace.path} has no right answers, so what a policy says cannot be scored",
+            "Record it again with --answer, or from a dataset with answers.",
+        )
+
+
 def _plans(
     trace: Trace, policies: Sequence[Policy], budgets: Sequence[Budget], options: ReplayOptions
 ) -> tuple[list[EvictionPlan], dict[str, str]]:
@@ -196,6 +221,8 @@ def _plans(
             require_replayable(trace, plan, budgets, options.prefill)
             if options.closed is not None and not policy.traits.clairvoyant:  # bounds run in the open loop alone
                 require_closed(plan, options.closed.positions)
+                if options.generate is not None:
+                    require_decodable(plan)
             plans.append(plan)
         except (UsageError, TraceError) as error:
             if not options.skip_unsupported:

@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kvscope.core.budget import Budget
-from kvscope.core.options import ClosedLoopOptions, OutputOptions, PlanOptions, Prefill, ReplayOptions, choice
+from kvscope.core.options import (
+    ClosedLoopOptions,
+    GenerateOptions,
+    OutputOptions,
+    PlanOptions,
+    Prefill,
+    ReplayOptions,
+    choice,
+)
 from kvscope.policies.base import Policy
 from kvscope.replay.compile import compile_replay
 from kvscope.replay.footprint import Footprint
@@ -28,6 +36,7 @@ def replay(
     accumulate: str | None = None,
     scope: str | None = None,
     closed: ClosedLoopOptions | None = None,
+    generate: GenerateOptions | None = None,
     device: str = "cpu",
     progress: Callable[[float], None] | None = None,
     announce: Callable[[Footprint], None] | None = None,
@@ -46,7 +55,7 @@ def replay(
         ``"20%,256"``; every policy runs under every budget.
     output, command, force
         As in `OutputOptions`.
-    prefill, metrics, closed, device
+    prefill, metrics, closed, generate, device
         As in `ReplayOptions`.
     params, compress, allocate, accumulate, scope
         As in `PlanOptions`.
@@ -67,6 +76,7 @@ def replay(
         plan=PlanOptions(params or {}, compress, allocate, accumulate, scope),
         metrics=None if metrics is None else tuple(metrics),
         closed=closed,
+        generate=generate,
         device=device,
     )
     job = compile_replay(trace, policies, budgets, options)

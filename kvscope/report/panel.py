@@ -38,7 +38,7 @@ class Panel:
     order : int
         Panels are shown from the smallest to the largest.
     needs : frozenset of str
-        Data that the panel needs: ``summary``, ``fidelity``, ``residency``, ``trace``, ``outcome``.
+        Data that the panel needs: ``summary``, ``fidelity``, ``residency``, ``trace``, ``outcome``, ``answers``.
     help : str
         How to read the panel, in two to four sentences.
     build : callable

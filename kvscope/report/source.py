@@ -25,7 +25,7 @@ from kvscope.trace.reader import Trace
 
 BASELINES = ("random", "window")  # shown at first: every policy should be better than these
 FEW = 3  # policies of the largest kind that are shown at first
-OFFERS = frozenset({"summary", "fidelity", "residency", "trace", "outcome"})
+OFFERS = frozenset({"summary", "fidelity", "residency", "trace", "outcome", "answers"})
 CACHED = 500_000_000  # bytes of residency intervals that are kept between panels
 
 
@@ -55,6 +55,8 @@ class ReportInput:
             offered.add("trace")
         if "perplexity_ratio" in self.metrics:
             offered.add("outcome")
+        if any(run.info.tasks for run in self.runs):
+            offered.add("answers")
         return frozenset(offered)
 
     @cached_property

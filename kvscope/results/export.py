@@ -21,6 +21,7 @@ from kvscope.core.options import ExportFormat, ExportLevel, choice
 from kvscope.core.output import OutputFolder
 from kvscope.core.printable import encodable
 from kvscope.core.records import LOSSES, SCHEMA_VERSION
+from kvscope.results.export_answers import EXAMPLES, TASKS, answer_tables
 from kvscope.results.schema import fidelity_schema
 from kvscope.results.store import Replay
 from kvscope.results.stream import batches, means
@@ -29,7 +30,7 @@ from kvscope.results.summary import LEVELS, Level
 LEVEL_OF = {ExportLevel(level): level for level in LEVELS}
 KIND = "kvscope-export"
 HEADER = "export.json"
-TABLES = ("runs", "fidelity", "residency", "tokens")
+TABLES = ("runs", "fidelity", "residency", "tokens", EXAMPLES, TASKS)
 MEMBERS = rf"export\.json|({'|'.join(TABLES)})\.({'|'.join(ExportFormat)})"  # all that it may hold
 ROWS = 2**17  # written at a time: small row groups make every reader slow
 
@@ -64,7 +65,7 @@ def export(
     """Return the folder with the tables of a replay; large ones are written in pieces.
 
     ``runs`` has a row for each policy and budget with the means of the summary. ``fidelity`` has the metrics,
-    ``residency`` the residency intervals, ``tokens`` (of a closed loop) the losses.
+    ``residency`` the residency intervals, ``tokens`` the losses of a closed loop; of right answers see `answer_tables`.
 
     Parameters
     ----------
@@ -134,6 +135,8 @@ def _tables(replay: Replay, level: ExportLevel, long: bool) -> dict[str, Iterato
         tables["fidelity"] = _long(tables["fidelity"], list(replay.info.metrics))
     if LOSSES in replay.info.sizes:
         tables["tokens"] = joined.tables(batches(replay, "tokens"))
+    for name, pieces in answer_tables(replay).items():
+        tables[name] = joined.tables(pieces)
     return {"runs": iter([_runs(replay)]), **tables}
 
 
@@ -170,7 +173,7 @@ def _runs(replay: Replay) -> pa.Table:
     runs = replay.summary.runs
     said = [plain(run) for run in runs]
     columns: dict[str, pa.Array] = {}
-    for name in dict.fromkeys(name for run in said for name in run if name != "metrics"):
+    for name in dict.fromkeys(name for run in said for name in run if name not in ("metrics", "tasks")):
         columns[name] = pa.array([_flat(run.get(name)) for run in said])
     columns["budget_keys"] = pa.array([float(np.mean(run.budget_keys)) for run in replay.info.runs])
     for name in replay.summary.metrics:

@@ -6,6 +6,7 @@ import re
 
 import pyarrow as pa
 
+from kvscope.core.answer_records import ANSWERS, AnswerSpan, ExampleRef
 from kvscope.core.json_records import described
 from kvscope.core.records import (
     HISTORY,
@@ -33,9 +34,16 @@ from kvscope.core.summary_records import (
     StepPlace,
     SummaryRecord,
     Tails,
+    TaskSummary,
 )
 
-RECORDED = ("residency.parquet", "fidelity.parquet", SUMMARY_FILE, LOSSES)  # with size and checksum in run.json
+RECORDED = (
+    "residency.parquet",
+    "fidelity.parquet",
+    SUMMARY_FILE,
+    LOSSES,
+    ANSWERS,
+)  # with size and checksum in run.json
 MEMBERS = "|".join(map(re.escape, (RUN_FILE, *RECORDED)))  # what such a folder holds, and nothing else
 # Every record of the two JSON files, in the order in which they are described.
 RECORDS: tuple[type, ...] = (
@@ -44,6 +52,8 @@ RECORDS: tuple[type, ...] = (
     HeadCounts,
     SequenceRef,
     TextRef,
+    ExampleRef,
+    AnswerSpan,
     RunRecord,
     Certificate,
     MetricRecord,
@@ -57,6 +67,7 @@ RECORDS: tuple[type, ...] = (
     StepPlace,
     HeadPlace,
     LoopGap,
+    TaskSummary,
 )
 
 
@@ -92,6 +103,15 @@ TOKENS = pa.schema(
         _column("top1_correct", pa.bool_(), "whether the first choice under the policy is the token itself"),
     ]
 )
+SAID = pa.schema(
+    [
+        _column("run", pa.int32(), "number of the run"),
+        _column("sequence", pa.int32(), "number of the sequence"),
+        _column("tokens", pa.int32(), "tokens that were generated, without one that ends the text"),
+        _column("answer_score", pa.float32(), "how right the text is, by the metric of its example, 0 to 1"),
+        _column("text", pa.string(), "what the model generated after the prompt under the policy"),
+    ]
+)
 _FIDELITY = [
     _column("run", pa.int32(), "number of the run"),
     _column("sequence", pa.int32(), "number of the sequence"),
@@ -113,6 +133,7 @@ def describe() -> str:
         "residency.parquet": ("one residency interval of one key", RESIDENCY),
         "fidelity.parquet": ("one step of one query head", fidelity_schema(["METRIC"])),
         LOSSES: ("one scored token of a closed-loop run; only where there is one", TOKENS),
+        ANSWERS: ("what one closed-loop run says after one prompt; only with `--generate`", SAID),
     }
     lines = [
         "# The replay format",

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from kvscope.core.answer_records import ANSWERS
 from kvscope.core.checked_files import CheckedFiles
 from kvscope.core.errors import REPLAY_COMMAND, ResultError, UsageError
 from kvscope.core.newest import newest_first
@@ -103,6 +104,20 @@ class Replay:
             )
         return self._frame("tokens", run, sequence, None)
 
+    def answers(self, run: int | None = None, sequence: int | None = None) -> pd.DataFrame:
+        """Return what closed-loop runs say after each prompt, and its score: the columns of ``answers.parquet``.
+
+        Raises
+        ------
+        UsageError
+            If no answers were generated.
+        """
+        if ANSWERS not in self.info.sizes:
+            raise UsageError(
+                f"replay {self.path} has no generated answers", f"Make one that has: {REPLAY_COMMAND} --generate"
+            )
+        return self._frame("answers", run, sequence, None)
+
     def resident(self, run: int, sequence: int, layer: int) -> NDArray[np.bool_]:
         """Return ``R_t`` for every step, bool ``[G, T, T]``: whether key ``k`` is held after step ``t``.
 
@@ -159,7 +174,7 @@ class Replay:
 
     @contextmanager
     def table(self, name: str) -> Iterator[pq.ParquetFile]:
-        """Open a Parquet file of the replay: ``residency``, ``fidelity`` or ``tokens``.
+        """Open a Parquet file of the replay: ``residency``, ``fidelity``, ``tokens`` or ``answers``.
 
         Raises
         ------

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kvscope.core.residency import ResidencyIntervals
+from kvscope.results.answers import OF_ANSWERS, SCORE, Answers
 from kvscope.results.latent import LATENT, LatentCounter
 from kvscope.results.outcome import LOSSES, OUTCOMES, Outcomes
 from kvscope.results.store import Replay
@@ -25,7 +26,7 @@ def batches(
     replay : Replay
         Where to read.
     name : str
-        ``residency``, ``fidelity`` or ``tokens``.
+        ``residency``, ``fidelity``, ``tokens`` or ``answers``.
     runs : collection of int, optional
         All by default.
     columns : sequence of str, optional
@@ -61,7 +62,8 @@ def by_sequence(
 ) -> dict[tuple[int, str], dict[int, float]]:
     """Return the value of every sequence that has one, by run and metric.
 
-    It is the mean over steps, then heads, then layers; for what a closed loop costs in tokens, that of its tokens.
+    It is the mean over steps, then heads, then layers; for what a closed loop costs in tokens, that of its tokens; for
+    right answers, that of the example.
     """
     fidelity = [name for name in metrics if name in replay.info.metrics]
     found = means(replay, runs, fidelity)
@@ -81,7 +83,25 @@ def by_sequence(
             losses.add(run, sequence, {name: rows[name].to_numpy() for name in LOSSES})
         of_run = losses.by_sequence(run)
         values |= {(run, name): {number: value[name] for number, value in of_run.items()} for name in outcomes}
-    return values
+    return values | _of_answers(replay, runs, [name for name in metrics if name in OF_ANSWERS])
+
+
+def _of_answers(
+    replay: Replay, runs: Collection[int], metrics: Sequence[str]
+) -> dict[tuple[int, str], dict[int, float]]:
+    """Return the values of the answers of every example that has them, by run and metric."""
+    answers = Answers(replay.info.trace.examples)
+    for run in runs if metrics else ():
+        tokens = replay.tokens(run)
+        for sequence in sorted(set(tokens["sequence"].tolist())):
+            rows = tokens[tokens["sequence"] == sequence]
+            columns = {name: rows[name].to_numpy() for name in ("top1_correct", "nll_policy")}
+            answers.add_losses(run, sequence, rows["position"].to_numpy(), columns)
+        if SCORE in metrics:
+            said = replay.answers(run)
+            for sequence, score in zip(said["sequence"], said[SCORE], strict=True):
+                answers.add_score(run, int(sequence), float(score))
+    return {(run, name): answers.by_sequence(run).get(name, {}) for run in runs for name in metrics}
 
 
 def _latent(replay: Replay, runs: Collection[int], metrics: Sequence[str]) -> dict[tuple[int, str], dict[int, float]]:

@@ -14,19 +14,21 @@ from numpy.typing import NDArray
 from kvscope.core.records import ReplayRecord, SourceRef
 from kvscope.core.seal import seal_of
 from kvscope.core.summary_records import SummaryRecord
+from kvscope.results.answers import SCORE
 from kvscope.results.outcome import OUTCOMES
-from kvscope.results.schema import RESIDENCY, TOKENS, fidelity_schema
+from kvscope.results.schema import RESIDENCY, SAID, TOKENS, fidelity_schema
 
 ABOUT = b"kvscope"  # key in the metadata of a Parquet file
 Array = NDArray[Any]
 TOKEN_OF = ("run", "sequence")
 NUMBER_BYTES = 8  # most bytes of a number in a column
+TEXT_BYTES = 2**22  # most bytes of a text
 SLACK = 2**16  # bytes of a column beside its numbers: levels, and headers of pages
 
 
 def schema_of(name: str, info: ReplayRecord) -> pa.Schema:
-    """Return the columns of a table: ``residency``, ``fidelity`` or ``tokens``."""
-    schemas = {"residency": RESIDENCY, "tokens": TOKENS}
+    """Return the columns of a table: ``residency``, ``fidelity``, ``tokens`` or ``answers``."""
+    schemas = {"residency": RESIDENCY, "tokens": TOKENS, "answers": SAID}
     return schemas[name] if name in schemas else fidelity_schema(list(info.metrics))
 
 
@@ -58,7 +60,8 @@ def fault_of_file(file: pq.ParquetFile, name: str, info: ReplayRecord, summary: 
         for index, column in enumerate(expected.names):
             chunk = group.column(index)
             said = (chunk.num_values, chunk.total_compressed_size, chunk.total_uncompressed_size, group.num_rows)
-            if min(said) < 0 or max(said[:3]) > NUMBER_BYTES * group.num_rows + SLACK:
+            most = TEXT_BYTES if pa.types.is_string(expected.field(column).type) else NUMBER_BYTES
+            if min(said) < 0 or max(said[:3]) > most * group.num_rows + SLACK:
                 return f"it says that column {column} has {max(said)} bytes"
             nulls = chunk.statistics.null_count if chunk.statistics is not None else 0
             values[column] += chunk.num_values - (nulls or 0)
@@ -77,6 +80,8 @@ def fault_of_rows(table: pa.Table, name: str, info: ReplayRecord) -> str | None:
     if any(columns[column].null_count for column in columns if not schema_of(name, info).field(column).nullable):
         return "it has rows without a number"
     known = {"run": [run.run for run in info.runs], "layer": list(trace.layers)}
+    if SCORE in columns and not _are_scores(columns):
+        return "it has a score that is not between 0 and 1, or two answers to one prompt"
     ends = {"head": trace.heads, "kv_head": trace.kv_heads, "sequence": len(trace.sequences)}
     numbers = {name: columns[name].to_numpy() for name in (*known, *ends) if name in columns}
     for column, values in numbers.items():
@@ -138,6 +143,14 @@ def _are_intervals(columns: Mapping[str, pa.ChunkedArray], lengths: Array) -> bo
     leave = columns["leave"].fill_null(np.iinfo(np.int32).max).to_numpy()
     never = leave == np.iinfo(np.int32).max
     return bool(((enter >= key) & (enter <= lengths) & (leave >= enter) & (never | (leave <= lengths))).all())
+
+
+def _are_scores(columns: Mapping[str, pa.ChunkedArray]) -> bool:
+    """Return whether scores are between 0 and 1, and no run has two answers to one prompt."""
+    scores = columns[SCORE].to_numpy()
+    places = np.stack([columns[name].to_numpy() for name in TOKEN_OF]) if {*TOKEN_OF} <= columns.keys() else None
+    once = places is None or len(np.unique(places.T, axis=0)) == len(scores)
+    return once and bool(((scores >= 0) & (scores <= 1)).all())
 
 
 def _within(values: Array, end: int | Array) -> bool:

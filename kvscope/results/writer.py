@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 
 from kvscope.core.errors import ResultError
 from kvscope.core.output import OutputFolder, checksum
+from kvscope.core.printable import encodable
 from kvscope.core.records import REPLAY, RUN_FILE, ReplayRecord, RunCounts
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.core.summary_records import SUMMARY, SUMMARY_FILE, SummaryRecord, summary_of
+from kvscope.results.answers import SCORE, Answers
 from kvscope.results.digest import Digests
 from kvscope.results.latent import LATENT, LatentCounter
 from kvscope.results.loop_gap import LoopGapCounter
 from kvscope.results.outcome import OUTCOMES, Outcomes
-from kvscope.results.schema import MEMBERS, RECORDED, RESIDENCY, TOKENS, fidelity_schema
+from kvscope.results.schema import MEMBERS, RECORDED, RESIDENCY, SAID, TOKENS, fidelity_schema
 from kvscope.results.store import Replay, open_replay
 from kvscope.results.summary import Means, bounds
 from kvscope.results.table_file import TableFile
@@ -62,6 +64,7 @@ class ReplayWriter:
         self._tails = TailCounter()
         self._digests = Digests()
         self._outcomes = Outcomes()
+        self._answers = Answers(record.trace.examples)
         self._gap = LoopGapCounter(record)
         self._latent = LatentCounter(record.trace, record.runs)
         self._files: dict[str, TableFile] = {}
@@ -160,15 +163,25 @@ class ReplayWriter:
         ResultError
             If the disk is full.
         """
-        if "tokens" not in self._files:
-            try:
-                self._open_table("tokens", TOKENS)
-            except OSError as error:
-                raise self._folder.unwritable(error) from error
+        self._open_once("tokens", TOKENS)
         place = {"run": run, "sequence": sequence}
         filled = {name: np.full(len(position), number, np.int32) for name, number in place.items()}
         self._write("tokens", TOKENS, {**filled, "position": position, **values})
         self._outcomes.add(run, sequence, values)
+        self._answers.add_losses(run, sequence, position, values)
+
+    def answer(self, run: int, sequence: int, text: str, tokens: int, score: float) -> None:
+        """Write what the model generated after the prompt of a sequence under a run, and how right it is, 0 to 1.
+
+        Raises
+        ------
+        ResultError
+            If the disk is full.
+        """
+        self._open_once("answers", SAID)
+        row = {"run": run, "sequence": sequence, "tokens": tokens, SCORE: score, "text": encodable(text)}
+        self._write("answers", SAID, {name: [value] for name, value in row.items()})
+        self._answers.add_score(run, sequence, score)
 
     def finish(self, counted: Mapping[int, RunCounts] | None = None, *, seconds: float | None = None) -> Replay:
         """Close the files, write the summary, note sizes and checksums, and give the replay its name.
@@ -212,15 +225,29 @@ class ReplayWriter:
         runs = [
             summary_of(
                 run,
-                metrics=self._means.summaries(run.run) | self._outcomes.of(run.run) | self._latent.of(run.run),
+                metrics=self._means.summaries(run.run)
+                | self._outcomes.of(run.run)
+                | self._answers.of(run.run)
+                | self._latent.of(run.run),
                 tails=self._tails.of(run.run),
+                tasks=self._answers.by_task(run.run),
             )
             for run in self.record.runs
         ]
         by_number = {run.run: run for run in runs}
         summed = tuple(replace(run, bounds=bounds(run, runs), gap=self._gap.of(run.run, by_number)) for run in runs)
         beside = (OUTCOMES if "tokens" in self._files else {}) | (LATENT if self.record.trace.latent_size else {})
-        return SummaryRecord(self.record.trace.summarised, {**self.record.metrics, **beside}, summed)
+        metrics = {**self.record.metrics, **beside, **self._answers.metrics}
+        return SummaryRecord(self.record.trace.summarised, metrics, summed)
+
+    def _open_once(self, name: str, schema: pa.Schema) -> None:
+        """Open a table that not every replay has, if it is not open."""
+        if name in self._files:
+            return
+        try:
+            self._open_table(name, schema)
+        except OSError as error:
+            raise self._folder.unwritable(error) from error
 
     def _write(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
         arrays = [pa.array(columns[column.name]).cast(column.type) for column in schema]

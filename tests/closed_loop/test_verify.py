@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kvscope.closed_loop.compile import compile_closed_loop
-from kvscope.closed_loop.decode import attention_facts, require_decodable
-from kvscope.closed_loop.feasible import require_closed
+from kvscope.closed_loop.decode import attention_facts
+from kvscope.closed_loop.feasible import require_closed, require_decodable
 from kvscope.closed_loop.passage import Passage
 from kvscope.closed_loop.verify import TOLERANCE, Verdict, VerifyJob
 from kvscope.core.budget import parse_budgets

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from kvscope.core.answer_records import AnswerSpan, ExampleRef
 from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
+from kvscope.trace.prompt_parts import SpanRecord
 from kvscope.trace.reader import Trace
 from tests.report.make import make_replay, make_trace
 
@@ -20,6 +22,7 @@ RICH = {
     "belady": {"4": 0.8, "8": 0.95},
     **{f"a2sf:alpha={alpha}": {"4": alpha, "8": 0.5} for alpha in (0.1, 0.5, 0.9)},
 }
+EXAMPLES = [ExampleRef(0, ("king",), "exact", (AnswerSpan(12, 14),), "1", "needle", 24, 0.25)]
 ALPHAS = {f"a2sf:alpha={alpha}": {"alpha": alpha, "recent": 0} for alpha in (0.1, 0.5, 0.9)}
 
 
@@ -42,18 +45,23 @@ def source(trace: Trace, replay: Replay) -> ReportInput:
 def rich_trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     stored = ("maps", "value_l1", "value_l2", "key_l2", "queries")
     return make_trace(
-        tmp_path_factory.mktemp("traces") / "rich", texts=2 * WORDS, prompt=10, stored=stored, logprob=True
+        tmp_path_factory.mktemp("traces") / "rich",
+        texts=2 * WORDS,
+        prompt=10,
+        stored=stored,
+        logprob=True,
+        spans=[SpanRecord("needle", 2, 5)],
     )
 
 
 @pytest.fixture(scope="session")
 def rich(rich_trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> ReportInput:
-    """Open and closed loop, every kind of policy, a sweep."""
+    """Open and closed loop, every kind of policy, a sweep, a right answer."""
     folder = tmp_path_factory.mktemp("reports")
     bounds = {"share_of_belady": 0.75, "belady_of_ideal": 0.5}
     opened = make_replay(folder / "open", rich_trace, mass=RICH, params=ALPHAS, bounds=bounds)
     feasible = {name: values for name, values in RICH.items() if name != "belady"}
-    closed = make_replay(folder / "closed", rich_trace, mass=feasible, params=ALPHAS, loop="closed")
+    closed = make_replay(folder / "closed", rich_trace, mass=feasible, params=ALPHAS, loop="closed", examples=EXAMPLES)
     return ReportInput((opened, closed), {rich_trace.identity: rich_trace})
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from kvscope.core.answer_records import ExampleRef
+from kvscope.core.json_records import plain
 from kvscope.core.records import REPLAY, ReplayRecord
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.core.summary_records import BoundShares
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
-from kvscope.trace.prompt_parts import ImageRecord
+from kvscope.trace.prompt_parts import ImageRecord, SpanRecord
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
 from kvscope.trace.writer import TraceWriter
@@ -68,6 +70,7 @@ def make_trace(
     stored: Sequence[str] = ("maps",),
     logprob: bool = False,
     images: Sequence[ImageRecord] = (),
+    spans: Sequence[SpanRecord] = (),
     **header: Any,
 ) -> Trace:
     """Return a trace of `weights`; the layer is their seed."""
@@ -109,7 +112,7 @@ def make_trace(
                 logprob=known,
                 entropy=known,
             )
-        writer.finish([SequenceRecord(prompt, length, images=list(images))] * sequences)
+        writer.finish([SequenceRecord(prompt, length, images=list(images), spans=list(spans))] * sequences)
     return open_trace(path)
 
 
@@ -124,11 +127,13 @@ def make_replay(
     prefill: str = "full",
     loop: str = "open",
     bounds: Mapping[str, Any] | None = None,
+    examples: Sequence[ExampleRef] = (),
 ) -> Replay:
     """Return a replay in which every policy but first-keys holds the newest keys, with the mass that `mass` says.
 
     Head ``h`` of layer ``l`` has ``mass + 0.01 h - 0.015 + 0.02 l - 0.01``, so that the mean is `mass`. In the closed
-    loop the loss of every token is ``1`` with the full cache and ``2 - mass`` without.
+    loop the loss of every token is ``1`` with the full cache and ``2 - mass`` without. The answer to each of
+    `examples` is right where the mass is at least 0.7, and with the full cache.
     """
     shape = trace.sequences[0]
     runs = [
@@ -157,6 +162,7 @@ def make_replay(
             "layers": trace.layers,
             "heads": HEADS,
             "kv_heads": KV_HEADS,
+            "examples": [plain(example) for example in examples],
         },
         "prefill": prefill,
         "loop": loop,
@@ -184,6 +190,9 @@ def make_replay(
                     losses = {name: np.full(len(scored), 1.0, np.float32) for name in OUTCOMES[:3]}
                     losses |= {name: np.ones(len(scored), bool) for name in OUTCOMES[3:]}
                     writer.tokens(run["run"], sequence, scored, {**losses, "nll_policy": losses["kl"] * loss})
+                    if any(example.sequence == sequence for example in examples):
+                        right = value is None or value >= 0.7
+                        writer.answer(run["run"], sequence, " king" if right else " time", 1, float(right))
         made = writer.finish(seconds=1.5)
     if bounds is not None:  # as a replay with bounds has them
         for run in made.summary.runs:

@@ -14,7 +14,18 @@ from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
 
 OUTCOME = "perplexity_ratio"
-COSTLY = (OUTCOME, "perplexity", "perplexity_full", "perplexity_delta", "token_kl", "top1_agreement", "held_overlap")
+COSTLY = (
+    OUTCOME,
+    "perplexity",
+    "perplexity_full",
+    "perplexity_delta",
+    "token_kl",
+    "top1_agreement",
+    "held_overlap",
+    "answer_score",
+    "answer_first",
+    "answer_loss",
+)
 FEWEST = 3  # runs for a rank agreement
 
 

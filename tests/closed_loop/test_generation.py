@@ -1,0 +1,198 @@
+"""Answers under a policy: what is generated with evicted keys removed says what the closed loop foresees."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import kvscope
+from kvscope.closed_loop.decode import DecodeJob, attention_facts, decode
+from kvscope.closed_loop.prompt_pass import PromptPass
+from kvscope.core.errors import UsageError
+from kvscope.core.options import ClosedLoopOptions, GenerateOptions, OutputOptions, Prefill, ReplayOptions
+from kvscope.engine.plan import EvictionPlan
+from kvscope.model.derotation import derotations
+from kvscope.policies.spec import parse_policy
+from kvscope.replay.compile import compile_replay
+from kvscope.results.export import export
+from kvscope.results.store import Replay, open_replay
+from kvscope.results.stream import by_sequence
+from kvscope.tasks import make_examples, parse_task, score
+from kvscope.tasks.dataset import as_lines
+from kvscope.tasks.make import Lengths, words
+from kvscope.trace.reader import Trace, open_trace
+from tests.model.tiny import build, tokens
+
+POLICIES = ["full", "window", "h2o", "tova", "a2sf", "snapkv:window=8"]
+NEW = 5
+
+
+def needles(folder: Path, metric: str = "exact", number: int = 3) -> Path:
+    """Write needles at several depths, in the wording that the bundled model understands."""
+    family = parse_task("needle:wording=notes")
+    lines = []
+    for length in (40, 80):
+        for example in make_examples(family, Lengths(length, words, "words"), number, seed=3):
+            lines.append({**json.loads(as_lines([example])), "metric": metric})
+    file = folder / "needles.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    folder = tmp_path_factory.mktemp("traces")
+    return kvscope.trace("demo", [needles(folder)], output=folder / "t", max_new_tokens=NEW, dtype="float64")
+
+
+def replayed(trace: Trace, path: Path, policies: list[str], **options: object) -> Replay:
+    given = {"closed": ClosedLoopOptions(dtype="float64"), "generate": GenerateOptions(), **options}
+    job = compile_replay(trace, policies, "20%,50%", ReplayOptions(**given))  # type: ignore[arg-type]
+    return job.execute(OutputOptions(path))
+
+
+def both(replay: Replay) -> dict[tuple[int, int], tuple[float, float]]:
+    """Return score and all-tokens-first-choice of every closed run and example that have both."""
+    runs = [run.run for run in replay.info.runs if run.loop == "closed"]
+    found = by_sequence(replay, runs, ["answer_score", "answer_first"])
+    return {
+        (run, sequence): (found[run, "answer_score"][sequence], first)
+        for run in runs
+        for sequence, first in found[run, "answer_first"].items()
+    }
+
+
+@pytest.mark.parametrize("prefill", list(Prefill))
+def test_generated_answers_are_those_of_the_closed_loop(trace: Trace, prefill: Prefill, tmp_path: Path) -> None:
+    policies = POLICIES if prefill == Prefill.full else POLICIES[:2]  # every token of a prompt is decoded
+    found = both(replayed(trace, tmp_path / "r", policies, prefill=prefill))
+    assert len(found) == (2 * len(policies) - 1) * 6, "every example has both: the model answers all with a full cache"
+    assert set(found.values()) == {(0.0, 0.0), (1.0, 1.0)}, "equal, and some right and some wrong"
+
+
+@pytest.fixture(scope="module")
+def generated(trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> Replay:
+    return replayed(trace, tmp_path_factory.mktemp("reports") / "r", ["full", "window"])
+
+
+def test_the_full_cache_says_what_was_recorded(trace: Trace, generated: Replay) -> None:
+    (full,) = (run.run for run in generated.info.runs if run.loop == "closed" and run.policy == "full")
+    said = generated.answers(full)
+    for number, sequence in enumerate(trace.sequences):
+        texts = trace.tokens(number)["text"]
+        (row,) = said[said["sequence"] == number].itertuples()
+        assert row.text == "".join(texts[sequence.prompt :])
+        assert row.answer_score == score("exact", row.text, trace.record.sequences[number].answers or [])
+
+
+def test_what_the_summary_says_of_answers(generated: Replay) -> None:
+    open_replay(generated.path, verify=True)
+    said = generated.answers()
+    assert all(not run.tasks and "answer_score" not in run.metrics for run in generated.summary.runs[:3])
+    for run in generated.summary.runs[3:]:
+        own = said[said["run"] == run.run]
+        assert run.mean("answer_score") == pytest.approx(own["answer_score"].mean())
+        assert [(task.task, task.length) for task in run.tasks] == [
+            ("needle:wording=notes", 40),
+            ("needle:wording=notes", 80),
+        ]
+        for place, task in enumerate(run.tasks):
+            of_task = own[own["sequence"] // 3 == place]["answer_score"]
+            assert task.metrics["answer_score"].mean == pytest.approx(of_task.mean())
+            assert task.metrics["answer_score"].count == 3
+        interval = run.metrics["answer_score"]
+        assert interval.low is not None and interval.low <= (interval.mean or 0) <= (interval.high or 0)
+
+
+def test_answer_losses_are_those_of_the_tokens(generated: Replay) -> None:
+    run = generated.summary.runs[-1]
+    losses = []
+    for example in generated.info.trace.examples:
+        tokens = generated.tokens(run.run, example.sequence).set_index("position")
+        (span,) = example.spans
+        losses.append(tokens.loc[span.start : span.stop - 1, "nll_policy"].mean())
+    assert run.mean("answer_loss") == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_answers_are_exported_beside_the_other_metrics(generated: Replay, tmp_path: Path) -> None:
+    export(generated, tmp_path / "out")
+    rows = pd.read_parquet(tmp_path / "out" / "examples.parquet")
+    assert len(rows) == 3 * 6
+    said = generated.answers().set_index(["run", "sequence"])
+    for row in rows.itertuples():
+        assert row.text == said.loc[(row.run, row.sequence), "text"]
+        assert row.answer_score == said.loc[(row.run, row.sequence), "answer_score"]
+    evicting = rows[rows["policy"] == "window"]
+    assert evicting["retained_mass"].notna().all() and evicting["perplexity_ratio"].notna().all()
+    tasks = pd.read_parquet(tmp_path / "out" / "tasks.parquet")
+    assert len(tasks) == 3 * 2 and (tasks["answer_score_count"] == 3).all()
+
+
+def test_a_shorter_answer_and_another_score(trace: Trace, tmp_path: Path) -> None:
+    made = replayed(trace, tmp_path / "r", ["window"], generate=GenerateOptions(max_new_tokens=1, metric="f1"))
+    assert set(made.answers()["tokens"]) == {1}
+    assert {example.metric for example in made.info.trace.examples} == {"f1"}
+    assert set(made.answers()["answer_score"]) == {0.0}, "one token is no whole number of three digits"
+
+
+def refused(trace: Trace, policy: str, **options: object) -> str:
+    given = {"closed": ClosedLoopOptions(), "generate": GenerateOptions(), **options}
+    with pytest.raises(UsageError) as error:
+        compile_replay(trace, [policy], "50%", ReplayOptions(**given))  # type: ignore[arg-type]
+    assert error.value.what and error.value.todo
+    return error.value.what
+
+
+def test_what_cannot_be_generated_is_refused(trace: Trace) -> None:
+    assert "keys that a shortened cache does not hold" in refused(trace, "recycled-attention")
+    assert "belady" in refused(trace, "belady")
+    assert "the closed loop, which is off" in refused(trace, "window", closed=None)
+    assert "no score is called 'exat'" in refused(trace, "window", generate=GenerateOptions(metric="exat"))
+    long = GenerateOptions(max_new_tokens=100_000)
+    assert "100000 more exceed the model's context" in refused(trace, "window", generate=long)
+    example = open_trace(Path(__file__).parents[2] / "traces" / "example")
+    assert "has no right answers" in refused(example, "window")
+
+
+def forwards(model: Any) -> list[int]:
+    """Return a list that receives the number of tokens of every pass of a model."""
+    found: list[int] = []
+
+    def note(_module: Any, _arguments: Any, options: dict[str, Any]) -> None:
+        found.append(options["input_ids"].shape[1])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return found
+
+
+@pytest.mark.parametrize(("name", "positions"), [("llama", "original"), ("llama", "compacted"), ("gemma3", "original")])
+def test_one_pass_over_a_prompt_serves_every_run(name: str, positions: str) -> None:
+    """Every generated token is the first choice after those before it, as decoding of the finished text gives it."""
+    model, prompt, room = build(name).double(), 12, 20
+    ids = tokens(room)
+    with torch.no_grad():
+        facts = attention_facts(model, ids)
+        rotary = derotations(model, ids[:, :1]) if positions == "compacted" else None
+    passes, read = forwards(model), PromptPass()
+    for spec in ("full", "window", "h2o", "tova", "keydiff"):
+        plan, given = EvictionPlan.published(parse_policy(spec)), ids.clone()
+        made = DecodeJob(model, given, plan, 5, prompt, Prefill.full, 0, facts, rotary).generate(frozenset(), read)
+        assert len(made) == room - prompt and given[0, prompt:].tolist() == made
+        logits = decode(model, given, plan, 5, prompt=prompt, positions=positions).logits
+        assert logits[prompt - 1 : -1].argmax(-1).tolist() == made
+        stop = frozenset([made[3]])
+        alone = DecodeJob(model, ids.clone(), plan, 5, prompt, Prefill.full, 0, facts, rotary).generate(stop)
+        assert alone == made[: made.index(made[3])], "a token that ends the text is not returned"
+    assert passes.count(prompt) == 1 + 2 * 5, "once for all runs, and once in each decoding that shares nothing"
+
+
+def test_a_trace_of_prompts_alone_needs_a_length(tmp_path: Path) -> None:
+    prompts = kvscope.trace("demo", [needles(tmp_path, number=1)], output=tmp_path / "t", max_new_tokens=0)
+    assert "no tokens after its prompt" in refused(prompts, "window", prefill=Prefill.stream)
+    options = {"generate": GenerateOptions(max_new_tokens=NEW), "prefill": Prefill.stream}
+    made = replayed(prompts, tmp_path / "r", ["full"], **options)
+    assert made.summary.runs[-1].mean("answer_score") == 1
+    assert "answer_loss" not in made.summary.metrics, "no answer follows the prompts"
