@@ -12,6 +12,7 @@ from kvscope.core.version import versions as installed
 from kvscope.engine.runs import RunSpec
 from kvscope.engine.signals import ROWS
 from kvscope.metrics import Metric
+from kvscope.trace.given import near_copies
 from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.reader import TokenSequence, Trace
 from kvscope.trace.storage_error import BOUNDS
@@ -28,6 +29,7 @@ def source_of(trace: Trace) -> SourceRef:
         lossy=None if error is None else {"top": trace.header.top, **asdict(error), "bounds": BOUNDS},
         latent_size=trace.header.latent_size,
         approximate=tuple(trace.approximate),
+        near_copies=near_copies(trace),
         path=str(trace.path),
         layers=tuple(trace.layers),
         heads=trace.heads,
