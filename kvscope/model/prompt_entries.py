@@ -41,7 +41,7 @@ def visible_files(given: Path | str) -> list[Path | str]:
 def rows_of(file: Path | str) -> list[tuple[str, Json]]:
     """Return the rows of a Parquet file as objects, each with its place; a null is a field that is not there.
 
-    Columns of bytes, dates and other types that JSON does not have are left out.
+    Columns of bytes, dates and other types that JSON does not have are omitted.
 
     Raises
     ------

@@ -44,7 +44,7 @@ class PromptTemplate:
         return cls(text, [(before, name) for before, name, _ in parts])
 
     def filled(self, place: str, entry: JsonDict) -> str:
-        """Return the prompt of an object; a value that is no text is written as JSON.
+        """Return the prompt of an object; a value that is not a text is written as JSON.
 
         Raises
         ------

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from kvscope.core.errors import ResultError
+from kvscope.core.errors import ResultError, UsageError
 from kvscope.core.json_records import plain
 from kvscope.core.options import ExportFormat, ExportLevel, choice
 from kvscope.core.output import OutputFolder
@@ -30,7 +30,8 @@ LEVEL_OF = {ExportLevel(level): level for level in LEVELS}
 KIND = "kvscope-export"
 HEADER = "export.json"
 TABLES = ("runs", "fidelity", "residency", "tokens")
-MEMBERS = rf"export\.json|({'|'.join(TABLES)})\.({'|'.join(ExportFormat)})"  # all that it may hold
+FILES = (ExportFormat.csv, ExportFormat.parquet, ExportFormat.arrow)
+MEMBERS = rf"export\.json|({'|'.join(TABLES)})\.({'|'.join(FILES)})"  # all that it may hold
 ROWS = 2**17  # written at a time: small row groups make every reader slow
 
 # Columns of the run that every table has.
@@ -92,6 +93,8 @@ def export(
         If the output holds something else, or cannot be written; if the replay cannot be read.
     """
     kind, level = choice(ExportFormat, form, "format"), choice(ExportLevel, per, "per")
+    if kind not in FILES:
+        raise UsageError(f"{kind} is one table, not files of tables", "Use kvscope.results.paper_table.")
     folder = OutputFolder(Path(output), "export", HEADER, MEMBERS, ResultError, force)
     about = {
         "replay": str(replay.path),

@@ -80,7 +80,7 @@ def numbers(said: str, answers: Sequence[str]) -> float:
 
 
 def code(said: str, answers: Sequence[str]) -> float:
-    """Return how alike the first line of code and an answer are, as LongBench scores lcc and repobench-p.
+    """Return how similar the first line of code and an answer are, as LongBench scores lcc and repobench-p.
 
     Lines with a backquote, ``#`` or ``//`` are skipped. It is the ratio of `difflib`, rounded to hundredths, which
     fuzzywuzzy computes where no other package is installed.
