@@ -92,9 +92,7 @@ def export(
     ResultError
         If the output holds something else, or cannot be written; if the replay cannot be read.
     """
-    kind, level = choice(ExportFormat, form, "format"), choice(ExportLevel, per, "per")
-    if kind not in FILES:
-        raise UsageError(f"{kind} is one table, not files of tables", "Use kvscope.results.paper_table.")
+    kind, level = _of_files(form), choice(ExportLevel, per, "per")
     folder = OutputFolder(Path(output), "export", HEADER, MEMBERS, ResultError, force)
     about = {
         "replay": str(replay.path),
@@ -115,6 +113,14 @@ def export(
     except OSError as error:
         raise folder.unwritable(error) from error
     return folder.path
+
+
+def _of_files(form: str) -> ExportFormat:
+    """Return a format of files of tables; raises UsageError for one of a single table."""
+    kind = choice(ExportFormat, form, "format")
+    if kind not in FILES:
+        raise UsageError(f"{kind} is one table, not files of tables", "Use kvscope.results.paper_table.")
+    return kind
 
 
 def _write_tables(
