@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from kvscope.core.errors import UsageError
+from kvscope.core.near_copies import copies_note
 from kvscope.core.records import RunRecord
 from kvscope.core.registry import nearest
 from kvscope.results.diff import require_same_origin
@@ -83,20 +84,21 @@ def compare(a: tuple[Replay, str], b: tuple[Replay, str], metrics: Sequence[str]
             raise UsageError(f"no metric is called {name!r}", nearest(name, declared))
     selected = list(dict.fromkeys(metrics or [name for name, item in declared.items() if item.direction != "none"]))
     pairs = _pairs(runs_named(*a), runs_named(*b))
+    copies = a[0].info.trace.near_copies or b[0].info.trace.near_copies  # an older replay does not know them
     read = list(dict.fromkeys([*selected, *([HELD] if HELD in declared else [])]))
     of_a = by_sequence(a[0], {one.run for one, _ in pairs}, read)
     of_b = by_sequence(b[0], {other.run for _, other in pairs}, read)
     rows: list[ComparisonRow] = []
-    warnings: list[str] = []
+    warnings = [note] if (note := copies_note(copies)) else []
     for one, other in pairs:
         budget = _budget(one, other)
         for name in selected:
-            both = _paired(of_a, one, of_b, other, name)
+            both = _paired(of_a, one, of_b, other, name, copies)
             if both.sequences:
                 direction = declared[name].direction
                 rows.append(ComparisonRow(budget, str(one.loop), name, direction, both, _better(both, direction)))
         if HELD in declared:
-            warnings += _cost_differences(budget, one, other, _paired(of_a, one, of_b, other, HELD))
+            warnings += _cost_differences(budget, one, other, _paired(of_a, one, of_b, other, HELD, copies))
     warnings += [row.paired.warning for row in rows if row.paired.warning and row.direction != "none"]
     labels = [str(run.label) for run in pairs[0]]
     if a[0].path != b[0].path:
@@ -159,11 +161,14 @@ def _budget(one: RunRecord, other: RunRecord) -> str:
     return budgets[0] if budgets[0] == budgets[1] else f"{budgets[0]} and {budgets[1]}"
 
 
-def _paired(of_a: Values, one: RunRecord, of_b: Values, other: RunRecord, name: str) -> Paired:
+def _paired(
+    of_a: Values, one: RunRecord, of_b: Values, other: RunRecord, name: str, near_copies: Sequence[int]
+) -> Paired:
     """Return the comparison of two runs over the sequences in which both have a value."""
     a, b = of_a.get((one.run, name), {}), of_b.get((other.run, name), {})
     common = sorted(a.keys() & b.keys())
-    return paired([a[sequence] for sequence in common], [b[sequence] for sequence in common])
+    clusters = [near_copies[sequence] for sequence in common] if near_copies else ()
+    return paired([a[sequence] for sequence in common], [b[sequence] for sequence in common], clusters)
 
 
 def _better(both: Paired, direction: str) -> str:

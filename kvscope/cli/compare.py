@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from kvscope.results.store import Replay
 
 NOTE = (
-    "B - A: mean over sequences, with its 95 % bootstrap interval. p: exact sign test. better: only where interval "
-    "and test agree. By chance alone, one row in 20 has p <= 0.05."
+    "B - A: mean over sequences, with its 95 % bootstrap interval, near-copies drawn together. p: exact sign test. "
+    "better: only where interval and test agree. By chance alone, one row in 20 has p <= 0.05."
 )
 
 
@@ -54,7 +54,8 @@ def compare(
 ) -> None:
     """Compare two policies on the same sequences, at every budget that both ran under.
 
-    The sign test counts the sequences in which B is above A. A warning is printed where they are too few for any claim.
+    The sign test counts the sequences in which B is above A; nearly identical ones count as one. A warning is printed
+    where some are, or where they are too few for any claim.
     """
     from kvscope.analysis.compare import compare as run
     from kvscope.cli import console, places
@@ -84,7 +85,8 @@ def columns(rows: Sequence[ComparisonRow]) -> list[Column]:
 
     budgets = [f"{row.budget} {row.loop}" for row in rows]
     both = [row.paired for row in rows]
-    counts = [f"{item.above} of {item.sequences}" for item in both]
+    counts = [f"{item.above} of {item.clusters}" for item in both]
+    unit = next((item.unit for item in both if item.unit != "sequence"), "sequence")
     intervals = ["-" if item.low is None else f"{item.low:+.4f}..{item.high:+.4f}" for item in both]
     return [
         Column("budget", [name if name not in budgets[:index] else "" for index, name in enumerate(budgets)]),
@@ -93,7 +95,7 @@ def columns(rows: Sequence[ComparisonRow]) -> list[Column]:
         Column("B", [number(item.mean_b) for item in both], keep=51, numeric=True),
         Column("B - A", [number(item.difference, sign=True) for item in both], numeric=True),
         Column("95 %", intervals, keep=60, numeric=True),
-        Column("B above A\nin sequences", counts, keep=40, numeric=True),
+        Column(f"B above A\nin {unit}s", counts, keep=40, numeric=True),
         Column("p", [f"{item.p:.2g}" for item in both], numeric=True),
         Column("smallest\np possible", [f"{item.smallest_p:.2g}" for item in both], keep=30, numeric=True),
         Column("better", [row.better or "-" for row in rows]),

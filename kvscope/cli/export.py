@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,13 +11,22 @@ from kvscope.cli.command import command
 from kvscope.cli.options import Force, Json, Quiet, ReplayName, ReportOutput
 from kvscope.core.options import ExportFormat, ExportLevel
 
+if TYPE_CHECKING:
+    from kvscope.results.store import Replay
+
 
 @command("export", order=120)
 def export(
     replay: ReplayName = None,
     output: ReportOutput = None,
     form: Annotated[
-        ExportFormat, typer.Option("--format", help="Write csv, parquet, or arrow (Feather).")
+        ExportFormat,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="Write csv, parquet or arrow (Feather); markdown or latex is the summary as one table, for a page or "
+            "paper, and is printed without -o FILE.",
+        ),
     ] = ExportFormat.parquet,
     per: Annotated[
         ExportLevel,
@@ -42,6 +52,9 @@ def export(
     from kvscope.results.store import open_replay
 
     opened = open_replay(places.find_replay(replay, quiet=quiet))
+    if form in (ExportFormat.markdown, ExportFormat.latex):
+        _paper_table(opened, form, output, force=force, quiet=quiet)
+        return
     path = places.place(places.REPORTS, output, f"{opened.name}-{form}", force=force)
     with console.working(f"exporting {opened.path}", quiet=quiet):
         made = write(opened, path, form=form, per=per, long=long, force=force)
@@ -50,3 +63,19 @@ def export(
         console.show_json({"export": str(made), "replay": str(opened.path), "tables": tables})
     else:
         console.show_text("\n".join(tables))
+
+
+def _paper_table(replay: Replay, form: ExportFormat, output: str | None, *, force: bool, quiet: bool) -> None:
+    """Print the summary as a table of Markdown or LaTeX, or write it into a file."""
+    from kvscope.cli import console
+    from kvscope.core.output import replace_file, require_free
+    from kvscope.results.paper_table import as_latex, as_markdown, paper_table
+
+    table = paper_table(replay.summary)
+    text = as_latex(table) if form is ExportFormat.latex else as_markdown(table)
+    if output is None:
+        console.show_raw(text)
+        return
+    require_free(Path(output), force=force)
+    replace_file(Path(output), text.encode(), force=force)
+    console.note(f"table: {output}", quiet=quiet)

@@ -130,6 +130,25 @@ def _is_remote(given: str) -> bool:
     return is_remote(given)
 
 
+def local_file(given: str, noun: str, *, quiet: bool = False) -> str | Path:
+    """Return the path of a file; one at an address is fetched first, and the path of its copy is printed.
+
+    Raises
+    ------
+    ShareError
+        If it cannot be fetched.
+    """
+    if not _is_remote(given):
+        return given
+    from kvscope.sharing.fetch import fetch_file
+    from kvscope.sharing.remote import shown
+
+    with counted(f"fetching {shown(given)}", quiet=quiet) as count:
+        path, fresh = fetch_file(given, progress_callback=count)
+    note(f"{noun}: {path} ({'fetched from' if fresh else 'the copy of'} {shown(given)})", quiet=quiet)
+    return path
+
+
 def _fetched(url: str, noun: str | None, quiet: bool) -> tuple[Path, str]:
     """Return the local copy of what is at an address, which is printed, and what it is."""
     from kvscope.sharing.fetch import fetch

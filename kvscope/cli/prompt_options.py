@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 Prompts = Annotated[
-    list[Path],
+    list[str],
     typer.Argument(
         metavar="PROMPT",
-        help="Record these text files, or JSON and JSONL files with a prompt or messages per object; gzip, zstd; - is "
-        "standard input. Special tokens that a text contains are read as such.",
+        help="Record these text files, or JSON, JSONL and Parquet files with a prompt or messages per object; gzip, "
+        "zstd; a folder of them; an address such as hf://, s3://, https://; - is standard input. Special tokens that "
+        "a text contains are read as such.",
         show_default=False,
     ),
 ]
@@ -23,6 +24,15 @@ Field = Annotated[
         metavar="NAME",
         help="Read the prompt from this field of JSON objects. Default: prompt, messages, context with input or "
         "question, input, text.",
+        show_default=False,
+    ),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        metavar="TEXT",
+        help="Make the prompt of JSON objects of their fields: '{context} Question: {input}'. Default: see --field.",
         show_default=False,
     ),
 ]

@@ -132,6 +132,8 @@ def _paired(runs: Sequence[RunSummary]) -> list[RunSummary]:
 def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
     """Return the lines under the table."""
     kind = sorted({f"{run.loop} loop, {run.prefill} prefill" for run in runs})
+    from kvscope.core.near_copies import copies_note
+
     trace = replay.trace
     lines = [f"{'; '.join(kind)}; trace {trace.name}, model {trace.model or 'unknown'}."]
     lines += trace.approximate
@@ -169,6 +171,8 @@ def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
         lines.append("Dimmed: nothing was evicted; these are the declared values of a full cache, not measurements.")
     if any(value.low is not None for run in runs for name, value in run.metrics.items() if name == "retained_mass"):
         lines.append("Second line of a cell: 95 % interval over sequences.")
+    if trace.near_copies:
+        lines.append(f"{copies_note(trace.near_copies)}.")
     return lines
 
 

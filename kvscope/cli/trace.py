@@ -49,6 +49,7 @@ def trace(
     system: prompt_options.System = None,
     chat_option: prompt_options.ChatOption = None,
     field: prompt_options.Field = None,
+    template: prompt_options.Template = None,
     trust_remote_code: options.TrustRemoteCode = False,
     query_block: options.QueryBlock = 128,
     prefill_chunk: options.PrefillChunk = None,
@@ -64,18 +65,16 @@ def trace(
     """
     from kvscope.cli import console
 
-    path, templated = _place(output, prompts, model, force), _chat_options(chat_option)
+    (files, path), given = _place(output, prompts, model, force, quiet), _given(chat_option, answer, image, template)
     with console.working("loading transformers", quiet=quiet):
         from kvscope.model.compile import compile_recording
 
     with console.bar(f"tracing {model}", None, "tokens", quiet=quiet) as update:
         plan = compile_recording(
             ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize),
-            prompts,
+            files,
             OutputOptions(path, force, options.command_line(ctx)),
-            text=TextOptions(
-                continuation, chat, max_new_tokens, seed, field, system, templated, *_given(answer, image)
-            ),
+            text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, *given),
             store=StoreOptions(store, *_selected(layers, heads), query_stride, hidden),
             sampling=Sampling(do_sample, temperature, top_p, top_k),
             blocks=BlockOptions(query_block, prefill_chunk),
@@ -117,13 +116,17 @@ def progress_callback(update: Update) -> Callable[[Progress], None]:
     return lambda now: update(now.done, size(now.bytes), now.total)
 
 
-def _place(output: str | None, prompts: Sequence[Path], model: str, force: bool) -> Path:
-    from kvscope.cli.places import TRACES, place
+def _place(
+    output: str | None, prompts: Sequence[str], model: str, force: bool, quiet: bool
+) -> tuple[Sequence[str | Path], Path]:
+    """Return the files of prompts, of which those at addresses are fetched, and the folder of the trace."""
+    from kvscope.cli.places import TRACES, local_file, place
 
-    return place(TRACES, output, _name(prompts, model), force=force)
+    files = [local_file(given, "prompts", quiet=quiet) for given in prompts]
+    return files, place(TRACES, output, _name(files, model), force=force)
 
 
-def _name(prompts: Sequence[Path], model: str) -> str:
+def _name(prompts: Sequence[str | Path], model: str) -> str:
     """Return a name of prompts and model: ``prompt-demo``, ``a+3-more-Llama-2-7b-hf``."""
     from kvscope.cli.places import joined
     from kvscope.core.text_names import text_name
@@ -132,11 +135,13 @@ def _name(prompts: Sequence[Path], model: str) -> str:
     return f"{stems}-{model.rstrip('/').rpartition('/')[2]}"
 
 
-def _given(answers: list[str] | None, images: list[str] | None) -> tuple[tuple[str, ...], ImageOptions]:
-    """Return what is given beside a single prompt: right answers and images."""
+def _given(
+    chat_options: list[str] | None, answers: list[str] | None, images: list[str] | None, template: str | None
+) -> tuple[dict[str, Json], tuple[str, ...], ImageOptions, str | None]:
+    """Return options of the chat template, what is given beside a single prompt, and the template of prompts."""
     from kvscope.sharing.remote import read_address
 
-    return tuple(answers or ()), ImageOptions(tuple(images or ()), read_address)
+    return _chat_options(chat_options), tuple(answers or ()), ImageOptions(tuple(images or ()), read_address), template
 
 
 def _chat_options(given: Sequence[str] | None) -> dict[str, Json]:

@@ -14,6 +14,7 @@ import torch
 from kvscope.closed_loop.job import ClosedLoopJob
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import UsageError
+from kvscope.core.near_copies import clusters
 from kvscope.core.options import OutputOptions, PerplexityOptions
 from kvscope.core.records import SequenceRef, SourceRef, TextRef
 from kvscope.core.text_names import text_name
@@ -150,6 +151,7 @@ def describe_texts(loaded: Loaded, texts: Mapping[Path, str], read: TextWindows)
         latent_size=facts.latent_size,
         shared_cache={str(layer): owner for layer, owner in facts.shared.items()},
         protocol="text",
+        near_copies=clusters([passage.ids.tolist() for passage in passages]),
         window=read.size,
         texts=tuple(
             TextRef(str(file), hashlib.sha256(text.encode()).hexdigest(), read.dropped[file])

@@ -43,6 +43,8 @@ class ExportFormat(StrEnum):
     csv = "csv"
     parquet = "parquet"
     arrow = "arrow"
+    markdown = "markdown"
+    latex = "latex"
 
 
 class ExportLevel(StrEnum):

@@ -78,6 +78,8 @@ class TextOptions:
         Right answers of a single prompt that has none of its own.
     images : ImageOptions
         Images of a single prompt that has none of its own, and how those at addresses are read.
+    template : str or None
+        Text of every prompt, in which ``{name}`` is a field of the objects of JSON files.
 
     Raises
     ------
@@ -94,6 +96,7 @@ class TextOptions:
     chat_options: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     answers: tuple[str, ...] = ()
     images: ImageOptions = ImageOptions()
+    template: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:

@@ -21,7 +21,8 @@ from kvscope.core.output import incomplete, require_not_set_aside
 
 SCHEMA_VERSION = 2
 HISTORY = {
-    1: "first version: open loop; added since, as nothing breaks: `decisions` and `tails` of every run, `left_out`",
+    1: "first version: open loop; added since, as nothing breaks: `decisions` and `tails` of every run, `left_out`, "
+    "`near_copies` of the trace",
     2: "layers that read the cache of another: `shared_cache`; `held_keys` is null there, so that every cache counts "
     "once. Latent caches: `latent_entries` and `latent_bytes` of every run. Right answers: `examples` of the trace, "
     "`tasks` of every run, and answers.parquet of what each policy says",
@@ -34,6 +35,9 @@ Precision = Annotated[str, Meta(pattern="^(float32|float16|bfloat16)$")]
 ALWAYS = frozenset(("residency.parquet", "fidelity.parquet", "summary.json"))  # files of every replay
 LOSSES = "tokens.parquet"  # file of a replay with closed runs
 Phase = Annotated[str, Meta(pattern=r"^(step|prefill|none|every:\d+)$")]
+NearCopies = Annotated[
+    tuple[Number, ...], about("cluster of nearly identical sequences of each; empty if no two are", omit=True)
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class TraceRef:
         Mapping[str, Plain] | None, about("of a trace that stores a part of every row: how much is outside", omit=True)
     ] = None
     approximate: Annotated[tuple[str, ...], about("what about it is approximate, in sentences", omit=True)] = ()
+    near_copies: NearCopies = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class SourceRef:
         Positive | None, about("of a latent cache: numbers of the vector that the heads of a layer share", omit=True)
     ] = None
     approximate: Annotated[tuple[str, ...], about("what about it is approximate, in sentences", omit=True)] = ()
+    near_copies: NearCopies = ()
     layer_heads: Annotated[
         tuple[HeadCounts, ...], about("heads of each of these layers, where layers differ; otherwise empty", omit=True)
     ] = ()
@@ -113,6 +119,8 @@ class SourceRef:
     def __post_init__(self) -> None:
         if any(example.sequence >= len(self.sequences) for example in self.examples):
             raise ValueError("`examples` has a sequence that the trace has not")
+        if self.near_copies and len(self.near_copies) != len(self.sequences):
+            raise ValueError(f"clusters of {len(self.near_copies)} sequences of {len(self.sequences)}")
         if self.layer_heads and len(self.layer_heads) != len(self.layers):
             raise ValueError(f"the heads of {len(self.layer_heads)} layers of {len(self.layers)}")
         readers = {int(layer) for layer in self.shared_cache}

@@ -13,6 +13,7 @@ from kvscope.engine.examples import examples_of
 from kvscope.engine.runs import RunSpec
 from kvscope.engine.signals import ROWS
 from kvscope.metrics import Metric
+from kvscope.trace.given import near_copies
 from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.reader import TokenSequence, Trace
 from kvscope.trace.shared_caches import owner_of
@@ -30,6 +31,7 @@ def source_of(trace: Trace) -> SourceRef:
         lossy=None if error is None else {"top": trace.header.top, **asdict(error), "bounds": BOUNDS},
         latent_size=trace.header.latent_size,
         approximate=tuple(trace.approximate),
+        near_copies=near_copies(trace),
         path=str(trace.path),
         layers=tuple(trace.layers),
         heads=trace.heads,

@@ -94,7 +94,7 @@ def compile_recording(
 
 def _read(prompts: Sequence[Path | str], text: TextOptions) -> list[PromptText]:
     """Return the prompts of files, with what is given beside a single one."""
-    read = with_answers(read_prompts(prompts, text.continuation, text.field), text.answers)
+    read = with_answers(read_prompts(prompts, text.continuation, text.field, text.template), text.answers)
     return with_images(read, text.images.names)
 
 

@@ -12,14 +12,16 @@ from kvscope.core.json import Json, JsonDict
 from kvscope.core.text_files import BOM, file_name, read_exactly, read_text, require_one_input, require_whole
 from kvscope.core.text_names import STANDARD_INPUT, text_ending
 from kvscope.core.text_spans import TextSpan
+from kvscope.model.benchmarks import with_benchmark
 from kvscope.model.example_facts import ExampleFacts, example_facts, text_spans
 from kvscope.model.image_parts import Message, images_beside, images_within
+from kvscope.model.prompt_entries import EXAMPLE, PARQUET, entries_of, is_objects, rows_of, visible_files
+from kvscope.model.prompt_template import PromptTemplate
 
 LINES, WHOLE = (".jsonl", ".ndjson"), ".json"
 ANSWERS = ("answers", "outputs", "answer")
 QUESTIONS = ("input", "question")
-TABLES = (".csv", ".tsv", ".xlsx", ".parquet", ".arrow", ".feather", ".yaml", ".yml", ".toml")  # data, but not prose
-EXAMPLE = 'Write objects such as {"prompt": "..."} or {"messages": [...]}, or name the field of the text with --field.'
+TABLES = (".csv", ".tsv", ".xlsx", ".arrow", ".feather", ".yaml", ".yml", ".toml")  # data, but not prose
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PromptText:
     answers : tuple of str, or None
         Right answers.
     field : str or None
-        Fields of the line that it was read from.
+        Fields of the line that it was read from, or the template that it was made with.
     example : ExampleFacts or None
         What a dataset says about it.
     spans : tuple of TextSpan
@@ -61,28 +63,36 @@ class PromptText:
 
 
 def read_prompts(
-    prompts: Sequence[Path | str], continuation: Path | None, field: str | None = None
+    prompts: Sequence[Path | str],
+    continuation: Path | None,
+    field: str | None = None,
+    template: str | None = None,
 ) -> list[PromptText]:
     """Return every prompt of files, with the continuation of all where a prompt has none of its own.
 
-    Files that end in ``.jsonl`` or ``.ndjson`` have an object per line, ``.json`` files an object or a list of them;
-    standard input and files without an ending have either, or a text; tables (`TABLES`) are refused; all others are one
-    text.
+    Files that end in ``.jsonl`` or ``.ndjson`` have an object per line, ``.json`` files an object or a list of them,
+    ``.parquet`` files one in each row; of a folder every file is read, in the order of their names. Standard input and
+    files without an ending have JSON or a text; tables (`TABLES`) are refused; all others are one text.
 
     Parameters
     ----------
     field : str, optional
         Field of the text or of the messages; otherwise the first that an object has of ``prompt``, ``messages``,
         ``context`` with ``input`` or ``question``, ``input``, ``text`` and ``question``.
+    template : str, optional
+        Text of every prompt, in which ``{name}`` is the field of that name; instead of `field`.
 
     Raises
     ------
     UsageError
-        If a file cannot be read or is empty, or an object has no prompt, or a field twice.
+        If a file cannot be read or is empty, or an object has no prompt, not a field of the template, or one twice.
     """
     require_one_input([*prompts, *([] if continuation is None else [continuation])])
-    forced = None if continuation is None else read_text(continuation)
-    found = [prompt for file in prompts for prompt in _prompts_of(file, forced, field)]
+    if field is not None and template is not None:
+        raise UsageError("--field and --template are both given", "Name the field in the template: {field}")
+    forced, filled = (None if continuation is None else read_text(continuation)), PromptTemplate.of(template)
+    files = [file for given in prompts for file in visible_files(given)]
+    found = [prompt for file in files for prompt in _prompts_of(file, forced, filled or field)]
     if not found:
         raise UsageError("no prompt is named", "Name a text file: kvscope trace --model demo FILE")
     for prompt in found:
@@ -150,80 +160,37 @@ def with_images(prompts: list[PromptText], images: Sequence[str]) -> list[Prompt
     return [replace(prompt, images=tuple(images))]
 
 
-def _prompts_of(file: Path | str, forced: str | None, field: str | None) -> Iterator[PromptText]:
+def _prompts_of(file: Path | str, forced: str | None, field: str | PromptTemplate | None) -> Iterator[PromptText]:
     name, ending = file_name(file), text_ending(file)
+    if ending == PARQUET:
+        yield from (_prompt(name, place, entry, forced, field) for place, entry in rows_of(file))
+        return
     if ending in TABLES:
         raise UsageError(
             f"{name} is a table, not a text",
             "Convert it to JSON lines, or give it the ending .txt to use all of it as one prompt.",
         )
     content = read_exactly(file)
-    if ending in LINES or ending == WHOLE or (not ending and _is_objects(content)):
-        entries = _entries(name, content, lines=ending in LINES)
+    if ending in LINES or ending == WHOLE or (not ending and is_objects(content)):
+        entries = entries_of(name, content, lines=ending in LINES)
         if not entries:
             raise UsageError(f"{name} is empty", 'Write one prompt per line: {"prompt": "..."}')
         yield from (_prompt(name, place, entry, forced, field) for place, entry in entries)
         return
     if field is not None:
-        raise UsageError(f"--field {field}: {name} is one text without fields", "Omit --field, or name a JSONL file.")
+        option = f"--field {field}" if isinstance(field, str) else "--template"
+        raise UsageError(f"{option}: {name} is one text without fields", "Omit it, or name a JSONL file.")
     yield PromptText(name, name, content.replace("\r\n", "\n").replace("\r", "\n"), continuation=forced)
 
 
-def _is_objects(content: str) -> bool:
-    """Return whether a text is JSON objects, one per line, or a list of them."""
-    if not content.lstrip().startswith(("{", "[")):
-        return False
-    try:
-        entries = _entries("", content, lines=False)
-    except UsageError:
-        return False
-    return bool(entries) and all(isinstance(entry, dict) for _, entry in entries)
-
-
-def _entries(name: str, content: str, *, lines: bool) -> list[tuple[str, Json]]:
-    """Return the values of JSON or JSON lines, each with its place: file and line, or file and number."""
-    if not lines:
-        try:
-            whole = _loads(content) if content.strip() else []
-        except RecursionError:
-            raise UsageError(f"{name} is nested too deeply", EXAMPLE) from None
-        except ValueError as error:
-            if "Extra data" not in str(error):
-                raise UsageError(f"{name} is not JSON: {error}", EXAMPLE) from None
-            return _entries(name, content, lines=True)  # an object per line, although the name ends in .json
-        if not isinstance(whole, list):
-            return [(name, whole)]
-        return [(f"{name}, object {number}", entry) for number, entry in enumerate(whole, 1)]
-    # Other line ends, as U+2028, may be in a JSON text, so only new lines separate objects.
-    numbered = ((number, line.strip().strip(BOM)) for number, line in enumerate(content.split("\n"), 1))
-    return [(f"{name}, line {number}", _parsed(f"{name}, line {number}", line)) for number, line in numbered if line]
-
-
-def _parsed(place: str, line: str) -> Json:
-    try:
-        return _loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{place}: no prompt: this is not JSON ({error})", EXAMPLE) from None
-
-
-def _loads(text: str) -> Json:
-    """Return the value of a JSON text; raises ValueError also where an object has a field twice."""
-
-    def once(pairs: list[tuple[str, Json]]) -> JsonDict:
-        entry = dict(pairs)
-        if len(entry) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"it has the field {next(n for n in names if names.count(n) > 1)} twice")
-        return entry
-
-    value: Json = json.loads(text, object_pairs_hook=once)
-    return value
-
-
-def _prompt(name: str, place: str, entry: Json, forced: str | None, field: str | None) -> PromptText:
+def _prompt(name: str, place: str, entry: Json, forced: str | None, field: str | PromptTemplate | None) -> PromptText:
     if not isinstance(entry, dict):
         raise UsageError(f"{place}: no prompt: this is not an object", EXAMPLE)
+    named = ""  # what the prompt was made of
+    if isinstance(field, PromptTemplate):
+        named, entry, field = field.text, {**entry, "prompt": field.filled(place, entry)}, "prompt"
     fields = _fields(entry) if field is None else ((field,) if field in entry else ())
+    named = named or "+".join(fields)
     if not fields:
         what = "no prompt" if field is None else f"no field {field}"
         raise UsageError(f"{place}: {what} among its fields ({', '.join(entry) or 'none'})", EXAMPLE)
@@ -231,18 +198,18 @@ def _prompt(name: str, place: str, entry: Json, forced: str | None, field: str |
     if not isinstance(following, str | None):
         raise UsageError(f"{place}: the continuation is not a text", 'Write "continuation": "..."')
     following = forced if following is None else following.lstrip(BOM)
-    answers, named, folder = _answers(entry), "+".join(fields), _folder(name)
+    answers, folder = _answers(entry), _folder(name)
     images = images_beside(place, entry, folder)
     if isinstance(entry[fields[0]], list):
         messages, images = images_within(place, _messages(place, entry[fields[0]]), images, folder)
-        facts = example_facts(place, entry)
+        facts = example_facts(place, with_benchmark(name, entry))
         return PromptText(name, place, "", messages, following, answers, named, facts, images=images)
     parts = [entry[each] for each in fields]
     texts = [part.lstrip(BOM) for part in parts if isinstance(part, str)]
     if len(texts) < len(parts):
         raise UsageError(f"{place}: no prompt: {named} is not a text", EXAMPLE)
     text = "\n\n".join(filter(None, texts))
-    facts, spans = example_facts(place, entry), text_spans(place, entry, text)
+    facts, spans = example_facts(place, with_benchmark(name, entry)), text_spans(place, entry, text)
     return PromptText(name, place, text, None, following, answers, named, facts, spans, images)
 
 

@@ -40,9 +40,12 @@ class Answers:
     ----------
     examples : sequence of ExampleRef
         The sequences whose right answers are known.
+    near_copies : sequence of int
+        Cluster of every sequence; empty if each is its own.
     """
 
-    def __init__(self, examples: Sequence[ExampleRef]) -> None:
+    def __init__(self, examples: Sequence[ExampleRef], near_copies: Sequence[int] = ()) -> None:
+        self._near_copies = near_copies
         self._examples = {example.sequence: example for example in examples}
         # run -> metric -> sequence -> value
         self._values: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
@@ -89,7 +92,9 @@ class Answers:
         found, chosen = {}, list(sequences)
         for name in OF_ANSWERS if run in self._values else ():
             of = self._values[run].get(name, {})
-            values = np.array([of[sequence] for sequence in chosen if sequence in of])
-            if len(values):
-                found[name] = MetricSummary(float(values.mean()), *interval(values), len(values))
+            there = [sequence for sequence in chosen if sequence in of]
+            values = np.array([of[sequence] for sequence in there])
+            clusters = [self._near_copies[sequence] for sequence in there] if self._near_copies else ()
+            if there:
+                found[name] = MetricSummary(float(values.mean()), *interval(values, clusters=clusters), len(values))
         return found

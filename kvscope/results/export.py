@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from kvscope.core.errors import ResultError
+from kvscope.core.errors import ResultError, UsageError
 from kvscope.core.json_records import plain
 from kvscope.core.options import ExportFormat, ExportLevel, choice
 from kvscope.core.output import OutputFolder
@@ -31,7 +31,8 @@ LEVEL_OF = {ExportLevel(level): level for level in LEVELS}
 KIND = "kvscope-export"
 HEADER = "export.json"
 TABLES = ("runs", "fidelity", "residency", "tokens", EXAMPLES, TASKS)
-MEMBERS = rf"export\.json|({'|'.join(TABLES)})\.({'|'.join(ExportFormat)})"  # all that it may hold
+FILES = (ExportFormat.csv, ExportFormat.parquet, ExportFormat.arrow)
+MEMBERS = rf"export\.json|({'|'.join(TABLES)})\.({'|'.join(FILES)})"  # all that it may hold
 ROWS = 2**17  # written at a time: small row groups make every reader slow
 
 # Columns of the run that every table has.
@@ -92,7 +93,7 @@ def export(
     ResultError
         If the output holds something else, or cannot be written; if the replay cannot be read.
     """
-    kind, level = choice(ExportFormat, form, "format"), choice(ExportLevel, per, "per")
+    kind, level = _of_files(form), choice(ExportLevel, per, "per")
     folder = OutputFolder(Path(output), "export", HEADER, MEMBERS, ResultError, force)
     about = {
         "replay": str(replay.path),
@@ -113,6 +114,14 @@ def export(
     except OSError as error:
         raise folder.unwritable(error) from error
     return folder.path
+
+
+def _of_files(form: str) -> ExportFormat:
+    """Return a format of files of tables; raises UsageError for one of a single table."""
+    kind = choice(ExportFormat, form, "format")
+    if kind not in FILES:
+        raise UsageError(f"{kind} is one table, not files of tables", "Use kvscope.results.paper_table.")
+    return kind
 
 
 def _write_tables(

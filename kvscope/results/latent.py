@@ -76,11 +76,12 @@ class LatentCounter:
 
     def of(self, run: int) -> dict[str, MetricSummary]:
         """Return these metrics of a run with their 95 % bootstrap interval over sequences; empty if it has none."""
-        each = list(self.by_sequence(run).values())
+        each, copies = self.by_sequence(run), self._trace.near_copies
+        clusters = [copies[sequence] for sequence in each] if copies else ()
         found = {}
         for name in LATENT if each else ():
-            values = np.array([of_sequence[name] for of_sequence in each])
-            found[name] = MetricSummary(float(values.mean()), *interval(values), len(values))
+            values = np.array([of_sequence[name] for of_sequence in each.values()])
+            found[name] = MetricSummary(float(values.mean()), *interval(values, clusters=clusters), len(values))
         return found
 
     def _first(self, run: int, sequence: int) -> int:

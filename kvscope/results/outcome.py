@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvscope.core.records import Direction, MetricRecord
 from kvscope.core.summary_records import MetricSummary
-from kvscope.results.statistics import BOOTSTRAP, FEWEST
+from kvscope.results.statistics import resampled
 
 Array = NDArray[Any]
 LOSSES = ("nll_full", "nll_policy", "kl", "top1_equal")  # columns of tokens.parquet
@@ -36,7 +36,8 @@ OUTCOMES: dict[str, MetricRecord] = {
 class Outcomes:
     """Collects losses as they are written, and forms the outcome of every run."""
 
-    def __init__(self) -> None:
+    def __init__(self, near_copies: Sequence[int] = ()) -> None:
+        self._near_copies = near_copies  # cluster of every sequence; empty if each is its own
         # run -> sequence -> sums of the losses and number of tokens, [5]
         self._sums: dict[int, dict[int, NDArray[np.float64]]] = defaultdict(dict)
 
@@ -54,9 +55,10 @@ class Outcomes:
         count = int(sums[:, -1].sum())
         low: Mapping[str, float | None] = dict.fromkeys(values)
         high = low
-        if len(sums) >= FEWEST:
-            draws = np.random.default_rng(0).integers(0, len(sums), (BOOTSTRAP, len(sums)))
-            drawn = _outcomes(sums[draws].sum(1).T)  # each [BOOTSTRAP]
+        clusters = [self._near_copies[number] for number in self._sums[run]] if self._near_copies else ()
+        resamples = resampled(sums, clusters=clusters)
+        if resamples is not None:
+            drawn = _outcomes(resamples[0].T)  # each [BOOTSTRAP]
             low, high = ({name: float(np.quantile(v, q)) for name, v in drawn.items()} for q in (0.025, 0.975))
         return {name: MetricSummary(float(value), low[name], high[name], count) for name, value in values.items()}
 

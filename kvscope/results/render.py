@@ -23,14 +23,14 @@ def markdown(found: Diff) -> str:
     """
     rows = found.shown()
     lines = [f"### kvscope: {'regression' if found.regressed else 'no regression'}", ""]
-    lines += [f"{_escape(found.base)} → {_escape(found.new)}. {found.verdict()}", ""]
+    lines += [f"{escape_markdown(found.base)} → {escape_markdown(found.new)}. {found.verdict()}", ""]
     if rows:
         head = ("run", "metric", "base", "new", "change", "tolerance", "verdict")
         lines += _table(head, [_cells(row) for row in rows[:MOST]], numeric=(2, 3, 4, 5))
     if len(rows) > MOST:
         lines += [f"{len(rows) - MOST} more rows are not shown.", ""]
     for run in found.changed_decisions:
-        lines += [f"**{_escape(run.run)}**: {_escape(change_count(run))}", ""]
+        lines += [f"**{escape_markdown(run.run)}**: {escape_markdown(change_count(run))}", ""]
         if run.first:
             lines += _table(CHANGE_COLUMNS, [change_cells(change) for change in run.first], numeric=range(4))
     return "\n".join(lines).rstrip() + "\n"
@@ -92,7 +92,7 @@ def _said(row: DiffRow) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int]) -> list[str]:
     rule = ["---:" if index in numeric else "---" for index in range(len(head))]
-    cells = [[_escape(cell) for cell in row] for row in (head, *rows)]
+    cells = [[escape_markdown(cell) for cell in row] for row in (head, *rows)]
     return [f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:])] + [""]
 
 
@@ -108,7 +108,7 @@ def _case(
         failure.text = _printable("\n".join([failed, *lines]))
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Return text escaped for Markdown, on one line."""
     return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", " ".join(_printable(text).split()))
 

@@ -28,10 +28,12 @@ class Means:
     ----------
     metrics : list of str
         Names.
+    near_copies : sequence of int
+        Cluster of every sequence; empty if each is its own.
     """
 
-    def __init__(self, metrics: list[str]) -> None:
-        self.metrics = metrics
+    def __init__(self, metrics: list[str], near_copies: Sequence[int] = ()) -> None:
+        self.metrics, self._near_copies = metrics, near_copies
         # (run, metric) -> (sequence, layer) -> sums and counts of the heads, each [H]
         self._heads: dict[tuple[int, str], dict[tuple[int, int], tuple[Array, Array]]] = defaultdict(dict)
 
@@ -89,8 +91,10 @@ class Means:
 
     def _metric(self, run: int, name: str) -> MetricSummary:
         count = sum(int(counts.sum()) for _, counts in self._heads[run, name].values())
-        means = np.array(list(self.of(run, name, "sequence").values()))
-        low, high = interval(means)
+        of_sequence = self.of(run, name, "sequence")
+        means = np.array(list(of_sequence.values()))
+        clusters = [self._near_copies[sequence] for (sequence,) in of_sequence] if self._near_copies else ()
+        low, high = interval(means, clusters=clusters)
         return MetricSummary(None if means.size == 0 else float(means.mean()), low, high, count)
 
 

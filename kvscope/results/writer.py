@@ -60,11 +60,11 @@ class ReplayWriter:
         self._folder = OutputFolder(self.path, "replay", RUN_FILE, MEMBERS, ResultError, force)
         self.work = self._folder.work
         self.metrics = list(record.metrics)
-        self._means = Means(self.metrics)
+        self._means = Means(self.metrics, record.trace.near_copies)
         self._tails = TailCounter()
         self._digests = Digests()
-        self._outcomes = Outcomes()
-        self._answers = Answers(record.trace.examples)
+        self._outcomes = Outcomes(record.trace.near_copies)
+        self._answers = Answers(record.trace.examples, record.trace.near_copies)
         self._gap = LoopGapCounter(record)
         self._latent = LatentCounter(record.trace, record.runs)
         self._files: dict[str, TableFile] = {}

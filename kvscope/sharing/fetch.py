@@ -11,12 +11,13 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from kvscope.core.errors import KvscopeError, ShareError
 from kvscope.core.written import first_complete, written_file
 from kvscope.sharing.archive import ENDING, SUFFIX, list_bytes
 from kvscope.sharing.cache import VARIABLE, cache_explained, place_of, version_of
-from kvscope.sharing.copying import Progress, Readable, copy_file, no_progress, read_up_to, require_room
+from kvscope.sharing.copying import PIECE, Hashed, Progress, Readable, copy_file, no_progress, read_up_to, require_room
 from kvscope.sharing.kinds import HEADER_BYTES, REPLAY, TRACE, Kind
 from kvscope.sharing.remote import NotThere, last_part, member, opened, require_address, shown
 from kvscope.sharing.unpack import PackedFile
@@ -76,6 +77,39 @@ def fetch(url: str, kind: Kind | None = None, *, progress_callback: Progress = n
         if kept is None or isinstance(error, NotThere):
             raise
         raise ShareError(error.what, f"{error.todo} A copy from before is in {kept}") from error
+
+
+def fetch_file(url: str, *, progress_callback: Progress = no_progress) -> tuple[Path, bool]:
+    """Return the path of a copy of any file at an address, and whether its content is new.
+
+    The file is read each time; a copy of the same content is kept once, in a folder with the name of its own, which
+    names the task of some data sets.
+
+    Raises
+    ------
+    ShareError
+        If there is no such file, or it cannot be read or kept.
+    """
+    require_address(url)
+    folder = place_of(url)
+    with cache_explained():
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
+            work = Path(file.name)
+            try:
+                with opened(url) as stream:
+                    hashed = Hashed(stream)
+                    while piece := hashed.read(PIECE):
+                        file.write(piece)
+                        progress_callback(len(piece))
+            except BaseException:
+                work.unlink()
+                raise
+        path = folder / hashed.sha256[:24] / name_of(url.rstrip("/").rpartition("/")[0]) / name_of(url)
+        fresh = not path.is_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work.replace(path)
+    return path, fresh
 
 
 def name_of(url: str) -> str:

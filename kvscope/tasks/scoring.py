@@ -6,6 +6,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 
 from kvscope.core.errors import UsageError
 from kvscope.core.registry import nearest
@@ -57,12 +58,48 @@ def rouge_l(said: str, answers: Sequence[str]) -> float:
     return max(float(scorer.score(answer, said)["rougeL"].fmeasure) for answer in answers)
 
 
+def f1_line(said: str, answers: Sequence[str]) -> float:
+    """Return `f1` of the first line: LongBench's score of triviaqa."""
+    return f1(_first_line(said), answers)
+
+
+def rouge_l_line(said: str, answers: Sequence[str]) -> float:
+    """Return `rouge_l` of the first line, as LongBench scores samsum; errors as `rouge_l`."""
+    return rouge_l(_first_line(said), answers)
+
+
+def numbers(said: str, answers: Sequence[str]) -> float:
+    """Return the share of the numbers in the text that are the number of an answer, the best of the answers.
+
+    It is LongBench's score of passage_count and of passage_retrieval, whose answers are as ``5`` and ``Paragraph 5``. 0
+    for a text without numbers.
+    """
+    found = re.findall(r"\d+", said)
+    wanted = [number for answer in answers for number in re.findall(r"\d+", answer)[:1]]
+    return max((found.count(number) / len(found) for number in wanted), default=0.0) if found else 0.0
+
+
+def code(said: str, answers: Sequence[str]) -> float:
+    """Return how similar the first line of code and an answer are, as LongBench scores lcc and repobench-p.
+
+    Lines with a backquote, ``#`` or ``//`` are skipped. It is the ratio of `difflib`, rounded to hundredths, which
+    fuzzywuzzy computes where no other package is installed.
+    """
+    lines = said.lstrip("\n").split("\n")
+    line = next((each for each in lines if not any(mark in each for mark in ("`", "#", "//"))), "")
+    return max(round(100 * SequenceMatcher(None, line, answer).ratio()) / 100 for answer in answers)
+
+
 SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": exact,
     "all": all_answers,
     "any": any_answer,
     "f1": f1,
     "rouge-l": rouge_l,
+    "f1-line": f1_line,
+    "rouge-l-line": rouge_l_line,
+    "numbers": numbers,
+    "code": code,
 }
 
 
@@ -79,6 +116,10 @@ def score(metric: str, said: str, answers: Sequence[str]) -> float:
     if not answers:
         raise UsageError("an example has no answers to score with", "Give it answers, or omit the scoring.")
     return SCORES[metric](said, answers)
+
+
+def _first_line(said: str) -> str:
+    return said.lstrip("\n").partition("\n")[0]
 
 
 def _normalised(text: str) -> list[str]:

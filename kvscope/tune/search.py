@@ -22,6 +22,7 @@ from kvscope.policies.tuned import Tuned
 from kvscope.replay.layer_group import step_through
 from kvscope.replay.open_loop import OpenLoop
 from kvscope.results.statistics import paired
+from kvscope.trace.given import near_copies
 from kvscope.trace.reader import TokenSequence, Trace
 from kvscope.tune.result import Tuning
 
@@ -101,9 +102,15 @@ class TuneJob:
                 "best": (sign * means[best]).tolist(),
                 "hindsight": (sign * means[hindsight]).tolist(),
             },
-            gain=paired(means[best], means[-1]),
+            gain=paired(means[best], means[-1], self._near_copies()),
             about=self._about(),
         )
+
+    def _near_copies(self) -> list[int]:
+        """Return the cluster of near-copies of each held-out sequence; empty if no two sequences are."""
+        every = [(number, sequence.index) for number, trace in enumerate(self.traces) for sequence in trace.sequences]
+        clusters = dict(zip(every, near_copies(*self.traces), strict=False))  # of none, there are no clusters
+        return [clusters[place] for place in self.held_out] if clusters else []
 
     def _about(self) -> dict[str, object]:
         return {

@@ -138,3 +138,14 @@ def test_an_empty_folder(run: Run, command: str) -> None:
     assert done.status == 1
     assert "no complete replay" in done.two_lines()[0]
     assert not list(Path().iterdir())
+
+
+def test_a_table_for_a_paper(everything: Run) -> None:
+    done = everything("export", "everything", "--format", "markdown")
+    assert done.status == 0, done.err
+    assert done.out.startswith("| policy | budget | loop | ") and done.out.count("\n| h2o | ") == 2
+    assert "**" in done.out
+    assert everything("export", "everything", "--format", "latex", "-o", "table.tex").status == 0
+    assert "\\toprule" in Path("table.tex").read_text()
+    refused = everything("export", "everything", "--format", "latex", "-o", "table.tex")
+    assert refused.status == 1 and "--force" in refused.two_lines()[1]

@@ -17,7 +17,8 @@ def many(run: Run) -> Path:
     """A trace of eight short sequences, ``traces/many``."""
     path = Path("traces/many")
     path.parent.mkdir()
-    make.record(path, lengths=[24] * 8, prompt=14, heads=4, kv_heads=2)
+    unlike = [list(range(100 * sequence, 100 * sequence + 24)) for sequence in range(8)]
+    make.record(path, lengths=[24] * 8, prompt=14, heads=4, kv_heads=2, ids=unlike)
     return path
 
 

@@ -58,7 +58,7 @@ def test_lists_of_objects_and_chats(tmp_path: Path) -> None:
     assert chat.messages == ({"role": "user", "content": "Hello"},)
 
 
-@pytest.mark.parametrize("ending", [".csv", ".TSV", ".yaml", ".parquet", ".csv.gz"])
+@pytest.mark.parametrize("ending", [".csv", ".TSV", ".yaml", ".csv.gz"])
 def test_tables_are_no_prose(tmp_path: Path, ending: str) -> None:
     with pytest.raises(UsageError, match="is a table, not a text"):
         read(tmp_path / f"p{ending}", "prompt,answer\nHow many?,4\n")

@@ -35,6 +35,16 @@ def test_means_and_intervals_are_over_examples() -> None:
     assert answers.of(5) == {} and answers.by_task(5) == ()
 
 
+def test_near_copies_are_drawn_as_one() -> None:
+    copies, scores = [0, 0, 0, 1, 2, 3, 4, 4, 5], np.random.default_rng(0).random(9)
+    answers = Answers(EXAMPLES, copies)
+    for number, score in enumerate(scores):
+        answers.add_score(4, number, float(score))
+    found = answers.of(4)["answer_score"]
+    assert (found.low, found.high) == interval(scores, clusters=copies) != interval(scores)
+    assert found.mean == pytest.approx(scores.mean())
+
+
 def test_losses_of_the_tokens_of_an_answer() -> None:
     answers, position = Answers(EXAMPLES), np.arange(2, 7)
     losses = {"nll_policy": np.array([9.0, 1.0, 2.0, 9.0, 9.0]), "top1_correct": np.array([0, 1, 1, 0, 0], bool)}

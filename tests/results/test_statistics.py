@@ -81,3 +81,45 @@ def test_unlike_sequences_are_a_defect() -> None:
         paired([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="not finite"):
         paired([1.0], [float("nan")])
+
+
+def test_near_copies_count_as_one() -> None:
+    """Eight copies of one prompt are one observation, whatever a test of eight sequences would say."""
+    a, b = [0.0] * 8, [1.0 + 0.01 * number for number in range(8)]
+    apart, copies = paired(a, b), paired(a, b, [0] * 8)
+    assert apart.significant and apart.p == pytest.approx(2 / 2**8)
+    assert not copies.significant and copies.p == 1
+    assert (copies.clusters, copies.sequences, copies.above, copies.equal) == (1, 8, 1, 0)
+    assert copies.low is None
+    assert copies.difference == apart.difference
+    assert copies.warning.startswith("1 cluster: p cannot go below 1")
+
+
+def test_a_cluster_counts_by_the_mean_of_its_sequences() -> None:
+    found = paired([0.0] * 5, [3.0, -1.0, -1.0, 2.0, -2.0], [4, 4, 4, 7, 7])
+    assert (found.clusters, found.above, found.below, found.equal) == (2, 1, 0, 1)
+    with pytest.raises(ValueError, match="2 clusters for 3 sequences"):
+        paired([0.0] * 3, [1.0] * 3, [0, 1])
+
+
+@given(st.lists(st.integers(-9, 9), min_size=5, max_size=9))
+def test_clusters_of_one_change_nothing(values: list[int]) -> None:
+    array = np.array(values, float)
+    assert interval(array, clusters=list(range(len(values)))) == interval(array)
+
+
+def test_the_cluster_bootstrap_draws_whole_clusters() -> None:
+    """Compared with plain loops over the same draws; copies widen the interval to that of the distinct sequences."""
+    values, clusters = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 16.5, 17.0]), [0, 1, 2, 3, 4, 4, 4]
+    means = []
+    for draw in np.random.default_rng(0).integers(0, 5, (2000, 5)):
+        drawn = [value for number in draw for value, own in zip(values, clusters, strict=True) if own == number]
+        means.append(sum(drawn) / len(drawn))
+    assert interval(values, clusters=clusters) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    random = np.random.default_rng(1)
+    distinct = random.normal(size=20)
+    copied = np.repeat(distinct, 6)
+    low, high = interval(copied, clusters=np.repeat(np.arange(20), 6).tolist())
+    assert (low, high) == pytest.approx(interval(distinct))
+    narrow = interval(copied)
+    assert narrow[1] - narrow[0] < 0.6 * (high - low)

@@ -49,9 +49,14 @@ def record(
     block: int = 5,
     stored: list[str] | None = None,
     texts: list[str] | None = None,
+    ids: list[list[int]] | None = None,
+    sequences: list[SequenceRecord] | None = None,
     force: bool = False,
 ) -> list[dict[int, np.ndarray]]:
-    """Record a trace of random rows; returns the rows of each sequence by layer."""
+    """Record a trace of random rows; returns the rows of each sequence by layer.
+
+    `ids` are the tokens of each sequence; `sequences` replaces what the trace says of them.
+    """
     made = []
     with TraceWriter(path, header(heads, kv_heads, stored), force=force) as writer:
         for sequence, length in enumerate(lengths):
@@ -63,14 +68,14 @@ def record(
                 _signals(writer, layer, sequence, kv_heads, length)
             writer.tokens(
                 sequence,
-                token_id=np.arange(length),
+                token_id=np.arange(length) if ids is None else np.array(ids[sequence]),
                 text=texts or [f"t{index}" for index in range(length)],
                 is_prompt=np.arange(length) < (prompt or max(1, length // 2)),
                 logprob=np.full(length, -1.0),
                 entropy=np.full(length, 2.0),
             )
             made.append(of_layer)
-        writer.finish([SequenceRecord(prompt or max(1, length // 2), length) for length in lengths])
+        writer.finish(sequences or [SequenceRecord(prompt or max(1, length // 2), length) for length in lengths])
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvscope.core.json import JsonDict
+from kvscope.core.near_copies import copies_note
 from kvscope.report.encoding import rounded
 from kvscope.report.panel import panel
 from kvscope.report.runs import KINDS, MetricFacts, RunView, ends
@@ -51,6 +52,8 @@ def overview(source: ReportInput) -> JsonDict:
         notes.append(f"The table shows {len(shown)} of {len(runs)} rows; summary.json has the others.")
     if not any(value.low is not None for run in shown for value in run.metrics.values()):
         notes.append("No intervals are shown: they need five or more sequences.")
+    copied = {replay.name: copies_note(replay.info.trace.near_copies) for replay in source.replays}
+    notes += [f"{name}: {note}." for name, note in copied.items() if note]
     if len({run.protocol[1] for run in runs}) > 1:
         notes.append("The upper table shows the closed loop where it was replayed, the lower table both loops.")
     return {
