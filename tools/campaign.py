@@ -104,7 +104,7 @@ def read_replay(path: Path) -> str:
     """Return a digest of everything that a report reads from a replay."""
     replay = open_replay(path)
     whole = hashlib.sha256(json.dumps(plain(replay.summary), sort_keys=True).encode())
-    for frame in (replay.residency(), replay.fidelity(), replay.tokens()):
+    for frame in (replay.residency(), replay.fidelity(), replay.tokens(), replay.answers()):
         whole.update(frame.to_csv(float_format="%.6g").encode())
     found = means(replay)
     for run in replay.info.runs:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvscope.core.answer_records import AnswerSpan, ExampleRef
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.results.store import Replay, open_replay
 from kvscope.results.writer import ReplayWriter
@@ -107,6 +108,11 @@ def write_replay(path: Path, source: Replay, other: bool) -> None:
     open_runs = [run for run in info.runs if run.loop == "open" and run.budget is not None][:2]
     closed = [run for run in info.runs if run.open_run in [run.run for run in open_runs]]
     kept = [*open_runs, *closed]
+    last = info.trace.sequences[0].length
+    example = ExampleRef(
+        0, ("7",), "any", (AnswerSpan(last - 2, last),), id="one", task="needle", length=last, depth=0.5
+    )
+    info = replace(info, trace=replace(info.trace, examples=(example,)))
     if other:
         info = replace(info, trace=replace(info.trace, identity="0" * 64))
     record = replace(info, runs=tuple(kept), complete=False, sizes={}, checksums={}, created="")
@@ -136,3 +142,4 @@ def copy_run(writer: ReplayWriter, source: Replay, run: int, taken: int) -> None
         names = [name for name in losses.columns if name not in ("run", "sequence", "position")]
         values = {name: losses[name].to_numpy() for name in names}
         writer.tokens(run, 0, losses["position"].to_numpy(np.int32), values)
+        writer.answer(run, 0, f"it is {taken}", 3, 0.5)
