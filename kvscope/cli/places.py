@@ -14,6 +14,7 @@ from kvscope.core.registry import nearest
 TRACES = Path("traces")
 REPORTS = Path("reports")
 PACKED = ".tar"  # ending of a packed file
+HEADER = {TRACES: "trace.json", REPORTS: "run.json"}  # file that a complete one has
 MAKE = {TRACES: RECORD_ONE, REPORTS: f"Make one: {REPLAY_COMMAND}"}
 
 
@@ -167,8 +168,11 @@ def _taken(path: Path) -> bool:
 
 
 def _find(given: str, folder: Path, kind: str, error: type[KvscopeError]) -> Path:
-    """Return the path `given` if it exists, otherwise the path of that name in the folder, finished or not."""
-    for path in (Path(given), folder / given):
+    """Return the path `given` if it exists, otherwise the path of that name in the folder, finished or not.
+
+    A complete one goes first: beside ``traces/llama`` there may be a folder ``llama`` with the model.
+    """
+    for path in sorted((Path(given), folder / given), key=lambda path: not (path / HEADER[folder]).is_file()):
         if path.suffix == PACKED and path.is_file():
             raise error(f"{path} is a packed file", f"Unpack it first: kvscope unpack {path}")
         if path.exists() or incomplete(path).exists():

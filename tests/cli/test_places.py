@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvscope.cli.places import TRACES, joined, place, readable
+from kvscope.cli.places import TRACES, find_trace, joined, place, readable
 from kvscope.core.errors import KvscopeError, UsageError
 
 
@@ -45,6 +45,17 @@ def test_what_exists_is_refused_unless_forced() -> None:
     with pytest.raises(KvscopeError, match=r"traces/mine exists already"):
         place(TRACES, "mine", "a", force=False)
     assert place(TRACES, "mine", "a", force=True) == Path("traces/mine")
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_trace() -> None:
+    """Prevents that a trace called like its model's folder cannot be named."""
+    Path("llama").mkdir()
+    assert find_trace("llama") == Path("llama"), "there is no trace of that name"
+    Path("traces/llama").mkdir(parents=True)
+    Path("traces/llama/trace.json").touch()
+    assert find_trace("llama") == Path("traces/llama")
+    Path("llama/trace.json").touch()
+    assert find_trace("llama") == Path("llama"), "a path goes first"
 
 
 def test_no_name_is_refused() -> None:
