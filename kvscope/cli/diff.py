@@ -52,7 +52,7 @@ def diff(
     from kvscope.core.errors import ResultError, UsageError
     from kvscope.results.baseline import accept, load_summary
     from kvscope.results.diff import diff as compare
-    from kvscope.results.diff import parse_tolerance
+    from kvscope.results.tolerance import parse_tolerance
     from kvscope.sharing.remote import is_remote, shown
 
     allowed = parse_tolerance(tolerance or [])

@@ -75,29 +75,6 @@ ClosedLoop = Annotated[
     bool,
     typer.Option("--perplexity", help="Add the closed loop: run the model again with the policies in its attention."),
 ]
-Generate = Annotated[
-    bool,
-    typer.Option(
-        "--generate", help="Let the model answer under each policy too, and score what it says; adds the closed loop."
-    ),
-]
-AnswerTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--max-new-tokens",
-        metavar="N",
-        help="With --generate: at most N tokens for each answer. Default: as many as in the trace.",
-        min=1,
-    ),
-]
-AnswerScore = Annotated[
-    str | None,
-    typer.Option(
-        "--score",
-        metavar="NAME",
-        help="With --generate: exact, all, any, f1 or rouge-l. Default: as the dataset says.",
-    ),
-]
 TracedModel = Annotated[
     str | None,
     typer.Option("--model", metavar="NAME", help="Load the model from here. Default: as recorded in the trace."),

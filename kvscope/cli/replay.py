@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from kvscope.cli.answer_options import AnswerScore, AnswerTokens, Generate
 from kvscope.cli.command import command
 from kvscope.cli.options import (
     Accumulate,
     Allocate,
-    AnswerScore,
-    AnswerTokens,
     Budget,
     ClosedLoop,
     Compress,
@@ -19,7 +18,6 @@ from kvscope.cli.options import (
     DeviceMap,
     Dtype,
     Force,
-    Generate,
     Json,
     NoVerify,
     Policy,

@@ -53,12 +53,8 @@ def replay(
         Names as on the command line (``a2sf:alpha=0.7``), or policy objects.
     budgets : str, or sequence of str, int or Budget
         ``"20%,256"``; every policy runs under every budget.
-    output, command, force
-        As in `OutputOptions`.
-    prefill, metrics, closed, generate, device
-        As in `ReplayOptions`.
-    params, compress, allocate, accumulate, scope
-        As in `PlanOptions`.
+    output, command, force, prefill, metrics, closed, generate, device, params, compress, allocate, accumulate, scope
+        As in `OutputOptions`, `ReplayOptions` and `PlanOptions`.
     progress : callable, optional
         Called with the completed share, from 0 to 1.
     announce : callable, optional

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -14,6 +14,7 @@ from kvscope.core.records import Direction, MetricRecord
 from kvscope.core.registry import nearest
 from kvscope.core.summary_records import RunSummary, SummaryRecord
 from kvscope.results.decisions import Decisions, compare_decisions
+from kvscope.results.tolerance import Tolerance
 
 Verdict = Literal["worse", "missing", "changed", "new", "better", "same"]  # the most important first
 REGRESSIONS = ("worse", "missing")
@@ -31,29 +32,6 @@ ALIGNED = (
 FEW = 50  # number of rows up to which unchanged values are shown too
 NOTHING_COMMON = "The two have no run in common; to compare two policies, use: kvscope compare"
 FIRST = 10  # differences that are listed for each run
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """The largest change of a metric that is tolerated.
-
-    Attributes
-    ----------
-    amount : float
-        From 0 up.
-    relative : bool
-        Whether `amount` is a percentage of the absolute value of the base.
-    """
-
-    amount: float
-    relative: bool = False
-
-    def of(self, base: float | None) -> float:
-        """Return the largest change from `base` that is tolerated."""
-        return self.amount / 100 * abs(base or 0.0) if self.relative else self.amount
-
-    def __str__(self) -> str:
-        return f"{self.amount:g}%" if self.relative else f"{self.amount:g}"
 
 
 DEFAULT_TOLERANCE = Tolerance(0.001)
@@ -184,28 +162,6 @@ def diff(
         if decisions and old is not None and later is not None:
             decided.append(compare_decisions(_label(old), (sources[0], old), (sources[1], later), first))
     return Diff(*sources, rows, decided if decisions else None)
-
-
-def parse_tolerance(texts: Sequence[str]) -> dict[str, Tolerance]:
-    """Return tolerances from ``0.01``, ``1%`` (for all metrics) and ``retained_mass=0.001``; ``""`` is for all.
-
-    Raises
-    ------
-    UsageError
-        If one is not a number from 0 up.
-    """
-    parsed: dict[str, Tolerance] = {}
-    for part in (piece.strip() for text in texts for piece in text.split(",")):
-        name, _, amount = part.rpartition("=")
-        relative = amount.endswith("%")
-        try:
-            value = float(amount.removesuffix("%"))
-        except ValueError:
-            value = -1.0
-        if not 0 <= value < math.inf:
-            raise UsageError(f"tolerance {part!r} is not a number from 0 up", "Write 0.01, 1%, or retained_mass=0.001.")
-        parsed[name.strip()] = Tolerance(value, relative)
-    return parsed
 
 
 def require_same_origin(base: SummaryRecord, new: SummaryRecord) -> None:

@@ -19,8 +19,8 @@ METRICS = (
     "recovered_mass_no_sinks"
 ).split()
 PANELS = (
-    "overview budget-curve sweep depth outcome over-time head-map residency text regrets inspector agreement norms "
-    "queries provenance"
+    "overview answers budget-curve sweep depth outcome over-time head-map residency text regrets inspector agreement "
+    "norms queries provenance"
 ).split()
 COMMANDS = (
     "trace replay perplexity verify tune score regret spans report diff compare export info policies models import "

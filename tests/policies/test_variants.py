@@ -137,11 +137,12 @@ def test_a_variant_needs_a_field_for_its_name() -> None:
     assert "window:variant=other" not in VARIANTS.names()
 
 
-# Names that stand elsewhere for another reason: a default, the policies that a variant is about, an allocation.
+# Names that stand elsewhere for another reason: a default, what a variant is about, an allocation, a module of a model.
 ELSEWHERE = {
     "a2sf": {"cli/tune.py"},
     "cake": {"engine/allocators.py"},
     "h2o": {"policies/vatp.py", "policies/vatp_mask.py"},
+    "indexer": {"model/model_facts.py"},
     "scissorhands": {"policies/vatp_mask.py"},
 }
 # Bounds and baselines, which reports and metrics single out, and words with other meanings.

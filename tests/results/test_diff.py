@@ -13,7 +13,8 @@ from kvscope.core.errors import ResultError, UsageError
 from kvscope.core.summary_records import SUMMARY, SummaryRecord
 from kvscope.results import diff as module
 from kvscope.results.baseline import load_summary
-from kvscope.results.diff import ALIGNED, NOTHING_COMMON, Diff, Tolerance, parse_tolerance
+from kvscope.results.diff import ALIGNED, NOTHING_COMMON, Diff
+from kvscope.results.tolerance import Tolerance, parse_tolerance
 from tests.results.make import METRICS, make
 
 OTHERS = {"params": {"alpha": 0.5}, "prefill": "full", "loop": "closed", "phase": "prefill", "accumulate": "float16"}
