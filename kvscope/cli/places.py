@@ -170,7 +170,7 @@ def _taken(path: Path) -> bool:
 def _find(given: str, folder: Path, kind: str, error: type[KvscopeError]) -> Path:
     """Return the path `given` if it exists, otherwise the path of that name in the folder, finished or not.
 
-    A complete one goes first: beside ``traces/llama`` there may be a folder ``llama`` with the model.
+    A complete one has priority: beside ``traces/llama`` there may be a folder ``llama`` with the model.
     """
     for path in sorted((Path(given), folder / given), key=lambda path: not (path / HEADER[folder]).is_file()):
         if path.suffix == PACKED and path.is_file():
