@@ -20,6 +20,7 @@ BLOCK = IN_FLIGHT // 4  # most bytes of one block, whatever the number of thread
 # Seconds after which a thread that runs Python lets another one run. The model's thread is soon back at its launches:
 # with Python's own 5 ms, it waits longer for the writers than they need.
 SWITCH = 0.0002
+WAKE = 0.5  # seconds after which a wait begins anew: an interruption that comes just before a wait does not end it
 Write = Callable[..., None]  # takes arrays as keyword arguments
 
 
@@ -101,7 +102,8 @@ class Pipeline:
         with self._room:
             self._closed = True
             self._work.notify_all()
-            self._room.wait_for(lambda: not self._running)
+            while self._running:
+                self._room.wait(WAKE)
         for thread in self._threads:
             thread.join()
 

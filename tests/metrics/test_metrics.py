@@ -100,7 +100,7 @@ def test_values_equal_the_plain_loop(seed, kind, length, prompt, keep, block, ze
                 for name, function in reference.PER_STEP.items():
                     value = got[name][run, 0, head, t].item()
                     if gone or name in ALWAYS:
-                        assert value == pytest.approx(function(case), abs=1e-6, nan_ok=True), (name, t)
+                        assert value == pytest.approx(function(case), rel=1e-6, abs=1e-6, nan_ok=True), (name, t)
                     else:
                         assert math.isnan(value), f"{name} has a value where nothing was evicted"
             for name, pooled in reference.POOLED.items():
