@@ -39,7 +39,7 @@ def show_tasks(runs: Sequence[RunSummary], replay: ReplayRecord) -> None:
     ]
     for name, header, digits, keep in _METRICS:
         if any(name in task.metrics for _, task in rows):
-            cells = [_cell(task.metrics.get(name), digits) for _, task in rows]
+            cells = [cell(task.metrics.get(name), digits) for _, task in rows]
             table.append(Column(header, cells, keep=keep, numeric=True))
     table.append(Column("examples", [str(_examples(task)) for _, task in rows], keep=95, numeric=True))
     show_table(table, title="right answers", notes=_notes(rows, replay))
@@ -71,7 +71,8 @@ def _notes(rows: Iterable[tuple[RunSummary, TaskSummary]], replay: ReplayRecord)
     return lines
 
 
-def _cell(value: MetricSummary | None, digits: int) -> str:
+def cell(value: MetricSummary | None, digits: int) -> str:
+    """Return a mean, and its interval in a second line where it has one."""
     if value is None or value.mean is None:
         return "-"
     text = f"{value.mean:.{digits}f}"

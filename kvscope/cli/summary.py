@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kvscope.cli.answers import show_tasks
+from kvscope.cli.answers import cell, show_tasks
 from kvscope.cli.console import ALWAYS, Column, show_json, show_table
 
 if TYPE_CHECKING:
@@ -220,13 +220,7 @@ def _keys(keys: int | Sequence[int]) -> str:
 
 
 def _number(run: RunSummary, name: str, digits: int) -> str:
-    value = run.metrics.get(name)
-    if value is None or value.mean is None:
-        return "-"
-    text = f"{value.mean:.{digits}f}"
-    if value.low is None or value.high is None:
-        return text
-    return f"{text}\n{value.low:.{digits}f}..{value.high:.{digits}f}"
+    return cell(run.metrics.get(name), digits)
 
 
 def _bytes(run: RunSummary) -> str:

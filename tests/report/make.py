@@ -16,7 +16,7 @@ from kvscope.core.summary_records import BoundShares
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.prompt_parts import ImageRecord, SpanRecord
-from kvscope.trace.reader import Trace, open_trace
+from kvscope.trace.reader import TokenSequence, Trace, open_trace
 from kvscope.trace.record import ModelRecord, PromptRecord, SequenceRecord, TraceHeader
 from kvscope.trace.writer import TraceWriter
 from tests.results.make import with_summary
@@ -176,28 +176,44 @@ def make_replay(
             runs, (value for of_policy in mass.values() for value in of_policy.values()), strict=True
         ):
             for sequence in range(len(trace.sequences)):
-                scored = np.arange(shape.prompt, shape.length)
-                for layer in range(LAYERS):
-                    columns = newest(run["budget"], shape.prompt, shape.length)
-                    if run["policy"] == "first-keys":
-                        columns["leave"] = np.where(columns["key"] < int(run["budget"]), -1, columns["key"] + 4)
-                        columns["leave"][columns["leave"] >= shape.length] = -1
-                    intervals = ResidencyIntervals.of(**columns, heads=KV_HEADS, length=shape.length)
-                    writer.residency(run["run"], sequence, layer, intervals)
-                    writer.fidelity(run["run"], sequence, layer, scored, _values(run, value, layer, len(scored)))
+                _write_run(writer, run, sequence, value, shape)
                 if loop == "closed":
-                    loss = 1.0 if value is None else 2.0 - value
-                    losses = {name: np.full(len(scored), 1.0, np.float32) for name in OUTCOMES[:3]}
-                    losses |= {name: np.ones(len(scored), bool) for name in OUTCOMES[3:]}
-                    writer.tokens(run["run"], sequence, scored, {**losses, "nll_policy": losses["kl"] * loss})
-                    if any(example.sequence == sequence for example in examples):
-                        right = value is None or value >= 0.7
-                        writer.answer(run["run"], sequence, " king" if right else " time", 1, float(right))
+                    answered = any(example.sequence == sequence for example in examples)
+                    _write_losses(writer, run["run"], sequence, value, shape, answered=answered)
         made = writer.finish(seconds=1.5)
     if bounds is not None:  # as a replay with bounds has them
         for run in made.summary.runs:
             made = with_summary(made, run.run, bounds=BoundShares(**bounds))
     return made
+
+
+def _write_run(
+    writer: ReplayWriter, run: Mapping[str, Any], sequence: int, value: float | None, shape: TokenSequence
+) -> None:
+    """Write the residency and the fidelity of one run over one sequence."""
+    scored = np.arange(shape.prompt, shape.length)
+    for layer in range(LAYERS):
+        columns = newest(run["budget"], shape.prompt, shape.length)
+        if run["policy"] == "first-keys":
+            columns["leave"] = np.where(columns["key"] < int(run["budget"]), -1, columns["key"] + 4)
+            columns["leave"][columns["leave"] >= shape.length] = -1
+        intervals = ResidencyIntervals.of(**columns, heads=KV_HEADS, length=shape.length)
+        writer.residency(run["run"], sequence, layer, intervals)
+        writer.fidelity(run["run"], sequence, layer, scored, _values(run, value, layer, len(scored)))
+
+
+def _write_losses(
+    writer: ReplayWriter, run: int, sequence: int, value: float | None, shape: TokenSequence, *, answered: bool
+) -> None:
+    """Write the losses of one run over one sequence, and what it answers."""
+    scored = np.arange(shape.prompt, shape.length)
+    loss = 1.0 if value is None else 2.0 - value
+    losses = {name: np.full(len(scored), 1.0, np.float32) for name in OUTCOMES[:3]}
+    losses |= {name: np.ones(len(scored), bool) for name in OUTCOMES[3:]}
+    writer.tokens(run, sequence, scored, {**losses, "nll_policy": losses["kl"] * loss})
+    if answered:
+        right = value is None or value >= 0.7
+        writer.answer(run, sequence, " king" if right else " time", 1, float(right))
 
 
 def newest(budget: str | None, prompt: int = PROMPT, length: int = LENGTH) -> dict[str, np.ndarray]:
