@@ -1,5 +1,6 @@
 """The pipeline limits the bytes that wait, keeps their order, and raises the error of a thread in the caller."""
 
+import ctypes
 import errno
 import os
 import signal
@@ -117,13 +118,26 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_an_interruption_while_the_last_blocks_are_written_waits_for_no_other() -> None:
+def signalled() -> None:
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def signalled_just_before_the_wait() -> None:
+    """As a signal between Python's check and its wait on a lock, an exception of this kind does not end the wait."""
+    time.sleep(0.1)  # the main thread waits by now
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(threading.main_thread().ident), ctypes.py_object(KeyboardInterrupt)
+    )
+
+
+@pytest.mark.parametrize("interrupt", [signalled, signalled_just_before_the_wait])
+def test_an_interruption_while_the_last_blocks_are_written_waits_for_no_other(interrupt: Callable[[], None]) -> None:
     """Prevents that files are closed under a thread that still writes."""
     written, pipeline = [], Pipeline()
 
     def slow(array) -> None:
         until(lambda: pipeline._closed)  # the main thread waits on exit
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        interrupt()
         until(lambda: pipeline._error is not None)  # what is being written ends after the interruption
         written.append("first")
 
