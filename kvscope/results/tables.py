@@ -82,6 +82,8 @@ def fault_of_rows(table: pa.Table, name: str, info: ReplayRecord) -> str | None:
     known = {"run": [run.run for run in info.runs], "layer": list(trace.layers)}
     if SCORE in columns and not _are_scores(columns):
         return "it has a score that is not between 0 and 1, or two answers to one prompt"
+    if "tokens" in columns and (columns["tokens"].to_numpy() < 0).any():
+        return "it has an answer of fewer than 0 tokens"
     ends = {"head": trace.heads, "kv_head": trace.kv_heads, "sequence": len(trace.sequences)}
     numbers = {name: columns[name].to_numpy() for name in (*known, *ends) if name in columns}
     for column, values in numbers.items():

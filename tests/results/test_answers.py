@@ -62,6 +62,8 @@ def test_losses_of_the_tokens_of_an_answer() -> None:
         ([(0, 0, 3, 0.5, "x"), (0, 1, 3, 1.0, "y")], None),
         ([(0, 0, 3, 1.5, "x")], "a score that is not between 0 and 1"),
         ([(0, 0, 3, 0.5, "x"), (0, 0, 3, 0.5, "x")], "two answers to one prompt"),
+        ([(0, 0, 0, 0.5, "")], None),
+        ([(0, 0, -5, 0.5, "x")], "an answer of fewer than 0 tokens"),
         ([(0, 7, 3, 0.5, "x")], "a sequence that the replay has not"),
         ([(9, 0, 3, 0.5, "x")], "a run that the replay has not"),
     ],
