@@ -173,6 +173,20 @@ def compile_replay(
     return ReplayJob(opened, closed, skipped, skipped_metrics, generate)
 
 
+def unsupported(
+    trace: Trace, policy: Policy, budget: Budget | None, options: ReplayOptions
+) -> UsageError | TraceError | None:
+    """Return why a policy cannot run on a trace under a budget, as `compile_replay` would raise it; None if it can.
+
+    The budget of a policy that holds to none is None. The model of a closed loop is not loaded.
+    """
+    try:
+        _plans(trace, [policy], [] if budget is None else [budget], options)
+    except (UsageError, TraceError) as error:
+        return error
+    return None
+
+
 def require_replayable(trace: Trace, plan: EvictionPlan, budgets: Sequence[Budget], prefill: Prefill) -> None:
     """Raise an error if a plan cannot run on a trace under these budgets: signals, phase, room for protected keys.
 

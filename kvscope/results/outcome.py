@@ -44,7 +44,11 @@ class Outcomes:
     def add(self, run: int, sequence: int, values: Mapping[str, Array]) -> None:
         """Take the losses of all scored tokens of one sequence."""
         sums = [float(np.sum(values[name], dtype=np.float64)) for name in LOSSES]
-        self._sums[run][sequence] = np.array([*sums, len(values["kl"])])
+        self.add_sums(run, sequence, [*sums, len(values["kl"])])
+
+    def add_sums(self, run: int, sequence: int, sums: Sequence[float]) -> None:
+        """Take the sums of the losses over the scored tokens of one sequence, and the number of these tokens."""
+        self._sums[run][sequence] = np.array(sums, np.float64)
 
     def of(self, run: int) -> dict[str, MetricSummary]:
         """Return every outcome of a run with its 95 % bootstrap interval over sequences; nothing for an open run."""

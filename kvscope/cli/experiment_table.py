@@ -1,0 +1,151 @@
+"""The plan of an experiment and its results, in the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from kvscope.cli.answers import cell
+from kvscope.cli.console import ALWAYS, Column, fail, note, show_json, show_pairs, show_table, warn, working
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from kvscope.core.experiment_records import ExperimentRecord, Failure, PooledRun
+    from kvscope.experiments.plan import ExperimentPlan
+
+# Metric, header, digits, and `Column.keep`: how late the column is dropped on a narrow terminal.
+_METRICS = (
+    ("answer_score", "answer\nscore", 2, ALWAYS),
+    ("answer_first", "answer\nfirst", 2, 60),
+    ("perplexity_ratio", "perplexity\nratio", 3, 98),
+    ("retained_mass", "retained\nmass", 3, 97),
+    ("output_error", "output\nerror", 3, 70),
+    ("held_keys", "held", 1, 65),
+)
+MOST = 5  # failures that are printed in full
+
+
+def show_plan(plan: ExperimentPlan, *, as_json: bool, quiet: bool) -> None:
+    """Print what an experiment would do: cells, those that are done, space and time."""
+    from kvscope.core.output import size
+    from kvscope.experiments.cells import Done
+    from kvscope.experiments.estimate import estimate
+    from kvscope.experiments.run import in_order
+    from kvscope.experiments.workload import trace_bytes
+    from kvscope.trace.space import free_bytes
+
+    with working("measuring one short example", quiet=quiet):
+        units, done = in_order(plan), Done(plan.store)
+        time = estimate(plan, units)
+        traces = [unit.cell for unit in plan.traces()]
+        needed = trace_bytes(plan, traces)
+    runs = sum(len(requests) for requests in plan.requests.values())
+    missing = sum(len(unit.requests) for unit in plan.replays(done))
+    facts = {
+        "traces": len(plan.cells),
+        "traces_to_do": len(traces),
+        "runs": runs,
+        "runs_to_do": missing,
+        "trace_bytes": needed,
+        "seconds": time.seconds,
+        "estimated": time.why,
+        "steps": list(plan.experiment.steps),
+    }
+    if as_json:
+        show_json(facts)
+        return
+    took = "not known: " if time.seconds is None else f"about {duration(time.seconds)}, "
+    show_pairs(
+        [
+            ("steps", ", ".join(plan.experiment.steps)),
+            ("traces", f"{len(plan.cells)}, of which {len(plan.cells) - len(traces)} are done"),
+            ("runs", f"{runs} policies x budgets x traces, of which {runs - missing} are done"),
+            ("space", f"about {size(needed)} of traces to write, {size(free_bytes(plan.store.traces))} free"),
+            ("time", took + time.why),
+        ],
+        title=plan.experiment.name,
+    )
+    show_table(
+        [
+            Column("trace", [cell.title for cell in plan.cells], wrap=24),
+            Column("done", ["yes" if cell.done else "no" for cell in plan.cells]),
+            Column("runs to do", [str(_to_do(plan, cell.address, done)) for cell in plan.cells], numeric=True),
+        ]
+    )
+
+
+def _to_do(plan: ExperimentPlan, address: str, done: object) -> int:
+    units = plan.replays(done)  # type: ignore[arg-type]
+    return sum(len(unit.requests) for unit in units if unit.cell.address == address)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it: ``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def show_experiment(record: ExperimentRecord, file: Path, *, as_json: bool) -> None:
+    """Print the results of an experiment: a row for each policy and budget, then the best of each."""
+    from kvscope.core.experiment_records import EXPERIMENT
+    from kvscope.results.experiment import sentences
+
+    if as_json:
+        show_json(EXPERIMENT.plain(record))
+        return
+    if not record.runs:
+        note(f"{file}: no results")
+        return
+    rows = [run for run in record.runs if run.task is None and run.length is None]
+    show_table(_columns(rows), title=str(file), notes=[*_notes(record, rows), *sentences(record.verdicts)])
+
+
+def _columns(rows: Sequence[PooledRun]) -> list[Column]:
+    table = []
+    if len({run.model for run in rows}) > 1:
+        table.append(Column("model", [run.model for run in rows], wrap=16))
+    if len({run.prefill for run in rows}) > 1:
+        table.append(Column("prefill", [run.prefill for run in rows]))
+    table += [
+        Column("policy", [run.policy for run in rows], wrap=16),
+        Column("budget", [run.budget or "-" for run in rows], numeric=True),
+    ]
+    for name, header, digits, keep in _METRICS:
+        if any(name in run.metrics for run in rows):
+            cells = [cell(run.metrics.get(name), digits) for run in rows]
+            table.append(Column(header, cells, keep=keep, numeric=True))
+    table.append(Column("sequences", [str(run.sequences) for run in rows], keep=50, numeric=True))
+    return table
+
+
+def _notes(record: ExperimentRecord, rows: Sequence[PooledRun]) -> list[str]:
+    parts = {(run.task, run.length) for run in record.runs if run.task is not None}
+    lines = []
+    if parts:
+        lines.append(f"Means over {len(parts)} tasks and lengths together; --json and the report have each of them.")
+    copies = [run for run in rows if run.clusters < run.sequences]
+    if copies:
+        lines.append(f"{copies[0].sequences} sequences count as {copies[0].clusters}: the others are near-copies.")
+    if any(value.low is not None for run in rows for value in run.metrics.values()):
+        lines.append("Second line of a cell: 95 % interval over sequences.")
+    return lines
+
+
+def report_failures(record: ExperimentRecord) -> bool:
+    """Print what has no result, each reason once, and return whether there is any."""
+    if record.skipped:
+        warn(f"skipped of all policies: {', '.join(record.skipped)}; reasons are in the summary")
+    reasons = Counter((failure.what, failure.todo) for failure in record.failed)
+    for (what, todo), count in list(reasons.items())[:MOST]:
+        fail(f"{_named(record.failed, what, count)}: {what}", todo)
+    if len(reasons) > MOST:
+        note(f"and {len(reasons) - MOST} other reasons, in the summary")
+    return bool(reasons)
+
+
+def _named(failed: Sequence[Failure], what: str, count: int) -> str:
+    first = next(failure.cell for failure in failed if failure.what == what)
+    return first if count == 1 else f"{first} and {count - 1} more"

@@ -1,0 +1,67 @@
+"""``kvscope run``: an experiment of models, tasks, policies and budgets, from one file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvscope.cli.command import command
+from kvscope.cli.options import Force, Json, Quiet
+from kvscope.core.errors import ExitStatus
+
+
+@command("run", order=25)
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Run this experiment: YAML, or TOML in a .toml file.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do not do it.")] = False,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="NAME", help="Name of the results under reports/. Default: the file's."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Compute on cpu, cuda, cuda:1, mps. Default: as the file says.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> ExitStatus:
+    """Run an experiment: models x tasks x policies x budgets, from prompts to one table and one report.
+
+    What is done is not done again: an interrupted experiment goes on where it was, and a changed line redoes only what
+    depends on it. Paths in the file are relative to the current folder. Results are reports/NAME.json and
+    reports/NAME.html; traces and replays are in traces/cells and reports/cells.
+    """
+    from kvscope.cli import console, places
+    from kvscope.cli.experiment_table import report_failures, show_experiment, show_plan
+
+    with console.working("loading torch and transformers", quiet=quiet):
+        from kvscope.experiments.cells import Store
+        from kvscope.experiments.plan import make_plan
+        from kvscope.experiments.run import require_output, run_here, summarise, write_summary
+        from kvscope.experiments.spec import read_experiment
+        from kvscope.report.experiment import write_page
+
+    experiment = read_experiment(file)
+    local = [str(places.local_file(given, "prompts", quiet=quiet)) for given in experiment.prompts]
+    name = places.readable(output or experiment.name)
+    experiment = replace(experiment, name=name, prompts=tuple(local))
+    plan = make_plan(experiment, Store.under(places.TRACES, places.REPORTS), device or experiment.device)
+    if dry_run:
+        show_plan(plan, as_json=json, quiet=quiet)
+        return ExitStatus.ok
+    summary, page = places.REPORTS / f"{name}.json", places.REPORTS / f"{name}.html"
+    pages = [page] if "report" in experiment.steps else []
+    require_output(summary, pages, force=force)
+    with console.bar(name, 100, "%", quiet=quiet) as update:
+        result = run_here(plan, lambda share, title: update(100 * share, title))
+    record = summarise(plan, result)
+    write_summary(record, summary)
+    if pages and record.runs:
+        write_page(record, page)
+    show_experiment(record, summary, as_json=json)
+    if pages and record.runs:
+        console.note(f"report: {page}", quiet=quiet)
+    return ExitStatus.error if report_failures(record) else ExitStatus.ok

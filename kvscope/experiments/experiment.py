@@ -1,0 +1,110 @@
+"""What an experiment is: every key of its file, with its meaning and its default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from kvscope.core.budget import Budget
+from kvscope.core.errors import UsageError
+from kvscope.core.json_records import Number, Positive, about
+from kvscope.core.options import ClosedLoopOptions, GenerateOptions, PlanOptions, Positions, Prefill, ReplayOptions
+
+StepName = Literal["trace", "replay", "closed-loop", "generate", "report"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """A model of an experiment."""
+
+    model: Annotated[str, about("`demo`, an alias, a Hub id or a folder")]
+    revision: Annotated[str | None, about("branch, tag or commit of a Hub model", omit=True)] = None
+    dtype: Annotated[str, about("`auto`, `float32`, `float64`, `float16` or `bfloat16`", omit=True)] = "auto"
+    device_map: Annotated[str | None, about("how accelerate places its parts", omit=True)] = None
+    quantize: Annotated[str | None, about("`4bit` or `8bit`", omit=True)] = None
+    trust_remote_code: Annotated[bool, about("whether code that comes with it may run", omit=True)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """The content of an experiment's file, with every default."""
+
+    name: Annotated[str, about("its name: results are `reports/NAME.json` and `reports/NAME.html`")]
+    models: Annotated[tuple[ModelEntry, ...], about("models; `model` names a single one")]
+    policies: Annotated[
+        tuple[str, ...],
+        about("policies as after `--policy`, or `{a2sf: {alpha: [0.3, 0.7]}}` for every combination of the values"),
+    ] = ()
+    budgets: Annotated[tuple[str, ...], about("cache sizes: keys, or shares as `20%`")] = ("20%",)
+    prefill: Annotated[tuple[Prefill, ...], about("`full`, `stream` or both")] = (Prefill.full,)
+    tasks: Annotated[tuple[str, ...], about("task families as for `kvscope tasks make`; they need `lengths`")] = ()
+    lengths: Annotated[tuple[Positive, ...], about("most tokens of the prompts of a task")] = ()
+    examples: Annotated[Positive, about("examples of each task, length and seed")] = 10
+    haystack: Annotated[str | None, about("text file for the haystacks of tasks")] = None
+    prompts: Annotated[tuple[str, ...], about("files of prompts, as `kvscope trace` reads them")] = ()
+    field: Annotated[str | None, about("field of the prompt in files of JSON")] = None
+    template: Annotated[str | None, about("text of every prompt of a file, with `{name}` for its fields")] = None
+    chat: Annotated[bool, about("whether prompts are wrapped in the chat template of the model")] = False
+    system: Annotated[str | None, about("system message before each prompt; needs `chat`")] = None
+    seeds: Annotated[tuple[Number, ...], about("of tasks: each makes other examples")] = (0,)
+    max_new_tokens: Annotated[Positive, about("tokens after each prompt at most")] = 32
+    store: Annotated[str, about("what traces store: `maps`, `maps+vectors`, `qkv` or `topk:K`")] = "maps"
+    steps: Annotated[
+        tuple[StepName, ...],
+        about(
+            "what is done, of `trace`, `replay`, `closed-loop`, `generate` and `report`; by default all, without "
+            "`generate` where there are prompts of files, which need not have answers"
+        ),
+    ] = ("trace", "replay", "closed-loop", "generate", "report")
+    score: Annotated[str | None, about("score of answers; by default that of each task or dataset")] = None
+    metrics: Annotated[tuple[str, ...] | None, about("metrics; by default all that the traces allow")] = None
+    positions: Annotated[Positions, about("positions of the keys in the closed loop")] = Positions.original
+    compress: Annotated[str | None, about("when to evict, as `--compress`")] = None
+    allocate: Annotated[str | None, about("how budgets are allocated, as `--allocate`")] = None
+    accumulate: Annotated[str | None, about("precision of sums, as `--accumulate`")] = None
+    scope: Annotated[str | None, about("what decides, as `--scope`")] = None
+    device: Annotated[str, about("`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")] = "auto"
+    ray: Annotated[str | None, about("address of a Ray cluster, `auto` or `local`, for `--on ray`")] = None
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise UsageError("the experiment names no model", "Write model: demo")
+        if not self.tasks and not self.prompts:
+            raise UsageError("the experiment has neither tasks nor prompts", "Write tasks: [needle], and lengths: [512]")
+        if self.tasks and not self.lengths:
+            raise UsageError("the tasks have no lengths", "Write lengths: [512, 1024]")
+        if self.replays and not self.policies:
+            raise UsageError("the experiment names no policy", "Write policies: [h2o, tova]")
+        for budget in self.budgets:
+            Budget.parse(budget)
+
+    @property
+    def replays(self) -> bool:
+        """Whether anything is done beyond traces."""
+        return set(self.steps) != {"trace"}
+
+    @property
+    def loop_steps(self) -> tuple[Literal["replay", "closed-loop", "generate"], ...]:
+        """What is done for every run: generating needs the closed loop, and that needs the open one."""
+        if "generate" in self.steps:
+            return ("replay", "closed-loop", "generate")
+        return ("replay", "closed-loop") if "closed-loop" in self.steps else ("replay",)
+
+    @property
+    def plan(self) -> PlanOptions:
+        """Choices for every policy."""
+        return PlanOptions(
+            compress=self.compress, allocate=self.allocate, accumulate=self.accumulate, scope=self.scope
+        )
+
+    def replay_options(self, model: ModelEntry, prefill: Prefill, device: str) -> ReplayOptions:
+        """Return the options of a replay of a model's traces."""
+        closed = ClosedLoopOptions(self.positions, None, model.dtype, model.device_map)
+        return ReplayOptions(
+            prefill=prefill,
+            plan=self.plan,
+            metrics=self.metrics,
+            closed=closed if "closed-loop" in self.loop_steps else None,
+            generate=GenerateOptions(None, self.score) if "generate" in self.loop_steps else None,
+            device=device,
+        )
