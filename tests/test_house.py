@@ -37,12 +37,24 @@ MAY_IMPORT = {
     "replay": LOOPS | {"bounds", "closed_loop"},
     "tune": LOOPS | {"replay"},
     "tasks": {"core"},
+    "experiments": LOOPS | {"model", "replay", "tasks"},
     "training": {"core", "gates", "kernels", "model", "trace"},
     "analysis": {"core", "results", "trace"},
     "report": {"core", "results", "trace"},
     "sharing": {"core", "results", "trace"},
     "cli": {
-        *("analysis", "closed_loop", "core", "engine", "gates", "kernels", "metrics", "model", "policies"),
+        *(
+            "analysis",
+            "closed_loop",
+            "core",
+            "engine",
+            "experiments",
+            "gates",
+            "kernels",
+            "metrics",
+            "model",
+            "policies",
+        ),
         *("replay", "report", "results", "sharing", "tasks", "trace", "training", "tune"),
     },
 }
@@ -57,6 +69,7 @@ ONLY_IN = {
     "accelerate": {"model"},
     "numba": {"kernels"},
     "fsspec": {"sharing"},
+    "yaml": {"experiments"},
     "triton": {"kernels"},
     "torch": {
         *("bounds", "cli", "closed_loop", "engine", "gates", "kernels", "metrics"),

@@ -27,7 +27,7 @@ def run(
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
-) -> ExitStatus:
+) -> None:
     """Run an experiment: models x tasks x policies x budgets, from prompts to one table and one report.
 
     What is done is not done again: an interrupted experiment goes on where it was, and a changed line redoes only what
@@ -51,7 +51,7 @@ def run(
     plan = make_plan(experiment, Store.under(places.TRACES, places.REPORTS), device or experiment.device)
     if dry_run:
         show_plan(plan, as_json=json, quiet=quiet)
-        return ExitStatus.ok
+        return
     summary, page = places.REPORTS / f"{name}.json", places.REPORTS / f"{name}.html"
     pages = [page] if "report" in experiment.steps else []
     require_output(summary, pages, force=force)
@@ -64,4 +64,5 @@ def run(
     show_experiment(record, summary, as_json=json)
     if pages and record.runs:
         console.note(f"report: {page}", quiet=quiet)
-    return ExitStatus.error if report_failures(record) else ExitStatus.ok
+    if report_failures(record):
+        raise typer.Exit(ExitStatus.error)

@@ -105,8 +105,8 @@ def _figures(
 def _losses(made: Replay, run: int) -> dict[str, tuple[float, ...]]:
     """Return sums of the losses of every sequence of a closed run, and the number of scored tokens."""
     tokens = made.tokens(run)
-    of = {int(number): rows for number, rows in tokens.groupby("sequence")}
     count = range(len(made.info.trace.sequences))
+    of = {number: rows for number in count if len(rows := tokens[tokens["sequence"] == number])}
     sums: dict[str, tuple[float, ...]] = {
         name: tuple(float(np.sum(of[n][name].to_numpy(), dtype=np.float64)) if n in of else 0.0 for n in count)
         for name in LOSSES

@@ -192,9 +192,7 @@ def content(path: Path) -> str:
     return digest({str(file.relative_to(path)): checksum(file) for file in sorted(path.rglob("*")) if file.is_file()})
 
 
-def run_key(
-    experiment: Experiment, cell: TraceCell, prefill: Prefill, policy: Policy, budget: str | None
-) -> str:
+def run_key(experiment: Experiment, cell: TraceCell, prefill: Prefill, policy: Policy, budget: str | None) -> str:
     """Return the SHA-256 of all that one run depends on, besides the steps that are done for it."""
     return digest(
         {

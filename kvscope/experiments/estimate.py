@@ -1,10 +1,10 @@
-"""How long an experiment takes: one short example of each model is traced and replayed, and its time is scaled."""
+"""How long an experiment takes: short examples of each model are traced and replayed, and their time is scaled."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +14,11 @@ from kvscope.experiments.execute import model_source, run_unit
 from kvscope.experiments.experiment import Experiment
 from kvscope.experiments.plan import ExperimentPlan, ReplayUnit, TraceUnit, Unit, make_plan
 from kvscope.experiments.workload import lengths_of
-from kvscope.model.loading import keep_loaded, load
+from kvscope.model.kept import keep_loaded
+from kvscope.model.loading import load
 from kvscope.model.prompt_files import read_prompts
+
+FEW, MORE = 1, 3  # examples of the two measurements
 
 
 @dataclass(frozen=True)
@@ -34,22 +37,43 @@ class Estimate:
     why: str
 
 
-def estimate(plan: ExperimentPlan, units: Sequence[Unit]) -> Estimate:
-    """Return how long units take, from one example that is traced and replayed for each model, in a temporary folder.
+@dataclass(frozen=True)
+class _Rate:
+    """Seconds that any unit of a kind takes, and seconds for each of its steps."""
 
-    The example is the shortest of the experiment, with its first policy and budget; time is taken to grow with tokens
-    and runs. For long texts that is too little, because attention grows with the square of the length.
+    each: float
+    step: float
+
+    @classmethod
+    def of(cls, few: tuple[float, float], more: tuple[float, float]) -> _Rate:
+        """Return the rate from steps and seconds of two measurements; of nothing it is nothing."""
+        if not more[0]:
+            return cls(0.0, 0.0)
+        step = max((more[1] - few[1]) / max(more[0] - few[0], 1), 0.0) or more[1] / more[0]
+        return cls(max(few[1] - step * few[0], 0.0), step)
+
+    def seconds(self, steps: float) -> float:
+        return self.each + self.step * steps
+
+
+def estimate(plan: ExperimentPlan, units: Sequence[Unit]) -> Estimate:
+    """Return how long units take, from examples that are traced and replayed for each model, in a temporary folder.
+
+    The examples have the shortest length of the experiment, and its first policy and budgets; time is taken to grow
+    with tokens and runs. For long texts that is too little, because attention grows with the square of the length.
     """
     seconds = 0.0
     for model in dict.fromkeys(unit.cell.model for unit in units):
-        own = [unit for unit in units if unit.cell.model == model]
-        with tempfile.TemporaryDirectory() as folder, keep_loaded():
-            try:
-                rates = _measured(replace(plan.experiment, models=(model,)), Path(folder), plan.device)
-            except KvscopeError as error:
-                return Estimate(None, error.what)
-        seconds += sum(_steps(unit) * rates[type(unit)] for unit in own)
-    return Estimate(seconds, "from one short example of each model, with the first policy and budget")
+        try:
+            with keep_loaded():
+                trace, replay = _measured(replace(plan.experiment, models=(model,)), plan.device)
+        except KvscopeError as error:
+            return Estimate(None, error.what)
+        for unit in units:
+            if unit.cell.model == model:
+                rate = trace if isinstance(unit, TraceUnit) else replay
+                seconds += rate.seconds(_steps(unit))
+    return Estimate(seconds, "from a few short examples of each model")
 
 
 def _steps(unit: Unit) -> float:
@@ -58,44 +82,51 @@ def _steps(unit: Unit) -> float:
     return float(tokens if isinstance(unit, TraceUnit) else tokens * len(unit.requests))
 
 
-def _measured(experiment: Experiment, folder: Path, device: str) -> Mapping[type, float]:
-    """Return the seconds that one step of a trace and of a replay takes."""
+def _measured(experiment: Experiment, device: str) -> tuple[_Rate, _Rate]:
+    """Return how long traces and replays take."""
+    with tempfile.TemporaryDirectory() as folder:
+        small, large = (_pilot(experiment, Path(folder), count) for count in (FEW, MORE))
+        _timed(small, Path(folder) / "first", device)  # loads and compiles what the others find ready
+        few, more = (_timed(one, Path(folder) / str(n), device) for n, one in enumerate((small, large)))
+    return _Rate.of(few[0], more[0]), _Rate.of(few[1], more[1])
+
+
+def _pilot(experiment: Experiment, folder: Path, count: int) -> Experiment:
+    """Return an experiment with so many short examples, and so many budgets at most."""
     if experiment.tasks:
-        pilot = replace(
-            experiment, tasks=experiment.tasks[:1], lengths=(min(experiment.lengths),), examples=1, prompts=()
-        )
+        pilot = replace(experiment, tasks=experiment.tasks[:1], lengths=(min(experiment.lengths),), prompts=())
     else:
-        first = read_prompts([Path(experiment.prompts[0])], None, experiment.field, experiment.template)[0]
-        file = folder / "prompt.txt"
-        file.write_text(first.text, encoding="utf-8")
-        pilot = replace(experiment, prompts=(str(file),), field=None, template=None, steps=_without_answers(experiment))
-    pilot = replace(
+        texts = read_prompts([Path(experiment.prompts[0])], None, experiment.field, experiment.template)
+        files = [folder / f"{count}-{number}.txt" for number, _ in enumerate(texts[:count])]
+        for file, text in zip(files, texts, strict=False):
+            file.write_text(text.text, encoding="utf-8")
+        steps = tuple(step for step in experiment.steps if step != "generate")  # these have no answers
+        pilot = replace(experiment, prompts=tuple(map(str, files)), field=None, template=None, steps=steps)
+    return replace(
         pilot,
+        examples=count,
         seeds=experiment.seeds[:1],
         policies=experiment.policies[:1],
-        budgets=experiment.budgets[-1:],
+        budgets=experiment.budgets[-count:],
         prefill=experiment.prefill[:1],
     )
+
+
+def _timed(pilot: Experiment, folder: Path, device: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return steps and seconds of the traces of a pilot, and of its replays."""
     plan = make_plan(pilot, Store.under(folder, folder), device)
-    rates: dict[type, float] = {}
-    (trace,) = plan.traces()
-    load(model_source(trace))
-    units: list[Unit] = [trace]
-    units += [
+    traces = plan.traces()
+    load(model_source(traces[0]))
+    replays = [
         ReplayUnit(pilot, cell, prefill, requests, plan.store, device)
         for (cell, prefill), requests in plan.requests.items()
     ]
+    return _time_of(traces), _time_of(replays)
+
+
+def _time_of(units: Sequence[Unit]) -> tuple[float, float]:
+    started = time.perf_counter()
     for unit in units:
-        started = time.perf_counter()
-        _require_whole(run_unit(unit))
-        rates[type(unit)] = (time.perf_counter() - started) / _steps(unit)
-    return rates
-
-
-def _without_answers(experiment: Experiment) -> tuple[object, ...]:
-    return tuple(step for step in experiment.steps if step != "generate")
-
-
-def _require_whole(result: UnitResult) -> None:
-    for failure in result.failed:
-        raise KvscopeError(failure.what, failure.todo)
+        for failure in run_unit(unit).failed:
+            raise KvscopeError(failure.what, failure.todo)
+    return sum(map(_steps, units)), time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Make the cells of an experiment: record a trace, replay over it. Each works alone, on any machine that sees the store.
+"""Make the cells of an experiment: record a trace, replay over it. Each works alone, wherever the store can be seen.
 
 What fails is returned, with its reason, beside what was made: other cells do not depend on it.
 """
@@ -163,9 +163,7 @@ def _written(unit: TraceUnit) -> Path:
     assert texts.task is not None and texts.length is not None, "examples of a task"
     lengths = Lengths(texts.length, token_counter(model_source(unit)), "tokens")
     haystack = Haystack(None if experiment.haystack is None else read_text(Path(experiment.haystack)))
-    examples = make_examples(
-        parse_task(texts.task), lengths, experiment.examples, seed=texts.seed, haystack=haystack
-    )
+    examples = make_examples(parse_task(texts.task), lengths, experiment.examples, seed=texts.seed, haystack=haystack)
     lines = as_lines(examples).encode()
     file = unit.cell.path.with_name(f"{unit.cell.path.name}.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +216,7 @@ def _name(unit: ReplayUnit, requests: Sequence[RunRequest]) -> str:
 
 
 def _groups(requests: Sequence[RunRequest]) -> list[list[RunRequest]]:
-    """Return the requests in groups of policies that have the same budgets; policies without a budget join the first."""
+    """Return the requests in groups of policies that have the same budgets; those without a budget join the first."""
     budgets: dict[str, list[str | None]] = defaultdict(list)
     for one in requests:
         budgets[one.spec].append(one.budget)

@@ -70,7 +70,9 @@ class Experiment:
         if not self.models:
             raise UsageError("the experiment names no model", "Write model: demo")
         if not self.tasks and not self.prompts:
-            raise UsageError("the experiment has neither tasks nor prompts", "Write tasks: [needle], and lengths: [512]")
+            raise UsageError(
+                "the experiment has neither tasks nor prompts", "Write tasks: [needle], and lengths: [512]"
+            )
         if self.tasks and not self.lengths:
             raise UsageError("the tasks have no lengths", "Write lengths: [512, 1024]")
         if self.replays and not self.policies:
@@ -93,9 +95,7 @@ class Experiment:
     @property
     def plan(self) -> PlanOptions:
         """Choices for every policy."""
-        return PlanOptions(
-            compress=self.compress, allocate=self.allocate, accumulate=self.accumulate, scope=self.scope
-        )
+        return PlanOptions(compress=self.compress, allocate=self.allocate, accumulate=self.accumulate, scope=self.scope)
 
     def replay_options(self, model: ModelEntry, prefill: Prefill, device: str) -> ReplayOptions:
         """Return the options of a replay of a model's traces."""

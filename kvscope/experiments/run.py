@@ -13,7 +13,7 @@ from kvscope.experiments.cells import Done
 from kvscope.experiments.execute import Progress, UnitResult, run_unit
 from kvscope.experiments.plan import ExperimentPlan, ReplayUnit, Unit
 from kvscope.experiments.workload import weight
-from kvscope.model.loading import keep_loaded
+from kvscope.model.kept import keep_loaded
 from kvscope.results.experiment import pool
 
 Update = Callable[[float, str], None]  # share of the whole that is done, and what is being done

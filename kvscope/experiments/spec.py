@@ -129,7 +129,7 @@ def _toml(path: Path) -> object:
 
 def _yaml(path: Path) -> object:
     try:
-        return yaml.load(read_text(path), Loader=_Loader)  # noqa: S506  a SafeLoader
+        return yaml.load(read_text(path), Loader=_Loader)
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}", "Correct the file.") from error
     except (ValueError, RecursionError) as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from kvscope.model.adapter import adapter_of, add_adapter, base_of, load_base, r
 from kvscope.model.explain import HttpError, explained, fetch, kind
 from kvscope.model.generation_notes import generation_notes
 from kvscope.model.gguf_file import as_numbers, gguf_of, place_of, quantization_of, without_bars
+from kvscope.model.kept import kept
 from kvscope.model.names import resolve
 from kvscope.model.obstacles import OWN_CODE, obstacle
 from kvscope.model.quantised import (
@@ -118,7 +117,8 @@ def load(source: ModelSource) -> Loaded:
         If the model is not found, gated, not in safetensors, damaged or too large, or the Hub cannot be reached.
     """
     if isinstance(source.model, str):
-        return _load_name(source.model, source) if _KEPT is None else _KEPT.load(source.model, source)
+        name = source.model
+        return kept(source, lambda: _load_name(name, source))
     given = [name for name, value in asdict(replace(source, model="")).items() if value != _DEFAULTS[name]]
     if given:
         raise UsageError(
@@ -133,35 +133,6 @@ def load(source: ModelSource) -> Loaded:
 
 
 _DEFAULTS = asdict(ModelSource(""))
-
-
-class _Kept:
-    """The model that was loaded last, which the next call of `load` with the same source returns again."""
-
-    def __init__(self) -> None:
-        self._source: ModelSource | None = None
-        self._loaded: Loaded | None = None
-
-    def load(self, name: str, source: ModelSource) -> Loaded:
-        source = replace(source, device=str(torch_device(source.device, double=False)))
-        if self._loaded is None or source != self._source:
-            self._source = self._loaded = None  # its memory is free before the next one is loaded
-            self._loaded, self._source = _load_name(name, source), source
-        return self._loaded
-
-
-_KEPT: _Kept | None = None
-
-
-@contextmanager
-def keep_loaded() -> Iterator[None]:
-    """Keep the model that was loaded last in memory while the block runs, for commands that use one many times."""
-    global _KEPT
-    before, _KEPT = _KEPT, _KEPT or _Kept()
-    try:
-        yield
-    finally:
-        _KEPT = before
 
 
 def model_name(source: ModelSource) -> str:

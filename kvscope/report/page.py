@@ -61,7 +61,7 @@ def report(
     source = report_input(replays, traces, limits)
     panels = ordered_panels()
     text = document(page_data(source, title, panels), [each.script.read_text(encoding="utf-8") for each in panels])
-    return _write(output, text.encode("utf-8"), force)
+    return write_bytes(output, text.encode("utf-8"), force)
 
 
 def report_data(
@@ -81,7 +81,7 @@ def report_data(
     output = Path(output)
     _require_free(output, force)
     data = page_data(report_input(replays, traces, limits), title)
-    return _write(output, (inert_json(data) + "\n").encode("ascii"), force)
+    return write_bytes(output, (inert_json(data) + "\n").encode("ascii"), force)
 
 
 def report_input(replays: Sequence[Replay], traces: Mapping[str, Trace], limits: Limits | None = None) -> ReportInput:
@@ -261,8 +261,8 @@ def _require_free(output: Path, force: bool) -> None:
     require_free(output, force=force)
 
 
-def _write(output: Path, content: bytes, force: bool) -> Path:
-    """Write under another name, then rename, so that an existing page is complete."""
+def write_bytes(output: Path, content: bytes, force: bool) -> Path:
+    """Write a page under another name, then rename it, so that an existing one is whole; raises ResultError."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         replace_file(output, content, force=force)

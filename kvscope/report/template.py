@@ -7,7 +7,7 @@ import hashlib
 import html
 import json
 from collections.abc import Sequence
-from importlib.resources import files
+from importlib import resources
 
 from kvscope.core.json import Json, JsonDict
 from kvscope.report.encoding import deflated_text
@@ -15,8 +15,10 @@ from kvscope.report.encoding import deflated_text
 # Characters that can end a script element early or change how it is parsed.
 INERT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
-# Scripts that the drawings use, in order of dependence.
-SCRIPTS = ("core.js", "numbers.js", "state.js", "plot.js", "heat.js", "raster.js", "raster_view.js", "page.js")
+# Scripts that the drawings of each kind of page use, in order of dependence.
+COMMON = ("core.js", "numbers.js", "state.js", "plot.js", "heat.js", "sections.js")
+REPLAYS = (*COMMON, "raster.js", "raster_view.js", "page.js")
+EXPERIMENT = (*COMMON, "experiment.js")
 
 DOCUMENT = """<!DOCTYPE html>
 <html lang="en">
@@ -40,7 +42,7 @@ DOCUMENT = """<!DOCTYPE html>
 """
 
 
-def document(page: JsonDict, scripts: Sequence[str]) -> str:
+def document(page: JsonDict, scripts: Sequence[str], files: Sequence[str] = REPLAYS) -> str:
     """Return the HTML document of a page.
 
     Plotly's script, by far the largest part, is deflated; the page inflates it when the first plot is drawn.
@@ -51,12 +53,14 @@ def document(page: JsonDict, scripts: Sequence[str]) -> str:
         ``title``, ``generator`` and ``panels``, as plain data.
     scripts : sequence of str
         JavaScript of the drawings.
+    files : sequence of str
+        Scripts of the page itself: `REPLAYS` or `EXPERIMENT`.
     """
     # slow to import, and only a page needs it
     from plotly.offline import get_plotlyjs
 
     plotly = get_plotlyjs()
-    code = element_text("\n".join(["'use strict';", *map(asset, SCRIPTS), *scripts, "kvscope.show();"]))
+    code = element_text("\n".join(["'use strict';", *map(asset, files), *scripts, "kvscope.show();"]))
     return DOCUMENT.format(
         policy=security_policy([plotly, code]),
         generator=html.escape(str(page["generator"])),
@@ -103,7 +107,7 @@ def element_text(script: str) -> str:
 
 def asset(name: str) -> str:
     """Return the text of a file of the page's own style and script."""
-    return files("kvscope.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return resources.files("kvscope.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _digest(script: str) -> str:

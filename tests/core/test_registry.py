@@ -23,7 +23,7 @@ PANELS = (
     "norms queries provenance"
 ).split()
 COMMANDS = (
-    "trace replay perplexity verify tune score regret spans report diff compare export info policies models import "
+    "trace replay run perplexity verify tune score regret spans report diff compare export info policies models import "
     "pack unpack demo tasks gate"
 ).split()
 

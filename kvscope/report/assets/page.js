@@ -1,25 +1,7 @@
-/* The page: heading, links, the selection bar, and the panels, drawn one after the other. */
+/* The page of replays: its selection bar and its panels. */
 kvscope.show = (() => {
   const { element, select, slider, options, unique, state } = kvscope;
   const NONE = "none";
-
-  function watchTheme() {
-    const root = document.documentElement;
-    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", kvscope.redrawAll);
-    let before;
-    window.addEventListener("beforeprint", () => { before = root.dataset.theme; root.dataset.theme = "light"; kvscope.redrawAll(); });
-    window.addEventListener("afterprint", () => {
-      if (before) root.dataset.theme = before; else delete root.dataset.theme;
-      kvscope.redrawAll();
-    });
-  }
-  function themeSelect() {
-    const root = document.documentElement;
-    return select("Colours", [["", "as the system"], ["light", "light"], ["dark", "dark"]].map(([value, text]) => ({ value, text })), "", (value) => {
-      if (value) root.dataset.theme = value; else delete root.dataset.theme;
-      kvscope.redrawAll();
-    }).box;
-  }
 
   /* The rules of the shared selection: a run, another to compare with, a sequence, a layer, a query head, a step, a token. */
   function declareChoice(page) {
@@ -101,77 +83,19 @@ kvscope.show = (() => {
       element("div", { class: "controls" }, policy.box, budget.box, other.box, part.box, layer.box, head.box, step.box, token));
   }
 
-  function section(panel) {
-    const box = element("div", { class: "body" });
-    const made = element("section", { class: "panel", id: panel.name, "aria-labelledby": `${panel.name}-title` },
-      element("h2", { id: `${panel.name}-title` }, panel.title),
-      element("details", { class: "how", open: window.innerWidth > 700 }, element("summary", {}, "How to read this"), element("p", {}, panel.help)),
-      panel.notes.length ? element("ul", { class: "notes" }, panel.notes.map((note) => element("li", {}, note))) : null,
-      box);
-    const draw = async (page) => {
-      if (!panel.data || !kvscope.drawings[panel.name]) return;
-      try {
-        await kvscope.drawings[panel.name](box, panel.data, page);
-      } catch (error) {
-        box.append(element("p", { class: "failed", role: "alert" }, `This panel cannot be drawn: ${error.message}`));
-        throw error;
-      }
-    };
-    return { made, panel, draw };
-  }
-
-  function frame(page, sections) {
-    const links = page.panels.map((panel) => element("a", { href: `#${panel.name}` }, panel.title));
-    const first = sections.findIndex((each) => each.panel.detail);
-    const inMain = sections.map((each) => each.made);
-    if (first >= 0) {
-      const notes = page.notes.length ? element("ul", { class: "notes" }, page.notes.map((note) => element("li", {}, note))) : null;
-      inMain.splice(first, 0, ...[notes, bar(page)].filter(Boolean));
-    }
-    const nav = element("nav", { "aria-label": "Panels" }, links);
-    nav.addEventListener("click", (event) => {
-      const link = event.target.closest("a");
-      if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
-      event.preventDefault();
-      state.go(link.getAttribute("href").slice(1));
-    });
-    document.getElementById("page").append(
-      element("header", {},
-        element("div", {}, element("h1", {}, page.title), element("p", { class: "facts" }, page.facts.map((fact) => element("span", {}, fact))),
-          page.answer ? element("p", { class: "answer" }, page.answer) : null),
-        themeSelect()),
-      nav,
-      element("main", {}, inMain),
-      element("footer", {}, `Made by ${page.generator}; plots by plotly.js (MIT licence). This page is self-contained and fetches nothing.`));
-    const measure = () => {
-      const chosen = document.querySelector(".choice");
-      const stuck = (each) => (each && getComputedStyle(each).position === "sticky" ? each.offsetHeight : 0);
-      document.documentElement.style.setProperty("--top", `${stuck(nav)}px`);
-      document.documentElement.style.setProperty("--under", `${stuck(nav) + stuck(chosen)}px`);
-    };
-    measure();
-    new ResizeObserver(measure).observe(nav);
+  /* The selection bar comes before the first panel that follows it, after the notes on such panels. */
+  function beforeDetails(page) {
+    const first = page.panels.findIndex((panel) => panel.detail);
+    const notes = page.notes.length ? [element("ul", { class: "notes" }, page.notes.map((note) => element("li", {}, note)))] : [];
+    return first < 0 ? new Map() : new Map([[first, [...notes, bar(page)]]]);
   }
 
   return async function show() {
     const page = JSON.parse(document.getElementById("data").textContent);
     const named = state.read();
     declareChoice(page);
-    const sections = page.panels.map(section);
-    frame(page, sections);
-    watchTheme();
-    let faults = 0;
-    for (const each of sections) {
-      try {
-        await each.draw(page);
-      } catch (error) {
-        faults += 1;
-        console.error(error);
-      }
-      await new Promise((go) => { setTimeout(go); }); // lets the browser show the panels drawn so far
-    }
-    if (named) document.getElementById(named)?.scrollIntoView();
-    window.addEventListener("hashchange", () => document.getElementById(state.follow())?.scrollIntoView());
-    document.documentElement.dataset.ready = faults ? "with faults" : "yes"; // tests wait for this
+    const sections = page.panels.map(kvscope.sections.section);
+    kvscope.sections.frame(page, sections, beforeDetails(page));
+    await kvscope.sections.drawAll(page, sections, named);
   };
 })();

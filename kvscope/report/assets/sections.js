@@ -1,0 +1,91 @@
+/* The parts that every page has: heading, links, panels one below the other, and the choice of colours. */
+kvscope.sections = (() => {
+  const { element, select, state } = kvscope;
+
+  function watchTheme() {
+    const root = document.documentElement;
+    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", kvscope.redrawAll);
+    let before;
+    window.addEventListener("beforeprint", () => { before = root.dataset.theme; root.dataset.theme = "light"; kvscope.redrawAll(); });
+    window.addEventListener("afterprint", () => {
+      if (before) root.dataset.theme = before; else delete root.dataset.theme;
+      kvscope.redrawAll();
+    });
+  }
+  function themeSelect() {
+    const root = document.documentElement;
+    return select("Colours", [["", "as the system"], ["light", "light"], ["dark", "dark"]].map(([value, text]) => ({ value, text })), "", (value) => {
+      if (value) root.dataset.theme = value; else delete root.dataset.theme;
+      kvscope.redrawAll();
+    }).box;
+  }
+
+  function section(panel) {
+    const box = element("div", { class: "body" });
+    const made = element("section", { class: "panel", id: panel.name, "aria-labelledby": `${panel.name}-title` },
+      element("h2", { id: `${panel.name}-title` }, panel.title),
+      element("details", { class: "how", open: window.innerWidth > 700 }, element("summary", {}, "How to read this"), element("p", {}, panel.help)),
+      panel.notes.length ? element("ul", { class: "notes" }, panel.notes.map((note) => element("li", {}, note))) : null,
+      box);
+    const draw = async (page) => {
+      if (!panel.data || !kvscope.drawings[panel.name]) return;
+      try {
+        await kvscope.drawings[panel.name](box, panel.data, page);
+      } catch (error) {
+        box.append(element("p", { class: "failed", role: "alert" }, `This panel cannot be drawn: ${error.message}`));
+        throw error;
+      }
+    };
+    return { made, panel, draw };
+  }
+
+  /* Heading, links and panels of a page; `between` are nodes that come before the panel of that number. */
+  function frame(page, sections, between = new Map()) {
+    const links = page.panels.map((panel) => element("a", { href: `#${panel.name}` }, panel.title));
+    const inMain = sections.flatMap((each, place) => [...(between.get(place) || []), each.made]);
+    const nav = element("nav", { "aria-label": "Panels" }, links);
+    nav.addEventListener("click", (event) => {
+      const link = event.target.closest("a");
+      if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+      event.preventDefault();
+      state.go(link.getAttribute("href").slice(1));
+    });
+    const answers = [page.answer || []].flat();
+    document.getElementById("page").append(
+      element("header", {},
+        element("div", {}, element("h1", {}, page.title), element("p", { class: "facts" }, page.facts.map((fact) => element("span", {}, fact))),
+          answers.map((answer) => element("p", { class: "answer" }, answer))),
+        themeSelect()),
+      nav,
+      element("main", {}, inMain),
+      element("footer", {}, `Made by ${page.generator}; plots by plotly.js (MIT licence). This page is self-contained and fetches nothing.`));
+    const measure = () => {
+      const chosen = document.querySelector(".choice");
+      const stuck = (each) => (each && getComputedStyle(each).position === "sticky" ? each.offsetHeight : 0);
+      document.documentElement.style.setProperty("--top", `${stuck(nav)}px`);
+      document.documentElement.style.setProperty("--under", `${stuck(nav) + stuck(chosen)}px`);
+    };
+    measure();
+    new ResizeObserver(measure).observe(nav);
+  }
+
+  /* Draws the panels in order, and marks the page when it is complete: tests wait for that. */
+  async function drawAll(page, sections, named) {
+    watchTheme();
+    let faults = 0;
+    for (const each of sections) {
+      try {
+        await each.draw(page);
+      } catch (error) {
+        faults += 1;
+        console.error(error);
+      }
+      await new Promise((go) => { setTimeout(go); }); // lets the browser show the panels drawn so far
+    }
+    if (named) document.getElementById(named)?.scrollIntoView();
+    window.addEventListener("hashchange", () => document.getElementById(state.follow())?.scrollIntoView());
+    document.documentElement.dataset.ready = faults ? "with faults" : "yes";
+  }
+
+  return { drawAll, frame, section };
+})();
