@@ -19,6 +19,7 @@ import typer
 
 from kvscope import __version__
 from kvscope.cli.app import app
+from kvscope.experiments import describe as experiments
 from kvscope.model import known_types
 from kvscope.policies import POLICIES
 from kvscope.policies.describe import describe
@@ -31,6 +32,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "traces/README.md": trace.describe,
     "reports/README.md": results.describe,
     "docs/models.md": known_types.describe,
+    "docs/experiments.md": experiments.describe,
 }
 README, RESULTS = "README.md", Path("benchmarks/results")
 OUTCOMES, GATES, OPERATIONS = (RESULTS / f"{name}.json" for name in ("outcomes", "gates", "operations"))

@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from kvscope.closed_loop.trace_passages import load_model_of
 from kvscope.core.budget import Budget
 from kvscope.core.errors import KvscopeError
 from kvscope.core.experiment_records import CELL, Failure
@@ -22,10 +23,11 @@ from kvscope.core.recording_options import StoreOptions, TextOptions
 from kvscope.core.text_files import read_text
 from kvscope.experiments.cell_record import cell_record
 from kvscope.experiments.plan import ReplayUnit, RunRequest, TraceUnit, Unit
+from kvscope.kernels.device import torch_device
 from kvscope.model.compile import compile_recording
 from kvscope.model.token_count import token_counter
 from kvscope.policies.spec import parse_policy
-from kvscope.replay.compile import compile_replay, unsupported
+from kvscope.replay.compile import compile_replay, require_answers, unsupported
 from kvscope.tasks import make_examples, parse_task
 from kvscope.tasks.dataset import as_lines
 from kvscope.tasks.haystack import Haystack
@@ -178,6 +180,10 @@ def _replay(unit: ReplayUnit, result: UnitResult, progress_callback: Progress | 
     """
     trace = open_trace(unit.cell.path)
     options = unit.experiment.replay_options(unit.cell.model, unit.prefill, unit.device)
+    if options.generate is not None:
+        require_answers(trace, options)
+    if options.closed is not None:
+        load_model_of(trace, options.closed, str(torch_device(options.device)))  # what fails here, fails for all
     possible = _possible(trace, unit, options, result)
     groups = _groups(possible)
     for number, group in enumerate(groups):
@@ -239,6 +245,8 @@ def _pass(
     """Replay policies that have the same budgets, and write the record of the cell beside the replay."""
     policies = {spec: parse_policy(spec) for spec in dict.fromkeys(one.spec for one in group)}
     budgets = list(dict.fromkeys(one.budget for one in group if one.budget is not None)) or ["100%"]
+    if all(policy.traits.clairvoyant for policy in policies.values()):
+        options = replace(options, closed=None, generate=None)  # bounds run in the open loop alone
     job = compile_replay(trace, list(policies.values()), budgets, options)
     path = unit.path(group)
     made = job.execute(OutputOptions(path, force=True), progress_callback)  # one without a record is from a killed run

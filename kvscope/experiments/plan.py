@@ -14,6 +14,7 @@ from kvscope.core.options import Prefill
 from kvscope.experiments.cells import SHORT, Done, Store, TraceCell, digest, readable, run_key, trace_cells
 from kvscope.experiments.experiment import Experiment
 from kvscope.experiments.spec import policy_specs
+from kvscope.model.prompt_files import read_prompts
 from kvscope.policies.spec import parse_policy
 
 
@@ -151,11 +152,10 @@ def make_plan(experiment: Experiment, store: Store, device: str) -> ExperimentPl
     Raises
     ------
     UsageError
-        If a model, a policy or a file is not found, or two runs are the same.
+        If a model, a policy or a file is not found, or two runs are the same; if prompts cannot be read, or answers are
+        to be generated and a file has none.
     """
-    for file in (*experiment.prompts, *(() if experiment.haystack is None else (experiment.haystack,))):
-        if not os.access(file, os.R_OK):
-            raise UsageError(f"{experiment.name}: cannot read {file}", "Paths are relative to the current folder.")
+    _require_files(experiment)
     cells = tuple(trace_cells(experiment, store))
     if len({cell.path for cell in cells}) < len(cells):
         raise UsageError(f"{experiment.name} names a model, task, length or file twice", "Name each once.")
@@ -165,6 +165,20 @@ def make_plan(experiment: Experiment, store: Store, device: str) -> ExperimentPl
         for prefill in (dict.fromkeys(experiment.prefill) if experiment.replays else ())
     }
     return ExperimentPlan(experiment, store, cells, requests, device)
+
+
+def _require_files(experiment: Experiment) -> None:
+    """Raise UsageError if a file is missing, is not of prompts, or has no right answers where they are needed."""
+    for file in (*experiment.prompts, *(() if experiment.haystack is None else (experiment.haystack,))):
+        if not os.access(file, os.R_OK):
+            raise UsageError(f"{experiment.name}: cannot read {file}", "Paths are relative to the current folder.")
+    for file in experiment.prompts:
+        prompts = read_prompts([Path(file)], None, experiment.field, experiment.template)
+        if "generate" in experiment.steps and not any(prompt.answers for prompt in prompts):
+            raise UsageError(
+                f"{file} has no right answers, so what a policy says cannot be scored",
+                "Add answers to its objects, or write steps: [trace, replay, closed-loop, report]",
+            )
 
 
 def _requests(experiment: Experiment, cell: TraceCell, prefill: Prefill) -> Iterator[RunRequest]:

@@ -181,7 +181,7 @@ def unsupported(
     The budget of a policy that holds to none is None. The model of a closed loop is not loaded.
     """
     try:
-        _plans(trace, [policy], [] if budget is None else [budget], options)
+        _plan(trace, policy, [] if budget is None else [budget], options)
     except (UsageError, TraceError) as error:
         return error
     return None
@@ -231,13 +231,7 @@ def _plans(
     plans, skipped = [], {}
     for policy in policies:
         try:
-            plan = make_plan(policy, options.plan, latent=trace.header.latent_size is not None)
-            require_replayable(trace, plan, budgets, options.prefill)
-            if options.closed is not None and not policy.traits.clairvoyant:  # bounds run in the open loop alone
-                require_closed(plan, options.closed.positions)
-                if options.generate is not None:
-                    require_decodable(plan)
-            plans.append(plan)
+            plans.append(_plan(trace, policy, budgets, options))
         except (UsageError, TraceError) as error:
             if not options.skip_unsupported:
                 raise
@@ -248,6 +242,17 @@ def _plans(
     if options.closed is not None and all(plan.policy.traits.clairvoyant for plan in plans):
         require_closed(plans[0], options.closed.positions)
     return plans, skipped
+
+
+def _plan(trace: Trace, policy: Policy, budgets: Sequence[Budget], options: ReplayOptions) -> EvictionPlan:
+    """Return the plan of a policy; raises UsageError or TraceError if it cannot run on the trace."""
+    plan = make_plan(policy, options.plan, latent=trace.header.latent_size is not None)
+    require_replayable(trace, plan, budgets, options.prefill)
+    if options.closed is not None and not policy.traits.clairvoyant:  # bounds run in the open loop alone
+        require_closed(plan, options.closed.positions)
+        if options.generate is not None:
+            require_decodable(plan)
+    return plan
 
 
 def _part(callback: Progress | None, low: float, high: float) -> Progress | None:

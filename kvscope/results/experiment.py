@@ -201,8 +201,11 @@ def sentences(verdicts: Sequence[Verdict]) -> list[str]:
     lines = []
     for (model, prefill, budget), found in groups.items():
         where = f"{model}, {prefill} prefill, {budget}" if several else budget
-        named = [f"{' and '.join(each.best)} by {CALLED[each.metric]}{_certainty(each)}" for each in found]
-        agree = set.intersection(*(set(each.best) for each in found))
+        useless = [each for each in found if each.metric in BY_ANSWERS and each.value == 0]
+        named = [f"none by {CALLED[each.metric]} (every answer is wrong)" for each in useless]
+        found = [each for each in found if each not in useless]
+        named += [f"{' and '.join(each.best)} by {CALLED[each.metric]}{_certainty(each)}" for each in found]
+        agree = set.intersection(*(set(each.best) for each in found)) if found else set()
         end = "" if len(found) < 2 else "; they agree" if agree else "; they disagree"
         lines.append(f"Best at {where}: {', '.join(named)}{end}.")
     return lines
