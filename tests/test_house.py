@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "replay": LOOPS | {"bounds", "closed_loop"},
     "tune": LOOPS | {"replay"},
     "tasks": {"core"},
-    "experiments": LOOPS | {"model", "replay", "tasks"},
+    "experiments": LOOPS | {"closed_loop", "model", "replay", "tasks"},
     "training": {"core", "gates", "kernels", "model", "trace"},
     "analysis": {"core", "results", "trace"},
     "report": {"core", "results", "trace"},

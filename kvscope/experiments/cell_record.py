@@ -58,7 +58,7 @@ def cell_record(
     return CellRecord(
         replay=made.path.name,
         trace=unit.cell.path.name,
-        model=unit.cell.model.model,
+        model=unit.cell.model.title,
         prefill=unit.prefill,
         steps=unit.experiment.loop_steps,
         sequences=_sequences(made, unit),

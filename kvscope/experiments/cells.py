@@ -113,7 +113,7 @@ class TraceCell:
     @property
     def title(self) -> str:
         """What messages call it."""
-        return f"{self.model.model}, {self.texts.name}"
+        return f"{self.model.title}, {self.texts.name}"
 
 
 def trace_cells(experiment: Experiment, store: Store) -> list[TraceCell]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from kvscope.core.budget import Budget
 from kvscope.core.errors import UsageError
-from kvscope.core.json_records import Number, Positive, about
+from kvscope.core.json_records import Number, Positive, about, plain
 from kvscope.core.options import ClosedLoopOptions, GenerateOptions, PlanOptions, Positions, Prefill, ReplayOptions
 
 StepName = Literal["trace", "replay", "closed-loop", "generate", "report"]
@@ -23,6 +23,12 @@ class ModelEntry:
     device_map: Annotated[str | None, about("how accelerate places its parts", omit=True)] = None
     quantize: Annotated[str | None, about("`4bit` or `8bit`", omit=True)] = None
     trust_remote_code: Annotated[bool, about("whether code that comes with it may run", omit=True)] = False
+
+    @property
+    def title(self) -> str:
+        """What tables call it: its name, and how it is loaded where that is not the default."""
+        own = [f"{name}={value}" for name, value in plain(self).items() if name != "model"]
+        return f"{self.model} ({', '.join(own)})" if own else self.model
 
 
 @dataclass(frozen=True, kw_only=True)
