@@ -136,9 +136,11 @@ def _notes(record: ExperimentRecord, rows: Sequence[PooledRun]) -> list[str]:
 
 def report_failures(record: ExperimentRecord) -> bool:
     """Print what has no result, each reason once, and return whether there is any."""
+    from kvscope.core.experiment_records import NO_TRACE
+
     if record.skipped:
         warn(f"skipped of all policies: {', '.join(record.skipped)}; reasons are in the summary")
-    reasons = Counter((failure.what, failure.todo) for failure in record.failed)
+    reasons = Counter((failure.what, failure.todo) for failure in record.failed if failure.what != NO_TRACE)
     for (what, todo), count in list(reasons.items())[:MOST]:
         fail(f"{_named(record.failed, what, count)}: {what}", todo)
     if len(reasons) > MOST:

@@ -24,6 +24,7 @@ EXPERIMENT = Format(
     "kvscope-experiment", "summary of an experiment", SCHEMA_VERSION, ResultError, "Run the experiment again."
 )
 LOSSES = ("nll_full", "nll_policy", "kl", "top1_equal")  # sums over the scored tokens of a sequence
+NO_TRACE = "its trace could not be recorded"  # why a replay failed whose trace has a failure of its own
 Step = Literal["replay", "closed-loop", "generate"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvscope.core.experiment_records import EXPERIMENT, ExperimentRecord, Failure
+from kvscope.core.experiment_records import EXPERIMENT, NO_TRACE, ExperimentRecord, Failure
 from kvscope.core.json_records import plain
 from kvscope.core.output import replace_file, require_free
 from kvscope.core.version import __version__
@@ -13,6 +13,7 @@ from kvscope.experiments.cells import Done
 from kvscope.experiments.execute import Progress, UnitResult, run_unit
 from kvscope.experiments.plan import ExperimentPlan, ReplayUnit, Unit
 from kvscope.experiments.workload import weight
+from kvscope.kernels.device import torch_device
 from kvscope.model.kept import keep_loaded
 from kvscope.results.experiment import pool
 
@@ -33,9 +34,12 @@ def run_here(plan: ExperimentPlan, update: Update | None = None) -> UnitResult:
 
     Raises
     ------
+    UsageError
+        If the device cannot be used.
     KvscopeError, OSError, Exception
         As `run_unit`. Finished cells stay.
     """
+    torch_device(plan.device)
     result = UnitResult()
     units = in_order(plan)
     total = sum(map(weight, units)) or 1.0
@@ -64,7 +68,7 @@ def in_order(plan: ExperimentPlan) -> list[Unit]:
 
 def without_trace(unit: ReplayUnit) -> Failure:
     """Return the failure of a replay whose trace could not be recorded."""
-    return Failure(unit.title, "its trace could not be recorded", "See the failure of the trace.")
+    return Failure(unit.title, NO_TRACE, "See the failure of the trace.")
 
 
 def summarise(plan: ExperimentPlan, result: UnitResult) -> ExperimentRecord:

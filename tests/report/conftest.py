@@ -1,6 +1,8 @@
 """One small trace with its replay, and one that has something for every panel, each made once."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +11,7 @@ from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
 from kvscope.trace.prompt_parts import SpanRecord
 from kvscope.trace.reader import Trace
+from tests.report.browser import CHROMIUM
 from tests.report.make import make_replay, make_trace
 
 WORDS = ["Once", " upon", " a", " time", ",", "\n", "there", " was", " a", " king", ".", "\n"]
@@ -76,3 +79,14 @@ def gated(trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> ReportInput
 @pytest.fixture
 def empty(tmp_path: Path) -> Path:
     return tmp_path / "page.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser; only tests that have checked that there is one ask for it."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield launched
+        launched.close()

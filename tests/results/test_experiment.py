@@ -31,7 +31,7 @@ def cell(
     for number, ((policy, budget), own) in enumerate(values.items()):
         nll = (losses or {}).get(policy)
         sums = {} if nll is None else {"nll_policy": tuple(10.0 * one for one in nll)}
-        rest = {} if nll is None else {name: (10.0,) * count for name in ("nll_full", "kl", "top1_equal", "tokens")}
+        rest = {} if nll is None else dict.fromkeys(("nll_full", "kl", "top1_equal", "tokens"), (10.0,) * count)
         runs.append(
             CellRun(
                 key="0" * 64,
@@ -97,7 +97,9 @@ def test_intervals_draw_clusters_of_each_trace(found: list[tuple[int, float]]) -
     one = cell("a", {("x", "8"): mass(values)}, clusters=clusters)
     two = cell("b", {("x", "8"): mass(values)}, clusters=clusters)
     (run,) = pool(runs_of(one, two)).runs
-    low, high = interval(np.array(values * 2), clusters=[*clusters, *(number + 4 for number in clusters)])
+    numbers = {number: place for place, number in enumerate(dict.fromkeys(clusters))}  # as they first come
+    own = [numbers[number] for number in clusters]
+    low, high = interval(np.array(values * 2), clusters=[*own, *(number + len(numbers) for number in own)])
     figure = run.metrics["retained_mass"]
     assert (figure.low, figure.high) == (low, high)
     assert run.clusters == 2 * len(set(clusters)) and run.sequences == 2 * len(values)
