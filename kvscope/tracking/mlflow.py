@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.printable import encodable
 from kvscope.core.trackers import Tracker
 from kvscope.results.store import Replay
 from kvscope.tracking.environment import defaults
@@ -103,7 +104,8 @@ def _write_all(client: MlflowClient, replay: Replay, store: str | Path, *, force
 
 def _experiment(client: MlflowClient, replay: Replay, store: str | Path) -> str:
     """Return the id of the experiment with the name of the replay."""
-    found = client.get_experiment_by_name(replay.name)
+    name = encodable(replay.name)
+    found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage != "active":
         raise ResultError(
             f"the experiment {replay.name} of MLflow is deleted",
@@ -112,7 +114,7 @@ def _experiment(client: MlflowClient, replay: Replay, store: str | Path) -> str:
     if found is not None:
         return str(found.experiment_id)
     beside = store.resolve().with_suffix(".artifacts").as_uri() if isinstance(store, Path) else None
-    return str(client.create_experiment(replay.name, artifact_location=beside))
+    return str(client.create_experiment(name, artifact_location=beside))
 
 
 def _of_replay(client: MlflowClient, experiment: str, replay: Replay) -> Iterator[Run]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from kvscope.core.errors import ResultError
+from kvscope.core.printable import encodable
 from kvscope.core.summary_records import SUMMARY_FILE
 from kvscope.core.trackers import Tracker
 from kvscope.results.curves import Curve, curves
@@ -71,8 +72,8 @@ def tracked_runs(replay: Replay, without: Collection[str] = ()) -> Iterator[Trac
             continue
         yield TrackedRun(
             id=known_as,
-            name=run.title,
-            group=replay.name,
+            name=encodable(run.title),
+            group=encodable(replay.name),
             config=about | {name: row[name] for name in MADE if row.get(name) is not None},
             params={name: _plain(value) for name, value in run.params.items() if value is not None},
             metrics={name: float(row[name]) for name in figures if row[name] is not None},
@@ -112,11 +113,14 @@ def _about(replay: Replay) -> dict[str, Plain]:
         "device": info.device,
         "created": info.created or None,
     }
-    return {name: value for name, value in shared.items() if value is not None}
+    return {name: _plain(value) for name, value in shared.items() if value is not None}
 
 
 def _plain(value: object) -> Plain:
-    return value if isinstance(value, (str, int, float, bool)) else json.dumps(value)
+    """Return a value that every tracker takes: nested things as JSON, texts as UTF-8 can represent them."""
+    if isinstance(value, str):
+        return encodable(value)
+    return value if isinstance(value, (int, float, bool)) else json.dumps(value)
 
 
 def _digest(*parts: str) -> str:

@@ -230,3 +230,11 @@ def test_the_command(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch, tra
         done = run("export", "mine", "--to", tracker)
         assert done.status == 0 and Path("shared.db").is_file(), done.err
         assert run("export", "mine", "--to", tracker, "-o", "own").status == 0 and Path("reports/own.db").is_file()
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "mlflow"])
+def test_a_name_that_is_not_utf8(tmp_path: Path, tracker: str) -> None:
+    pytest.importorskip(tracker, reason=WHY.format(tracker))
+    odd = make(tmp_path / 'a\udcff "b" %s', LENGTHS)
+    assert {made.group for made in tracked_runs(odd)} == {'a\\udcff "b" %s'}
+    assert len(track(odd, tracker, tmp_path / "out.db" if tracker == "mlflow" else tmp_path / "out")) == 2
