@@ -2,6 +2,8 @@
 # make test    install, then run the tests
 # make test-portable
 #              install, then check that other processors make the same decisions and pass the tests
+# make test-trackers
+#              install, then export replays to wandb, mlflow and tensorboard, offline, and read them back
 # make campaign
 #              install, then damage traces and replays in ten thousand ways, run where nothing can be written, and put
 #              hostile strings wherever text goes: nothing damaged may be accepted, nothing unfinished left, and no
@@ -14,23 +16,28 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TRACKERS := .venv-trackers
 JOBS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test test-portable campaign check check-models format clean
+.PHONY: demo test test-portable test-trackers campaign check check-models format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvscope demo
 
 # One thread for each test process: more threads than cores would slow down all of them.
-test check: export OMP_NUM_THREADS ?= 1
+test check test-trackers: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
 test-portable: $(VENV)/.installed-dev
 	$(BIN)/python tools/portable.py
+
+test-trackers: $(TRACKERS)/.installed
+	$(TRACKERS)/bin/python -c 'import mlflow, tensorboard, wandb'  # without them the tests are skipped
+	$(TRACKERS)/bin/python -m pytest -q tests/tracking
 
 check-models: export OMP_NUM_THREADS ?= 1
 check-models: $(VENV)/.installed-dev
@@ -54,7 +61,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TRACKERS)
 
 # torch is installed first, by its exact version, so that pip uses a wheel that is already in its cache.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -66,4 +73,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The trackers bring 40 packages that nothing else needs: they are installed beside the others, which are used as they are.
+$(TRACKERS)/.installed: $(VENV)/.installed-dev
+	test -x $(TRACKERS)/bin/python || $(BIN)/python -m venv $(TRACKERS)
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(BIN)/python -c "$$site" > "$$($(TRACKERS)/bin/python -c "$$site")/dev.pth"
+	$(TRACKERS)/bin/python -m pip install --quiet -c constraints.txt -e ".[wandb,mlflow,tensorboard]"
 	touch $@

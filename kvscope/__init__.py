@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from kvscope.trace.importer import import_maps as import_maps
     from kvscope.trace.reader import Trace as Trace
     from kvscope.trace.reader import open_trace as open
+    from kvscope.tracking.track import track as track
 
 # Public name -> where it is defined.
 _PUBLIC = {
@@ -85,6 +86,7 @@ _PUBLIC = {
     "regrets": "kvscope.analysis.find_regrets:regrets",
     "rescore": "kvscope.replay.rescore:rescore",
     "spans_of": "kvscope.analysis.spans:spans_of",
+    "track": "kvscope.tracking.track:track",
 }
 
 # Public functions that have the name of a room: the room itself is called.
@@ -130,6 +132,7 @@ __all__ = [
     "rescore",
     "spans_of",
     "trace",
+    "track",
 ]
 
 

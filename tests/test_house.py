@@ -21,7 +21,8 @@ PACKAGE = Path(__file__).parent.parent / "kvscope"
 ENGINE = {"core", "gates", "kernels", "metrics", "policies", "trace"}
 LOOPS = ENGINE | {"engine", "results"}
 MAY_IMPORT = {
-    "__init__": {"analysis", "core", "metrics", "model", "policies", "replay", "report", "results", "sharing", "trace"},
+    "__init__": {"analysis", "core", "metrics", "model", "policies", "replay", "report", "results", "sharing", "trace"}
+    | {"tracking"},
     "__main__": {"cli"},
     "core": set(),
     "trace": {"core"},
@@ -42,20 +43,10 @@ MAY_IMPORT = {
     "analysis": {"core", "results", "trace"},
     "report": {"core", "results", "trace"},
     "sharing": {"core", "results", "trace"},
+    "tracking": {"core", "results"},
     "cli": {
-        *(
-            "analysis",
-            "closed_loop",
-            "core",
-            "engine",
-            "experiments",
-            "gates",
-            "kernels",
-            "metrics",
-            "model",
-            "policies",
-        ),
-        *("replay", "report", "results", "sharing", "tasks", "trace", "training", "tune"),
+        *("analysis", "closed_loop", "core", "engine", "experiments", "gates", "kernels", "metrics", "model"),
+        *("policies", "replay", "report", "results", "sharing", "tasks", "trace", "tracking", "training", "tune"),
     },
 }
 
@@ -71,9 +62,13 @@ ONLY_IN = {
     "fsspec": {"sharing"},
     "yaml": {"experiments"},
     "triton": {"kernels"},
+    "wandb": {"tracking"},
+    "mlflow": {"tracking"},
+    "tensorboard": {"tracking"},
     "torch": {
         *("bounds", "cli", "closed_loop", "engine", "gates", "kernels", "metrics"),
         *("model", "policies", "replay", "training", "tune"),
+        "tracking",  # its SummaryWriter
         "trace",  # only to read captured attention that torch saved: see test_traces_load_no_torch
     },
 }
@@ -89,6 +84,7 @@ LIGHT = (
     "own_code",
     "recording_options",
     "registry",
+    "trackers",
     "version",
 )
 HEAVY = ("numba", "triton", "torch", "plotly", "transformers", "pandas", "pyarrow", "numpy")
@@ -182,7 +178,8 @@ def test_policies_and_metrics_know_only_their_base() -> None:
             inside = {
                 module
                 for module, _ in imports(file)
-                if module.startswith("kvscope.") and module not in ("kvscope.core.errors", "kvscope.core.seal")
+                if module.startswith("kvscope.")
+                and module not in ("kvscope.core.errors", "kvscope.core.latex", "kvscope.core.seal")
             }
             siblings = {f"kvscope.{own}.{other.stem}" for other in (PACKAGE / own).glob("*.py")}
             kernels = {module for module in inside if module.split(".")[1] == "kernels"}  # compiled forms

@@ -96,7 +96,9 @@ def helps() -> Iterator[tuple[str, str]]:
 
 
 def messages(source: str) -> Iterator[tuple[int, str]]:
-    """Yield line and text of every string of a Python file that is a sentence or a part of one, docstrings excepted.
+    """Yield line and text of every string of a Python file that is a sentence or a part of one.
+
+    Docstrings are excepted, and titles and names of publications, which are quoted.
 
     Errors, notes, warnings, help of parameters, notes of panels and descriptions of fields are all such strings.
     """
@@ -104,6 +106,8 @@ def messages(source: str) -> Iterator[tuple[int, str]]:
     no_message = {
         id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
+    quoted = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Citation"]
+    no_message |= {id(part) for call in quoted for part in ast.walk(call)}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             no_message |= {id(part) for part in node.values}

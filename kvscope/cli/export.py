@@ -1,4 +1,4 @@
-"""``kvscope export``: write a replay as plain tables for DuckDB, Polars, pandas, R or spreadsheets."""
+"""``kvscope export``: a replay as plain tables, as one table for a paper, or in an experiment tracker."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import typer
 
 from kvscope.cli.command import command
 from kvscope.cli.options import Force, Json, Quiet, ReplayName, ReportOutput
+from kvscope.cli.trackers import ToTracker, export_to
+from kvscope.core.errors import UsageError
 from kvscope.core.options import ExportFormat, ExportLevel
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def export(
     long: Annotated[
         bool, typer.Option("--long", help="Give each metric a row of fidelity instead of a column.")
     ] = False,
+    to: ToTracker = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -51,7 +54,12 @@ def export(
     from kvscope.results.export import export as write
     from kvscope.results.store import open_replay
 
+    if to is not None and (form is not ExportFormat.parquet or per is not ExportLevel.step or long):
+        raise UsageError("--format, --per and --long are for tables, not for --to", "Omit them, or export twice.")
     opened = open_replay(places.find_replay(replay, quiet=quiet))
+    if to is not None:
+        export_to(opened, to, output, force=force, json=json, quiet=quiet)
+        return
     if form in (ExportFormat.markdown, ExportFormat.latex):
         _paper_table(opened, form, output, force=force, quiet=quiet)
         return

@@ -1,45 +1,100 @@
-"""``kvscope policies``: every policy, its parameters, and what it needs from a trace."""
+"""``kvscope policies``: every policy, its parameters, what it needs from a trace, and what to cite for it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvscope.cli.command import command
 from kvscope.cli.options import Json
+from kvscope.core.errors import UsageError
 
 if TYPE_CHECKING:
     from kvscope.cli.console import Column
+    from kvscope.policies.cited import Source
     from kvscope.policies.describe import ParameterDescription, PolicyDescription
 
 
 @command("policies", order=140)
 def policies(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Describe this policy in full.", show_default=False)
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Describe these policies in full.", show_default=False)
+    ] = None,
+    cite: Annotated[
+        bool,
+        typer.Option(
+            "--cite", help="Print the publications as BibTeX: of all policies, or of NAME, as in a2sf:alpha=0.7."
+        ),
+    ] = False,
+    replay: Annotated[
+        str | None,
+        typer.Option("--replay", metavar="REPLAY", help="With --cite: of the policies in this replay."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """List the policies, or describe one in full."""
+    """List the policies, describe some in full, or print what to cite for them."""
     from kvscope.cli import console
     from kvscope.policies import POLICIES
     from kvscope.policies.describe import describe
 
-    rows = describe(name)
+    if replay is not None and (names or not cite):
+        what = "--replay and names of policies exclude each other" if names else "--replay is only for --cite"
+        raise UsageError(what, "Write: kvscope policies --cite --replay REPLAY")
+    if cite:
+        _cite(names or [], replay, json)
+        return
+    rows = [row for name in dict.fromkeys(names) for row in describe(name)] if names else describe()
     for broken, why in POLICIES.broken.items():
         console.warn(f"policy {broken} is installed but cannot be loaded: {why}")
     if json:
-        console.show_json(rows if name is None else rows[0])
-    elif name is None:
+        console.show_json(rows[0] if names and len(rows) == 1 else rows)
+    elif not names:
         console.show_table(
             columns(rows),
             notes=["kvscope policies NAME describes one policy. Set a parameter with --NAME VALUE, as in --alpha 0.7."],
         )
+    for number, row in enumerate(rows if names and not json else ()):
+        if number:
+            console.show_text("")
+        _show_one(row)
+
+
+def _cite(names: Sequence[str], replay: str | None, json: bool) -> None:
+    """Print what to cite for the named policies, those of a replay, or all."""
+    from kvscope.cli import console
+    from kvscope.policies.citation import bibtex
+
+    sources = _sources(names, replay)
+    if json:
+        console.show_json(
+            [{"policy": one.policy, "citation": one.citation and asdict(one.citation)} for one in sources]
+        )
     else:
-        _show_one(rows[0])
+        console.show_raw(bibtex(one.citation for one in sources if one.citation is not None))
+    unknown = [one.policy for one in sources if not one.known]
+    if unknown:
+        console.warn(f"not among the installed policies, and not cited: {', '.join(unknown)}")
+    without = [one.policy for one in sources if one.known and one.citation is None]
+    if without:
+        console.note(f"without a publication: {', '.join(without)}")
+
+
+def _sources(names: Sequence[str], replay: str | None) -> list[Source]:
+    from kvscope.policies.cited import cited_by, cited_by_all, cited_in
+    from kvscope.policies.spec import parse_policies
+
+    if replay is None:
+        return cited_by(parse_policies(names)) if names else cited_by_all()
+    from kvscope.cli.places import find_replay
+    from kvscope.results.store import open_replay
+
+    runs = open_replay(find_replay(replay)).info.runs
+    found = [source for run in runs for source in cited_in(run.policy, run.label, run.params, run.allocate)]
+    return list(dict.fromkeys(found))
 
 
 def columns(rows: Sequence[PolicyDescription]) -> list[Column]:

@@ -19,6 +19,7 @@ from kvscope.policies.base import (
     policy,
     variant_parameter,
 )
+from kvscope.policies.citation import Citation
 
 
 @policy("a2sf")
@@ -47,6 +48,13 @@ class A2SF(Policy):
     """
 
     paper = "arXiv:2407.20485 section 3.3"
+    citation = Citation(
+        key="jo2024a2sf",
+        title="A2SF: Accumulative Attention Scoring with Forgetting Factor for Token Pruning in Transformer Decoder",
+        authors="Jo, Hyun-rae and Shin, Dongkun",
+        year=2024,
+        arxiv="2407.20485",
+    )
     proven = "authors' decisions, plain-loop reference"
 
     alpha: float = parameter(

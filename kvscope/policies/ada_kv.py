@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvscope.policies.base import parameter, policy
+from kvscope.policies.citation import Citation
 from kvscope.policies.snapkv import Pooling, SnapKV
 
 
@@ -26,6 +27,14 @@ class AdaKV(SnapKV):
 
     allocate: ClassVar[str] = "ada"
     paper: ClassVar[str] = "arXiv:2407.11550 algorithm 1"
+    citation: ClassVar[Citation] = Citation(
+        key="feng2025adakv",
+        title="Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference",
+        authors="Feng, Yuan and Lv, Junlin and Cao, Yukun and Xie, Xike and Zhou, S. Kevin",
+        booktitle="Advances in Neural Information Processing Systems",
+        year=2025,
+        arxiv="2407.11550",
+    )
     proven: ClassVar[str] = "plain-loop reference of the authors' code"
 
     window: int = parameter(

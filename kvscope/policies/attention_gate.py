@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvscope.policies.base import Policy, Step, Traits, at_least, parameter, policy
+from kvscope.policies.citation import Citation
 
 
 @policy("attention-gate")
@@ -42,6 +43,13 @@ class AttentionGate(Policy):
 
     bounded = False
     paper = "arXiv:2410.12876; our reading of its abstract and reviews"
+    citation = Citation(
+        key="zeng2024attentiongate",
+        title="In-context KV-Cache Eviction for LLMs via Attention-Gate",
+        authors="Zeng, Zihao and Lin, Bokai and Hou, Tianqi and Zhang, Hao and Deng, Zhijie",
+        year=2024,
+        arxiv="2410.12876",
+    )
     proven = "plain-loop reference of our reading, real decoding"
 
     gate: str = parameter("demo", "file of the gate, or demo for that of the bundled model")

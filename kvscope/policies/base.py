@@ -10,12 +10,14 @@ from torch import Tensor
 
 from kvscope.core.errors import UsageError
 from kvscope.core.registry import Registry
+from kvscope.policies.citation import Citation
 from kvscope.policies.recurrence import Recurrence
 from kvscope.policies.step import GroupReduction, Step, compute_once_if_shared
 
 __all__ = [
     "POLICIES",
     "VARIANTS",
+    "Citation",
     "GroupReduction",
     "Phase",
     "Policy",
@@ -107,6 +109,9 @@ class Policy:
         Whether it reproduces published code with its quirks instead of the plain rule.
     paper : str
         Source of the rule.
+    citation : Citation or None
+        Its publication, for ``kvscope policies --cite``; None where the rule is from none. A class derived from another
+        has that of the other unless it names its own.
     proven : str
         What each of its decisions has been compared with.
     """
@@ -122,6 +127,7 @@ class Policy:
     prefills: ClassVar[frozenset[str]] = frozenset({"full", "stream"})
     published: ClassVar[bool] = False
     paper: ClassVar[str] = ""
+    citation: ClassVar[Citation | None] = None
     proven: ClassVar[str] = ""
 
     def __new__(cls, *args: object, **parameters: object) -> Self:

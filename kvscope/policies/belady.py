@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvscope.policies.base import Policy, Scope, Step, parameter, policy
+from kvscope.policies.citation import Citation
 
 
 @policy("belady")
@@ -30,6 +31,17 @@ class Belady(Policy):
     needs = frozenset({"schedule"})
     clairvoyant = True
     paper = "doi:10.1147/sj.52.0078, with weights and without return"
+    citation = Citation(
+        key="belady1966study",
+        title="A Study of Replacement Algorithms for a Virtual-Storage Computer",
+        authors="Belady, L. A.",
+        journal="IBM Systems Journal",
+        volume="5",
+        number="2",
+        pages="78--101",
+        year=1966,
+        doi="10.1147/sj.52.0078",
+    )
     proven = "every schedule of up to 7 tokens, and scipy's assignment"
 
     scope: Scope = parameter("kv_head", "who decides: kv_head, each for itself, or layer, all heads as one")  # type: ignore[misc]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvscope.policies.base import GroupReduction, Policy, Protection, Step, at_least, parameter, policy
+from kvscope.policies.citation import Citation
 from kvscope.policies.history import History
 from kvscope.policies.snapkv import Pooling, odd, pooled, voting
 
@@ -33,6 +34,17 @@ class CAKE(Policy):
     allocate: ClassVar[str] = "cake"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
     paper: ClassVar[str] = "arXiv:2503.12491 sections 4.1, 4.2"
+    citation: ClassVar[Citation] = Citation(
+        key="qin2025cake",
+        title="CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences",
+        authors=(
+            "Qin, Ziran and Cao, Yuchen and Lin, Mingbao and Hu, Wen and Fan, Shixuan and Cheng, Ke and Lin, Weiyao "
+            "and Li, Jianguo"
+        ),
+        booktitle="International Conference on Learning Representations",
+        year=2025,
+        arxiv="2503.12491",
+    )
     proven: ClassVar[str] = "plain-loop reference of the authors' code"
 
     window: int = parameter(

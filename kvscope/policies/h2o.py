@@ -17,6 +17,7 @@ from kvscope.policies.base import (
     policy,
     variant_parameter,
 )
+from kvscope.policies.citation import Citation
 
 
 @policy("h2o")
@@ -39,6 +40,17 @@ class H2O(Policy):
     """
 
     paper = "arXiv:2306.14048 algorithm 1"
+    citation = Citation(
+        key="zhang2023h2o",
+        title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+        authors=(
+            "Zhang, Zhenyu and Sheng, Ying and Zhou, Tianyi and Chen, Tianlong and Zheng, Lianmin and Cai, Ruisi and "
+            "Song, Zhao and Tian, Yuandong and Ré, Christopher and Barrett, Clark and Wang, Zhangyang and Chen, Beidi"
+        ),
+        booktitle="Advances in Neural Information Processing Systems",
+        year=2023,
+        arxiv="2306.14048",
+    )
     proven = "authors' decisions, plain-loop reference"
 
     recent: int | None = parameter(None, "newest keys that are never evicted; None: half of the budget, rounded down")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvscope.policies.a2sf import A2SF
 from kvscope.policies.base import Policy, Step, policy
 
 
@@ -29,6 +30,7 @@ class Ideal(Policy):
     reads = True
     clairvoyant = True
     paper = "arXiv:2407.20485 section 4.3"
+    citation = A2SF.citation
     proven = "the ideal set of the metrics"
 
     def read(self, step: Step) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvscope.policies.base import Policy, Step, policy
+from kvscope.policies.citation import Citation
 
 
 @policy("indexer")
@@ -31,6 +32,13 @@ class Indexer(Policy):
     reads = True
     bounded = False
     paper = "the model's own index (arXiv:2512.02556)"
+    citation = Citation(
+        key="deepseek2025v32",
+        title="DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models",
+        authors="DeepSeek-AI",
+        year=2025,
+        arxiv="2512.02556",
+    )
     proven = "the model's indexer"
 
     def read(self, step: Step) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvscope.policies.base import Policy, Recurrence, Step, at_least, parameter, policy, variant_parameter
+from kvscope.policies.citation import Citation
 
 
 @policy("key-norm")
@@ -28,6 +29,14 @@ class KeyNorm(Policy):
 
     needs = frozenset({"key_l2"})
     paper = "arXiv:2406.11430"
+    citation = Citation(
+        key="devoto2024l2norm",
+        title="A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
+        authors="Devoto, Alessio and Zhao, Yu and Scardapane, Simone and Minervini, Pasquale",
+        booktitle="Proceedings of the 2024 Conference on Empirical Methods in Natural Language Processing",
+        year=2024,
+        arxiv="2406.11430",
+    )
     proven = "plain-loop reference of the authors' code"
 
     variant: str = variant_parameter()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvscope.policies.base import Policy, Step, policy
+from kvscope.policies.citation import Citation
 
 
 @policy("keydiff")
@@ -32,6 +33,19 @@ class KeyDiff(Policy):
 
     needs = frozenset({"keys"})
     paper = "arXiv:2504.15364 section 3"
+    citation = Citation(
+        key="park2025keydiff",
+        title=(
+            "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained "
+            "Environments"
+        ),
+        authors=(
+            "Park, Junyoung and Jones, Dalton and Morse, Matthew J. and Goel, Raghavv and Lee, Mingu and Lott, Chris"
+        ),
+        booktitle="Advances in Neural Information Processing Systems",
+        year=2025,
+        arxiv="2504.15364",
+    )
     proven = "plain-loop reference of kvpress's code"
 
     def observe(self, step: Step, score: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from kvscope.policies.base import (
     parameter,
     policy,
 )
+from kvscope.policies.citation import Citation
 
 
 @policy("keyformer")
@@ -46,6 +47,17 @@ class Keyformer(Policy):
 
     prefills = frozenset({"full"})
     paper = "arXiv:2403.09054"
+    citation = Citation(
+        key="adnan2024keyformer",
+        title="Keyformer: KV Cache Reduction through Key Tokens Selection for Efficient Generative Inference",
+        authors=(
+            "Adnan, Muhammad and Arunkumar, Akhil and Jain, Gaurav and Nair, Prashant J. and Soloveychik, Ilya and "
+            "Kamath, Purushotham"
+        ),
+        booktitle="Proceedings of Machine Learning and Systems",
+        year=2024,
+        arxiv="2403.09054",
+    )
     proven = "plain-loop reference of the authors' code"
 
     recent_ratio: float = parameter(0.3, "share of the budget for the newest keys")

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from kvscope.policies.base import Policy, Protection, Step, at_least, parameter, policy
 from kvscope.policies.cache import at, without_gaps
+from kvscope.policies.citation import Citation
 
 
 @policy("lagkv")
@@ -40,6 +41,13 @@ class LagKV(Policy):
     needs = frozenset({"keys", "values"})
     phase = "prefill"
     paper = "arXiv:2504.04704 section 2"
+    citation = Citation(
+        key="liang2025lagkv",
+        title="LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important",
+        authors="Liang, Manlai and Zhang, JiaMing and Li, Xiong and Li, Jinlong",
+        year=2025,
+        arxiv="2504.04704",
+    )
     proven = "plain-loop reference of kvpress's code"
 
     lag: int = parameter(128, "number of keys in a part")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvscope.policies.base import Policy, Protection, Step, at_least, compute_once_if_shared, parameter, policy
 from kvscope.policies.cache import without_gaps
+from kvscope.policies.citation import Citation
 from kvscope.policies.history import History
 
 
@@ -39,6 +40,14 @@ class MorphKV(Policy):
     """
 
     paper = "arXiv:2503.00979"
+    citation = Citation(
+        key="ghadia2025morphkv",
+        title="Dialogue Without Limits: Constant-Sized KV Caches for Extended Responses in LLMs",
+        authors="Ghadia, Ravi and Kumar, Avinash and Jain, Gaurav and Nair, Prashant and Das, Poulami",
+        booktitle="International Conference on Machine Learning",
+        year=2025,
+        arxiv="2503.00979",
+    )
     proven = "plain-loop reference of the authors' code"
 
     window: int = parameter(200, "queries before the current one whose rows count, at most half of the budget")

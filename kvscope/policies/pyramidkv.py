@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvscope.policies.base import policy
+from kvscope.policies.citation import Citation
 from kvscope.policies.snapkv import SnapKV
 
 
@@ -27,4 +28,14 @@ class PyramidKV(SnapKV):
 
     allocate: ClassVar[str] = "pyramid"
     paper: ClassVar[str] = "arXiv:2406.02069 section 4.2"
+    citation: ClassVar[Citation] = Citation(
+        key="cai2024pyramidkv",
+        title="PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling",
+        authors=(
+            "Cai, Zefan and Zhang, Yichi and Gao, Bofei and Liu, Yuliang and Liu, Tianyu and Lu, Keming and Xiong, "
+            "Wayne and Dong, Yue and Chang, Baobao and Hu, Junjie and Xiao, Wen"
+        ),
+        year=2024,
+        arxiv="2406.02069",
+    )
     proven: ClassVar[str] = "plain-loop reference of the authors' code"

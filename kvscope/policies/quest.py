@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvscope.policies.base import GroupReduction, Policy, Step, at_least, parameter, policy
+from kvscope.policies.citation import Citation
 
 
 @policy("quest")
@@ -39,6 +40,14 @@ class Quest(Policy):
     reads = True
     needs = frozenset({"keys", "queries"})
     paper = "arXiv:2406.10774 section 3.3"
+    citation = Citation(
+        key="tang2024quest",
+        title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
+        authors="Tang, Jiaming and Zhao, Yilong and Zhu, Kan and Xiao, Guangxuan and Kasikci, Baris and Han, Song",
+        booktitle="International Conference on Machine Learning",
+        year=2024,
+        arxiv="2406.10774",
+    )
     proven = "plain-loop reference of the authors' code"
 
     page_size: int = parameter(16, "number of keys in a page")

@@ -12,6 +12,7 @@ from torch.nn import functional
 from kvscope.core.errors import UsageError
 from kvscope.policies.base import Policy, Protection, Step, at_least, parameter, policy
 from kvscope.policies.cache import at, without_gaps
+from kvscope.policies.citation import Citation
 
 BLOCK = 2**24  # numbers in one block of cosines between keys
 
@@ -44,6 +45,18 @@ class RKV(Policy):
     needs = frozenset({"keys", "queries"})
     phase = "every:128"
     paper = "arXiv:2505.24133 section 3"
+    citation = Citation(
+        key="cai2025rkv",
+        title="R-KV: Redundancy-aware KV Cache Compression for Reasoning Models",
+        authors=(
+            "Cai, Zefan and Xiao, Wen and Sun, Hanshi and Luo, Cheng and Zhang, Yikai and Wan, Ke and Li, Yucheng and"
+            " Zhou, Yeyang and Chang, Li-Wen and Gu, Jiuxiang and Dong, Zhen and Anandkumar, Anima and Asi, "
+            "Abedelkadir and Hu, Junjie"
+        ),
+        booktitle="Advances in Neural Information Processing Systems",
+        year=2025,
+        arxiv="2505.24133",
+    )
     proven = "plain-loop reference of the authors' code"
 
     window: int = parameter(8, "newest keys, never evicted, whose queries count; at most half of the budget")

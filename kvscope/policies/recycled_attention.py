@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from kvscope.core.errors import UsageError
 from kvscope.policies.base import GroupReduction, Policy, Step, Traits, at_least, parameter, policy
+from kvscope.policies.citation import Citation
 
 Schedule = Literal["fixed", "dynamic"]
 
@@ -47,6 +48,13 @@ class RecycledAttention(Policy):
     reads = True
     needs = frozenset({"weights"})
     paper = "arXiv:2411.05787 (first version)"
+    citation = Citation(
+        key="xu2024recycled",
+        title="Recycled Attention: Efficient inference for long-context language models",
+        authors="Xu, Fangyuan and Goyal, Tanya and Choi, Eunsol",
+        year=2024,
+        arxiv="2411.05787v1",
+    )
     proven = "plain-loop reference of the paper's rule"
 
     stride: int = parameter(50, "steps from one full step to the next, with schedule=fixed")
@@ -156,6 +164,15 @@ class RefreshKV(RecycledAttention):
 
     needs = frozenset({"weights", "mean_query"})
     paper = "RefreshKV, ACL 2025 (arXiv:2411.05787) section 2.2"
+    citation = Citation(
+        key="xu2025refreshkv",
+        title="RefreshKV: Updating Small KV Cache During Long-form Generation",
+        authors="Xu, Fangyuan and Goyal, Tanya and Choi, Eunsol",
+        booktitle="Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics",
+        year=2025,
+        arxiv="2411.05787",
+        doi="10.18653/v1/2025.acl-long.1211",
+    )
     proven = "plain-loop reference of the paper's rule"
 
     schedule: Schedule = parameter("dynamic", "when all keys are read: fixed (every stride steps) or dynamic")

@@ -17,6 +17,7 @@ from kvscope.policies.base import (
     policy,
     variant_parameter,
 )
+from kvscope.policies.citation import Citation
 
 NEWEST = 1e9  # deviation beyond any weight's: of the newest keys
 
@@ -45,6 +46,13 @@ class RoCo(Policy):
     """
 
     paper = "arXiv:2402.06262; code DRSY/EasyKV"
+    citation = Citation(
+        key="ren2024efficacy",
+        title="On the Efficacy of Eviction Policy for Key-Value Constrained Generative Language Model Inference",
+        authors="Ren, Siyu and Zhu, Kenny Q.",
+        year=2024,
+        arxiv="2402.06262",
+    )
     proven = "plain-loop reference of the authors' code"
 
     std_ratio: float = parameter(0.3, "share of the budget for the keys whose weight varies most")

@@ -16,6 +16,7 @@ from kvscope.policies.base import (
     policy,
     variant_parameter,
 )
+from kvscope.policies.citation import Citation
 from kvscope.policies.history import History
 from kvscope.policies.lru import even_share
 
@@ -40,6 +41,20 @@ class Scissorhands(Policy):
     """
 
     paper = "arXiv:2305.17118 algorithms 1 and 2"
+    citation = Citation(
+        key="liu2023scissorhands",
+        title=(
+            "Scissorhands: Exploiting the Persistence of Importance Hypothesis for LLM KV Cache Compression at Test "
+            "Time"
+        ),
+        authors=(
+            "Liu, Zichang and Desai, Aditya and Liao, Fangshuo and Wang, Weitao and Xie, Victor and Xu, Zhaozhuo and "
+            "Kyrillidis, Anastasios and Shrivastava, Anshumali"
+        ),
+        booktitle="Advances in Neural Information Processing Systems",
+        year=2023,
+        arxiv="2305.17118",
+    )
     proven = "plain-loop reference"
 
     history: int = parameter(400, "newest rows that count")

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from kvscope.policies.base import GroupReduction, Phase, Policy, Protection, Step, at_least, parameter, policy
 from kvscope.policies.cache import without_gaps
+from kvscope.policies.citation import Citation
 from kvscope.policies.history import History
 
 Pooling = Literal["avg", "max", "none"]
@@ -39,6 +40,17 @@ class SnapKV(Policy):
     phase: ClassVar[Phase] = "prefill"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
     paper: ClassVar[str] = "arXiv:2404.14469 section 4.2"
+    citation: ClassVar[Citation] = Citation(
+        key="li2024snapkv",
+        title="SnapKV: LLM Knows What You are Looking for Before Generation",
+        authors=(
+            "Li, Yuhong and Huang, Yingbing and Yang, Bowen and Venkitesh, Bharat and Locatelli, Acyr and Ye, Hanchen"
+            " and Cai, Tianle and Lewis, Patrick and Chen, Deming"
+        ),
+        booktitle="Advances in Neural Information Processing Systems",
+        year=2024,
+        arxiv="2404.14469",
+    )
     proven: ClassVar[str] = "plain-loop reference of the authors' code"
 
     window: int = parameter(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvscope.policies.base import Policy, Protection, Recurrence, Step, at_least, parameter, policy
+from kvscope.policies.citation import Citation
 
 
 @policy("streaming-llm")
@@ -29,6 +30,14 @@ class StreamingLLM(Policy):
     needs = frozenset()
     scope = "layer"
     paper = "arXiv:2309.17453 section 3.2"
+    citation = Citation(
+        key="xiao2024streamingllm",
+        title="Efficient Streaming Language Models with Attention Sinks",
+        authors="Xiao, Guangxuan and Tian, Yuandong and Chen, Beidi and Han, Song and Lewis, Mike",
+        booktitle="International Conference on Learning Representations",
+        year=2024,
+        arxiv="2309.17453",
+    )
     proven = "plain-loop reference of the authors' code"
 
     sinks: int = parameter(4, "first keys that are never evicted")

@@ -18,6 +18,7 @@ from kvscope.policies.base import (
     policy,
     variant_parameter,
 )
+from kvscope.policies.citation import Citation
 
 
 @policy("tova")
@@ -40,6 +41,15 @@ class TOVA(Policy):
     """
 
     paper = "arXiv:2401.06104 section 4.2"
+    citation = Citation(
+        key="oren2024tova",
+        title="Transformers are Multi-State RNNs",
+        authors="Oren, Matanel and Hassid, Michael and Yarden, Nir and Adi, Yossi and Schwartz, Roy",
+        booktitle="Proceedings of the 2024 Conference on Empirical Methods in Natural Language Processing",
+        year=2024,
+        arxiv="2401.06104",
+        doi="10.18653/v1/2024.emnlp-main.1043",
+    )
     proven = "authors' decisions, plain-loop reference"
 
     scope: Scope = parameter("layer", "who decides: layer, all heads as one, or kv_head, each for itself")  # type: ignore[misc]

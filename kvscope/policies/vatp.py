@@ -21,6 +21,7 @@ from kvscope.policies.base import (
     recurrence_of,
     variant_parameter,
 )
+from kvscope.policies.citation import Citation
 from kvscope.policies.spec import parse_policy
 
 
@@ -44,6 +45,18 @@ class VATP(Policy):
 
     needs = frozenset({"weights", "value_l1"})
     paper = "arXiv:2406.12335"
+    citation = Citation(
+        key="guo2024vatp",
+        title=(
+            "Attention Score is not All You Need for Token Importance Indicator in KV Cache Reduction: Value Also "
+            "Matters"
+        ),
+        authors="Guo, Zhiyu and Kamigaito, Hidetaka and Watanabe, Taro",
+        booktitle="Proceedings of the 2024 Conference on Empirical Methods in Natural Language Processing",
+        year=2024,
+        arxiv="2406.12335",
+        doi="10.18653/v1/2024.emnlp-main.1178",
+    )
     proven = "plain-loop reference"
 
     base: str = parameter("h2o", "policy whose weights are multiplied, as in a2sf(alpha=0.7)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvscope.policies.base import Policy, Recurrence, Step, policy
+from kvscope.policies.tova import TOVA
 
 
 @policy("window")
@@ -26,6 +27,7 @@ class Window(Policy):
     needs = frozenset()
     scope = "layer"
     paper = "arXiv:2401.06104 section 5.1"
+    citation = TOVA.citation
     proven = "plain-loop reference"
 
     def recurrence(self) -> Recurrence:

@@ -146,7 +146,7 @@ def _tables(replay: Replay, level: ExportLevel, long: bool) -> dict[str, Iterato
         tables["tokens"] = joined.tables(batches(replay, "tokens"))
     for name, pieces in answer_tables(replay).items():
         tables[name] = joined.tables(pieces)
-    return {"runs": iter([_runs(replay)]), **tables}
+    return {"runs": iter([runs_table(replay)]), **tables}
 
 
 class _Joined:
@@ -177,8 +177,8 @@ class _Joined:
             yield pa.Table.from_arrays(values, schema=schema)
 
 
-def _runs(replay: Replay) -> pa.Table:
-    """Return one row for each run: all that is said of it, then mean, interval and count of every metric."""
+def runs_table(replay: Replay) -> pa.Table:
+    """Return one row for each run: how it was made, then mean, interval and count of every metric."""
     runs = replay.summary.runs
     said = [plain(run) for run in runs]
     columns: dict[str, pa.Array] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvscope.core.latex import escape_latex
 from kvscope.core.near_copies import copies_note
 from kvscope.core.summary_records import RunSummary, SummaryRecord
 from kvscope.results.render import escape_markdown
@@ -18,9 +19,6 @@ DIGITS = {
     "perplexity": 3,
     "token_kl": 3,
     "top1_agreement": 3,
-}
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
-    each: f"\\{each}" for each in "&%$#_{}"
 }
 
 
@@ -63,8 +61,8 @@ def as_markdown(table: PaperTable) -> str:
 def as_latex(table: PaperTable) -> str:
     """Return the table for LaTeX with the package ``booktabs``."""
     lines = [f"\\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}", "\\toprule"]
-    lines += [" & ".join(_latex(name) for name in table.head) + r" \\", "\\midrule"]
-    lines += [" & ".join(row) + r" \\" for row in _rows(table, _latex, "\\textbf{{{}}}")]
+    lines += [" & ".join(escape_latex(name) for name in table.head) + r" \\", "\\midrule"]
+    lines += [" & ".join(row) + r" \\" for row in _rows(table, escape_latex, "\\textbf{{{}}}")]
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", f"% {table.note}"]) + "\n"
 
 
@@ -105,7 +103,3 @@ def _best(summary: SummaryRecord, name: str) -> list[int]:
         for row, mean in group.items()
         if mean == best(group.values())
     ]
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(each, each) for each in text)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +150,32 @@ def test_a_table_for_a_paper(everything: Run) -> None:
     assert "\\toprule" in Path("table.tex").read_text()
     refused = everything("export", "everything", "--format", "latex", "-o", "table.tex")
     assert refused.status == 1 and "--force" in refused.two_lines()[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "todo"),
+    [
+        (["--to", "comet"], "'comet'", "kvscope export --help"),
+        (["--to", "wandb", "--format", "csv"], "--format, --per and --long are for tables", "Omit them"),
+        (["--to", "mlflow", "--per", "head"], "--format, --per and --long are for tables", "Omit them"),
+        (["--to", "tensorboard", "--long"], "--format, --per and --long are for tables", "Omit them"),
+        (["--to", "tensorboard", "-o", ""], "-o is empty", "-o NAME"),
+    ],
+)
+def test_trackers_refuse(everything: Run, arguments: list[str], what: str, todo: str) -> None:
+    done = everything("export", "everything", *arguments)
+    assert done.status == 2
+    assert what in done.two_lines()[0]
+    assert todo in done.two_lines()[1]
+    assert [path.name for path in Path("reports").iterdir()] == ["everything"]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "tensorboard"])
+def test_a_tracker_that_is_not_installed(everything: Run, monkeypatch: pytest.MonkeyPatch, tracker: str) -> None:
+    for module in (tracker, f"{tracker}.exceptions", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    done = everything("export", "everything", "--to", tracker)
+    assert done.status == 1
+    assert f"an export to {tracker} needs the package" in done.two_lines()[0]
+    assert f'pip install "kvscope[{tracker}]"' in done.two_lines()[1]
+    assert [path.name for path in Path("reports").iterdir()] == ["everything"]

@@ -1,0 +1,1 @@
+"""Replays in experiment trackers: Weights & Biases, MLflow, TensorBoard."""
