@@ -68,15 +68,15 @@ def compile_closed_loop(
     ReplayError
         If a run that evicts nothing differs from the model's own attention.
     """
-    for plan in _plans_of(runs):
-        require_gates(plan, model)
     with torch.inference_mode():
         require_registry(model)
-        _require_positions(passages, runs)
         probe = passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
+        counts = kv_head_counts(model, probe)
+        for plan in _plans_of(runs):
+            require_gates(plan, model, counts.values())
+        _require_positions(passages, runs)
         shared = shared_caches(model, probe)
         layers = self_check(model, passages[0].text_ids, prefill)
-        counts = kv_head_counts(model, probe)
         rotary = None
         if runs[0].positions == Positions.compacted:
             rotary = derotations(model, passages[0].ids[None, :1].to(model.get_input_embeddings().weight.device))
