@@ -37,10 +37,11 @@ def next_command(trace: Trace) -> str:
     return f"next: {command}"
 
 
-def replay_of(spec: str, traces: Sequence[str], prefill: Prefill = Prefill.full) -> str:
+def replay_of(spec: str, traces: Sequence[str], prefill: Prefill = Prefill.full, scope: str | None = None) -> str:
     """Return the command that replays one policy; a trace is named in it if `traces` names exactly one."""
     words = ["kvscope", "replay", *(traces if len(traces) == 1 else ()), "--policy", spec]
-    return shlex.join(words + ([] if prefill is Prefill.full else ["--prefill", prefill.value]))
+    words += [] if prefill is Prefill.full else ["--prefill", prefill.value]
+    return shlex.join(words + ([] if scope is None else ["--scope", scope]))
 
 
 def next_report(replay: Path) -> str:

@@ -18,6 +18,7 @@ from kvscope.cli.options import (
     OneBudget,
     PrefillMode,
     Quiet,
+    Scope,
     TomlFile,
     TraceNames,
     TunedMetric,
@@ -39,6 +40,7 @@ def tune(
     budget: OneBudget = "20%",
     metric: TunedMetric = "retained_mass",
     prefill: PrefillMode = Prefill.full,
+    scope: Scope = None,
     held_out: HeldOut = None,
     output: TomlFile = Path("tuned.toml"),
     device: Device = "auto",
@@ -67,7 +69,7 @@ def tune(
     opened = [open_trace(places.find_trace(name, quiet=quiet), compare=not no_verify) for name in traces or ()]
     opened = opened or [open_trace(places.find_trace(None, quiet=quiet), compare=not no_verify)]
     tokens = 2 * sum(sequence.length for trace in opened for sequence in trace.sequences)
-    options = TuneOptions(per, metric, prefill, held_out, output.name, device)
+    options = TuneOptions(per, metric, prefill, held_out, output.name, device, scope)
     job = compile_tune(opened, policy, _grid(policy, grid or []), budget, options)
     with console.bar("tuning", tokens, "tokens", quiet=quiet) as update:
         found = job.execute(lambda share: update(share * tokens))
@@ -75,7 +77,7 @@ def tune(
     _show(found, output, as_json=json)
     if not json:
         spec = f"{_name(policy)}:@{output}"
-        console.note(f"next: {replay_of(spec, traces or (), prefill)}", quiet=quiet)
+        console.note(f"next: {replay_of(spec, traces or (), prefill, scope)}", quiet=quiet)
 
 
 def _grid(policy: str, given: list[str]) -> dict[str, list[str]]:
@@ -134,9 +136,9 @@ def _show(found: Tuning, output: Path, *, as_json: bool) -> None:
         Column(f"searched ({about['searched_sequences']})", [_cell(row[1]) for row in rows], numeric=True),
         Column(f"held out ({about['held_out_sequences']})", [_cell(row[2]) for row in rows], numeric=True),
     ]
-    what = (
-        f"{about['metric']} at {about['budget']}, {about['prefill']} prefill, open loop; a setting per {about['per']}."
-    )
+    scope = f", which decides per {about['scope']}" if "scope" in about else ""
+    what = f"{about['metric']} at {about['budget']}, {about['prefill']} prefill, open loop; "
+    what += f"a setting per {about['per']} of {about['policy']}{scope}." if scope else f"a setting per {about['per']}."
     show_table(columns, title=str(output), notes=[what, *_verdict(gain)])
 
 

@@ -40,10 +40,9 @@ from kvscope.kernels.device import torch_device
 from kvscope.metrics import METRICS, Metric
 from kvscope.model.derotation import derotations
 from kvscope.model.loading import Loaded, load
-from kvscope.model.model_facts import named_heads
 from kvscope.model.obstacles import require_registry
 from kvscope.model.run import stop_ids
-from kvscope.model.selfcheck import kv_head_counts, shared_caches
+from kvscope.model.selfcheck import kv_head_counts, layer_count, shared_caches
 from kvscope.policies.base import Policy
 from kvscope.trace.reader import TokenSequence, Trace
 
@@ -69,15 +68,15 @@ def compile_closed_loop(
     ReplayError
         If a run that evicts nothing differs from the model's own attention.
     """
-    for plan in _plans_of(runs):
-        require_gates(plan, model)
     with torch.inference_mode():
         require_registry(model)
-        _require_positions(passages, runs)
         probe = passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
+        counts = kv_head_counts(model, probe)
+        for plan in _plans_of(runs):
+            require_gates(plan, model, counts.values())
+        _require_positions(passages, runs)
         shared = shared_caches(model, probe)
         layers = self_check(model, passages[0].text_ids, prefill)
-        counts = kv_head_counts(model, probe)
         rotary = None
         if runs[0].positions == Positions.compacted:
             rotary = derotations(model, passages[0].ids[None, :1].to(model.get_input_embeddings().weight.device))
@@ -251,6 +250,8 @@ def evaluate(
 ) -> Tally:
     """Run policies inside a loaded model over texts and return the counts; `sink` gets losses, residency and fidelity.
 
+    Layers and key/value heads are those that the model's attention is called with, as in a trace of it.
+
     Raises
     ------
     UsageError
@@ -258,10 +259,11 @@ def evaluate(
     ModelError, ReplayError
         As `compile_closed_loop` and `ClosedLoopJob.execute`.
     """
-    config = model.config.get_text_config(decoder=True)
-    layers = tuple(range(config.num_hidden_layers))
-    kv_heads = tuple(own.kv_heads for own in named_heads(config))
-    workload = Workload([passage.sequence for passage in passages], prefill, layers, kv_heads, len(layers))
+    with torch.inference_mode():
+        counts = kv_head_counts(model, passages[0].text_ids[None].to(model.get_input_embeddings().weight.device))
+    layers, number = tuple(sorted(counts)), layer_count(model.config.get_text_config(decoder=True))
+    kv_heads = tuple(counts[layer] for layer in layers)
+    workload = Workload([passage.sequence for passage in passages], prefill, layers, kv_heads, number)
     for plan in _plans_of(runs):
         plan_runs = [run for run in runs if run.plan == plan]
         require_closed(plan, plan_runs[0].positions)

@@ -228,7 +228,6 @@ def decode(
     """
     how, placing = choice(Prefill, prefill, "prefill"), choice(Positions, positions, "positions")
     require_decodable(plan)
-    require_gates(plan, model)
     ids = ids if ids.ndim == 2 else ids[None]
     if ids.ndim != 2 or ids.shape[0] != 1 or not 1 <= prompt <= ids.shape[1] or budget < 1:
         raise UsageError(
@@ -239,6 +238,7 @@ def decode(
     require_room(plan.policy, budget, prompt)
     with torch.no_grad():
         facts = attention_facts(model, ids)
+        require_gates(plan, model, [own.kv_heads for own in facts.sizes.values()])
         rotary = derotations(model, ids[:, :1]) if placing is Positions.compacted else None
     return DecodeJob(model, ids, plan, budget, prompt, how, sequence, facts, rotary).execute()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,11 @@ from kvscope.core.model_types import CausalModel
 from kvscope.engine.plan import EvictionPlan
 from kvscope.gates.module import load_gate
 from kvscope.model.attention_hook import Call
-from kvscope.model.model_facts import named_heads
 from kvscope.model.sample import sample
 
 
-def require_gates(plan: EvictionPlan, model: CausalModel) -> None:
-    """Raise an error unless the gates that a plan uses were trained for this model.
+def require_gates(plan: EvictionPlan, model: CausalModel, kv_heads: Iterable[int]) -> None:
+    """Raise an error unless the gates that a plan uses were trained for this model, with ``G`` of each of its layers.
 
     Raises
     ------
@@ -27,7 +28,7 @@ def require_gates(plan: EvictionPlan, model: CausalModel) -> None:
     if not plan.gates:
         return
     config, weights = model.config.get_text_config(decoder=True), sample(model)
-    counts = {own.kv_heads for own in named_heads(config)}
+    counts = set(kv_heads)
     if len(counts) > 1:
         raise ModelError(
             f"{plan.policy.label} uses a gate, which has equally many heads in every layer, and the layers of "

@@ -300,6 +300,8 @@ class TuneOptions:
         Name of the file that will hold the choice, for labels.
     device : str
         Where to compute: ``cpu``, ``cuda``.
+    scope : str or None
+        What decides, as `PlanOptions.scope`.
     """
 
     level: TuneLevel = TuneLevel.head
@@ -308,6 +310,7 @@ class TuneOptions:
     held_out: int | None = None
     source: str = "tuned.toml"
     device: str = "cpu"
+    scope: str | None = None
 
 
 @dataclass(frozen=True)

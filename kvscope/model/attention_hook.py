@@ -9,7 +9,6 @@ would not be causal.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import ModelConfig
+from kvscope.model.attention_kernels import function_of, is_causal
 from kvscope.model.obstacles import language_model, require_registry
 
 PREFIX = "kvscope-watch-"
@@ -190,11 +189,12 @@ def replace_attention(model: nn.Module, attention: AttentionFunction) -> Iterato
             f"the attention kernel {sorted(unknown)[0]!r} cannot be observed",
             f"Load the model with one of: {', '.join(KERNELS)}.",
         )
+    inside = {id(module) for module in language.modules()}
     inputs: dict[int, Tensor] = {}  # id of an attention module -> its input, until its kernel is called
     hooks = [module.register_forward_pre_hook(_store_input(inputs), with_kwargs=True) for module in _numbered(language)]
     try:
         for kernel in kernels:
-            AttentionInterface.register(PREFIX + kernel, _interface(kernel, attention, inputs))
+            AttentionInterface.register(PREFIX + kernel, _interface(kernel, attention, inputs, inside))
             AttentionMaskInterface.register(PREFIX + kernel, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
         for config, kernel in before:
             config._attn_implementation_internal = PREFIX + kernel
@@ -246,26 +246,25 @@ def chunk_of(config: ModelConfig | None, layer: int) -> int | None:
     return getattr(config, "attention_chunk_size", None) if chunked else None
 
 
-def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Return whether a kernel that gets no mask hides later keys, as transformers' kernels decide it."""
-    given = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if given is None else given)
-
-
 def _interface(
-    kernel: str, attention: AttentionFunction, inputs: dict[int, Tensor]
+    kernel: str, attention: AttentionFunction, inputs: dict[int, Tensor], inside: set[int]
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Return the function to register in place of the kernel called `kernel`."""
+    """Return the function to register in place of the kernel called `kernel`.
+
+    Modules whose id is not in `inside` belong to an image encoder with the configuration of the language model.
+    """
 
     def replaced(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        if id(module) not in inside:
+            return function_of(kernel, module)(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("position_bias") is not None:
             raise ModelError(
                 f"{type(module).__name__} adds a position bias, which cannot be recorded",
                 "Trace a model without a position bias.",
             )
-        if attention_mask is None and query.shape[2] > 1 and not _is_causal(module, kwargs):
+        if attention_mask is None and query.shape[2] > 1 and not is_causal(module, kwargs):
             raise ModelError(
                 f"{type(module).__name__} looks at later tokens, as an encoder or a prefix model does",
                 "Trace a decoder; for a decoder that was made from an encoder, is_decoder is true in its config.json.",
@@ -287,13 +286,9 @@ def _interface(
         )
 
         def original(rows: int | None = None) -> Tensor:
-            if kernel == "eager":
-                function = sys.modules[type(module).__module__].eager_attention_forward  # differs between models
-            else:
-                function = ALL_ATTENTION_FUNCTIONS[kernel]
             mask = attention_mask if attention_mask is None or len(attention_mask) == 1 else attention_mask[:rows]
-            output, _ = function(module, query[:rows], key[:rows], value[:rows], mask, **kwargs)
-            return output  # type: ignore[no-any-return]
+            output, _ = function_of(kernel, module)(module, query[:rows], key[:rows], value[:rows], mask, **kwargs)
+            return output
 
         return attention(call, original), None
 

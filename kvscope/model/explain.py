@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,9 +53,7 @@ def explained(source: str, part: str, *, offline: bool = False) -> Iterator[None
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise out_of_memory(source) from error
     except ImportError as error:
-        raise ModelError(
-            f"model {source} needs a package that is missing: {first_line(error)}", "Install it, then try again."
-        ) from error
+        raise _without_package(source, error) from error
     except OSError as error:
         raise _not_here(source, part) if offline else _explain_text(source, part, error) from error
     except BaseException as error:  # tokenizers raises bare exceptions, and panics that are no exceptions
@@ -78,6 +77,20 @@ def out_of_memory(name: str) -> ModelError:
     return ModelError(
         f"out of memory with {name}",
         "Try --dtype bfloat16, --device-map auto, fewer --layers, a smaller --query-block, or a shorter prompt.",
+    )
+
+
+def _without_package(source: str, error: ImportError) -> ModelError:
+    """Return the error for a package that a model needs, by the name that transformers says, if it says one."""
+    name = re.search(r"requires? the (\S+) library", str(error))
+    if name is None:
+        return ModelError(
+            f"model {source} needs a package that is missing: {first_line(error)}", "Install it, then try again."
+        )
+    command = re.search(r"pip install [^`\n]+", str(error))
+    return ModelError(
+        f"model {source} needs {name[1]}, which is not installed",
+        f"Install it: {command[0]}" if command else "Install it, then try again.",
     )
 
 

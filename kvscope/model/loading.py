@@ -21,7 +21,7 @@ from kvscope.model.generation_notes import generation_notes
 from kvscope.model.gguf_file import as_numbers, gguf_of, place_of, quantization_of, without_bars
 from kvscope.model.kept import kept
 from kvscope.model.names import resolve
-from kvscope.model.obstacles import OWN_CODE, obstacle
+from kvscope.model.obstacles import OWN_CODE, obstacle, require_type
 from kvscope.model.quantised import (
     AT_LOADING,
     finished,
@@ -128,6 +128,7 @@ def load(source: ModelSource) -> Loaded:
     model, tokenizer = source.model
     if model.training:
         raise UsageError(f"{type(model).__name__} is in training mode", "Call model.eval() first.")
+    require_type(model.config)
     name = model_name(source)
     return Loaded(model, tokenizer, name, name, None)
 
@@ -198,7 +199,7 @@ def _load_model(name: str, source: str, how: ModelSource, *, offline: bool) -> L
     transformers_log.disable_progress_bar()  # type: ignore[no-untyped-call]  # the command line draws its own
     with explained(source, "configuration", offline=offline):
         config = AutoConfig.from_pretrained(place, **common)
-        _require_attention(config)
+        require_type(config)
         quantization = quantization or stored_quantization(source, config, how.quantize)
     with explained(source, "tokenizer", offline=offline):
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
@@ -263,15 +264,3 @@ def require_vocabulary(source: str, tokenizer: Tokenizer) -> None:
         raise ModelError(
             f"the tokenizer of {kind(source)} {source} has no vocabulary", f"Download the whole model: {fetch(source)}"
         )
-
-
-def _require_attention(config: ModelConfig) -> None:
-    """Raise ModelError for types without attention, before their weights are loaded."""
-    if config.model_type in NO_ATTENTION:
-        raise ModelError(
-            f"models of type {config.model_type} have no attention, so there is no cache to evict from",
-            "Trace a model with attention; kvscope models lists the types.",
-        )
-
-
-NO_ATTENTION = frozenset("falcon_mamba mamba mamba2 rwkv xlstm".split())

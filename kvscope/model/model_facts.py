@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 from transformers import AutoConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
@@ -23,8 +23,8 @@ from kvscope.model.known_types import TypeRecord, known_types
 from kvscope.model.loading import hub_answers
 from kvscope.model.named_windows import named_windows
 from kvscope.model.names import ALIASES, DEMO, resolve
-from kvscope.model.obstacles import language_model
-from kvscope.model.read_weights import loader_of
+from kvscope.model.obstacles import language_model, require_type
+from kvscope.model.read_weights import without_weights
 from kvscope.model.selfcheck import layer_count
 from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.space import estimate_layers
@@ -93,7 +93,7 @@ def model_facts(name: str) -> ModelFacts:
     UsageError
         If it is neither a model nor a type.
     ModelError
-        If its configuration cannot be read, or does not say how many layers it has.
+        If its configuration cannot be read, does not say how many layers it has, or is of a type without a trace.
     """
     try:
         source = resolve(name)
@@ -101,6 +101,7 @@ def model_facts(name: str) -> ModelFacts:
         known = [DEMO, *ALIASES, *known_types()]
         raise UsageError(f"no model or type is called {name!r}", nearest(name.lower(), known)) from error
     config, base = _config(source)
+    require_type(config)
     unknown = TypeRecord(config.model_type, "unknown", "-", "-", "-", "transformers did not have this type")
     text = config.get_text_config(decoder=True)
     with explained(source, "configuration"):
@@ -163,10 +164,8 @@ class _Built:
 
 def _built(config: ModelConfig, named: list[LayerHeads]) -> _Built:
     """Return what the modules of a model say, which are built without memory, beside what its configuration names."""
-    with torch.device("meta"):
-        model = loader_of(config).from_config(config)  # type: ignore[no-untyped-call]
     found = _Built(list(named), [own.kv_heads for own in named], [0] * len(named))
-    for module in language_model(model).modules():
+    for module in language_model(without_weights(config)).modules():
         layer, group = getattr(module, "layer_idx", None), getattr(module, "num_key_value_groups", None)
         if not isinstance(layer, int) or not isinstance(group, int) or not 0 <= layer < len(named):
             continue
@@ -175,10 +174,16 @@ def _built(config: ModelConfig, named: list[LayerHeads]) -> _Built:
         found.heads[layer] = replace(own, head_dim=size) if isinstance(size, int) else own
         cached = getattr(module, "num_key_value_heads", None)
         found.cached[layer] = cached if isinstance(cached, int) else own.kv_heads
-        index = getattr(module, "indexer", None)
-        of_key = int(getattr(index, "head_dim", 0) or getattr(index, "index_head_dim", 0))
-        found.index[layer] = of_key * int(getattr(index, "index_kv_heads", 1))
+        found.index[layer] = _index_numbers(getattr(module, "indexer", None))
     return found
+
+
+def _index_numbers(index: nn.Module | None) -> int:
+    """Return how many numbers of a learned index are cached per token; 0 without one."""
+    of_key = int(getattr(index, "head_dim", 0) or getattr(index, "index_head_dim", 0))
+    if hasattr(index, "index_kpool"):  # its keys are pooled by weights, which are cached too, with a mark of padding
+        return 2 * of_key + 1
+    return of_key * int(getattr(index, "index_kv_heads", 1))
 
 
 def named_heads(config: ModelConfig) -> list[LayerHeads]:

@@ -7,7 +7,7 @@ import sys
 from torch import nn
 
 from kvscope.core.errors import ModelError
-from kvscope.core.model_types import CausalModel
+from kvscope.core.model_types import CausalModel, ModelConfig
 
 INDEXED = ("index_topk", "index_topk_blocks", "indexer_budget")  # fields of configurations with a learned index
 # Types of transformers 5 with attention code of their own: their modules return rows only with eager attention.
@@ -15,7 +15,43 @@ OWN_CODE = frozenset(
     "big_bird bloom codegen cpmant falcon fuyu git gpt_neo gpt_neox_japanese gptj megatron-bert mpt mvp openai-gpt "
     "prophetnet rembert roformer trocr xglm".split()
 )
+NO_ATTENTION = frozenset("falcon_mamba mamba mamba2 rwkv xlstm".split())
+# Types that do not continue a text token by token from cached keys and values, and what they do.
+OTHER_MODELS = {
+    **dict.fromkeys(
+        ("musicgen", "musicgen_melody"), "turn a text into audio codes, several in each step, and continue no text"
+    ),
+    "diffusion_gemma": "write blocks of tokens by diffusion, in which a token sees later ones too",
+    "pi0": "turn images and a text into movements of a robot, and continue no text",
+    "shieldgemma2": "classify images, and continue no text",
+    "reformer": "attend in hashed and local chunks and cache layer inputs, so there are no keys and values to evict",
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "draft tokens for another model, whose cache they read, and have no cache of their own",
+    ),
+}
 SEVERAL_CALLS = frozenset({"diffllama"})  # types whose attention is the difference of two calls
+
+
+def require_type(config: ModelConfig) -> None:
+    """Raise ModelError for a type of models that no trace can be made of, whatever its weights are."""
+    kind = config.model_type
+    if kind in NO_ATTENTION:
+        raise ModelError(
+            f"models of type {kind} have no attention, so there is no cache to evict from",
+            "Trace a model with attention; kvscope models lists the types.",
+        )
+    if kind in OTHER_MODELS:
+        other = "the model that it drafts for" if kind.endswith("_assistant") else "a decoder of text"
+        raise ModelError(
+            f"models of type {kind} {OTHER_MODELS[kind]}", f"Trace {other}; kvscope models lists the types."
+        )
+    if getattr(config, "default_language", "") is None:
+        languages = ", ".join(config.languages[:3]) + (", ..." if len(config.languages) > 3 else "")
+        raise ModelError(
+            f"the configuration of this {kind} model does not say in which language the text is",
+            f"Set default_language in its config.json to one of its languages: {languages}",
+        )
 
 
 def require_registry(model: nn.Module) -> None:
@@ -68,12 +104,17 @@ def obstacle(model: CausalModel) -> str:
         return f"{name} reads its cache through a learned index"
     if getattr(config, "rel_extent", None) is not None:
         return f"{name} adds a position bias to its logits"
-    own = [part for part in model.modules() if getattr(part, "config", None) is config]  # not of an image encoder
-    if any(getattr(part, "layer_idx", 0) in (None, -1) for part in own):
+    if any(getattr(part, "layer_idx", 0) in (None, -1) for part in _attention_modules(model, config)):
         return f"{name} shares its attention modules between layers"
     if getattr(config, "model_type", None) in SEVERAL_CALLS:
         return f"{name} calls attention several times in a layer"
     return ""
+
+
+def _attention_modules(model: CausalModel, config: ModelConfig) -> list[CausalModel]:
+    """Return the attention modules of a language model; not those of an encoder, and not other numbered modules."""
+    parts = language_model(model).modules()
+    return [part for part in parts if getattr(part, "config", None) is config and hasattr(part, "is_causal")]
 
 
 def is_indexed(model: CausalModel) -> bool:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
+import transformers
 from huggingface_hub import snapshot_download
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    GenerationMixin,
+    PreTrainedModel,
 )
 
 from kvscope.core.errors import ModelError
@@ -19,14 +23,36 @@ from kvscope.core.model_types import CausalModel, ModelConfig
 from kvscope.model.explain import kind, lacks_safetensors
 from kvscope.model.weight_files import CONFIG, PICKLED, require_files
 
+Loader: TypeAlias = type[AutoModelForCausalLM] | type[AutoModelForMultimodalLM] | type[PreTrainedModel]
 
-def loader_of(config: ModelConfig) -> type[AutoModelForCausalLM] | type[AutoModelForMultimodalLM]:
+
+def loader_of(config: ModelConfig) -> Loader:
     """Return the class of transformers that loads a model whose language model can be traced on text."""
-    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        whole = str(getattr(MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)], "__name__", ""))
+        alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        causal = alone and whole not in (getattr(config, "architectures", None) or ())
+        return AutoModelForCausalLM if causal else AutoModelForMultimodalLM
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
-    whole = str(getattr(MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)], "__name__", ""))
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and whole not in (getattr(config, "architectures", None) or ())
-    return AutoModelForCausalLM if causal else AutoModelForMultimodalLM
+    return _named_class(config) or AutoModelForCausalLM
+
+
+def _named_class(config: ModelConfig) -> type[PreTrainedModel] | None:
+    """Return the class with a language model that a configuration names, of a type that no automatic class knows."""
+    for name in getattr(config, "architectures", None) or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, GenerationMixin) and issubclass(named, PreTrainedModel):
+            return named if named.config_class is type(config) else None
+    return None
+
+
+def without_weights(config: ModelConfig) -> CausalModel:
+    """Return the model of a configuration, built without memory."""
+    loader = loader_of(config)
+    with torch.device("meta"):
+        build = loader._from_config if issubclass(loader, PreTrainedModel) else loader.from_config
+        return build(config)  # type: ignore[no-untyped-call]
 
 
 def read_model(source: str, loader: type[Any], safe: bool, options: dict[str, Any]) -> CausalModel:

@@ -10,7 +10,6 @@ from kvscope.core.budget import Budget
 from kvscope.core.errors import UsageError
 from kvscope.core.options import TuneLevel, TuneOptions
 from kvscope.engine.allocation import ALLOCATORS
-from kvscope.engine.deciding import decided
 from kvscope.engine.plan import EvictionPlan
 from kvscope.kernels.device import torch_device
 from kvscope.metrics import METRICS, Metric
@@ -19,7 +18,7 @@ from kvscope.policies.spec import parse_policies
 from kvscope.policies.tuned import Tuned
 from kvscope.replay.compile import require_replayable, require_steps
 from kvscope.trace.reader import Trace
-from kvscope.tune.search import Place, TuneJob
+from kvscope.tune.search import Place, TuneJob, run_as
 
 
 def compile_tune(
@@ -47,17 +46,17 @@ def compile_tune(
     Raises
     ------
     UsageError
-        For an unknown name or value, a metric without a best value, settings that protect different keys, fewer than
-        two sequences, traces of different models, or a trace that is given twice.
+        For an unknown name or value, a metric without a best value, settings that protect different keys or cannot
+        decide as asked, fewer than two sequences, traces of different models, or a trace that is given twice.
     TraceError
         If a trace lacks a signal.
     ReplayError
         If a sequence has no step to score.
     """
     metric = _metric(options.metric)
-    settings = _settings(policy, grid)
     latent = traces[0].header.latent_size is not None
-    _require_own_heads([decided(EvictionPlan.published(each), latent=latent) for each in settings], options.level)
+    settings = _with_scope(_settings(policy, grid), options.scope)
+    _require_own_heads([run_as(each, options.scope, latent=latent) for each in settings], options.level)
     _require_equal_heads(traces, options.level)
     searched, held_out = _split(traces, options.held_out)
     limit, device = Budget.parse(budget), torch_device(options.device)
@@ -67,7 +66,7 @@ def compile_tune(
     candidate = Tuned(options.source, combined, layers, ((0,),) * len(layers))
     for trace in traces:
         for each in (candidate, *settings):
-            plan = decided(EvictionPlan.published(each), latent=latent)
+            plan = run_as(each, options.scope, latent=latent)
             require_replayable(trace, plan, [limit], options.prefill)
         require_steps(trace, options.prefill)
     return TuneJob(traces, settings, list(grid), limit, metric, options, device, searched, held_out)
@@ -104,11 +103,17 @@ def _settings(policy: str, grid: Mapping[str, Sequence[str]]) -> list[Policy]:
     return distinct
 
 
+def _with_scope(settings: Sequence[Policy], scope: str | None) -> list[Policy]:
+    """Return settings of which those with a parameter for it say what decides, so that a file of them says it too."""
+    return list(settings) if scope is None else [run_as(each, scope, latent=False).policy for each in settings]
+
+
 def _require_own_heads(plans: Sequence[EvictionPlan], level: TuneLevel) -> None:
     """Raise UsageError if heads are to be tuned one by one but do not decide independently."""
     for plan in plans:
         if level == "head" and plan.decides == "layer":
-            raise UsageError(f"{plan.policy.label} decides per layer", "Use --per layer or --per model.")
+            head = ", or --scope kv_head" if plan.scope == "layer" else ""  # not where its rule decides so
+            raise UsageError(f"{plan.policy.label} decides per layer", f"Use --per layer or --per model{head}.")
         if level == "head" and ALLOCATORS.get(plan.allocate).spans == "heads":
             raise UsageError(f"the heads of {plan.policy.label} share a budget", "Use --per layer or --per model.")
 

@@ -120,6 +120,7 @@ class TuneJob:
             "metric": self.metric.name,
             "budget": str(self.budget),
             "prefill": self.options.prefill,
+            **({} if self.options.scope is None else {"scope": self.options.scope}),
             "model": str(self.traces[0].header.model.id),
             "traces": [trace.name for trace in self.traces],
             "searched_sequences": len(self.searched),
@@ -131,7 +132,7 @@ class TuneJob:
     ) -> NDArray[np.float64]:
         """Return the metric, ``[policies, sequences, layers, key/value heads]``."""
         latent = self.traces[0].header.latent_size is not None
-        plans = [decided(EvictionPlan.published(policy), latent=latent) for policy in policies]
+        plans = [run_as(policy, self.options.scope, latent=latent) for policy in policies]
         runs = [RunSpec(number, plan, self.budget) for number, plan in enumerate(plans)]
         found: dict[Place, _Means] = {}
         used = sorted({trace for trace, _ in places})
@@ -149,6 +150,11 @@ class TuneJob:
                 for run in runs
             ]
         )
+
+
+def run_as(policy: Policy, scope: str | None, *, latent: bool) -> EvictionPlan:
+    """Return the plan of a policy with what decides in it; see `kvscope.engine.deciding.decided`."""
+    return decided(EvictionPlan.published(policy), scope, latent=latent)
 
 
 def _part(callback: Progress | None, start: float, size: float = 0.5) -> Progress | None:

@@ -61,6 +61,24 @@ def no_attention(run: Run) -> Steps:
     return TRACE, lambda _: of_the_list(run)
 
 
+def other_models(run: Run) -> Steps:
+    """A type that writes audio, then one of the list."""
+    saved(Path("model"), "musicgen")
+    return TRACE, lambda _: of_the_list(run)
+
+
+def no_language(run: Run) -> Steps:
+    saved(Path("model"), "xmod")
+    edited("model/config.json", default_language=None)
+
+    def followed(todo: str) -> list[str]:
+        ((field, languages),) = re.findall(r"Set (\w+) in its config.json to one of its languages: (.+)", todo)
+        edited("model/config.json", **{field: languages.split(", ")[0]})
+        return TRACE
+
+    return TRACE, followed
+
+
 def no_rows(run: Run) -> Steps:
     saved(Path("model"), "xlm")
     return TRACE, lambda _: of_the_list(run)
@@ -299,6 +317,8 @@ def per_head_of_a_latent(run: Run) -> Steps:
 # What is refused -> a part of what the refusal advises.
 CASES: dict[Callable[[Run], Steps], str] = {
     no_attention: "kvscope models lists the types",
+    other_models: "kvscope models lists the types",
+    no_language: "Set default_language in its config.json",
     no_rows: "kvscope models lists those that can be traced",
     encoder: "is_decoder is true in its config.json",
     compacted: "--positions original",

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from kvscope.results.store import open_replay
 from tests.cli.conftest import Run
+from tests.models.build import saved
 from tests.trace import make
 
+SEQUENCES = [(7, 1), (11, 5), (13, 2), (17, 9)]  # step and start of each text
 ALPHA = ("--grid", "alpha=0,0.4,1")
 
 
@@ -39,8 +42,6 @@ def test_from_a_trace_to_a_replay(run: Run, many: Path) -> None:
     done = run("replay", *policies, "--budget", "40%", "-o", "mine", "-q")
     assert done.status == 0, done.err
     assert "a2sf(@tuned.toml)" in done.out
-
-    from kvscope.results.store import open_replay
 
     replay = open_replay(Path("reports/mine"))
     frames = [replay.fidelity(run=number) for number in range(4)]
@@ -84,6 +85,28 @@ def test_an_existing_file_is_left_alone(run: Run, many: Path) -> None:
     done = run("tune", *ALPHA, "--force", "-q")
     assert done.status == 0, done.err
     assert run("replay", "-p", "a2sf:@tuned.toml", "-q").status == 0
+
+
+def test_heads_of_a_latent_cache(run: Run) -> None:
+    """Where the layer decides by default, heads are tuned one by one only if they are to decide; so says the advice."""
+    saved(Path("model"), "deepseek_v3")
+    texts = [" ".join(f"w{(step * number + start) % 90 + 3}" for number in range(16)) for step, start in SEQUENCES]
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    done = run("trace", "--model", "model", "prompts.jsonl", "--max-new-tokens", "8", "-o", "traces/latent", "-q")
+    assert done.status == 0, done.err
+    tune = ("tune", *ALPHA, "--budget", "6", "--force")
+    what, todo = run(*tune).two_lines()
+    assert what == "a2sf(alpha=0.0) decides per layer" and todo.endswith("or --scope kv_head.")
+    done = run(*tune, "--scope", "kv_head")
+    assert done.status == 0, done.err
+    assert "a setting per head of a2sf, which decides per kv_head" in " ".join(done.out.split())
+    assert [len(row) for row in tomllib.loads(Path("tuned.toml").read_text())["choice"]] == [4, 4, 4]
+    following = done.err.partition("next: ")[2].split("\n")[0]
+    assert following.endswith("--scope kv_head")
+    assert run(*following.split()[1:], "--budget", "6", "-o", "heads", "-q").status == 0
+    assert open_replay(Path("reports/heads")).info.runs[0].label == "a2sf(@tuned.toml)"
+    assert run(*tune, "--per", "layer", "--scope", "layer").status == 0
+    assert run("replay", "-p", "a2sf:@tuned.toml", "--scope", "layer", "--budget", "6", "-o", "layers").status == 0
 
 
 def test_a_policy_of_ones_own(run: Run, many: Path) -> None:
@@ -130,6 +153,12 @@ class Mine(Policy):
         (["many", "many"], "given twice", "once"),
         (["-o", "no/where.toml"], "no/where.toml", "folder that exists"),
         (["-o", "traces", "--force"], "traces", "-o tuned.toml"),
+        (["--scope", "token"], "--scope 'token' is unknown", "kv_head, layer"),
+        (
+            ["--scope", "layer"],
+            "a2sf(alpha=0.0) decides per layer",
+            "Use --per layer or --per model, or --scope kv_head.",
+        ),
         (["-o", ""], "cannot be written", "-o tuned.toml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

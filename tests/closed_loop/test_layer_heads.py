@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from kvscope.closed_loop.compile import compile_verify
+from kvscope.closed_loop.compile import compile_verify, evaluate
+from kvscope.closed_loop.passage import Passage
+from kvscope.core.budget import Budget
 from kvscope.core.errors import ModelError, TraceError, UsageError
 from kvscope.core.options import (
     ClosedLoopOptions,
@@ -20,12 +24,17 @@ from kvscope.core.options import (
     VerifyOptions,
 )
 from kvscope.core.recording_options import StoreOptions, TextOptions
+from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.runs import runs_of
 from kvscope.model.compile import compile_recording
+from kvscope.policies.spec import parse_policy
+from kvscope.policies.tuned import Tuned
 from kvscope.replay.compile import compile_replay
 from kvscope.report.page import page_data, report_input
 from kvscope.trace.layer_records import LayerHeads
-from kvscope.trace.reader import Trace
+from kvscope.trace.reader import TokenSequence, Trace
 from kvscope.training.train_gate import train_on_traces
+from tests.closed_loop.test_closed_loop import Kept
 from tests.models import build
 
 PROMPT = " ".join(f"w{(7 * number) % 101 + 3}" for number in range(40))
@@ -157,3 +166,17 @@ def test_a_gate_is_neither_used_nor_trained_where_layers_differ(tmp_path: Path) 
         train_on_traces([trace], tmp_path / "gate")
     with pytest.raises(TraceError, match=r"layers of .* differ in their heads\nReplay policies without a gate"):
         compile_replay(trace, ["attention-gate"], "12")
+
+
+@pytest.mark.parametrize(("name", "layers", "heads"), [("jetmoe", (0, 1, 2), 4), ("qwen3_next", (2,), 2)])
+def test_a_loaded_model_has_the_layers_and_heads_of_its_trace(name: str, layers: tuple[int, ...], heads: int) -> None:
+    """JetMoE repeats keys before it attends, so that a trace has 4 heads; Qwen3-Next has one layer with attention."""
+    settings = tuple(parse_policy(f"a2sf:alpha={alpha}") for alpha in (0.1, 0.9))
+    choice = tuple(tuple((layer + head) % 2 for head in range(heads)) for layer in layers)
+    plan = EvictionPlan.published(Tuned("tuned.toml", settings, layers, choice))
+    model, passage, sink = build.build(name), Passage(TokenSequence(0, 14, 24), torch.arange(5, 29)), Kept()
+    evaluate(model, [passage], runs_of([plan], [Budget.parse(7)], loop="closed"), [], Prefill.full, sink)
+    assert {layer: found.heads for (_, layer), found in sink.intervals.items()} == dict.fromkeys(layers, heads)
+    other = replace(plan, policy=Tuned("tuned.toml", settings, layers, ((0, 1, 1),) * len(layers)))
+    with pytest.raises(UsageError, match=f"was tuned not for {heads} key/value heads"):
+        evaluate(model, [passage], runs_of([other], [Budget.parse(7)], loop="closed"), [], Prefill.full, sink)

@@ -27,6 +27,7 @@ from kvscope.training.tasks import TextReading, Texts
 from tests.closed_loop.test_closed_loop import Kept
 from tests.gates.make import gate, written
 from tests.model.tiny import build, saved, tokens
+from tests.models.build import build as build_type
 
 LENGTH, PROMPT = 26, 12
 MODELS = ["llama", "mistral", "qwen3", "gemma3", "gpt_neox", "gpt2", "opt"]
@@ -85,6 +86,16 @@ def test_open_gates_lose_nothing(tmp_path: Path) -> None:
     name = written(tmp_path, model, sinks=LENGTH)
     evaluate(model, [passage()], runs_of([plan(name)], [], loop="closed"), [], "stream", sink)
     assert np.abs(sink.losses[0]["nll_policy"] - sink.losses[0]["nll_full"]).max() < 1e-9
+
+
+def test_heads_of_a_gate_are_those_that_the_model_attends_with(tmp_path: Path) -> None:
+    """JetMoE repeats its 2 key/value heads to 4 before it attends, and 4 are recorded and trained on."""
+    model, sink = build_type("jetmoe"), Kept()
+    model.config.num_key_value_heads, named = 4, model.config.num_key_value_heads
+    name = written(tmp_path, model)
+    model.config.num_key_value_heads = named
+    evaluate(model, [passage()], runs_of([plan(name)], [], loop="closed"), [], "stream", sink)
+    assert {found.heads for found in sink.intervals.values()} == {4} and named == 2
 
 
 @pytest.fixture(scope="module")

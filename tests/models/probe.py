@@ -22,7 +22,7 @@ from kvscope.model.module_maps import observe_modules, sources
 from kvscope.model.obstacles import obstacle
 from kvscope.replay.compile import compile_replay
 from kvscope.trace.reader import Trace
-from tests.models.build import saved
+from tests.models.build import needs_timm, saved, without_timm
 
 PROMPT = " ".join(f"w{(7 * number) % 101 + 3}" for number in range(20))
 NEW, BUDGET = 10, "9"
@@ -46,6 +46,7 @@ class Result:
     latent: bool = False  # the heads of a layer share one cached vector
     indexed: bool = False  # a learned index chooses what a query sees
     shares: bool = False  # its configuration can let layers share a cache
+    timm: bool = False  # its image encoder is built by the package timm
     model_differs: float | None = None  # the model's own decoding from its own pass over the text
     logits_differ: float | None = None  # real decoding from the closed loop, at most
     message: str = ""
@@ -58,7 +59,12 @@ class Result:
 
 def probe(name: str, folder: Path) -> dict[str, Any]:
     """Return what happens to a type, with all files in `folder`, which is empty."""
-    result = Result()
+    with without_timm():
+        return _probe(name, folder)
+
+
+def _probe(name: str, folder: Path) -> dict[str, Any]:
+    result = Result(timm=needs_timm(name))
     model = folder / "model"
     if _stage(result, "trace", lambda: saved(model, name), crash="not built") is None:
         return asdict(result)
@@ -171,10 +177,11 @@ def record_of(result: dict[str, Any]) -> dict[str, str]:
 NEEDS_IMAGES = "pixel_values|image_embeds"
 UNTRIED = "no tiny configuration of it is known that runs"
 _WORDS = {"ok": "yes", "refused": "no"}
-CACHES = {
+FACTS = {
     "latent": "one latent cache for the heads of a layer",
     "indexed": "its own choice is the policy indexer",
     "shares": "layers can share a cache",
+    "timm": "needs the package timm",
 }
 SAME = 1e-4  # above this, logits of a model's own decoding and of its own pass are not the same
 
@@ -199,7 +206,7 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         found += [
             said[stage] for stage in ("replay", "closed", "verify") if result.get(stage) == "refused" and stage in said
         ]
-    found += [words for fact, words in CACHES.items() if result.get(fact)]
+    found += [words for fact, words in FACTS.items() if result.get(fact)]
     if (result["model_differs"] or 0) > SAME:
         found.append("decodes to other logits than its own pass over the text gives")
     return found

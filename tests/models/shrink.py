@@ -66,10 +66,12 @@ SIZES: dict[str, Any] = {
 }
 # Parts of half a head for the positions of time, height and width, of types whose configuration does not name them.
 MROPE = {
+    "ernie4_5_vl_moe_text": [1, 1, 2],
     "glm4v_text": [2, 1, 1],
     "glm4v_moe_text": [1, 1, 0],
     "glm_ocr_text": [2, 1, 1],
     "glmga_text": [2, 1, 1],
+    "hunyuan_vl_text": [1, 1, 1, 1],
     "paddleocr_vl_text": [2, 1, 1],
     "qwen2_5_omni_text": [2, 1, 1],
     "qwen2_5_vl_text": [2, 1, 1],
@@ -82,9 +84,10 @@ ALWAYS = (
     "head_dim num_key_value_heads num_experts_per_tok n_routed_experts moe_intermediate_size n_shared_experts".split()
 )
 
+NO_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 # What the defaults of a type do not allow to be built with.
 FIRST: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "gemma4_assistant": {"text_config": NO_INPUTS},
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MIDDLE = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
@@ -95,19 +98,49 @@ SHARED = {
     "attention_hidden_size": 64,
 }
 DECODER = {"is_decoder": True}
+ASSISTANT = {  # every layer reads the cache of the model that it drafts for
+    "vocab_size": 128,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 2,
+}
+TIMM = {
+    "architecture": "vit_tiny_patch16_224",
+    "model_args": {"embed_dim": WIDTH, "depth": 1, "num_heads": HEADS, "img_size": 16, "patch_size": 4},
+}
 ENCODERS = (
-    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert reformer rembert roberta "
-    "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod"
+    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
+    "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl"
 ).split()
 BY_TYPE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(ENCODERS, DECODER),
     "chameleon": {"vocabulary_map": {"<image>": TOKEN_IDS}},
     "gemma3": {"mm_tokens_per_image": 4},
     "emu3": {"vocabulary_map": {"<image>": TOKEN_IDS}},
-    "dots3_note_vision": {"adapter_in_dim": WIDTH},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "dots3_note_audio_encoder": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
+    "dots3_note_vision_encoder": {
+        "adapter_in_dim": WIDTH,
+        "adapter_out_dim": WIDTH,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
     "inkling2_vision": {"text_hidden_size": WIDTH},
-    "glm5_next_text": {"index_kpool": 2},
-    "mistral4": {"num_key_value_heads": HEADS},
+    "glm5_next_text": {"index_kpool": 2, "qk_rope_head_dim": 0, "num_key_value_heads": HEADS},
+    "mistral4": {"num_key_value_heads": HEADS, "head_dim": 16},  # what is rotated, and the rest
+    "molmo2_adapter": {"vision_feature_layer": [2, 1], "text_hidden_size": WIDTH},
+    "muse_spark_audio": {
+        "patch_sizes": (2, 2, 2),
+        "hidden_sizes": (8, 16, WIDTH),
+        "depths": (1, 1, 1),
+        "num_hidden_layers": 3,
+    },
+    "radio": {"video_temporal_patch_size": 2},
     "step3p5": {"sliding_window": 8},
     "unlimited_ocr_text": {"num_key_value_heads": HEADS},
     "zaya": {"num_experts_per_tok": 1},
@@ -119,9 +152,30 @@ BY_TYPE: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots3_note_text": {"num_key_value_heads": HEADS},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    "evolla": {"resampler_depth": 1, "aligner_num_add_layers": 2},
+    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", **ASSISTANT, **NO_INPUTS}},
+    "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_unified_text", **ASSISTANT}},
+    **dict.fromkeys(("gemma3n_vision", "timm_wrapper"), TIMM),
     "falcon_h1": {"mamba_d_ssm": 64},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0], [1, 2]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [0, 1, 2, 2],
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 64,  # as wide as a head of its projector
+            "intermediate_size": 48,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+    },
     "granitemoehybrid": MIDDLE,
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "kosmos-2.5": {"latent_query_num": 4},
+    "kosmos_2_5_text_model": {"layers": LAYERS},
     "lfm2": CONV,
     "lfm2_moe": CONV,
     "mamba2": {"num_heads": 8},
@@ -133,6 +187,17 @@ BY_TYPE: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "reformer": {
+        **DECODER,
+        "attn_layers": ["local", "lsh", "local"],
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [8, 24],
+        "hash_seed": 0,
+        "num_buckets": 2,
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+    },
+    "xmod": {**DECODER, "default_language": "en_XX"},
     "zamba": SHARED,
     "zamba2": SHARED,
 }

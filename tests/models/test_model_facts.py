@@ -22,13 +22,16 @@ from tests.models import build
 # Types whose heads, windows or caches the configuration alone does not say, and usual ones.
 NAMES = (
     "llama gemma3 mimo_v2_flash gpt_bigcode jetmoe falcon_h1 deepseek_v3 kimi_linear bailing_hybrid gemma4_text zamba2 "
-    "gpt_neo inkling2_text dots3_note_text mistral_large4 hy_v4 deepseek_v32 qwen4_exp_text nemotron_h qwen3_next bloom"
+    "gpt_neo inkling2_text dots3_note_text mistral_large4 hy_v4 deepseek_v32 qwen4_exp_text nemotron_h qwen3_next "
+    "bloom dots3_note evolla glm5_next granite4_vision hunyuan_vl kosmos-2.5 mistral4 molmo2 muse_spark "
+    "nemotron_h_omni xmod"
 ).split()
 IDS = torch.arange(3, 27)[None]
 
 
 def described(model: Any, folder: Path) -> ModelFacts:
     """Return what is said of a model from its configuration alone."""
+    model.config.architectures = [type(model).__name__]  # as a saved model's configuration has it
     model.config.save_pretrained(folder)
     return model_facts(str(folder))
 

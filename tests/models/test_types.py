@@ -9,8 +9,9 @@ from tests.models.build import TYPES
 from tests.models.probe import probe, record_of
 
 FAMILIES = (
-    "llama mistral moshi qwen3 gemma2 gemma3 phi3 gpt2 opt gpt_neox gpt_oss mixtral qwen3_moe deepseek_v3 minicpm3 "
-    "qwen3_next falcon_h1 lfm2 minimax bert bloom falcon deepseek_v32 qwen2_5_vl mamba"
+    "llama mistral mistral4 moshi muse_spark qwen3 gemma2 gemma3 phi3 gpt2 opt gpt_neox gpt_oss mixtral qwen3_moe "
+    "deepseek_v3 minicpm3 hunyuan_vl qwen3_next falcon_h1 lfm2 minimax bert bloom falcon deepseek_v32 evolla gemma3n "
+    "qwen2_5_vl mamba"
 ).split()
 
 
@@ -23,10 +24,11 @@ def test_what_the_table_promises() -> None:
     records = known_types().values()
     assert not [one.name for one in records if "crash" in (one.trace, one.replay, one.closed, one.verify)]
     assert not [one.name for one in records if one.trace == "differs"], "rows equal those of eager attention"
+    assert {one.trace for one in records} == {"rows", "module rows", "refused"}, "every type was tried"
     fine = [one.name for one in records if (one.trace, one.closed, one.verify) == ("rows", "yes", "equal")]
     silent = [one.name for one in records if not one.remark and one.name not in fine]
     assert not silent, "what does not work has a reason"
-    assert sum(one.trace in ("rows", "module rows") for one in records) >= 160
+    assert sum(one.trace in ("rows", "module rows") for one in records) >= 240
     assert type_of("llama") is not None and type_of("meta-llama/Llama-3.2-1B") is None
 
 

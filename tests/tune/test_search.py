@@ -112,6 +112,26 @@ def test_the_choice_equals_one_replay_per_setting(trace: Trace, tmp_path: Path, 
     assert found.gain.sequences == HELD_OUT and found.gain.low is None
 
 
+@pytest.mark.parametrize(("policy", "scope"), [("a2sf", "layer"), ("tova", "kv_head")])
+def test_the_scope_of_a_search_is_that_of_a_replay(trace: Trace, tmp_path: Path, policy: str, scope: str) -> None:
+    """A policy whose rule is for heads, and one whose parameter says what decides."""
+    grid = GRID if policy == "a2sf" else {"group": ["mean", "max"]}
+    found = tune([trace], policy, grid, "40%", held_out=HELD_OUT, level="layer", scope=scope)
+    ((name, values),) = grid.items()
+    every = []
+    for value in values:
+        options = {"output": tmp_path / "replay", "metrics": ["retained_mass"], "force": True, "scope": scope}
+        frame = replay(trace, [f"{policy}:{name}={value}"], "40%", **options).fidelity(run=0)
+        means = frame.groupby(["sequence", "layer", "head"])["retained_mass"].mean().unstack().mean(axis=1).unstack()
+        every.append(means.to_numpy()[: 6 - HELD_OUT])  # [sequences, layers]
+    chosen = np.array(every).mean(1).argmax(0)  # [layers]
+    used = [getattr(found.policy.settings[row[0]], name) for row in found.policy.choice]
+    assert [str(value) for value in used] == [values[number] for number in chosen]
+    assert found.searched["tuned"] == pytest.approx(np.array(every)[chosen, :, range(2)].mean(0))
+    assert tomllib.loads(to_toml(found))["scope"] == scope
+    assert found.policy.traits.scope == "kv_head", "a parameter is in the file; the choice for a2sf is not"
+
+
 def test_the_level_of_a_choice() -> None:
     """The first setting is best for head 0, the second for head 1 and for both; of equals the first is chosen."""
     scores = np.array([[[1.0, 0.0], [0.5, 0.5]], [[0.9, 0.8], [0.5, 0.5]]])
