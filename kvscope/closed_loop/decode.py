@@ -63,16 +63,16 @@ class Decoded:
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """One text to decode under one plan and budget, all checked.
+    """One text to decode under one plan and one or several budgets, all checked.
 
     Attributes
     ----------
     model : PreTrainedModel
         A causal language model of transformers, in eval mode.
     ids : Tensor
-        int64 ``[1, T]``: the tokens of the text; decoding follows them and samples nothing.
-    plan, budget
-        The policy, how it is run, and ``B`` in keys per key/value head.
+        int64 ``[R, T]``: the tokens of the text, once for each budget; decoding follows them and samples nothing.
+    plan, budgets
+        The policy, how it is run, and for each of ``R`` runs ``B`` in keys per key/value head.
     prompt : int
         ``P``.
     prefill : Prefill
@@ -92,7 +92,7 @@ class DecodeJob:
     model: CausalModel
     ids: Tensor
     plan: EvictionPlan
-    budget: int
+    budgets: Sequence[int]
     prompt: int
     prefill: Prefill
     sequence: int
@@ -102,7 +102,8 @@ class DecodeJob:
 
     @torch.no_grad()
     def execute(self) -> Decoded:
-        """Decode and return the result; raises ReplayError if a policy evicted nothing although it had to."""
+        """Decode under a single budget; raises ReplayError if a policy evicted nothing although it had to."""
+        assert len(self.budgets) == 1, "what is decoded along given tokens has one result"
         decoder, simulations = self._begun()
         logits = decoder.run()
         leave: dict[int, Tensor] = {}
@@ -114,11 +115,11 @@ class DecodeJob:
         return Decoded(logits, [leave[owner] for owner in owners], decoder.held)
 
     @torch.no_grad()
-    def generate(self, stops: Collection[int], read: PromptPass | None = None) -> list[int]:
-        """Return the tokens generated greedily after the prompt, as many as `ids` has room for; raises as `execute`.
+    def generate(self, stops: Collection[int], read: PromptPass | None = None) -> list[list[int]]:
+        """Return for each budget the tokens generated greedily after the prompt, as many as `ids` has room for.
 
-        A token of `stops` ends the text, and is not returned. What `ids` has after the prompt is overwritten. `read` is
-        shared by jobs with the same prompt, of which only the first then runs the model over it.
+        Raises as `execute`. A token of `stops` ends the text, and is not returned. What `ids` has after the prompt is
+        overwritten. `read` is shared by jobs with the same prompt, of which only the first then runs the model over it.
         """
         decoder, simulations = self._begun(read)
         made = decoder.generate(stops)
@@ -143,7 +144,7 @@ class DecodeJob:
         layers, length = tuple(self.facts.windows), self.ids.shape[1]
         kv_heads = own_counts(self.facts.sizes[layer].kv_heads for layer in layers)
         text = PassShape(self.prompt, length, self.sequence, layers, self.prefill, kv_heads, self.facts.shared)
-        return surveyed_shares(self.model, self.ids[0], RunBatch(self.plan, [self.budget]), text, self._beside)
+        return surveyed_shares(self.model, self.ids[0], RunBatch(self.plan, list(self.budgets)), text, self._beside)
 
     @property
     def _beside(self) -> Mapping[str, Tensor]:
@@ -161,7 +162,11 @@ class DecodeJob:
         Its signals are zero until the decoder fills them in token by token.
         """
         facts, length, order = self.facts, self.ids.shape[1], self._owners
-        layers, made = len(numbers), {"dtype": exact_dtype(self.model), "device": self.model.device}
+        runs, layers, made = (
+            len(self.budgets),
+            len(numbers),
+            {"dtype": exact_dtype(self.model), "device": self.model.device},
+        )
         shape = Shape(
             layers=tuple(numbers),
             heads=own.heads,
@@ -180,12 +185,12 @@ class DecodeJob:
             heads = {"queries": (own.heads,), "mean_query": ()}.get(name, (own.kv_heads,))
             dim = own.value_size if name == "values" else own.head_dim
             size = (dim,) if time_axis(name) == -2 else ()
-            signals[name] = torch.zeros(layers, *heads, length, *size, **made)
-        missing = torch.zeros(layers, own.heads, length, **made) if facts.learned_sinks else None
+            signals[name] = torch.zeros(runs, layers, *heads, length, *size, **made)
+        missing = torch.zeros(runs, layers, own.heads, length, **made) if facts.learned_sinks else None
         together = Given.joined([given[layer] for layer in numbers]) if given else None
         return CacheSimulation(
             self.plan,
-            [self.budget],
+            list(self.budgets),
             shape,
             self.prefill,
             signals,
@@ -240,7 +245,7 @@ def decode(
         facts = attention_facts(model, ids)
         require_gates(plan, model, [own.kv_heads for own in facts.sizes.values()])
         rotary = derotations(model, ids[:, :1]) if placing is Positions.compacted else None
-    return DecodeJob(model, ids, plan, budget, prompt, how, sequence, facts, rotary).execute()
+    return DecodeJob(model, ids, plan, [budget], prompt, how, sequence, facts, rotary).execute()
 
 
 @torch.no_grad()

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from kvscope.engine.signal_axes import VECTORS
 from kvscope.model.attention_hook import Call
+from kvscope.model.short_cache import ShortLayer
 
 
-def weights(call: Call, queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
+def weights(call: Call, queries: Tensor, keys: Tensor, hidden: Tensor, heads: int) -> Tensor:
     """Return the weights of queries on keys, for the query heads of each key/value head.
 
     Computed in float32 or better, with scaling, soft cap and learned sink.
@@ -19,11 +20,13 @@ def weights(call: Call, queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor
     call : Call
         The call of the layer.
     queries : Tensor
-        ``[G, Q, ., D]``, or ``[G, Q, D]`` for one query.
+        ``[G, Q, b, D]``, or ``[R, G, Q, D]`` for one query of each entry of a batch.
     keys : Tensor
-        ``[G, 1, n, D]`` or ``[G, n, D]``.
+        ``[G, 1, n, D]`` or ``[R, G, n, D]``.
     hidden : Tensor
         bool, which keys get no weight.
+    heads : int
+        Axis of the ``G`` key/value heads in `queries`: 0 or 1.
     """
     logits = queries.to(call.exact) @ keys.to(call.exact).transpose(-1, -2) * call.scaling
     if call.softcap is not None:
@@ -31,7 +34,8 @@ def weights(call: Call, queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor
     logits = logits.masked_fill(hidden, -torch.inf)
     if call.sinks is None:
         return torch.softmax(logits, -1)
-    sink = call.sinks.to(logits.dtype).view(len(logits), -1, *[1] * (logits.ndim - 2))  # [G, Q, 1] or [G, Q, 1, 1]
+    after = logits.ndim - heads - 2  # axes after those of the heads
+    sink = call.sinks.to(logits.dtype).view(logits.shape[heads], -1, *[1] * after)  # [G, Q, 1] or [G, Q, 1, 1]
     return torch.softmax(torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], -1), -1)[..., :-1]
 
 
@@ -45,11 +49,23 @@ def beyond(start: int, stop: int, call: Call, device: torch.device) -> Tensor:
 
 
 def signal(name: str, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Return a signal of new tokens from queries ``[H, q, D]``, keys and values ``[G, q, D]``, without a layer axis."""
+    """Return a signal of new tokens, without a layer axis.
+
+    Queries are ``[R, H, q, D]``, keys and values ``[R, G, q, D]``.
+    """
     if name == "mean_query":
-        return queries.mean(0)
+        return queries.mean(1)
     if name in VECTORS:
         return {"queries": queries, "keys": keys, "values": values}[name]
     vectors, order = {"value_l1": (values, 1), "value_l2": (values, 2), "key_l2": (keys, 2)}[name]
     norm: Tensor = vectors.norm(p=order, dim=-1)
     return norm
+
+
+def at_cache_position(layer: ShortLayer, query: Tensor, position: Tensor) -> Tensor:
+    """Return the newest queries, ``[R, G, Q, D]``, rotated to `position` of each head, ``[R, G]``."""
+    assert layer.rotary is not None
+    original = torch.full((1,), layer.seen - 1, device=query.device)
+    plain = layer.rotary.off(query.flatten(0, 2)[None, :, None], original)  # [1, R * H, 1, D]
+    of_heads = plain.view_as(query).flatten(0, 1).transpose(0, 1)[None]  # [1, Q, R * G, D]
+    return layer.rotary.on(of_heads, position.flatten())[0].transpose(0, 1).reshape(query.shape)

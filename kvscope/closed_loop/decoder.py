@@ -1,4 +1,4 @@
-"""Decoding of one sequence, token by token, with a cache from which keys are physically removed."""
+"""Decoding, token by token, with a cache from which keys are physically removed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from kvscope.closed_loop.decoded_rows import beyond, signal, weights
+from kvscope.closed_loop.decoded_rows import at_cache_position, beyond, signal, weights
 from kvscope.closed_loop.gates import margins
 from kvscope.closed_loop.like_layers import LikeLayers
 from kvscope.closed_loop.prompt_pass import PromptPass
@@ -25,7 +25,10 @@ BLOCK_BYTES = 128 * 2**20  # limit for the rows of the prompt that are computed 
 
 
 class Decoder:
-    """Decodes one sequence: `simulations` decide, and `cache` holds the keys that are not evicted.
+    """Decodes one text under one or several budgets: `simulations` decide, and `cache` holds what is not evicted.
+
+    The budgets are the entries of one batch, `ids` ``[R, T]``. They share the prompt, which with full prefill goes
+    through the model once; the tokens after it may differ.
 
     Layers with the same heads are stepped together, row by row in torch: not by the compiled kernels of the closed
     loop, which decoding is to prove. A token costs a fixed number of operations for each layer, whatever the number of
@@ -61,19 +64,23 @@ class Decoder:
         self._hidden: dict[int, list[Tensor]] = {}  # inputs of each layer so far, for gates
 
     def run(self) -> Tensor:
-        """Return the logits ``[T, V]``; raises ReplayError if a policy retains a key that is not in the cache."""
+        """Return the logits ``[T, V]`` of a single budget.
+
+        Raises ReplayError if a policy retains a key that is not in the cache.
+        """
         prompt = self._read_at_once
         logits = [self._read_prompt()] if prompt else []
         with replace_attention(self.model, self._attend):
             logits += [self._step(t) for t in range(prompt, self.ids.shape[1])]
         self._check()
         self.held = [prompt] * (prompt - 1) + torch.stack(self._longest).tolist()
-        return torch.cat(logits).to(self.exact)
+        return torch.cat(logits, 1)[0].to(self.exact)
 
-    def generate(self, stops: Collection[int]) -> list[int]:
-        """Return the tokens that the model generates greedily after the prompt, up to the room that `ids` has.
+    def generate(self, stops: Collection[int]) -> list[list[int]]:
+        """Return the tokens that the model generates greedily after the prompt under each budget.
 
-        The room in `ids` after the prompt is filled in. A token of `stops` ends the text, and is not returned.
+        There are as many as `ids` has room for. The room in `ids` after the prompt is filled in. A token of `stops`
+        ends the text, and is not returned; the model goes on until the texts of all budgets have ended.
 
         Raises
         ------
@@ -82,16 +89,20 @@ class Decoder:
         """
         prompt, room = self._inputs.shape.prompt, self.ids.shape[1]
         logits = self._read_prompt() if self._read_at_once else torch.empty(0)
-        made: list[int] = []
+        made: list[list[int]] = [[] for _ in self._inputs.budgets]
+        ended = [False] * len(made)
         with replace_attention(self.model, self._attend):
             for t in range(self._read_at_once, prompt):
                 logits = self._step(t)
             for t in range(prompt, room):
-                token = int(logits[-1].argmax())
-                if token in stops:
+                chosen = logits[:, -1].argmax(-1).expand(len(made))
+                for run, token in enumerate(chosen.tolist()):
+                    ended[run] = ended[run] or token in stops
+                    if not ended[run]:
+                        made[run].append(token)
+                if all(ended):
                     break
-                made.append(token)
-                self.ids[0, t] = token
+                self.ids[:, t] = chosen
                 if t + 1 < room:  # what would follow the last token is not asked for
                     logits = self._step(t)
         self._check()
@@ -104,7 +115,7 @@ class Decoder:
         return inputs.shape.prompt if inputs.prefill == "full" else 0
 
     def _read_prompt(self) -> Tensor:
-        """Run the model over the prompt, let the policy evict at its end, and return the logits ``[P, V]``."""
+        """Run the model over the prompt, let the policy evict at its end, and return the logits ``[1, P, V]``."""
         prompt, read = self._read_at_once, self._read
         if read is not None and read.logits is not None:
             for call in read.calls:
@@ -114,7 +125,7 @@ class Decoder:
             logits = read.logits
         else:
             with replace_attention(self.model, self._prefill):
-                logits = self._forward(0, prompt, self._beside)
+                logits = self._forward(self.ids[:1, :prompt], self._beside)
             if read is not None and not self._beside and all(type(each) is ShortLayer for each in self.cache.layers):
                 read.logits, read.calls = logits, list(self._calls)
                 read.came = {call.layer: self.layers[call.layer].newest for call in self._calls}
@@ -122,14 +133,14 @@ class Decoder:
         return logits
 
     def _step(self, t: int) -> Tensor:
-        """Decode the token at a position, let the policy evict, and return the logits ``[1, V]``."""
+        """Decode the tokens at a position, let the policy evict, and return the logits ``[R, 1, V]``."""
         if not self._group_of:
             self._group_layers()
         steps = [part.simulation.see(t) for part in self._parts]
         self._append(t, t + 1)
         for part in self._parts:
-            part.row = self._zeros(part, 1, t + 1)[:, :, 0]
-        logits = self._forward(t, t + 1)
+            part.row = self._zeros(part, 1, t + 1)[:, :, 0].repeat(part.runs, 1, 1, 1)
+        logits = self._forward(self.ids[:, t : t + 1])
         for part, step in zip(self._parts, steps, strict=True):
             _complete(part.simulation, step, part.row)
         self._cut(t)
@@ -141,14 +152,9 @@ class Decoder:
             for _, group, _ in part.groups:
                 group.check()
 
-    def _forward(self, start: int, stop: int, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
-        output = self.model(
-            input_ids=self.ids[:, start:stop],
-            past_key_values=self.cache,
-            use_cache=True,
-            **beside,
-        )
-        return output.logits[0]  # type: ignore[no-any-return]
+    def _forward(self, ids: Tensor, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
+        output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **beside)
+        return output.logits  # type: ignore[no-any-return]
 
     def _prefill(self, call: Call, kernel: Kernel) -> Tensor:
         """Store a layer's call for the whole prompt, and return the output of the model's own kernel."""
@@ -163,6 +169,8 @@ class Decoder:
         for part in self._parts:
             self._observe_part(part, prompt)
         self._calls.clear()
+        for layer in self.layers.values():
+            layer.repeat(len(self.ids))
         self._group_layers()
         self._append(0, prompt)
         self._cut(prompt - 1)
@@ -177,7 +185,7 @@ class Decoder:
                 query = call.query[0, :, start:stop]  # [H, b, D]
                 queries = query.view(call.key.shape[1], -1, *query.shape[1:])  # [G, Q, b, D]
                 hidden = beyond(start, stop, call, queries.device)
-                made = weights(call, queries, call.key[0, :, None, :stop], hidden)
+                made = weights(call, queries, call.key[0, :, None, :stop], hidden, heads=0)
                 rows[part.place(call.layer)] = made.flatten(0, 1)
             for t in range(start, stop):
                 _complete(part.simulation, part.simulation.see(t), rows[:, :, t - start, : t + 1])
@@ -200,27 +208,29 @@ class Decoder:
             shape = part.simulation.shape
             for caches in part.simulation.occupancy.equal:
                 numbers = [shape.layers[place] for place in caches.layers]
-                group = HeldKeys([self.layers[number] for number in numbers], shape.kv_heads, self.ids.device)
+                layers = [self.layers[number] for number in numbers]
+                group = HeldKeys(layers, shape.kv_heads, self.ids.device, part.runs)
                 part.groups.append((caches, group, torch.tensor(caches.layers, device=self.ids.device)))
                 self._group_of |= {number: (group, place) for place, number in enumerate(numbers)}
 
     def _attend(self, call: Call, kernel: Kernel) -> Tensor:
-        """Return the attention output of one query over the keys in its layer's cache, and store its row."""
+        """Return the attention output of the newest queries over the keys in their layer's cache; store their rows."""
         owner = self._shared.get(call.layer, call.layer)
         layer = self._record_signals(call) if owner == call.layer else self._owner_of(call, owner)
         group, place = self._group_of[owner]
-        positions, there = group.positions[place], group.there[place]  # [G, n]
         part = self._part_of[owner]
-        query = part.by_kv_head(call.query[0, :, 0])  # [G, Q, D]
+        entries = (part.runs, part.simulation.shape.kv_heads, -1)
+        positions, there = group.positions[place].view(entries), group.there[place].view(entries)  # [R, G, n]
+        query = part.by_kv_head(call.query[:, :, 0])  # [R, G, Q, D]
         if layer.rotary is not None:
-            query = _at_cache_position(layer, query, there.sum(-1) - 1)
-        row = weights(call, query, call.key[0], ~there[:, None])  # [G, Q, n]
+            query = at_cache_position(layer, query, there.sum(-1) - 1)
+        row = weights(call, query, call.key, ~there[:, :, None], heads=1)  # [R, G, Q, n]
         if owner == call.layer:
             # padding adds nothing to the weight of the first key
-            index = positions.clamp(min=0)[:, None].expand(row.shape)
-            part.by_kv_head(part.row[part.place(owner)]).scatter_add_(-1, index, row)
-        values = call.value[0].to(self.exact).masked_fill(~there[..., None], 0)
-        return (row @ values).flatten(0, 1)[None, None].to(call.query.dtype)  # [1, 1, H, D]
+            index = positions.clamp(min=0)[:, :, None].expand(row.shape)
+            part.by_kv_head(part.row[:, part.place(owner)]).scatter_add_(-1, index, row)
+        values = call.value.to(self.exact).masked_fill(~there[..., None], 0)
+        return (row @ values).flatten(1, 2)[:, None].to(call.query.dtype)  # [R, 1, H, D]
 
     def _owner_of(self, call: Call, owner: int) -> ShortLayer:
         """Return the cache that a layer reads and another owns; raises ModelError if it attends to something else."""
@@ -240,32 +250,32 @@ class Decoder:
         layer = self.layers[call.layer]
         queries, keys = call.query.shape[2], call.key.shape[2]
         part = self._part_of[call.layer]
-        size = (1, part.simulation.shape.kv_heads, queries)
+        size = (len(call.query), part.simulation.shape.kv_heads, queries)
         latent = bool(layer.newest) and layer.newest[0].shape[1] == 1 < size[1]
         came = (call.key[:, :, -queries:], call.value[:, :, -queries:]) if latent else layer.newest
         if not came or any(part.shape[:3] != size for part in came) or keys != layer.longest():
             raise self._attends_elsewhere(call)
-        key, value = (part[0].to(self.exact) for part in came)
+        key, value = (part.to(self.exact) for part in came)
         if self._inputs.plan.gates and call.hidden is not None:
-            self._hidden.setdefault(call.layer, []).append(call.hidden)
+            self._hidden.setdefault(call.layer, []).append(call.hidden.expand(len(self.ids), -1, -1))
         for name, buffer in part.simulation.inputs.signals.items():
             if name.startswith(GATE):
-                fresh = self._margins(name.removeprefix(GATE), call)[:, -queries:]
+                fresh = self._margins(name.removeprefix(GATE), call)[..., -queries:]
             else:
-                fresh = signal(name, call.query[0].to(self.exact), key, value)
-            buffer[0, part.place(call.layer)].narrow(time_axis(name), layer.seen - queries, queries).copy_(fresh)
+                fresh = signal(name, call.query.to(self.exact), key, value)
+            buffer[:, part.place(call.layer)].narrow(time_axis(name), layer.seen - queries, queries).copy_(fresh)
         return layer
 
     def _margins(self, gate: str, call: Call) -> Tensor:
-        """Return the margins of a gate for all tokens so far, ``[G, n]``; it needs every past input of the layer."""
+        """Return the margins of a gate for all tokens so far, ``[R, G, n]``; it needs every past input of the layer."""
         inputs = self._hidden.get(call.layer)
-        return margins(gate, call, torch.cat(inputs, 1) if inputs else None, self._inputs.shape.prompt)[0]
+        return margins(gate, call, torch.cat(inputs, 1) if inputs else None, self._inputs.shape.prompt)
 
     def _cut(self, t: int) -> None:
         """Remove from the cache what is evicted after step `t`, and what the window of the next query leaves."""
         longest = []
         for part in self._parts:
-            retained = part.simulation.held(t, t + 1)[0, :, :, 0]  # [L, G, t + 1]
+            retained = part.simulation.held(t, t + 1)[:, :, :, 0].transpose(0, 1).flatten(1, 2)  # [L, R * G, t + 1]
             for caches, group, layers in part.groups:
                 most = part.simulation.occupancy.most_of(caches) if self._known else None
                 oldest = t + 2 - caches.within(t + 2) if caches.window or caches.chunk else 0
@@ -276,7 +286,7 @@ class Decoder:
 
 
 def _complete(simulation: CacheSimulation, step: Step, row: Tensor) -> None:
-    """Let the policy score the keys after a step with this row ``[L, H, n]``, and evict."""
+    """Let the policy score the keys after a step with rows ``[R, L, H, n]``, or ``[L, H, n]`` for all, and evict."""
     if simulation.inputs.missing_mass is not None:
         simulation.inputs.missing_mass[..., step.t] = (1 - row.sum(-1)).clamp(min=0)
     simulation.attend(step, row)
@@ -285,12 +295,3 @@ def _complete(simulation: CacheSimulation, step: Step, row: Tensor) -> None:
 def exact_dtype(model: CausalModel) -> torch.dtype:
     """Return the precision of rows and scores: float32, or that of the model if it is higher."""
     return torch.promote_types(model.dtype, torch.float32)
-
-
-def _at_cache_position(layer: ShortLayer, query: Tensor, position: Tensor) -> Tensor:
-    """Return the newest query, ``[G, Q, D]``, rotated to `position` of each head, ``[G]``."""
-    assert layer.rotary is not None
-    original = torch.full((1,), layer.seen - 1, device=query.device)
-    plain = layer.rotary.off(query.flatten(0, 1)[None, :, None], original)  # [1, H, 1, D]
-    of_heads = plain.view_as(query).transpose(0, 1)[None]  # [1, Q, G, D]
-    return layer.rotary.on(of_heads, position)[0].transpose(0, 1)

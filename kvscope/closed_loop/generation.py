@@ -17,9 +17,11 @@ from kvscope.core.memory import memory_explained
 from kvscope.core.model_types import Tokenizer
 from kvscope.core.records import SourceRef
 from kvscope.engine.examples import examples_of
+from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec
 from kvscope.model.prompts import token_texts
 from kvscope.model.selfcheck import AttentionFacts
+from kvscope.model.short_cache import holds_keys_alone
 from kvscope.tasks.scoring import score
 from kvscope.trace.reader import Trace
 
@@ -75,13 +77,15 @@ class GenerateJob:
         runs, done = self.closed.runs, 0
         for example in self.examples:
             passage, read = self.closed.passages[example.sequence], PromptPass()
-            for run in runs:
-                what = f" with {run.plan.label}"
-                with memory_explained(what, "Use --device cpu, --dtype float32, or shorter prompts."):
-                    made = self.generated(passage, run, read)
-                text = self._text(passage, made)
-                sink.answer(run.number, example.sequence, text, len(made), score(example.metric, text, example.answers))
-                done += 1
+            for together in self._batches(passage):
+                what = f" with {together[0].plan.label}"
+                with memory_explained(what, "Use --device cpu, --dtype float32, fewer budgets, or shorter prompts."):
+                    texts = self.generated(passage, together, read)
+                for run, made in zip(together, texts, strict=True):
+                    text = self._text(passage, made)
+                    right = score(example.metric, text, example.answers)
+                    sink.answer(run.number, example.sequence, text, len(made), right)
+                done += len(together)
                 if progress_callback is not None:
                     progress_callback(done / (len(runs) * len(self.examples)))
 
@@ -90,20 +94,34 @@ class GenerateJob:
         traced = self.closed.passages[sequence].sequence
         return traced.length - traced.prompt if self.max_new_tokens is None else self.max_new_tokens
 
-    def generated(self, passage: Passage, run: RunSpec, read: PromptPass | None = None) -> list[int]:
-        """Return the tokens that a run generates after the prompt of a text; one that ends it is not among them.
+    def _batches(self, passage: Passage) -> list[list[RunSpec]]:
+        """Return the runs that generate as one batch: the budgets of one policy.
 
-        The budget is that of the closed run: a share of the prompt, or with streaming prefill of the traced sequence.
-        `read` is shared by the runs of one text, so that the model reads its prompt once.
+        Each run is alone where the model keeps more of a text than keys and values, or the prompt has images: what it
+        keeps of these is for one entry of a batch.
+        """
+        plans: dict[EvictionPlan, list[RunSpec]] = {}
+        for run in self.closed.runs:
+            plans.setdefault(run.plan, []).append(run)
+        if passage.images or not holds_keys_alone(self.closed.model):
+            return [[run] for run in self.closed.runs]
+        return list(plans.values())
+
+    def generated(self, passage: Passage, runs: Sequence[RunSpec], read: PromptPass | None = None) -> list[list[int]]:
+        """Return the tokens that runs of one plan generate after the prompt of a text, as one batch.
+
+        A token that ends the text is not among them. The budget is that of the closed run: a share of the prompt, or
+        with streaming prefill of the traced sequence. `read` is shared by the runs of one text, so that the model reads
+        its prompt once.
         """
         job, sequence = self.closed, passage.sequence
         prompt = sequence.prompt
-        ids = torch.zeros(1, prompt + self.most_tokens(sequence.index), dtype=torch.int64)
-        ids[0, :prompt] = passage.ids[:prompt]
+        ids = torch.zeros(len(runs), prompt + self.most_tokens(sequence.index), dtype=torch.int64)
+        ids[:, :prompt] = passage.ids[:prompt]
         ids = ids.to(job.model.get_input_embeddings().weight.device)
-        keys, index = run.keys(sequence, job.prefill), sequence.index
+        keys, index = [run.keys(sequence, job.prefill) for run in runs], sequence.index
         decoding = DecodeJob(
-            job.model, ids, run.plan, keys, prompt, job.prefill, index, self.facts, job.rotary, passage
+            job.model, ids, runs[0].plan, keys, prompt, job.prefill, index, self.facts, job.rotary, passage
         )
         return decoding.generate(self.stops, read)
 

@@ -23,7 +23,7 @@ class LikeLayers:
     groups : list of tuple
         Layers with room for equally many keys: how full they are, what they hold, and their places in the simulation.
     row : Tensor
-        Row of the current step, ``[L, H, t + 1]``.
+        Rows of the current step, ``[R, L, H, t + 1]``.
     """
 
     simulation: CacheSimulation
@@ -34,6 +34,11 @@ class LikeLayers:
         """Return the place of a layer in the simulation."""
         return self.simulation.shape.layers.index(layer)
 
+    @property
+    def runs(self) -> int:
+        """``R``: budgets that are decoded as one batch."""
+        return len(self.simulation.budgets)
+
     def by_kv_head(self, values: Tensor) -> Tensor:
-        """Return a view ``[G, Q, .]`` of ``[H, .]``."""
-        return values.view(self.simulation.shape.kv_heads, -1, values.shape[-1])
+        """Return a view ``[R, G, Q, .]`` of ``[R, H, .]``."""
+        return values.view(len(values), self.simulation.shape.kv_heads, -1, values.shape[-1])

@@ -18,7 +18,7 @@ class PromptPass:
     Attributes
     ----------
     logits : Tensor or None
-        ``[P, V]``.
+        ``[1, P, V]``.
     calls : list of Call
         The attention call of every layer that owns a cache.
     came : dict of int to (Tensor, Tensor)

@@ -166,7 +166,7 @@ class VerifyJob:
         ids = passage.ids[None].to(job.model.get_input_embeddings().weight.device)
         keys, facts = run.keys(sequence, job.prefill), self.facts
         return DecodeJob(
-            job.model, ids, run.plan, keys, sequence.prompt, job.prefill, sequence.index, facts, job.rotary, passage
+            job.model, ids, run.plan, [keys], sequence.prompt, job.prefill, sequence.index, facts, job.rotary, passage
         ).execute()
 
     def _compare(self, passage: Passage, run: RunSpec) -> Verdict:

@@ -15,12 +15,15 @@ from kvscope.model.derotation import Derotation
 
 
 class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """The cache of one layer for one sequence; key/value heads may hold different keys, and different numbers of keys.
+    """The cache of one layer for a batch; key/value heads may hold different keys, and different numbers of keys.
 
     A head that holds fewer keys than another one is padded at the front, with NaN, so that reading the padding shows
     in the output. `HeldKeys` stores what is held, and removes keys. Where the model caches one latent vector per token,
     from which it computes the keys and values of all heads, there is one head here, and it holds a latent vector as
     long as any head holds its key.
+
+    The ``R`` entries of a batch add their tokens at the same positions, and may hold different keys: the heads of all
+    of them are stored one after the other, ``S = R G`` in all.
 
     Parameters
     ----------
@@ -31,12 +34,12 @@ class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     Attributes
     ----------
     pairs : Tensor
-        Keys and values of ``G`` heads, each key beside its value, ``[G, n, 2 D]``, oldest first; of latent vectors
-        one head, ``[1, n, .]``.
+        Keys and values of the heads, each key beside its value, ``[S, n, 2 D]``, oldest first; of latent vectors
+        one head for each entry, ``[R, n, .]``.
     places : Tensor or None
-        int64 ``[G, n]``: index of each key in its head's cache, negative for padding; needed with `rotary`.
+        int64 ``[S, n]``: index of each key in its head's cache, negative for padding; needed with `rotary`.
     newest : tuple of Tensor
-        Keys and values ``[1, G, q, D]`` of the latest call of `update`, as the model computed them.
+        Keys and values ``[R, G, q, D]`` of the latest call of `update`, as the model computed them.
     seen : int
         Tokens added so far.
     """
@@ -50,17 +53,24 @@ class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.seen = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of new tokens ``[1, G, q, D]`` and return all that are held, ``[1, G, n, D]``."""
+        """Add the keys and values of new tokens ``[R, G, q, D]`` and return all that are held, ``[R, G, n, D]``."""
         self.newest = (key_states, value_states)
-        size = key_states.shape[-1]
+        size, batch = key_states.shape[-1], len(key_states)
         keys, kind = key_states, value_states.dtype
         if self.rotary is not None:
             fresh = torch.arange(self.seen, self.seen + key_states.shape[2], device=key_states.device)
             keys = self.rotary.off(key_states, fresh)
         self.seen += key_states.shape[2]
-        pairs = torch.cat([keys, value_states.to(keys.dtype)], -1)[0]  # [G, q, 2 D]
+        pairs = torch.cat([keys, value_states.to(keys.dtype)], -1).flatten(0, 1)  # [S, q, 2 D]
         self.pairs = pairs if self.pairs is None else torch.cat([self.pairs, pairs], 1)
-        return self._placed(self.pairs[..., :size])[None], self.pairs[None, ..., size:].to(kind)
+        held, values = self._placed(self.pairs[..., :size]), self.pairs[..., size:].to(kind)
+        entries = (batch, len(held) // batch, held.shape[1])
+        return held.reshape(*entries, -1), values.reshape(*entries, -1)
+
+    def repeat(self, runs: int) -> None:
+        """Let each of so many entries of a batch hold what the single one holds so far."""
+        if self.pairs is not None and runs > 1:
+            self.pairs = self.pairs.repeat(runs, 1, 1)
 
     def longest(self) -> int:
         """Return the number of keys that the cache has room for: that of the head that holds the most."""
@@ -71,7 +81,7 @@ class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.seen
 
     def _placed(self, keys: Tensor) -> Tensor:
-        """Return keys ``[G, n, D]`` at their positions: those in the cache if they are compacted."""
+        """Return keys ``[S, n, D]`` at their positions: those in the cache if they are compacted."""
         if self.rotary is None:
             return keys
         places = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[:2])
@@ -90,18 +100,20 @@ class HeldKeys:
         ``G``.
     device : torch.device
         Device of the cache.
+    runs : int
+        ``R``: entries of the batch; ``S = R G``.
 
     Attributes
     ----------
     positions : Tensor
-        int64 ``[L, G, n]``: position in the text of each key, oldest first; -1 for padding, which is at the front.
+        int64 ``[L, S, n]``: position in the text of each key, oldest first; -1 for padding, which is at the front.
     there : Tensor
-        bool ``[L, G, n]``: false for padding, and for a latent vector whose key this head no longer holds.
+        bool ``[L, S, n]``: false for padding, and for a latent vector whose key this head no longer holds.
     """
 
-    def __init__(self, layers: Sequence[ShortLayer], heads: int, device: torch.device) -> None:
-        self._layers = list(layers)
-        self.positions = torch.empty(len(self._layers), heads, 0, dtype=torch.int64, device=device)
+    def __init__(self, layers: Sequence[ShortLayer], heads: int, device: torch.device, runs: int = 1) -> None:
+        self._layers, self._heads = list(layers), heads
+        self.positions = torch.empty(len(self._layers), runs * heads, 0, dtype=torch.int64, device=device)
         self.there = self.positions >= 0
         self._returned = torch.zeros((), dtype=torch.bool, device=device)
 
@@ -116,7 +128,7 @@ class HeldKeys:
         Parameters
         ----------
         retained : Tensor
-            bool ``[L, G, seen]``.
+            bool ``[L, S, seen]``.
         most : int or None
             How many keys a head retains at most; None: read from the device, as it is for latent vectors.
         oldest : int
@@ -132,7 +144,7 @@ class HeldKeys:
         self._returned |= (count != retained.sum(-1)).any()
         if oldest > 0:
             keep = keep & (self.positions >= oldest)
-        stays = keep.any(1, keepdim=True).expand_as(keep) if self._latent else keep
+        stays = self._by_entry(keep) if self._latent else keep
         most = int(stays.sum(-1).max()) if most is None or self._latent else most
         order = stays.byte().argsort(dim=-1, stable=True)[..., self.positions.shape[-1] - most :]  # what stays is last
         there, held = keep.gather(-1, order), stays.gather(-1, order)
@@ -140,10 +152,15 @@ class HeldKeys:
         self._set(torch.where(held, self.positions.gather(-1, order), -1), there)
         for layer, index, kept in zip(self._layers, order, held, strict=True):
             assert layer.pairs is not None, "nothing is cut before the first token"
-            heads = len(layer.pairs)
-            pairs = layer.pairs.gather(1, index[:heads, :, None].expand(-1, -1, layer.pairs.shape[-1]))
-            layer.pairs = pairs.masked_fill_(~kept[:heads, :, None], torch.nan)
+            step = len(index) // len(layer.pairs)  # heads that share a cached vector
+            pairs = layer.pairs.gather(1, index[::step, :, None].expand(-1, -1, layer.pairs.shape[-1]))
+            layer.pairs = pairs.masked_fill_(~kept[::step, :, None], torch.nan)
         return count.max()
+
+    def _by_entry(self, keep: Tensor) -> Tensor:
+        """Return which keys any head of the same entry of the batch retains, for every head, ``[L, S, n]``."""
+        of_entries = keep.view(len(keep), -1, self._heads, keep.shape[-1])  # [L, R, G, n]
+        return of_entries.any(2, keepdim=True).expand_as(of_entries).flatten(1, 2)
 
     @property
     def _latent(self) -> bool:
@@ -207,3 +224,8 @@ def short_cache(
     else:  # the model adds layers when it first uses them
         cache.layer_class_to_replicate = lambda: short.get(len(cache.layers)) or ShortLayer()
     return cache, short
+
+
+def holds_keys_alone(model: CausalModel) -> bool:
+    """Return whether a model decodes with keys and values alone, and not with states of other layers too."""
+    return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in full_cache(model).layers)

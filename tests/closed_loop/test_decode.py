@@ -423,6 +423,31 @@ def test_a_latent_vector_is_held_as_long_as_a_head_holds_its_key() -> None:
         held.check()
 
 
+def test_each_entry_of_a_batch_holds_latent_vectors_of_its_own() -> None:
+    """Two budgets, two heads each: a vector that a head of one budget holds is not held for the other."""
+    layer = ShortLayer()
+    held = HeldKeys([layer], 2, torch.device("cpu"), runs=2)
+    held.append(0, 3)
+    layer.update(torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 2))
+    no, yes = [False, False, False], [True, False, True]
+    held.cut(torch.tensor([[yes, no, no, [False, True, False]]]), 2)
+    assert held.positions.tolist() == [[[0, 2], [0, 2], [-1, 1], [-1, 1]]]
+    assert held.there.tolist() == [[[True, True], [False, False], [False, False], [False, True]]]
+    held.append(3, 4)
+    keys, _ = layer.update(torch.randn(2, 1, 1, 3), torch.randn(2, 1, 1, 2))
+    assert keys.shape == (2, 1, 3, 3) and keys[1, 0, 0].isnan().all() and keys[0].isfinite().all()
+    held.check()
+
+
+def test_what_is_read_once_is_held_by_every_entry() -> None:
+    layer = ShortLayer()
+    layer.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))
+    layer.repeat(3)
+    keys, values = layer.update(torch.randn(3, 2, 1, 4), torch.randn(3, 2, 1, 4))
+    assert keys.shape == values.shape == (3, 2, 4, 4) and layer.seen == 4
+    assert torch.equal(keys[0, :, :3], keys[2, :, :3]) and not torch.equal(keys[0, :, 3], keys[2, :, 3])
+
+
 def test_an_evicted_key_does_not_return() -> None:
     layer = ShortLayer()
     held = HeldKeys([layer], 2, torch.device("cpu"))

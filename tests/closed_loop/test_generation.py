@@ -15,6 +15,7 @@ from kvscope.core.errors import UsageError
 from kvscope.core.options import ClosedLoopOptions, GenerateOptions, OutputOptions, Prefill, ReplayOptions
 from kvscope.engine.plan import EvictionPlan
 from kvscope.model.derotation import derotations
+from kvscope.model.short_cache import holds_keys_alone
 from kvscope.policies.spec import parse_policy
 from kvscope.replay.compile import compile_replay
 from kvscope.results.export import export
@@ -24,7 +25,8 @@ from kvscope.tasks import make_examples, parse_task, score
 from kvscope.tasks.dataset import as_lines
 from kvscope.tasks.make import Lengths, words
 from kvscope.trace.reader import Trace, open_trace
-from tests.model.tiny import build, tokens
+from tests.model.tiny import MODELS, build, tokens
+from tests.models.build import build as built
 
 POLICIES = ["full", "window", "h2o", "tova", "a2sf", "snapkv:window=8"]
 NEW = 5
@@ -179,13 +181,14 @@ def test_one_pass_over_a_prompt_serves_every_run(name: str, positions: str) -> N
     passes, read = forwards(model), PromptPass()
     for spec in ("full", "window", "h2o", "tova", "keydiff"):
         plan, given = EvictionPlan.published(parse_policy(spec)), ids.clone()
-        made = DecodeJob(model, given, plan, 5, prompt, Prefill.full, 0, facts, rotary).generate(frozenset(), read)
+        made = DecodeJob(model, given, plan, [5], prompt, Prefill.full, 0, facts, rotary).generate(frozenset(), read)
+        (made,) = made
         assert len(made) == room - prompt and given[0, prompt:].tolist() == made
         logits = decode(model, given, plan, 5, prompt=prompt, positions=positions).logits
         assert logits[prompt - 1 : -1].argmax(-1).tolist() == made
         stop = frozenset([made[3]])
-        alone = DecodeJob(model, ids.clone(), plan, 5, prompt, Prefill.full, 0, facts, rotary).generate(stop)
-        assert alone == made[: made.index(made[3])], "a token that ends the text is not returned"
+        alone = DecodeJob(model, ids.clone(), plan, [5], prompt, Prefill.full, 0, facts, rotary).generate(stop)
+        assert alone == [made[: made.index(made[3])]], "a token that ends the text is not returned"
     assert passes.count(prompt) == 1 + 2 * 5, "once for all runs, and once in each decoding that shares nothing"
 
 
@@ -196,3 +199,75 @@ def test_a_trace_of_prompts_alone_needs_a_length(tmp_path: Path) -> None:
     made = replayed(prompts, tmp_path / "r", ["full"], **options)
     assert made.summary.runs[-1].mean("answer_score") == 1
     assert "answer_loss" not in made.summary.metrics, "no answer follows the prompts"
+
+
+BATCHED = [
+    ("llama", "original"),
+    ("llama", "compacted"),
+    ("gemma3", "original"),
+    ("gpt_oss", "original"),
+    ("deepseek_v3", "original"),
+    ("gemma4_text", "original"),
+]
+
+
+@pytest.mark.parametrize("prefill", list(Prefill))
+@pytest.mark.parametrize(("name", "positions"), BATCHED)
+def test_budgets_that_generate_as_a_batch_say_what_each_says_alone(name: str, positions: str, prefill: Prefill) -> None:
+    """Padding, windows, sinks and latent vectors of one budget do not reach another; one may end before the others."""
+    model = (build(name) if name in MODELS else built(name)).double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # as a model is loaded in float64
+    prompt, room, budgets = 12, 24, [4, 9, 6]
+    ids = tokens(room)
+    with torch.no_grad():
+        facts = attention_facts(model, ids)
+        rotary = derotations(model, ids[:, :1]) if positions == "compacted" else None
+
+    def generated(spec: str, chosen: list[int], stops: frozenset[int] = frozenset()) -> list[list[int]]:
+        plan, given = EvictionPlan.published(parse_policy(spec)), ids.repeat(len(chosen), 1)
+        return DecodeJob(model, given, plan, chosen, prompt, prefill, 0, facts, rotary).generate(stops)
+
+    differ = 0
+    for spec in ("h2o", "tova", "window", "keydiff", "vatp", "random"):
+        alone = [generated(spec, [budget])[0] for budget in budgets]
+        assert generated(spec, budgets) == alone
+        differ += len(set(map(tuple, alone))) > 1
+        stop = frozenset([alone[0][2]])
+        assert generated(spec, budgets, stop) == [generated(spec, [budget], stop)[0] for budget in budgets]
+    assert differ, "budgets that say the same do not show that they are kept apart"
+
+
+def test_equal_budgets_say_the_same() -> None:
+
+    model, ids = build("llama").double(), tokens(20)
+    with torch.no_grad():
+        facts = attention_facts(model, ids)
+    plan = EvictionPlan.published(parse_policy("full"))
+    twice = DecodeJob(model, ids.repeat(2, 1), plan, [20, 20], 12, Prefill.full, 0, facts).generate(frozenset())
+    assert twice[0] == twice[1] and len(twice[0]) == 8
+
+
+def test_the_budgets_of_a_policy_cost_one_pass_for_each_token(trace: Trace, tmp_path: Path) -> None:
+    closed = ClosedLoopOptions(dtype="float64")
+    options = ReplayOptions(closed=closed, generate=GenerateOptions())
+    job = compile_replay(trace, ["h2o"], "20%,40%,60%", options)
+    assert job.generate is not None
+    seen = forwards(job.generate.closed.model)
+    sink: list[tuple[int, int]] = []
+
+    class Sink:
+        def answer(self, run: int, sequence: int, text: str, tokens: int, score: float) -> None:
+            sink.append((run, tokens))
+
+    with torch.no_grad():
+        job.generate.execute(Sink())
+    examples = len(job.generate.examples)
+    assert len(sink) == 3 * examples
+    assert seen.count(1) <= examples * (NEW - 1), "three budgets, and no more passes than one of them has"
+
+
+@pytest.mark.parametrize(("name", "alone"), [("llama", True), ("deepseek_v3", True), ("qwen3_next", False)])
+def test_states_of_linear_layers_keep_runs_apart(name: str, alone: bool) -> None:
+    """Only a model that holds keys and values alone reads a prompt once for all entries of a batch."""
+    assert holds_keys_alone(built(name)) is alone
