@@ -81,7 +81,10 @@ def regrets(
             collected[run].add(sequence.index, layer, counter.result())
         if progress is not None:
             progress((number + 1) / len(parts))
-    tokens = {of.index: TokenKinds(trace.tokens(of.index)["text"].tolist()) for of in trace.sequences}
+    tokens = {
+        of.index: TokenKinds(trace.tokens(of.index)["text"].tolist(), keys_of_spans(trace, of.index))
+        for of in trace.sequences
+    }
     rows_of_run = sum(trace.heads_of(layer).kv_heads for layer in trace.layers) * _scored_steps(replay, trace)
     return {
         "kind": "kvscope-regret",
@@ -90,6 +93,14 @@ def regrets(
         "trace": replay.info.trace.name,
         "runs": [_of_run(run, collected[run.run].result(tokens, rows_of_run)) for run in chosen],
     }
+
+
+def keys_of_spans(trace: Trace, sequence: int) -> dict[str, list[int]]:
+    """Return the positions of the tokens in the spans of each name that were recorded with a prompt, in order."""
+    found: dict[str, set[int]] = {}
+    for span in trace.record.sequences[sequence].spans:
+        found.setdefault(span.name, set()).update(range(span.start, span.stop))
+    return {name: sorted(keys) for name, keys in found.items()}
 
 
 def _of_run(run: RunRecord, regret: Regret) -> RunRegret:

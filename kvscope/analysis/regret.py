@@ -23,10 +23,11 @@ CONTEXT = 4  # tokens shown on either side of a token
 
 
 class TokenInContext(TypedDict):
-    """Text and kind of a token, and the text around it."""
+    """Text and kind of a token, the named span of the prompt that it is in, and the text around it."""
 
     text: str
     kind: str
+    span: str | None
     before: str
     after: str
 
@@ -65,6 +66,16 @@ class KindRegret(TypedDict):
     mass_per_token: float
 
 
+class SpanRegret(TypedDict):
+    """Regret of all tokens in the spans of one name; a token in several spans counts in each."""
+
+    name: str
+    tokens: int
+    mass: float
+    share: float
+    mass_per_token: float
+
+
 # Regret by the steps since the eviction; `keys` counts those whose largest missed weight has that lag.
 LagRegret = TypedDict("LagRegret", {"from": int, "to": int, "mass": float, "share": float, "keys": int})
 
@@ -77,6 +88,7 @@ class Regret(TypedDict):
     worst: list[EvictionRegret]
     tokens: list[TokenRegret]
     kinds: list[KindRegret]
+    spans: list[SpanRegret]
     lags: list[LagRegret]
 
 
@@ -162,6 +174,7 @@ class RegretCollector:
             "worst": [self._named(each, tokens[each.sequence]) for each in self._worst],
             "tokens": self._by_token(by_token, tokens, total),
             "kinds": _by_kind(by_token, tokens, total),
+            "spans": _by_span(by_token, tokens, total),
             "lags": self._by_lag(total),
         }
 
@@ -220,10 +233,12 @@ class TokenKinds:
     ----------
     texts : sequence of str
         Text of each token, ``[T]``.
+    spans : mapping of str to sequence of int
+        Positions of the tokens in the named spans of the prompt.
     """
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = [str(text) for text in texts]
+    def __init__(self, texts: Sequence[str], spans: Mapping[str, Sequence[int]] | None = None) -> None:
+        self.texts, self.spans = [str(text) for text in texts], spans or {}
         self.shown = shown_parts(self.texts)
         often = Counter(text.strip() for text in self.texts)
         self.kinds = [_kind(key, text, often[text.strip()]) for key, text in enumerate(self.texts)]
@@ -234,6 +249,7 @@ class TokenKinds:
         return {
             "text": self.shown[key],
             "kind": self.kinds[key],
+            "span": ", ".join(name for name, keys in self.spans.items() if key in keys) or None,
             "before": "".join(before),
             "after": "".join(after),
         }
@@ -267,6 +283,28 @@ def _by_kind(
             "mass_per_token": mass[kind] / count[kind] if count[kind] else 0.0,
         }
         for kind in KINDS
+    ]
+
+
+def _by_span(
+    by_token: Mapping[int, NDArray[np.float64]], tokens: Mapping[int, TokenKinds], total: float
+) -> list[SpanRegret]:
+    """Return the regret of the spans of each name, over all sequences, in the order of their names' first use."""
+    mass: dict[str, float] = defaultdict(float)
+    count: dict[str, int] = defaultdict(int)
+    for sequence, (masses, _) in by_token.items():
+        for name, keys in tokens[sequence].spans.items():
+            mass[name] += float(masses[list(keys)].sum())
+            count[name] += len(keys)
+    return [
+        {
+            "name": name,
+            "tokens": tokens_of,
+            "mass": mass[name],
+            "share": mass[name] / total if total else 0.0,
+            "mass_per_token": mass[name] / tokens_of if tokens_of else 0.0,
+        }
+        for name, tokens_of in count.items()
     ]
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvscope.analysis.find_regrets import RunRegret
-    from kvscope.analysis.regret import EvictionRegret, KindRegret, LagRegret, TokenInContext, TokenRegret
+    from kvscope.analysis.regret import EvictionRegret, KindRegret, LagRegret, SpanRegret, TokenInContext, TokenRegret
     from kvscope.cli.console import Column
 
 LATE = 64  # steps from an eviction to its peak missed attention, from which it counts as late
@@ -70,6 +70,8 @@ def _show_run(run: RunRegret, heading: str, *, several: bool) -> None:
     console.show_table(worst(run["worst"], several=several), title=heading, notes=[NOTE])
     console.show_table(by_token(run["tokens"][:SHOWN], several=several), title="tokens, over all layers and heads")
     console.show_table(by_kind(run["kinds"]), title="kinds of tokens")
+    if run["spans"]:
+        console.show_table(by_span(run["spans"]), title="spans of the prompts")
     console.show_table(by_lag(run["lags"]), title="lags")
     console.show_text(f"{run['per_step']:.2%} of all attention at the scored steps was on evicted keys.")
 
@@ -107,6 +109,7 @@ def worst(evictions: Sequence[EvictionRegret], *, several: bool = False) -> list
         Column("kv\nhead", [str(each["kv_head"]) for each in evictions], numeric=True),
         Column("key", [str(each["key"]) for each in evictions], numeric=True),
         Column("token", [in_context(each) for each in evictions], wrap=24),
+        *_span(evictions),
         Column("evicted\nafter", [str(each["gone"]) for each in evictions], numeric=True),
         Column("missed\nmost at", attended, keep=80, numeric=True),
         Column("weight\nthen", [f"{each['weights'][0]:.3f}" for each in evictions], keep=70, numeric=True),
@@ -124,6 +127,7 @@ def by_token(tokens: Sequence[TokenRegret], *, several: bool = False) -> list[Co
         Column("key", [str(each["key"]) for each in tokens], numeric=True),
         Column("token", [in_context(each) for each in tokens], wrap=24),
         Column("kind", [each["kind"] for each in tokens], keep=70),
+        *_span(tokens),
         Column("heads that\nmissed it", [str(each["heads"]) for each in tokens], keep=60, numeric=True),
         *_amount(tokens),
     ]
@@ -138,6 +142,18 @@ def by_kind(kinds: Sequence[KindRegret]) -> list[Column]:
         Column("tokens", [str(each["tokens"]) for each in kinds], keep=70, numeric=True),
         *_amount(kinds),
         Column("mass for\neach token", [f"{each['mass_per_token']:.3f}" for each in kinds], keep=80, numeric=True),
+    ]
+
+
+def by_span(spans: Sequence[SpanRegret]) -> list[Column]:
+    """Return a row for the spans of each name: the needles, the questions."""
+    from kvscope.cli.console import Column
+
+    return [
+        Column("span", [each["name"] for each in spans], wrap=24),
+        Column("tokens", [str(each["tokens"]) for each in spans], keep=70, numeric=True),
+        *_amount(spans),
+        Column("mass for\neach token", [f"{each['mass_per_token']:.3f}" for each in spans], keep=80, numeric=True),
     ]
 
 
@@ -165,7 +181,15 @@ def _sequence(rows: Sequence[EvictionRegret | TokenRegret], several: bool) -> li
     return [Column("sequence", [str(each["sequence"]) for each in rows], numeric=True)] if several else []
 
 
-def _amount(rows: Sequence[TokenRegret | KindRegret | LagRegret]) -> list[Column]:
+def _span(rows: Sequence[EvictionRegret | TokenRegret]) -> list[Column]:
+    """Return the column of spans, if a row is in one."""
+    from kvscope.cli.console import Column
+
+    there = any(each["span"] is not None for each in rows)
+    return [Column("span", [each["span"] or "-" for each in rows], keep=95, wrap=10)] if there else []
+
+
+def _amount(rows: Sequence[TokenRegret | KindRegret | SpanRegret | LagRegret]) -> list[Column]:
     from kvscope.cli.console import Column
 
     return [

@@ -92,7 +92,8 @@ def test_the_worst_of_all_layers_and_what_they_add_up_to() -> None:
             collected.add(sequence, layer, missed(rows, stays, 5))
             for head, keys in enumerate(twin.regret(rows.tolist(), stays)):
                 every += [(own.mass, sequence, layer, head, key, own) for key, own in enumerate(keys) if own.mass > 0]
-    found = collected.result({0: TokenKinds(texts), 1: TokenKinds(texts)}, 100)
+    spans = {"needle": [4, 5], "fact": [5, 6, 7]}
+    found = collected.result({0: TokenKinds(texts, spans), 1: TokenKinds(texts, {"needle": [1]})}, 100)
     total = sum(each[0] for each in every)
     assert found["mass"] == pytest.approx(total)
     assert found["per_step"] == pytest.approx(total / 100)
@@ -111,6 +112,12 @@ def test_the_worst_of_all_layers_and_what_they_add_up_to() -> None:
     assert [each["mass"] for each in found["tokens"]] == sorted((e["mass"] for e in found["tokens"]), reverse=True)
     assert sum(each["mass"] for each in found["kinds"]) == pytest.approx(total)
     assert sum(each["tokens"] for each in found["kinds"]) == 2 * length
+    inside = {"needle": [(0, 4), (0, 5), (1, 1)], "fact": [(0, 5), (0, 6), (0, 7)]}
+    assert [(each["name"], each["tokens"]) for each in found["spans"]] == [("needle", 3), ("fact", 3)]
+    for each in found["spans"]:
+        mass = sum(e[0] for e in every if (e[1], e[4]) in inside[each["name"]])
+        assert each["mass"] == pytest.approx(mass) and each["share"] == pytest.approx(mass / total)
+        assert each["mass_per_token"] == pytest.approx(mass / 3)
     assert sum(each["mass"] for each in found["lags"]) == pytest.approx(total)
     assert sum(each["keys"] for each in found["lags"]) == len(every)
 
@@ -125,7 +132,9 @@ def test_kinds_of_tokens() -> None:
 
 def test_a_token_is_shown_with_its_neighbours() -> None:
     tokens = TokenKinds(list("abcdefghij"))
-    assert tokens.named(5) == {"text": "f", "kind": "rare", "before": "bcde", "after": "ghij"}
+    assert tokens.named(5) == {"text": "f", "kind": "rare", "span": None, "before": "bcde", "after": "ghij"}
+    named = TokenKinds(list("abcd"), {"needle": [1, 2], "fact": [2]})
+    assert [named.named(key)["span"] for key in range(4)] == [None, "needle", "needle, fact", None]
     assert tokens.named(0)["before"] == "" and tokens.named(9)["after"] == ""
 
 

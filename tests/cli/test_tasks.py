@@ -10,6 +10,7 @@ import pytest
 from kvscope.cli.app import run
 from kvscope.model.prompt_files import read_prompts
 from kvscope.tasks import TASKS
+from tests.cli.conftest import Run
 
 
 def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,3 +73,19 @@ def test_two_lines_for_a_mistake(
     assert run(["tasks", "make", *arguments]) == status
     assert len(capsys.readouterr().err.splitlines()) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_regret_names_the_needle_that_was_evicted(run: Run) -> None:
+    made = run("tasks", "make", "needle:wording=notes", "--length", "60", "-n", "1", "--model", "demo", "-o", "n.jsonl")
+    assert made.status == 0, made.err
+    assert run("trace", "--model", "demo", "n.jsonl", "--max-new-tokens", "4", "-o", "n", "--quiet").status == 0
+    assert run("replay", "n", "-p", "window", "-b", "20", "-o", "r", "--quiet").status == 0
+    done = run("regret", "r", "--policy", "window", "--top", "200")
+    assert done.status == 0, done.err
+    table = done.out.partition("spans of the prompts")[2]
+    assert "needle" in table and "needle" in done.out.partition("tokens, over all layers")[0]
+    found = json.loads(run("regret", "r", "--json", "--top", "200", "--quiet").out)["runs"][0]
+    named = {each["key"] for each in found["worst"] if each["span"] == "needle"}
+    spans = json.loads(Path("traces/n/trace.json").read_text())["sequences"][0]["spans"]
+    inside = {key for span in spans if span["name"] == "needle" for key in range(span["start"], span["stop"])}
+    assert named and named <= inside

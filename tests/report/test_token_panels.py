@@ -331,6 +331,7 @@ def test_the_regret_of_the_page_is_that_of_the_command(rich: ReportInput) -> Non
     run = run_of(rich, "h2o", "4")
     data = regrets(rich)
     assert data is not None
+    assert data["parts"]["0.0"]["spans"] == [["needle", 2, 5]]
     (of_command,) = kvscope.regrets(replay, trace, [run.number], top=20)["runs"]
     shown = data["parts"]["0.0"]["worst"][run.id][:20]
     assert len(shown) == len(of_command["worst"]) == 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.core.json import JsonDict
+from kvscope.core.json import Json, JsonDict
 from kvscope.report.encoding import packed_bytes, packed_floats, rounded
 from kvscope.report.panel import panel
 from kvscope.report.parts import Part
@@ -20,7 +20,8 @@ from kvscope.report.source import ReportInput
     detail=True,
     help="Each row is one key that the chosen run evicted too early. Its regret is the full-cache attention on the "
     "key, summed over all later steps that could not see it, mean over the query heads that share it. Choose a "
-    "row to show that head, that token and the step that missed it most in all panels.",
+    "row to show that head, that token and the step that missed it most in all panels. Tokens in a named span of the "
+    "prompt, as a needle, have its name.",
 )
 def regrets(source: ReportInput) -> JsonDict | None:
     """Return the worst evictions of every run, and the regret of every token over all layers that were read."""
@@ -43,12 +44,18 @@ def regrets(source: ReportInput) -> JsonDict | None:
             run: [[*each[:4], rounded(each.mass, 4), each.missed, rounded(each.weight, 4)] for each in evictions]
             for run, evictions in source.worst(part).items()
         }
-        parts[part.name] = {"worst": rows, "tokens": tokens}
+        parts[part.name] = {"worst": rows, "tokens": tokens, "spans": _spans(source, part)}
     if not parts:
         return None
     if left < 0:
         notes.append("For some runs, the regret of every token is omitted to limit the size of the page.")
     return {"parts": parts, "notes": list(dict.fromkeys(notes))}
+
+
+def _spans(source: ReportInput, part: Part) -> list[Json]:
+    """Return name, first token and token after the last one of every span that was recorded with the prompt."""
+    trace = source.traces[part.identity]
+    return [[span.name, span.start, span.stop] for span in trace.record.sequences[part.number].spans]
 
 
 def _by_token(source: ReportInput, part: Part, layers: list[int], run: str) -> NDArray[np.float64]:
