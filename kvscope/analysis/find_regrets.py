@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvscope.analysis.missed_attention import MissedAttentionCounter
-from kvscope.analysis.regret import Regret, RegretCollector, TokenKinds
+from kvscope.analysis.regret import Regret, RegretCollector
+from kvscope.analysis.token_kinds import TokenKinds
 from kvscope.core.records import RunRecord
 from kvscope.results.residency import read_residency
 from kvscope.results.store import Replay

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvscope.analysis.find_regrets import RunRegret
-    from kvscope.analysis.regret import EvictionRegret, KindRegret, LagRegret, SpanRegret, TokenInContext, TokenRegret
+    from kvscope.analysis.regret import EvictionRegret, KindRegret, LagRegret, SpanRegret, TokenRegret
+    from kvscope.analysis.token_kinds import TokenInContext
     from kvscope.cli.console import Column
 
 LATE = 64  # steps from an eviction to its peak missed attention, from which it counts as late

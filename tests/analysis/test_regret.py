@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvscope.analysis.missed_attention import BINS, MOST, MissedAttention, MissedAttentionCounter
-from kvscope.analysis.regret import KINDS, RegretCollector, TokenKinds
+from kvscope.analysis.regret import RegretCollector
+from kvscope.analysis.token_kinds import KINDS, TokenKinds
 from kvscope.core.residency import ResidencyIntervals
 from tests.reference import regret as twin
 from tests.reference.residency import Stay
