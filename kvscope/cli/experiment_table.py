@@ -91,7 +91,7 @@ def duration(seconds: float) -> str:
 def show_experiment(record: ExperimentRecord, file: Path, *, as_json: bool) -> None:
     """Print the results of an experiment: a row for each policy and budget, then the best of each."""
     from kvscope.core.experiment_records import EXPERIMENT
-    from kvscope.results.experiment import sentences
+    from kvscope.results.experiment import held_more, sentences
 
     if as_json:
         show_json(EXPERIMENT.plain(record))
@@ -100,7 +100,9 @@ def show_experiment(record: ExperimentRecord, file: Path, *, as_json: bool) -> N
         note(f"{file}: no results")
         return
     rows = [run for run in record.runs if run.task is None and run.length is None]
-    show_table(_columns(rows), title=str(file), notes=[*_notes(record, rows), *sentences(record.verdicts)])
+    show_table(
+        _columns(rows), title=str(file), notes=[*_notes(record, rows), *held_more(rows), *sentences(record.verdicts)]
+    )
 
 
 def _columns(rows: Sequence[PooledRun]) -> list[Column]:

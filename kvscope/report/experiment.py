@@ -12,7 +12,7 @@ from kvscope.core.version import __version__
 from kvscope.report.encoding import rounded, visible, visible_everywhere
 from kvscope.report.page import write_bytes
 from kvscope.report.template import EXPERIMENT, document
-from kvscope.results.experiment import BY_ANSWERS, BY_LOSS, BY_MASS, sentences
+from kvscope.results.experiment import BY_ANSWERS, BY_LOSS, BY_MASS, held_more, sentences
 
 ALL = "all tasks together"
 # Metrics of the table, as far as they are known; the others can be chosen for the plots.
@@ -58,7 +58,7 @@ def page_data(record: ExperimentRecord) -> JsonDict:
         "title": record.name,
         "generator": f"kvscope {__version__}",
         "facts": _facts(record),
-        "answer": list(sentences(record.verdicts)),
+        "answer": [*sentences(record.verdicts), *held_more(record.runs)],
         "models": _each(run.model for run in record.runs),
         "prefills": _each(str(run.prefill) for run in record.runs),
         "policies": _each(run.policy for run in record.runs),

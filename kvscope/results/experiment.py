@@ -19,6 +19,8 @@ from kvscope.results.statistics import interval, paired
 BY_ANSWERS = ("answer_score", "answer_first")
 BY_LOSS = "perplexity_ratio"
 BY_MASS = "retained_mass"
+HELD = "held_keys"
+MORE = 0.05  # share of keys by which a policy may exceed another one without a word
 CALLED = {
     "answer_score": "answers",
     "answer_first": "answers as first choices",
@@ -209,6 +211,24 @@ def sentences(verdicts: Sequence[Verdict]) -> list[str]:
         end = "" if len(found) < 2 else "; they agree" if agree else "; they disagree"
         lines.append(f"Best at {where}: {', '.join(named)}{end}.")
     return lines
+
+
+def held_more(runs: Sequence[PooledRun]) -> list[str]:
+    """Return a sentence for each policy that holds more keys than another one at the same budget, 5 % or more."""
+    held: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
+    for run in runs:
+        keys = run.mean(HELD)
+        if run.task is None and run.length is None and run.budget is not None and not run.reads and keys is not None:
+            held[run.model, run.prefill, run.budget][run.policy] = keys
+    most: dict[str, float] = {}
+    for of in held.values():
+        for policy, keys in of.items():
+            most[policy] = max(most.get(policy, 1.0), keys / min(of.values()))
+    return [
+        f"{policy} holds up to {ratio - 1:.0%} more keys than others at the same budget: compare by held keys."
+        for policy, ratio in most.items()
+        if ratio >= 1 + MORE
+    ]
 
 
 def _certainty(verdict: Verdict) -> str:

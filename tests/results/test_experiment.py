@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvscope.core.experiment_records import CellRecord, CellRun, CellSequence
 from kvscope.core.options import Prefill
 from kvscope.core.records import MetricRecord
-from kvscope.results.experiment import pool, sentences
+from kvscope.results.experiment import held_more, pool, sentences
 from kvscope.results.statistics import interval, paired
 
 METRICS = {"retained_mass": MetricRecord("higher", (0, 1))}
@@ -173,3 +173,15 @@ def test_a_record_with_too_few_values_is_refused() -> None:
     good = cell("a", {("x", "8"): mass([0.5])})
     with pytest.raises(ValueError, match="has 2 values for 1 sequences"):
         replace(good, runs=(replace(good.runs[0], values={"retained_mass": (0.1, 0.2)}),))
+
+
+def test_policies_that_hold_more_at_the_same_budget_are_named() -> None:
+    def held(keys: float) -> dict[str, list[float | None]]:
+        return {"held_keys": [keys, keys + 2]}
+
+    own = {("x", "8"): held(9), ("y", "8"): held(9.2), ("snapkv", "8"): held(14), ("snapkv", "16"): held(20)}
+    own |= {("x", "16"): held(19), ("quest", "8"): held(40)}
+    found = pool(runs_of(cell("a", own), cell("b", own, task="u")))
+    assert held_more(found.runs) == [
+        "snapkv holds up to 50% more keys than others at the same budget: compare by held keys."
+    ]
