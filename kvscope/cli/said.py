@@ -38,8 +38,9 @@ def what_was_said(trace: Trace) -> list[Said]:
         metric = (sequence.example.metric if sequence.example else None) or USUAL
         known = bool(sequence.answers) and not sequence.forced and metric in SCORES
         try:
-            points = score(metric, text, sequence.answers or ()) if known else None
-        except UsageError:  # the package of the score is not installed
+            classes = sequence.example.classes if sequence.example else ()
+            points = score(metric, text, sequence.answers or (), classes) if known else None
+        except UsageError:  # its package is not installed, or it has no classes
             points = None
         found.append(
             {

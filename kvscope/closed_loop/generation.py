@@ -83,7 +83,7 @@ class GenerateJob:
                     texts = self.generated(passage, together, read)
                 for run, made in zip(together, texts, strict=True):
                     text = self._text(passage, made)
-                    right = score(example.metric, text, example.answers)
+                    right = score(example.metric, text, example.answers, example.classes)
                     sink.answer(run.number, example.sequence, text, len(made), right)
                 done += len(together)
                 if progress_callback is not None:
@@ -140,6 +140,6 @@ def examples_to_generate(trace: Trace, metric: str | None) -> list[ExampleRef]:
         If a metric is unknown, or needs a package that is not installed.
     """
     examples = [example if metric is None else replace(example, metric=metric) for example in examples_of(trace)]
-    for name in dict.fromkeys(example.metric for example in examples):
-        score(name, "", ["a"])  # raises before anything is computed
+    for example in examples:
+        score(example.metric, "", ["a"], example.classes)  # raises before anything is computed
     return examples

@@ -38,6 +38,9 @@ class ExampleRef:
     task: Annotated[str | None, about("its task", omit=True)] = None
     length: Annotated[Number | None, about("length that it was made for", omit=True)] = None
     depth: Annotated[NotNegative | None, about("where its fact is in the prompt, 0 to 1", omit=True)] = None
+    classes: Annotated[
+        tuple[str, ...], about("classes among which an answer is to choose, for the score `classification`", omit=True)
+    ] = ()
 
     def __post_init__(self) -> None:
         if not self.answers:

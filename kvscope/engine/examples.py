@@ -24,7 +24,8 @@ def examples_of(trace: Trace) -> tuple[ExampleRef, ...]:
         texts = [str(text) for text in trace.tokens(number)["text"]]
         spans = answer_spans(texts, sequence.prompt, sequence.answers, every=metric == ALL)
         answers = tuple(sequence.answers)
-        found.append(ExampleRef(number, answers, metric, spans, facts.id, facts.task, facts.length, facts.depth))
+        own = {"id": facts.id, "task": facts.task, "length": facts.length, "depth": facts.depth}
+        found.append(ExampleRef(number, answers, metric, spans, **own, classes=tuple(facts.classes)))  # type: ignore[arg-type]
     return tuple(found)
 
 

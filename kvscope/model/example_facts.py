@@ -9,6 +9,7 @@ from kvscope.core.json import Json, JsonDict
 from kvscope.core.text_spans import TextSpan
 
 IDS, TASKS = ("id", "_id", "index"), ("task", "dataset")  # usual names; RULER: index; LongBench: _id, dataset
+CLASSES = ("classes", "all_classes")  # LongBench: all_classes
 SPANS_EXAMPLE = 'Write "spans": [{"name": "question", "start": 0, "stop": 12}, ...], in characters of the prompt.'
 
 
@@ -24,6 +25,8 @@ class ExampleFacts:
         The length that it was made for, or that the dataset counted.
     depth : float or None
         Where its fact is, 0 to 1.
+    classes : tuple of str
+        The classes among which an answer is to choose.
     """
 
     id: str | None = None
@@ -31,6 +34,7 @@ class ExampleFacts:
     metric: str | None = None
     length: int | None = None
     depth: float | None = None
+    classes: tuple[str, ...] = ()
 
 
 def example_facts(place: str, entry: JsonDict) -> ExampleFacts | None:
@@ -47,6 +51,7 @@ def example_facts(place: str, entry: JsonDict) -> ExampleFacts | None:
         _text(place, entry, ("metric",)),
         _count(entry.get("length")),  # some datasets have other things there
         _depth(place, entry),
+        _classes(place, entry),
     )
     return None if facts == ExampleFacts() else facts
 
@@ -96,6 +101,13 @@ def _depth(place: str, entry: JsonDict) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise UsageError(f"{place}: depth is not between 0 and 1", 'Write "depth": 0.5')
     return float(value)
+
+
+def _classes(place: str, entry: JsonDict) -> tuple[str, ...]:
+    value = next((entry[name] for name in CLASSES if entry.get(name) is not None), [])
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise UsageError(f"{place}: the classes are not a list of texts", 'Write "classes": ["location", "number"]')
+    return tuple(map(str, value))
 
 
 def _count(value: Json) -> int | None:

@@ -90,6 +90,25 @@ def code(said: str, answers: Sequence[str]) -> float:
     return max(round(100 * SequenceMatcher(None, line, answer).ratio()) / 100 for answer in answers)
 
 
+def classification(said: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
+    """Return how well the first line names the class that an answer is, as LongBench scores trec and lsht.
+
+    It is 1 divided by the number of classes in the line, if the right one is among them, else 0. A class whose name is
+    part of the right one's name does not count. As in LongBench's code, which removes such names from the list that it
+    walks through, the name after a removed one is not looked at. Of several answers the best counts.
+    """
+    return max(_classified(_first_line(said), answer, classes) for answer in answers)
+
+
+def _classified(line: str, answer: str, classes: Sequence[str]) -> float:
+    found, place = [name for name in classes if name in line], 0
+    while place < len(found):
+        if found[place] in answer and found[place] != answer:
+            del found[place]
+        place += 1
+    return 1 / len(found) if answer in found else 0.0
+
+
 SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": exact,
     "all": all_answers,
@@ -100,22 +119,40 @@ SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {
     "rouge-l-line": rouge_l_line,
     "numbers": numbers,
     "code": code,
+    "classification": classification,
 }
 
 
-def score(metric: str, said: str, answers: Sequence[str]) -> float:
+def score(metric: str, said: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
     """Return how right a text is by a metric of `SCORES`, 0 to 1.
+
+    Parameters
+    ----------
+    metric : str
+        A name in `SCORES`.
+    said : str
+        What the model said.
+    answers : sequence of str
+        Right answers.
+    classes : sequence of str
+        The classes among which an answer is to choose; only ``classification`` asks for them.
 
     Raises
     ------
     UsageError
-        If there is no such metric, or no answer.
+        If there is no such metric, or no answer; for ``classification``, if there are no classes.
     """
     if metric not in SCORES:
         raise UsageError(f"no score is called {metric!r}", nearest(metric, SCORES))
     if not answers:
         raise UsageError("an example has no answers to score with", "Give it answers, or omit the scoring.")
-    return SCORES[metric](said, answers)
+    if metric != "classification":
+        return SCORES[metric](said, answers)
+    if not classes:
+        raise UsageError(
+            "an example has no classes to score with", 'Give it "classes": ["location", "number"], or another score.'
+        )
+    return classification(said, answers, classes)
 
 
 def _first_line(said: str) -> str:

@@ -18,6 +18,9 @@ class ExampleRecord:
     metric: Annotated[str | None, about("how an answer is scored: `exact`, `all`, `any`, `f1`, ...", omit=True)] = None
     length: Annotated[Number | None, about("length that it was made for", omit=True)] = None
     depth: Annotated[NotNegative | None, about("where its fact is in the prompt, 0 to 1", omit=True)] = None
+    classes: Annotated[
+        tuple[str, ...], about("classes among which an answer is to choose, for the score `classification`", omit=True)
+    ] = ()
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,37 @@ def test_longbench_files_are_scored_as_their_dataset(tmp_path: Path) -> None:
         assert (found.text, found.field) == ("Once there was a cat.\n\nWho?", "context+input")
     (own,) = read_prompts([lines(tmp_path / "p.jsonl", {**LONGBENCH, "metric": "exact"})], None)
     assert own.example is not None and own.example.metric == "exact"
+    named = {**LONGBENCH, "dataset": "trec", "all_classes": ["Number", "Number of people"]}
+    (classed,) = read_prompts([lines(tmp_path / "p.jsonl", named)], None)
+    assert classed.example is not None and classed.example.classes == ("Number", "Number of people")
+    assert own.example.classes == ()
+    with pytest.raises(UsageError, match="classes are not a list of texts"):
+        read_prompts([lines(tmp_path / "p.jsonl", {**named, "all_classes": "Number"})], None)
+
+
+CLASSES = ["Number", "Number of people", "Date", "City", "Person"]
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "points"),
+    [
+        ("Date", "Date", 1.0),
+        ("\nDate\nCity", "Date", 1.0),
+        ("Date or City", "Date", 0.5),
+        ("Number of people", "Number of people", 1.0),  # `Number` is part of the right class
+        ("Number of people", "Number", 0.5),
+        ("a date", "Date", 0.0),
+        ("City", "Date", 0.0),
+        ("", "Date", 0.0),
+    ],
+)
+def test_classes_are_scored_as_longbench_scores_them(said: str, answer: str, points: float) -> None:
+    assert score("classification", said, [answer], CLASSES) == points
+
+
+def test_classification_needs_classes() -> None:
+    with pytest.raises(UsageError, match="no classes to score with"):
+        score("classification", "Date", ["Date"])
 
 
 @pytest.mark.parametrize(
