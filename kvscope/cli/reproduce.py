@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 @command("reproduce", order=27)
 def reproduce(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Reproduce this paper. Default: list all.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Reproduce this paper. Default: list all.")] = None,
     model: Annotated[
         str, typer.Option("-m", "--model", help="Run demo, an alias as the paper's llama2-7b, a Hub id or a folder.")
     ] = "demo",
@@ -106,7 +104,7 @@ def _run(plans: dict[str, ExperimentPlan], file: Path, *, force: bool, quiet: bo
     """Run every experiment, write its summary and its page, and return whether anything failed."""
     from kvscope.cli import console, places
     from kvscope.cli.experiment_table import report_failures
-    from kvscope.core.claim_records import REPRODUCTION, Reproduction
+    from kvscope.core.claim_records import REPRODUCTION
     from kvscope.experiments.run import require_output, run_here, summarise, write_summary
     from kvscope.report.experiment import write_page
 
@@ -115,7 +113,7 @@ def _run(plans: dict[str, ExperimentPlan], file: Path, *, force: bool, quiet: bo
         for part, one in plans.items()
     }
     if file.exists() and not force:
-        REPRODUCTION.read(file, Reproduction, example="Name another with -o.")
+        REPRODUCTION.header(file, example="Name another with -o.")
     for summary, page in paths.values():
         require_output(summary, [page], force=force)
     failed = False

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from kvscope.core.errors import ResultError
-from kvscope.core.json_records import Finite, Format, NotNegative, Number, about
+from kvscope.core.json_records import Finite, Format, NotNegative, Number, Positive, about
 
 SCHEMA_VERSION = 1
 HISTORY = {1: "first version"}
 REPRODUCTION = Format(
-    "kvscope-reproduction", "reproduction of a paper", SCHEMA_VERSION, ResultError, "Reproduce the paper again."
+    "kvscope-reproduction",
+    "reproduction of a paper",
+    SCHEMA_VERSION,
+    ResultError,
+    "Remove it, and reproduce the paper again.",
 )
 Agreement = Literal["agrees", "differs", "not certain", "missing"]
 Keys = Literal["read_keys", "held_keys"]
@@ -67,7 +71,7 @@ class Finding:
 
     claim: Annotated[Claim, about("the claim, policies and budgets spelled as in the summary of the experiment")]
     agreement: Annotated[Agreement, about("whether the order is that of the paper, beyond chance")]
-    why: Annotated[str, about("why a value is missing, or what was left out; else empty")] = ""
+    why: Annotated[str, about("why a value is missing, or what was omitted; else empty")] = ""
     better: Annotated[Finite | None, about("mean over sequences of the setting that the paper calls better")] = None
     worse: Annotated[Finite | None, about("mean of the other one on the same sequences")] = None
     difference: Annotated[Finite | None, about("mean of the better one minus mean of the worse one")] = None
@@ -76,6 +80,19 @@ class Finding:
     p: Annotated[NotNegative | None, about("of the sign test over clusters that the two are equal")] = None
     sequences: Annotated[Number, about("sequences that both have a value of")] = 0
     clusters: Annotated[Number, about("how many they are without near-copies")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingValue:
+    """The value of one setting by a metric of the claims, over all sequences of its experiment."""
+
+    part: Annotated[str, about("the experiment")]
+    metric: Annotated[str, about("the metric")]
+    setting: Annotated[Setting, about("the setting")]
+    mean: Annotated[Finite, about("mean over sequences")]
+    low: Annotated[Finite | None, about("lower end of its 95 % interval over clusters")]
+    high: Annotated[Finite | None, about("upper end")]
+    sequences: Annotated[Positive, about("sequences that have a value")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +108,7 @@ class Reproduction:
     versions: Annotated[Mapping[str, str], about("version of kvscope")]
     summaries: Annotated[Mapping[str, str], about("of each experiment, the name of its summary in `reports`")]
     findings: Annotated[tuple[Finding, ...], about("what was found of each claim")]
+    values: Annotated[tuple[SettingValue, ...], about("every setting, by the metrics of the claims")]
 
     def count(self, agreement: Agreement) -> int:
         """Return how many claims had such a result."""

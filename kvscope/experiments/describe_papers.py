@@ -46,8 +46,8 @@ How a claim is tested:
 - Both are compared on the same sequences. The order is certain if the sign test over sequences has p <= 0.05 and the
   95 % interval of the mean difference, in brackets, excludes 0; near-copies count as one. It then *agrees* with the
   paper or *differs*; else it is *not certain*.
-- *at equal held keys*, or read keys: the other policy is interpolated, in each sequence, between the budgets at which it
-  has as many keys in the open loop. A sequence in which no budget has as many, or as few, is left out, and counted.
+- *at equal held keys*, or read keys: in each sequence, the other policy is interpolated between the budgets at which it
+  has as many keys in the open loop. A sequence in which no budget has as many, or as few, is omitted, and counted.
 - Where the metric is not the paper's, the paper's is named beside it.
 
 {found}
@@ -58,7 +58,7 @@ Its checksum is part of it. Version {version}: {history}.
 
 {fields}
 """
-FIELDS = (records.Reproduction, records.Finding, records.Claim, records.Setting)
+FIELDS = (records.Reproduction, records.Finding, records.Claim, records.Setting, records.SettingValue)
 
 
 def describe(found: Sequence[Reproduction]) -> str:

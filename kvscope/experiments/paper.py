@@ -24,7 +24,7 @@ class Part:
 
     about: Annotated[str, about("what it measures")]
     settings: Annotated[Mapping[str, Plain], about("its keys, as in the file of any experiment, without the model")]
-    bundled: Annotated[Mapping[str, Plain], about("keys that differ with the bundled model, null for those left out")]
+    bundled: Annotated[Mapping[str, Plain], about("keys that differ with the bundled model, null for those omitted")]
     texts: Annotated[str | None, about("what `--prompts` must have; null if its tasks are made here")] = None
 
 

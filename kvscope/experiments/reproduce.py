@@ -18,7 +18,7 @@ from kvscope.experiments.plan import ExperimentPlan
 from kvscope.experiments.spec import experiment_of
 from kvscope.model.names import DEMO, resolve
 from kvscope.policies.spec import parse_policy
-from kvscope.results.claims import Results, evaluate
+from kvscope.results.claims import Results, all_values, evaluate
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def reproduction(prepared: Prepared, plans: Mapping[str, ExperimentPlan]) -> Rep
         versions={"kvscope": __version__},
         summaries={part: plan.experiment.name for part, plan in plans.items()},
         findings=evaluate(prepared.claims, results, prepared.missing),
+        values=tuple(all_values(prepared.claims, results)),
     )
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvscope.core.claim_records import Claim, Finding, Keys, Setting
+from kvscope.core.claim_records import Claim, Finding, Keys, Setting, SettingValue
 from kvscope.core.experiment_records import LOSSES, CellRecord, CellRun
 from kvscope.core.records import MetricRecord
 from kvscope.results.answers import OF_ANSWERS
 from kvscope.results.outcome import OUTCOMES, Outcomes
-from kvscope.results.statistics import paired
+from kvscope.results.statistics import interval, paired
 
 Sequenced = tuple[str, int]  # a trace, and a sequence of it
 Values = dict[Sequenced, float]
@@ -57,14 +57,24 @@ class Results:
 
     def __init__(self, cells: Iterable[tuple[CellRecord, CellRun]]) -> None:
         runs: dict[tuple[str, str | None], list[tuple[CellRecord, CellRun]]] = {}
-        self.clusters: dict[Sequenced, tuple[str, int]] = {}
+        self._clusters: dict[Sequenced, tuple[str, int]] = {}
         self.metrics: dict[str, MetricRecord] = {**OUTCOMES, **OF_ANSWERS}
         for cell, run in cells:
             runs.setdefault((run.policy, run.budget), []).append((cell, run))
             self.metrics |= cell.metrics
             for number, sequence in enumerate(cell.sequences):
-                self.clusters[cell.trace, number] = (cell.trace, sequence.cluster)
+                self._clusters[cell.trace, number] = (cell.trace, sequence.cluster)
         self._runs = {key: _Run(found) for key, found in runs.items()}
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Every policy and budget, in order."""
+        return [Setting(policy=policy, budget=budget) for policy, budget in self._runs]
+
+    def numbers(self, sequences: Sequence[Sequenced]) -> list[int]:
+        """Return the cluster of each sequence, as a number."""
+        known = {cluster: number for number, cluster in enumerate(dict.fromkeys(self._clusters.values()))}
+        return [known[self._clusters[sequence]] for sequence in sequences]
 
     def values(self, setting: Setting, metric: str) -> Values:
         """Return the value of every sequence under a setting.
@@ -82,8 +92,8 @@ class Results:
             raise NoValueError(f"{named(setting)} has no {metric}")
         return found
 
-    def matched(self, policy: str, metric: str, keys: Keys, wanted: Values) -> Values:
-        """Return what a policy would have with as many keys as wanted, in each sequence.
+    def matched(self, policy: str, metric: str, keys: Keys, counts: Values) -> Values:
+        """Return what a policy would have with as many keys as `counts`, in each sequence.
 
         Between the two nearest budgets the metric is taken to be linear in the number of keys. A sequence in which no
         budget gives as many keys, or as few, has no value.
@@ -96,7 +106,7 @@ class Results:
         budgets = [budget for name, budget in self._runs if name == policy and budget is not None]
         curves = [(self._runs[policy, each].values(keys), self._runs[policy, each].values(metric)) for each in budgets]
         found: Values = {}
-        for sequence, count in wanted.items():
+        for sequence, count in counts.items():
             points = sorted((x[sequence], y[sequence]) for x, y in curves if sequence in x and sequence in y)
             if points and points[0][0] <= count <= points[-1][0]:
                 at, of = zip(*points, strict=True)
@@ -144,9 +154,7 @@ def _finding(claim: Claim, results: Results | None, why: str) -> Finding:
             raise NoValueError("the two settings share no sequence")
     except NoValueError as error:
         return Finding(claim=claim, agreement="missing", why=str(error))
-    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(results.clusters.values()))}
-    clusters = [numbers[results.clusters[sequence]] for sequence in both]
-    found = paired([worse[one] for one in both], [better[one] for one in both], clusters)
+    found = paired([worse[one] for one in both], [better[one] for one in both], results.numbers(both))
     assert found.difference is not None, "at least one sequence"
     gain = -found.difference if results.metrics[claim.metric].direction == "lower" else found.difference
     left = len(better) - len(both)
@@ -168,5 +176,26 @@ def _finding(claim: Claim, results: Results | None, why: str) -> Finding:
 def _worse(claim: Claim, results: Results) -> Values:
     if claim.equal is None:
         return results.values(claim.worse, claim.metric)
-    wanted = results.values(claim.better, claim.equal)
-    return results.matched(claim.worse.policy, claim.metric, claim.equal, wanted)
+    counts = results.values(claim.better, claim.equal)
+    return results.matched(claim.worse.policy, claim.metric, claim.equal, counts)
+
+
+def all_values(claims: Sequence[Claim], results: Mapping[str, Results]) -> Iterator[SettingValue]:
+    """Yield the value of every setting of each experiment by each metric of its claims, where there is one."""
+    for part, metric in dict.fromkeys((claim.part, claim.metric) for claim in claims):
+        for setting in results[part].settings if part in results else ():
+            try:
+                found = results[part].values(setting, metric)
+            except NoValueError:
+                continue  # as the answers of a bound, which runs in the open loop alone
+            means = np.array(list(found.values()))
+            low, high = interval(means, clusters=results[part].numbers(list(found)))
+            yield SettingValue(
+                part=part,
+                metric=metric,
+                setting=setting,
+                mean=float(means.mean()),
+                low=low,
+                high=high,
+                sequences=len(found),
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvscope.core.claim_records import Agreement, Finding, Reproduction
+from kvscope.core.claim_records import Agreement, Finding, Reproduction, SettingValue
 from kvscope.results.claims import named
 from kvscope.results.render import escape_markdown
 
@@ -35,8 +35,8 @@ def values(pair: Sequence[float]) -> str:
 
 
 def number(value: float) -> str:
-    """Return a value with at least three digits, and none that say nothing."""
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+    """Return a value with three digits after the point below 1, and two above."""
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def difference(finding: Finding) -> str:
@@ -81,4 +81,29 @@ def markdown(record: Reproduction, *, bundled: bool) -> str:
         lines.append(f"| {count} | {' | '.join(escape_markdown(cell) for cell in cells(finding))} |")
     lines += ["", verdict(record), ""]
     said = remarks(record, bundled=bundled)
-    return "\n".join([*lines, *(f"- {escape_markdown(line)}" for line in said), *([""] if said else [])])
+    lines += [*(f"- {escape_markdown(line)}" for line in said), *([""] if said else [])]
+    for part, metric in dict.fromkeys((one.part, one.metric) for one in record.values):
+        lines += _every(part, metric, [one for one in record.values if (one.part, one.metric) == (part, metric)])
+    return "\n".join(lines)
+
+
+def _every(part: str, metric: str, of: Sequence[SettingValue]) -> list[str]:
+    """Return the lines of a table of every setting: a row for each policy, a column for each budget."""
+    budgets = [budget for budget in dict.fromkeys(one.setting.budget for one in of) if budget is not None]
+    heads = budgets or ["no budget"]
+    title = spaced(metric)
+    lines = [f"{title[:1].upper()}{title[1:]} of every policy ({part}), with its 95 % interval:", ""]
+    lines += [f"| policy | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for policy in dict.fromkeys(one.setting.policy for one in of):
+        own = {one.setting.budget: one for one in of if one.setting.policy == policy}
+        row = [own.get(None, own.get(budget)) for budget in budgets or [""]]
+        lines.append(f"| {escape_markdown(policy)} | {' | '.join(map(_with_interval, row))} |")
+    return [*lines, ""]
+
+
+def _with_interval(value: SettingValue | None) -> str:
+    if value is None:
+        return "-"
+    if value.low is None or value.high is None:
+        return number(value.mean)
+    return f"{number(value.mean)} ({number(value.low)} to {number(value.high)})"

@@ -18,10 +18,10 @@ from kvscope.experiments.paper import Paper, paper_names, paper_of, read_paper
 from kvscope.experiments.plan import make_plan
 from kvscope.experiments.reproduce import Choices, notes_of, prepare
 from kvscope.results.answers import OF_ANSWERS
-from kvscope.results.claims import Results, evaluate
+from kvscope.results.claims import Results, all_values, evaluate
 from kvscope.results.claims_table import markdown, remarks, verdict
 from kvscope.results.outcome import OUTCOMES
-from kvscope.results.statistics import paired
+from kvscope.results.statistics import interval, paired
 from tests.results.test_experiment import cell
 
 NAMES = ("a2sf", "attention-gate", "recycled-attention", "tova", "vatp")
@@ -126,6 +126,16 @@ def test_equal_keys_are_found_by_interpolation_in_each_sequence() -> None:
     assert beyond.agreement == "missing" and "enclose the held keys of no sequence" in beyond.why
     values[("a", "20%")]["held_keys"] = [40.0, *[15.0] * (count - 1)]
     assert found(claim, cell("x", values)).why == "1 of 8 sequences have no value of b"
+
+
+def test_every_setting_has_its_mean_and_interval() -> None:
+    made = two(plus(EVEN, 0.05), [*plus(EVEN, 0)[:7], None])
+    results = Results((made, run) for run in made.runs)
+    a, b = all_values([CLAIM, replace(CLAIM, says="again")], {"p": results})
+    assert a.setting == CLAIM.better and b.setting == CLAIM.worse and (a.sequences, b.sequences) == (8, 7)
+    assert (a.mean, a.low, a.high) == (pytest.approx(0.5), *interval(np.array(plus(EVEN, 0.05), float)))
+    assert list(all_values([replace(CLAIM, metric="ideal_cosine")], {"p": results})) == []
+    assert list(all_values([CLAIM], {})) == []
 
 
 def test_the_papers_are_there() -> None:
@@ -338,6 +348,7 @@ def test_remarks_say_what_is_missing_and_why_the_bundled_model_differs() -> None
         versions={},
         summaries={},
         findings=(agrees, differs, differs, missing),
+        values=(),
     )
     assert remarks(record, bundled=True) == ["2, 3: because of c", "4: it needs texts"]
     assert remarks(record, bundled=False) == ["4: it needs texts"]
