@@ -49,6 +49,8 @@ How a claim is tested:
 - *at equal held keys*, or read keys: in each sequence, the other policy is interpolated between the budgets at which it
   has as many keys in the open loop. A sequence in which no budget has as many, or as few, is omitted, and counted.
 - Where the metric is not the paper's, the paper's is named beside it.
+- Under each table are the reasons, as far as they were measured, why the bundled model gives another order or none:
+  `python benchmarks/reproduce_reasons.py` measures them.
 
 {found}
 
