@@ -144,7 +144,7 @@ def losses(record: ExperimentRecord, store: Store) -> Iterator[tuple[str, list[f
 
 
 def value_norms(trace: Trace) -> dict[str, float]:
-    """Return the standard deviation of the L1 norms of values over their mean, and that of the first key over the median."""
+    """Return the spread of the L1 norms of values, over their mean, and the norm of the first key over the median."""
     spread, first = [], []
     for sequence, layer in places(trace):
         norms = np.asarray(trace.value_norms(sequence, layer), np.float64)  # [G, T]
