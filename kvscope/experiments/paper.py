@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -40,9 +40,7 @@ class Paper:
     parts: Annotated[Mapping[str, Part], about("its experiments")]
     claims: Annotated[tuple[Claim, ...], about("what it claims")]
     notes: Annotated[tuple[str, ...], about("how the experiments differ from the paper's, with any model")] = ()
-    bundled: Annotated[tuple[str, ...], about("how they differ besides with the bundled model")] = field(
-        default_factory=tuple
-    )
+    bundled: Annotated[tuple[str, ...], about("how they differ besides with the bundled model")] = ()
 
     def __post_init__(self) -> None:
         for claim in self.claims:
