@@ -19,7 +19,9 @@ import typer
 
 from kvscope import __version__
 from kvscope.cli.app import app
+from kvscope.core.claim_records import REPRODUCTION, Reproduction
 from kvscope.experiments import describe as experiments
+from kvscope.experiments import describe_papers as papers
 from kvscope.model import known_types
 from kvscope.policies import POLICIES
 from kvscope.policies.describe import describe
@@ -33,6 +35,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "reports/README.md": results.describe,
     "docs/models.md": known_types.describe,
     "docs/experiments.md": experiments.describe,
+    "docs/reproduce.md": lambda: papers.describe(reproductions()),
 }
 README, RESULTS = "README.md", Path("benchmarks/results")
 OUTCOMES, GATES, OPERATIONS = (RESULTS / f"{name}.json" for name in ("outcomes", "gates", "operations"))
@@ -61,6 +64,12 @@ def main() -> int:
         print(line)
     print(f"docs: {len(wrong)} problems" if wrong else "docs: fine")
     return 1 if wrong else 0
+
+
+def reproductions() -> list[Reproduction]:
+    """Return what the bundled model gave of each paper."""
+    files = sorted((ROOT / RESULTS).glob("reproduce-*.json"))
+    return [REPRODUCTION.read(file, Reproduction, example="Write it with kvscope reproduce.") for file in files]
 
 
 def problems() -> Iterator[str]:

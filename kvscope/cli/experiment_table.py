@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from kvscope.cli.answers import cell
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvscope.core.experiment_records import ExperimentRecord, Failure, PooledRun
+    from kvscope.experiments.cells import Done
     from kvscope.experiments.plan import ExperimentPlan
 
 # Metric, header, digits, and `Column.keep`: how late the column is dropped on a narrow terminal.
@@ -27,43 +29,68 @@ _METRICS = (
 MOST = 5  # failures that are printed in full
 
 
-def show_plan(plan: ExperimentPlan, *, as_json: bool, quiet: bool) -> None:
-    """Print what an experiment would do: cells, those that are done, space and time."""
-    from kvscope.core.output import size
+@dataclass(frozen=True)
+class PlanFacts:
+    """What an experiment would do: how much is there, how much is to be done, and what that takes."""
+
+    traces: int
+    traces_to_do: int
+    runs: int
+    runs_to_do: int
+    trace_bytes: int
+    seconds: float | None
+    estimated: str
+    steps: tuple[str, ...]
+
+
+def plan_facts(plan: ExperimentPlan, *, quiet: bool) -> PlanFacts:
+    """Return what an experiment would do; how long that takes is measured on short examples."""
     from kvscope.experiments.cells import Done
     from kvscope.experiments.estimate import estimate
     from kvscope.experiments.run import in_order
     from kvscope.experiments.workload import trace_bytes
-    from kvscope.trace.space import free_bytes
 
     with working("measuring one short example", quiet=quiet):
-        units, done = in_order(plan), Done(plan.store)
-        time = estimate(plan, units)
+        time = estimate(plan, in_order(plan))
         traces = [unit.cell for unit in plan.traces()]
         needed = trace_bytes(plan, traces)
-    runs = sum(len(requests) for requests in plan.requests.values())
-    missing = sum(len(unit.requests) for unit in plan.replays(done))
-    facts = {
-        "traces": len(plan.cells),
-        "traces_to_do": len(traces),
-        "runs": runs,
-        "runs_to_do": missing,
-        "trace_bytes": needed,
-        "seconds": time.seconds,
-        "estimated": time.why,
-        "steps": list(plan.experiment.steps),
-    }
+    return PlanFacts(
+        traces=len(plan.cells),
+        traces_to_do=len(traces),
+        runs=sum(len(requests) for requests in plan.requests.values()),
+        runs_to_do=sum(len(unit.requests) for unit in plan.replays(Done(plan.store))),
+        trace_bytes=needed,
+        seconds=time.seconds,
+        estimated=time.why,
+        steps=plan.experiment.steps,
+    )
+
+
+def show_plan(plan: ExperimentPlan, *, as_json: bool, quiet: bool) -> None:
+    """Print what an experiment would do: cells, those that are done, space and time."""
+    facts = plan_facts(plan, quiet=quiet)
     if as_json:
-        show_json(facts)
-        return
-    took = "not known: " if time.seconds is None else f"about {duration(time.seconds)}, "
+        show_json(asdict(facts))
+    else:
+        show_facts(plan, facts)
+
+
+def show_facts(plan: ExperimentPlan, facts: PlanFacts) -> None:
+    """Print the facts of a plan, and its traces."""
+    from kvscope.core.output import size
+    from kvscope.experiments.cells import Done
+    from kvscope.trace.space import free_bytes
+
+    done = Done(plan.store)
+    took = "not known: " if facts.seconds is None else f"about {duration(facts.seconds)}, "
+    free = size(free_bytes(plan.store.traces))
     show_pairs(
         [
-            ("steps", ", ".join(plan.experiment.steps)),
-            ("traces", f"{len(plan.cells)}, of which {len(plan.cells) - len(traces)} are done"),
-            ("runs", f"{runs} policies x budgets x traces, of which {runs - missing} are done"),
-            ("space", f"about {size(needed)} of traces to write, {size(free_bytes(plan.store.traces))} free"),
-            ("time", took + time.why),
+            ("steps", ", ".join(facts.steps)),
+            ("traces", f"{facts.traces}, of which {facts.traces - facts.traces_to_do} are done"),
+            ("runs", f"{facts.runs} policies x budgets x traces, of which {facts.runs - facts.runs_to_do} are done"),
+            ("space", f"about {size(facts.trace_bytes)} of traces to write, {free} free"),
+            ("time", took + facts.estimated),
         ],
         title=plan.experiment.name,
     )
@@ -76,8 +103,8 @@ def show_plan(plan: ExperimentPlan, *, as_json: bool, quiet: bool) -> None:
     )
 
 
-def _to_do(plan: ExperimentPlan, address: str, done: object) -> int:
-    units = plan.replays(done)  # type: ignore[arg-type]
+def _to_do(plan: ExperimentPlan, address: str, done: Done) -> int:
+    units = plan.replays(done)
     return sum(len(unit.requests) for unit in units if unit.cell.address == address)
 
 

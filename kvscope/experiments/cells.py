@@ -153,6 +153,7 @@ def _depends_on(experiment: Experiment, texts: Texts) -> JsonDict:
         "system": experiment.system,
         "max_new_tokens": experiment.max_new_tokens,
         "store": experiment.store,
+        "hidden": experiment.hidden,
     }
     if texts.file is None:
         haystack = None if experiment.haystack is None else checksum(Path(experiment.haystack))

@@ -153,7 +153,7 @@ def _record(unit: TraceUnit, progress_callback: Progress | None) -> None:
             field=None if given is None else experiment.field,
             template=None if given is None else experiment.template,
         ),
-        store=StoreOptions(experiment.store),
+        store=StoreOptions(experiment.store, hidden=experiment.hidden),
     )
     callback = progress_callback
     plan.execute(None if callback is None else lambda now: callback(now.done / max(plan.tokens, 1)))

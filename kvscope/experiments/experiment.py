@@ -55,6 +55,10 @@ class Experiment:
     seeds: Annotated[tuple[Number, ...], about("of tasks: each makes other examples")] = (0,)
     max_new_tokens: Annotated[Positive, about("tokens after each prompt at most")] = 32
     store: Annotated[str, about("what traces store: `maps`, `maps+vectors`, `qkv` or `topk:K`")] = "maps"
+    hidden: Annotated[
+        bool | None,
+        about("whether traces have layer inputs, from which gates decide; by default those of models with a gate do"),
+    ] = None
     steps: Annotated[
         tuple[StepName, ...],
         about(

@@ -38,10 +38,21 @@ def read_experiment(path: Path) -> Experiment:
         If the file cannot be read, a key is unknown or given twice, a value is of another type or out of its range, or
         there is no such task, policy or parameter.
     """
+    return experiment_of(read_mapping(path), str(path), text_name(path))
+
+
+def read_mapping(path: Path) -> Mapping[str, object]:
+    """Return the keys of a file and their values: YAML, or TOML if its name ends in ``.toml``.
+
+    Raises
+    ------
+    UsageError
+        If the file cannot be read, or a key is given twice.
+    """
     data = _toml(path) if path.suffix == ".toml" else _yaml(path)
     if not isinstance(data, Mapping):
         raise UsageError(f"{path} is not an experiment: it has no keys", f"Write model: demo and more. {DOCUMENTED}")
-    return experiment_of(data, str(path), text_name(path))
+    return data
 
 
 def experiment_of(data: Mapping[str, object], file: str, name: str) -> Experiment:
