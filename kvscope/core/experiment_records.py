@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 HISTORY = {1: "first version"}
 CELL = Format("kvscope-cell", "cell of an experiment", SCHEMA_VERSION, ResultError, "Remove it, and run again.")
 EXPERIMENT = Format(
-    "kvscope-experiment", "summary of an experiment", SCHEMA_VERSION, ResultError, "Run the experiment again."
+    "kvscope-experiment", "summary of an experiment", SCHEMA_VERSION, ResultError, "Remove it, and run it again."
 )
 LOSSES = ("nll_full", "nll_policy", "kl", "top1_equal")  # sums over the scored tokens of a sequence
 NO_TRACE = "its trace could not be recorded"  # why a replay failed whose trace has a failure of its own
