@@ -154,7 +154,8 @@ def _connected(ray: ModuleType, address: str | None) -> Iterator[None]:
         where = "on this machine" if address in (None, AUTO, LOCAL) else f"at {address}"
         reason = str(error).strip().splitlines()[0]
         raise KvscopeError(
-            f"no Ray cluster {where}: {reason}", "Start one with ray start --head, or write ray: local"
+            f"no Ray cluster {where}: {reason}",
+            "Start one: ray start --head. One with a token needs RAY_AUTH_MODE=token here.",
         ) from error
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -36,6 +37,13 @@ class Broken(Policy):
         raise ValueError("no such key")
 """
 Command = subprocess.Popen[str]
+ENVIRONMENT = {  # a token, because others could run code on a cluster without one
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(16),
+}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +88,7 @@ def command(folder: Path, *arguments: str, **environment: str) -> Command:
     return subprocess.Popen(
         [sys.executable, "-m", "kvscope", "run", "exp.yaml", *arguments],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**ENVIRONMENT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -129,12 +137,13 @@ def cluster(installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     temporary = tmp_path_factory.mktemp("r")
     script = "from ray.scripts.scripts import main; main()"
     arguments = f"start --head --block --num-cpus 2 --num-gpus 0 --node-ip-address 127.0.0.1 --port {port}"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments.split(), "--include-dashboard", "false"],
-        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"},
-        stdout=(temporary / "out").open("w"),
-        stderr=subprocess.STDOUT,
-    )
+    with (temporary / "out").open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, *arguments.split(), "--include-dashboard", "false"],
+            env=ENVIRONMENT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
     end = time.monotonic() + 120
     while "Ray runtime started" not in (temporary / "out").read_text():
         assert process.poll() is None and time.monotonic() < end, (temporary / "out").read_text()
