@@ -182,11 +182,25 @@ def _known_address(address: str) -> str:
 
 
 def _connect(ray: ModuleType, address: str) -> None:
-    if address not in (AUTO, LOCAL):  # Ray itself waits for minutes, and ends the process
-        host, _, port = address.rpartition(":")
+    """Connect to a cluster, or start one; raises OSError if none answers: Ray itself would try for many minutes."""
+    answers = _noted() if address == AUTO else address
+    if answers is not None and answers != LOCAL:
+        host, _, port = answers.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     own = {"include_dashboard": False, "object_store_memory": STORED} if address == LOCAL else {}
-    ray.init(address=address, log_to_driver=False, logging_level="error", **own)
+    default = os.environ.pop("RAY_ADDRESS", None)  # Ray prefers it to what it is told
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error", **own)
+    finally:
+        if default is not None:
+            os.environ["RAY_ADDRESS"] = default
+
+
+def _noted() -> str | None:
+    """Return the address that Ray noted when a cluster was last started here; it may have ended since."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    file = Path(folder) / "ray" / "ray_current_cluster"
+    return file.read_text(encoding="utf-8").strip() or None if file.is_file() else None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -203,12 +204,14 @@ def test_a_killed_worker_loses_nothing(cluster: str, here: bytes, tmp_path: Path
 
 def test_what_fails_is_named_and_the_rest_is_kept_as_here(cluster: str, tmp_path: Path) -> None:
     spec = SPEC.replace("tova", "'own.py:Broken'").replace("[128]", "[128, 20]") + "prompts: []\n"
+    folder = place(tmp_path / "a", spec)
+    (folder / "own.py").write_text(OWN)
     summaries, said = [], []
-    for name, key in (("here", {}), ("ray", {"RAY_ADDRESS": cluster})):
-        folder = place(tmp_path / name, spec)
-        (folder / "own.py").write_text(OWN)
-        said.append(run(folder, "--on", "ray" if key else "local", status=1, **key))
+    for on in ("local", "ray"):
+        said.append(run(folder, "--on", on, status=1, RAY_ADDRESS=cluster))
         summaries.append((folder / "reports" / "exp.json").read_bytes())
+        shutil.rmtree(folder / "traces")
+        shutil.rmtree(folder / "reports")
     record = json.loads(summaries[0])
     assert summaries[0] == summaries[1] and said[0] == said[1]
     failed = {(failure["cell"], failure["what"]) for failure in record["failed"]}
@@ -238,5 +241,11 @@ def test_a_cluster_is_started_and_ended_for_the_command(here: bytes, tmp_path: P
 
 
 def test_no_cluster_is_two_lines(installed: None, tmp_path: Path) -> None:
-    said = run(place(tmp_path / "a", SPEC), "--on", "ray", status=1, RAY_ADDRESS="127.0.0.1:9")
+    folder = place(tmp_path / "a", SPEC)
+    said = run(folder, "--on", "ray", status=1, RAY_ADDRESS="127.0.0.1:9")
     assert said.startswith("error: no Ray cluster at 127.0.0.1:9: ") and len(said.splitlines()) == 2
+    (tmp_path / "ray").mkdir()  # Ray notes here where its cluster is, and leaves the note when that ends
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+    (folder / "exp.yaml").write_text(SPEC + "ray: auto\n")
+    said = run(folder, status=1, RAY_TMPDIR=str(tmp_path))
+    assert said.startswith("error: no Ray cluster on this machine: ") and len(said.splitlines()) == 2
