@@ -9,6 +9,7 @@ import os
 import secrets
 import socket
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,7 @@ LOOK = 0.5  # seconds between two looks at progress
 STOP = 20.0  # seconds that interrupted workers have to remove what is unfinished
 START = 600.0  # seconds that workers may take to start, while nothing else is done
 STARTS = 3  # workers that may fail to start one after the other
+DEAD = "The actor is dead because "  # before the reason in Ray's messages
 STORED = 80_000_000  # bytes of Ray's own memory in a cluster that is started here: nothing large is passed through it
 
 
@@ -150,7 +152,7 @@ def _connected(ray: ModuleType, address: str | None) -> Iterator[None]:
             if address is not None:
                 raise
             _connect(ray, LOCAL)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = "on this machine" if address in (None, AUTO, LOCAL) else f"at {address}"
         reason = str(error).strip().splitlines()[0]
         raise KvscopeError(
@@ -378,8 +380,8 @@ class RayPool:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the line of an error of Ray that says why, without what it says of its own objects."""
+    """Return in a line why Ray lost a worker, without what it says of its own objects."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    dead = [line for line in lines if line.startswith("The actor is dead because ")]
-    text = dead[0].removeprefix("The actor is dead because ") if dead else (lines or [type(error).__name__])[-1]
-    return text[:200]
+    dead = [line for line in lines if line.startswith(DEAD)]
+    text = dead[0].removeprefix(DEAD) if dead else (lines or [type(error).__name__])[-1]
+    return textwrap.shorten(text, 160, placeholder=" ...")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from kvscope.core.errors import UsageError
-from kvscope.experiments.on_ray import Slots, require_address, slots_of
+from kvscope.experiments.on_ray import Slots, _reason, require_address, slots_of
 
 SPEC = """\
 model: demo
@@ -83,6 +83,16 @@ def test_addresses() -> None:
         with pytest.raises(UsageError) as caught:
             require_address(wrong)
         assert todo in caught.value.todo, wrong
+
+
+def test_the_reason_of_a_death_is_one_line() -> None:
+    died = "The actor died unexpectedly before finishing this task.\n\tclass_name: Worker\n\tpid: 921\n"
+    died += "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR " + "more " * 60
+    reason = _reason(RuntimeError(died))
+    assert reason.startswith("its worker process has died. Worker exit type: SYSTEM_ERROR more")
+    assert len(reason) <= 160 and reason.endswith("more ...")
+    assert _reason(RuntimeError("first\nno node has room\n")) == "no node has room"
+    assert _reason(RuntimeError()) == "RuntimeError"
 
 
 def command(folder: Path, *arguments: str, **environment: str) -> Command:
