@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 	$(BIN)/kvscope demo
 
 # One thread for each test process: more threads than cores would slow down all of them.
-test check test-trackers: export OMP_NUM_THREADS ?= 1
+test check test-trackers test-ray: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n $(JOBS)
