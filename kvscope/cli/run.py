@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,10 @@ from kvscope.cli.command import command
 from kvscope.cli.options import Force, Json, Quiet
 from kvscope.core.errors import ExitStatus, UsageError
 from kvscope.core.registry import nearest
+
+if TYPE_CHECKING:
+    from kvscope.experiments.execute import UnitResult
+    from kvscope.experiments.plan import ExperimentPlan
 
 LOCAL, RAY = "local", "ray"
 
@@ -48,9 +52,8 @@ def run(
 
     with console.working("loading torch and transformers", quiet=quiet):
         from kvscope.experiments.cells import Store
-        from kvscope.experiments.on_ray import run_on_ray
         from kvscope.experiments.plan import make_plan
-        from kvscope.experiments.run import require_output, run_here, summarise, write_summary
+        from kvscope.experiments.run import require_output, summarise, write_summary
         from kvscope.experiments.spec import read_experiment
         from kvscope.report.experiment import write_page
 
@@ -66,12 +69,7 @@ def run(
     summary, page = places.REPORTS / f"{name}.json", places.REPORTS / f"{name}.html"
     pages = [page] if "report" in experiment.steps else []
     require_output(summary, pages, force=force)
-    with console.bar(name, 100, "%", quiet=quiet) as bar:
-
-        def update(share: float, title: str) -> None:
-            bar(100 * share, title)
-
-        result = run_on_ray(plan, experiment.ray, update, console.warn) if place == RAY else run_here(plan, update)
+    result = _made(plan, place, quiet)
     record = summarise(plan, result)
     write_summary(record, summary)
     if pages and record.runs:
@@ -88,3 +86,19 @@ def _place(given: str | None, default: str) -> str:
     if given not in (None, LOCAL, RAY):
         raise UsageError(f"an experiment cannot run on {given!r}", nearest(given, [LOCAL, RAY]))
     return given or default
+
+
+def _made(plan: ExperimentPlan, place: str, quiet: bool) -> UnitResult:
+    """Make what is not done, and return what failed."""
+    from kvscope.cli import console
+    from kvscope.experiments.on_ray import run_on_ray
+    from kvscope.experiments.run import run_here
+
+    with console.bar(plan.experiment.name, 100, "%", quiet=quiet) as bar:
+
+        def update(share: float, title: str) -> None:
+            bar(100 * share, title)
+
+        if place == RAY:
+            return run_on_ray(plan, plan.experiment.ray, update, console.warn)
+        return run_here(plan, update)
