@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from kvscope.core.errors import UsageError
-from kvscope.experiments.on_ray import Slots, _reason, require_address, slots_of
+from kvscope.experiments.on_ray import require_address, slots_of
+from kvscope.experiments.ray_pool import Slots, _reason
 
 SPEC = """\
 model: demo
