@@ -10,6 +10,8 @@
 #              string may be more than text
 # make check-models
 #              install, then try every type of model in transformers: traced, replayed and verified as the table says
+# make test-ray
+#              install with Ray, then run experiments on clusters of this machine, with workers that are killed
 # make check   install, then format, lint, types, tests and docs: a change must pass all of them
 # make format  rewrite the code in the project's format
 
@@ -17,17 +19,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TRACKERS := .venv-trackers
+RAY := .venv-ray
 JOBS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test test-portable test-trackers campaign check check-models format clean
+.PHONY: demo test test-portable test-trackers test-ray campaign check check-models format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvscope demo
 
 # One thread for each test process: more threads than cores would slow down all of them.
-test check test-trackers: export OMP_NUM_THREADS ?= 1
+test check test-trackers test-ray: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n $(JOBS)
@@ -38,6 +41,10 @@ test-portable: $(VENV)/.installed-dev
 test-trackers: $(TRACKERS)/.installed
 	$(TRACKERS)/bin/python -c 'import mlflow, tensorboard, wandb'  # without them the tests are skipped
 	$(TRACKERS)/bin/python -m pytest -q tests/tracking
+
+test-ray: $(RAY)/.installed
+	$(RAY)/bin/python -c 'import ray'  # without it the tests are skipped
+	$(RAY)/bin/python -m pytest -q tests/experiments/test_on_ray.py
 
 check-models: export OMP_NUM_THREADS ?= 1
 check-models: $(VENV)/.installed-dev
@@ -61,7 +68,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(TRACKERS)
+	rm -rf $(VENV) $(TRACKERS) $(RAY)
 
 # torch is installed first, by its exact version, so that pip uses a wheel that is already in its cache.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -81,4 +88,12 @@ $(TRACKERS)/.installed: $(VENV)/.installed-dev
 	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	$(BIN)/python -c "$$site" > "$$($(TRACKERS)/bin/python -c "$$site")/dev.pth"
 	$(TRACKERS)/bin/python -m pip install --quiet -c constraints.txt -e ".[wandb,mlflow,tensorboard]"
+	touch $@
+
+# Likewise: Ray is large.
+$(RAY)/.installed: $(VENV)/.installed-dev
+	test -x $(RAY)/bin/python || $(BIN)/python -m venv $(RAY)
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(BIN)/python -c "$$site" > "$$($(RAY)/bin/python -c "$$site")/dev.pth"
+	$(RAY)/bin/python -m pip install --quiet -c constraints.txt -e ".[ray]"
 	touch $@

@@ -61,6 +61,7 @@ ONLY_IN = {
     "numba": {"kernels"},
     "fsspec": {"sharing"},
     "yaml": {"experiments"},
+    "ray": {"experiments"},
     "triton": {"kernels"},
     "wandb": {"tracking"},
     "mlflow": {"tracking"},

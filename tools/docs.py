@@ -48,7 +48,7 @@ STEPPERS = {
 }
 Row = tuple[str, str, str]  # what, the figure, and the name of its file
 SHOWN = "20%"  # budget of the table of outcomes
-PAGES = (README, "CONTRIBUTING.md", "CHANGELOG.md", *GENERATED)
+PAGES = (README, "CONTRIBUTING.md", "CHANGELOG.md", "docs/clusters.md", *GENERATED)
 
 
 def main() -> int:

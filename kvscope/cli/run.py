@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvscope.cli.command import command
 from kvscope.cli.options import Force, Json, Quiet
-from kvscope.core.errors import ExitStatus
+from kvscope.core.errors import ExitStatus, UsageError
+from kvscope.core.registry import nearest
+
+if TYPE_CHECKING:
+    from kvscope.experiments.execute import UnitResult
+    from kvscope.experiments.plan import ExperimentPlan
+
+LOCAL, RAY = "local", "ray"
 
 
 @command("run", order=25)
@@ -23,6 +30,12 @@ def run(
     ] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="Compute on cpu, cuda, cuda:1, mps. Default: as the file says.")
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on", metavar="local|ray", help="Where to run. Default: local, or ray if the file has that key."
+        ),
     ] = None,
     force: Force = False,
     json: Json = False,
@@ -40,11 +53,12 @@ def run(
     with console.working("loading torch and transformers", quiet=quiet):
         from kvscope.experiments.cells import Store
         from kvscope.experiments.plan import make_plan
-        from kvscope.experiments.run import require_output, run_here, summarise, write_summary
+        from kvscope.experiments.run import require_output, summarise, write_summary
         from kvscope.experiments.spec import read_experiment
         from kvscope.report.experiment import write_page
 
     experiment = read_experiment(file)
+    place = _place(on, RAY if experiment.ray else LOCAL)
     local = [str(places.local_file(given, "prompts", quiet=quiet)) for given in experiment.prompts]
     name = places.readable(output or experiment.name)
     experiment = replace(experiment, name=name, prompts=tuple(local))
@@ -55,8 +69,7 @@ def run(
     summary, page = places.REPORTS / f"{name}.json", places.REPORTS / f"{name}.html"
     pages = [page] if "report" in experiment.steps else []
     require_output(summary, pages, force=force)
-    with console.bar(name, 100, "%", quiet=quiet) as update:
-        result = run_here(plan, lambda share, title: update(100 * share, title))
+    result = _made(plan, place, quiet)
     record = summarise(plan, result)
     write_summary(record, summary)
     if pages and record.runs:
@@ -66,3 +79,26 @@ def run(
         console.note(f"report: {page}", quiet=quiet)
     if report_failures(record):
         raise typer.Exit(ExitStatus.error)
+
+
+def _place(given: str | None, default: str) -> str:
+    """Return where to run; raises UsageError if there is no such place."""
+    if given not in (None, LOCAL, RAY):
+        raise UsageError(f"an experiment cannot run on {given!r}", nearest(given, [LOCAL, RAY]))
+    return given or default
+
+
+def _made(plan: ExperimentPlan, place: str, quiet: bool) -> UnitResult:
+    """Make what is not done, and return what failed."""
+    from kvscope.cli import console
+    from kvscope.experiments.on_ray import run_on_ray
+    from kvscope.experiments.run import run_here
+
+    with console.bar(plan.experiment.name, 100, "%", quiet=quiet) as bar:
+
+        def update(share: float, title: str) -> None:
+            bar(100 * share, title)
+
+        if place == RAY:
+            return run_on_ray(plan, plan.experiment.ray, update, console.warn)
+        return run_here(plan, update)

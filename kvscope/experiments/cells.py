@@ -125,7 +125,7 @@ def trace_cells(experiment: Experiment, store: Store) -> list[TraceCell]:
         If a file of prompts or a haystack cannot be read.
     """
     texts = [
-        Texts(_task_name(experiment, task, length, seed), task, length, seed)
+        Texts(_task_name(task, length, seed), task, length, seed)
         for task in experiment.tasks
         for length in experiment.lengths
         for seed in experiment.seeds
@@ -141,8 +141,9 @@ def trace_cells(experiment: Experiment, store: Store) -> list[TraceCell]:
     return found
 
 
-def _task_name(experiment: Experiment, task: str, length: int, seed: int) -> str:
-    return f"{task} {length}" + (f" seed {seed}" if len(experiment.seeds) > 1 else "")
+def _task_name(task: str, length: int, seed: int) -> str:
+    """Return the name of prompts, which is part of that of a folder: the same whatever else the experiment has."""
+    return f"{task} {length}" + (f" seed {seed}" if seed else "")
 
 
 def _depends_on(experiment: Experiment, texts: Texts) -> JsonDict:

@@ -64,6 +64,8 @@ policies is every policy that can run on the traces. A full disk ends the experi
 Each replay of a cell is a replay like any other: `kvscope report cells/FOLDER` draws it, `kvscope compare` compares
 two of its policies.
 
+`--on ray` makes many cells at the same time, on several GPUs or machines: see [clusters.md](clusters.md).
+
 ## Keys of the file
 
 Paths are relative to the folder in which the command runs. A value stands for a list of one.

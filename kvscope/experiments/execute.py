@@ -47,10 +47,13 @@ class UnitResult:
         What has no result.
     skipped : dict of str to str
         Policies of ``all`` that cannot run, and why.
+    replays : list of str
+        Names of the replays that were made.
     """
 
     failed: list[Failure] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    replays: list[str] = field(default_factory=list)
 
     def attempt(self, name: str, work: Callable[[], None]) -> bool:
         """Do some work and return whether it succeeded; what is wrong with the user's input or code becomes a failure.
@@ -78,6 +81,7 @@ class UnitResult:
         """Take what became of another unit."""
         self.failed += other.failed
         self.skipped |= other.skipped
+        self.replays += other.replays
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
@@ -102,7 +106,7 @@ def _explained(error: Exception) -> KvscopeError | None:
 
 
 def run_unit(unit: Unit, progress_callback: Progress | None = None) -> UnitResult:
-    """Make what a unit names, and return what failed.
+    """Make what a unit names, and return what failed. A trace that another process has recorded by now is left.
 
     Parameters
     ----------
@@ -117,10 +121,10 @@ def run_unit(unit: Unit, progress_callback: Progress | None = None) -> UnitResul
         As `UnitResult.attempt`.
     """
     result = UnitResult()
-    if isinstance(unit, TraceUnit):
-        result.attempt(unit.title, lambda: _record(unit, progress_callback))
-    else:
+    if isinstance(unit, ReplayUnit):
         result.attempt(unit.title, lambda: _replay(unit, result, progress_callback))
+    elif not unit.cell.done:
+        result.attempt(unit.title, lambda: _record(unit, progress_callback))
     return result
 
 
@@ -189,14 +193,14 @@ def _replay(unit: ReplayUnit, result: UnitResult, progress_callback: Progress | 
     for number, group in enumerate(groups):
         tried = UnitResult()
         callback = _part(progress_callback, number, len(groups))
-        if tried.attempt(_name(unit, group), lambda: _pass(unit, trace, options, group, callback)):  # noqa: B023
+        if tried.attempt(_name(unit, group), lambda: _pass(unit, trace, options, group, result, callback)):  # noqa: B023
             continue
         specs = list(dict.fromkeys(one.spec for one in group))
         if len(specs) == 1:
             result.add(tried)
         for spec in specs if len(specs) > 1 else ():
             alone = [one for one in group if one.spec == spec]
-            result.attempt(_name(unit, alone), lambda: _pass(unit, trace, options, alone, None))  # noqa: B023
+            result.attempt(_name(unit, alone), lambda: _pass(unit, trace, options, alone, result))  # noqa: B023
 
 
 def _possible(trace: Trace, unit: ReplayUnit, options: ReplayOptions, result: UnitResult) -> list[RunRequest]:
@@ -240,9 +244,10 @@ def _pass(
     trace: Trace,
     options: ReplayOptions,
     group: Sequence[RunRequest],
-    progress_callback: Progress | None,
+    result: UnitResult,
+    progress_callback: Progress | None = None,
 ) -> None:
-    """Replay policies that have the same budgets, and write the record of the cell beside the replay."""
+    """Replay policies that have the same budgets, write the record of the cell beside the replay, and note its name."""
     policies = {spec: parse_policy(spec) for spec in dict.fromkeys(one.spec for one in group)}
     budgets = list(dict.fromkeys(one.budget for one in group if one.budget is not None)) or ["100%"]
     if all(policy.traits.clairvoyant for policy in policies.values()):
@@ -253,6 +258,7 @@ def _pass(
     keys = {(policies[one.spec], one.budget): one.key for one in group}
     record = cell_record(made, unit, job.runs, keys)
     replace_file(unit.store.record_file(path.name), CELL.text(record).encode())
+    result.replays.append(path.name)
 
 
 def _part(callback: Progress | None, number: int, count: int) -> Progress | None:

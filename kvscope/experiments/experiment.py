@@ -74,7 +74,9 @@ class Experiment:
     accumulate: Annotated[str | None, about("precision of sums, as `--accumulate`")] = None
     scope: Annotated[str | None, about("what decides, as `--scope`")] = None
     device: Annotated[str, about("`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")] = "auto"
-    ray: Annotated[str | None, about("address of a Ray cluster, `auto` or `local`, for `--on ray`")] = None
+    ray: Annotated[
+        str | None, about("run on this Ray cluster: `HOST:PORT`, `auto` for that of this machine, `local` to start one")
+    ] = None
 
     def __post_init__(self) -> None:
         if not self.models:

@@ -39,6 +39,11 @@ def on_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def thread_count() -> int:
+    """Return how many threads a CPU computes with."""
+    return torch.get_num_threads()
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor of a CPU on a device, without waiting for the copy where its memory is pinned: `staging`."""
     return tensor.to(device, non_blocking=True)
