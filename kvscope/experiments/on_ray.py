@@ -154,7 +154,7 @@ def require_address(address: str | None) -> str | None:
             "Run it on a machine of the cluster, with ray: auto",
         )
     if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
-        raise UsageError(f"{address!r} is no address of a Ray cluster", _known_address(address))
+        raise UsageError(f"{address!r} is not an address of a Ray cluster", _known_address(address))
     return address
 
 

@@ -1,4 +1,4 @@
-"""Which unit goes to which worker next: dependencies, loaded models, retries. It knows nothing of how workers run."""
+"""Which unit goes to which worker next: dependencies, loaded models, retries. How workers run is the business of a `Pool`."""
 
 from __future__ import annotations
 
