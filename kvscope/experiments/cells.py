@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
-from kvscope.core.experiment_records import CELL, CellRecord, CellRun
+from kvscope.core.experiment_records import CELL, CellRecord, CellRun, Step
 from kvscope.core.json import JsonDict
 from kvscope.core.options import Prefill
 from kvscope.core.output import checksum
@@ -25,7 +24,6 @@ from kvscope.trace.schema import HEADER
 
 SHORT = 12  # digits of an address in the name of a folder
 WHOLE = 10_000_000  # bytes of a file of a model up to which its content counts; of larger ones size and date do
-LoopStep = Literal["replay", "closed-loop", "generate"]
 
 
 @dataclass(frozen=True)
@@ -266,6 +264,6 @@ class Done:
             for run in record.runs:
                 self._runs.setdefault(run.key, []).append((record, run))
 
-    def find(self, key: str, steps: tuple[LoopStep, ...]) -> tuple[CellRecord, CellRun] | None:
+    def find(self, key: str, steps: tuple[Step, ...]) -> tuple[CellRecord, CellRun] | None:
         """Return the record and the run of a key for which at least these steps were done; None if there is none."""
         return next((found for found in self._runs.get(key, []) if set(steps) <= set(found[0].steps)), None)

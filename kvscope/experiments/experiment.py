@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from kvscope.core.budget import Budget
 from kvscope.core.errors import UsageError
+from kvscope.core.experiment_records import Step
 from kvscope.core.json_records import Number, Positive, about, plain
 from kvscope.core.options import ClosedLoopOptions, GenerateOptions, PlanOptions, Positions, Prefill, ReplayOptions
 
@@ -98,7 +99,7 @@ class Experiment:
         return set(self.steps) != {"trace"}
 
     @property
-    def loop_steps(self) -> tuple[Literal["replay", "closed-loop", "generate"], ...]:
+    def loop_steps(self) -> tuple[Step, ...]:
         """What is done for every run: generating needs the closed loop, and that needs the open one."""
         if "generate" in self.steps:
             return ("replay", "closed-loop", "generate")

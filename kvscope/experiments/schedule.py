@@ -1,4 +1,4 @@
-"""Which unit goes to which worker next: dependencies, loaded models, retries. How workers run is the business of a `Pool`."""
+"""Which unit goes to which worker next: dependencies, loaded models, retries. How workers run is up to a `Pool`."""
 
 from __future__ import annotations
 
