@@ -123,8 +123,8 @@ def _run(plans: dict[str, ExperimentPlan], file: Path, *, force: bool, quiet: bo
         record = summarise(plan, result)
         summary, page = paths[part]
         write_summary(record, summary)
+        failed |= report_failures(record)
         if record.runs:
             write_page(record, page)
             console.note(f"report: {page}", quiet=quiet)
-        failed |= report_failures(record)
     return failed

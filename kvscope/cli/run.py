@@ -72,12 +72,12 @@ def run(
     result = _made(plan, place, quiet)
     record = summarise(plan, result)
     write_summary(record, summary)
+    show_experiment(record, summary, as_json=json)
+    failed = report_failures(record)  # before the page, whose disk may be full
     if pages and record.runs:
         write_page(record, page)
-    show_experiment(record, summary, as_json=json)
-    if pages and record.runs:
         console.note(f"report: {page}", quiet=quiet)
-    if report_failures(record):
+    if failed:
         raise typer.Exit(ExitStatus.error)
 
 
