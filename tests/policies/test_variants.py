@@ -140,6 +140,7 @@ def test_a_variant_needs_a_field_for_its_name() -> None:
 # Names that stand elsewhere for another reason: a default, what a variant is about, an allocation, a module of a model.
 ELSEWHERE = {
     "a2sf": {"cli/tune.py"},
+    "attention-gate": {"experiments/paper.py"},
     "cake": {"engine/allocators.py"},
     "h2o": {"policies/vatp.py", "policies/vatp_mask.py"},
     "indexer": {"model/model_facts.py"},
