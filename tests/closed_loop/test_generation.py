@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -10,10 +11,13 @@ import torch
 
 import kvscope
 from kvscope.closed_loop.decode import DecodeJob, attention_facts, decode
+from kvscope.closed_loop.generation import GenerateJob
 from kvscope.closed_loop.prompt_pass import PromptPass
+from kvscope.core.budget import Budget
 from kvscope.core.errors import UsageError
-from kvscope.core.options import ClosedLoopOptions, GenerateOptions, OutputOptions, Prefill, ReplayOptions
+from kvscope.core.options import ClosedLoopOptions, GenerateOptions, Loop, OutputOptions, Prefill, ReplayOptions
 from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.runs import runs_of
 from kvscope.model.derotation import derotations
 from kvscope.model.short_cache import holds_keys_alone
 from kvscope.policies.spec import parse_policy
@@ -271,3 +275,15 @@ def test_the_budgets_of_a_policy_cost_one_pass_for_each_token(trace: Trace, tmp_
 def test_states_of_linear_layers_keep_runs_apart(name: str, alone: bool) -> None:
     """Only a model that holds keys and values alone reads a prompt once for all entries of a batch."""
     assert holds_keys_alone(built(name)) is alone
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "sizes"), [("llama", False, [2]), ("llama", True, [1, 1]), ("qwen3_next", False, [1, 1])]
+)
+def test_runs_generate_alone_where_the_model_keeps_more_than_keys(name: str, images: bool, sizes: list[int]) -> None:
+    plan = EvictionPlan.published(parse_policy("h2o"))
+    runs = runs_of([plan], [Budget.parse(4), Budget.parse(9)], Loop.closed)
+    closed = SimpleNamespace(runs=runs, model=built(name))
+    passage = SimpleNamespace(images=("an image",) if images else ())
+    job = GenerateJob(closed, None, [], None, frozenset())  # type: ignore[arg-type]
+    assert [len(batch) for batch in job._batches(passage)] == sizes  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from kvscope.experiments.cells import Done, Store, model_identity
 from kvscope.experiments.experiment import Experiment, ModelEntry
 from kvscope.experiments.plan import ExperimentPlan
 from kvscope.model.names import demo_folder
-from tests.experiments.conftest import SMALL, plan_in, with_
+from tests.experiments.conftest import SMALL, plan_in, run_in, with_
 
 
 def traces(plan: ExperimentPlan) -> set[str]:
@@ -161,3 +161,14 @@ def test_prompts_are_read_before_anything_runs(tmp_path: Path) -> None:
         plan_in(tmp_path, with_(prompts=(str(file),)))
     with pytest.raises(UsageError, match="question"):
         plan_in(tmp_path, replace(SMALL, prompts=(str(file),), template="{question}", steps=("trace",)))
+
+
+def test_a_step_that_is_added_is_done_for_runs_that_lack_it(tmp_path: Path) -> None:
+    less = with_(tasks=SMALL.tasks[:1], policies=("tova",), budgets=("60%",), steps=("replay",))
+    assert run_in(tmp_path, less).failed == ()
+    plan = plan_in(tmp_path, replace(less, steps=("closed-loop",)))
+    assert plan.traces() == [] and [len(unit.requests) for unit in plan.replays(Done(plan.store))] == [1]
+    more = run_in(tmp_path, replace(less, steps=("closed-loop",)))
+    assert "perplexity" in more.metrics and len(more.runs) == 1
+    again = plan_in(tmp_path, less)
+    assert again.replays(Done(again.store)) == [], "what has more steps has these too"
