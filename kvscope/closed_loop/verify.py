@@ -12,7 +12,6 @@ from torch import Tensor
 from kvscope.closed_loop.decode import Decoded, DecodeJob, decoded_alone
 from kvscope.closed_loop.job import ClosedLoopJob, ForwardPass
 from kvscope.closed_loop.passage import Passage
-from kvscope.closed_loop.rounding import second_difference
 from kvscope.core.errors import UsageError
 from kvscope.core.memory import memory_explained
 from kvscope.core.options import Loop, Prefill
@@ -149,16 +148,9 @@ class VerifyJob:
 
         own = apart(plain, cached)
         rounding = max(own, apart(plain, closed), apart(cached, shortened))
-        if rounding > IN_FLOAT64 or self._rounds(passage, forward):  # by one unit of float32, if it did not show here
+        if rounding > IN_FLOAT64:  # at least one unit in the last place of float32, which may not have shown here
             rounding = max(rounding, eps * float(plain.abs().max()))
         return rounding, own
-
-    def _rounds(self, passage: Passage, forward: ForwardPass) -> bool:
-        """Return whether a part of a model in float64 is computed in float32; see `rounding.second_difference`."""
-        if self.closed.model.dtype != torch.float64:
-            return False
-        keep, beside = slice(forward.scored[0] - 1, forward.scored[-1]), passage.beside(len(forward.ids))
-        return second_difference(self.closed.model, forward.ids[None], keep, beside) > IN_FLOAT64
 
     def _decoded(self, passage: Passage, run: RunSpec) -> Decoded:
         """Return what decoding with a shortened cache computes."""

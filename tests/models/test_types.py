@@ -9,7 +9,7 @@ from tests.models.build import TYPES
 from tests.models.probe import probe, record_of
 
 FAMILIES = (
-    "llama mistral mistral4 moshi muse_spark qwen3 gemma2 gemma3 phi3 gpt2 opt gpt_neox gpt_oss mixtral qwen3_moe "
+    "llama mistral mistral4 moshi xmod qwen3 gemma2 gemma3 phi3 gpt2 opt gpt_neox gpt_oss mixtral qwen3_moe "
     "deepseek_v3 minicpm3 hunyuan_vl qwen3_next falcon_h1 lfm2 minimax bert bloom falcon deepseek_v32 evolla gemma3n "
     "qwen2_5_vl mamba"
 ).split()
