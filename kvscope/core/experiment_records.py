@@ -56,6 +56,12 @@ class CellRun:
         about("of a closed run: sums over the scored tokens of every sequence, and `tokens`, their number"),
     ]
 
+    def sums(self, sequence: int) -> list[float] | None:
+        """Return the losses of a sequence in the order of `LOSSES`, and the number of its tokens; None without any."""
+        if not self.losses or not self.losses["tokens"][sequence]:
+            return None
+        return [self.losses[name][sequence] for name in (*LOSSES, "tokens")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class CellRecord:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvscope.core.claim_records import Claim, Finding, Keys, Setting, SettingValue
-from kvscope.core.experiment_records import LOSSES, CellRecord, CellRun
+from kvscope.core.experiment_records import CellRecord, CellRun
 from kvscope.core.records import MetricRecord
 from kvscope.results.answers import OF_ANSWERS
 from kvscope.results.outcome import OUTCOMES, Outcomes
@@ -40,9 +40,10 @@ class _Run:
 def _outcome(run: CellRun, metric: str) -> dict[int, float]:
     """Return what the closed loop of a run costs in each sequence."""
     outcomes = Outcomes()
-    for number, tokens in enumerate(run.losses.get("tokens", ())):
-        if tokens:
-            outcomes.add_sums(0, number, [*(run.losses[name][number] for name in LOSSES), tokens])
+    for number in range(len(run.losses.get("tokens", ()))):
+        sums = run.sums(number)
+        if sums is not None:
+            outcomes.add_sums(0, number, sums)
     return {number: values[metric] for number, values in outcomes.by_sequence(0).items()}
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvscope.core.experiment_records import LOSSES, CellRecord, CellRun, PooledRun, Verdict
+from kvscope.core.experiment_records import CellRecord, CellRun, PooledRun, Verdict
 from kvscope.core.records import MetricRecord
 from kvscope.core.summary_records import MetricSummary
 from kvscope.results.answers import OF_ANSWERS
 from kvscope.results.outcome import OUTCOMES, Outcomes
-from kvscope.results.statistics import interval, paired
+from kvscope.results.statistics import interval, is_significant, paired
 
 # Metrics by which the best policy is named, and what a sentence calls them. Of the first two the first that is known.
 BY_ANSWERS = ("answer_score", "answer_first")
@@ -44,7 +44,7 @@ class _Pool:
     values : dict of str to dict
         Of each metric, the value of every sequence that has one, by number in the pool.
     sums : dict of int to list of float
-        Losses and number of tokens of every sequence with a closed run, in the order of `LOSSES`.
+        Losses and number of tokens of every sequence with a closed run, as `CellRun.sums` has them.
     """
 
     run: CellRun
@@ -59,8 +59,9 @@ class _Pool:
             value = values[sequence]
             if value is not None:
                 self.values[name][number] = value
-        if run.losses and run.losses["tokens"][sequence]:
-            self.sums[number] = [run.losses[name][sequence] for name in (*LOSSES, "tokens")]
+        sums = run.sums(sequence)
+        if sums is not None:
+            self.sums[number] = sums
 
     @property
     def numbers(self) -> list[int]:
@@ -237,5 +238,5 @@ def _certainty(verdict: Verdict) -> str:
         return ""
     if verdict.low is None or verdict.high is None or verdict.p is None:
         return f" (too few sequences to tell it from {verdict.second})"
-    clear = verdict.p <= 0.05 and not verdict.low <= 0 <= verdict.high
+    clear = is_significant(verdict.p, verdict.low, verdict.high)
     return f" (p = {verdict.p:.2g})" if clear else f" (not certain: {verdict.second} may be as good)"

@@ -52,9 +52,7 @@ class Paired:
     @property
     def significant(self) -> bool:
         """Whether the two differ: the sign test rejects equality, and the interval excludes 0."""
-        if self.low is None or self.high is None:
-            return False
-        return self.p <= LEVEL and not self.low <= 0 <= self.high
+        return is_significant(self.p, self.low, self.high)
 
     @property
     def unit(self) -> str:
@@ -71,6 +69,11 @@ class Paired:
         what = self.unit if self.clusters == 1 else f"{self.unit}s"
         count = f"{differ} of {self.clusters} {what} differ" if self.equal else f"{self.clusters} {what}"
         return f"{count}: p cannot go below {self.smallest_p:.2g}; {needed} or more are needed for p <= {LEVEL:g}"
+
+
+def is_significant(p: float, low: float | None, high: float | None) -> bool:
+    """Return whether a test rejects that two are equal, and the interval of their difference excludes 0."""
+    return low is not None and high is not None and p <= LEVEL and not low <= 0 <= high
 
 
 def paired(a: Sequence[float], b: Sequence[float], clusters: Sequence[int] = ()) -> Paired:
