@@ -97,6 +97,8 @@ class TorchStepper:
             memory=self._memory,
             draw=lambda seed: self._draws.of_key(seed, self._heads, t),
             draw_row=lambda seed: self._draws.of_row(seed, shape.heads, t),
+            # code in half precision sums the prompt's rows in one operation and rounds once, so it is not rounded here
+            rounded=lambda score: score if t < inputs.first_eviction else self._rounded(score),
         )
         if row is not None and "selection" in self._needs:
             step.signals["selection"] = step.grouped(row, "max") > 0
@@ -124,9 +126,7 @@ class TorchStepper:
             step.live = self._rounded(live)
         if "full_weights" in self._needs:
             step.signals["full_weights"] = row
-        score = self._observe(step, self._state.score[..., :n])
-        # code in half precision sums the prompt's rows in one operation and rounds once, so the prompt is not rounded
-        self._state.score[..., :n] = score if step.t < self._inputs.first_eviction else self._rounded(score)
+        self._state.score[..., :n] = step.rounded(self._observe(step, self._state.score[..., :n]))
         self._sharing.observe(step, self._state)
         if step.compresses and self._reader is None:
             self._evictor.evict(step.t)

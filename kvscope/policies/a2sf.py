@@ -20,6 +20,7 @@ from kvscope.policies.base import (
     variant_parameter,
 )
 from kvscope.policies.citation import Citation
+from kvscope.policies.grouped_scores import GROUP_HELP, REDUCE_HELP, Reduce, accumulated, recurrence_of_rows
 
 
 @policy("a2sf")
@@ -30,7 +31,8 @@ class A2SF(Policy):
     ``A_t[j] = w_t[j] + alpha * A_{t-1}[j]``, with ``w_t`` the live row. ``alpha = 1`` is H2O's score, ``alpha = 0`` the
     newest row only. arXiv:2407.20485, section 3.3, equations 5 and 6; code Dirac-Notation/A2SF, ``utils_real_drop``.
     No key is protected by default (section 4.1); that code's default protects the 128 newest. It scores query heads;
-    here `group` reduces them.
+    here `group` reduces the scores of a group's heads to one, or with ``reduce=rows`` each row before it is added,
+    which differs for ``max`` alone.
 
     ``normalise=lifetime`` divides ``A_t[j]`` by the number of rows since the key arrived, ``t - j + 1``. With
     ``alpha = 1`` that is the mean attention since arrival, as kvpress (ObservedAttention) and OpenVINO rank keys. A
@@ -63,9 +65,10 @@ class A2SF(Policy):
         search=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0),
     )
     recent: int = parameter(0, "newest keys that are never evicted")
-    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
+    group: GroupReduction = parameter("mean", GROUP_HELP)
     sinks: int = parameter(0, "first keys that are never evicted")
     normalise: Literal["none", "lifetime"] = parameter("none", "lifetime: divide a key's sum by its age in rows")
+    reduce: Reduce = parameter("scores", REDUCE_HELP)
     variant: str = variant_parameter()
 
     def __post_init__(self) -> None:
@@ -77,11 +80,17 @@ class A2SF(Policy):
         return Protection(sinks=self.sinks, recent=self.recent)
 
     def recurrence(self) -> Recurrence | None:
-        return Recurrence(self.group, decay=self.alpha) if self.normalise == "none" else None
+        return recurrence_of_rows(self.group, self.reduce, decay=self.alpha) if self.normalise == "none" else None
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
-        weights = step.weights(self.group)
+        return accumulated(step, score, self.group, self.reduce, self._next)
+
+    def _next(self, weights: Tensor, score: Tensor) -> Tensor:
         if self.normalise == "none":
             return weights + self.alpha * score
-        age = torch.arange(step.t + 1, 0, -1, device=score.device, dtype=score.dtype)
-        return (weights + self.alpha * score * (age - 1)) / age
+        return (weights + self.alpha * score * (ages(score) - 1)) / ages(score)
+
+
+def ages(score: Tensor) -> Tensor:
+    """Return how many rows have seen each key after a step, ``[n]``: its own row is the first."""
+    return torch.arange(score.shape[-1], 0, -1, device=score.device, dtype=score.dtype)

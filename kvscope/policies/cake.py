@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvscope.policies.base import GroupReduction, Policy, Protection, Step, at_least, parameter, policy
 from kvscope.policies.citation import Citation
+from kvscope.policies.grouped_scores import GROUP_HELP, REDUCE_HELP, Reduce
 from kvscope.policies.history import History
 from kvscope.policies.snapkv import Pooling, odd, pooled, voting
 
@@ -20,10 +21,11 @@ class CAKE(Policy):
     """Retain the keys whose weight in the last rows of the prompt is large or varies; later those of the newest row.
 
     At the end of the prompt ``mean + gamma * variance`` of the last `window` rows of each query head, afterwards the
-    newest row, each pooled over `kernel` neighbours; the newest `window` keys are protected (at most half of the
-    budget). The budget is allocated as by ``--allocate cake``. arXiv:2503.12491, sections 4.1 and 4.2; code
-    antgroup/cakekv, whose variance divides by one row less. That code evicts nothing from a prompt of up to
-    ``B + window`` keys; here the budget is `B`.
+    newest row, each pooled over `kernel` neighbours; then `group` reduces the query heads of a group to one (with
+    ``reduce=rows`` their rows, before all that). The newest `window` keys are protected (at most half of the budget).
+    The budget is allocated as by ``--allocate cake``. arXiv:2503.12491, sections 4.1 and 4.2; code antgroup/cakekv,
+    whose variance divides by one row less. That code evicts nothing from a prompt of up to ``B + window`` keys; here
+    the budget is `B`.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.3, .3, .4], [.3, .1, .5, .1], [.3, .4, .1, .1, .1]]
@@ -53,7 +55,8 @@ class CAKE(Policy):
     gamma: float = parameter(200.0, "factor of the variance, which is added to the mean")
     kernel: int = parameter(5, "width of the pooling over neighbouring keys, an odd number")
     pooling: Pooling = parameter("avg", "kind of pooling: avg, max or none")
-    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
+    group: GroupReduction = parameter("mean", GROUP_HELP)
+    reduce: Reduce = parameter("scores", REDUCE_HELP)
 
     def __post_init__(self) -> None:
         at_least("window", self.window, 1)
@@ -64,15 +67,19 @@ class CAKE(Policy):
         return Protection(recent=min(self.window, budget // 2))
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
-        assert step.live is not None
+        rows = step.head_weights() if self.reduce == "scores" else step.weights(self.group)
         history = History.of(step.memory, "rows", self.window)
         if step.t < step.prompt:
-            history.push(step.live)
+            history.push(rows)
         if not step.compresses:
             return score
         used = voting(self, step)
-        votes = step.live if step.t >= step.prompt else self._votes(history.rows, used)
-        return pooled(step.grouped(votes, self.group), step, used, self.kernel, self.pooling)
+        votes = rows if step.t >= step.prompt else self._votes(history.rows, used)
+        if self.reduce == "rows":
+            return pooled(votes, step, step.visible, used, self.kernel, self.pooling)
+        if self.pooling != "max" and self.group != "max":  # pooling and reducing are linear: one of each is cheaper
+            return pooled(step.grouped(votes, self.group), step, step.visible, used, self.kernel, self.pooling)
+        return step.grouped(pooled(votes, step, step.visible_to_heads(), used, self.kernel, self.pooling), self.group)
 
     def _votes(self, rows: Tensor, used: Tensor) -> Tensor:
         """Return mean and variance of the newest `used` of the rows ``[R, L, H, w, n]`` as one score."""

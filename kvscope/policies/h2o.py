@@ -18,6 +18,7 @@ from kvscope.policies.base import (
     variant_parameter,
 )
 from kvscope.policies.citation import Citation
+from kvscope.policies.grouped_scores import GROUP_HELP, REDUCE_HELP, Reduce, accumulated, recurrence_of_rows
 
 
 @policy("h2o")
@@ -27,8 +28,9 @@ class H2O(Policy):
 
     ``S_t[j] = S_{t-1}[j] + w_t[j]``, with ``w_t`` the live row. arXiv:2306.14048, algorithm 1; code FMInference/H2O,
     ``utils_real_drop``: keys are physically dropped, and the current key is not counted in the budget. That code keeps
-    scores per query head and assumes one key/value head each; with grouped heads `group` reduces them. Its two other
-    rules are the variants.
+    scores per query head and assumes one key/value head each. With grouped heads `group` reduces the scores of a
+    group's query heads to one, as Zefan-Cai/KVCache-Factory does; with ``reduce=rows`` it reduces each row before it
+    is added, which differs for ``max`` alone. The two other rules of H2O's code are the variants.
 
     Example
     -------
@@ -54,7 +56,8 @@ class H2O(Policy):
     proven = "authors' decisions, plain-loop reference"
 
     recent: int | None = parameter(None, "newest keys that are never evicted; None: half of the budget, rounded down")
-    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
+    group: GroupReduction = parameter("mean", GROUP_HELP)
+    reduce: Reduce = parameter("scores", REDUCE_HELP)
     variant: str = variant_parameter("drop")
 
     def __post_init__(self) -> None:
@@ -63,8 +66,8 @@ class H2O(Policy):
     def protect(self, budget: int) -> Protection:
         return Protection(recent=budget // 2 if self.recent is None else self.recent)
 
-    def recurrence(self) -> Recurrence:
-        return Recurrence(self.group, decay=1.0)
+    def recurrence(self) -> Recurrence | None:
+        return recurrence_of_rows(self.group, self.reduce, decay=1.0)
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
-        return score + step.weights(self.group)
+        return accumulated(step, score, self.group, self.reduce, lambda weights, score: score + weights)

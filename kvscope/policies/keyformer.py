@@ -18,6 +18,7 @@ from kvscope.policies.base import (
     policy,
 )
 from kvscope.policies.citation import Citation
+from kvscope.policies.grouped_scores import GROUP_HELP, REDUCE_HELP, Reduce, accumulated
 
 
 @policy("keyformer")
@@ -32,7 +33,8 @@ class Keyformer(Policy):
     As in that code, the key tokens are selected once, when the first key is evicted; every later key is evicted when it
     is no longer in the recent window. There the budget counts the keys that a query sees, the current one included.
     Here, as for `h2o`, it counts the keys held after the step, so a query sees one key more: the one that the window no
-    longer contains. The retained keys are the same. The code has no grouped heads; here `group` reduces them. Its
+    longer contains. The retained keys are the same. The code has no grouped heads; here `group` reduces the scores
+    of a group's heads, or with ``reduce=rows`` each noisy row. Its
     budget of 60 % of the prompt is the user's choice here. A budget under 4 has no recent window; the code then evicts
     nothing.
 
@@ -64,7 +66,8 @@ class Keyformer(Policy):
     tau_init: float = parameter(1.0, "temperature in the prompt")
     tau_delta: float = parameter(0.01, "growth of the temperature at each decoding step")
     seed: int = parameter(0, "seed of the noise")
-    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
+    group: GroupReduction = parameter("mean", GROUP_HELP)
+    reduce: Reduce = parameter("scores", REDUCE_HELP)
 
     def __post_init__(self) -> None:
         at_least("recent_ratio", self.recent_ratio, 0, 1)
@@ -80,7 +83,7 @@ class Keyformer(Policy):
             step.memory["keyformer"] = chosen | (step.visible.sum(-1) > step.budget)
         assert step.live is not None
         noisy = compute_once_if_shared(step.live, lambda live: self._noisy(step, live))
-        total = score + step.grouped(noisy, self.group).to(score.dtype)
+        total = accumulated(step, score, self.group, self.reduce, lambda rows, score: score + rows, rows=noisy)
         age = torch.arange(step.t, -1, -1, device=score.device, dtype=score.dtype)
         # Once chosen, the newest key beyond the recent window is the one that has just left it.
         return torch.where(chosen[..., None], age, total)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvscope.policies.base import GroupReduction, Policy, Step, parameter, policy
+from kvscope.policies.grouped_scores import GROUP_HELP, REDUCE_HELP, Reduce, head_scores
 
 
 @policy("lru")
@@ -17,7 +18,7 @@ class LRU(Policy):
 
     Score of key ``j``: the last step ``t`` with ``w_t[j] >= mean of w_t over V_t``, which is ``1 / |V_t|`` for a row
     that sums to one. Its arrival counts as a use. This is a baseline without a paper: the classical replacement
-    rule, applied to attention.
+    rule, applied to attention. With ``reduce=scores`` each query head has its own last uses, and `group` reduces those.
 
     Example
     -------
@@ -31,16 +32,25 @@ class LRU(Policy):
     paper = "baseline: least recently used"
     proven = "plain-loop reference"
 
-    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
+    group: GroupReduction = parameter("mean", GROUP_HELP)
+    reduce: Reduce = parameter("rows", REDUCE_HELP)
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
-        weights = step.weights(self.group)
-        used = (weights >= even_share(step, weights)) & (weights > 0)
-        used[..., -1].fill_(True)
-        return torch.where(used, step.t, score)
+        if self.reduce == "rows":
+            return torch.where(_used(step.weights(self.group), step.visible), step.t, score)
+        last = head_scores(step, score)
+        last.masked_fill_(_used(step.head_weights(), step.visible_to_heads()), step.t)
+        return step.grouped(last, self.group)
 
 
-def even_share(step: Step, weights: Tensor) -> Tensor:
-    """Return the mean of rows ``[R, L, S, n]`` over the keys that are visible, ``[R, L, S, 1]``."""
+def _used(weights: Tensor, visible: Tensor) -> Tensor:
+    """Return which keys rows ``[R, L, H or G, n]`` use: those with at least their even share, and the newest."""
+    used = (weights >= even_share(weights, visible)) & (weights > 0)
+    used[..., -1].fill_(True)
+    return used
+
+
+def even_share(weights: Tensor, visible: Tensor) -> Tensor:
+    """Return the mean of rows ``[R, L, H or G, n]`` over the keys that are visible, ``[R, L, H or G, 1]``."""
     total = weights.sum(-1, keepdim=True, dtype=torch.float64).to(weights.dtype)  # the order of a sum decides nothing
-    return total / step.visible.sum(-1, keepdim=True)
+    return total / visible.sum(-1, keepdim=True)

@@ -18,6 +18,7 @@ from kvscope.policies.base import (
     variant_parameter,
 )
 from kvscope.policies.citation import Citation
+from kvscope.policies.grouped_scores import GROUP_HELP, REDUCE_HELP, Reduce
 
 NEWEST = 1e9  # deviation beyond any weight's: of the newest keys
 
@@ -27,12 +28,13 @@ NEWEST = 1e9  # deviation beyond any weight's: of the newest keys
 class RoCo(Policy):
     """Evict the key with the smallest mean weight, but none of those whose weight has varied most.
 
-    Over the rows that saw key ``j``: mean ``m[j]`` and standard deviation ``s[j]`` of its weight. With
-    ``w = int(std_ratio * B)``, the ``w + 1`` visible keys with the largest ``s`` are out of reach, and of the others
-    (at a step that evicts one, the ``B - w`` with the smallest ``s``) the one with the smallest ``m`` is evicted. The
-    newest `recent` keys are protected, at most half of the budget. Where several keys are evicted at once, as at the
-    end of a prompt, that many of the smallest ``m`` are, which is how the authors' code thins out a prompt in chunks.
-    Of equal deviations the older key counts as the smaller, where that code leaves the choice open.
+    Over the rows that saw key ``j``: mean ``m[j]`` and standard deviation ``s[j]`` of its weight. With ``w =
+    int(std_ratio * B)``, the ``w + 1`` visible keys with the largest ``s`` are out of reach, and of the others (at a
+    step that evicts one, the ``B - w`` with the smallest ``s``) the one with the smallest ``m`` is evicted. The newest
+    `recent` keys are protected, at most half of the budget. Where several keys are evicted at once, as at the end of a
+    prompt, that many of the smallest ``m`` are, which is how the authors' code thins out a prompt in chunks. That code
+    averages the rows of a group's query heads first; with ``reduce=scores`` `group` reduces the means and the variances
+    of the heads. Of equal deviations the older key counts as the smaller, where that code leaves the choice open.
 
     Ren and Zhu, arXiv:2402.06262; code DRSY/EasyKV, ``easykv.py``, whose decoding mode is the variant.
 
@@ -57,7 +59,8 @@ class RoCo(Policy):
 
     std_ratio: float = parameter(0.3, "share of the budget for the keys whose weight varies most")
     recent: int = parameter(10, "newest keys that are never evicted, at most half of the budget")
-    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
+    group: GroupReduction = parameter("mean", GROUP_HELP)
+    reduce: Reduce = parameter("rows", REDUCE_HELP)
     variant: str = variant_parameter()
 
     def __post_init__(self) -> None:
@@ -76,7 +79,8 @@ class RoCo(Policy):
 
     def _moments(self, step: Step) -> tuple[Tensor, Tensor]:
         """Return mean and variance of every key's weight over the rows that saw it, ``[R, L, G, n]``."""
-        weights = step.weights(self.group)
+        by_head = self.reduce == "scores"
+        weights = step.head_weights() if by_head else step.weights(self.group)
         if "roco" not in step.memory:
             step.memory["roco"] = weights.new_zeros((2, *weights.shape[:-1], step.length))
         sums = step.memory["roco"][..., : step.t + 1]
@@ -84,7 +88,8 @@ class RoCo(Policy):
         sums[1] += weights**2
         rows = torch.arange(step.t + 1, 0, -1, device=weights.device)  # a key is seen from its own row on
         mean = sums[0] / rows
-        return mean, sums[1] / rows - mean**2
+        variance = sums[1] / rows - mean**2
+        return (step.grouped(mean, self.group), step.grouped(variance, self.group)) if by_head else (mean, variance)
 
     def _varying_last(self, step: Step, mean: Tensor, deviation: Tensor, newest: Tensor, first: int) -> Tensor:
         """Return the means, those of the keys that vary most raised above all others, ``[R, L, G, n]``.

@@ -17,6 +17,7 @@ from kvscope.policies.base import (
     variant_parameter,
 )
 from kvscope.policies.citation import Citation
+from kvscope.policies.grouped_scores import GROUP_HELP, REDUCE_HELP, Reduce
 from kvscope.policies.history import History
 from kvscope.policies.lru import even_share
 
@@ -28,8 +29,9 @@ class Scissorhands(Policy):
 
     Score of key ``j``: minus the number of rows ``q`` among the last `history` with ``w_q[j] < mean of w_q over V_q``,
     which is ``1 / |V_q|`` for a row that sums to one. arXiv:2305.17118, algorithms 1 and 2, with one key evicted at a
-    time; the newest `recent` keys are protected, at most half of the budget. The authors' code has another rule, the
-    variant.
+    time; the newest `recent` keys are protected, at most half of the budget. With
+    ``reduce=scores`` each query head counts its own rows, and `group` reduces the scores: ``max`` retains a key that
+    any head would retain. The paper has no grouped heads. The authors' code has another rule, the variant.
 
     Example
     -------
@@ -59,7 +61,8 @@ class Scissorhands(Policy):
 
     history: int = parameter(400, "newest rows that count")
     recent: int = parameter(10, "newest keys that are never evicted, at most half of the budget")
-    group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
+    group: GroupReduction = parameter("mean", GROUP_HELP)
+    reduce: Reduce = parameter("rows", REDUCE_HELP)
     variant: str = variant_parameter()
     # Read by the variant alone; stored with every replay of the policy, by which runs are compared.
     lru_window: int = parameter(100, "released: rows of which one must mark a key for it to be seen")
@@ -77,7 +80,10 @@ class Scissorhands(Policy):
         return Protection(recent=min(self.recent, budget // 2))
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
-        weights = step.weights(self.group)
+        by_head = self.reduce == "scores"
+        weights = step.head_weights() if by_head else step.weights(self.group)
+        visible = step.visible_to_heads() if by_head else step.visible
         rows = History.of(step.memory, "below", self.history)
-        rows.push((weights < even_share(step, weights)) & step.visible)
-        return -rows.sum.to(score.dtype)
+        rows.push((weights < even_share(weights, visible)) & visible)
+        counts = -rows.sum.to(score.dtype)
+        return step.grouped(counts, self.group) if by_head else counts

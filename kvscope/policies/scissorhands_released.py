@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvscope.core.errors import UsageError
 from kvscope.policies.base import Protection, Step, variant
 from kvscope.policies.history import History
 from kvscope.policies.scissorhands import Scissorhands
@@ -40,6 +41,14 @@ class ScissorhandsReleased(Scissorhands):
     prefills = frozenset({"stream"})
     published = True
     proven = "authors' decisions, plain-loop reference"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reduce == "scores":
+            raise UsageError(
+                "scissorhands: variant=released has a threshold and no scores that a group could reduce",
+                "Omit reduce=scores.",
+            )
 
     def protect(self, budget: int) -> Protection:
         return Protection()

@@ -12,10 +12,10 @@ from torch.nn import functional
 from kvscope.policies.base import GroupReduction, Phase, Policy, Protection, Step, at_least, parameter, policy
 from kvscope.policies.cache import without_gaps
 from kvscope.policies.citation import Citation
+from kvscope.policies.grouped_scores import GROUP_HELP, REDUCE_HELP, Reduce
 from kvscope.policies.history import History
 
 Pooling = Literal["avg", "max", "none"]
-Reduction = Literal["mean", "max", "sum", "max-rows"]
 
 
 @policy("snapkv")
@@ -23,13 +23,13 @@ Reduction = Literal["mean", "max", "sum", "max-rows"]
 class SnapKV(Policy):
     """Retain the keys that the last rows of the prompt attend to, with their neighbours, and the last keys themselves.
 
-    Score of key ``j``: the sum of its weights over the last `window` rows, pooled over `kernel` neighbouring keys;
-    the keys of the window are protected and not pooled. arXiv:2404.14469, section 4.2; code FasterDecoding/SnapKV,
-    class ``SnapKVCluster`` and its defaults. That code scores query heads. Here a group is reduced as in
+    Score of key ``j``: the sum of its weights over the last `window` rows, pooled over `kernel` neighbouring keys; the
+    keys of the window are protected and not pooled. arXiv:2404.14469, section 4.2; code FasterDecoding/SnapKV, class
+    ``SnapKVCluster`` and its defaults. That code scores query heads. Here a group is reduced as in
     Zefan-Cai/KVCache-Factory, ``_grouped_window_attn_cache``: the weights of each query head are summed over the
-    window, then the heads become one, then the votes are pooled. With ``max-rows`` each row is the largest of
-    the group before it is summed. The window is at most half of the budget. Pooled scores tie often: here
-    the older key is evicted; in the code that depends on its sort.
+    window, then the heads become one, then the votes are pooled. With ``reduce=rows`` each row is reduced before it is
+    summed, which differs for ``max`` alone. The window is at most half of the budget. Pooled scores tie often: here the
+    older key is evicted; in the code that depends on its sort.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]
@@ -58,7 +58,8 @@ class SnapKV(Policy):
     )
     kernel: int = parameter(5, "width of the pooling over neighbouring keys, an odd number")
     pooling: Pooling = parameter("avg", "kind of pooling: avg, max or none")
-    group: Reduction = parameter("mean", "how the votes of a group become one: mean, max, sum; max-rows: of each row")
+    group: GroupReduction = parameter("mean", GROUP_HELP)
+    reduce: Reduce = parameter("scores", REDUCE_HELP)
 
     def __post_init__(self) -> None:
         at_least("window", self.window, 1)
@@ -69,20 +70,15 @@ class SnapKV(Policy):
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         history = History.of(step.memory, "rows", self.window)
-        by_head = self.group == "max"  # of a mean or sum, the order makes no difference
-        history.push(step.head_weights() if by_head else step.weights(_of_rows(self.group)))
+        by_head = self.reduce == "scores" and self.group == "max"  # of a mean or sum, the order makes no difference
+        history.push(step.head_weights() if by_head else step.weights(self.group))
         if not step.compresses:
             return score
         rows, used = history.rows, voting(self, step)  # [R, L, S or H, w, n], [R]
         newest = torch.arange(rows.shape[-2], 0, -1, device=rows.device) <= used[:, None]  # [R, w]
         votes = (rows * newest[:, None, None, :, None]).sum(-2)
         votes = step.grouped(votes, "max") if by_head else votes
-        return pooled(votes, step, used, self.kernel, self.pooling)
-
-
-def _of_rows(group: Reduction) -> GroupReduction:
-    """Return how each row of a group becomes one, where its rows and not its votes are reduced."""
-    return "max" if group == "max-rows" else group
+        return pooled(votes, step, step.visible, used, self.kernel, self.pooling)
 
 
 def voting(policy: Policy, step: Step) -> Tensor:
@@ -94,9 +90,12 @@ def voting(policy: Policy, step: Step) -> Tensor:
     return used
 
 
-def pooled(votes: Tensor, step: Step, window: Tensor, kernel: int, pooling: Pooling) -> Tensor:
-    """Return votes ``[R, L, S, n]`` pooled over neighbours in the cache; the newest `window` ``[R]`` keys get none."""
-    place, there = without_gaps(step.visible, step.most_visible)
+def pooled(votes: Tensor, step: Step, visible: Tensor, window: Tensor, kernel: int, pooling: Pooling) -> Tensor:
+    """Return votes ``[R, L, S, n]`` pooled over neighbours in the cache; the newest `window` ``[R]`` keys get none.
+
+    `visible`, bool of the same shape, is ``step.visible``, or that of the query heads where `votes` has theirs.
+    """
+    place, there = without_gaps(visible, step.most_visible)
     n = votes.shape[-1]
     older = there & (place < n - window[:, None, None, None])
     compact = torch.where(older, votes.gather(-1, place), 0).flatten(1, 2)  # [R, L * S, m]

@@ -64,6 +64,9 @@ class Step:
         sequence, the layer, the head and the position.
     draw_row : callable
         ``draw_row(seed)`` returns one such number for every query head and key at this step, ``[L, H, n]``.
+    rounded : callable
+        ``rounded(score)`` returns scores in the precision in which the run accumulates; the engine rounds what a policy
+        returns, and a policy rounds scores that it stores itself.
     """
 
     t: int
@@ -83,6 +86,7 @@ class Step:
     memory: dict[str, Any]
     draw: Callable[[int], Tensor]
     draw_row: Callable[[int], Tensor]
+    rounded: Callable[[Tensor], Tensor]
 
     def weights(self, group: GroupReduction = "mean") -> Tensor:
         """Return the live row per key/value head, ``[R, L, G, n]``; `group` reduces its query heads to one."""
@@ -91,6 +95,10 @@ class Step:
     def head_weights(self) -> Tensor:
         """Return the live row of every query head, ``[R, L, H, n]``."""
         return self._live()
+
+    def visible_to_heads(self) -> Tensor:
+        """Return the keys that each query head sees, bool ``[R, L, H, n]``."""
+        return self.visible.repeat_interleave(self._live().shape[2] // self.visible.shape[2], 2)
 
     def layer_weights(self) -> Tensor:
         """Return the live row averaged over all query heads of the layer, ``[R, L, 1, n]``."""

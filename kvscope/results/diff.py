@@ -21,7 +21,6 @@ REGRESSIONS = ("worse", "missing")
 DECLARED = ("direction", "range", "when_nothing_evicted")
 ALIGNED = (
     "policy",
-    "params",
     "budget",
     "prefill",
     "loop",
@@ -153,11 +152,9 @@ def diff(
     for name in allowed:
         if name and name not in declared:
             raise UsageError(f"the tolerance is for metric {name!r}, which no run has", nearest(name, declared))
-    before, after = _by_key(base, sources[0]), _by_key(new, sources[1])
     rows: list[DiffRow] = []
     decided: list[Decisions] = []
-    for key in [*before, *(key for key in after if key not in before)]:
-        old, later = before.get(key), after.get(key)
+    for old, later in _pairs(_each_once(base, sources[0]), _each_once(new, sources[1])):
         rows += _rows(old, later, declared, allowed)
         if decisions and old is not None and later is not None:
             decided.append(compare_decisions(_label(old), (sources[0], old), (sources[1], later), first))
@@ -243,17 +240,41 @@ def _mean(run: RunSummary | None, name: str) -> float | None:
     return None if mean is None or not math.isfinite(mean) else mean
 
 
-def _by_key(summary: SummaryRecord, source: str) -> dict[str, RunSummary]:
-    found: dict[str, RunSummary] = {}
+def _each_once(summary: SummaryRecord, source: str) -> list[RunSummary]:
+    found: set[str] = set()
     for run in summary.runs:
-        key = json.dumps([getattr(run, name) for name in ALIGNED], sort_keys=True)
+        key = json.dumps([getattr(run, name) for name in (*ALIGNED, "params")], sort_keys=True)
         if key in found:
             raise ResultError(
                 f"{source} has two runs of {run.label} at {run.budget or 'full cache'}",
                 "Replay each policy and budget once, so that runs can be paired.",
             )
-        found[key] = run
-    return found
+        found.add(key)
+    return list(summary.runs)
+
+
+def _pairs(base: list[RunSummary], new: list[RunSummary]) -> list[tuple[RunSummary | None, RunSummary | None]]:
+    """Return the runs of both sides in pairs, and those that only one side has: first the base's, then the others."""
+    rest, pairs = list(new), []
+    for old in base:
+        later = next((run for run in rest if _same_run(old, run)), None)
+        if later is not None:
+            rest.remove(later)
+        pairs.append((old, later))
+    return [*pairs, *((None, later) for later in rest)]
+
+
+def _same_run(old: RunSummary, later: RunSummary) -> bool:
+    """Return whether two runs have the same policy, settings and budget.
+
+    A version of kvscope may know a parameter that another does not. It then has its default, since the label, which
+    names all that differ from it, is the same.
+    """
+    if any(getattr(old, name) != getattr(later, name) for name in ALIGNED):
+        return False
+    if old.params.keys() != later.params.keys() and old.label != later.label:
+        return False
+    return all(old.params[name] == later.params[name] for name in old.params.keys() & later.params.keys())
 
 
 def _names(values: set[str]) -> str:

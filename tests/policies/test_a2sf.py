@@ -21,24 +21,27 @@ def test_decisions_equal_the_equation(prefill: str, alpha: float) -> None:
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
+@pytest.mark.parametrize("reduce", ["scores", "rows"])
 @pytest.mark.parametrize("group", ["max", "sum"])
-def test_sinks_recent_and_groups(prefill: str, group: str) -> None:
-    spec = f"a2sf:alpha=0.5,sinks=1,recent=2,group={group}"
+def test_sinks_recent_and_groups(prefill: str, group: str, reduce: str) -> None:
+    spec = f"a2sf:alpha=0.5,sinks=1,recent=2,group={group},reduce={reduce}"
     for rows, visible, held, prompt, budget in simulations(spec, prefill, WIDE):
         assert (visible, held) == reference.drop(
-            rows, budget, prompt, prefill, alpha=0.5, sinks=1, recent=2, group=group
+            rows, budget, prompt, prefill, alpha=0.5, sinks=1, recent=2, group=group, reduce=reduce
         )
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
+@pytest.mark.parametrize("group", ["mean", "max"])
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
-def test_lifetime_divides_by_the_rows_that_saw_the_key(prefill: str, alpha: float) -> None:
+def test_lifetime_divides_by_the_rows_that_saw_the_key(prefill: str, alpha: float, group: str) -> None:
     differs = 0
-    plain = simulations(f"a2sf:alpha={alpha}", prefill)
+    plain = simulations(f"a2sf:alpha={alpha},group={group}", prefill)
     for (rows, visible, held, prompt, budget), usual in zip(
-        simulations(f"a2sf:alpha={alpha},normalise=lifetime", prefill), plain, strict=True
+        simulations(f"a2sf:alpha={alpha},normalise=lifetime,group={group}", prefill), plain, strict=True
     ):
-        assert (visible, held) == reference.drop(rows, budget, prompt, prefill, alpha=alpha, lifetime=True)
+        expected = reference.drop(rows, budget, prompt, prefill, alpha=alpha, group=group, lifetime=True)
+        assert (visible, held) == expected
         differs += held != usual[2]
     assert differs > 0
 

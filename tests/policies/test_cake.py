@@ -18,6 +18,14 @@ SETTINGS = [
     ("cake:window=3,gamma=5,kernel=3,pooling=max", {"window": 3, "gamma": 5.0, "kernel": 3, "pooling": "max"}),
     ("cake:window=2,gamma=0,kernel=1", {"window": 2, "gamma": 0.0, "kernel": 1, "pooling": "avg"}),
     ("cake:window=4,group=max", {"window": 4, "gamma": 200.0, "kernel": 5, "pooling": "avg", "group": "max"}),
+    (
+        "cake:window=4,group=max,reduce=rows",
+        {"window": 4, "gamma": 200.0, "kernel": 5, "pooling": "avg", "group": "max", "reduce": "rows"},
+    ),
+    (
+        "cake:window=4,pooling=max,reduce=rows",
+        {"window": 4, "gamma": 200.0, "kernel": 5, "pooling": "max", "reduce": "rows"},
+    ),
     ("cake:window=4,group=sum", {"window": 4, "gamma": 200.0, "kernel": 5, "pooling": "avg", "group": "sum"}),
 ]
 

@@ -14,10 +14,25 @@ ODD = [(1, 5), (4, 9), (9, 9), (17, 7), (LENGTH - 1, 3), (12, 3), (20, LENGTH + 
 
 
 @pytest.mark.parametrize("prefill", ["full", "stream"])
+@pytest.mark.parametrize("reduce", ["scores", "rows"])
 @pytest.mark.parametrize("group", ["mean", "max", "sum"])
-def test_drop_decisions_equal_the_plain_loop(prefill: str, group: str) -> None:
-    for rows, visible, held, prompt, budget in simulations(f"h2o:group={group}", prefill):
-        assert (visible, held) == reference.drop(rows, budget, prompt, prefill, budget // 2, group)
+def test_drop_decisions_equal_the_plain_loop(prefill: str, group: str, reduce: str) -> None:
+    for rows, visible, held, prompt, budget in simulations(f"h2o:group={group},reduce={reduce}", prefill):
+        assert (visible, held) == reference.drop(rows, budget, prompt, prefill, budget // 2, group, reduce)
+
+
+@pytest.mark.parametrize("reduce", ["scores", "rows"])
+def test_mask_of_the_largest_of_a_group(reduce: str) -> None:
+    """The sums of a key that is lost are zero in every query head, so it returns with nothing."""
+    cases = [(1, 5), (4, 9), (9, 9), (10, 9), (17, 6), (LENGTH - 1, 3), (12, 3)]
+    for rows, visible, _, prompt, budget in simulations(f"h2o:variant=mask,group=max,reduce={reduce}", "full", cases):
+        newest = max(budget // 2, 1)
+        assert visible == reference.mask(rows, budget - newest, newest, prompt, "max", reduce)
+
+
+def test_flexgen_of_the_largest_of_a_group() -> None:
+    for rows, visible, held, prompt, budget in simulations("h2o:variant=flexgen,group=max", "full", ODD):
+        assert (visible, held) == reference.flexgen(rows, (budget + 1) // 2, prompt, "max")
 
 
 @pytest.mark.parametrize("recent", [None, 1, 3])

@@ -30,18 +30,21 @@ def uniform(seed: int, layers: int, heads: int) -> np.ndarray:
         ("keyformer", 1.0, 0.01, 0.3, 0),
         ("keyformer:seed=5,tau_init=2,tau_delta=0.5", 2.0, 0.5, 0.3, 5),
         ("keyformer:recent_ratio=0.5,tau_init=0.3", 0.3, 0.01, 0.5, 0),
+        ("keyformer:group=max", 1.0, 0.01, 0.3, 0),
+        ("keyformer:group=max,reduce=rows", 1.0, 0.01, 0.3, 0),
     ],
 )
 def test_held_is_what_the_published_mask_shows(spec, tau_init, tau_delta, ratio, seed) -> None:
+    policy = parse_policy(spec)
+    order = {"group": policy.group, "reduce": policy.reduce}
     for index, ((heads, groups), (prompt, budget)) in enumerate(itertools.product(HEADS, CASES)):
         rows = attention(index, 2, heads, LENGTH)
-        simulation = run(parse_policy(spec), rows, [budget], kv_heads=groups, prompt=prompt, prefill="full")
+        simulation = run(policy, rows, [budget], kv_heads=groups, prompt=prompt, prefill="full")
         draws, recent, per = uniform(seed, 2, heads), int(ratio * budget), heads // groups
         for layer, group in itertools.product(range(2), range(groups)):
             own = slice(group * per, (group + 1) * per)
-            seen = reference.mask(
-                rows[layer, own].numpy(), draws[layer, own], budget - recent, recent, prompt, tau_init, tau_delta
-            )
+            full, noise = rows[layer, own].numpy(), draws[layer, own]
+            seen = reference.mask(full, noise, budget - recent, recent, prompt, tau_init, tau_delta, **order)
             held = sets(simulation.held(0, LENGTH)[0, layer, group])
             first = max(prompt, budget + 1)  # until then the mask shows everything
             assert held[first:] == seen[first:]

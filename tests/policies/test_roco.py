@@ -23,6 +23,8 @@ CASES = [*PROMPTS_BUDGETS, (1, 12), (10, 15), (23, 16), (24, 20)]
         ("roco:recent=1", {"recent": 1}),
         ("roco:recent=0,std_ratio=0.5", {"recent": 0, "ratio": 0.5}),
         ("roco:recent=2,group=max", {"recent": 2, "group": "max"}),
+        ("roco:recent=2,group=max,reduce=scores", {"recent": 2, "group": "max", "reduce": "scores"}),
+        ("roco:recent=2,reduce=scores", {"recent": 2, "reduce": "scores"}),
         ("roco:recent=2,std_ratio=0", {"recent": 2, "ratio": 0.0}),
     ],
 )

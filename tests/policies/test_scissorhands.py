@@ -20,10 +20,17 @@ def test_decisions_equal_the_plain_loop(prefill: str, history: int, recent: int)
         assert (visible, held) == reference.counters(rows, budget, prompt, prefill, history, recent)
 
 
-@pytest.mark.parametrize("group", ["max", "sum"])
-def test_other_group_reductions(group: str) -> None:
-    for rows, visible, held, prompt, budget in simulations(f"scissorhands:history=5,recent=2,group={group}", "full"):
-        assert (visible, held) == reference.counters(rows, budget, prompt, "full", 5, 2, group)
+@pytest.mark.parametrize("reduce", ["rows", "scores"])
+@pytest.mark.parametrize("group", ["mean", "max", "sum"])
+def test_other_group_reductions(group: str, reduce: str) -> None:
+    spec = f"scissorhands:history=5,recent=2,group={group},reduce={reduce}"
+    for rows, visible, held, prompt, budget in simulations(spec, "full"):
+        assert (visible, held) == reference.counters(rows, budget, prompt, "full", 5, 2, group, reduce)
+
+
+def test_a_threshold_has_no_scores_to_reduce() -> None:
+    with pytest.raises(UsageError, match="has a threshold and no scores"):
+        parse_policies(["scissorhands:variant=released,reduce=scores"])
 
 
 @pytest.mark.parametrize(("lru_window", "position_window", "start"), [(5, 2, 6), (3, 0, 0), (1, 1, 4), (40, 3, 10)])

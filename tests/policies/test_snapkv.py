@@ -26,7 +26,7 @@ CASES = [*PROMPTS_BUDGETS, (24, 13), (22, 4), (8, 7), (10, 9)]
         ("snapkv:window=1,kernel=7,group=max", {"window": 1, "kernel": 7, "pooling": "avg", "group": "max"}),
         ("snapkv:window=4,kernel=3,group=max", {"window": 4, "kernel": 3, "pooling": "avg", "group": "max"}),
         (
-            "snapkv:window=4,kernel=3,group=max-rows",
+            "snapkv:window=4,kernel=3,group=max,reduce=rows",
             {"window": 4, "kernel": 3, "pooling": "avg", "group": "max", "reduce": "rows"},
         ),
         ("snapkv:window=4,group=sum", {"window": 4, "kernel": 5, "pooling": "avg", "group": "sum"}),
@@ -58,16 +58,16 @@ def test_the_largest_votes_of_a_group_decide_as_in_the_published_code(phase: int
     weights = np.exp(logits - logits.max(-1, keepdims=True)) * np.tril(np.ones((60, 60)))
     rows = torch.tensor(weights / weights.sum(-1, keepdims=True))[None]
     held = {
-        group: [
+        reduce: [
             head_sets(run(parse_policy(spec), rows, [20], kv_heads=2, prompt=60, prefill="full"), 0, head)[1][-1]
             for head in range(2)
         ]
-        for group in ("max", "max-rows")
-        if (spec := f"snapkv:window=8,kernel=5,group={group}")
+        for reduce in ("scores", "rows")
+        if (spec := f"snapkv:window=8,kernel=5,group=max,reduce={reduce}")
     }
     expected = [set(keys) | set(range(52, 60)) for keys in PUBLISHED[phase]]
-    assert held["max"] == expected
-    assert held["max-rows"] != expected
+    assert held["scores"] == expected
+    assert held["rows"] != expected
 
 
 @pytest.mark.parametrize("phase", ["step", "every:4"])
@@ -136,4 +136,4 @@ def test_the_defaults_are_those_of_the_codes() -> None:
         "cake": {"window": 32, "gamma": 200.0, "kernel": 5, "pooling": "avg"},
     }
     for name, expected in known.items():
-        assert parse_policy(name).parameters() == {**expected, "group": "mean"}
+        assert parse_policy(name).parameters() == {**expected, "group": "mean", "reduce": "scores"}

@@ -50,11 +50,12 @@ def test_a_variant_is_stored_as_its_policy_with_a_parameter(spec: str) -> None:
 
 
 def test_the_parameters_that_are_stored() -> None:
-    assert parse_policy("h2o:recent=3").parameters() == {"recent": 3, "group": "mean", "variant": "drop"}
+    made = parse_policy("h2o:recent=3")
+    assert made.parameters() == {"recent": 3, "group": "mean", "reduce": "scores", "variant": "drop"}
     made = parse_policy("scissorhands:lru_window=7,variant=released")
     assert made.label == "scissorhands(variant=released, lru_window=7)"
     assert list(parse_policy("scissorhands").parameters()) == [
-        *("history", "recent", "group", "variant", "lru_window", "position_window", "start")
+        *("history", "recent", "group", "reduce", "variant", "lru_window", "position_window", "start")
     ]
 
 

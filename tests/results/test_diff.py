@@ -126,13 +126,29 @@ def test_another_plan_is_another_run(base: dict, choice: str) -> None:
     assert {row.verdict for row in diff(base, new).rows if row.run.startswith("h2o")} == {"missing", "new"}
 
 
-@pytest.mark.parametrize("what", ALIGNED)
+@pytest.mark.parametrize("what", [*ALIGNED, "params"])
 def test_runs_that_differ_in_one_way_stand_side_by_side(base: dict, what: str) -> None:
     """As an open and a closed run of one policy do in one replay."""
     base["runs"].append(copy.deepcopy(base["runs"][0]) | {what: OTHERS.get(what, "another")})
     found = diff(base, base)
     assert len(found.rows) == len(METRICS) * len(base["runs"])
     assert {row.verdict for row in found.rows} == {"same"}
+
+
+def test_a_parameter_that_an_earlier_version_lacks_has_its_default(base: dict) -> None:
+    """A baseline in git stays one when a policy gets a new parameter."""
+    new = copy.deepcopy(base)
+    for run in new["runs"]:
+        run["params"] = run["params"] | {"reduce": "scores"}
+    assert {row.verdict for row in diff(base, new).rows} == {"same"} == {row.verdict for row in diff(new, base).rows}
+    changed = copy.deepcopy(new["runs"][0]) | {"label": "h2o(reduce=rows)"}
+    changed["params"] = changed["params"] | {"reduce": "rows"}
+    new["runs"].append(changed)
+    rows = diff(base, new).rows
+    assert {row.verdict for row in rows} == {"same", "new"}
+    assert {row.run for row in rows if row.verdict == "new"} == {
+        f"h2o(reduce=rows) {base['runs'][0]['budget']} stream open"
+    }
 
 
 def test_a_long_comparison_shows_what_is_not_the_same(base: dict) -> None:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tests.reference.policies.evict import REDUCE, Rows, Sets, live, loop
+from tests.reference.policies.evict import REDUCE, Rows, Score, Sets, live, loop, of_heads
 
 
 def drop(
@@ -20,15 +20,21 @@ def drop(
     recent: int = 0,
     group: str = "mean",
     lifetime: bool = False,
+    reduce: str = "scores",
 ) -> tuple[Sets, Sets]:
     """Equation 5, summed anew at every step from all rows since the key arrived."""
-    seen: list[np.ndarray] = []
 
-    def score(t: int, visible: set[int], row: np.ndarray) -> list[float]:
-        seen.append(row)
-        sums = [sum(alpha ** (t - q) * seen[q][key] for q in range(key, t + 1)) for key in range(t + 1)]
-        return [total / len(range(key, t + 1)) for key, total in enumerate(sums)] if lifetime else sums
+    def make() -> Score:
+        seen: list[np.ndarray] = []
 
+        def score(t: int, visible: set[int], row: np.ndarray) -> list[float]:
+            seen.append(row)
+            sums = [sum(alpha ** (t - q) * seen[q][key] for q in range(key, t + 1)) for key in range(t + 1)]
+            return [total / len(range(key, t + 1)) for key, total in enumerate(sums)] if lifetime else sums
+
+        return score
+
+    score = make() if reduce == "rows" else of_heads(rows, make, group)
     return loop(rows, score, budget, prompt, prefill, sinks=sinks, recent=recent, group=group)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.reference.policies.evict import REDUCE, Rows, Sets, loop
+from tests.reference.policies.evict import REDUCE, Rows, Sets, live, loop
 from tests.reference.policies.snapkv import pool
 
 
@@ -19,6 +19,7 @@ def cake(
     pooling: str,
     group: str = "mean",
     capacity: int | None = None,
+    reduce: str = "scores",
 ) -> tuple[Sets, Sets]:
     """Return ``V_t`` and ``R_t``; `budget` bounds the window, `capacity` is what this layer holds if not the budget."""
     width = min(window, budget // 2)
@@ -27,12 +28,18 @@ def cake(
         if t < prompt - 1:
             return [0.0] * (t + 1)
         older = [key for key in sorted(visible) if key <= t - width]
-        if t >= prompt:
-            worth = [float(row[key]) for key in older]
+        if reduce == "rows":
+            shown = [row if t >= prompt else REDUCE[group](rows[:, t + 1 - width : t + 1], axis=0)]
+        elif t >= prompt:
+            shown = [live(rows[head : head + 1], t, visible) for head in range(len(rows))]
         else:
-            heads = [[indicator(head[t + 1 - width : t + 1, key], gamma) for key in older] for head in rows]
-            worth = [float(value) for value in REDUCE[group](heads, axis=0)]
-        by_key = dict(zip(older, pool(worth, kernel, pooling), strict=True))
+            shown = [head[t + 1 - width : t + 1] for head in rows]
+        heads = [
+            [float(part[key]) if t >= prompt else indicator(part[:, key], gamma) for key in older] for part in shown
+        ]
+        pooled = np.array([pool(worth, kernel, pooling) for worth in heads])
+        worth = REDUCE[group](pooled, axis=0).tolist() if reduce == "scores" else pooled[0].tolist()
+        by_key = dict(zip(older, worth, strict=True))
         return [by_key.get(key, 0.0) for key in range(t + 1)]
 
     holds = budget if capacity is None else capacity

@@ -8,6 +8,7 @@ import numpy as np
 
 Rows = np.ndarray  # full attention of the query heads that share one decision, [heads, T, T]
 Sets = list[set[int]]
+Score = Callable[[int, set[int], np.ndarray], Sequence[float]]
 REDUCE: dict[str, Callable[..., np.ndarray]] = {"mean": np.mean, "max": np.max, "sum": np.sum}
 
 
@@ -21,9 +22,21 @@ def live(rows: Rows, t: int, visible: set[int], group: str = "mean") -> np.ndarr
     return REDUCE[group](shown, axis=0)
 
 
+def of_heads(rows: Rows, make: Callable[[], Score], group: str) -> Score:
+    """Return the score of a group whose query heads score keys one by one, each with what it remembers itself."""
+    scores = [make() for _ in rows]
+
+    def score(t: int, visible: set[int], row: np.ndarray) -> Sequence[float]:
+        each = [one(t, visible, live(rows[head : head + 1], t, visible)) for head, one in enumerate(scores)]
+        reduced: Sequence[float] = REDUCE[group](np.array(each), axis=0).tolist()
+        return reduced
+
+    return score
+
+
 def loop(
     rows: Rows,
-    score: Callable[[int, set[int], np.ndarray], Sequence[float]],
+    score: Score,
     budget: int,
     prompt: int,
     prefill: str,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.reference.policies.evict import Rows, Sets
+from tests.reference.policies.evict import REDUCE, Rows, Sets
 
 
 def gumbel_softmax(weights: np.ndarray, uniform: np.ndarray, shown: np.ndarray, tau: float) -> np.ndarray:
@@ -16,16 +16,27 @@ def gumbel_softmax(weights: np.ndarray, uniform: np.ndarray, shown: np.ndarray, 
 
 
 def mask(
-    rows: Rows, uniform: np.ndarray, key_tokens: int, recent: int, prompt: int, tau_init: float, tau_delta: float
+    rows: Rows,
+    uniform: np.ndarray,
+    key_tokens: int,
+    recent: int,
+    prompt: int,
+    tau_init: float,
+    tau_delta: float,
+    group: str = "mean",
+    reduce: str = "scores",
 ) -> Sets:
     """Return what every query sees, itself included; `uniform` is ``[heads, T, T]``."""
     heads, length, _ = rows.shape
-    sums = np.zeros(prompt)
-    for head in range(heads):
-        for t in range(prompt):
-            everything = np.ones(t + 1, dtype=bool)
-            noisy = gumbel_softmax(rows[head, t, : t + 1], uniform[head, t, : t + 1], everything, tau_init)
-            sums[: t + 1] += noisy / heads
+    sums = np.zeros((heads, prompt))
+
+    def add(t: int, shown: np.ndarray, tau: float) -> None:
+        row = [gumbel_softmax(rows[head, t, : t + 1], uniform[head, t, : t + 1], shown, tau) for head in range(heads)]
+        noisy = np.array(row)
+        sums[:, : t + 1] += REDUCE[group](noisy, axis=0) if reduce == "rows" else noisy
+
+    for t in range(prompt):
+        add(t, np.ones(t + 1, dtype=bool), tau_init)
     seen: Sets = [set(range(t + 1)) for t in range(prompt)]
     discard = np.ones(prompt, dtype=bool)
     for query in range(prompt, length):
@@ -34,15 +45,11 @@ def mask(
         if n > key_tokens + recent:
             if recent > 0:
                 shown[: n + 1 - recent] = False
-            candidates = sorted(range(n - recent), key=lambda key: sums[key], reverse=True)
+            candidates = sorted(range(n - recent), key=lambda key: REDUCE[group](sums[:, key]), reverse=True)
             shown[candidates[:key_tokens]] = True
         shown[:n] &= discard
-        sums = sums * shown[:n]
+        sums = np.concatenate([sums * shown[:n], np.zeros((heads, 1))], 1)
         discard = shown
-        noisy = np.zeros(n + 1)
-        tau = tau_init + (query - prompt + 1) * tau_delta
-        for head in range(heads):
-            noisy += gumbel_softmax(rows[head, query, : n + 1], uniform[head, query, : n + 1], shown, tau) / heads
-        sums = np.append(sums, 0.0) + noisy
+        add(query, shown, tau_init + (query - prompt + 1) * tau_delta)
         seen.append(set(np.flatnonzero(shown).tolist()))
     return seen

@@ -6,27 +6,42 @@ import math
 
 import numpy as np
 
-from tests.reference.policies.evict import Rows, Sets, live, loop
+from tests.reference.policies.evict import REDUCE, Rows, Sets, live, loop
 
 
-def deviation(weights: list[float]) -> float:
-    mean = sum(weights) / len(weights)
-    return math.sqrt(sum((weight - mean) ** 2 for weight in weights) / len(weights))
+def moments(weights: list[list[float]], group: str) -> tuple[float, float]:
+    """Return mean and deviation of one key from its weights in each head; of several heads their variances are one."""
+    means = [sum(head) / len(head) for head in weights]
+    variances = [
+        sum((weight - mean) ** 2 for weight in head) / len(head) for mean, head in zip(means, weights, strict=True)
+    ]
+    return float(REDUCE[group](np.array(means))), math.sqrt(REDUCE[group](np.array(variances)))
 
 
 def plain(
-    rows: Rows, budget: int, prompt: int, prefill: str, *, ratio: float = 0.3, recent: int = 10, group: str = "mean"
+    rows: Rows,
+    budget: int,
+    prompt: int,
+    prefill: str,
+    *,
+    ratio: float = 0.3,
+    recent: int = 10,
+    group: str = "mean",
+    reduce: str = "rows",
 ) -> tuple[Sets, Sets]:
     """All but the ``int(ratio * B) + 1`` largest deviations are within reach; the protected ones count as largest."""
-    seen: dict[int, list[float]] = {}
+    seen: dict[int, list[list[float]]] = {}
     recent = min(recent, budget // 2)
 
     def score(t: int, visible: set[int], row: np.ndarray) -> list[float]:
+        shown = [row] if reduce == "rows" else [live(rows[h : h + 1], t, visible) for h in range(len(rows))]
         for key in visible:
-            seen.setdefault(key, []).append(float(row[key]))
-        free = sorted((key for key in visible if key <= t - recent), key=lambda key: (deviation(seen[key]), key))
+            for own, head in zip(seen.setdefault(key, [[] for _ in shown]), shown, strict=True):
+                own.append(float(head[key]))
+        of_key = {key: moments(seen[key], group) for key in visible}
+        free = sorted((key for key in visible if key <= t - recent), key=lambda key: (of_key[key][1], key))
         feasible = free[: len(visible) - int(ratio * budget) - 1]
-        return [sum(seen[key]) / len(seen[key]) if key in feasible else math.inf for key in range(t + 1)]
+        return [of_key[key][0] if key in feasible else math.inf for key in range(t + 1)]
 
     return loop(rows, score, budget, prompt, prefill, recent=recent, group=group)
 

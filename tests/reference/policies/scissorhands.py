@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.reference.policies.evict import Rows, Sets, live, loop
+from tests.reference.policies.evict import Rows, Score, Sets, live, loop, of_heads
 
 
 def counters(
-    rows: Rows, budget: int, prompt: int, prefill: str, history: int, recent: int, group: str = "mean"
+    rows: Rows,
+    budget: int,
+    prompt: int,
+    prefill: str,
+    history: int,
+    recent: int,
+    group: str = "mean",
+    reduce: str = "rows",
 ) -> tuple[Sets, Sets]:
     """Over the last `history` rows, count those in which the key got less than the visible ones on average."""
-    below: list[set[int]] = []
 
-    def score(t: int, visible: set[int], row: np.ndarray) -> list[float]:
-        below.append({key for key in visible if row[key] < sum(row) / len(visible)})
-        return [-float(sum(key in step for step in below[-history:])) for key in range(t + 1)]
+    def make() -> Score:
+        below: list[set[int]] = []
 
+        def score(t: int, visible: set[int], row: np.ndarray) -> list[float]:
+            below.append({key for key in visible if row[key] < sum(row) / len(visible)})
+            return [-float(sum(key in step for step in below[-history:])) for key in range(t + 1)]
+
+        return score
+
+    score = make() if reduce == "rows" else of_heads(rows, make, group)
     return loop(rows, score, budget, prompt, prefill, recent=min(recent, budget // 2), group=group)
 
 
