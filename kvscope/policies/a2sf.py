@@ -57,7 +57,7 @@ class A2SF(Policy):
         year=2024,
         arxiv="2407.20485",
     )
-    proven = "authors' decisions, plain-loop reference"
+    proven = "authors' decisions"
 
     alpha: float = parameter(
         0.2,

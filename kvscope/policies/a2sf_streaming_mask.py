@@ -25,7 +25,7 @@ class A2SFStreamingMask(A2SF):
 
     prefills = frozenset({"stream"})
     published = True
-    proven = "authors' decisions, plain-loop reference"
+    proven = "authors' decisions"
 
     def __post_init__(self) -> None:
         super().__post_init__()

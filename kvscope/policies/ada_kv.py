@@ -35,7 +35,7 @@ class AdaKV(SnapKV):
         year=2025,
         arxiv="2407.11550",
     )
-    proven: ClassVar[str] = "plain-loop reference of the authors' code"
+    proven: ClassVar[str] = "authors' decisions"
 
     window: int = parameter(
         32, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"

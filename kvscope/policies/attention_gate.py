@@ -50,7 +50,7 @@ class AttentionGate(Policy):
         year=2024,
         arxiv="2410.12876",
     )
-    proven = "plain-loop reference of our reading, real decoding"
+    proven = "paper"
 
     gate: str = parameter("demo", "file of the gate, or demo for that of the bundled model")
     decode: bool = parameter(False, "gate the tokens after the prompt too")

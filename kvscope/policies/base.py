@@ -113,7 +113,8 @@ class Policy:
         Its publication, for ``kvscope policies --cite``; None where the rule is from none. A class derived from another
         has that of the other unless it names its own.
     proven : str
-        What each of its decisions has been compared with.
+        What its decisions are compared with beside a plain loop of its rule: ``authors' decisions`` (their code was
+        run), ``authors' code, read``, the same of ``kvpress``, ``paper``, or ``own rule``.
     """
 
     name: ClassVar[str] = ""

@@ -25,7 +25,8 @@ class CAKE(Policy):
     ``reduce=rows`` their rows, before all that). The newest `window` keys are protected (at most half of the budget).
     The budget is allocated as by ``--allocate cake``. arXiv:2503.12491, sections 4.1 and 4.2; code antgroup/cakekv,
     whose variance divides by one row less. That code evicts nothing from a prompt of up to ``B + window`` keys; here
-    the budget is `B`.
+    the budget is `B`. After the prompt it pools over keys in the order in which it stores them, by score; here
+    neighbours are those in the text.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.3, .3, .4], [.3, .1, .5, .1], [.3, .4, .1, .1, .1]]
@@ -47,7 +48,7 @@ class CAKE(Policy):
         year=2025,
         arxiv="2503.12491",
     )
-    proven: ClassVar[str] = "plain-loop reference of the authors' code"
+    proven: ClassVar[str] = "authors' decisions"
 
     window: int = parameter(
         32, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"

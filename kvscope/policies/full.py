@@ -26,7 +26,7 @@ class Full(Policy):
     phase = "none"
     bounded = False
     paper = "the uncompressed cache"
-    proven = "plain-loop reference"
+    proven = "own rule"
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         return score

@@ -53,7 +53,7 @@ class H2O(Policy):
         year=2023,
         arxiv="2306.14048",
     )
-    proven = "authors' decisions, plain-loop reference"
+    proven = "authors' decisions"
 
     recent: int | None = parameter(None, "newest keys that are never evicted; None: half of the budget, rounded down")
     group: GroupReduction = parameter("mean", GROUP_HELP)

@@ -32,7 +32,7 @@ class H2OFlexGen(H2O):
 
     prefills = frozenset({"full"})
     published = True
-    proven = "plain-loop reference"
+    proven = "authors' decisions"
 
     def __post_init__(self) -> None:
         if self.recent is not None:

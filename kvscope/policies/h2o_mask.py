@@ -36,7 +36,7 @@ class H2OMask(H2O):
     reads = True
     prefills = frozenset({"full"})
     published = True
-    proven = "authors' decisions, plain-loop reference"
+    proven = "authors' decisions"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,7 +39,7 @@ class Indexer(Policy):
         year=2025,
         arxiv="2512.02556",
     )
-    proven = "the model's indexer"
+    proven = "the model's decisions"
 
     def read(self, step: Step) -> Tensor:
         chosen = step.signals["selection"].expand(step.visible.shape)[..., :-1]

@@ -37,7 +37,7 @@ class KeyNorm(Policy):
         year=2024,
         arxiv="2406.11430",
     )
-    proven = "plain-loop reference of the authors' code"
+    proven = "paper"
 
     variant: str = variant_parameter()
     # Used by the variant only; declared here so that all runs of the policy are stored with the same parameters.

@@ -31,7 +31,7 @@ class KeyNormL2Compress(KeyNorm):
 
     bounded = False
     published = True
-    proven = "plain-loop reference of the authors' code"
+    proven = "authors' decisions"
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         if not step.compresses:

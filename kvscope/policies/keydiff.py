@@ -46,7 +46,7 @@ class KeyDiff(Policy):
         year=2025,
         arxiv="2504.15364",
     )
-    proven = "plain-loop reference of kvpress's code"
+    proven = "kvpress's code, read"
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         if not step.compresses:

@@ -60,7 +60,7 @@ class Keyformer(Policy):
         year=2024,
         arxiv="2403.09054",
     )
-    proven = "plain-loop reference of the authors' code"
+    proven = "authors' decisions"
 
     recent_ratio: float = parameter(0.3, "share of the budget for the newest keys")
     tau_init: float = parameter(1.0, "temperature in the prompt")

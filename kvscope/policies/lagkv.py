@@ -48,7 +48,7 @@ class LagKV(Policy):
         year=2025,
         arxiv="2504.04704",
     )
-    proven = "plain-loop reference of kvpress's code"
+    proven = "kvpress's code, read"
 
     lag: int = parameter(128, "number of keys in a part")
     sinks: int = parameter(4, "first keys, which are never evicted")

@@ -30,7 +30,7 @@ class LRU(Policy):
     """
 
     paper = "baseline: least recently used"
-    proven = "plain-loop reference"
+    proven = "own rule"
 
     group: GroupReduction = parameter("mean", GROUP_HELP)
     reduce: Reduce = parameter("rows", REDUCE_HELP)

@@ -48,7 +48,7 @@ class MorphKV(Policy):
         year=2025,
         arxiv="2503.00979",
     )
-    proven = "plain-loop reference of the authors' code"
+    proven = "authors' decisions"
 
     window: int = parameter(200, "queries before the current one whose rows count, at most half of the budget")
     fuse: Literal["max", "sum"] = parameter("max", "how their rows are reduced to one: max or sum")

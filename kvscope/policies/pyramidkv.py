@@ -38,4 +38,4 @@ class PyramidKV(SnapKV):
         year=2024,
         arxiv="2406.02069",
     )
-    proven: ClassVar[str] = "plain-loop reference of the authors' code"
+    proven: ClassVar[str] = "authors' decisions"

@@ -48,7 +48,7 @@ class Quest(Policy):
         year=2024,
         arxiv="2406.10774",
     )
-    proven = "plain-loop reference of the authors' code"
+    proven = "authors' decisions"
 
     page_size: int = parameter(16, "number of keys in a page")
     fewest_pages: int = parameter(3, "number of pages that are read whatever the budget")

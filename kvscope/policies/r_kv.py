@@ -57,7 +57,7 @@ class RKV(Policy):
         year=2025,
         arxiv="2505.24133",
     )
-    proven = "plain-loop reference of the authors' code"
+    proven = "authors' decisions"
 
     window: int = parameter(8, "newest keys, never evicted, whose queries count; at most half of the budget")
     mix_lambda: float = parameter(0.07, "share of attention in the score; the rest is redundancy")

@@ -28,7 +28,7 @@ class Random(Policy):
 
     needs = frozenset()
     paper = "baseline"
-    proven = "plain-loop reference"
+    proven = "own rule"
 
     seed: int = parameter(0, "seed of the draws")
 

@@ -55,7 +55,7 @@ class RecycledAttention(Policy):
         year=2024,
         arxiv="2411.05787v1",
     )
-    proven = "plain-loop reference of the paper's rule"
+    proven = "paper"
 
     stride: int = parameter(50, "steps from one full step to the next, with schedule=fixed")
     schedule: Schedule = parameter("fixed", "when all keys are read: fixed (every stride steps) or dynamic")
@@ -173,7 +173,7 @@ class RefreshKV(RecycledAttention):
         arxiv="2411.05787",
         doi="10.18653/v1/2025.acl-long.1211",
     )
-    proven = "plain-loop reference of the paper's rule"
+    proven = "paper"
 
     schedule: Schedule = parameter("dynamic", "when all keys are read: fixed (every stride steps) or dynamic")
     compare_every: int = parameter(10, "steps from one comparison of queries to the next, with schedule=dynamic")

@@ -55,7 +55,7 @@ class RoCo(Policy):
         year=2024,
         arxiv="2402.06262",
     )
-    proven = "plain-loop reference of the authors' code"
+    proven = "authors' code, read"
 
     std_ratio: float = parameter(0.3, "share of the budget for the keys whose weight varies most")
     recent: int = parameter(10, "newest keys that are never evicted, at most half of the budget")

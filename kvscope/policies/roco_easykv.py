@@ -32,7 +32,7 @@ class RoCoEasyKV(RoCo):
 
     prefills = frozenset({"full"})
     published = True
-    proven = "plain-loop reference of the authors' code"
+    proven = "authors' decisions"
 
     def protect(self, budget: int) -> Protection:
         return Protection(prompt=True)

@@ -57,7 +57,7 @@ class Scissorhands(Policy):
         year=2023,
         arxiv="2305.17118",
     )
-    proven = "plain-loop reference"
+    proven = "paper"
 
     history: int = parameter(400, "newest rows that count")
     recent: int = parameter(10, "newest keys that are never evicted, at most half of the budget")

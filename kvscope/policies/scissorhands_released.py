@@ -40,7 +40,7 @@ class ScissorhandsReleased(Scissorhands):
     bounded = False
     prefills = frozenset({"stream"})
     published = True
-    proven = "authors' decisions, plain-loop reference"
+    proven = "authors' decisions"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -51,7 +51,7 @@ class SnapKV(Policy):
         year=2024,
         arxiv="2404.14469",
     )
-    proven: ClassVar[str] = "plain-loop reference of the authors' code"
+    proven: ClassVar[str] = "authors' decisions"
 
     window: int = parameter(
         64, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"

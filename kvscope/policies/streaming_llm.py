@@ -38,7 +38,7 @@ class StreamingLLM(Policy):
         year=2024,
         arxiv="2309.17453",
     )
-    proven = "plain-loop reference of the authors' code"
+    proven = "authors' decisions"
 
     sinks: int = parameter(4, "first keys that are never evicted")
 

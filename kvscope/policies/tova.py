@@ -50,7 +50,7 @@ class TOVA(Policy):
         arxiv="2401.06104",
         doi="10.18653/v1/2024.emnlp-main.1043",
     )
-    proven = "authors' decisions, plain-loop reference"
+    proven = "authors' decisions"
 
     scope: Scope = parameter("layer", "who decides: layer, all heads as one, or kv_head, each for itself")  # type: ignore[misc]
     sinks: int = parameter(0, "first keys that are never evicted")

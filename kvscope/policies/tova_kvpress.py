@@ -21,7 +21,7 @@ class TOVAKvpress(TOVA):
     phase = "prefill"
     prefills = frozenset({"full"})
     published = True
-    proven = "plain-loop reference"
+    proven = "kvpress's code, read"
 
     def protect(self, budget: int) -> Protection:
         return Protection(sinks=self.sinks, recent=1)

@@ -57,7 +57,7 @@ class VATP(Policy):
         arxiv="2406.12335",
         doi="10.18653/v1/2024.emnlp-main.1178",
     )
-    proven = "plain-loop reference"
+    proven = "paper"
 
     base: str = parameter("h2o", "policy whose weights are multiplied, as in a2sf(alpha=0.7)")
     norm: Literal["l1", "l2", "none"] = parameter("l1", "norm of a value; none: the weights as they are")

@@ -39,7 +39,7 @@ class VATPMask(VATP):
     reads = True
     prefills = frozenset({"full"})
     published = True
-    proven = "authors' decisions, plain-loop reference"
+    proven = "authors' decisions"
 
     def __post_init__(self) -> None:
         at_least("sinks", self.sinks, 0)

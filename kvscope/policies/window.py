@@ -28,7 +28,7 @@ class Window(Policy):
     scope = "layer"
     paper = "arXiv:2401.06104 section 5.1"
     citation = TOVA.citation
-    proven = "plain-loop reference"
+    proven = "own rule"
 
     def recurrence(self) -> Recurrence:
         return Recurrence("none")

@@ -1,0 +1,73 @@
+"""Decisions of authors' code, run on the vectors of a formula, and those of the policies on the same vectors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvscope.engine.rows import Shape
+from kvscope.engine.simulation import CacheSimulation
+from kvscope.policies.spec import parse_policy
+
+CASES = json.loads((Path(__file__).parents[1] / "data" / "authors_decisions.json").read_text())["cases"]
+SIZE = 16
+
+
+def waves(heads: int, phase: float, length: int) -> torch.Tensor:
+    """Return vectors ``[heads, length, 16]`` in float64, whose weights have no ties."""
+    h, i, d = np.meshgrid(np.arange(heads), np.arange(length), np.arange(SIZE), indexing="ij")
+    return torch.tensor(np.sin(phase + 2.3 * h + 0.71 * (i + 1) * (d + 1) + 0.13 * i * i) * 1.5)
+
+
+def simulated(case: dict[str, Any]) -> CacheSimulation:
+    """Return the simulation of a case's policy over the causal attention of its vectors."""
+    length, heads, kv_heads = case["length"], case["heads"], case["kv_heads"]
+    phases = [case["phase"] + layer for layer in range(case["layers"])]
+    queries = torch.stack([waves(heads, phase, length) for phase in phases])
+    keys = torch.stack([waves(kv_heads, phase + 0.5, length).flip(1) for phase in phases])
+    values = torch.stack([waves(kv_heads, phase + 1, length) for phase in phases])
+    logits = queries @ keys.repeat_interleave(heads // kv_heads, 1).transpose(-1, -2) / SIZE**0.5
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    rows = logits.masked_fill(later, -torch.inf).softmax(-1)
+    signals = {
+        "keys": keys,
+        "values": values,
+        "queries": queries,
+        "mean_query": queries.mean(1),
+        "key_l2": keys.norm(dim=-1),
+        "value_l1": values.abs().sum(-1),
+        "value_l2": values.norm(dim=-1),
+    }
+    policy = parse_policy(case["policy"])
+    needed = {name: signal for name, signal in signals.items() if name in policy.traits.needs}
+    shape = Shape(tuple(range(len(phases))), heads, kv_heads, case["prompt"], length)
+    simulation = CacheSimulation(policy, [case["budget"]], shape, case["prefill"], needed, dtype=torch.float64)
+    for t in range(length):
+        simulation.step(t, rows[:, :, t, : t + 1])
+    simulation.check()
+    return simulation
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case['policy']} {case['phase']}" for case in CASES])
+def test_the_decisions_are_those_of_the_authors_code(case: dict[str, Any]) -> None:
+    simulation = simulated(case)
+    masks = simulation.visible(0, case["length"]) if case["what"] == "visible" else simulation.held(0, case["length"])
+    for step, layers in case["kept"].items():
+        made = [[head[int(step)].nonzero().flatten().tolist() for head in layer] for layer in masks[0]]
+        if case["policy"].startswith("quest"):  # there the query's own key is seen only if its page is selected
+            made, layers = (without(int(step), made), without(int(step), layers))
+        assert made == layers, f"step {step}"
+
+
+def without(key: int, layers: list[list[list[int]]]) -> list[list[list[int]]]:
+    """Return lists of keys without one of them."""
+    return [[[each for each in head if each != key] for head in layer] for layer in layers]
+
+
+def test_each_case_evicts() -> None:
+    for case in CASES:
+        last = max(case["kept"], key=int)
+        assert all(len(head) <= int(last) for layer in case["kept"][last] for head in layer), case["policy"]
