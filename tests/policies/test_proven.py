@@ -21,6 +21,7 @@ PROOFS = (
     "kvpress's code, read",
     "paper",
     "own rule",
+    "the model's decisions",
 )
 GOLDEN_RULES = {  # those of the golden cases, which the tests of each policy read
     *("h2o", "h2o:variant=mask", "a2sf", "a2sf:variant=streaming-mask", "tova", "scissorhands:variant=released"),
