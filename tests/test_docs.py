@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
+from kvscope.core.residency import ResidencyIntervals
 from tests.test_house import MAY_IMPORT
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +26,19 @@ def docs() -> ModuleType:
 
 def test_the_documentation_is_true(docs: ModuleType) -> None:
     assert list(docs.problems()) == []
+
+
+def test_a_picture_has_a_cell_for_each_step_that_a_key_is_held(docs: ModuleType) -> None:
+    columns = {"kv_head": [0, 0, 1], "key": [0, 2, 1], "enter": [0, 2, 1], "leave": [3, 4, 2]}
+    made = {name: np.array(values, np.int32) for name, values in columns.items()}
+    drawn = docs.policy_pages._svg(ResidencyIntervals.of(**made, heads=2, length=4), 3, "a<b")
+    assert 'd="M0 0h3v9h-3zM6 6h3v6h-3z"' in drawn, "key 0 of steps 0 to 2, key 2 of steps 2 and 3, head 0 alone"
+    assert "<title>a&lt;b:" in drawn and "M0 9H12" in drawn
+
+
+def test_the_page_of_a_policy_names_the_code_that_was_run(docs: ModuleType) -> None:
+    page = docs.generated()["docs/policies/keyformer.md"]
+    assert "d-matrix-ai/keyformer-llm@" in page and "![" in page and "softmax((x_t + g_t) / tau)" in page
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from kvscope.results.statistics import LEVEL
 from kvscope.trace import describe as trace
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))  # also when a test loads this file by its path
+import policy_pages  # noqa: E402
+
 GENERATED: dict[str, Callable[[], str]] = {
     "traces/README.md": trace.describe,
     "reports/README.md": results.describe,
@@ -48,15 +52,17 @@ STEPPERS = {
 }
 Row = tuple[str, str, str]  # what, the figure, and the name of its file
 SHOWN = "20%"  # budget of the table of outcomes
-PAGES = (README, "CONTRIBUTING.md", "CHANGELOG.md", "docs/clusters.md", *GENERATED)
+PAGES = (README, "CONTRIBUTING.md", "CHANGELOG.md", "docs/clusters.md")
 
 
 def main() -> int:
     """Return the exit status."""
     if "--check" not in sys.argv[1:]:
-        for name, text in GENERATED.items():
+        for name, text in generated().items():
             (ROOT / name).parent.mkdir(exist_ok=True)
-            (ROOT / name).write_text(text(), encoding="utf-8")
+            (ROOT / name).write_text(text, encoding="utf-8")
+        for stale in set((ROOT / policy_pages.FOLDER).iterdir()) - {ROOT / name for name in generated()}:
+            stale.unlink()
         page = (ROOT / README).read_text(encoding="utf-8")
         (ROOT / README).write_text(with_tables(page), encoding="utf-8")
     wrong = list(problems())
@@ -72,15 +78,21 @@ def reproductions() -> list[Reproduction]:
     return [REPRODUCTION.read(file, Reproduction, example="Write it with kvscope reproduce.") for file in files]
 
 
+@cache
+def generated() -> dict[str, str]:
+    """Return the text of every generated file by its path."""
+    return {name: text() for name, text in GENERATED.items()} | policy_pages.pages()
+
+
 def problems() -> Iterator[str]:
     """Yield a line for every statement in the documentation that is wrong."""
-    for name, text in GENERATED.items():
-        if not (ROOT / name).is_file() or (ROOT / name).read_text(encoding="utf-8") != text():
+    for name, text in generated().items():
+        if not (ROOT / name).is_file() or (ROOT / name).read_text(encoding="utf-8") != text:
             yield f"{name}: differs from the schema; run: python tools/docs.py"
     page = (ROOT / README).read_text(encoding="utf-8")
     if with_tables(page) != page:
         yield f"{README}: a table differs from what it is made of; run: python tools/docs.py"
-    for name in PAGES:
+    for name in [*PAGES, *(page for page in generated() if page.endswith(".md"))]:
         if (ROOT / name).is_file():
             text = (ROOT / name).read_text(encoding="utf-8")
             yield from (f"{name}: {line}" for line in _links(ROOT / name, text))

@@ -120,6 +120,7 @@ def _show_one(row: PolicyDescription) -> None:
     console.show_text(_unwrapped(row["doc"]) + "\n")
     console.show_pairs(
         [
+            ("rule", row["formula"] or "-"),
             ("needs", ", ".join(row["needs"]) or "nothing but the length of the trace"),
             ("decides per", row["scope"].replace("_", " ")),
             ("evicts", _evicts(row)),

@@ -49,6 +49,7 @@ class A2SF(Policy):
     [[0], [0, 1], [0, 2]]
     """
 
+    formula = "A_t[j] = w_t[j] + alpha * A_{t-1}[j]"
     paper = "arXiv:2407.20485 section 3.3"
     citation = Citation(
         key="jo2024a2sf",

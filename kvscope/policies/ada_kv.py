@@ -26,6 +26,9 @@ class AdaKV(SnapKV):
     """
 
     allocate: ClassVar[str] = "ada"
+    formula: ClassVar[str] = (
+        "S[j] = pool(sum of w_q[j] over the last `window` rows); the layer's largest S receive its budget"
+    )
     paper: ClassVar[str] = "arXiv:2407.11550 algorithm 1"
     citation: ClassVar[Citation] = Citation(
         key="feng2025adakv",

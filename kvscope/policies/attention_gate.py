@@ -42,6 +42,7 @@ class AttentionGate(Policy):
     """
 
     bounded = False
+    formula = "retain j while sigmoid(W A(X) + b)[j] > threshold + margin"
     paper = "arXiv:2410.12876; our reading of its abstract and reviews"
     citation = Citation(
         key="zeng2024attentiongate",

@@ -107,6 +107,9 @@ class Policy:
         Kinds of prefill that the rule is defined for.
     published : bool
         Whether it reproduces published code with its quirks instead of the plain rule.
+    formula : str
+        The rule in one line: the score ``S[j]`` of key ``j``, or what a reader reads; docs/policies/README.md names the
+        symbols.
     paper : str
         Source of the rule.
     citation : Citation or None
@@ -127,6 +130,7 @@ class Policy:
     allocate: ClassVar[str] = "uniform"
     prefills: ClassVar[frozenset[str]] = frozenset({"full", "stream"})
     published: ClassVar[bool] = False
+    formula: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     citation: ClassVar[Citation | None] = None
     proven: ClassVar[str] = ""

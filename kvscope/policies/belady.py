@@ -30,6 +30,7 @@ class Belady(Policy):
 
     needs = frozenset({"schedule"})
     clairvoyant = True
+    formula = "S[j] = the step after which the schedule that loses least attention mass evicts j"
     paper = "doi:10.1147/sj.52.0078, with weights and without return"
     citation = Citation(
         key="belady1966study",

@@ -36,6 +36,7 @@ class CAKE(Policy):
 
     allocate: ClassVar[str] = "cake"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
+    formula: ClassVar[str] = "S[j] = pool(mean of w_q[j] + gamma * variance of w_q[j], over the last `window` rows)"
     paper: ClassVar[str] = "arXiv:2503.12491 sections 4.1, 4.2"
     citation: ClassVar[Citation] = Citation(
         key="qin2025cake",

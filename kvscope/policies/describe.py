@@ -25,6 +25,7 @@ class PolicyDescription(TypedDict):
     name: str
     summary: str
     doc: str
+    formula: str
     parameters: list[ParameterDescription]
     paper: str
     proven: str
@@ -57,6 +58,7 @@ def _description(cls: type[Policy]) -> PolicyDescription:
         "name": cls.name,
         "summary": doc.split("\n", 1)[0],
         "doc": "\n\n".join([doc, *(f"``variant={name}``: {inspect.getdoc(rule)}" for name, rule in others.items())]),
+        "formula": cls.formula,
         "parameters": [
             {
                 "name": field.name,

@@ -25,6 +25,7 @@ class Full(Policy):
     scope = "layer"
     phase = "none"
     bounded = False
+    formula = "S[j] = 0, without a budget"
     paper = "the uncompressed cache"
     proven = "own rule"
 

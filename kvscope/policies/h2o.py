@@ -41,6 +41,7 @@ class H2O(Policy):
     [[0], [0, 1], [0, 2], [0, 3]]
     """
 
+    formula = "S_t[j] = S_{t-1}[j] + w_t[j]"
     paper = "arXiv:2306.14048 algorithm 1"
     citation = Citation(
         key="zhang2023h2o",

@@ -29,6 +29,7 @@ class Ideal(Policy):
     needs = frozenset({"full_weights"})
     reads = True
     clairvoyant = True
+    formula = "read t and the B keys with the largest p_t[j]"
     paper = "arXiv:2407.20485 section 4.3"
     citation = A2SF.citation
     proven = "the ideal set of the metrics"

@@ -31,6 +31,7 @@ class Indexer(Policy):
     needs = frozenset({"selection"})
     reads = True
     bounded = False
+    formula = "read the keys that the model's index selects for t"
     paper = "the model's own index (arXiv:2512.02556)"
     citation = Citation(
         key="deepseek2025v32",

@@ -28,6 +28,7 @@ class KeyNorm(Policy):
     """
 
     needs = frozenset({"key_l2"})
+    formula = "S[j] = -|k_j|_2"
     paper = "arXiv:2406.11430"
     citation = Citation(
         key="devoto2024l2norm",

@@ -32,6 +32,7 @@ class KeyDiff(Policy):
     """
 
     needs = frozenset({"keys"})
+    formula = "S[j] = -cos(k_j, mean of k_i / |k_i| over the visible i)"
     paper = "arXiv:2504.15364 section 3"
     citation = Citation(
         key="park2025keydiff",

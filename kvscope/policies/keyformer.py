@@ -48,6 +48,7 @@ class Keyformer(Policy):
     """
 
     prefills = frozenset({"full"})
+    formula = "S[j] = sum over t of softmax((x_t + g_t) / tau)[j], with Gumbel noise g"
     paper = "arXiv:2403.09054"
     citation = Citation(
         key="adnan2024keyformer",

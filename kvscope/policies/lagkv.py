@@ -40,6 +40,7 @@ class LagKV(Policy):
 
     needs = frozenset({"keys", "values"})
     phase = "prefill"
+    formula = "S[j] = rank in its part of softmax(std(scaled k_j)) + softmax(std(scaled v_j))"
     paper = "arXiv:2504.04704 section 2"
     citation = Citation(
         key="liang2025lagkv",

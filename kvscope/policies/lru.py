@@ -29,6 +29,7 @@ class LRU(Policy):
     [[0], [0, 1], [1, 2], [1, 3]]
     """
 
+    formula = "S[j] = last t with w_t[j] >= 1 / |V_t|"
     paper = "baseline: least recently used"
     proven = "own rule"
 

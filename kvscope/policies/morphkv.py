@@ -39,6 +39,7 @@ class MorphKV(Policy):
     [1, 2, 3]
     """
 
+    formula = "S[j] = max over the last `window` rows q of w_q[j] / sum of w_q over the older keys"
     paper = "arXiv:2503.00979"
     citation = Citation(
         key="ghadia2025morphkv",

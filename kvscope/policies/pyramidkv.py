@@ -27,6 +27,7 @@ class PyramidKV(SnapKV):
     """
 
     allocate: ClassVar[str] = "pyramid"
+    formula: ClassVar[str] = "S[j] = pool(sum of w_q[j] over the last `window` rows); budgets fall from layer to layer"
     paper: ClassVar[str] = "arXiv:2406.02069 section 4.2"
     citation: ClassVar[Citation] = Citation(
         key="cai2024pyramidkv",

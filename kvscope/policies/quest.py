@@ -39,6 +39,7 @@ class Quest(Policy):
 
     reads = True
     needs = frozenset({"keys", "queries"})
+    formula = "bound of a page = sum over d of max(q_d * low_d, q_d * high_d)"
     paper = "arXiv:2406.10774 section 3.3"
     citation = Citation(
         key="tang2024quest",

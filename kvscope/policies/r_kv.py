@@ -44,6 +44,7 @@ class RKV(Policy):
 
     needs = frozenset({"keys", "queries"})
     phase = "every:128"
+    formula = "S[j] = mix_lambda * attention[j] - (1 - mix_lambda) * redundancy[j]"
     paper = "arXiv:2505.24133 section 3"
     citation = Citation(
         key="cai2025rkv",

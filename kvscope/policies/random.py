@@ -27,6 +27,7 @@ class Random(Policy):
     """
 
     needs = frozenset()
+    formula = "S[j] = u_j, uniform in [0, 1)"
     paper = "baseline"
     proven = "own rule"
 

@@ -47,6 +47,7 @@ class RecycledAttention(Policy):
 
     reads = True
     needs = frozenset({"weights"})
+    formula = "S[j] = w_f[j] of the last full row f"
     paper = "arXiv:2411.05787 (first version)"
     citation = Citation(
         key="xu2024recycled",
@@ -163,6 +164,7 @@ class RefreshKV(RecycledAttention):
     """
 
     needs = frozenset({"weights", "mean_query"})
+    formula = "S[j] = max of w_f[i] of the last full row f, over the `pooling` neighbours i of j"
     paper = "RefreshKV, ACL 2025 (arXiv:2411.05787) section 2.2"
     citation = Citation(
         key="xu2025refreshkv",

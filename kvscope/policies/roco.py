@@ -47,6 +47,7 @@ class RoCo(Policy):
     [0, 1, 3]
     """
 
+    formula = "S[j] = mean over t of w_t[j], among the keys whose w_t[j] varies least"
     paper = "arXiv:2402.06262; code DRSY/EasyKV"
     citation = Citation(
         key="ren2024efficacy",

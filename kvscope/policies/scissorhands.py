@@ -42,6 +42,7 @@ class Scissorhands(Policy):
     [[0], [0, 1], [0, 2], [0, 3]]
     """
 
+    formula = "S[j] = -number of rows q among the last `history` with w_q[j] < 1 / |V_q|"
     paper = "arXiv:2305.17118 algorithms 1 and 2"
     citation = Citation(
         key="liu2023scissorhands",

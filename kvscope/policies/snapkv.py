@@ -39,6 +39,7 @@ class SnapKV(Policy):
 
     phase: ClassVar[Phase] = "prefill"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
+    formula: ClassVar[str] = "S[j] = pool(sum of w_q[j] over the last `window` rows)"
     paper: ClassVar[str] = "arXiv:2404.14469 section 4.2"
     citation: ClassVar[Citation] = Citation(
         key="li2024snapkv",

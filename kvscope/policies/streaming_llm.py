@@ -29,6 +29,7 @@ class StreamingLLM(Policy):
 
     needs = frozenset()
     scope = "layer"
+    formula = "S[j] = j; the first `sinks` keys are protected"
     paper = "arXiv:2309.17453 section 3.2"
     citation = Citation(
         key="xiao2024streamingllm",

@@ -40,6 +40,7 @@ class TOVA(Policy):
     [[0], [0, 1], [0, 2]]
     """
 
+    formula = "S[j] = mean over the query heads h of w_t[h, j]"
     paper = "arXiv:2401.06104 section 4.2"
     citation = Citation(
         key="oren2024tova",

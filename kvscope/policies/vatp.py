@@ -44,6 +44,7 @@ class VATP(Policy):
     """
 
     needs = frozenset({"weights", "value_l1"})
+    formula = "S[j] = the score of `base` with w_t[j] * |v_j|_1 in place of w_t[j]"
     paper = "arXiv:2406.12335"
     citation = Citation(
         key="guo2024vatp",

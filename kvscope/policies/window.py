@@ -26,6 +26,7 @@ class Window(Policy):
 
     needs = frozenset()
     scope = "layer"
+    formula = "S[j] = j"
     paper = "arXiv:2401.06104 section 5.1"
     citation = TOVA.citation
     proven = "own rule"

@@ -56,6 +56,7 @@ def test_every_policy_has_tests_and_a_plain_loop(name: str) -> None:
 def test_what_it_is_proven_against(name: str) -> None:
     own = vars(POLICIES.get(name)).get("proven", "")
     assert own, f"{name} inherits its proof or has none"
+    assert 0 < len(POLICIES.get(name).formula) <= 100
     assert len(own) <= 60, "a phrase"
     if name not in RULES:
         return
