@@ -1,7 +1,8 @@
 """kvscope: record a model's attention, replay KV-cache eviction policies over it, see what each one loses.
 
 ``kvscope.trace(...)`` records, ``kvscope.open(...)`` opens a trace, ``kvscope.replay(...)`` replays policies,
-``kvscope.report(...)`` writes the page, ``kvscope.diff(...)`` compares. Importing this package loads nothing heavy:
+``kvscope.perplexity(...)`` runs them inside the model, ``kvscope.report(...)`` writes the page, ``kvscope.diff(...)``
+compares. Importing this package loads nothing heavy:
 each name is loaded when it is first used.
 """
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from kvscope.analysis.find_regrets import regrets as regrets
     from kvscope.analysis.spans import Span as Span
     from kvscope.analysis.spans import spans_of as spans_of
+    from kvscope.closed_loop.measure import perplexity as perplexity
+    from kvscope.closed_loop.measure import verify as verify
     from kvscope.core.budget import Budget as Budget
     from kvscope.core.errors import KvscopeError as KvscopeError
     from kvscope.core.errors import ModelError as ModelError
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from kvscope.policies.base import Step as Step
     from kvscope.policies.base import parameter as parameter
     from kvscope.policies.base import policy as policy
+    from kvscope.policies.describe import describe as policies
     from kvscope.replay.rescore import rescore as rescore
     from kvscope.replay.run import replay as replay
     from kvscope.report.figures import plot as plot
@@ -81,16 +85,19 @@ _PUBLIC = {
     "open_replay": "kvscope.results.store:open_replay",
     "panel": "kvscope.report.panel:panel",
     "parameter": "kvscope.policies.base:parameter",
+    "perplexity": "kvscope.closed_loop.measure:perplexity",
     "plot": "kvscope.report.figures:plot",
     "policy": "kvscope.policies.base:policy",
     "regrets": "kvscope.analysis.find_regrets:regrets",
     "rescore": "kvscope.replay.rescore:rescore",
     "spans_of": "kvscope.analysis.spans:spans_of",
     "track": "kvscope.tracking.track:track",
+    "verify": "kvscope.closed_loop.measure:verify",
 }
 
 # Public functions that have the name of a room: the room itself is called.
 _ROOMS = {
+    "policies": "kvscope.policies.describe:describe",
     "replay": "kvscope.replay.run:replay",
     "report": "kvscope.report.page:report",
     "trace": "kvscope.model.generate:trace",
@@ -124,7 +131,9 @@ __all__ = [
     "open_replay",
     "panel",
     "parameter",
+    "perplexity",
     "plot",
+    "policies",
     "policy",
     "regrets",
     "replay",
@@ -133,6 +142,7 @@ __all__ = [
     "spans_of",
     "trace",
     "track",
+    "verify",
 ]
 
 
@@ -160,6 +170,10 @@ class _Room(ModuleType):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function()(*args, **kwargs)
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]  # that of the function, which help shows
+        return self._function().__doc__  # type: ignore[no-any-return]
 
     @property
     def __signature__(self) -> inspect.Signature:

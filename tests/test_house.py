@@ -21,7 +21,19 @@ PACKAGE = Path(__file__).parent.parent / "kvscope"
 ENGINE = {"core", "gates", "kernels", "metrics", "policies", "trace"}
 LOOPS = ENGINE | {"engine", "results"}
 MAY_IMPORT = {
-    "__init__": {"analysis", "core", "metrics", "model", "policies", "replay", "report", "results", "sharing", "trace"}
+    "__init__": {
+        "analysis",
+        "closed_loop",
+        "core",
+        "metrics",
+        "model",
+        "policies",
+        "replay",
+        "report",
+        "results",
+        "sharing",
+        "trace",
+    }
     | {"tracking"},
     "__main__": {"cli"},
     "core": set(),
@@ -304,7 +316,7 @@ def test_every_public_name_loads() -> None:
         _ = kvscope.nothing
 
 
-@pytest.mark.parametrize("name", ["trace", "replay", "report"])
+@pytest.mark.parametrize("name", ["trace", "replay", "report", "policies"])
 def test_a_room_is_also_the_function_it_is_named_after(name: str) -> None:
     import kvscope
 
@@ -312,6 +324,8 @@ def test_a_room_is_also_the_function_it_is_named_after(name: str) -> None:
     called = getattr(kvscope, name)
     assert callable(called)
     place, _, function = kvscope._ROOMS[name].partition(":")
-    assert inspect.signature(called) == inspect.signature(getattr(importlib.import_module(place), function))
+    defined = getattr(importlib.import_module(place), function)
+    assert inspect.signature(called) == inspect.signature(defined)
+    assert called.__doc__ == defined.__doc__, "help shows how to call it"
     with pytest.raises(TypeError):
         called(no_such_argument=1)

@@ -43,11 +43,11 @@ from kvscope.model.loading import Loaded, load
 from kvscope.model.obstacles import require_registry
 from kvscope.model.run import stop_ids
 from kvscope.model.selfcheck import kv_head_counts, layer_count, shared_caches
-from kvscope.policies.base import Policy
+from kvscope.policies.spec import Named
 from kvscope.trace.reader import TokenSequence, Trace
 
-Policies = Sequence[str | Policy]
-Budgets = str | Sequence[str | int | Budget]
+Policies = Named | Sequence[Named]
+Budgets = str | float | Budget | Sequence[str | float | Budget]
 
 
 def compile_closed_loop(

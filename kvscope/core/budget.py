@@ -28,10 +28,11 @@ class Budget:
     is_share: bool
 
     @classmethod
-    def parse(cls, text: str | int | Budget) -> Budget:
+    def parse(cls, text: str | float | Budget) -> Budget:
         """Return the budget that `text` names: ``256`` keys, or ``20%`` of the sequence.
 
-        A float is refused, because 1 and 1.0 must not mean different things.
+        A float between 0 and 1 is a share: ``0.2`` is ``20%``. A whole float is a number of keys, because 1 and 1.0
+        must not mean different things.
 
         Raises
         ------
@@ -40,6 +41,10 @@ class Budget:
         """
         if isinstance(text, Budget):
             return text
+        if isinstance(text, float) and 0 < text < 1:
+            return cls(Decimal(str(text)) * 100, is_share=True)
+        if isinstance(text, float) and text.is_integer():
+            text = int(text)
         if isinstance(text, bool) or not isinstance(text, (str, int)):
             raise UsageError(f"budget {text!r} is neither keys nor a share", _TODO)
         raw = str(text).strip()
@@ -72,7 +77,7 @@ class Budget:
         return f"{plain}%" if self.is_share else plain
 
 
-def parse_budgets(text: str | int | Budget | Sequence[str | int | Budget]) -> list[Budget]:
+def parse_budgets(text: str | float | Budget | Sequence[str | float | Budget]) -> list[Budget]:
     """Return the budgets of a comma-separated text or a sequence, in order and without repeats.
 
     Raises
@@ -80,10 +85,10 @@ def parse_budgets(text: str | int | Budget | Sequence[str | int | Budget]) -> li
     UsageError
         If one of them is not a budget, or none is given.
     """
-    parts: Sequence[str | int | Budget]
+    parts: Sequence[str | float | Budget]
     if isinstance(text, str):
         parts = [part for part in text.split(",") if part.strip()]
-    elif isinstance(text, (int, Budget)):
+    elif isinstance(text, (int, float, Budget)):
         parts = [text]
     else:
         parts = text

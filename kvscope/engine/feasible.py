@@ -12,7 +12,7 @@ from kvscope.engine.deciding import decided
 from kvscope.engine.plan import EvictionPlan, require_room
 from kvscope.engine.runs import runs_of
 from kvscope.policies.base import Policy
-from kvscope.policies.spec import parse_policies
+from kvscope.policies.spec import Named, parse_policies
 from kvscope.trace.reader import TokenSequence
 
 
@@ -41,9 +41,13 @@ class Workload:
     n_layers: int
 
 
-def named_policies(policies: Sequence[str | Policy], params: Mapping[str, str] | None = None) -> list[Policy]:
-    """Return the policies by their names; raises UsageError for an unknown name or parameter, or an empty list."""
-    chosen = parse_policies(policies, params)
+def named_policies(policies: Named | Sequence[Named], params: Mapping[str, str] | None = None) -> list[Policy]:
+    """Return one policy or several by their names, classes or objects, as `parse_policies`; raises as it does.
+
+    An empty list raises UsageError too.
+    """
+    several = [policies] if isinstance(policies, (str, Policy, type)) else policies
+    chosen = parse_policies(several, params)
     if not chosen:
         raise UsageError("no policy is named", "Name one or more: --policy h2o --policy tova")
     return chosen

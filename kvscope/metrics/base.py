@@ -199,6 +199,22 @@ class Metric:
 METRICS: Registry[Metric] = Registry("metric", "kvscope.metrics", "kvscope.metrics")
 
 
+def metric_name(named: str | Metric | Callable[[Rows], Tensor]) -> str:
+    """Return the name of a registered metric that is given by its name, itself or its function.
+
+    Raises
+    ------
+    UsageError
+        If it is not registered.
+    """
+    if isinstance(named, str):
+        return METRICS.get(named).name
+    for name, known in METRICS.items():
+        if named is known or named is known.compute:
+            return name
+    raise UsageError(f"{named!r} is not a metric", "Put @kvscope.metric(...) above the function.")
+
+
 def metric(
     name: str,
     *,

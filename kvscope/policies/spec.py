@@ -31,16 +31,18 @@ from kvscope.policies.tuned import read_tuned
 # name:setting=... or name(setting=...), as labels have it; a setting may hold the path of a file, a name may not
 _NAMED = re.compile(r"^\s*(?P<name>[\w-]+)\s*(?::(?P<rest>\s*[\w-]+\s*=.*)|\((?P<inside>.*)\)\s*)$")
 _TUNED = re.compile(r"^\s*(?P<name>[\w-]+|.+\.py:[A-Za-z_]\w*)\s*:\s*@(?P<file>.+?)\s*$")
+Named = str | Policy | type[Policy]  # what a function takes for a policy
 _FILE = re.compile(r"^(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)(?::(?P<rest>.*)|\((?P<inside>.*)\)\s*)?$")
 
 
-def parse_policies(specs: Sequence[str | Policy], params: Mapping[str, str] | None = None) -> list[Policy]:
+def parse_policies(specs: Sequence[Named], params: Mapping[str, str] | None = None) -> list[Policy]:
     """Return the policies that `specs` name, in order.
 
     Parameters
     ----------
-    specs : sequence of str or Policy
-        ``a2sf``, ``a2sf:alpha=0.7,recent=16``, ``my_file.py:MyPolicy``, or ready policies, which are kept as they are.
+    specs : sequence of str, Policy or class
+        ``a2sf``, ``a2sf:alpha=0.7,recent=16``, ``my_file.py:MyPolicy``, ready policies, which are kept as they are, or
+        classes, which get their default parameters and those of `params`.
         ``a2sf(alpha=0.7, recent=16)`` is the same; inside a setting it is the only form: ``vatp:base=a2sf(alpha=0.7)``.
         ``h2o:variant=mask`` is the published code that goes by that name. ``a2sf:@tuned.toml`` has the settings that
         ``kvscope tune`` wrote.
@@ -54,7 +56,7 @@ def parse_policies(specs: Sequence[str | Policy], params: Mapping[str, str] | No
         policies has, or the same policy twice.
     """
     shared = {name.replace("-", "_"): value for name, value in (params or {}).items()}
-    parsed = [spec if isinstance(spec, Policy) else _split(spec) for spec in specs]
+    parsed = [_parsed(spec) for spec in specs]
     classes = [item[0] for item in parsed if not isinstance(item, Policy)]
     for name in shared:
         if not any(name in all_parameters_of(cls) for cls in classes):
@@ -78,6 +80,12 @@ def parse_policy(spec: str) -> Policy:
     """Return the policy that `spec` names; raises UsageError as `parse_policies` does."""
     parsed = _split(spec)
     return parsed if isinstance(parsed, Policy) else _build(*parsed)
+
+
+def _parsed(spec: Named) -> tuple[type[Policy], dict[str, str]] | Policy:
+    if isinstance(spec, type):
+        return _named_class(spec, spec.__name__), {}
+    return spec if isinstance(spec, Policy) else _split(spec)
 
 
 def load_class(file: Path, name: str) -> type[Policy]:
@@ -110,12 +118,17 @@ def load_class(file: Path, name: str) -> type[Policy]:
             n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Policy) and v is not Policy
         ]
         raise UsageError(f"{file} has no class {name}", nearest(name, known) if known else "It defines no policy.")
+    return _named_class(cls, f"{name} in {file}")
+
+
+def _named_class(cls: object, what: str) -> type[Policy]:
+    """Return a class of a policy, which has the name of the class if it has none; raises UsageError for another."""
     if not (isinstance(cls, type) and issubclass(cls, Policy)):
-        raise UsageError(f"{name} in {file} is not a policy", "Derive it from kvscope.Policy.")
+        raise UsageError(f"{what} is not a policy", "Derive it from kvscope.Policy.")
     if "__dataclass_params__" not in vars(cls):
-        raise UsageError(f"{name} in {file} is not a dataclass", "Put @dataclass(frozen=True) above the class.")
+        raise UsageError(f"{what} is not a dataclass", "Put @dataclass(frozen=True) above the class.")
     if "name" not in vars(cls):
-        cls.name = name
+        cls.name = cls.__name__
     return cls
 
 

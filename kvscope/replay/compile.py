@@ -19,6 +19,7 @@ from kvscope.engine.signals import measurable, require
 from kvscope.kernels.device import torch_device
 from kvscope.metrics import Metric
 from kvscope.policies.base import Policy
+from kvscope.policies.spec import Named
 from kvscope.replay.footprint import Footprint
 from kvscope.replay.layer_group import step_through
 from kvscope.replay.open_loop import OpenLoop
@@ -128,8 +129,8 @@ class ReplayJob:
 
 def compile_replay(
     trace: Trace,
-    policies: Sequence[str | Policy],
-    budgets: str | Sequence[str | int | Budget] = "20%",
+    policies: Named | Sequence[Named],
+    budgets: str | float | Budget | Sequence[str | float | Budget] = "20%",
     options: ReplayOptions = ReplayOptions(),  # noqa: B008  frozen
 ) -> ReplayJob:
     """Check a replay of policies over a trace and return it as a job; nothing is written.
@@ -138,10 +139,8 @@ def compile_replay(
     ----------
     trace : Trace
         Recorded attention.
-    policies : sequence of str or Policy
-        Names as on the command line (``a2sf:alpha=0.7``), or policy objects.
-    budgets : str, or sequence of str, int or Budget
-        ``"20%,256"``; every policy runs under every budget.
+    policies, budgets
+        As of `kvscope.replay`.
     options : ReplayOptions
         All other choices.
 

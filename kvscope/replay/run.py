@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from kvscope.core.budget import Budget
 from kvscope.core.options import (
     ClosedLoopOptions,
@@ -15,21 +17,24 @@ from kvscope.core.options import (
     ReplayOptions,
     choice,
 )
-from kvscope.policies.base import Policy
+from kvscope.metrics import Metric, Rows
+from kvscope.metrics.base import metric_name
+from kvscope.policies.spec import Named
 from kvscope.replay.compile import compile_replay
 from kvscope.replay.footprint import Footprint
+from kvscope.results.place import written
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 
 
 def replay(
     trace: Trace,
-    policies: Sequence[str | Policy],
-    budgets: str | Sequence[str | int | Budget] = "20%",
+    policies: Named | Sequence[Named],
+    budgets: str | float | Budget | Sequence[str | float | Budget] = "20%",
     *,
-    output: Path,
+    output: Path | str | None = None,
     prefill: str = Prefill.full,
-    metrics: Sequence[str] | None = None,
+    metrics: Sequence[str | Metric | Callable[[Rows], Tensor]] | None = None,
     params: Mapping[str, str] | None = None,
     compress: str | None = None,
     allocate: str | None = None,
@@ -49,16 +54,18 @@ def replay(
     ----------
     trace : Trace
         Recorded attention.
-    policies : sequence of str or Policy
-        Names as on the command line (``a2sf:alpha=0.7``), or policy objects.
-    budgets : str, or sequence of str, int or Budget
-        ``"20%,256"``; every policy runs under every budget.
-    output, command, force, prefill, metrics, closed, generate, device, params, compress, allocate, accumulate, scope
+    policies : str, Policy, class of a policy, or sequence of these
+        Names as on the command line (``a2sf:alpha=0.7``), policy objects, or classes with their default parameters.
+    budgets : str, int, float, Budget, or sequence of these
+        ``"20%,256"``; every policy runs under every budget. ``256`` is a number of keys, ``0.2`` is ``"20%"``.
+    output : Path or str, optional
+        Folder to write. If omitted, the replay is in a temporary folder, which is removed with the returned object.
+    metrics : sequence of str, Metric or function, optional
+        Names of metrics, or functions under ``@kvscope.metric``; all metrics by default.
+    command, force, prefill, closed, generate, device, params, compress, allocate, accumulate, scope
         As in `OutputOptions`, `ReplayOptions` and `PlanOptions`.
-    progress : callable, optional
-        Called with the completed share, from 0 to 1.
-    announce : callable, optional
-        Called with the largest `Footprint` before the work begins.
+    progress, announce : callable, optional
+        Called with the completed share, from 0 to 1; with the largest `Footprint` before the work begins.
 
     Raises
     ------
@@ -70,7 +77,7 @@ def replay(
     options = ReplayOptions(
         prefill=choice(Prefill, prefill, "prefill"),
         plan=PlanOptions(params or {}, compress, allocate, accumulate, scope),
-        metrics=None if metrics is None else tuple(metrics),
+        metrics=None if metrics is None else tuple(metric_name(metric) for metric in metrics),
         closed=closed,
         generate=generate,
         device=device,
@@ -78,4 +85,4 @@ def replay(
     job = compile_replay(trace, policies, budgets, options)
     if announce is not None:
         announce(job.footprint)
-    return job.execute(OutputOptions(Path(output), force, command), progress)
+    return written(lambda path: job.execute(OutputOptions(path, force, command), progress), output)

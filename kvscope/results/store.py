@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from html import escape
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -17,11 +18,14 @@ from numpy.typing import NDArray
 
 from kvscope.core.answer_records import ANSWERS
 from kvscope.core.checked_files import CheckedFiles
+from kvscope.core.counts import count
 from kvscope.core.errors import REPLAY_COMMAND, ResultError, UsageError
 from kvscope.core.newest import newest_first
 from kvscope.core.records import LOSSES, RUN_FILE, ReplayRecord, RunRecord, read_replay
+from kvscope.core.registry import nearest
 from kvscope.core.summary_records import SUMMARY_FILE, SummaryRecord, read_summary
 from kvscope.results.digest import Digests
+from kvscope.results.frames import Per, Table, averaged, summary_frame, with_names
 from kvscope.results.tables import fault_of_file, fault_of_rows
 
 # Raised by pyarrow for a file that is not what its checksum says, or whose writer was not kvscope.
@@ -59,15 +63,43 @@ class Replay:
             raise self.damaged(SUMMARY_FILE, f"its runs are not those of {RUN_FILE}")
         return summary
 
+    def __repr__(self) -> str:
+        """Return one line: where it is, what was replayed, and over what."""
+        runs, trace = self.info.runs, self.info.trace
+        policies, budgets = (len({getattr(run, name) for run in runs}) for name in ("label", "budget"))
+        of = f"{trace.model}, {count(len(trace.sequences), 'sequence')}, {count(len(trace.layers), 'layer')}"
+        what = f"{count(len(runs), 'run')} ({count(policies, 'policy', 'policies')}, {count(budgets, 'budget')})"
+        return f"<Replay {self.path}: {what} over {of}>"
+
     def _repr_html_(self) -> str:
         """Return the summary as a table, for notebooks: the mean of every metric of every run."""
-        rows = [
-            {"policy": run.label, "budget": run.budget or "", "loop": run.loop}
-            | {name.replace("_", " "): value.mean for name, value in run.metrics.items()}
-            for run in self.summary.runs
-        ]
-        table = pd.DataFrame(rows).to_html(index=False, na_rep="", float_format="{:.4g}".format, border=0)
-        return f"<p><b>{escape(self.name)}</b>: {len(rows)} runs</p>{table}"
+        table = self.frame().rename(columns=lambda name: name.replace("_", " "))
+        shown = table.to_html(index=False, na_rep="", float_format="{:.4g}".format, border=0)
+        return f"<p><b>{escape(self.name)}</b>: {len(table)} runs</p>{shown}"
+
+    def frame(self, table: Table = "summary", per: Per = "row") -> pd.DataFrame:
+        """Return a table of the replay with named policies and budgets.
+
+        Parameters
+        ----------
+        table : {"summary", "fidelity", "residency", "tokens", "answers"}
+            ``summary`` has one row for each policy and budget, with the mean of every metric. The others have the rows
+            of the file of that name.
+        per : {"row", "step", "head", "layer", "sequence", "run"}
+            For ``fidelity``: over what its metrics are averaged: ``head`` leaves one row for each sequence, layer and
+            query head of each run.
+
+        Raises
+        ------
+        UsageError
+            For an unknown name, or if the replay has no such table.
+        """
+        if table not in get_args(Table):
+            raise UsageError(f"a replay has no table {table!r}", nearest(str(table), get_args(Table)))
+        if table == "summary":
+            return summary_frame(self.summary)
+        named = with_names(getattr(self, table)(), self.info.runs)
+        return averaged(named, per) if table == "fidelity" else named
 
     def require_trace(self, identity: str, path: Path) -> None:
         """Raise ResultError unless the replay was made from the trace at `path`, which has this identity."""

@@ -18,6 +18,7 @@ from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.record import StorageError, TraceRecord
 from kvscope.trace.record_file import read_record
 from kvscope.trace.schema import TOPK, VECTORS, Which
+from kvscope.trace.shown import html, line
 from kvscope.trace.signals import missing_signal
 from kvscope.trace.storage_error import approximate
 from kvscope.trace.stored import StoredRows, StoredSignals
@@ -66,6 +67,7 @@ class Trace:
         self.sequences = [
             TokenSequence(index, item.prompt, item.length, item.forced) for index, item in enumerate(record.sequences)
         ]
+        self._sizes = [(item.prompt, item.length) for item in record.sequences]
         self._files = TraceFiles(path, record, compare=compare)
         self._stored = StoredSignals(record.header, record.sequences, self._files)
         self._kept: KeptKeys = Cache()
@@ -75,6 +77,12 @@ class Trace:
     def name(self) -> str:
         """Name of the folder."""
         return self.path.resolve().name
+
+    def __repr__(self) -> str:
+        return f"<{line(self.path, self.header, self._sizes)}>"
+
+    def _repr_html_(self) -> str:
+        return html(self.path, self.header, self._sizes)
 
     @property
     def layers(self) -> list[int]:

@@ -32,7 +32,7 @@ def test_a_share_is_rounded_up_exactly(percent: int, prompt: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["0.2", "1.0", "0", "-3", "0%", "101%", "abc", "", "%", "nan", "inf%", 0.2, True, None]
+    "text", ["0.2", "1.0", "0", "-3", "0%", "101%", "abc", "", "%", "nan", "inf%", 1.5, True, None]
 )
 def test_what_is_no_budget(text) -> None:
     with pytest.raises(UsageError) as caught:
