@@ -19,6 +19,7 @@ KEYS = {
     "attention-gate": "zeng2024attentiongate",
     "belady": "belady1966study",
     "cake": "qin2025cake",
+    "chunkkv": "liu2025chunkkv",
     "h2o": "zhang2023h2o",
     "ideal": "jo2024a2sf",
     "indexer": "deepseek2025v32",
