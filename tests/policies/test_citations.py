@@ -31,6 +31,7 @@ KEYS = {
     "pyramidkv": "cai2024pyramidkv",
     "quest": "tang2024quest",
     "r-kv": "cai2025rkv",
+    "raas": "hu2025raas",
     "recycled-attention": "xu2024recycled",
     "refreshkv": "xu2025refreshkv",
     "roco": "ren2024efficacy",
