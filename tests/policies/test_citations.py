@@ -26,6 +26,7 @@ KEYS = {
     "key-norm": "devoto2024l2norm",
     "keydiff": "park2025keydiff",
     "keyformer": "adnan2024keyformer",
+    "lacache": "shi2025lacache",
     "lagkv": "liang2025lagkv",
     "morphkv": "ghadia2025morphkv",
     "pyramidkv": "cai2024pyramidkv",
