@@ -22,7 +22,7 @@ from kvscope.policies.base import (
 )
 from kvscope.policies.citation import Citation
 from kvscope.policies.history import History
-from kvscope.policies.snapkv import Pooling, odd, pooled, voting
+from kvscope.policies.snapkv import Pooling, odd, pooled, sum_of_newest, voting
 
 
 @policy("chunkkv")
@@ -86,10 +86,9 @@ class ChunkKV(Policy):
         history.push(step.layer_weights() if self.scope == "layer" else step.weights(self.group))
         if not step.compresses:
             return score
-        rows, used = history.rows, voting(self, step)  # [R, L, S, w, n], [R]
-        newest = torch.arange(rows.shape[-2], 0, -1, device=rows.device) <= used[:, None]  # [R, w]
-        votes = pooled((rows * newest[:, None, None, :, None]).sum(-2), step, used, self.kernel, self.pooling)
-        older = step.visible & (torch.arange(step.t + 1, device=rows.device) <= step.t - used[:, None, None, None])
+        used = voting(self, step)
+        votes = pooled(sum_of_newest(history.rows, used), step, step.visible, used, self.kernel, self.pooling)
+        older = step.visible & (torch.arange(step.t + 1, device=votes.device) <= step.t - used[:, None, None, None])
         return self._of_chunks(votes, older)
 
     def _of_chunks(self, votes: Tensor, older: Tensor) -> Tensor:
