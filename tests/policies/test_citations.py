@@ -38,6 +38,7 @@ KEYS = {
     "refreshkv": "xu2025refreshkv",
     "roco": "ren2024efficacy",
     "scissorhands": "liu2023scissorhands",
+    "simlayerkv": "zhang2024simlayerkv",
     "snapkv": "li2024snapkv",
     "streaming-llm": "xiao2024streamingllm",
     "tova": "oren2024tova",
