@@ -49,6 +49,7 @@ class ChunkKV(Policy):
 
     phase: ClassVar[Phase] = "prefill"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
+    formula: ClassVar[str] = "S[j] = sum over the chunk of j of the sum of w_q over the last `window` rows"
     paper: ClassVar[str] = "arXiv:2502.00299 algorithm 1"
     citation: ClassVar[Citation] = Citation(
         key="liu2025chunkkv",
@@ -61,7 +62,7 @@ class ChunkKV(Policy):
         year=2025,
         arxiv="2502.00299",
     )
-    proven: ClassVar[str] = "plain-loop reference; kvpress's code was run"
+    proven: ClassVar[str] = "kvpress's decisions"
 
     scope: Scope = parameter("layer", "who decides: layer, all heads as one, or kv_head, each for itself")  # type: ignore[misc]
     chunk: int = parameter(10, "neighbouring keys in a chunk", search=(5, 10, 20))

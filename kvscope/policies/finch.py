@@ -40,6 +40,7 @@ class Finch(Policy):
 
     phase: ClassVar[Phase] = "prefill"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
+    formula: ClassVar[str] = "S[j] = sum of q * w_q[j] over the last `window` rows q"
     paper: ClassVar[str] = "arXiv:2408.00167 section 3"
     citation: ClassVar[Citation] = Citation(
         key="corallo2024finch",
@@ -52,7 +53,7 @@ class Finch(Policy):
         arxiv="2408.00167",
         doi="10.1162/tacl_a_00716",
     )
-    proven: ClassVar[str] = "plain-loop reference; kvpress's code was run"
+    proven: ClassVar[str] = "kvpress's decisions"
 
     window: int = parameter(
         32, "tokens of the question at the end of the prompt, which are protected; at most half of the budget"

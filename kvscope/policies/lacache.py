@@ -40,6 +40,7 @@ class LaCache(Policy):
 
     needs = frozenset()
     scope = "layer"
+    formula = "of `before` neighbours in the cache `after` stay, from the one with number i on in layer i"
     paper = "arXiv:2507.14204 section 3"
     citation = Citation(
         key="shi2025lacache",
@@ -52,7 +53,7 @@ class LaCache(Policy):
         year=2025,
         arxiv="2507.14204",
     )
-    proven = "plain-loop reference; the authors' code was run"
+    proven = "authors' decisions"
 
     span: int | None = parameter(None, "layers that hold a key of a ladder; by default half of the layers")
     overlap: int = parameter(0, "layers by which neighbouring ladders overlap, below span")

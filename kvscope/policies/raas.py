@@ -34,6 +34,7 @@ class RaaS(Policy):
     [[0, 2, 3], [0, 3, 4]]
     """
 
+    formula = "S[j] = last step whose weight on the page of j exceeds alpha"
     paper = "arXiv:2502.11147 section 3"
     citation = Citation(
         key="hu2025raas",
@@ -47,7 +48,7 @@ class RaaS(Policy):
         pages="2577--2590",
         arxiv="2502.11147",
     )
-    proven = "plain-loop reference"
+    proven = "paper"
 
     page: int = parameter(16, "number of keys in a page", search=(1, 16))
     alpha: float = parameter(0.0001, "weight above which a page is used", search=(0.0001, 0.001, 0.01))

@@ -38,6 +38,7 @@ class SimLayerKV(Policy):
     phase: ClassVar[Phase] = "prefill"
     bounded: ClassVar[bool] = False
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
+    formula: ClassVar[str] = "sinks and recent keys alone, where the last rows give them more than `threshold`"
     paper: ClassVar[str] = "arXiv:2410.13846 section 4"
     citation: ClassVar[Citation] = Citation(
         key="zhang2024simlayerkv",
@@ -46,7 +47,7 @@ class SimLayerKV(Policy):
         year=2024,
         arxiv="2410.13846",
     )
-    proven: ClassVar[str] = "plain-loop reference; kvpress's code was run"
+    proven: ClassVar[str] = "kvpress's decisions"
 
     threshold: float = parameter(0.9, "weight above which a layer is lazy, from 0 to 1", search=(0.5, 0.65, 0.8, 0.9))
     rows: int = parameter(32, "rows at the end of the prompt that are averaged")

@@ -105,7 +105,7 @@ def fade() -> None:
 @pytest.mark.parametrize(
     ("package", "what", "text", "place"),
     [
-        ("kvscope.policies", "policies", POLICY, POLICIES.index("full")),  # after cake.py, before full.py
+        ("kvscope.policies", "policies", POLICY, POLICIES.index("finch")),  # after chunkkv.py, before finch.py
         ("kvscope.metrics", "metrics", METRIC, METRICS.index("read_keys")),  # after cosine.py, before keys.py
         ("kvscope.report.panels", "panels", PANEL, 0),
         ("kvscope.cli", "commands", COMMAND, 0),

@@ -2,15 +2,14 @@
 
 import itertools
 
-import numpy as np
 import pytest
-import torch
 
 from kvscope.core.errors import UsageError
 from kvscope.engine.plan import EvictionPlan
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import run
 from tests.policies.decisions import LENGTH, PROMPTS_BUDGETS, groups, head_sets, simulations
+from tests.policies.test_authors_decisions import attention_of_waves
 from tests.reference.policies.chunkkv import chunkkv
 
 CASES = [*PROMPTS_BUDGETS, (24, 13), (22, 4), (23, 11), (10, 9)]
@@ -66,19 +65,10 @@ PUBLISHED = [
 ]
 
 
-def waves(heads: int, phase: float, length: int) -> np.ndarray:
-    """Return vectors ``[heads, length, 16]`` without ties."""
-    h, i, d = np.meshgrid(np.arange(heads), np.arange(length), np.arange(16), indexing="ij")
-    return np.sin(phase + 2.3 * h + 0.71 * (i + 1) * (d + 1) + 0.13 * i * i) * 1.5
-
-
 @pytest.mark.parametrize(("case", "first"), PUBLISHED)
 def test_chunks_are_those_that_kvpress_keeps(case: tuple[int, int, int, int, int, float], first: list[int]) -> None:
     phase, prompt, window, kernel, chunk, _ = case
-    query, key = waves(4, phase, prompt), waves(2, phase + 0.5, prompt)[:, ::-1]
-    logits = np.einsum("hid,hjd->hij", query, np.repeat(key, 2, 0)) / 4
-    weights = np.exp(logits - logits.max(-1, keepdims=True)) * np.tril(np.ones((prompt, prompt)))
-    rows = torch.tensor(weights / weights.sum(-1, keepdims=True))[None]
+    rows = attention_of_waves(phase, prompt)
     expected = {key for start in first for key in range(start, min(start + chunk, prompt))}
     spec = f"chunkkv:window={window},kernel={kernel},pooling=avg,chunk={chunk},chunk_score=mean"
     simulation = run(parse_policy(spec), rows, [len(expected)], kv_heads=2, prompt=prompt, prefill="full")

@@ -2,15 +2,14 @@
 
 import itertools
 
-import numpy as np
 import pytest
-import torch
 
 from kvscope.core.errors import UsageError
 from kvscope.engine.plan import EvictionPlan
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import run
 from tests.policies.decisions import LENGTH, PROMPTS_BUDGETS, groups, head_sets, simulations
+from tests.policies.test_authors_decisions import attention_of_waves
 from tests.reference.policies.finch import finch
 
 CASES = [*PROMPTS_BUDGETS, (24, 13), (22, 4), (23, 11), (10, 9)]
@@ -82,19 +81,10 @@ PUBLISHED = [
 ]
 
 
-def waves(heads: int, phase: float, length: int) -> np.ndarray:
-    """Return vectors ``[heads, length, 16]`` without ties."""
-    h, i, d = np.meshgrid(np.arange(heads), np.arange(length), np.arange(16), indexing="ij")
-    return np.sin(phase + 2.3 * h + 0.71 * (i + 1) * (d + 1) + 0.13 * i * i) * 1.5
-
-
 @pytest.mark.parametrize(("case", "expected"), PUBLISHED)
 def test_keys_are_those_that_kvpress_keeps(case: tuple, expected: list[list[int]]) -> None:
     phase, prompt, window, chunk, budget, normalise = case
-    query, key = waves(4, phase, prompt), waves(2, phase + 0.5, prompt)[:, ::-1]
-    logits = np.einsum("hid,hjd->hij", query, np.repeat(key, 2, 0)) / 4
-    weights = np.exp(logits - logits.max(-1, keepdims=True)) * np.tril(np.ones((prompt, prompt)))
-    rows = torch.tensor(weights / weights.sum(-1, keepdims=True))[None]
+    rows = attention_of_waves(phase, prompt)
     spec = f"finch:window={window},chunk={chunk},normalise={normalise}"
     simulation = run(parse_policy(spec), rows, [budget], kv_heads=2, prompt=prompt, prefill="full")
     for head in range(2):

@@ -1,13 +1,12 @@
 """SimLayerKV against its plain-loop reference, and against what kvpress decides."""
 
-import numpy as np
 import pytest
-import torch
 
 from kvscope.core.errors import UsageError
 from kvscope.policies.spec import parse_policy
 from tests.engine.maps import attention, run
 from tests.policies.decisions import head_sets, simulations
+from tests.policies.test_authors_decisions import attention_of_waves
 from tests.reference.policies.simlayerkv import lazy, simlayerkv
 
 CASES = [(1, 5), (4, 9), (9, 9), (17, 6), (25, 1), (12, 2), (20, 26)]  # the budgets are ignored
@@ -47,19 +46,10 @@ PUBLISHED = [
 ]
 
 
-def waves(heads: int, phase: float, length: int) -> np.ndarray:
-    """Return vectors ``[heads, length, 16]`` without ties."""
-    h, i, d = np.meshgrid(np.arange(heads), np.arange(length), np.arange(16), indexing="ij")
-    return np.sin(phase + 2.3 * h + 0.71 * (i + 1) * (d + 1) + 0.13 * i * i) * 1.5
-
-
 @pytest.mark.parametrize(("case", "is_lazy"), PUBLISHED)
 def test_layers_are_lazy_as_in_kvpress(case: tuple[int, int, int, int, float], is_lazy: bool) -> None:
     phase, prompt, sinks, recent, threshold = case
-    query, key = waves(4, phase, prompt), waves(2, phase + 0.5, prompt)[:, ::-1]
-    logits = np.einsum("hid,hjd->hij", query, np.repeat(key, 2, 0)) / 4
-    weights = np.exp(logits - logits.max(-1, keepdims=True)) * np.tril(np.ones((prompt, prompt)))
-    rows = torch.tensor(weights / weights.sum(-1, keepdims=True))[None]
+    rows = attention_of_waves(phase, prompt)
     spec = f"simlayerkv:rows=1,sinks={sinks},recent={recent},threshold={threshold}"
     simulation = run(parse_policy(spec), rows, [prompt], kv_heads=2, prompt=prompt, prefill="full")
     kept = {*range(sinks), *range(prompt - recent, prompt)} if is_lazy else set(range(prompt))
