@@ -85,6 +85,8 @@ class TorchStepper:
             length=shape.length,
             kv_heads=shape.kv_heads if inputs.plan.scope is None else 1,  # as if all query heads were one group
             layers=self._layers,
+            places=shape.places or shape.layers,
+            n_layers=shape.n_layers or len(shape.layers),
             budget=state.budget,
             budgets=inputs.budgets,
             compresses=inputs.evicts_after(t),

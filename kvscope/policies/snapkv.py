@@ -75,9 +75,8 @@ class SnapKV(Policy):
         history.push(step.head_weights() if by_head else step.weights(self.group))
         if not step.compresses:
             return score
-        rows, used = history.rows, voting(self, step)  # [R, L, S or H, w, n], [R]
-        newest = torch.arange(rows.shape[-2], 0, -1, device=rows.device) <= used[:, None]  # [R, w]
-        votes = (rows * newest[:, None, None, :, None]).sum(-2)
+        used = voting(self, step)
+        votes = sum_of_newest(history.rows, used)
         votes = step.grouped(votes, "max") if by_head else votes
         return pooled(votes, step, step.visible, used, self.kernel, self.pooling)
 
@@ -89,6 +88,12 @@ def voting(policy: Policy, step: Step) -> Tensor:
         step.memory["voting"] = torch.tensor(recent, device=step.budget.device)
     used: Tensor = step.memory["voting"]
     return used
+
+
+def sum_of_newest(rows: Tensor, used: Tensor) -> Tensor:
+    """Return the sum of the newest `used` ``[R]`` of the rows ``[R, L, S, w, n]``, ``[R, L, S, n]``."""
+    newest = torch.arange(rows.shape[-2], 0, -1, device=rows.device) <= used[:, None]  # [R, w]
+    return (rows * newest[:, None, None, :, None]).sum(-2)
 
 
 def pooled(votes: Tensor, step: Step, visible: Tensor, window: Tensor, kernel: int, pooling: Pooling) -> Tensor:

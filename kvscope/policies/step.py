@@ -32,6 +32,10 @@ class Step:
         ``G``; 1 where the plan, not the policy, lets all heads of the layer decide as one.
     layers : Tensor
         int64 ``[L]``, the numbers of the layers.
+    places : tuple of int
+        Place of each of them among the layers that share a budget, which are those of the model that have attention.
+    n_layers : int
+        How many layers share a budget.
     budget : Tensor
         int64 ``[R, L, S]``: number of keys that each deciding head may hold.
     budgets : list of int
@@ -74,6 +78,8 @@ class Step:
     length: int
     kv_heads: int
     layers: Tensor
+    places: tuple[int, ...]
+    n_layers: int
     budget: Tensor
     budgets: list[int]
     compresses: bool

@@ -31,6 +31,7 @@ SMALL = {
     "ada-kv": "ada-kv:window=3",
     "lagkv": "lagkv:lag=3,sinks=2",
     "r-kv": "r-kv:window=3",
+    "simlayerkv": "simlayerkv:rows=2,recent=3,sinks=1,threshold=0.3",
 }
 OTHER_MODELS = ["qwen3", "gemma3", "gpt_neox", "phi3"]
 SOME = ["h2o", "tova", "a2sf", "keyformer", "ada-kv:window=3"]

@@ -10,8 +10,9 @@ from kvscope.core.errors import UsageError
 from kvscope.core.registry import Registry
 
 POLICIES = (
-    "a2sf snapkv ada-kv attention-gate belady cake full h2o ideal indexer key-norm keydiff keyformer lagkv lru morphkv "
-    "pyramidkv quest r-kv random recycled-attention refreshkv roco scissorhands streaming-llm tova vatp window"
+    "a2sf snapkv ada-kv attention-gate belady cake chunkkv finch full h2o ideal indexer key-norm keydiff keyformer "
+    "lacache lagkv lru morphkv pyramidkv quest r-kv raas random recycled-attention refreshkv roco scissorhands "
+    "simlayerkv streaming-llm tova vatp window"
 ).split()
 METRICS = (
     "ideal_cosine ideal_cosine_flattened full_cosine read_keys held_keys late_mass_retained retained_mass "
@@ -104,7 +105,7 @@ def fade() -> None:
 @pytest.mark.parametrize(
     ("package", "what", "text", "place"),
     [
-        ("kvscope.policies", "policies", POLICY, POLICIES.index("full")),  # after cake.py, before full.py
+        ("kvscope.policies", "policies", POLICY, POLICIES.index("finch")),  # after chunkkv.py, before finch.py
         ("kvscope.metrics", "metrics", METRIC, METRICS.index("read_keys")),  # after cosine.py, before keys.py
         ("kvscope.report.panels", "panels", PANEL, 0),
         ("kvscope.cli", "commands", COMMAND, 0),

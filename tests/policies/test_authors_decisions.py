@@ -22,6 +22,18 @@ def waves(heads: int, phase: float, length: int) -> torch.Tensor:
     return torch.tensor(np.sin(phase + 2.3 * h + 0.71 * (i + 1) * (d + 1) + 0.13 * i * i) * 1.5)
 
 
+def causal(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Return the causal attention ``[L, H, T, T]`` of queries ``[L, H, T, D]`` over keys ``[L, G, T, D]``."""
+    logits = queries @ keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1).transpose(-1, -2) / SIZE**0.5
+    later = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+    return logits.masked_fill(later, -torch.inf).softmax(-1)
+
+
+def attention_of_waves(phase: float, length: int) -> torch.Tensor:
+    """Return the causal attention of four query heads over two key/value heads of such vectors, ``[1, 4, T, T]``."""
+    return causal(waves(4, phase, length)[None], waves(2, phase + 0.5, length).flip(1)[None])
+
+
 def simulated(case: dict[str, Any]) -> CacheSimulation:
     """Return the simulation of a case's policy over the causal attention of its vectors."""
     length, heads, kv_heads = case["length"], case["heads"], case["kv_heads"]
@@ -29,9 +41,7 @@ def simulated(case: dict[str, Any]) -> CacheSimulation:
     queries = torch.stack([waves(heads, phase, length) for phase in phases])
     keys = torch.stack([waves(kv_heads, phase + 0.5, length).flip(1) for phase in phases])
     values = torch.stack([waves(kv_heads, phase + 1, length) for phase in phases])
-    logits = queries @ keys.repeat_interleave(heads // kv_heads, 1).transpose(-1, -2) / SIZE**0.5
-    later = torch.ones(length, length, dtype=torch.bool).triu(1)
-    rows = logits.masked_fill(later, -torch.inf).softmax(-1)
+    rows = causal(queries, keys)
     signals = {
         "keys": keys,
         "values": values,

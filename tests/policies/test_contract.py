@@ -24,7 +24,10 @@ PREFILLS = ["full", "stream"]
 LENGTH, PROMPT, BUDGET = 49, 20, 12
 CHOICES = ("variant", "schedule", "base", "scope")  # parameters whose every value is a rule of its own
 BASES = ("h2o", "tova", "a2sf", "scissorhands")
-SMALL = {"quest": "quest:page_size=2,skip_layers=0"}  # three pages of the usual size are the whole text here
+SMALL = {  # whose usual sizes exceed the whole text
+    "quest": "quest:page_size=2,skip_layers=0",  # three pages of the usual size are the whole text here
+    "simlayerkv": "simlayerkv:recent=6,sinks=2,threshold=0.4",
+}
 ROOMY = {"roco:variant=easykv": 30, "h2o:variant=flexgen": 13}  # holds the whole prompt; holds odd numbers
 
 
