@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kvscope.metrics.base import Rows as Rows
     from kvscope.metrics.base import metric as metric
     from kvscope.model.generate import trace as trace
+    from kvscope.model.own_loop import record as record
     from kvscope.policies.base import Policy as Policy
     from kvscope.policies.base import Protection as Protection
     from kvscope.policies.base import Step as Step
@@ -88,6 +89,7 @@ _PUBLIC = {
     "perplexity": "kvscope.closed_loop.measure:perplexity",
     "plot": "kvscope.report.figures:plot",
     "policy": "kvscope.policies.base:policy",
+    "record": "kvscope.model.own_loop:record",
     "regrets": "kvscope.analysis.find_regrets:regrets",
     "rescore": "kvscope.replay.rescore:rescore",
     "spans_of": "kvscope.analysis.spans:spans_of",
@@ -135,6 +137,7 @@ __all__ = [
     "plot",
     "policies",
     "policy",
+    "record",
     "regrets",
     "replay",
     "report",

@@ -59,6 +59,21 @@ def compile_recording(
     loaded = load(source)
     refuse_encoder_decoder(loaded.model)
     encoded = tuple(encode(loaded, one, text) for one in texts)
+    return compile_prompts(loaded, encoded, output, text=text, store=store, sampling=sampling, blocks=blocks)
+
+
+def compile_prompts(
+    loaded: Loaded,
+    encoded: tuple[Prompt, ...],
+    output: OutputOptions,
+    *,
+    text: TextOptions = TextOptions(),  # noqa: B008  frozen
+    store: StoreOptions = StoreOptions(),  # noqa: B008
+    sampling: Sampling = Sampling(),  # noqa: B008
+    blocks: BlockOptions = BlockOptions(),  # noqa: B008
+) -> RecordingPlan:
+    """Return the plan of recording prompts that are tokens already; raises as `compile_recording`."""
+    _require_rows(store)
     require_layers(loaded, store.layers)
     with torch.inference_mode(), memory_explained(loaded.name):
         facts = _facts(loaded, encoded, store)

@@ -57,7 +57,7 @@ def header(
     windows, (store, top) = _windows(loaded, facts, layers), parse_store(selected.store)
     known = TraceHeader(
         source="model",
-        protocol="forced" if all(prompt.forced is not None for prompt in prompts) else "generated",
+        protocol="forced" if all(_is_forced(prompt) for prompt in prompts) else "generated",
         model=_model(loaded, facts, sample(loaded.model) if selected.hidden else None),
         layers=layers,
         n_layers=layer_count(loaded.text_config),
@@ -171,13 +171,17 @@ def _model(loaded: Loaded, facts: AttentionFacts, weights: list[float] | None) -
     )
 
 
+def _is_forced(prompt: Prompt) -> bool:
+    return prompt.forced is not None and not prompt.generated
+
+
 def sequence_record(prompt: Prompt, length: int) -> SequenceRecord:
     """Return the entry of a sequence of `length` tokens for ``trace.json``."""
     source = prompt.source
     return SequenceRecord(
         prompt=len(prompt.ids),
         length=length,
-        forced=prompt.forced is not None,
+        forced=_is_forced(prompt),
         answers=None if source.answers is None else list(source.answers),
         example=None if source.example is None else ExampleRecord(**asdict(source.example)),
         spans=[SpanRecord(span.name, span.start, span.stop) for span in prompt.spans],

@@ -45,6 +45,8 @@ class Prompt:
         Named parts of the prompt.
     inputs : ImageInputs or None
         What the model reads of its images; None if it has none.
+    generated : bool
+        Whether the forced continuation is what the model itself generated before.
     """
 
     source: PromptText
@@ -55,6 +57,7 @@ class Prompt:
     notes: tuple[str, ...] = ()
     spans: tuple[TokenSpan, ...] = ()
     inputs: ImageInputs | None = None
+    generated: bool = False
 
     @property
     def text_ids(self) -> list[int]:
