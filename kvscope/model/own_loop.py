@@ -16,7 +16,7 @@ from kvscope.core.errors import UsageError
 from kvscope.core.model_types import CausalModel, Tokenizer
 from kvscope.core.options import ModelSource, OutputOptions
 from kvscope.core.output import require_free
-from kvscope.core.recording_options import BlockOptions, StoreOptions
+from kvscope.core.recording_options import StoreOptions
 from kvscope.model.compile import compile_prompts
 from kvscope.model.loading import load
 from kvscope.model.prompt_files import PromptText
@@ -60,7 +60,6 @@ def record(
     heads: Sequence[int] | None = None,
     hidden: bool | None = None,
     query_stride: int = 1,
-    query_block: int = 128,
     generated: bool = True,
     force: bool = False,
 ) -> Iterator[Recording]:
@@ -78,7 +77,7 @@ def record(
         A loaded model in evaluation mode, and its tokenizer.
     output : Path or str
         Folder of the trace.
-    store, layers, heads, hidden, query_stride, query_block
+    store, layers, heads, hidden, query_stride
         As of `kvscope.trace`.
     generated : bool
         Whether the model chose the tokens after the prompt; false if the loop feeds it a given text.
@@ -97,24 +96,21 @@ def record(
     ModelError, TraceError
         As of `kvscope.trace`.
 
-    Examples
-    --------
-    >>> with kvscope.record(model, tokenizer, "traces/mine", store="qkv") as recording:  # doctest: +SKIP
+    Example
+    -------
+    >>> with kvscope.record(model, tokenizer, "traces/mine") as recording:  # doctest: +SKIP
     ...     model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=20)
-    >>> kvscope.replay(recording.trace, ["h2o", "tova"]).frame()  # doctest: +SKIP
     """
-    path = Path(output)
-    loaded = load(ModelSource((model, tokenizer)))
-    require_free(path, force=force)
-    recording = Recording()
+    loaded, recording = load(ModelSource((model, tokenizer))), Recording()
+    to = OutputOptions(Path(output), force)
+    require_free(to.path, force=force)
     with _heard(model, recording.texts):
         yield recording
     if not recording.texts:
         raise UsageError("the model read no tokens in the block of kvscope.record", "Call the model inside the block.")
     prompts = tuple(_prompt(tokenizer, text, number, generated) for number, text in enumerate(recording.texts))
     options = StoreOptions(store, _numbers(layers), _numbers(heads), query_stride, hidden)
-    plan = compile_prompts(loaded, prompts, OutputOptions(path, force), store=options, blocks=BlockOptions(query_block))
-    recording.trace = plan.execute()
+    recording.trace = compile_prompts(loaded, prompts, to, store=options).execute()
 
 
 def _numbers(selected: Sequence[int] | None) -> tuple[int, ...] | None:
