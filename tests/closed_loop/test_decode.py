@@ -194,7 +194,10 @@ def pairs() -> list[tuple[str, str, str]]:
     """Return every policy that can be decoded, on one model; and those of each kind on the others."""
     kinds = ["h2o", "tova", "ada-kv:window=4,kernel=3", "cake:window=4,kernel=3", "keydiff", "vatp", "r-kv"]
     needs_more = {"attention-gate", "belady"}  # a gate of the model: tests/gates/test_loops.py
-    small = {"simlayerkv": "simlayerkv:rows=2,recent=3,sinks=1,threshold=0.3"}  # evicts nothing from a short text
+    small = {  # that evict nothing from a short text otherwise
+        "duo-attention": "duo-attention:recent=3,sinks=1,threshold=0.7",
+        "simlayerkv": "simlayerkv:rows=2,recent=3,sinks=1,threshold=0.3",
+    }
     names = [name for name, cls in POLICIES.items() if not cls.reads and name not in needs_more]
     chosen = [("llama", small.get(name, name)) for name in names]
     chosen += [("llama", spec) for spec in (*kinds[2:4], "roco", "tova:scope=kv_head")]

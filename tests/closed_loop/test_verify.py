@@ -31,6 +31,7 @@ SMALL = {
     "ada-kv": "ada-kv:window=3",
     "lagkv": "lagkv:lag=3,sinks=2",
     "r-kv": "r-kv:window=3",
+    "duo-attention": "duo-attention:recent=3,sinks=1,threshold=0.7",
     "simlayerkv": "simlayerkv:rows=2,recent=3,sinks=1,threshold=0.3",
 }
 OTHER_MODELS = ["qwen3", "gemma3", "gpt_neox", "phi3"]

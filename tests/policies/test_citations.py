@@ -20,6 +20,7 @@ KEYS = {
     "belady": "belady1966study",
     "cake": "qin2025cake",
     "chunkkv": "liu2025chunkkv",
+    "duo-attention": "xiao2025duoattention",
     "finch": "corallo2024finch",
     "h2o": "zhang2023h2o",
     "ideal": "jo2024a2sf",

@@ -27,6 +27,7 @@ BASES = ("h2o", "tova", "a2sf", "scissorhands")
 SMALL = {  # whose usual sizes exceed the whole text
     "quest": "quest:page_size=2,skip_layers=0",  # three pages of the usual size are the whole text here
     "simlayerkv": "simlayerkv:recent=6,sinks=2,threshold=0.4",
+    "duo-attention": "duo-attention:recent=6,sinks=2,threshold=0.6",
 }
 ROOMY = {"roco:variant=easykv": 30, "h2o:variant=flexgen": 13}  # holds the whole prompt; holds odd numbers
 
