@@ -101,8 +101,7 @@ def record(
     >>> with kvscope.record(model, tokenizer, "traces/mine") as recording:  # doctest: +SKIP
     ...     model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=20)
     """
-    loaded, recording = load(ModelSource((model, tokenizer))), Recording()
-    to = OutputOptions(Path(output), force)
+    loaded, recording, to = load(ModelSource((model, tokenizer))), Recording(), OutputOptions(Path(output), force)
     require_free(to.path, force=force)
     with _heard(model, recording.texts):
         yield recording
