@@ -94,9 +94,11 @@ class Column:
         return (min(longest, self.wrap) if self.wrap else longest) + GAP
 
 
-def show_table(columns: Sequence[Column], *, title: str = "", notes: Sequence[str] = ()) -> None:
-    """Print a table on stdout; columns that do not fit are dropped and listed under the table."""
+def show_table(columns: Sequence[Column], *, title: str = "", notes: Sequence[str] = (), whole: bool = False) -> None:
+    """Print a table on stdout; columns that do not fit are dropped and listed under the table, unless `whole`."""
     console = stdout()
+    if whole:
+        console.width = max(console.width, sum(column.width() for column in columns))
     shown, dropped = fit(columns, console.width)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, GAP - 1, 0, 0), show_edge=False, header_style="bold")
     for column in shown:

@@ -30,6 +30,7 @@ from kvscope.cli.options import (
     command_line,
 )
 from kvscope.cli.parameters import PARAMETERS
+from kvscope.cli.table_options import Columns, Sort, TableOptions, Top, Wide
 from kvscope.core.options import (
     ClosedLoopOptions,
     GenerateOptions,
@@ -68,6 +69,10 @@ def replay(
     device: Device = "auto",
     force: Force = False,
     no_verify: NoVerify = False,
+    sort: Sort = None,
+    top: Top = None,
+    columns: Columns = None,
+    wide: Wide = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -79,11 +84,13 @@ def replay(
     """
     from kvscope.cli import console, places
     from kvscope.cli.parameters import only_word, select
+    from kvscope.cli.summary import require_columns
 
     with console.working("loading torch", quiet=quiet):
         from kvscope.replay.compile import compile_replay
         from kvscope.trace.reader import open_trace
 
+    require_columns(columns)
     selected = select(ctx, ctx.args, policy, budget, quiet=quiet)
     trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet), compare=not no_verify)
     closed = ClosedLoopOptions(positions, model, dtype, device_map)
@@ -100,23 +107,26 @@ def replay(
     path = places.place(places.REPORTS, output, f"{trace.name}-{selected.name}", force=force)
     with console.working("checking the replay", quiet=quiet):
         job = compile_replay(trace, selected.policies, selected.budgets, options)
-    _execute(job, OutputOptions(path, force, command_line(ctx)), as_json=json, quiet=quiet)
+    table = TableOptions(sort, top, columns, wide)
+    _execute(job, OutputOptions(path, force, command_line(ctx)), table, as_json=json, quiet=quiet)
 
 
-def _execute(job: ReplayJob, output: OutputOptions, *, as_json: bool, quiet: bool) -> None:
+def _execute(job: ReplayJob, output: OutputOptions, table: TableOptions, *, as_json: bool, quiet: bool) -> None:
     """Execute a job with a progress bar, and print the summary."""
     from kvscope.cli import console
     from kvscope.cli.hints import next_report
     from kvscope.cli.summary import show
+    from kvscope.cli.table_rows import require_metric
     from kvscope.core.output import size
 
+    require_metric(table.sort, job.metric_names)
     for why in job.skipped.values():
         console.warn(f"skipped: {why}")
     needs, tokens = job.footprint, sum(sequence.length for sequence in job.open.trace.sequences)
     console.note(f"about {size(needs.bytes)} of memory, for {needs.layers} layers at a time", quiet=quiet)
     with console.bar("replaying", tokens, "tokens", quiet=quiet) as update:
         made = job.execute(output, lambda share: update(share * tokens))
-    show(made, as_json=as_json)
+    show(made, as_json=as_json, table=table)
     console.note(next_report(output.path), quiet=quiet)
 
 

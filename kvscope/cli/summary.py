@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvscope.cli.answers import cell, show_tasks
+from kvscope.cli.best import show_best
 from kvscope.cli.console import ALWAYS, Column, show_json, show_table
+from kvscope.cli.table_options import TableOptions
+from kvscope.cli.table_rows import arranged
 
 if TYPE_CHECKING:
     from kvscope.core.records import MetricRecord, ReplayRecord, SourceRef
@@ -33,19 +36,60 @@ _OUTCOMES = (
     ("token_kl", "KL\n(nats)", 3, 75),
     ("top1_agreement", "top-1\nequal", 3, 72),
 )
+# Names of all columns that a table may have, as --columns takes them.
+COLUMNS = (
+    *("policy", "budget", "keys", "evicts", "allocation", "decides", "decisions_changed", "read", "held"),
+    *("latent_entries", "latent_bytes", "of_belady", "steps_below_half", "loop", "prefill", "count"),
+    *(header.replace("\n", "_") for _, header, _ in _METRICS),
+    *("perplexity", "ratio_to_full", "kl_nats", "top_1_equal"),
+)
 
 
-def show(replay: Replay, *, as_json: bool = False) -> None:
-    """Print the summary of a replay: a row for each policy and budget."""
+def show(replay: Replay, *, as_json: bool = False, table: TableOptions = TableOptions()) -> None:  # noqa: B008
+    """Print the summary of a replay: the best policies, then a row for each policy and budget."""
     from kvscope.core.summary_records import SUMMARY
 
     summary = replay.summary
     if as_json:
         show_json(SUMMARY.plain(summary))
         return
-    runs = _paired(summary.runs)
-    show_table(columns(runs, summary.metrics), title=str(replay.path), notes=notes(runs, replay.info))
+    runs = arranged(summary.runs, summary.metrics, table.sort, table.top)
+    shown = selected(columns(runs, summary.metrics), table.columns)
+    show_best(summary)
+    lines = notes(runs, replay.info)
+    if len(runs) < len(summary.runs):
+        lines.append(f"{len(runs)} of {len(summary.runs)} rows; --json prints all.")
+    show_table(shown, title=str(replay.path), notes=lines, whole=table.wide)
     show_tasks(runs, replay.info)
+
+
+def selected(table: Sequence[Column], names: str | None) -> list[Column]:
+    """Return the columns that are named, in the order of the names, after policy and budget; all if none is named.
+
+    A column that this table does not have is skipped: `require_columns` refuses names that none has.
+    """
+    if names is None:
+        return list(table)
+    by_name = {_name(column): column for column in table}
+    return [by_name[name] for name in dict.fromkeys(["policy", "budget", *_names(names)]) if name in by_name]
+
+
+def require_columns(names: str | None) -> None:
+    """Raise UsageError for the name of a column that no summary table has."""
+    from kvscope.core.errors import UsageError
+    from kvscope.core.registry import nearest
+
+    for name in _names(names or ""):
+        if name not in COLUMNS:
+            raise UsageError(f"the table has no column {name!r}", nearest(name, COLUMNS))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip().lower().replace("-", "_").replace(" ", "_") for name in text.split(",") if name.strip()]
+
+
+def _name(column: Column) -> str:
+    return _names(column.header.replace("\n", " ").replace("(", "").replace(")", ""))[0]
 
 
 def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) -> list[Column]:
@@ -58,14 +102,15 @@ def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) ->
     declared : mapping of str to MetricRecord
         Properties of the metrics; a run that evicted nothing shows the declared value, dimmed.
     """
+    mixed = len({_evicts(run) for run in runs} - {"never"}) > 1  # then policies are compared by what they hold and read
     without_evictions = {row for row, run in enumerate(runs) if _count(run) == 0}
     table = [
-        Column("policy", [_label(run) for run in runs], wrap=16),
+        Column("policy", [_label(run) for run in runs], wrap=18),
         Column("budget", [str(run.budget or "-") for run in runs], numeric=True),
         Column("keys", [_keys(run.budget_keys) for run in runs], keep=60, numeric=True),
         *_differing(runs),
-        Column("read", [_number(run, "read_keys", 1) for run in runs], keep=70, numeric=True),
-        Column("held", [_number(run, "held_keys", 1) for run in runs], keep=65, numeric=True),
+        Column("read", [_number(run, "read_keys", 1) for run in runs], keep=ALWAYS if mixed else 70, numeric=True),
+        Column("held", [_number(run, "held_keys", 1) for run in runs], keep=ALWAYS if mixed else 65, numeric=True),
     ]
     if any(_LATENT in run.metrics for run in runs):
         table.append(Column("latent\nentries", [_number(run, _LATENT, 1) for run in runs], keep=92, numeric=True))
@@ -118,15 +163,6 @@ def _evicts(run: RunSummary) -> str:
     if phase.startswith("every:"):
         return f"every {phase.removeprefix('every:')}"
     return {"step": "steps", "prefill": "once"}.get(phase, "never")
-
-
-def _paired(runs: Sequence[RunSummary]) -> list[RunSummary]:
-    """Return the runs in order, each closed run after its open run."""
-
-    def place(run: RunSummary) -> tuple[int, bool]:
-        return (run.run, False) if run.open_run is None else (run.open_run, True)
-
-    return sorted(runs, key=place)
 
 
 def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from kvscope.core.errors import KvscopeError
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
 
 # What torch, CUDA, cuBLAS and the C++ library say where they raise a RuntimeError without a class of its own.
 _SIGNS = ("out of memory", "not enough memory", "allocate memory", "bad alloc", "bad_alloc", "alloc_failed")
@@ -37,6 +43,22 @@ def is_library_too_large(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def require_addresses(needed: int, library: str) -> None:
+    """Raise ImportError if a limit of this process leaves fewer bytes of addresses than a library needs.
+
+    Where LLVM finds too little while it is loaded, it ends the process or never returns.
+    """
+    pages = Path("/proc/self/statm")
+    if resource is None or not pages.exists():
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return
+    used = int(pages.read_text().split()[0]) * resource.getpagesize()
+    if limit - used < needed:
+        raise ImportError(f"cannot allocate memory for {library}: {needed} bytes, {limit - used} are left")
 
 
 def out_of_memory(error: BaseException, work: str = "", todo: str = ADVICE) -> OutOfMemory:

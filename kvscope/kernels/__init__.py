@@ -11,7 +11,10 @@ from typing import TypeVar
 
 import torch
 
+from kvscope.core.memory import require_addresses
+
 T = TypeVar("T")
+NUMBA_BYTES = 400 * 2**20  # addresses that loading it takes, with room to compile
 OFF = "KVSCOPE_NO_KERNELS"  # environment variable: if it is not empty, the fallbacks are used
 
 
@@ -20,6 +23,7 @@ def available() -> bool:
     """Return whether kernels can be compiled: numba is installed and not switched off."""
     if os.environ.get(OFF):
         return False
+    require_addresses(NUMBA_BYTES, "numba")
     try:
         import numba  # noqa: F401
     except ImportError:

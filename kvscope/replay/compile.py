@@ -23,6 +23,8 @@ from kvscope.policies.spec import Named
 from kvscope.replay.footprint import Footprint
 from kvscope.replay.layer_group import step_through
 from kvscope.replay.open_loop import OpenLoop
+from kvscope.results.answers import SCORE
+from kvscope.results.outcome import OUTCOMES
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import Trace
@@ -75,6 +77,13 @@ class ReplayJob:
     def metrics(self) -> list[Metric]:
         """The metrics that are computed for each run."""
         return list(self.open.metrics)
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Names of all metrics that the replay will have, those of the closed loop and of answers included."""
+        closed = () if self.closed is None else tuple(OUTCOMES)
+        answers = () if self.generate is None else (SCORE,)
+        return [*(metric.name for metric in self.metrics), *closed, *answers]
 
     @property
     def footprint(self) -> Footprint:

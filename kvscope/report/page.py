@@ -16,9 +16,10 @@ from kvscope.report.limits import Limits
 from kvscope.report.panel import PANELS, Panel
 from kvscope.report.panels.overview import answer
 from kvscope.report.parts import Part, spread
-from kvscope.report.runs import KINDS, MetricFacts, RunView
+from kvscope.report.runs import MetricFacts, RunView
 from kvscope.report.source import ReportInput
 from kvscope.report.template import document, inert_json
+from kvscope.results.ranking import KINDS
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 

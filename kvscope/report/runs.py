@@ -9,6 +9,7 @@ from typing import Any
 from kvscope.core.options import Prefill
 from kvscope.core.summary_records import MetricSummary, RunSummary
 from kvscope.report.encoding import rounded
+from kvscope.results.ranking import kind_of
 from kvscope.results.store import Replay
 
 # The metrics that come first and last; the others are between them.
@@ -60,17 +61,6 @@ BESIDE: dict[str, dict[str, Any]] = {
         "range": [0.0, 1.0],
         "summary": "Keys held in both loops, as a share of those held in either: how reliable the open loop is.",
     },
-}
-
-# Kind -> what it means. Runs of one kind have the same kind of cost, so only these are ranked among each other.
-KINDS = {
-    "every step": "evicts at every step, so that the cache never exceeds its budget",
-    "prompt only": "compresses the prompt once and retains all later tokens, so that the cache grows",
-    "every N steps": "evicts every few steps; between these the cache grows",
-    "reads a part": "holds every key and reads some of them: saves reading, not memory",
-    "own size": "decides by itself how many keys to retain",
-    "no eviction": "retains everything",
-    "bound": "uses the future, which no policy can: a limit on what any policy can reach",
 }
 
 
@@ -147,15 +137,7 @@ class RunView:
     @property
     def kind(self) -> str:
         """One of `KINDS`."""
-        if self.info.clairvoyant:
-            return "bound"
-        if self.info.reads:
-            return "reads a part"
-        if self.phase == "none":
-            return "no eviction"
-        if not self.info.bounded:
-            return "own size"
-        return {"step": "every step", "prefill": "prompt only"}.get(self.phase, "every N steps")
+        return kind_of(self.info)
 
     @property
     def comparable(self) -> tuple[str, ...] | None:

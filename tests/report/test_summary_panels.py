@@ -20,8 +20,9 @@ from kvscope.report.panels.outcome import outcome
 from kvscope.report.panels.overview import answer, overview
 from kvscope.report.panels.provenance import BOUNDS, CLOSED_LOOP, GENERATED, MIXED, OPEN_LOOP, provenance
 from kvscope.report.panels.sweep import sweep
-from kvscope.report.runs import BESIDE, KINDS, RunView
+from kvscope.report.runs import BESIDE, RunView
 from kvscope.report.source import ReportInput
+from kvscope.results.ranking import KINDS
 from kvscope.results.store import Replay
 from kvscope.trace.reader import Trace
 from tests.report.make import MASS, METRICS, make_replay, make_trace

@@ -12,8 +12,9 @@ from kvscope.report.encoding import packed_floats, rounded
 from kvscope.report.panel import panel
 from kvscope.report.panels.over_time import bins
 from kvscope.report.parts import Part
-from kvscope.report.runs import KINDS, RunView
+from kvscope.report.runs import RunView
 from kvscope.report.source import ReportInput
+from kvscope.results.ranking import KINDS
 
 STEPS = 32  # evenly spaced steps at which sets of keys are compared
 MOST = 40  # runs of one budget that are compared

@@ -8,8 +8,9 @@ from kvscope.core.json import JsonDict
 from kvscope.core.near_copies import copies_note
 from kvscope.report.encoding import rounded
 from kvscope.report.panel import panel
-from kvscope.report.runs import KINDS, MetricFacts, RunView, ends
+from kvscope.report.runs import MetricFacts, RunView, ends
 from kvscope.report.source import ReportInput
+from kvscope.results.ranking import KINDS
 
 # Columns of the table until the reader selects all metrics.
 USUAL = (

@@ -1,0 +1,99 @@
+"""Which runs may be ranked among each other, and which of them is the best by each metric."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kvscope.core.records import MetricRecord, RunRecord
+from kvscope.core.summary_records import RunSummary
+
+# Kind -> what it means. Runs of one kind have the same kind of cost, so only these are ranked among each other.
+KINDS = {
+    "every step": "evicts at every step, so that the cache never exceeds its budget",
+    "prompt only": "compresses the prompt once and retains all later tokens, so that the cache grows",
+    "every N steps": "evicts every few steps; between these the cache grows",
+    "reads a part": "holds every key and reads some of them: saves reading, not memory",
+    "own size": "decides by itself how many keys to retain",
+    "no eviction": "retains everything",
+    "bound": "uses the future, which no policy can: a limit on what any policy can reach",
+}
+# The metrics that name a best policy, the most telling first.
+HEADLINES = ("answer_score", "perplexity_ratio", "output_error", "late_mass_retained", "retained_mass")
+DIGITS = 4  # means that are equal in so many decimals are equal
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best policies of one kind at one budget.
+
+    Attributes
+    ----------
+    budget, kind, loop, prefill : str
+        What the runs have in common.
+    count : int
+        Number of runs.
+    winners : mapping of str to tuple
+        For each metric of `HEADLINES` that they have: its best mean and the labels that have it.
+    """
+
+    budget: str
+    kind: str
+    loop: str
+    prefill: str
+    count: int
+    winners: Mapping[str, tuple[float, tuple[str, ...]]]
+
+    @property
+    def agree(self) -> bool:
+        """Whether one policy is among the best by every metric."""
+        sets = [set(labels) for _, labels in self.winners.values()]
+        return not sets or bool(set.intersection(*sets))
+
+
+def kind_of(run: RunRecord) -> str:
+    """Return which of `KINDS` a run is."""
+    if run.clairvoyant:
+        return "bound"
+    if run.reads:
+        return "reads a part"
+    if run.phase == "none":
+        return "no eviction"
+    if not run.bounded:
+        return "own size"
+    return {"step": "every step", "prefill": "prompt only"}.get(run.phase, "every N steps")
+
+
+def best_of(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) -> list[Best]:
+    """Return the best policies of each kind at each budget, in the order of budgets and kinds; bounds are no policies.
+
+    Kinds with a single run have no best. Where a closed loop was run, its runs are ranked and those of the open loop
+    are not.
+    """
+    closed = any(run.loop == "closed" for run in runs)
+    groups: dict[tuple[str, str, str, str], list[RunSummary]] = defaultdict(list)
+    for run in runs:
+        if run.budget is not None and not run.clairvoyant and (run.loop == "closed") == closed:
+            groups[run.budget, kind_of(run), str(run.loop), str(run.prefill)].append(run)
+    order = {budget: place for place, budget in enumerate(dict.fromkeys(run.budget for run in runs))}
+    kinds = list(KINDS)
+    found = [
+        Best(*common, len(group), winners)
+        for common, group in groups.items()
+        if len(group) > 1 and (winners := _winners(group, declared))
+    ]
+    return sorted(found, key=lambda best: (order[best.budget], kinds.index(best.kind), best.prefill))
+
+
+def _winners(
+    group: Sequence[RunSummary], declared: Mapping[str, MetricRecord]
+) -> dict[str, tuple[float, tuple[str, ...]]]:
+    """Return for each metric that distinguishes the runs its best mean, and the labels of those that have it."""
+    winners = {}
+    for name in HEADLINES:
+        means = [(round(mean, DIGITS), run.label) for run in group if (mean := run.mean(name)) is not None]
+        if len({mean for mean, _ in means}) > 1:
+            best = (max if declared[name].direction == "higher" else min)(mean for mean, _ in means)
+            winners[name] = best, tuple(label for mean, label in means if mean == best)
+    return winners

@@ -1,0 +1,85 @@
+"""The tables that a replay prints: the best policies, then the rows in the order and with the columns named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import kvscope
+from kvscope.cli.summary import COLUMNS, columns, selected
+from kvscope.cli.table_rows import arranged
+from kvscope.results.store import Replay
+from tests.cli.conftest import Run
+
+EXAMPLE = Path(__file__).parents[2] / "traces" / "example"
+NAMES = ["h2o", "window", "tova", "quest"]
+
+
+@pytest.fixture(scope="module")
+def replay() -> Replay:
+    return kvscope.replay(kvscope.open(EXAMPLE), NAMES, "10%,30%")
+
+
+def labels(replay: Replay, sort: str | None = None, top: int | None = None) -> list[tuple[str | None, str]]:
+    summary = replay.summary
+    return [(run.budget, run.label) for run in arranged(summary.runs, summary.metrics, sort, top)]
+
+
+def test_rows_are_sorted_within_each_budget(replay: Replay) -> None:
+    frame = replay.frame()
+    for metric, ascending in (("retained_mass", False), ("output_error", True)):
+        expected = [
+            (budget, label)
+            for budget in ("10%", "30%")
+            for label in frame[frame.budget == budget].sort_values(metric, ascending=ascending)["policy"]
+        ]
+        assert labels(replay, metric) == expected
+    assert labels(replay) == labels(replay, "retained-mass")
+    assert len(labels(replay, top=1)) == 2
+
+
+def test_columns_that_are_named(replay: Replay) -> None:
+    table = columns(replay.summary.runs, replay.summary.metrics)
+    assert [column.header for column in selected(table, "held,output-error")] == [
+        *("policy", "budget", "held"),
+        "output\nerror",
+    ]
+    assert selected(table, None) == table
+
+
+def test_every_column_has_a_name(replay: Replay) -> None:
+    table = columns(replay.summary.runs, replay.summary.metrics)
+    assert len(selected(table, ",".join(COLUMNS))) == len(table)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_read_and_held_are_shown_where_kinds_are_mixed(run: Run, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = run("replay", str(EXAMPLE), *(part for name in NAMES for part in ("--policy", name)), "--budget", "10%")
+    head = next(line for line in shown.out.splitlines() if line.startswith("policy"))
+    assert " read " in head and " held " in head
+    assert "best policy" in shown.out and "reads a part" not in shown.out, "quest is alone in its kind"
+    assert "The metrics disagree at 10% (every step)" in shown.out.replace("\n", " ").replace("  ", " ")
+
+
+def test_wide_prints_every_column(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = run("replay", str(EXAMPLE), "--policy", "h2o", "--budget", "10%")
+    wide = run("replay", str(EXAMPLE), "--policy", "h2o", "--budget", "10%", "--wide", "--force")
+    assert "Too narrow for" in narrow.out and "Too narrow for" not in wide.out
+    assert max(map(len, wide.out.splitlines())) > 100
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--sort", "mas", "no metric 'mas' to sort by"),
+        ("--columns", "hold", "no column 'hold'"),
+        ("--top", "0", "--top"),
+    ],
+)
+def test_a_wrong_name_is_refused_before_anything_is_written(run: Run, option: str, value: str, says: str) -> None:
+    found = run("replay", str(EXAMPLE), "--policy", "h2o", option, value)
+    assert found.status == 2 and says in found.err
+    assert not Path("reports").exists()
