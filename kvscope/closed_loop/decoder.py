@@ -15,7 +15,7 @@ from kvscope.closed_loop.prompt_pass import PromptPass
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, KeyValueCache
 from kvscope.engine.plan import GATE
-from kvscope.engine.signal_axes import time_axis
+from kvscope.engine.signal_axes import CONSTANT, time_axis
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.attention_hook import Call, Kernel, replace_attention
 from kvscope.model.short_cache import HeldKeys, ShortLayer
@@ -259,6 +259,8 @@ class Decoder:
         if self._inputs.plan.gates and call.hidden is not None:
             self._hidden.setdefault(call.layer, []).append(call.hidden.expand(len(self.ids), -1, -1))
         for name, buffer in part.simulation.inputs.signals.items():
+            if name in CONSTANT:
+                continue
             if name.startswith(GATE):
                 fresh = self._margins(name.removeprefix(GATE), call)[..., -queries:]
             else:

@@ -212,7 +212,7 @@ def simulation_of(call: Call, batch: RunBatch, text: PassShape) -> CacheSimulati
         batch.budgets,
         shape,
         text.prefill,
-        {name: signal(call, name, text.prompt) for name in sorted(batch.plan.needs - ROWS)},
+        {name: signal(call, name, text) for name in sorted(batch.plan.needs - ROWS)},
         missing_mass=missing,
         allocator=batch.allocators.get(call.layer),
         device=call.query.device,
@@ -220,8 +220,8 @@ def simulation_of(call: Call, batch: RunBatch, text: PassShape) -> CacheSimulati
     )
 
 
-def signal(call: Call, name: str, prompt: int) -> Tensor:
-    """Return a signal of a call, with leading axes for the runs and the single layer; `prompt` is needed by gates.
+def signal(call: Call, name: str, text: PassShape) -> Tensor:
+    """Return a signal of a call, with leading axes for the runs and the single layer.
 
     Raises
     ------
@@ -229,11 +229,13 @@ def signal(call: Call, name: str, prompt: int) -> Tensor:
         If a gate needs the input of the layer and the attention module does not expose it.
     """
     if name.startswith(GATE):
-        return margins(name.removeprefix(GATE), call, call.hidden, prompt)[:, None]
+        return margins(name.removeprefix(GATE), call, call.hidden, text.prompt)[:, None]
     if name in ("value_l1", "value_l2", "key_l2"):
         vectors = call.value if name.startswith("value") else call.key
         norm: Tensor = vectors.to(call.exact).norm(p=1 if name.endswith("l1") else 2, dim=-1)
         return norm[:, None]
+    if name == "rotary":
+        return text.model.rotary[call.layer][None, None].to(call.query.device)
     if name == "mean_query":
         return call.query.to(call.exact).mean(1)[:, None]
     return {"keys": call.key, "values": call.value, "queries": call.query}[name].to(call.exact)[:, None]

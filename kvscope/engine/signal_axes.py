@@ -6,11 +6,13 @@ from torch import Tensor
 
 VECTORS = ("keys", "values", "queries")  # signals [L, heads, T, D]; all others are [L, ., T] or [L, T, D]
 PER_QUERY = ("queries", "mean_query")  # signals of which a policy gets the current query only
+CONSTANT = ("rotary",)  # signals without an axis of positions, [L, 4, D]
+WITHOUT_HEADS = ("mean_query", *CONSTANT)  # signals without an axis of heads
 
 
 def with_one_number(name: str) -> bool:
     """Return whether a signal has one number for each key/value head and key, ``[., L, G, T]``."""
-    return name not in (*VECTORS, *PER_QUERY)
+    return name not in (*VECTORS, *PER_QUERY, *CONSTANT)
 
 
 def time_axis(name: str) -> int:
@@ -26,6 +28,8 @@ def with_run_axis(name: str, signal: Tensor) -> Tensor:
 
 def up_to(name: str, signal: Tensor, t: int) -> Tensor:
     """Return the part of a signal that a policy may see at step `t`."""
+    if name in CONSTANT:
+        return signal
     if name in PER_QUERY:
         return signal[..., t, :]
     return signal[..., : t + 1, :] if name in VECTORS else signal[..., : t + 1]

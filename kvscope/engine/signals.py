@@ -15,11 +15,21 @@ from kvscope.gates.module import load_gate
 from kvscope.metrics import METRICS, Metric
 from kvscope.metrics.base import RECORDED
 from kvscope.trace.derive import Floats
+from kvscope.trace.layer_records import RotaryRecord
 from kvscope.trace.reader import Trace
 from kvscope.trace.shared_caches import caches_of
 from kvscope.trace.signals import remedy
 
 ROWS = frozenset({"weights", "full_weights", "schedule", "selection"})  # computed from the rows, which every trace has
+
+
+def rotary_signal(record: RotaryRecord) -> Floats:
+    """Return a rotary embedding as a signal, ``[4, D]``: frequencies, partners, signs of the sine, factors."""
+    partners, places = np.array(record.partners), np.arange(len(record.partners))
+    signs, factors = np.sign(places - partners), np.where(partners == places, 1, record.scale)
+    return np.stack([np.array(record.frequencies), partners, signs, factors])
+
+
 # name -> (name in the trace, function that reads one layer)
 _READ: dict[str, tuple[str, Callable[[Trace, int, int], Floats]]] = {
     "value_l1": ("value_l1", lambda trace, sequence, layer: trace.value_norms(sequence, layer, "l1")),
@@ -28,6 +38,7 @@ _READ: dict[str, tuple[str, Callable[[Trace, int, int], Floats]]] = {
     "mean_query": ("queries", lambda trace, sequence, layer: trace.mean_queries(sequence, layer)),
     "queries": ("vectors:queries", lambda trace, sequence, layer: trace.vectors(sequence, layer, "queries")),
     "keys": ("vectors:keys", lambda trace, sequence, layer: trace.vectors(sequence, layer, "keys")),
+    "rotary": ("rotary", lambda trace, _, layer: rotary_signal(trace.rotary(layer))),
     "values": ("vectors:values", lambda trace, sequence, layer: trace.vectors(sequence, layer, "values")),
 }
 
@@ -97,7 +108,11 @@ def measurable(trace: Trace, names: Sequence[str] | None = None) -> tuple[list[M
 
 
 def load_signal(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
-    """Return a signal: norms and gates ``[L, G, T]``, vectors ``[L, heads, T, D]``, ``mean_query`` ``[L, T, D]``."""
+    """Return a signal of some layers.
+
+    Norms and gates are ``[L, G, T]``, vectors ``[L, heads, T, D]``, ``mean_query`` ``[L, T, D]``, ``rotary``
+    ``[L, 4, D]``.
+    """
     if name.startswith(GATE):
         return _margins(trace, name.removeprefix(GATE), sequence, layers)
     _, read = _READ[name]

@@ -23,7 +23,9 @@ from kvscope.model.plan import RecordingPlan
 from kvscope.model.prefill import chunk_size
 from kvscope.model.prompt_files import PromptText, read_prompts, with_answers, with_images
 from kvscope.model.prompts import Prompt, encode
+from kvscope.model.rotary import rotary_records
 from kvscope.model.selfcheck import AttentionFacts, layer_count, self_check
+from kvscope.trace.layer_records import RotaryRecord
 from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import MAPS, STORES, TOP, parse_store
 from kvscope.trace.space import estimate_layers, free_bytes, require_space
@@ -120,13 +122,25 @@ def _facts(loaded: Loaded, prompts: Sequence[Prompt], store: StoreOptions) -> At
     if not why:
         facts = self_check(loaded.model, ids)
         check_images(loaded, prompts)
-        return facts
+        has_vectors, has_images = (
+            "vectors:queries" in STORES[parse_store(store.store)[0]],
+            any(p.inputs for p in prompts),
+        )
+        return replace(facts, rotary=_rotary(loaded, ids)) if has_vectors and not has_images else facts
     if store.store != MAPS or store.hidden:
         raise ModelError(
             f"{why}, so only the rows that its modules return can be recorded, not vectors or layer inputs",
             "Record the rows alone: --store maps, without --hidden.",
         )
     return self_check_modules(loaded.model, ids)
+
+
+def _rotary(loaded: Loaded, ids: torch.Tensor) -> list[RotaryRecord]:
+    """Return the rotary embedding of the layers; nothing where a layer has none that numbers describe."""
+    try:
+        return rotary_records(loaded.model, ids[:, :1])
+    except ModelError:
+        return []
 
 
 def default_output(source: ModelSource, prompts: Sequence[Path | str]) -> Path:

@@ -17,7 +17,7 @@ from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import AttentionFacts, layer_count
-from kvscope.trace.layer_records import AttentionKernel, LayerAttention
+from kvscope.trace.layer_records import AttentionKernel, LayerAttention, RotaryRecord
 from kvscope.trace.prompt_parts import ExampleRecord, ImageRecord, SpanRecord
 from kvscope.trace.record import (
     ModelRecord,
@@ -96,7 +96,14 @@ def _with_caches(known: TraceHeader, facts: AttentionFacts) -> TraceHeader:
         latent_size=facts.latent_size,
         sink_rows=facts.sink_rows,
         indexed=facts.indexed,
+        rotary=_rotary(facts.rotary, known.layers),
     )
+
+
+def _rotary(found: Sequence[RotaryRecord], layers: Sequence[int]) -> list[RotaryRecord]:
+    """Return the rotary embedding of the recorded layers only."""
+    parts = [replace(each, layers=[layer for layer in each.layers if layer in layers]) for each in found]
+    return [each for each in parts if each.layers]
 
 
 def _heads(facts: AttentionFacts, layers: Sequence[int], selected: Sequence[int]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from kvscope.model.explain import first_line
 from kvscope.model.packing import VECTOR_DTYPES
 from kvscope.model.short_cache import full_cache
 from kvscope.trace.columns import VectorType
-from kvscope.trace.layer_records import LayerAttention, LayerHeads
+from kvscope.trace.layer_records import LayerAttention, LayerHeads, RotaryRecord
 
 PROBE = 24  # tokens that are run
 TOLERANCE = 1e-4  # allowed error of a row's sum in float32
@@ -56,6 +56,8 @@ class AttentionFacts:
         Whether rows are those that the model's modules return, beside which nothing is known.
     sink_rows : {"after", "before"} or None
         Whether rows are what learned sinks leave, or those before their share; None without learned sinks.
+    rotary : list of RotaryRecord
+        Rotary embedding of the layers; empty if it is not asked for, or a layer has none.
     """
 
     sizes: dict[int, LayerHeads]
@@ -71,6 +73,7 @@ class AttentionFacts:
     chunks: dict[int, int] = field(default_factory=dict)
     shared: dict[int, int] = field(default_factory=dict)
     latent_size: int | None = None
+    rotary: list[RotaryRecord] = field(default_factory=list)
     indexed: bool = False
 
     @property

@@ -14,7 +14,7 @@ from kvscope.core.errors import TraceError
 from kvscope.trace.cache import Cache
 from kvscope.trace.derive import Derived, Floats, KeptKeys
 from kvscope.trace.files import TraceFiles
-from kvscope.trace.layer_records import LayerHeads
+from kvscope.trace.layer_records import LayerHeads, RotaryRecord
 from kvscope.trace.record import StorageError, TraceRecord
 from kvscope.trace.record_file import read_record
 from kvscope.trace.schema import TOPK, VECTORS, Which
@@ -112,7 +112,8 @@ class Trace:
     def stored(self) -> frozenset[str]:
         """Signals that can be read: those on disk, those derived from them, and the rebuilt rows of ``topk``."""
         rebuilt = ["maps"] if TOPK in self.header.stored else []
-        return frozenset((*self.header.stored, *self.header.derived, *rebuilt))
+        rotary = ["rotary"] if self.header.rotary else []
+        return frozenset((*self.header.stored, *self.header.derived, *rebuilt, *rotary))
 
     @property
     def holds_rows(self) -> bool:
@@ -222,6 +223,11 @@ class Trace:
         """Return the inputs of a layer's attention, float32 ``[T, hidden]``."""
         self._require("hidden")
         return self._stored.hidden(sequence, layer)
+
+    def rotary(self, layer: int) -> RotaryRecord:
+        """Return the rotary embedding of a recorded layer."""
+        self._require("rotary")
+        return next(record for record in self.header.rotary if layer in record.layers)
 
     def require_whole(self, *, verify: bool = False) -> None:
         """Raise TraceError unless every file is there, and the tokens are those of the sequences.

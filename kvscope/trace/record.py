@@ -16,7 +16,7 @@ from kvscope.core.json import JsonDict
 from kvscope.core.json_records import Checksum, Finite, NotNegative, Number, Positive, about, plain
 from kvscope.core.seal import seal_of
 from kvscope.trace.columns import VectorType
-from kvscope.trace.layer_records import AttentionKernel, LayerAttention, LayerHeads
+from kvscope.trace.layer_records import AttentionKernel, LayerAttention, LayerHeads, RotaryRecord
 from kvscope.trace.prompt_parts import ExampleRecord, ImageRecord, SpanRecord
 from kvscope.trace.schema import DERIVED, KIND, MAPS, MAPS_AND_VECTORS, QKV, SCHEMA_VERSION, SEALED_SINCE, TOPK, VECTORS
 
@@ -193,6 +193,10 @@ class TraceHeader:
     value_dim: Annotated[
         Number | None, about("size of a value of all layers, where it is not that of a key", omit=True)
     ] = None
+    rotary: Annotated[
+        list[RotaryRecord],
+        about("stores with vectors: rotary embedding of the recorded layers; empty if a layer has none", omit=True),
+    ] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:

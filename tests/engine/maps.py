@@ -64,6 +64,10 @@ def run(
 
 SIZE = 6  # D of the vectors
 LONGEST = 512
+# rotary embedding of four of the six dimensions: frequencies, partners, signs, factors
+TURNS = torch.tensor(
+    [[1.0, 0.1, 1.0, 0.1, 0.0, 0.0], [2, 3, 0, 1, 4, 5], [-1, -1, 1, 1, 0, 0], [1.0] * 6], dtype=torch.float64
+)
 
 
 def signals(
@@ -79,6 +83,9 @@ def signals(
     }
     result = {}
     for index, name in enumerate(sorted(plan.needs - ROWS)):
+        if name == "rotary":
+            result[name] = TURNS.repeat(layers, 1, 1)
+            continue
         generator = torch.Generator().manual_seed(seed + index)
         drawn = torch.randn(LONGEST, *shapes[name], generator=generator, dtype=torch.float64)[:length]
         if name in ("value_l1", "value_l2", "key_l2"):

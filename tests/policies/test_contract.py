@@ -13,6 +13,7 @@ import torch
 from kvscope.core.errors import UsageError
 from kvscope.engine.allocation import ALLOCATORS
 from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.signal_axes import WITHOUT_HEADS
 from kvscope.policies import POLICIES
 from kvscope.policies.base import Policy
 from kvscope.policies.describe import describe
@@ -185,7 +186,7 @@ def test_swapping_heads_swaps_the_result(spec: str, prefill: str) -> None:
     made, rows = plan(spec), attention(8, 1, 4, LENGTH)
     given = signals(made, 1, 4, 4, LENGTH)
     order = [2, 0, 3, 1]
-    moved = {name: value if name == "mean_query" else value[:, order] for name, value in given.items()}
+    moved = {name: value if name in WITHOUT_HEADS else value[:, order] for name, value in given.items()}
     at = {"kv_heads": 4, "prompt": PROMPT, "prefill": prefill}
     one = run(made, rows, [budget(spec)], given=given, **at)
     swapped = run(made, rows[:, order], [budget(spec)], given=moved, **at)
