@@ -155,6 +155,10 @@ Hidden = Annotated[
         show_default=False,
     ),
 ]
+Outputs = Annotated[
+    bool,
+    typer.Option("--outputs", help="Record the norms of values after the output projection, which criticalkv needs."),
+]
 
 # What is read.
 TraceSource = Annotated[

@@ -55,6 +55,7 @@ def trace(
     prefill_chunk: options.PrefillChunk = None,
     store: options.Store = "maps",
     hidden: options.Hidden = None,
+    outputs: options.Outputs = False,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -75,7 +76,7 @@ def trace(
             files,
             OutputOptions(path, force, options.command_line(ctx)),
             text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, *given),
-            store=StoreOptions(store, *_selected(layers, heads), query_stride, hidden),
+            store=StoreOptions(store, *_selected(layers, heads), query_stride, hidden, outputs),
             sampling=Sampling(do_sample, temperature, top_p, top_k),
             blocks=BlockOptions(query_block, prefill_chunk),
         )

@@ -140,7 +140,9 @@ class DecodeJob:
         simulations = [self._empty_simulation(own, layers, given) for own, layers in kinds.items()]
         cache, layers = short_cache(self.model, self._owners, self.rotary)
         forget_positions(self.model)
-        decoder = Decoder(self.model, self.ids, simulations, cache, layers, self._beside, self.facts.shared, read)
+        decoder = Decoder(
+            self.model, self.ids, simulations, cache, layers, self._beside, self.facts.shared, self.given, read
+        )
         return decoder, simulations
 
     def _surveyed(self) -> Mapping[int, Given]:
@@ -254,7 +256,7 @@ def decode(
         facts = attention_facts(model, ids)
         require_gates(plan, model, [own.kv_heads for own in facts.sizes.values()])
         rotary = derotations(model, ids[:, :1]) if placing is Positions.compacted else None
-        given = ModelSignals.of(model, [plan], ids[:, :1])
+        given = ModelSignals.of(model, [plan], ids)
     return DecodeJob(model, ids, plan, [budget], prompt, how, sequence, facts, rotary, given=given).execute()
 
 

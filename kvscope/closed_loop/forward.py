@@ -234,6 +234,8 @@ def signal(call: Call, name: str, text: PassShape) -> Tensor:
         vectors = call.value if name.startswith("value") else call.key
         norm: Tensor = vectors.to(call.exact).norm(p=1 if name.endswith("l1") else 2, dim=-1)
         return norm[:, None]
+    if name == "value_out_l1":
+        return text.model.value_out_l1(call.layer, call.value.to(call.exact))[:, None]
     if name == "rotary":
         return text.model.rotary[call.layer][None, None].to(call.query.device)
     if name == "mean_query":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,9 @@ from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.signals import rotary_signal
+from kvscope.model.outputs import OutputProjection, output_projections
 from kvscope.model.rotary import rotary_records
+from kvscope.model.selfcheck import PROBE
 
 
 @dataclass(frozen=True)
@@ -23,36 +25,45 @@ class ModelSignals:
     ----------
     rotary : mapping of int to Tensor
         Of each layer the signal ``rotary``, float64 ``[4, D]``.
+    projections : mapping of int to OutputProjection
+        Of each layer the output projection.
     """
 
     rotary: Mapping[int, Tensor] = field(default_factory=dict)
+    projections: Mapping[int, OutputProjection] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: CausalModel, plans: Iterable[EvictionPlan], token: Tensor) -> ModelSignals:
-        """Return what some plans need of a model.
-
-        Parameters
-        ----------
-        model, plans
-            The model, and the plans that are to run in it.
-        token : Tensor
-            One token, ``[1, 1]``.
+    @torch.no_grad()
+    def of(cls, model: CausalModel, plans: Sequence[EvictionPlan], ids: Tensor) -> ModelSignals:
+        """Return what some plans need of a model; `ids` are the first tokens of a text, ``[1, n]``.
 
         Raises
         ------
         ModelError
-            If the model has no rotary embedding that numbers describe, and a plan reads it.
+            If the model has no rotary embedding that numbers describe, and a plan reads it; if it has no output
+            projection that can be read, and a plan needs norms of values after it.
         """
         reads = [plan for plan in plans if "rotary" in plan.needs]
-        if not reads:
-            return cls()
-        try:
-            found = rotary_records(model, token)
-        except ModelError as error:
-            raise ModelError(
-                f"{reads[0].policy.label} needs a rotary embedding with fixed frequencies, which a layer of "
-                f"{type(model).__name__} has not",
-                "Use another policy for this model.",
-            ) from error
-        signals = {layer: torch.from_numpy(rotary_signal(record)) for record in found for layer in record.layers}
-        return cls({layer: signal.to(token.device) for layer, signal in signals.items()})
+        projected = any("value_out_l1" in plan.needs for plan in plans)
+        return cls(
+            _rotary(model, reads[0], ids[:, :1]) if reads else {},
+            output_projections(model, ids[:, :PROBE]) if projected else {},
+        )
+
+    def value_out_l1(self, layer: int, values: Tensor) -> Tensor:
+        """Return the L1 norm of values ``[R, G, n, D]`` after the projection, ``[R, G, n]``; see `OutputProjection`."""
+        return self.projections[layer].norms(values)
+
+
+def _rotary(model: CausalModel, plan: EvictionPlan, token: Tensor) -> dict[int, Tensor]:
+    """Return the signal ``rotary`` of each layer."""
+    try:
+        found = rotary_records(model, token)
+    except ModelError as error:
+        raise ModelError(
+            f"{plan.policy.label} needs a rotary embedding with fixed frequencies, which a layer of "
+            f"{type(model).__name__} has not",
+            "Use another policy for this model.",
+        ) from error
+    signals = {layer: torch.from_numpy(rotary_signal(record)) for record in found for layer in record.layers}
+    return {layer: signal.to(token.device) for layer, signal in signals.items()}

@@ -122,6 +122,8 @@ class StoreOptions:
         Record every n-th row of attention. Such a trace can be read, but not replayed.
     hidden : bool or None
         Whether to record layer inputs too, from which gates decide; None: if the model's folder contains a gate.
+    outputs : bool
+        Whether to record the norms of values after the output projection.
 
     Raises
     ------
@@ -134,6 +136,7 @@ class StoreOptions:
     heads: tuple[int, ...] | None = None
     query_stride: int = 1
     hidden: bool | None = None
+    outputs: bool = False
 
     def __post_init__(self) -> None:
         if self.query_stride < 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 VECTORS = ("keys", "values", "queries")  # signals [L, heads, T, D]; all others are [L, ., T] or [L, T, D]
@@ -13,6 +15,11 @@ WITHOUT_HEADS = ("mean_query", *CONSTANT)  # signals without an axis of heads
 def with_one_number(name: str) -> bool:
     """Return whether a signal has one number for each key/value head and key, ``[., L, G, T]``."""
     return name not in (*VECTORS, *PER_QUERY, *CONSTANT)
+
+
+def per_token(signals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the signals of which every token has its own part."""
+    return {name: signal for name, signal in signals.items() if name not in CONSTANT}
 
 
 def time_axis(name: str) -> int:

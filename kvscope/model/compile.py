@@ -19,12 +19,13 @@ from kvscope.model.image_check import check_images
 from kvscope.model.loading import Loaded, load, model_name
 from kvscope.model.module_maps import self_check_modules
 from kvscope.model.obstacles import obstacle, refuse_encoder_decoder
+from kvscope.model.outputs import output_projections
 from kvscope.model.plan import RecordingPlan
 from kvscope.model.prefill import chunk_size
 from kvscope.model.prompt_files import PromptText, read_prompts, with_answers, with_images
 from kvscope.model.prompts import Prompt, encode
 from kvscope.model.rotary import rotary_records
-from kvscope.model.selfcheck import AttentionFacts, layer_count, self_check
+from kvscope.model.selfcheck import PROBE, AttentionFacts, layer_count, self_check
 from kvscope.trace.layer_records import RotaryRecord
 from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import MAPS, STORES, TOP, parse_store
@@ -106,6 +107,7 @@ def compile_prompts(
         bytes=needed,
         free=free_bytes(output.path),
         others=sizes,
+        projections=facts.projections,
     )
 
 
@@ -126,11 +128,13 @@ def _facts(loaded: Loaded, prompts: Sequence[Prompt], store: StoreOptions) -> At
             "vectors:queries" in STORES[parse_store(store.store)[0]],
             any(p.inputs for p in prompts),
         )
-        return replace(facts, rotary=_rotary(loaded, ids)) if has_vectors and not has_images else facts
-    if store.store != MAPS or store.hidden:
+        rotary = _rotary(loaded, ids) if has_vectors and not has_images else []
+        projections = output_projections(loaded.model, ids[:, :PROBE]) if store.outputs else {}
+        return replace(facts, rotary=rotary, projections=projections)
+    if store.store != MAPS or store.hidden or store.outputs:
         raise ModelError(
             f"{why}, so only the rows that its modules return can be recorded, not vectors or layer inputs",
-            "Record the rows alone: --store maps, without --hidden.",
+            "Record the rows alone: --store maps, without --hidden and --outputs.",
         )
     return self_check_modules(loaded.model, ids)
 
@@ -160,7 +164,7 @@ def _require_rows(store: StoreOptions) -> None:
 
 def _sizes(known: TraceHeader, lengths: list[int], hidden: int) -> dict[str, int]:
     """Return the estimated bytes of each store for sequences of these lengths; `hidden` is a layer input's size."""
-    inputs = ("hidden",) if "hidden" in known.stored else ()
+    inputs = tuple(name for name in ("hidden", "value_out_l1") if name in known.stored)
     return {
         store: estimate_layers(
             [known.heads_of(layer) for layer in known.layers],

@@ -68,7 +68,7 @@ def header(
         sliding_window=windows,
         learned_sinks=facts.learned_sinks,
         softcap=facts.softcap,
-        stored=_stored(facts, store, hidden=bool(selected.hidden)),
+        stored=_stored(facts, store, hidden=bool(selected.hidden), outputs=selected.outputs),
         attention=[_narrowed(facts.attention[layer], heads) for layer in layers] if store == QKV else [],
         top=top,
         head_numbers=heads,
@@ -128,9 +128,10 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **versions("torch", "transformers", "pyarrow")}
 
 
-def _stored(facts: AttentionFacts, store: str, *, hidden: bool) -> list[str]:
+def _stored(facts: AttentionFacts, store: str, *, hidden: bool, outputs: bool) -> list[str]:
     """Return the signals that are stored; of a model whose modules return the rows these alone."""
-    return [MAPS] if facts.from_modules else [*STORES[store], *(["hidden"] if hidden else [])]
+    beside = [*(["hidden"] if hidden else []), *(["value_out_l1"] if outputs else [])]
+    return [MAPS] if facts.from_modules else [*STORES[store], *beside]
 
 
 def _windows(loaded: Loaded, facts: AttentionFacts, layers: Sequence[int]) -> list[int | None]:

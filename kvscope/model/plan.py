@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from kvscope.core.recording_options import Sampling, StoreOptions, TextOptions
 from kvscope.model.explain import memory_explained
 from kvscope.model.loading import Loaded
 from kvscope.model.module_maps import MapRecorder
+from kvscope.model.outputs import OutputProjection
 from kvscope.model.pipeline import Pipeline, limit_for, threads_for
 from kvscope.model.prompts import Prompt
 from kvscope.model.recorder import Recorder
@@ -47,6 +48,8 @@ class RecordingPlan:
         Estimated bytes of the trace, and free bytes of the disk.
     others : dict of str to int
         Estimated bytes for each of the other stores.
+    projections : mapping of int to OutputProjection
+        Output projection of each layer, if norms of values after it are recorded.
     """
 
     loaded: Loaded
@@ -61,6 +64,7 @@ class RecordingPlan:
     bytes: int
     free: int
     others: dict[str, int]
+    projections: Mapping[int, OutputProjection] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -138,5 +142,6 @@ class RecordingPlan:
             heads=heads,
             query_stride=stride,
             vector_dtype=self.header.vector_dtype,
+            projections=self.projections,
             pipeline=pipeline,
         )

@@ -73,3 +73,8 @@ def are_weights(flat: Array) -> bool:
     if flat.dtype == np.float16 and flat.size and flat.view(np.uint16).max() < np.float16(np.inf).view(np.uint16):
         return True  # as integers, negative, infinite and NaN float16 are above every finite weight
     return bool((np.isfinite(flat) & (flat >= 0)).all())
+
+
+def norm_column(norms: Array | None, size: int) -> Array:
+    """Return norms ``[G, n]`` as one column of float32; NaN where there are none."""
+    return np.full(size, np.nan, np.float32) if norms is None else norms.ravel().astype(np.float32)

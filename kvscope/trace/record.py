@@ -121,7 +121,7 @@ class TraceHeader:
         list[str],
         about(
             "signals: `maps`, `topk`, `value_l1`, `value_l2`, `key_l2`, `similarity`, `queries`, `hidden`, "
-            "`vectors:keys`, ..."
+            "`value_out_l1`, `vectors:keys`, ..."
         ),
     ] = field(default_factory=lambda: [MAPS])
     attention: Annotated[

@@ -33,7 +33,8 @@ HISTORY = {
     10: "heads and head size of each layer where layers differ: `layer_heads`; size of values that differ: `value_dim`",
     11: "prompts with images: `images` of a sequence",
     12: "models that choose the keys they read: `indexed`; no weight of such a key is rounded to zero",
-    13: "`rotary`: how the layers of a trace with vectors turn queries and keys by their positions",
+    13: "`rotary`: how the layers of a trace with vectors turn queries and keys by their positions; "
+    "norms of values after the output projection: `outputs`",
 }
 
 Which = Literal["queries", "keys", "values"]
@@ -59,7 +60,7 @@ DERIVED: dict[str, tuple[str, ...]] = {
     "similarity": ("keys",),
     "queries": ("queries",),
 }
-SIGNALS = frozenset((MAPS, TOPK, "hidden", *DERIVED, *_OF_VECTORS))  # all that `stored` may name
+SIGNALS = frozenset((MAPS, TOPK, "hidden", "value_out_l1", *DERIVED, *_OF_VECTORS))  # all that `stored` may name
 
 
 def parse_store(text: str) -> tuple[str, int | None]:

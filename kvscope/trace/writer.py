@@ -14,8 +14,18 @@ from kvscope.core.errors import TraceError
 from kvscope.core.output import OutputFolder
 from kvscope.core.printable import encodable
 from kvscope.core.version import __version__
-from kvscope.trace.blocks import Array, are_weights, bad_weight, lower, not_finite, own, places, tokens_from
-from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
+from kvscope.trace.blocks import (
+    Array,
+    are_weights,
+    bad_weight,
+    lower,
+    norm_column,
+    not_finite,
+    own,
+    places,
+    tokens_from,
+)
+from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, OUTPUTS, QUERIES, STATES, TOKENS, TOP, layer_file
 from kvscope.trace.members import member_of
 from kvscope.trace.parquet import Column, LayerFile, closed
 from kvscope.trace.record import SequenceRecord, TraceHeader, TraceRecord
@@ -176,15 +186,17 @@ class TraceWriter:
             cosines = lower(similarity, position)
         lengths = np.zeros(heads * count, int) if cosines is None else np.tile(position, heads)
         flat = np.zeros(0, np.float16) if cosines is None else cosines.ravel().astype(np.float16, copy=False)
-        columns = {
-            **places(layer, sequence, heads, position, "kv_head"),
-            "similarity": (flat, lengths),
-        }
+        columns = {**places(layer, sequence, heads, position, "kv_head"), "similarity": (flat, lengths)}
         for name, norm in (("value_l1", value_l1), ("value_l2", value_l2), ("key_l2", key_l2)):
-            columns[name] = (
-                np.full(heads * count, np.nan, np.float32) if norm is None else norm.ravel().astype(np.float32)
-            )
+            columns[name] = norm_column(norm, heads * count)
         self._add(layer_file("keys", layer), KEYS, columns)
+
+    def outputs(self, layer: int, sequence: int, first: int, norms: Array) -> None:
+        """Write L1 norms ``[G, n]`` of values after the output projection, from position `first` on."""
+        heads, count = norms.shape
+        place = places(layer, sequence, heads, np.arange(first, first + count, dtype=np.int32), "kv_head")
+        columns: dict[str, Column] = {**place, "value_out_l1": norm_column(norms, heads * count)}
+        self._add(layer_file("outputs", layer), OUTPUTS, columns)
 
     def queries(self, layer: int, sequence: int, first: int, mean_query: Array) -> None:
         """Write mean queries ``[n, D]`` from position `first` on."""

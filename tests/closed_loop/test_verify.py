@@ -33,6 +33,7 @@ SMALL = {
     "r-kv": "r-kv:window=3",
     "duo-attention": "duo-attention:recent=3,sinks=1,threshold=0.7",
     "simlayerkv": "simlayerkv:rows=2,recent=3,sinks=1,threshold=0.3",
+    "criticalkv": "criticalkv:base=snapkv(window=3)",
     "expected-attention": "expected-attention:sinks=2,future=9",
 }
 OTHER_MODELS = ["qwen3", "gemma3", "gpt_neox", "phi3"]

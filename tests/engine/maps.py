@@ -62,6 +62,7 @@ def run(
     return simulation
 
 
+NORMS = ("value_l1", "value_l2", "key_l2", "value_out_l1")
 SIZE = 6  # D of the vectors
 LONGEST = 512
 # rotary embedding of four of the six dimensions: frequencies, partners, signs, factors
@@ -75,7 +76,7 @@ def signals(
 ) -> dict[str, Tensor]:
     """Return random signals for whatever the plan needs; those of a token depend on its position, not on `length`."""
     shapes = {
-        **dict.fromkeys(("value_l1", "value_l2", "key_l2"), (layers, kv_heads)),
+        **dict.fromkeys(NORMS, (layers, kv_heads)),
         **dict.fromkeys(("keys", "values"), (layers, kv_heads, SIZE)),
         "queries": (layers, heads, SIZE),
         "mean_query": (layers, SIZE),
@@ -88,7 +89,7 @@ def signals(
             continue
         generator = torch.Generator().manual_seed(seed + index)
         drawn = torch.randn(LONGEST, *shapes[name], generator=generator, dtype=torch.float64)[:length]
-        if name in ("value_l1", "value_l2", "key_l2"):
+        if name in NORMS:
             result[name] = drawn.abs().permute(1, 2, 0) + 0.5
         elif name == "mean_query":
             result[name] = drawn.permute(1, 0, 2)

@@ -22,6 +22,7 @@ KEYS = {
     "chunkkv": "liu2025chunkkv",
     "duo-attention": "xiao2025duoattention",
     "finch": "corallo2024finch",
+    "criticalkv": "feng2025criticalkv",
     "expected-attention": "devoto2025expectedattention",
     "h2o": "zhang2023h2o",
     "ideal": "jo2024a2sf",
