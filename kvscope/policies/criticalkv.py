@@ -45,7 +45,7 @@ class CriticalKV(Policy):
         year=2025,
         arxiv="2502.03805",
     )
-    proven = "plain-loop reference of kvpress's code"
+    proven = "kvpress's decisions"
 
     base: str = parameter("snapkv", "policy whose scores are used, as in a2sf(alpha=0.7)")
     first: float = parameter(0.5, "share of the budget that goes by the base's scores alone")

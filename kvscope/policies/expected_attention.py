@@ -47,7 +47,7 @@ class ExpectedAttention(Policy):
         year=2025,
         arxiv="2510.00636",
     )
-    proven = "plain-loop reference of the authors' code"
+    proven = "authors' decisions"
 
     future: int = parameter(512, "positions after the newest one, over which the rotation is averaged")
     sinks: int = parameter(4, "first keys, which are never evicted and whose queries do not count")

@@ -20,9 +20,11 @@ from kvscope.trace.blocks import (
     bad_weight,
     lower,
     norm_column,
+    norm_columns,
     not_finite,
     own,
     places,
+    token_columns,
     tokens_from,
 )
 from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, OUTPUTS, QUERIES, STATES, TOKENS, TOP, layer_file
@@ -180,8 +182,7 @@ class TraceWriter:
         """
         given = next(array for array in (value_l1, value_l2, key_l2, similarity) if array is not None)
         heads, count = given.shape[:2]
-        length = first + count
-        position = np.arange(first, length, dtype=np.int32)
+        position = np.arange(first, first + count, dtype=np.int32)
         if similarity is not None:
             cosines = lower(similarity, position)
         lengths = np.zeros(heads * count, int) if cosines is None else np.tile(position, heads)
@@ -193,10 +194,7 @@ class TraceWriter:
 
     def outputs(self, layer: int, sequence: int, first: int, norms: Array) -> None:
         """Write L1 norms ``[G, n]`` of values after the output projection, from position `first` on."""
-        heads, count = norms.shape
-        place = places(layer, sequence, heads, np.arange(first, first + count, dtype=np.int32), "kv_head")
-        columns: dict[str, Column] = {**place, "value_out_l1": norm_column(norms, heads * count)}
-        self._add(layer_file("outputs", layer), OUTPUTS, columns)
+        self._add(layer_file("outputs", layer), OUTPUTS, {**norm_columns(layer, sequence, first, value_out_l1=norms)})
 
     def queries(self, layer: int, sequence: int, first: int, mean_query: Array) -> None:
         """Write mean queries ``[n, D]`` from position `first` on."""
@@ -237,16 +235,8 @@ class TraceWriter:
         entropy: Sequence[float] | Array,
     ) -> None:
         """Write the tokens of a sequence, one value per position; NaN for an unknown number."""
-        count = len(token_id)
-        columns = {
-            "sequence": np.full(count, sequence, np.int32),
-            "position": np.arange(count, dtype=np.int32),
-            "token_id": np.asarray(token_id, np.int64),
-            "text": pa.array(map(encodable, text), pa.string()),
-            "is_prompt": np.asarray(is_prompt, bool),
-            "logprob": np.asarray(logprob, np.float32),
-            "entropy": np.asarray(entropy, np.float32),
-        }
+        numbers = token_columns(sequence, token_id, is_prompt, logprob, entropy)
+        columns = {**numbers, "text": pa.array(map(encodable, text), pa.string())}
         self._add("tokens.parquet", TOKENS, columns)
 
     def finish(self, sequences: Sequence[SequenceRecord]) -> Path:

@@ -33,6 +33,8 @@ SMALL = {
     "r-kv": "r-kv:window=3",
     "duo-attention": "duo-attention:recent=3,sinks=1,threshold=0.7",
     "simlayerkv": "simlayerkv:rows=2,recent=3,sinks=1,threshold=0.3",
+    "compactor": "compactor:sinks=2,recent=1,chunk=5,sketch=4",
+    "curdkv": "curdkv:sinks=1,window=4",
     "criticalkv": "criticalkv:base=snapkv(window=3)",
     "expected-attention": "expected-attention:sinks=2,future=9",
 }
