@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from kvscope.closed_loop.model_signals import ModelSignals
+from kvscope.engine.plan import FILTER
 from kvscope.engine.signal_axes import VECTORS
+from kvscope.gates.filters import load_filters
 from kvscope.model.attention_hook import Call
 from kvscope.model.short_cache import ShortLayer
 
@@ -58,6 +60,8 @@ def signal(name: str, queries: Tensor, keys: Tensor, values: Tensor, given: Mode
         return queries.mean(1)
     if name in VECTORS:
         return {"queries": queries, "keys": keys, "values": values}[name]
+    if name.startswith(FILTER):
+        return load_filters(name.removeprefix(FILTER)).projections(layer, keys).to(keys.dtype)
     if name == "value_out_l1":
         return given.value_out_l1(layer, values)
     vectors, order = {"value_l1": (values, 1), "value_l2": (values, 2), "key_l2": (keys, 2)}[name]

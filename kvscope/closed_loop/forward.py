@@ -21,11 +21,12 @@ from kvscope.closed_loop.gates import margins
 from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.core.errors import ReplayError
 from kvscope.core.model_types import CausalModel
-from kvscope.engine.plan import GATE
+from kvscope.engine.plan import FILTER, GATE
 from kvscope.engine.rows import Block, Shape
 from kvscope.engine.scoring import BlockScorer, MetricSeries
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
+from kvscope.gates.filters import load_filters
 from kvscope.kernels import available
 from kvscope.kernels.kept import kept_rows
 from kvscope.metrics import Metric
@@ -234,6 +235,8 @@ def signal(call: Call, name: str, text: PassShape) -> Tensor:
         vectors = call.value if name.startswith("value") else call.key
         norm: Tensor = vectors.to(call.exact).norm(p=1 if name.endswith("l1") else 2, dim=-1)
         return norm[:, None]
+    if name.startswith(FILTER):
+        return load_filters(name.removeprefix(FILTER)).projections(call.layer, call.key).to(call.exact)[:, None]
     if name == "value_out_l1":
         return text.model.value_out_l1(call.layer, call.value.to(call.exact))[:, None]
     if name == "rotary":

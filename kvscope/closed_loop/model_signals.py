@@ -12,8 +12,11 @@ from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.signals import rotary_signal
+from kvscope.gates.filters import load_filters
+from kvscope.model.attention_hook import Call, observe_attention
 from kvscope.model.outputs import OutputProjection, output_projections
 from kvscope.model.rotary import rotary_records
+from kvscope.model.sample import sample
 from kvscope.model.selfcheck import PROBE
 
 
@@ -39,10 +42,14 @@ class ModelSignals:
 
         Raises
         ------
+        UsageError
+            If filters that a plan uses are for another model.
         ModelError
             If the model has no rotary embedding that numbers describe, and a plan reads it; if it has no output
             projection that can be read, and a plan needs norms of values after it.
         """
+        for plan in plans:
+            _require_filters(model, plan, ids)
         reads = [plan for plan in plans if "rotary" in plan.needs]
         projected = any("value_out_l1" in plan.needs for plan in plans)
         return cls(
@@ -53,6 +60,25 @@ class ModelSignals:
     def value_out_l1(self, layer: int, values: Tensor) -> Tensor:
         """Return the L1 norm of values ``[R, G, n, D]`` after the projection, ``[R, G, n]``; see `OutputProjection`."""
         return self.projections[layer].norms(values)
+
+
+def _require_filters(model: CausalModel, plan: EvictionPlan, ids: Tensor) -> None:
+    """Raise an error unless the filters that a plan uses are for this model, whose layers have the same heads."""
+    if not plan.filters:
+        return
+    calls: list[Call] = []
+    with observe_attention(model, calls.append):
+        model(input_ids=ids[:, :2], use_cache=False)
+    sizes = {(call.key.shape[1], call.key.shape[3]) for call in calls}
+    if len(sizes) > 1:
+        raise ModelError(
+            f"{plan.policy.label} uses filters, which are for the same heads of every layer, and the layers of "
+            f"{type(model).__name__} differ in their heads",
+            "Use policies without filters.",
+        )
+    ((kv_heads, size),) = sizes
+    for name in plan.filters:
+        load_filters(name).require(name, layers=len(calls), kv_heads=kv_heads, size=size, weights=sample(model))
 
 
 def _rotary(model: CausalModel, plan: EvictionPlan, token: Tensor) -> dict[int, Tensor]:

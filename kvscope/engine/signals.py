@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvscope.core.errors import TraceError, UsageError
 from kvscope.engine.allocation import ALLOCATORS
-from kvscope.engine.plan import GATE, EvictionPlan
+from kvscope.engine.plan import FILTER, GATE, EvictionPlan
+from kvscope.gates.filters import load_filters
 from kvscope.gates.module import load_gate
 from kvscope.metrics import METRICS, Metric
 from kvscope.metrics.base import RECORDED
@@ -63,8 +64,10 @@ def require(trace: Trace, plan: EvictionPlan) -> None:
         )
     for name in plan.gates:
         _require_gate(trace, plan, name)
+    for name in plan.filters:
+        _require_filters(trace, plan, name)
     for name in sorted(plan.needs - ROWS):
-        if name.startswith(GATE):
+        if name.startswith((GATE, FILTER)):
             continue
         if name not in _READ:
             raise UsageError(
@@ -116,6 +119,8 @@ def load_signal(trace: Trace, name: str, sequence: int, layers: list[int]) -> Te
     """
     if name.startswith(GATE):
         return _margins(trace, name.removeprefix(GATE), sequence, layers)
+    if name.startswith(FILTER):
+        return _projections(trace, name.removeprefix(FILTER), sequence, layers)
     _, read = _READ[name]
     return torch.from_numpy(np.stack([read(trace, sequence, layer) for layer in layers]))
 
@@ -162,6 +167,28 @@ def _require_gate(trace: Trace, plan: EvictionPlan, name: str) -> None:
         kv_heads=header.kv_heads,
         weights=header.model.weights or (),
     )
+
+
+def _require_filters(trace: Trace, plan: EvictionPlan, name: str) -> None:
+    header = trace.header
+    if "vectors:keys" not in trace.stored:
+        raise TraceError(
+            f"{plan.policy.label} needs keys, which {trace.path} does not hold", remedy(header, "vectors:keys")
+        )
+    if header.layer_heads or header.head_numbers:
+        raise TraceError(
+            f"{plan.policy.label} uses filters, which are for the same heads of every layer, and {trace.path} has not",
+            "Record all heads of a model whose layers have equally many, or replay policies without filters.",
+        )
+    sizes = {"layers": header.n_layers, "kv_heads": header.kv_heads, "size": header.head_dim}
+    load_filters(name).require(name, **sizes, weights=header.model.weights or ())
+
+
+def _projections(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
+    """Return the products of keys and filters, ``[L, G, T]``, in float64 and rounded at the end, as gates."""
+    filters = load_filters(name)
+    keys = ((layer, torch.from_numpy(trace.vectors(sequence, layer, "keys"))) for layer in layers)
+    return torch.stack([filters.projections(layer, own).float() for layer, own in keys])
 
 
 @torch.no_grad()

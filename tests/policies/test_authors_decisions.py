@@ -50,6 +50,11 @@ def projected(phase: float, values: torch.Tensor, heads: int) -> torch.Tensor:
     return OutputProjection(weight).norms(values)
 
 
+def along_filters(keys: torch.Tensor) -> torch.Tensor:
+    """Return the products ``[G, T]`` of keys ``[G, T, 16]`` with filters of the formula, of the sign of kvscope."""
+    return -(keys * waves(1, 0.7, len(keys))[0][:, None]).sum(-1)
+
+
 def simulated(case: dict[str, Any]) -> CacheSimulation:
     """Return the simulation of a case's policy over the causal attention of its vectors."""
     length, heads, kv_heads = case["length"], case["heads"], case["kv_heads"]
@@ -67,6 +72,7 @@ def simulated(case: dict[str, Any]) -> CacheSimulation:
         "value_l1": values.abs().sum(-1),
         "value_l2": values.norm(dim=-1),
         "value_out_l1": torch.stack(list(map(projected, phases, values, [heads] * len(phases)))),
+        "filter:demo": torch.stack([along_filters(own) for own in keys]),
         "rotary": TURNED.repeat(len(phases), 1, 1),
     }
     policy = parse_policy(case["policy"])

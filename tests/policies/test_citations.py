@@ -36,6 +36,7 @@ KEYS = {
     "lagkv": "liang2025lagkv",
     "morphkv": "ghadia2025morphkv",
     "pyramidkv": "cai2024pyramidkv",
+    "q-filters": "godey2025qfilters",
     "quest": "tang2024quest",
     "r-kv": "cai2025rkv",
     "raas": "hu2025raas",
