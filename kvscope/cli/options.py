@@ -159,6 +159,7 @@ Outputs = Annotated[
     bool,
     typer.Option("--outputs", help="Record the norms of values after the output projection, which criticalkv needs."),
 ]
+Reread = Annotated[bool, typer.Option("--reread", help="Let the model read each prompt again, which kvzip needs.")]
 
 # What is read.
 TraceSource = Annotated[

@@ -80,7 +80,7 @@ def compile_closed_loop(
         layers = self_check(model, passages[0].text_ids, prefill)
         token = passages[0].ids[None, :1].to(model.get_input_embeddings().weight.device)
         rotary = derotations(model, token) if runs[0].positions == Positions.compacted else None
-        given = ModelSignals.of(model, _plans_of(runs), probe)
+        given = ModelSignals.of(model, _plans_of(runs), probe, passages)
     kv_heads_of = own_counts(counts[layer] for layer in layers)
     return ClosedLoopJob(model, passages, runs, metrics, prefill, layers, rotary, kv_heads_of, shared, given)
 

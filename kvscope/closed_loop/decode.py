@@ -25,7 +25,7 @@ from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Positions, Prefill, choice
 from kvscope.engine.plan import EvictionPlan, require_room
 from kvscope.engine.rows import Shape, own_counts
-from kvscope.engine.signal_axes import CONSTANT, time_axis
+from kvscope.engine.signal_axes import BEFOREHAND, time_axis
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.engine.survey import Given
@@ -154,6 +154,12 @@ class DecodeJob:
         )
         return surveyed_shares(self.model, self.ids[0], RunBatch(self.plan, list(self.budgets)), text, self._beside)
 
+    def _known(self, name: str, layer: int) -> Tensor:
+        """Return a signal of a layer that does not depend on what is decoded."""
+        if name == "rotary":
+            return self.given.rotary[layer]
+        return self.given.reconstruction(self.sequence, layer, self.ids.shape[1], self.model.device)
+
     @property
     def _beside(self) -> Mapping[str, Tensor]:
         """What the model reads of the images of the prompt, with a prompt that goes through in one pass."""
@@ -190,8 +196,8 @@ class DecodeJob:
         )
         signals = {}
         for name in self.plan.needs - ROWS:
-            if name in CONSTANT:
-                signals[name] = torch.stack([self.given.rotary[layer] for layer in numbers])
+            if name in BEFOREHAND:
+                signals[name] = torch.stack([self._known(name, layer) for layer in numbers])
                 continue
             heads = {"queries": (own.heads,), "mean_query": ()}.get(name, (own.kv_heads,))
             dim = own.value_size if name == "values" else own.head_dim

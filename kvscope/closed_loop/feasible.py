@@ -12,7 +12,9 @@ from kvscope.engine.runs import RunSpec
 from kvscope.engine.signal_axes import VECTORS
 from kvscope.engine.signals import ROWS
 
-SIGNALS = frozenset({*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2", "value_out_l1", "rotary"})
+SIGNALS = frozenset(
+    {*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2", "value_out_l1", "reconstruction", "rotary"}
+)
 
 
 def closed_runs(open_runs: Sequence[RunSpec], positions: Positions) -> list[RunSpec]:

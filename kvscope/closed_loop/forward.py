@@ -239,6 +239,8 @@ def signal(call: Call, name: str, text: PassShape) -> Tensor:
         return load_filters(name.removeprefix(FILTER)).projections(call.layer, call.key).to(call.exact)[:, None]
     if name == "value_out_l1":
         return text.model.value_out_l1(call.layer, call.value.to(call.exact))[:, None]
+    if name == "reconstruction":
+        return text.model.reconstruction(text.sequence, call.layer, text.length, call.query.device)[None, None]
     if name == "rotary":
         return text.model.rotary[call.layer][None, None].to(call.query.device)
     if name == "mean_query":

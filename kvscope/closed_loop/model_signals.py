@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from kvscope.core.errors import ModelError
+from kvscope.closed_loop.passage import Passage
+from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.signals import rotary_signal
@@ -30,20 +32,25 @@ class ModelSignals:
         Of each layer the signal ``rotary``, float64 ``[4, D]``.
     projections : mapping of int to OutputProjection
         Of each layer the output projection.
+    readings : mapping of int to mapping of int to Tensor
+        Of each sequence and layer the largest weights in a second reading of the prompt, ``[G, T]``.
     """
 
     rotary: Mapping[int, Tensor] = field(default_factory=dict)
     projections: Mapping[int, OutputProjection] = field(default_factory=dict)
+    readings: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: CausalModel, plans: Sequence[EvictionPlan], ids: Tensor) -> ModelSignals:
-        """Return what some plans need of a model; `ids` are the first tokens of a text, ``[1, n]``.
+    def of(
+        cls, model: CausalModel, plans: Sequence[EvictionPlan], ids: Tensor, passages: Sequence[Passage] = ()
+    ) -> ModelSignals:
+        """Return what some plans need of a model and of passages; `ids` are the first tokens of a text, ``[1, n]``.
 
         Raises
         ------
         UsageError
-            If filters that a plan uses are for another model.
+            If filters that a plan uses are for another model; if it needs a second reading, and a passage has none.
         ModelError
             If the model has no rotary embedding that numbers describe, and a plan reads it; if it has no output
             projection that can be read, and a plan needs norms of values after it.
@@ -55,11 +62,28 @@ class ModelSignals:
         return cls(
             _rotary(model, reads[0], ids[:, :1]) if reads else {},
             output_projections(model, ids[:, :PROBE]) if projected else {},
+            _readings(plans, passages),
         )
+
+    def reconstruction(self, sequence: int, layer: int, length: int, device: torch.device) -> Tensor:
+        """Return the signal of that name for a text of ``T`` tokens with a prompt that was read again, ``[G, T]``."""
+        known = self.readings[sequence][layer][:, :length].to(device)
+        return functional.pad(known, (0, length - known.shape[-1]))
 
     def value_out_l1(self, layer: int, values: Tensor) -> Tensor:
         """Return the L1 norm of values ``[R, G, n, D]`` after the projection, ``[R, G, n]``; see `OutputProjection`."""
         return self.projections[layer].norms(values)
+
+
+def _readings(plans: Sequence[EvictionPlan], passages: Sequence[Passage]) -> dict[int, Mapping[int, Tensor]]:
+    """Return the second readings of passages, if a plan needs them."""
+    reads = [plan for plan in plans if "reconstruction" in plan.needs]
+    if reads and not (passages and all(passage.readings for passage in passages)):
+        raise UsageError(
+            f"{reads[0].policy.label} needs a second reading of each prompt, which is recorded in a trace only",
+            "Record a trace with kvscope trace --reread, and replay it with --perplexity.",
+        )
+    return {passage.sequence.index: passage.readings for passage in passages} if reads else {}
 
 
 def _require_filters(model: CausalModel, plan: EvictionPlan, ids: Tensor) -> None:

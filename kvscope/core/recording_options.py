@@ -124,6 +124,8 @@ class StoreOptions:
         Whether to record layer inputs too, from which gates decide; None: if the model's folder contains a gate.
     outputs : bool
         Whether to record the norms of values after the output projection.
+    reread : bool
+        Whether to read every prompt a second time, and record how much each of its keys is attended to.
 
     Raises
     ------
@@ -137,6 +139,7 @@ class StoreOptions:
     query_stride: int = 1
     hidden: bool | None = None
     outputs: bool = False
+    reread: bool = False
 
     def __post_init__(self) -> None:
         if self.query_stride < 1:

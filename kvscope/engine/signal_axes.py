@@ -9,6 +9,7 @@ from torch import Tensor
 VECTORS = ("keys", "values", "queries")  # signals [L, heads, T, D]; all others are [L, ., T] or [L, T, D]
 PER_QUERY = ("queries", "mean_query")  # signals of which a policy gets the current query only
 CONSTANT = ("rotary",)  # signals without an axis of positions, [L, 4, D]
+BEFOREHAND = (*CONSTANT, "reconstruction")  # signals that are known before a text is decoded
 WITHOUT_HEADS = ("mean_query", *CONSTANT)  # signals without an axis of heads
 
 
@@ -18,8 +19,8 @@ def with_one_number(name: str) -> bool:
 
 
 def per_token(signals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the signals of which every token has its own part."""
-    return {name: signal for name, signal in signals.items() if name not in CONSTANT}
+    """Return the signals of which every token brings its own part."""
+    return {name: signal for name, signal in signals.items() if name not in BEFOREHAND}
 
 
 def time_axis(name: str) -> int:

@@ -35,7 +35,11 @@ def rotary_signal(record: RotaryRecord) -> Floats:
 _READ: dict[str, tuple[str, Callable[[Trace, int, int], Floats]]] = {
     "value_l1": ("value_l1", lambda trace, sequence, layer: trace.value_norms(sequence, layer, "l1")),
     "value_l2": ("value_l2", lambda trace, sequence, layer: trace.value_norms(sequence, layer, "l2")),
-    "value_out_l1": ("value_out_l1", lambda trace, sequence, layer: trace.value_out_norms(sequence, layer)),
+    "reconstruction": (
+        "reconstruction",
+        lambda trace, sequence, layer: trace.key_numbers("reconstruction", sequence, layer),
+    ),
+    "value_out_l1": ("value_out_l1", lambda trace, sequence, layer: trace.key_numbers("value_out_l1", sequence, layer)),
     "key_l2": ("key_l2", lambda trace, sequence, layer: trace.key_norms(sequence, layer)),
     "mean_query": ("queries", lambda trace, sequence, layer: trace.mean_queries(sequence, layer)),
     "queries": ("vectors:queries", lambda trace, sequence, layer: trace.vectors(sequence, layer, "queries")),

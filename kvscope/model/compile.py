@@ -129,12 +129,14 @@ def _facts(loaded: Loaded, prompts: Sequence[Prompt], store: StoreOptions) -> At
             any(p.inputs for p in prompts),
         )
         rotary = _rotary(loaded, ids) if has_vectors and not has_images else []
+        if store.reread and has_images:
+            raise ModelError("a prompt with images cannot be repeated as tokens", "Record the trace without --reread.")
         projections = output_projections(loaded.model, ids[:, :PROBE]) if store.outputs else {}
         return replace(facts, rotary=rotary, projections=projections)
-    if store.store != MAPS or store.hidden or store.outputs:
+    if store.store != MAPS or store.hidden or store.outputs or store.reread:
         raise ModelError(
             f"{why}, so only the rows that its modules return can be recorded, not vectors or layer inputs",
-            "Record the rows alone: --store maps, without --hidden and --outputs.",
+            "Record the rows alone: --store maps, without --hidden, --outputs and --reread.",
         )
     return self_check_modules(loaded.model, ids)
 
@@ -164,7 +166,7 @@ def _require_rows(store: StoreOptions) -> None:
 
 def _sizes(known: TraceHeader, lengths: list[int], hidden: int) -> dict[str, int]:
     """Return the estimated bytes of each store for sequences of these lengths; `hidden` is a layer input's size."""
-    inputs = tuple(name for name in ("hidden", "value_out_l1") if name in known.stored)
+    inputs = tuple(name for name in ("hidden", "value_out_l1", "reconstruction") if name in known.stored)
     return {
         store: estimate_layers(
             [known.heads_of(layer) for layer in known.layers],

@@ -68,7 +68,7 @@ def header(
         sliding_window=windows,
         learned_sinks=facts.learned_sinks,
         softcap=facts.softcap,
-        stored=_stored(facts, store, hidden=bool(selected.hidden), outputs=selected.outputs),
+        stored=_stored(facts, store, selected),
         attention=[_narrowed(facts.attention[layer], heads) for layer in layers] if store == QKV else [],
         top=top,
         head_numbers=heads,
@@ -128,9 +128,10 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **versions("torch", "transformers", "pyarrow")}
 
 
-def _stored(facts: AttentionFacts, store: str, *, hidden: bool, outputs: bool) -> list[str]:
+def _stored(facts: AttentionFacts, store: str, selected: StoreOptions) -> list[str]:
     """Return the signals that are stored; of a model whose modules return the rows these alone."""
-    beside = [*(["hidden"] if hidden else []), *(["value_out_l1"] if outputs else [])]
+    asked = {"hidden": selected.hidden, "value_out_l1": selected.outputs, "reconstruction": selected.reread}
+    beside = [name for name, chosen in asked.items() if chosen]
     return [MAPS] if facts.from_modules else [*STORES[store], *beside]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kvscope.core.options import OutputOptions
@@ -19,6 +20,7 @@ from kvscope.model.prompts import Prompt
 from kvscope.model.recorder import Recorder
 from kvscope.model.run import Progress, RecordingRun
 from kvscope.model.sampling import chooser
+from kvscope.model.second_reading import second_reading
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import TraceHeader
 from kvscope.trace.writer import TraceWriter
@@ -113,13 +115,27 @@ class RecordingPlan:
         ):
             with Pipeline(threads_for(self.loaded.device)) as pipeline:
                 recorder = self._recorder(writer, pipeline)
-                run = RecordingRun(self.loaded, writer, recorder, self.prefill_chunk, self.tokens, progress_callback)
+                reread = self._reread(writer) if self.store.reread else None
+                asked = self.prefill_chunk, self.tokens, progress_callback, reread
+                run = RecordingRun(self.loaded, writer, recorder, *asked)
                 done = [
                     run.record(n, prompt, self.text.max_new_tokens, chooser(self.sampling, self.text.seed + n))
                     for n, prompt in enumerate(self.prompts)
                 ]
             writer.finish(done)
         return open_trace(self.path)
+
+    def _reread(self, writer: TraceWriter) -> Callable[[int, Sequence[int], int], None]:
+        """Return what lets the model read the prompt of a sequence again, and writes what it attends to."""
+
+        def write(sequence: int, prompt: Sequence[int], length: int) -> None:
+            found = second_reading(self.loaded, prompt)
+            for layer in self.header.layers:
+                own = found[layer][_kv_heads(self.header, layer)].float().cpu().numpy()
+                largest = np.pad(own, ((0, 0), (0, length - len(prompt))))
+                writer.key_numbers("readings", layer, sequence, 0, reconstruction=largest)
+
+        return write
 
     def _recorder(self, writer: TraceWriter, pipeline: Pipeline) -> Recorder | MapRecorder:
         heads, stride = self.header.head_numbers, self.store.query_stride
@@ -145,3 +161,11 @@ class RecordingPlan:
             projections=self.projections,
             pipeline=pipeline,
         )
+
+
+def _kv_heads(header: TraceHeader, layer: int) -> list[int]:
+    """Return the key/value heads of a layer that are recorded."""
+    if not header.head_numbers:
+        return list(range(header.heads_of(layer).kv_heads))
+    group = len(header.head_numbers) // header.heads_of(layer).kv_heads
+    return sorted({head // group for head in header.head_numbers})

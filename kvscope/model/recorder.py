@@ -229,8 +229,8 @@ class Recorder:
     def _write_outputs(self, call: Call, first: int, start: int, stop: int) -> None:
         """Write the norms of the values at these positions after the output projection."""
         values = own_vectors(call, start, stop)[1].to(call.exact)
-        write = partial(self.writer.outputs, call.layer, self._sequence, first + start)
-        self._put(("outputs", call.layer), write, {"norms": self._projections[call.layer].norms(values)})
+        write = partial(self.writer.key_numbers, "outputs", call.layer, self._sequence, first + start)
+        self._put(("outputs", call.layer), write, {"value_out_l1": self._projections[call.layer].norms(values)})
 
     def _write_hidden(self, call: Call, first: int, start: int, stop: int) -> None:
         """Write the layer inputs of these queries, exactly."""

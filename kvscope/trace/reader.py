@@ -183,9 +183,9 @@ class Trace:
         """Return the norm of every value, float32 ``[G, T]``."""
         return self._norms(f"value_{order}", sequence, layer)
 
-    def value_out_norms(self, sequence: int, layer: int) -> Floats:
-        """Return the L1 norm of every value after the output projection, mean over its group, float32 ``[G, T]``."""
-        return self._norms("value_out_l1", sequence, layer)
+    def key_numbers(self, signal: str, sequence: int, layer: int) -> Floats:
+        """Return ``value_out_l1`` or ``reconstruction``, one number for every key, float32 ``[G, T]``."""
+        return self._norms(signal, sequence, layer)
 
     def key_norms(self, sequence: int, layer: int) -> Floats:
         """Return the L2 norm of every key, float32 ``[G, T]``."""

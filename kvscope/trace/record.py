@@ -121,7 +121,7 @@ class TraceHeader:
         list[str],
         about(
             "signals: `maps`, `topk`, `value_l1`, `value_l2`, `key_l2`, `similarity`, `queries`, `hidden`, "
-            "`value_out_l1`, `vectors:keys`, ..."
+            "`value_out_l1`, `reconstruction`, `vectors:keys`, ..."
         ),
     ] = field(default_factory=lambda: [MAPS])
     attention: Annotated[

@@ -34,7 +34,7 @@ HISTORY = {
     11: "prompts with images: `images` of a sequence",
     12: "models that choose the keys they read: `indexed`; no weight of such a key is rounded to zero",
     13: "`rotary`: how the layers of a trace with vectors turn queries and keys by their positions; "
-    "norms of values after the output projection: `outputs`",
+    "norms of values after the output projection: `outputs`; a second reading of prompts: `readings`",
 }
 
 Which = Literal["queries", "keys", "values"]
@@ -60,7 +60,9 @@ DERIVED: dict[str, tuple[str, ...]] = {
     "similarity": ("keys",),
     "queries": ("queries",),
 }
-SIGNALS = frozenset((MAPS, TOPK, "hidden", "value_out_l1", *DERIVED, *_OF_VECTORS))  # all that `stored` may name
+SIGNALS = frozenset(
+    (MAPS, TOPK, "hidden", "value_out_l1", "reconstruction", *DERIVED, *_OF_VECTORS)
+)  # all that `stored` may name
 
 
 def parse_store(text: str) -> tuple[str, int | None]:

@@ -100,10 +100,10 @@ class StoredSignals:
         return self._grid(name, "head", column, self._header.heads_of(layer).heads, sequence, recorded)
 
     def norms(self, column: str, sequence: int, layer: int) -> Floats:
-        """Return ``value_l1``, ``value_l2``, ``key_l2`` or ``value_out_l1``, float32 ``[G, T]``."""
+        """Return ``value_l1``, ``value_l2``, ``key_l2``, ``value_out_l1`` or ``reconstruction``, float32 ``[G, T]``."""
         every = np.arange(self._sequences[sequence].length)
         heads = self._header.heads_of(layer).kv_heads
-        kind = "outputs" if column == "value_out_l1" else "keys"
+        kind = {"value_out_l1": "outputs", "reconstruction": "readings"}.get(column, "keys")
         return self._grid(layer_file(kind, layer), "kv_head", column, heads, sequence, every)
 
     def similarity(self, sequence: int, layer: int) -> Floats:

@@ -27,7 +27,7 @@ from kvscope.trace.blocks import (
     token_columns,
     tokens_from,
 )
-from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, OUTPUTS, QUERIES, STATES, TOKENS, TOP, layer_file
+from kvscope.trace.columns import ATTENTION, COLUMNS, FILES, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
 from kvscope.trace.members import member_of
 from kvscope.trace.parquet import Column, LayerFile, closed
 from kvscope.trace.record import SequenceRecord, TraceHeader, TraceRecord
@@ -192,9 +192,10 @@ class TraceWriter:
             columns[name] = norm_column(norm, heads * count)
         self._add(layer_file("keys", layer), KEYS, columns)
 
-    def outputs(self, layer: int, sequence: int, first: int, norms: Array) -> None:
-        """Write L1 norms ``[G, n]`` of values after the output projection, from position `first` on."""
-        self._add(layer_file("outputs", layer), OUTPUTS, {**norm_columns(layer, sequence, first, value_out_l1=norms)})
+    def key_numbers(self, kind: str, layer: int, sequence: int, first: int, **numbers: Array) -> None:
+        """Write numbers ``[G, n]`` of keys from position `first` on: of kind ``outputs`` or ``readings``."""
+        schema = FILES[f"{kind}/layer=NNN.parquet"][1]
+        self._add(layer_file(kind, layer), schema, {**norm_columns(layer, sequence, first, **numbers)})
 
     def queries(self, layer: int, sequence: int, first: int, mean_query: Array) -> None:
         """Write mean queries ``[n, D]`` from position `first` on."""
@@ -242,15 +243,7 @@ class TraceWriter:
     def finish(self, sequences: Sequence[SequenceRecord]) -> Path:
         """Close the files, write ``trace.json`` with sizes and checksums, and rename the folder to its final name.
 
-        Parameters
-        ----------
-        sequences : sequence of SequenceRecord
-            Lengths of each sequence.
-
-        Returns
-        -------
-        Path
-            The folder of the finished trace.
+        `sequences` has the lengths of each sequence. The folder of the finished trace is returned.
         """
         try:
             checksums = closed(self._files)

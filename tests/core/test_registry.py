@@ -13,7 +13,7 @@ POLICIES = (
     "a2sf snapkv ada-kv attention-gate belady cake chunkkv duo-attention finch full h2o ideal indexer key-norm "
     "keydiff keyformer lacache lagkv lru morphkv pyramidkv quest r-kv raas random recycled-attention refreshkv "
     "roco scissorhands simlayerkv streaming-llm tova vatp window expected-attention criticalkv compactor "
-    "curdkv q-filters "
+    "curdkv q-filters kvzip "
 ).split()
 METRICS = (
     "ideal_cosine ideal_cosine_flattened full_cosine read_keys held_keys late_mass_retained retained_mass "

@@ -62,7 +62,7 @@ def run(
     return simulation
 
 
-NORMS = ("value_l1", "value_l2", "key_l2", "value_out_l1")
+NORMS = ("value_l1", "value_l2", "key_l2", "value_out_l1", "reconstruction")
 SIZE = 6  # D of the vectors
 LONGEST = 512
 # rotary embedding of four of the six dimensions: frequencies, partners, signs, factors

@@ -33,6 +33,7 @@ KEYS = {
     "keydiff": "park2025keydiff",
     "keyformer": "adnan2024keyformer",
     "lacache": "shi2025lacache",
+    "kvzip": "kim2025kvzip",
     "lagkv": "liang2025lagkv",
     "morphkv": "ghadia2025morphkv",
     "pyramidkv": "cai2024pyramidkv",

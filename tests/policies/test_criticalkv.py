@@ -122,7 +122,7 @@ def test_some_heads_have_the_norms_of_all(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     whole = recorded(tmp_path / "a", store="maps", outputs=True)
     part = recorded(tmp_path / "b", store="maps", outputs=True, heads=[2, 3])
-    assert np.array_equal(part.value_out_norms(0, 1), whole.value_out_norms(0, 1)[1:])
+    assert np.array_equal(part.key_numbers("value_out_l1", 0, 1), whole.key_numbers("value_out_l1", 0, 1)[1:])
 
 
 def test_a_trace_without_the_norms_is_refused(tmp_path: Path) -> None:
