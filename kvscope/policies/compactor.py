@@ -47,6 +47,7 @@ class Compactor(Policy):
 
     needs = frozenset({"keys", "values", "queries", "rotary"})
     phase = "prefill"
+    formula = "S[j] = blend * z(x_j (X'X)^-1 x_j) + z(|v_j| * sum of q in j's chunk of softmax(q K)[j])"
     paper = "arXiv:2507.08143 section 3"
     citation = Citation(
         key="chari2025compactor",

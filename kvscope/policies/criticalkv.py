@@ -37,6 +37,7 @@ class CriticalKV(Policy):
     """
 
     needs = frozenset({"weights", "value_out_l1"})
+    formula = "half of B by S[j] of `base`, the rest by (S[j] + epsilon) * |W_o v_j|_1"
     paper = "arXiv:2502.03805 sections 3, 4"
     citation = Citation(
         key="feng2025criticalkv",

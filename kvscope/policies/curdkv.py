@@ -39,6 +39,7 @@ class CurDKV(Policy):
 
     needs = frozenset({"keys", "values"})
     phase = "prefill"
+    formula = "S[j] = |k_j|^2 * |v_j|^2, each as a share of its part of `window` keys"
     paper = "arXiv:2509.15038 sections 3, 4"
     citation = Citation(
         key="sengupta2025curdkv",

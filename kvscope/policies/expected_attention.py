@@ -39,6 +39,7 @@ class ExpectedAttention(Policy):
 
     needs = frozenset({"keys", "values", "queries", "rotary"})
     phase = "prefill"
+    formula = "S[j] = (softmax_j(k_j m / sqrt(D) + k_j C k_j / 2D) + epsilon) * |v_j|"
     paper = "arXiv:2510.00636 section 3"
     citation = Citation(
         key="devoto2025expectedattention",

@@ -35,6 +35,7 @@ class KVzip(Policy):
     needs = frozenset({"reconstruction"})
     phase = "prefill"
     prefills = frozenset({"full"})
+    formula = "S[j] = largest weight on j of the queries that read the prompt again"
     paper = "arXiv:2505.23416 section 3"
     citation = Citation(
         key="kim2025kvzip",

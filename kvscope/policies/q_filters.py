@@ -31,6 +31,7 @@ class QFilters(Policy):
     [[0], [0, 1], [0, 2], [0, 3]]
     """
 
+    formula = "S[j] = k_j f, with f the principal direction of the queries of the head"
     paper = "arXiv:2503.02812 section 3"
     citation = Citation(
         key="godey2025qfilters",
