@@ -44,7 +44,7 @@ _READ: dict[str, tuple[str, Callable[[Trace, int, int], Floats]]] = {
     "mean_query": ("queries", lambda trace, sequence, layer: trace.mean_queries(sequence, layer)),
     "queries": ("vectors:queries", lambda trace, sequence, layer: trace.vectors(sequence, layer, "queries")),
     "keys": ("vectors:keys", lambda trace, sequence, layer: trace.vectors(sequence, layer, "keys")),
-    "rotary": ("rotary", lambda trace, _, layer: rotary_signal(trace.rotary(layer))),
+    "rotary": ("rotary", lambda trace, _, layer: rotary_signal(trace.header.rotary_of(layer))),
     "values": ("vectors:values", lambda trace, sequence, layer: trace.vectors(sequence, layer, "values")),
 }
 

@@ -14,7 +14,7 @@ from kvscope.core.errors import TraceError
 from kvscope.trace.cache import Cache
 from kvscope.trace.derive import Derived, Floats, KeptKeys
 from kvscope.trace.files import TraceFiles
-from kvscope.trace.layer_records import LayerHeads, RotaryRecord
+from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.record import StorageError, TraceRecord
 from kvscope.trace.record_file import read_record
 from kvscope.trace.schema import TOPK, VECTORS, Which
@@ -181,15 +181,11 @@ class Trace:
 
     def value_norms(self, sequence: int, layer: int, order: Literal["l1", "l2"] = "l1") -> Floats:
         """Return the norm of every value, float32 ``[G, T]``."""
-        return self._norms(f"value_{order}", sequence, layer)
-
-    def key_numbers(self, signal: str, sequence: int, layer: int) -> Floats:
-        """Return ``value_out_l1`` or ``reconstruction``, one number for every key, float32 ``[G, T]``."""
-        return self._norms(signal, sequence, layer)
+        return self.key_numbers(f"value_{order}", sequence, layer)
 
     def key_norms(self, sequence: int, layer: int) -> Floats:
         """Return the L2 norm of every key, float32 ``[G, T]``."""
-        return self._norms("key_l2", sequence, layer)
+        return self.key_numbers("key_l2", sequence, layer)
 
     def similarity(self, sequence: int, layer: int) -> Floats:
         """Return the cosines of all pairs of cached keys, float32 ``[G, T, T]``, symmetric, 1 on the diagonal."""
@@ -228,11 +224,6 @@ class Trace:
         self._require("hidden")
         return self._stored.hidden(sequence, layer)
 
-    def rotary(self, layer: int) -> RotaryRecord:
-        """Return the rotary embedding of a recorded layer."""
-        self._require("rotary")
-        return next(record for record in self.header.rotary if layer in record.layers)
-
     def require_whole(self, *, verify: bool = False) -> None:
         """Raise TraceError unless every file is there, and the tokens are those of the sequences.
 
@@ -251,7 +242,8 @@ class Trace:
         frame = self._stored.tokens()
         return frame if sequence is None else frame[frame["sequence"] == sequence].reset_index(drop=True)
 
-    def _norms(self, column: str, sequence: int, layer: int) -> Floats:
+    def key_numbers(self, column: str, sequence: int, layer: int) -> Floats:
+        """Return a signal with one number for every key, as ``value_out_l1`` or ``reconstruction``: ``[G, T]``."""
         if self._is_derived(column):
             return self._derived.norms(column, sequence, layer)
         return self._stored.norms(column, sequence, layer)

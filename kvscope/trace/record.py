@@ -249,6 +249,10 @@ class TraceHeader:
             return self.layer_heads[self.layers.index(layer)]
         return LayerHeads(self.heads, self.kv_heads, self.head_dim, self.value_dim)
 
+    def rotary_of(self, layer: int) -> RotaryRecord:
+        """Return the rotary embedding of a recorded layer; only where `rotary` has it."""
+        return next(record for record in self.rotary if layer in record.layers)
+
     def attention_of(self, layer: int) -> LayerAttention:
         """Return how a recorded layer turns queries and keys into weights; only for store ``qkv``."""
         return self.attention[self.layers.index(layer)]

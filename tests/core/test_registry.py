@@ -10,7 +10,7 @@ from kvscope.core.errors import UsageError
 from kvscope.core.registry import Registry
 
 POLICIES = (
-    "a2sf snapkv ada-kv attention-gate belady cake chunkkv compactor criticalkv curdkv duo-attention "
+    "a2sf snapkv ada-kv attention-gate belady cake chunkkv compactor criticalkv curdkv dms duo-attention "
     "expected-attention finch full h2o ideal indexer key-norm keydiff keyformer kvzip lacache lagkv lru morphkv "
     "pyramidkv q-filters quest r-kv raas random recycled-attention refreshkv roco scissorhands simlayerkv "
     "streaming-llm tova vatp window"

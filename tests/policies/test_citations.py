@@ -25,6 +25,7 @@ KEYS = {
     "compactor": "chari2025compactor",
     "criticalkv": "feng2025criticalkv",
     "curdkv": "sengupta2025curdkv",
+    "dms": "lancucki2025dms",
     "expected-attention": "devoto2025expectedattention",
     "h2o": "zhang2023h2o",
     "ideal": "jo2024a2sf",

@@ -25,7 +25,8 @@ PREFILLS = ["full", "stream"]
 LENGTH, PROMPT, BUDGET = 49, 20, 12
 CHOICES = ("variant", "schedule", "base", "scope")  # parameters whose every value is a rule of its own
 BASES = ("h2o", "tova", "a2sf", "scissorhands")
-SMALL = {  # whose usual sizes exceed the whole text
+SMALL = {
+    "dms": "dms:window=5",  # whose usual sizes exceed the whole text
     "quest": "quest:page_size=2,skip_layers=0",  # three pages of the usual size are the whole text here
     "simlayerkv": "simlayerkv:recent=6,sinks=2,threshold=0.4",
     "duo-attention": "duo-attention:recent=6,sinks=2,threshold=0.6",

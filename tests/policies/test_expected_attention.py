@@ -104,7 +104,7 @@ def test_both_loops_evict_the_same_keys_of_a_prompt(name: str, tmp_path: Path) -
 
 def test_a_trace_says_how_its_model_turns_and_is_refused_without(tmp_path: Path) -> None:
     made = recorded(tmp_path, store="qkv")
-    assert made.record.schema == 13 and made.rotary(1).frequencies[:4] == pytest.approx([1, 0.1, 0.01, 0.001])
+    assert made.record.schema == 13 and made.header.rotary_of(1).frequencies[:4] == pytest.approx([1, 0.1, 0.01, 0.001])
     (tmp_path / "other").mkdir()
     other = recorded(tmp_path / "other", "gpt2", store="qkv")
     with pytest.raises(TraceError, match=r"expected-attention needs rotary, which .* does not hold\nRecord it again"):
