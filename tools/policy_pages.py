@@ -23,7 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER, RESULTS = "docs/policies", ROOT / "benchmarks" / "results"
 EXAMPLE, BUDGET = "traces/example", "30%"
 LAYER, HEAD = 1, 0
-WITHOUT = {"indexer": "The example's model has no index that could select keys, so there is no picture."}
+_UNRECORDED = "The example's trace does not hold {}, so there is no picture: kvscope trace {}."
+WITHOUT = {
+    "indexer": "The example's model has no index that could select keys, so there is no picture.",
+    "expected-attention": _UNRECORDED.format("the rotary embedding of its model", "--store qkv"),
+    "compactor": _UNRECORDED.format("the rotary embedding of its model", "--store qkv"),
+    "criticalkv": _UNRECORDED.format("norms of projected values", "--outputs"),
+    "kvzip": _UNRECORDED.format("a second reading", "--reread"),
+}
 CELL, MARGIN = 3, 34  # pixels: side of a key in a picture, and room for words beside it
 SYMBOLS = """\
 | symbol | meaning |
@@ -189,7 +196,8 @@ def _proofs(name: str) -> Iterator[str]:
 
 @cache
 def _cases() -> tuple[Mapping[str, Any], ...]:
-    return tuple(json.loads((ROOT / "tests" / "data" / "authors_decisions.json").read_text())["cases"])
+    files = [ROOT / "tests" / "data" / f"{whose}_decisions.json" for whose in ("authors", "kvpress")]
+    return tuple(case for file in files for case in json.loads(file.read_text())["cases"])
 
 
 @cache

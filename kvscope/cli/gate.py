@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 app = command_group(
     "gate",
     order=150,
-    help="Train gates for attention-gate: small modules that decide, in each layer, which keys to retain.",
+    help="Train gates for attention-gate, which decide which keys to retain, or compute the filters of q-filters.",
 )
 
 
@@ -80,7 +80,40 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkp
 
 @app.callback()
 def gates() -> None:
-    """Train gates for attention-gate: small modules that decide, in each layer, which keys to retain."""
+    """Train gates for attention-gate, which decide which keys to retain, or compute the filters of q-filters."""
+
+
+@app.command("filters")
+def filters(
+    traces: Annotated[list[str], typer.Argument(metavar="TRACE", help="Trace with vectors. Repeatable.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Write the filters to this file.")] = (
+        Path("filters.safetensors")
+    ),
+    force: Force = False,
+    no_verify: NoVerify = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compute the filters of the policy q-filters from the queries of traces of one model."""
+    from kvscope.cli import console
+    from kvscope.cli.hints import replay_of
+    from kvscope.cli.places import find_trace
+
+    _require_free(output, force)
+    with console.working("reading queries", quiet=quiet):
+        from kvscope.trace.reader import open_trace
+        from kvscope.training.filters import filters_of
+
+        made = filters_of([open_trace(find_trace(name, quiet=quiet), compare=not no_verify) for name in traces])
+    made.write(output)
+    facts = made.facts
+    if json:
+        console.show_json({"file": str(output), "model": facts.model, **facts.provenance})
+    else:
+        sizes = f"{facts.layers} layers, {facts.kv_heads} key/value heads of size {facts.size}"
+        queries = f"{facts.provenance['queries']} tokens of {len(traces)} trace{'s' * (len(traces) > 1)}"
+        console.show_pairs([("model", facts.model), ("filters", sizes), ("from", queries)], title=str(output))
+    console.note(f"next: {replay_of(f'q-filters:filters={output}', traces)}", quiet=quiet)
 
 
 @app.command("train")
@@ -201,7 +234,6 @@ def _require_arguments(
 ) -> None:
     """Raise UsageError unless texts with a model, or traces, are named and the output can be written."""
     from kvscope.core.errors import UsageError
-    from kvscope.core.output import require_free
 
     if bool(text) == bool(distill):
         raise UsageError(
@@ -210,8 +242,16 @@ def _require_arguments(
         )
     if text and model is None:
         raise UsageError("--text needs a model", "Name one: --model demo")
+    _require_free(output, force)
+
+
+def _require_free(output: Path, force: bool) -> None:
+    """Raise UsageError unless the output can be written."""
+    from kvscope.core.errors import UsageError
+    from kvscope.core.output import require_free
+
     if output.is_dir() or not output.absolute().parent.is_dir():
-        raise UsageError(f"{output} cannot be written", "Name a file in a folder that exists: -o gate.safetensors")
+        raise UsageError(f"{output} cannot be written", f"Name a file in a folder that exists: -o {output.name}")
     require_free(output, force=force)
 
 

@@ -155,6 +155,11 @@ Hidden = Annotated[
         show_default=False,
     ),
 ]
+Outputs = Annotated[
+    bool,
+    typer.Option("--outputs", help="Record the norms of values after the output projection, which criticalkv needs."),
+]
+Reread = Annotated[bool, typer.Option("--reread", help="Let the model read each prompt again, which kvzip needs.")]
 
 # What is read.
 TraceSource = Annotated[

@@ -55,6 +55,8 @@ def trace(
     prefill_chunk: options.PrefillChunk = None,
     store: options.Store = "maps",
     hidden: options.Hidden = None,
+    outputs: options.Outputs = False,
+    reread: options.Reread = False,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -66,22 +68,29 @@ def trace(
     from kvscope.cli import console
 
     (files, path), given = _place(output, prompts, model, force, quiet), _given(chat_option, answer, image, template)
-    with console.working("loading transformers", quiet=quiet):
-        from kvscope.model.compile import compile_recording
-
+    compile_recording = _compiler(quiet)
     with console.bar(f"tracing {model}", None, "tokens", quiet=quiet) as update:
         plan = compile_recording(
             ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize),
             files,
             OutputOptions(path, force, options.command_line(ctx)),
             text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, *given),
-            store=StoreOptions(store, *_selected(layers, heads), query_stride, hidden),
+            store=StoreOptions(store, *_selected(layers, heads), query_stride, hidden, outputs, reread),
             sampling=Sampling(do_sample, temperature, top_p, top_k),
             blocks=BlockOptions(query_block, prefill_chunk),
         )
         announce(plan, quiet)
         made = plan.execute(progress_callback(update))
     _show(made, as_json=json, quiet=quiet)
+
+
+def _compiler(quiet: bool) -> Callable[..., RecordingPlan]:
+    """Return the function that compiles a recording; loading what it needs takes seconds."""
+    from kvscope.cli import console
+
+    with console.working("loading transformers", quiet=quiet):
+        from kvscope.model.compile import compile_recording
+    return compile_recording
 
 
 def _show(made: Trace, *, as_json: bool, quiet: bool) -> None:

@@ -13,6 +13,7 @@ from kvscope.closed_loop.feasible import closed_runs, require_closed, require_de
 from kvscope.closed_loop.gates import require_gates
 from kvscope.closed_loop.generation import GenerateJob, examples_to_generate
 from kvscope.closed_loop.job import ClosedLoopJob, TokenSink
+from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.closed_loop.passage import Passage
 from kvscope.closed_loop.perplexity import PerplexityJob, describe_texts, passages_of_texts
 from kvscope.closed_loop.self_check import self_check
@@ -77,12 +78,11 @@ def compile_closed_loop(
         _require_positions(passages, runs)
         shared = shared_caches(model, probe)
         layers = self_check(model, passages[0].text_ids, prefill)
-        rotary = None
-        if runs[0].positions == Positions.compacted:
-            rotary = derotations(model, passages[0].ids[None, :1].to(model.get_input_embeddings().weight.device))
-    return ClosedLoopJob(
-        model, passages, runs, metrics, prefill, layers, rotary, own_counts(counts[layer] for layer in layers), shared
-    )
+        token = passages[0].ids[None, :1].to(model.get_input_embeddings().weight.device)
+        rotary = derotations(model, token) if runs[0].positions == Positions.compacted else None
+        given = ModelSignals.of(model, _plans_of(runs), probe, passages)
+    kv_heads_of = own_counts(counts[layer] for layer in layers)
+    return ClosedLoopJob(model, passages, runs, metrics, prefill, layers, rotary, kv_heads_of, shared, given)
 
 
 def compile_trace_loop(
@@ -272,7 +272,13 @@ def evaluate(
 
 
 def _require_positions(passages: Sequence[Passage], runs: Sequence[RunSpec]) -> None:
-    """Raise UsageError if positions are to be compacted in a text with images: theirs may have several numbers."""
+    """Raise UsageError if positions are to be compacted, or read, in a text with images: some have several numbers."""
+    reads = [plan for plan in _plans_of(runs) if "rotary" in plan.needs]
+    if reads and any(passage.images for passage in passages):
+        raise UsageError(
+            f"{reads[0].label} reads positions, which may have two dimensions in prompts with images",
+            "Use another policy, or prompts without images.",
+        )
     if any(passage.images for passage in passages) and runs[0].positions == Positions.compacted:
         raise UsageError(
             "positions cannot be compacted in prompts with images, whose positions may have two dimensions",

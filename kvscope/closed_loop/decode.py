@@ -7,7 +7,7 @@ model computed at that step from the shortened cache. The decisions are made by 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from kvscope.closed_loop.decoder import Decoder, exact_dtype
 from kvscope.closed_loop.feasible import require_decodable
 from kvscope.closed_loop.gates import require_gates
+from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.closed_loop.passage import Passage
 from kvscope.closed_loop.prompt_pass import PromptPass
@@ -24,7 +25,7 @@ from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Positions, Prefill, choice
 from kvscope.engine.plan import EvictionPlan, require_room
 from kvscope.engine.rows import Shape, own_counts
-from kvscope.engine.signal_axes import time_axis
+from kvscope.engine.signal_axes import BEFOREHAND, time_axis
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.engine.survey import Given
@@ -87,6 +88,8 @@ class DecodeJob:
         to n - 1, oldest first, and the query n - 1. A policy still sees keys and queries at their original positions.
     passage : Passage or None
         The text, where its prompt has images; with full prefill the model reads them with the prompt.
+    given : ModelSignals
+        What the policy reads of the model's parameters.
     """
 
     model: CausalModel
@@ -99,6 +102,7 @@ class DecodeJob:
     facts: AttentionFacts
     rotary: Mapping[int, Derotation] | None = None
     passage: Passage | None = None
+    given: ModelSignals = field(default_factory=ModelSignals)
 
     @torch.no_grad()
     def execute(self) -> Decoded:
@@ -136,15 +140,25 @@ class DecodeJob:
         simulations = [self._empty_simulation(own, layers, given) for own, layers in kinds.items()]
         cache, layers = short_cache(self.model, self._owners, self.rotary)
         forget_positions(self.model)
-        decoder = Decoder(self.model, self.ids, simulations, cache, layers, self._beside, self.facts.shared, read)
+        decoder = Decoder(
+            self.model, self.ids, simulations, cache, layers, self._beside, self.facts.shared, self.given, read
+        )
         return decoder, simulations
 
     def _surveyed(self) -> Mapping[int, Given]:
         """Return the allocator of each layer where those that one simulation steps do not suffice to decide."""
         layers, length = tuple(self.facts.windows), self.ids.shape[1]
         kv_heads = own_counts(self.facts.sizes[layer].kv_heads for layer in layers)
-        text = PassShape(self.prompt, length, self.sequence, layers, self.prefill, kv_heads, self.facts.shared)
+        text = PassShape(
+            self.prompt, length, self.sequence, layers, self.prefill, kv_heads, self.facts.shared, self.given
+        )
         return surveyed_shares(self.model, self.ids[0], RunBatch(self.plan, list(self.budgets)), text, self._beside)
+
+    def _known(self, name: str, layer: int) -> Tensor:
+        """Return a signal of a layer that does not depend on what is decoded."""
+        if name == "rotary":
+            return self.given.rotary[layer]
+        return self.given.reconstruction(self.sequence, layer, self.ids.shape[1], self.model.device)
 
     @property
     def _beside(self) -> Mapping[str, Tensor]:
@@ -182,6 +196,9 @@ class DecodeJob:
         )
         signals = {}
         for name in self.plan.needs - ROWS:
+            if name in BEFOREHAND:
+                signals[name] = torch.stack([self._known(name, layer) for layer in numbers])
+                continue
             heads = {"queries": (own.heads,), "mean_query": ()}.get(name, (own.kv_heads,))
             dim = own.value_size if name == "values" else own.head_dim
             size = (dim,) if time_axis(name) == -2 else ()
@@ -245,7 +262,8 @@ def decode(
         facts = attention_facts(model, ids)
         require_gates(plan, model, [own.kv_heads for own in facts.sizes.values()])
         rotary = derotations(model, ids[:, :1]) if placing is Positions.compacted else None
-    return DecodeJob(model, ids, plan, [budget], prompt, how, sequence, facts, rotary).execute()
+        given = ModelSignals.of(model, [plan], ids)
+    return DecodeJob(model, ids, plan, [budget], prompt, how, sequence, facts, rotary, given=given).execute()
 
 
 @torch.no_grad()

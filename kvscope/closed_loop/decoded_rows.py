@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvscope.closed_loop.model_signals import ModelSignals
+from kvscope.engine.plan import FILTER
 from kvscope.engine.signal_axes import VECTORS
+from kvscope.gates.filters import load_filters
 from kvscope.model.attention_hook import Call
 from kvscope.model.short_cache import ShortLayer
 
@@ -48,8 +51,8 @@ def beyond(start: int, stop: int, call: Call, device: torch.device) -> Tensor:
     return hidden if call.sliding_window is None else hidden | (key <= query - call.sliding_window)
 
 
-def signal(name: str, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Return a signal of new tokens, without a layer axis.
+def signal(name: str, queries: Tensor, keys: Tensor, values: Tensor, given: ModelSignals, layer: int) -> Tensor:
+    """Return a signal of new tokens of a layer, without a layer axis; `given` has what depends on the model.
 
     Queries are ``[R, H, q, D]``, keys and values ``[R, G, q, D]``.
     """
@@ -57,6 +60,10 @@ def signal(name: str, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return queries.mean(1)
     if name in VECTORS:
         return {"queries": queries, "keys": keys, "values": values}[name]
+    if name.startswith(FILTER):
+        return load_filters(name.removeprefix(FILTER)).projections(layer, keys).to(keys.dtype)
+    if name == "value_out_l1":
+        return given.value_out_l1(layer, values)
     vectors, order = {"value_l1": (values, 1), "value_l2": (values, 2), "key_l2": (keys, 2)}[name]
     norm: Tensor = vectors.norm(p=order, dim=-1)
     return norm

@@ -11,11 +11,12 @@ from torch import Tensor
 from kvscope.closed_loop.decoded_rows import at_cache_position, beyond, signal, weights
 from kvscope.closed_loop.gates import margins
 from kvscope.closed_loop.like_layers import LikeLayers
+from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.closed_loop.prompt_pass import PromptPass
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, KeyValueCache
 from kvscope.engine.plan import GATE
-from kvscope.engine.signal_axes import time_axis
+from kvscope.engine.signal_axes import per_token, time_axis
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.attention_hook import Call, Kernel, replace_attention
 from kvscope.model.short_cache import HeldKeys, ShortLayer
@@ -47,12 +48,14 @@ class Decoder:
         layers: Mapping[int, ShortLayer],
         beside: Mapping[str, Tensor],
         shared: Mapping[int, int],
+        given: ModelSignals,
         read: PromptPass | None = None,
     ) -> None:
         self.model, self.ids, self.cache, self.layers = model, ids, cache, layers
         self.exact, self._beside, self._read = exact_dtype(model), beside, read
         self._parts = [LikeLayers(simulation) for simulation in simulations]
         self._part_of = {layer: part for part in self._parts for layer in part.simulation.shape.layers}
+        self._given = given
         self._shared = shared  # layer that reads the cache of an earlier one -> that layer, whose rows decide
         self.held: list[int] = []
         self._inputs = simulations[0].inputs
@@ -258,11 +261,11 @@ class Decoder:
         key, value = (part.to(self.exact) for part in came)
         if self._inputs.plan.gates and call.hidden is not None:
             self._hidden.setdefault(call.layer, []).append(call.hidden.expand(len(self.ids), -1, -1))
-        for name, buffer in part.simulation.inputs.signals.items():
+        for name, buffer in per_token(part.simulation.inputs.signals).items():
             if name.startswith(GATE):
                 fresh = self._margins(name.removeprefix(GATE), call)[..., -queries:]
             else:
-                fresh = signal(name, call.query.to(self.exact), key, value)
+                fresh = signal(name, call.query.to(self.exact), key, value, self._given, call.layer)
             buffer[:, part.place(call.layer)].narrow(time_axis(name), layer.seen - queries, queries).copy_(fresh)
         return layer
 

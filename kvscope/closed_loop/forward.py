@@ -21,11 +21,12 @@ from kvscope.closed_loop.gates import margins
 from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.core.errors import ReplayError
 from kvscope.core.model_types import CausalModel
-from kvscope.engine.plan import GATE
+from kvscope.engine.plan import FILTER, GATE
 from kvscope.engine.rows import Block, Shape
 from kvscope.engine.scoring import BlockScorer, MetricSeries
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
+from kvscope.gates.filters import load_filters
 from kvscope.kernels import available
 from kvscope.kernels.kept import kept_rows
 from kvscope.metrics import Metric
@@ -212,7 +213,7 @@ def simulation_of(call: Call, batch: RunBatch, text: PassShape) -> CacheSimulati
         batch.budgets,
         shape,
         text.prefill,
-        {name: signal(call, name, text.prompt) for name in sorted(batch.plan.needs - ROWS)},
+        {name: signal(call, name, text) for name in sorted(batch.plan.needs - ROWS)},
         missing_mass=missing,
         allocator=batch.allocators.get(call.layer),
         device=call.query.device,
@@ -220,8 +221,8 @@ def simulation_of(call: Call, batch: RunBatch, text: PassShape) -> CacheSimulati
     )
 
 
-def signal(call: Call, name: str, prompt: int) -> Tensor:
-    """Return a signal of a call, with leading axes for the runs and the single layer; `prompt` is needed by gates.
+def signal(call: Call, name: str, text: PassShape) -> Tensor:
+    """Return a signal of a call, with leading axes for the runs and the single layer.
 
     Raises
     ------
@@ -229,11 +230,19 @@ def signal(call: Call, name: str, prompt: int) -> Tensor:
         If a gate needs the input of the layer and the attention module does not expose it.
     """
     if name.startswith(GATE):
-        return margins(name.removeprefix(GATE), call, call.hidden, prompt)[:, None]
+        return margins(name.removeprefix(GATE), call, call.hidden, text.prompt)[:, None]
     if name in ("value_l1", "value_l2", "key_l2"):
         vectors = call.value if name.startswith("value") else call.key
         norm: Tensor = vectors.to(call.exact).norm(p=1 if name.endswith("l1") else 2, dim=-1)
         return norm[:, None]
+    if name.startswith(FILTER):
+        return load_filters(name.removeprefix(FILTER)).projections(call.layer, call.key).to(call.exact)[:, None]
+    if name == "value_out_l1":
+        return text.model.value_out_l1(call.layer, call.value.to(call.exact))[:, None]
+    if name == "reconstruction":
+        return text.model.reconstruction(text.sequence, call.layer, text.length, call.query.device)[None, None]
+    if name == "rotary":
+        return text.model.rotary[call.layer][None, None].to(call.query.device)
     if name == "mean_query":
         return call.query.to(call.exact).mean(1)[:, None]
     return {"keys": call.key, "values": call.value, "queries": call.query}[name].to(call.exact)[:, None]

@@ -120,9 +120,8 @@ class GenerateJob:
         ids[:, :prompt] = passage.ids[:prompt]
         ids = ids.to(job.model.get_input_embeddings().weight.device)
         keys, index = [run.keys(sequence, job.prefill) for run in runs], sequence.index
-        decoding = DecodeJob(
-            job.model, ids, runs[0].plan, keys, prompt, job.prefill, index, self.facts, job.rotary, passage
-        )
+        about = prompt, job.prefill, index, self.facts, job.rotary, passage, job.given
+        decoding = DecodeJob(job.model, ids, runs[0].plan, keys, *about)
         return decoding.generate(self.stops, read)
 
     def _text(self, passage: Passage, made: Sequence[int]) -> str:

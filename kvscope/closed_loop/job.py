@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvscope.closed_loop.forward import ClosedLoop, logits_of
 from kvscope.closed_loop.losses import compare_logits
+from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.closed_loop.passage import Passage, scored_tokens
 from kvscope.closed_loop.survey import surveyed
@@ -68,6 +69,8 @@ class ClosedLoopJob:
         ``G`` of each of `layers`, where layers differ; otherwise empty.
     shared : mapping of int to int
         For each layer that reads the cache of an earlier one, that layer, whose rows decide.
+    given : ModelSignals
+        What the policies read of the model's parameters.
     """
 
     model: CausalModel
@@ -79,6 +82,7 @@ class ClosedLoopJob:
     rotary: Mapping[int, Derotation] | None = None
     kv_heads_of: tuple[int, ...] = ()
     shared: Mapping[int, int] = field(default_factory=dict)
+    given: ModelSignals = field(default_factory=ModelSignals)
 
     @torch.inference_mode()
     def execute(self, sink: TokenSink, progress_callback: Callable[[float], None] | None = None) -> Tally:
@@ -178,6 +182,7 @@ class ForwardPass:
             job.prefill,
             job.kv_heads_of,
             job.shared,
+            job.given,
         )
         self.ids = passage.ids.to(job.model.get_input_embeddings().weight.device)
         self.runs = by_plan(runs)  # by batch

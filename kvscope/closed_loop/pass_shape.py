@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.core.options import Prefill
 from kvscope.engine.allocation import Allocator
 from kvscope.engine.plan import EvictionPlan
@@ -34,7 +35,8 @@ class RunBatch:
 class PassShape:
     """Sizes of a pass: ``P``, ``T``, the sequence's number, the layers with attention, the prefill, and each ``G``.
 
-    ``kv_heads_of`` is empty where all layers have equally many; ``shared`` are readers of earlier layers' caches.
+    ``kv_heads_of`` is empty where all layers have equally many; ``shared`` are readers of earlier layers' caches,
+    ``model`` what policies read of the model's parameters.
     """
 
     prompt: int
@@ -44,6 +46,7 @@ class PassShape:
     prefill: Prefill
     kv_heads_of: tuple[int, ...] = ()
     shared: Mapping[int, int] = field(default_factory=dict)
+    model: ModelSignals = field(default_factory=ModelSignals)
 
     def deciding(self, plan: EvictionPlan) -> tuple[int, ...]:
         """Return the layers that decide: those that own a cache; of a sparse reader, which evicts nothing, all."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,8 @@ class Passage:
     """Token ids ``[T]``, their division into prompt and rest, and their log-probabilities ``[T]`` if recorded.
 
     The first `prefix` tokens are those that the tokenizer puts before every text. They are not text, so that none of
-    them is scored. `images` is what the model reads of the images of the prompt.
+    them is scored. `images` is what the model reads of the images of the prompt; `readings` are
+    the largest weights on the keys of each layer in a second reading of it, ``[G, T]``, if recorded.
     """
 
     sequence: TokenSequence
@@ -26,6 +28,7 @@ class Passage:
     logprob: NDArray[np.floating] | None = None
     prefix: int = 0
     images: ImageInputs | None = None
+    readings: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def text_ids(self) -> Tensor:

@@ -74,5 +74,9 @@ def passages_of(trace: Trace, loaded: Loaded) -> list[Passage]:
         ids = torch.from_numpy(tokens["token_id"].to_numpy().astype("int64"))
         prefix = len(encoder.prefix) if encoder.writes_prefix(ids.tolist()) else 0
         images = images_of(trace, loaded, sequence.index, ids)
-        passages.append(Passage(sequence, ids, tokens["logprob"].to_numpy(), prefix, images))
+        readings: dict[int, torch.Tensor] = {}
+        if "reconstruction" in trace.stored:
+            read = {layer: trace.key_numbers("reconstruction", sequence.index, layer) for layer in trace.layers}
+            readings = {layer: torch.from_numpy(largest) for layer, largest in read.items()}
+        passages.append(Passage(sequence, ids, tokens["logprob"].to_numpy(), prefix, images, readings))
     return passages

@@ -157,9 +157,8 @@ class VerifyJob:
         job, sequence = self.closed, passage.sequence
         ids = passage.ids[None].to(job.model.get_input_embeddings().weight.device)
         keys, facts = run.keys(sequence, job.prefill), self.facts
-        return DecodeJob(
-            job.model, ids, run.plan, [keys], sequence.prompt, job.prefill, sequence.index, facts, job.rotary, passage
-        ).execute()
+        about = sequence.prompt, job.prefill, sequence.index, facts, job.rotary, passage, job.given
+        return DecodeJob(job.model, ids, run.plan, [keys], *about).execute()
 
     def _compare(self, passage: Passage, run: RunSpec) -> Verdict:
         sequence, job = passage.sequence, self.closed

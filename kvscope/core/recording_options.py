@@ -122,6 +122,10 @@ class StoreOptions:
         Record every n-th row of attention. Such a trace can be read, but not replayed.
     hidden : bool or None
         Whether to record layer inputs too, from which gates decide; None: if the model's folder contains a gate.
+    outputs : bool
+        Whether to record the norms of values after the output projection.
+    reread : bool
+        Whether to read every prompt a second time, and record how much each of its keys is attended to.
 
     Raises
     ------
@@ -134,6 +138,8 @@ class StoreOptions:
     heads: tuple[int, ...] | None = None
     query_stride: int = 1
     hidden: bool | None = None
+    outputs: bool = False
+    reread: bool = False
 
     def __post_init__(self) -> None:
         if self.query_stride < 1:

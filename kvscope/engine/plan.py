@@ -9,11 +9,13 @@ import torch
 from kvscope.core.errors import UsageError
 from kvscope.core.options import Prefill
 from kvscope.engine.allocation import ALLOCATORS
+from kvscope.gates.filters import load_filters
 from kvscope.gates.module import load_gate
 from kvscope.policies.base import Phase, Policy, Scope
 from kvscope.policies.own import protection_of
 
 GATE = "gate:"  # prefix of a signal's name; the name of the gate follows
+FILTER = "filter:"  # and that of the filters
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -94,6 +96,11 @@ class EvictionPlan:
         return [name.removeprefix(GATE) for name in sorted(self.needs) if name.startswith(GATE)]
 
     @property
+    def filters(self) -> list[str]:
+        """Names of the filters that the policy uses."""
+        return [name.removeprefix(FILTER) for name in sorted(self.needs) if name.startswith(FILTER)]
+
+    @property
     def looks_across(self) -> bool:
         """Whether all layers must be stepped together."""
         return ALLOCATORS.get(self.allocate).looks_across
@@ -111,9 +118,11 @@ class EvictionPlan:
         return f"{self.policy.label} [{', '.join(different)}]" if different else self.policy.label
 
     def require(self, prefill: Prefill) -> None:
-        """Raise UsageError if the plan is not defined for this prefill, or a gate that it uses does not exist."""
+        """Raise UsageError if the plan is not defined for this prefill, or a file that it uses does not exist."""
         for name in self.gates:
             load_gate(name).facts.require_prefill(prefill, name)
+        for name in self.filters:
+            load_filters(name)
         if prefill not in self.policy.traits.prefills:
             other = ", ".join(sorted(self.policy.traits.prefills))
             raise UsageError(

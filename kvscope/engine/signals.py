@@ -10,24 +10,41 @@ from torch import Tensor
 
 from kvscope.core.errors import TraceError, UsageError
 from kvscope.engine.allocation import ALLOCATORS
-from kvscope.engine.plan import GATE, EvictionPlan
+from kvscope.engine.plan import FILTER, GATE, EvictionPlan
+from kvscope.gates.filters import load_filters
 from kvscope.gates.module import load_gate
 from kvscope.metrics import METRICS, Metric
 from kvscope.metrics.base import RECORDED
 from kvscope.trace.derive import Floats
+from kvscope.trace.layer_records import RotaryRecord
 from kvscope.trace.reader import Trace
 from kvscope.trace.shared_caches import caches_of
 from kvscope.trace.signals import remedy
 
 ROWS = frozenset({"weights", "full_weights", "schedule", "selection"})  # computed from the rows, which every trace has
+
+
+def rotary_signal(record: RotaryRecord) -> Floats:
+    """Return a rotary embedding as a signal, ``[4, D]``: frequencies, partners, signs of the sine, factors."""
+    partners, places = np.array(record.partners), np.arange(len(record.partners))
+    signs, factors = np.sign(places - partners), np.where(partners == places, 1, record.scale)
+    return np.stack([np.array(record.frequencies), partners, signs, factors])
+
+
 # name -> (name in the trace, function that reads one layer)
 _READ: dict[str, tuple[str, Callable[[Trace, int, int], Floats]]] = {
     "value_l1": ("value_l1", lambda trace, sequence, layer: trace.value_norms(sequence, layer, "l1")),
     "value_l2": ("value_l2", lambda trace, sequence, layer: trace.value_norms(sequence, layer, "l2")),
+    "reconstruction": (
+        "reconstruction",
+        lambda trace, sequence, layer: trace.key_numbers("reconstruction", sequence, layer),
+    ),
+    "value_out_l1": ("value_out_l1", lambda trace, sequence, layer: trace.key_numbers("value_out_l1", sequence, layer)),
     "key_l2": ("key_l2", lambda trace, sequence, layer: trace.key_norms(sequence, layer)),
     "mean_query": ("queries", lambda trace, sequence, layer: trace.mean_queries(sequence, layer)),
     "queries": ("vectors:queries", lambda trace, sequence, layer: trace.vectors(sequence, layer, "queries")),
     "keys": ("vectors:keys", lambda trace, sequence, layer: trace.vectors(sequence, layer, "keys")),
+    "rotary": ("rotary", lambda trace, _, layer: rotary_signal(trace.header.rotary_of(layer))),
     "values": ("vectors:values", lambda trace, sequence, layer: trace.vectors(sequence, layer, "values")),
 }
 
@@ -51,8 +68,10 @@ def require(trace: Trace, plan: EvictionPlan) -> None:
         )
     for name in plan.gates:
         _require_gate(trace, plan, name)
+    for name in plan.filters:
+        _require_filters(trace, plan, name)
     for name in sorted(plan.needs - ROWS):
-        if name.startswith(GATE):
+        if name.startswith((GATE, FILTER)):
             continue
         if name not in _READ:
             raise UsageError(
@@ -97,9 +116,15 @@ def measurable(trace: Trace, names: Sequence[str] | None = None) -> tuple[list[M
 
 
 def load_signal(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
-    """Return a signal: norms and gates ``[L, G, T]``, vectors ``[L, heads, T, D]``, ``mean_query`` ``[L, T, D]``."""
+    """Return a signal of some layers.
+
+    Norms and gates are ``[L, G, T]``, vectors ``[L, heads, T, D]``, ``mean_query`` ``[L, T, D]``, ``rotary``
+    ``[L, 4, D]``.
+    """
     if name.startswith(GATE):
         return _margins(trace, name.removeprefix(GATE), sequence, layers)
+    if name.startswith(FILTER):
+        return _projections(trace, name.removeprefix(FILTER), sequence, layers)
     _, read = _READ[name]
     return torch.from_numpy(np.stack([read(trace, sequence, layer) for layer in layers]))
 
@@ -146,6 +171,28 @@ def _require_gate(trace: Trace, plan: EvictionPlan, name: str) -> None:
         kv_heads=header.kv_heads,
         weights=header.model.weights or (),
     )
+
+
+def _require_filters(trace: Trace, plan: EvictionPlan, name: str) -> None:
+    header = trace.header
+    if "vectors:keys" not in trace.stored:
+        raise TraceError(
+            f"{plan.policy.label} needs keys, which {trace.path} does not hold", remedy(header, "vectors:keys")
+        )
+    if header.layer_heads or header.head_numbers:
+        raise TraceError(
+            f"{plan.policy.label} uses filters, which are for the same heads of every layer, and {trace.path} has not",
+            "Record all heads of a model whose layers have equally many, or replay policies without filters.",
+        )
+    sizes = {"layers": header.n_layers, "kv_heads": header.kv_heads, "size": header.head_dim}
+    load_filters(name).require(name, **sizes, weights=header.model.weights or ())
+
+
+def _projections(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
+    """Return the products of keys and filters, ``[L, G, T]``, in float64 and rounded at the end, as gates."""
+    filters = load_filters(name)
+    keys = ((layer, torch.from_numpy(trace.vectors(sequence, layer, "keys"))) for layer in layers)
+    return torch.stack([filters.projections(layer, own).float() for layer, own in keys])
 
 
 @torch.no_grad()

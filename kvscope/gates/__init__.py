@@ -1,1 +1,1 @@
-"""Learned gates: the module and its file, which the policy ``attention-gate`` uses."""
+"""Learned gates, which the policy ``attention-gate`` uses: module and file; filters, which ``q-filters`` uses."""

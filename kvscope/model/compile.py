@@ -19,11 +19,14 @@ from kvscope.model.image_check import check_images
 from kvscope.model.loading import Loaded, load, model_name
 from kvscope.model.module_maps import self_check_modules
 from kvscope.model.obstacles import obstacle, refuse_encoder_decoder
+from kvscope.model.outputs import output_projections
 from kvscope.model.plan import RecordingPlan
 from kvscope.model.prefill import chunk_size
 from kvscope.model.prompt_files import PromptText, read_prompts, with_answers, with_images
 from kvscope.model.prompts import Prompt, encode
-from kvscope.model.selfcheck import AttentionFacts, layer_count, self_check
+from kvscope.model.rotary import rotary_records
+from kvscope.model.selfcheck import PROBE, AttentionFacts, layer_count, self_check
+from kvscope.trace.layer_records import RotaryRecord
 from kvscope.trace.record import TraceHeader
 from kvscope.trace.schema import MAPS, STORES, TOP, parse_store
 from kvscope.trace.space import estimate_layers, free_bytes, require_space
@@ -104,6 +107,7 @@ def compile_prompts(
         bytes=needed,
         free=free_bytes(output.path),
         others=sizes,
+        projections=facts.projections,
     )
 
 
@@ -120,13 +124,29 @@ def _facts(loaded: Loaded, prompts: Sequence[Prompt], store: StoreOptions) -> At
     if not why:
         facts = self_check(loaded.model, ids)
         check_images(loaded, prompts)
-        return facts
-    if store.store != MAPS or store.hidden:
+        has_vectors, has_images = (
+            "vectors:queries" in STORES[parse_store(store.store)[0]],
+            any(p.inputs for p in prompts),
+        )
+        rotary = _rotary(loaded, ids) if has_vectors and not has_images else []
+        if store.reread and has_images:
+            raise ModelError("a prompt with images cannot be repeated as tokens", "Record the trace without --reread.")
+        projections = output_projections(loaded.model, ids[:, :PROBE]) if store.outputs else {}
+        return replace(facts, rotary=rotary, projections=projections)
+    if store.store != MAPS or store.hidden or store.outputs or store.reread:
         raise ModelError(
             f"{why}, so only the rows that its modules return can be recorded, not vectors or layer inputs",
-            "Record the rows alone: --store maps, without --hidden.",
+            "Record the rows alone: --store maps, without --hidden, --outputs and --reread.",
         )
     return self_check_modules(loaded.model, ids)
+
+
+def _rotary(loaded: Loaded, ids: torch.Tensor) -> list[RotaryRecord]:
+    """Return the rotary embedding of the layers; nothing where a layer has none that numbers describe."""
+    try:
+        return rotary_records(loaded.model, ids[:, :1])
+    except ModelError:
+        return []
 
 
 def default_output(source: ModelSource, prompts: Sequence[Path | str]) -> Path:
@@ -146,7 +166,7 @@ def _require_rows(store: StoreOptions) -> None:
 
 def _sizes(known: TraceHeader, lengths: list[int], hidden: int) -> dict[str, int]:
     """Return the estimated bytes of each store for sequences of these lengths; `hidden` is a layer input's size."""
-    inputs = ("hidden",) if "hidden" in known.stored else ()
+    inputs = tuple(name for name in ("hidden", "value_out_l1", "reconstruction") if name in known.stored)
     return {
         store: estimate_layers(
             [known.heads_of(layer) for layer in known.layers],

@@ -15,6 +15,7 @@ from kvscope.core.model_types import CausalModel
 from kvscope.model.attention_hook import Call, observe_attention
 
 PROBES = (3, 8)  # positions at which the rotation of one token is compared
+CHANGING = ("dynamic", "longrope")  # kinds whose frequencies depend on the length of the text
 TOLERANCE = 64  # allowed difference, in units of the dtype's eps
 
 Apply = Callable[..., Tensor | tuple[Tensor, Tensor]]
@@ -33,10 +34,13 @@ class Derotation:
         Type of the layer, in models where the angles depend on it.
     dtype : torch.dtype
         Dtype of the model, in which it computes its cosines.
+    size : int
+        ``D``.
     """
 
-    def __init__(self, angles: nn.Module, apply: Apply, layer_type: str | None, dtype: torch.dtype) -> None:
+    def __init__(self, angles: nn.Module, apply: Apply, layer_type: str | None, dtype: torch.dtype, size: int) -> None:
         self._single = list(inspect.signature(apply).parameters)[1] == "cos"  # of queries or keys, not of both at once
+        self.size = size
         self._angles, self._apply, self._layer_type, self._dtype = angles, apply, layer_type, dtype
 
     def on(self, states: Tensor, positions: Tensor) -> Tensor:
@@ -52,6 +56,21 @@ class Derotation:
         cos, sin = self._cos_sin(positions)
         size = cos * cos + sin * sin
         return self._rotate(states, cos / size, -sin / size)
+
+    def matrix(self, position: int) -> Tensor:
+        """Return the rotation at a position, float64 ``[D, D]``: row ``d`` is what becomes of dimension ``d``."""
+        device = next(iter(self._angles.buffers())).device
+        units = torch.eye(self.size, dtype=torch.float64, device=device)[None, None]
+        return self._rotate(units, *self._cos_sin(torch.full((self.size,), position, device=device)))[0, 0]
+
+    @property
+    def frequencies(self) -> Tensor:
+        """The frequencies that the model's module has, radians per position, float64; empty if they can change."""
+        kinds = str(getattr(self._angles, "rope_type", ""))
+        if any(kind in kinds for kind in CHANGING):
+            return torch.empty(0, dtype=torch.float64)
+        found = [part.flatten() for name, part in self._angles.named_buffers() if name.endswith("inv_freq")]
+        return torch.cat(found).to("cpu", torch.float64) if found else torch.empty(0, dtype=torch.float64)
 
     def _rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         states = states.to(torch.float64)
@@ -91,7 +110,7 @@ def derotations(model: CausalModel, token: Tensor) -> dict[int, Derotation]:
     layers = {}
     for here, there in zip(*calls, strict=True):
         layer_type = None if types is None else types[here.layer]
-        rotary = layers[here.layer] = Derotation(found[0], apply, layer_type, model.dtype)
+        rotary = layers[here.layer] = Derotation(found[0], apply, layer_type, model.dtype, here.query.shape[-1])
         if not all(_agrees(rotary, getattr(here, part), getattr(there, part)) for part in ("query", "key")):
             raise ModelError(
                 f"layer {here.layer} of {name} does not use the rotary embedding of the model for its keys",

@@ -46,6 +46,8 @@ def trace(
     prefill_chunk: int | None = None,
     store: str = "maps",
     hidden: bool | None = None,
+    outputs: bool = False,
+    reread: bool = False,
     force: bool = False,
     command: str | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -68,10 +70,18 @@ def trace(
         prompts,
         OutputOptions(default_output(source, prompts) if output is None else Path(output), force, command),
         text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, chat_options or {}, *given),
-        store=StoreOptions(store, _numbers(layers), _numbers(heads), query_stride, hidden),
+        store=StoreOptions(store, _numbers(layers), _numbers(heads), query_stride, hidden, outputs, reread),
         sampling=Sampling(do_sample, temperature, top_p, top_k),
         blocks=BlockOptions(query_block, prefill_chunk),
     )
+    return _executed(plan, progress, announce)
+
+
+def _executed(
+    plan: RecordingPlan,
+    progress: Callable[[Progress], None] | None,
+    announce: Callable[[RecordingPlan], None] | None,
+) -> Trace:
     if announce is not None:
         announce(plan)
     return plan.execute(progress)

@@ -17,7 +17,7 @@ from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import AttentionFacts, layer_count
-from kvscope.trace.layer_records import AttentionKernel, LayerAttention
+from kvscope.trace.layer_records import AttentionKernel, LayerAttention, RotaryRecord
 from kvscope.trace.prompt_parts import ExampleRecord, ImageRecord, SpanRecord
 from kvscope.trace.record import (
     ModelRecord,
@@ -68,7 +68,7 @@ def header(
         sliding_window=windows,
         learned_sinks=facts.learned_sinks,
         softcap=facts.softcap,
-        stored=_stored(facts, store, hidden=bool(selected.hidden)),
+        stored=_stored(facts, store, selected),
         attention=[_narrowed(facts.attention[layer], heads) for layer in layers] if store == QKV else [],
         top=top,
         head_numbers=heads,
@@ -96,7 +96,14 @@ def _with_caches(known: TraceHeader, facts: AttentionFacts) -> TraceHeader:
         latent_size=facts.latent_size,
         sink_rows=facts.sink_rows,
         indexed=facts.indexed,
+        rotary=_rotary(facts.rotary, known.layers),
     )
+
+
+def _rotary(found: Sequence[RotaryRecord], layers: Sequence[int]) -> list[RotaryRecord]:
+    """Return the rotary embedding of the recorded layers only."""
+    parts = [replace(each, layers=[layer for layer in each.layers if layer in layers]) for each in found]
+    return [each for each in parts if each.layers]
 
 
 def _heads(facts: AttentionFacts, layers: Sequence[int], selected: Sequence[int]) -> dict[str, Any]:
@@ -121,9 +128,11 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **versions("torch", "transformers", "pyarrow")}
 
 
-def _stored(facts: AttentionFacts, store: str, *, hidden: bool) -> list[str]:
+def _stored(facts: AttentionFacts, store: str, selected: StoreOptions) -> list[str]:
     """Return the signals that are stored; of a model whose modules return the rows these alone."""
-    return [MAPS] if facts.from_modules else [*STORES[store], *(["hidden"] if hidden else [])]
+    asked = {"hidden": selected.hidden, "value_out_l1": selected.outputs, "reconstruction": selected.reread}
+    beside = [name for name, chosen in asked.items() if chosen]
+    return [MAPS] if facts.from_modules else [*STORES[store], *beside]
 
 
 def _windows(loaded: Loaded, facts: AttentionFacts, layers: Sequence[int]) -> list[int | None]:

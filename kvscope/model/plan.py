@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kvscope.core.options import OutputOptions
@@ -13,11 +14,13 @@ from kvscope.core.recording_options import Sampling, StoreOptions, TextOptions
 from kvscope.model.explain import memory_explained
 from kvscope.model.loading import Loaded
 from kvscope.model.module_maps import MapRecorder
+from kvscope.model.outputs import OutputProjection
 from kvscope.model.pipeline import Pipeline, limit_for, threads_for
 from kvscope.model.prompts import Prompt
 from kvscope.model.recorder import Recorder
 from kvscope.model.run import Progress, RecordingRun
 from kvscope.model.sampling import chooser
+from kvscope.model.second_reading import second_reading
 from kvscope.trace.reader import Trace, open_trace
 from kvscope.trace.record import TraceHeader
 from kvscope.trace.writer import TraceWriter
@@ -47,6 +50,8 @@ class RecordingPlan:
         Estimated bytes of the trace, and free bytes of the disk.
     others : dict of str to int
         Estimated bytes for each of the other stores.
+    projections : mapping of int to OutputProjection
+        Output projection of each layer, if norms of values after it are recorded.
     """
 
     loaded: Loaded
@@ -61,6 +66,7 @@ class RecordingPlan:
     bytes: int
     free: int
     others: dict[str, int]
+    projections: Mapping[int, OutputProjection] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -109,13 +115,27 @@ class RecordingPlan:
         ):
             with Pipeline(threads_for(self.loaded.device)) as pipeline:
                 recorder = self._recorder(writer, pipeline)
-                run = RecordingRun(self.loaded, writer, recorder, self.prefill_chunk, self.tokens, progress_callback)
+                reread = self._reread(writer) if self.store.reread else None
+                asked = self.prefill_chunk, self.tokens, progress_callback, reread
+                run = RecordingRun(self.loaded, writer, recorder, *asked)
                 done = [
                     run.record(n, prompt, self.text.max_new_tokens, chooser(self.sampling, self.text.seed + n))
                     for n, prompt in enumerate(self.prompts)
                 ]
             writer.finish(done)
         return open_trace(self.path)
+
+    def _reread(self, writer: TraceWriter) -> Callable[[int, Sequence[int], int], None]:
+        """Return what lets the model read the prompt of a sequence again, and writes what it attends to."""
+
+        def write(sequence: int, prompt: Sequence[int], length: int) -> None:
+            found = second_reading(self.loaded, prompt)
+            for layer in self.header.layers:
+                own = found[layer][_kv_heads(self.header, layer)].float().cpu().numpy()
+                largest = np.pad(own, ((0, 0), (0, length - len(prompt))))
+                writer.key_numbers("readings", layer, sequence, 0, reconstruction=largest)
+
+        return write
 
     def _recorder(self, writer: TraceWriter, pipeline: Pipeline) -> Recorder | MapRecorder:
         heads, stride = self.header.head_numbers, self.store.query_stride
@@ -138,5 +158,14 @@ class RecordingPlan:
             heads=heads,
             query_stride=stride,
             vector_dtype=self.header.vector_dtype,
+            projections=self.projections,
             pipeline=pipeline,
         )
+
+
+def _kv_heads(header: TraceHeader, layer: int) -> list[int]:
+    """Return the key/value heads of a layer that are recorded."""
+    if not header.head_numbers:
+        return list(range(header.heads_of(layer).kv_heads))
+    group = len(header.head_numbers) // header.heads_of(layer).kv_heads
+    return sorted({head // group for head in header.head_numbers})

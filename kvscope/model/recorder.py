@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call
 from kvscope.model.call_parts import Heads, is_causal, own_vectors, placed, refuse_other_masks
 from kvscope.model.copies import HostCopies
+from kvscope.model.outputs import OutputProjection
 from kvscope.model.packed_rows import PackedRows
 from kvscope.model.packing import VECTOR_DTYPES, Packer, copied_vectors, fits
 from kvscope.model.pipeline import BLOCK, Pipeline, Write
@@ -20,6 +22,7 @@ from kvscope.trace.columns import VectorType
 from kvscope.trace.schema import MAPS, STORES, STRETCH, TOPK, VECTORS, parse_store
 from kvscope.trace.writer import TraceWriter
 
+NONE: Mapping[int, OutputProjection] = MappingProxyType({})
 HELD_STEPS = 32  # decoding steps of a layer that are recomputed and written as one block
 
 
@@ -59,6 +62,8 @@ class Recorder:
         Record every n-th row.
     vector_dtype : {"float32", "float16", "bfloat16"}
         Type in which vectors and layer inputs are written, as in the header.
+    projections : mapping of int to OutputProjection
+        Output projection of each layer, to write the norms of values after it; empty to write none.
     pipeline : Pipeline, optional
         Writes blocks in threads; without it each block is written before the model continues.
     """
@@ -74,12 +79,14 @@ class Recorder:
         heads: Sequence[int] = (),
         query_stride: int = 1,
         vector_dtype: VectorType = "float32",
+        projections: Mapping[int, OutputProjection] = NONE,
         pipeline: Pipeline | None = None,
     ) -> None:
         name, self._top = parse_store(store)
         self.writer, self.query_block, self._stored = writer, query_block, frozenset(STORES[name])
         self._inputs, self._stride, self._dtype = hidden, query_stride, vector_dtype
         self._heads = Heads(heads) if heads else None
+        self._projections = {layer: own.of_heads(heads) if heads else own for layer, own in projections.items()}
         self._put = _write_now if pipeline is None else pipeline.put
         self._packer, self._rows = Packer(), PackedRows()
         self._selected = frozenset(layers)
@@ -142,6 +149,8 @@ class Recorder:
                 self._write_signals(call, part, state, first, start, stop)
             if "vectors:keys" in self._stored:
                 self._write_vectors(part, first, start, stop)
+            if self._projections:
+                self._write_outputs(part, first, start, stop)
             if self._inputs:
                 self._write_hidden(call, first, start, stop)
 
@@ -216,6 +225,12 @@ class Recorder:
         self._put(("keys", call.layer), partial(self.writer.keys, call.layer, self._sequence, position), signals)
         mean = {"mean_query": call.query[0, :, start:stop].float().mean(0)}
         self._put(("queries", call.layer), partial(self.writer.queries, call.layer, self._sequence, position), mean)
+
+    def _write_outputs(self, call: Call, first: int, start: int, stop: int) -> None:
+        """Write the norms of the values at these positions after the output projection."""
+        values = own_vectors(call, start, stop)[1].to(call.exact)
+        write = partial(self.writer.key_numbers, "outputs", call.layer, self._sequence, first + start)
+        self._put(("outputs", call.layer), write, {"value_out_l1": self._projections[call.layer].norms(values)})
 
     def _write_hidden(self, call: Call, first: int, start: int, stop: int) -> None:
         """Write the layer inputs of these queries, exactly."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -59,6 +59,8 @@ class RecordingRun:
         Upper bound on the tokens of all sequences.
     progress_callback : callable, optional
         Called with `Progress` after every forward pass.
+    reread : callable, optional
+        Called with the number, prompt and length of each sequence after it, to let the model read the prompt again.
     """
 
     def __init__(
@@ -69,10 +71,11 @@ class RecordingRun:
         prefill_chunk: int | None,
         total: int,
         progress_callback: Callable[[Progress], None] | None = None,
+        reread: Callable[[int, Sequence[int], int], None] | None = None,
     ) -> None:
         self.loaded, self.writer, self.recorder, self.chunk = loaded, writer, recorder, prefill_chunk
         self.total, self.done, self.progress_callback = total, 0, progress_callback
-        self.stops = stop_ids(loaded)
+        self.stops, self._reread = stop_ids(loaded), reread
         self._copies = HostCopies()
 
     def record(self, number: int, prompt: Prompt, max_new_tokens: int, choose: Chooser) -> SequenceRecord:
@@ -86,6 +89,8 @@ class RecordingRun:
                 ids, scores = self._generated(prompt, max_new_tokens, choose)
         forget_positions(self.loaded.model)
         self.recorder.end()
+        if self._reread is not None:
+            self._reread(number, prompt.ids, len(ids))
         logprob, entropy = self._on_host(scores)
         self.writer.tokens(
             number,

@@ -15,10 +15,11 @@ from kvscope.core.memory import is_out_of_memory
 from kvscope.core.model_types import CausalModel, ModelConfig
 from kvscope.model.attention_hook import Call, observe_attention
 from kvscope.model.explain import first_line
+from kvscope.model.outputs import OutputProjection
 from kvscope.model.packing import VECTOR_DTYPES
 from kvscope.model.short_cache import full_cache
 from kvscope.trace.columns import VectorType
-from kvscope.trace.layer_records import LayerAttention, LayerHeads
+from kvscope.trace.layer_records import LayerAttention, LayerHeads, RotaryRecord
 
 PROBE = 24  # tokens that are run
 TOLERANCE = 1e-4  # allowed error of a row's sum in float32
@@ -56,6 +57,10 @@ class AttentionFacts:
         Whether rows are those that the model's modules return, beside which nothing is known.
     sink_rows : {"after", "before"} or None
         Whether rows are what learned sinks leave, or those before their share; None without learned sinks.
+    rotary : list of RotaryRecord
+        Rotary embedding of the layers; empty if it is not asked for, or a layer has none.
+    projections : dict of int to OutputProjection
+        Output projection of each layer, if it is asked for.
     """
 
     sizes: dict[int, LayerHeads]
@@ -71,6 +76,8 @@ class AttentionFacts:
     chunks: dict[int, int] = field(default_factory=dict)
     shared: dict[int, int] = field(default_factory=dict)
     latent_size: int | None = None
+    rotary: list[RotaryRecord] = field(default_factory=list)
+    projections: dict[int, OutputProjection] = field(default_factory=dict)
     indexed: bool = False
 
     @property

@@ -55,10 +55,12 @@ class Step:
     signals : dict of str to Tensor
         The signals in the policy's `needs`, each with a leading axis of ``R`` or 1: ``value_l1``, ``value_l2``,
         ``key_l2``: ``[., L, G, n]``; ``keys``, ``values``: ``[., L, G, n, D]`` as cached; ``queries``: ``[., L, H, D]``
-        of the current query, ``mean_query``: ``[., L, D]``, its mean over query heads; ``full_weights``:
+        of the current query, ``mean_query``: ``[., L, D]``, its mean over query heads; ``rotary``: ``[., L, 4, D]``,
+        see `kvscope.policies.rotation`; ``full_weights``:
         ``[., L, H, n]``, the full-cache row; ``selection``: bool ``[., L, G, n]``, the keys that the model's own index
         lets the query see; ``schedule``: ``[R, L, S, n]``, the step after which the optimal schedule
-        evicts each key; ``gate:FILE``: ``[., L, G, n]``, by how much the gate of each key exceeds its threshold.
+        evicts each key; ``gate:FILE``: ``[., L, G, n]``, by how much the gate of each key exceeds its threshold;
+        ``filter:FILE``: ``[., L, G, n]``, the product of each key with the filter of its head.
     live : Tensor or None
         float ``[R, L, H, n]``, the live row: attention over the visible keys, summing to one. None unless needed.
     memory : dict of str to anything

@@ -9,7 +9,7 @@ import torch
 from kvscope.bounds.schedules import schedules
 from kvscope.core.options import Prefill
 from kvscope.engine.rows import Shape
-from kvscope.engine.signal_axes import PER_QUERY, VECTORS
+from kvscope.engine.signal_axes import WITHOUT_HEADS
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
@@ -51,7 +51,7 @@ def held(
     given = {}
     for name, values in signals.items():
         tensor = torch.tensor(values, dtype=torch.float64)
-        given[name] = tensor[None, None] if name in VECTORS or name not in PER_QUERY else tensor[None]
+        given[name] = tensor[None] if name in WITHOUT_HEADS else tensor[None, None]
     made = parse_policies([policy])[0]
     if "schedule" in made.traits.needs:
         full = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], True)

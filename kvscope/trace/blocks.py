@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -73,3 +74,30 @@ def are_weights(flat: Array) -> bool:
     if flat.dtype == np.float16 and flat.size and flat.view(np.uint16).max() < np.float16(np.inf).view(np.uint16):
         return True  # as integers, negative, infinite and NaN float16 are above every finite weight
     return bool((np.isfinite(flat) & (flat >= 0)).all())
+
+
+def norm_column(norms: Array | None, size: int) -> Array:
+    """Return norms ``[G, n]`` as one column of float32; NaN where there are none."""
+    return np.full(size, np.nan, np.float32) if norms is None else norms.ravel().astype(np.float32)
+
+
+def norm_columns(layer: int, sequence: int, first: int, **norms: Array) -> dict[str, Array]:
+    """Return columns of norms ``[G, n]`` of keys from position `first` on, with the keys that they are of."""
+    heads, count = next(iter(norms.values())).shape
+    place = places(layer, sequence, heads, np.arange(first, first + count, dtype=np.int32), "kv_head")
+    return {**place, **{name: norm_column(norm, heads * count) for name, norm in norms.items()}}
+
+
+def token_columns(
+    sequence: int, token_id: Sequence[int] | Array, is_prompt: Sequence[bool] | Array, *scores: Sequence[float] | Array
+) -> dict[str, Array]:
+    """Return the columns with numbers of the tokens of a sequence; `scores` are log-probabilities and entropies."""
+    logprob, entropy = (np.asarray(score, np.float32) for score in scores)
+    return {
+        "sequence": np.full(len(token_id), sequence, np.int32),
+        "position": np.arange(len(token_id), dtype=np.int32),
+        "token_id": np.asarray(token_id, np.int64),
+        "is_prompt": np.asarray(is_prompt, bool),
+        "logprob": logprob,
+        "entropy": entropy,
+    }

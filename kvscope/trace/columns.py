@@ -69,6 +69,32 @@ QUERIES = pa.schema(
         ),
     ]
 )
+OUTPUTS = pa.schema(
+    [
+        _column("sequence", pa.int32(), "number of the sequence"),
+        _column("layer", pa.int32(), "layer of the model"),
+        _column("kv_head", pa.int32(), "key/value head"),
+        _column("position", pa.int32(), "position of the key"),
+        _column(
+            "value_out_l1",
+            pa.float32(),
+            "L1 norm of the value after the output projection, mean over the query heads of the group",
+        ),
+    ]
+)
+READINGS = pa.schema(
+    [
+        _column("sequence", pa.int32(), "number of the sequence"),
+        _column("layer", pa.int32(), "layer of the model"),
+        _column("kv_head", pa.int32(), "key/value head"),
+        _column("position", pa.int32(), "position of the key"),
+        _column(
+            "reconstruction",
+            pa.float32(),
+            "largest weight that a query of the second reading gives the key; 0 after the prompt",
+        ),
+    ]
+)
 # Type of a trace's vectors -> type of their numbers on disk.
 NUMBERS: Final[dict[VectorType, pa.DataType]] = {
     "float32": pa.float32(),
@@ -150,6 +176,8 @@ FILES = {
     "topk/layer=NNN.parquet": ("one query of one head (store topk)", TOP),
     "columns/layer=NNN.parquet": ("one stretch of queries of one head (store topk)", COLUMNS),
     "keys/layer=NNN.parquet": ("one key of one key/value head", KEYS),
+    "outputs/layer=NNN.parquet": ("one key of one key/value head (recorded with `--outputs`)", OUTPUTS),
+    "readings/layer=NNN.parquet": ("one key of one key/value head (recorded with `--reread`)", READINGS),
     "queries/layer=NNN.parquet": ("one query of one layer", QUERIES),
     "states/layer=NNN.parquet": (
         "one token of one layer (stores maps+vectors and qkv, or imported vectors), in the type `vector_dtype`",

@@ -42,6 +42,20 @@ class LayerHeads:
 
 
 @dataclass(frozen=True)
+class RotaryRecord:
+    """How some layers turn queries and keys by their positions (rotary embedding): pairs of dimensions of a head.
+
+    At position ``p`` dimension ``d`` with partner ``e`` becomes ``scale * (x_d cos(p f_d) -+ x_e sin(p f_d))``, minus
+    for the lower of both; a dimension that is its own partner stays as it is.
+    """
+
+    layers: Annotated[list[Number], about("layers of the model")]
+    frequencies: Annotated[list[Finite], about("of each dimension of a head, radians per position; 0 if not turned")]
+    partners: Annotated[list[Number], about("of each dimension the other one of its pair; itself if not turned")]
+    scale: Annotated[Finite, about("factor of the turned dimensions")] = 1.0
+
+
+@dataclass(frozen=True)
 class AttentionKernel:
     """How the model computed attention while it was recorded."""
 

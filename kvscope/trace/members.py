@@ -21,6 +21,8 @@ SIGNALS: dict[str, tuple[str, ...]] = {
     "topk": (TOPK,),
     "columns": (TOPK,),
     "keys": ("value_l1", "value_l2", "key_l2", "similarity"),
+    "outputs": ("value_out_l1",),
+    "readings": ("reconstruction",),
     "queries": ("queries",),
     "states": ("vectors:queries", "vectors:keys", "vectors:values"),
     "hidden": ("hidden",),

@@ -112,7 +112,8 @@ class Trace:
     def stored(self) -> frozenset[str]:
         """Signals that can be read: those on disk, those derived from them, and the rebuilt rows of ``topk``."""
         rebuilt = ["maps"] if TOPK in self.header.stored else []
-        return frozenset((*self.header.stored, *self.header.derived, *rebuilt))
+        rotary = ["rotary"] if self.header.rotary else []
+        return frozenset((*self.header.stored, *self.header.derived, *rebuilt, *rotary))
 
     @property
     def holds_rows(self) -> bool:
@@ -180,11 +181,11 @@ class Trace:
 
     def value_norms(self, sequence: int, layer: int, order: Literal["l1", "l2"] = "l1") -> Floats:
         """Return the norm of every value, float32 ``[G, T]``."""
-        return self._norms(f"value_{order}", sequence, layer)
+        return self.key_numbers(f"value_{order}", sequence, layer)
 
     def key_norms(self, sequence: int, layer: int) -> Floats:
         """Return the L2 norm of every key, float32 ``[G, T]``."""
-        return self._norms("key_l2", sequence, layer)
+        return self.key_numbers("key_l2", sequence, layer)
 
     def similarity(self, sequence: int, layer: int) -> Floats:
         """Return the cosines of all pairs of cached keys, float32 ``[G, T, T]``, symmetric, 1 on the diagonal."""
@@ -241,7 +242,8 @@ class Trace:
         frame = self._stored.tokens()
         return frame if sequence is None else frame[frame["sequence"] == sequence].reset_index(drop=True)
 
-    def _norms(self, column: str, sequence: int, layer: int) -> Floats:
+    def key_numbers(self, column: str, sequence: int, layer: int) -> Floats:
+        """Return a signal with one number for every key, as ``value_out_l1`` or ``reconstruction``: ``[G, T]``."""
         if self._is_derived(column):
             return self._derived.norms(column, sequence, layer)
         return self._stored.norms(column, sequence, layer)

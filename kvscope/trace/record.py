@@ -16,7 +16,7 @@ from kvscope.core.json import JsonDict
 from kvscope.core.json_records import Checksum, Finite, NotNegative, Number, Positive, about, plain
 from kvscope.core.seal import seal_of
 from kvscope.trace.columns import VectorType
-from kvscope.trace.layer_records import AttentionKernel, LayerAttention, LayerHeads
+from kvscope.trace.layer_records import AttentionKernel, LayerAttention, LayerHeads, RotaryRecord
 from kvscope.trace.prompt_parts import ExampleRecord, ImageRecord, SpanRecord
 from kvscope.trace.schema import DERIVED, KIND, MAPS, MAPS_AND_VECTORS, QKV, SCHEMA_VERSION, SEALED_SINCE, TOPK, VECTORS
 
@@ -121,7 +121,7 @@ class TraceHeader:
         list[str],
         about(
             "signals: `maps`, `topk`, `value_l1`, `value_l2`, `key_l2`, `similarity`, `queries`, `hidden`, "
-            "`vectors:keys`, ..."
+            "`value_out_l1`, `reconstruction`, `vectors:keys`, ..."
         ),
     ] = field(default_factory=lambda: [MAPS])
     attention: Annotated[
@@ -193,6 +193,10 @@ class TraceHeader:
     value_dim: Annotated[
         Number | None, about("size of a value of all layers, where it is not that of a key", omit=True)
     ] = None
+    rotary: Annotated[
+        list[RotaryRecord],
+        about("stores with vectors: rotary embedding of the recorded layers; empty if a layer has none", omit=True),
+    ] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
@@ -244,6 +248,10 @@ class TraceHeader:
         if self.layer_heads:
             return self.layer_heads[self.layers.index(layer)]
         return LayerHeads(self.heads, self.kv_heads, self.head_dim, self.value_dim)
+
+    def rotary_of(self, layer: int) -> RotaryRecord:
+        """Return the rotary embedding of a recorded layer; only where `rotary` has it."""
+        return next(record for record in self.rotary if layer in record.layers)
 
     def attention_of(self, layer: int) -> LayerAttention:
         """Return how a recorded layer turns queries and keys into weights; only for store ``qkv``."""

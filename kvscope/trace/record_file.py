@@ -154,6 +154,7 @@ def _require_consistent(record: TraceRecord) -> None:
     if not record.sequences:
         raise FieldError("sequences", "there is none")
     _require_heads(header)
+    _require_rotary(header)
     for index, sequence in enumerate(record.sequences):
         if sequence.prompt > sequence.length:
             raise FieldError(f"sequences[{index}].prompt", f"{sequence.prompt} is above its length {sequence.length}")
@@ -185,6 +186,17 @@ def _require_heads(header: TraceHeader) -> None:
         own, where = header.heads_of(layer), f"layer_heads of layer {layer}" if header.layer_heads else "kv_heads"
         if own.heads % own.kv_heads:
             raise FieldError(where, f"{own.kv_heads} do not share {own.heads} query heads evenly")
+
+
+def _require_rotary(header: TraceHeader) -> None:
+    """Raise FieldError unless rotary embeddings, if there are any, are of all layers and of the sizes of their heads."""
+    named = sorted(layer for record in header.rotary for layer in record.layers)
+    if header.rotary and named != header.layers:
+        raise FieldError("rotary", f"it is of layers {named}, not of each recorded one")
+    for record in header.rotary:
+        size = header.heads_of(record.layers[0]).head_dim if record.layers else 0
+        if not len(record.frequencies) == len(record.partners) == size or not set(record.partners) <= set(range(size)):
+            raise FieldError("rotary", f"its numbers are not those of {size} dimensions")
 
 
 def _again(path: Path | str) -> str:

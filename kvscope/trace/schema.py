@@ -16,7 +16,7 @@ KIND: Final = "kvscope-trace"
 HEADER = "trace.json"
 _FOLDERS = "|".join(name.partition("/")[0] for name in FILES if "/" in name)
 MEMBERS = rf"trace\.json|tokens\.parquet|({_FOLDERS})/layer=\d+\.parquet"  # regular expression for the files of a trace
-SCHEMA_VERSION = 12
+SCHEMA_VERSION = 13
 OLDEST_VERSION = 1  # oldest version that can be read
 SEALED_SINCE = 6  # first version whose `trace.json` has a checksum of itself, and whose files say what they are
 HISTORY = {
@@ -33,6 +33,8 @@ HISTORY = {
     10: "heads and head size of each layer where layers differ: `layer_heads`; size of values that differ: `value_dim`",
     11: "prompts with images: `images` of a sequence",
     12: "models that choose the keys they read: `indexed`; no weight of such a key is rounded to zero",
+    13: "`rotary`: how the layers of a trace with vectors turn queries and keys by their positions; "
+    "norms of values after the output projection: `outputs`; a second reading of prompts: `readings`",
 }
 
 Which = Literal["queries", "keys", "values"]
@@ -58,7 +60,9 @@ DERIVED: dict[str, tuple[str, ...]] = {
     "similarity": ("keys",),
     "queries": ("queries",),
 }
-SIGNALS = frozenset((MAPS, TOPK, "hidden", *DERIVED, *_OF_VECTORS))  # all that `stored` may name
+SIGNALS = frozenset(
+    (MAPS, TOPK, "hidden", "value_out_l1", "reconstruction", *DERIVED, *_OF_VECTORS)
+)  # all that `stored` may name
 
 
 def parse_store(text: str) -> tuple[str, int | None]:

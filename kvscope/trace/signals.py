@@ -16,6 +16,9 @@ REMEDIES = {
     "similarity": "Record it again with kvscope trace, or import it with keys.",
     "queries": "Record it again with kvscope trace, or import it with queries.",
     "hidden": "Record it again with --hidden.",
+    "reconstruction": "Record it again with --reread.",
+    "value_out_l1": "Record it again with --outputs.",
+    "rotary": f"Record it again with --store {MAPS_AND_VECTORS} or {QKV}, from a model with a rotary embedding.",
     TOPK: f"Record it again with --store {TOPK}.",
     **{
         f"vectors:{name}": f"Record it again with --store {MAPS_AND_VECTORS} or {QKV}, or import it with {name}."

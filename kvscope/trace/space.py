@@ -75,6 +75,8 @@ def estimate_bytes(
         total += layers * length * (4 * head_dim + 12) if "queries" in stored else 0
         total += layers * length * (number_bytes * numbers + 12) if vectors else 0
         total += layers * length * (number_bytes * hidden + 12) if "hidden" in stored else 0
+        total += layers * kv_heads * 20 * length if "value_out_l1" in stored else 0
+        total += layers * kv_heads * 20 * length if "reconstruction" in stored else 0
         total += 32 * length
     return int(total) + 4096 * (1 + 3 * layers)
 

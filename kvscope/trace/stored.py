@@ -100,10 +100,11 @@ class StoredSignals:
         return self._grid(name, "head", column, self._header.heads_of(layer).heads, sequence, recorded)
 
     def norms(self, column: str, sequence: int, layer: int) -> Floats:
-        """Return ``value_l1``, ``value_l2`` or ``key_l2``, float32 ``[G, T]``."""
+        """Return ``value_l1``, ``value_l2``, ``key_l2``, ``value_out_l1`` or ``reconstruction``, float32 ``[G, T]``."""
         every = np.arange(self._sequences[sequence].length)
         heads = self._header.heads_of(layer).kv_heads
-        return self._grid(layer_file("keys", layer), "kv_head", column, heads, sequence, every)
+        kind = {"value_out_l1": "outputs", "reconstruction": "readings"}.get(column, "keys")
+        return self._grid(layer_file(kind, layer), "kv_head", column, heads, sequence, every)
 
     def similarity(self, sequence: int, layer: int) -> Floats:
         """Return the cosines of all pairs of keys, float32 ``[G, T, T]``, 1 on the diagonal."""

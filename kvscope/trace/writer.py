@@ -14,8 +14,20 @@ from kvscope.core.errors import TraceError
 from kvscope.core.output import OutputFolder
 from kvscope.core.printable import encodable
 from kvscope.core.version import __version__
-from kvscope.trace.blocks import Array, are_weights, bad_weight, lower, not_finite, own, places, tokens_from
-from kvscope.trace.columns import ATTENTION, COLUMNS, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
+from kvscope.trace.blocks import (
+    Array,
+    are_weights,
+    bad_weight,
+    lower,
+    norm_column,
+    norm_columns,
+    not_finite,
+    own,
+    places,
+    token_columns,
+    tokens_from,
+)
+from kvscope.trace.columns import ATTENTION, COLUMNS, FILES, HIDDEN, KEYS, QUERIES, STATES, TOKENS, TOP, layer_file
 from kvscope.trace.members import member_of
 from kvscope.trace.parquet import Column, LayerFile, closed
 from kvscope.trace.record import SequenceRecord, TraceHeader, TraceRecord
@@ -170,21 +182,20 @@ class TraceWriter:
         """
         given = next(array for array in (value_l1, value_l2, key_l2, similarity) if array is not None)
         heads, count = given.shape[:2]
-        length = first + count
-        position = np.arange(first, length, dtype=np.int32)
+        position = np.arange(first, first + count, dtype=np.int32)
         if similarity is not None:
             cosines = lower(similarity, position)
         lengths = np.zeros(heads * count, int) if cosines is None else np.tile(position, heads)
         flat = np.zeros(0, np.float16) if cosines is None else cosines.ravel().astype(np.float16, copy=False)
-        columns = {
-            **places(layer, sequence, heads, position, "kv_head"),
-            "similarity": (flat, lengths),
-        }
+        columns = {**places(layer, sequence, heads, position, "kv_head"), "similarity": (flat, lengths)}
         for name, norm in (("value_l1", value_l1), ("value_l2", value_l2), ("key_l2", key_l2)):
-            columns[name] = (
-                np.full(heads * count, np.nan, np.float32) if norm is None else norm.ravel().astype(np.float32)
-            )
+            columns[name] = norm_column(norm, heads * count)
         self._add(layer_file("keys", layer), KEYS, columns)
+
+    def key_numbers(self, kind: str, layer: int, sequence: int, first: int, **numbers: Array) -> None:
+        """Write numbers ``[G, n]`` of keys from position `first` on: of kind ``outputs`` or ``readings``."""
+        schema = FILES[f"{kind}/layer=NNN.parquet"][1]
+        self._add(layer_file(kind, layer), schema, {**norm_columns(layer, sequence, first, **numbers)})
 
     def queries(self, layer: int, sequence: int, first: int, mean_query: Array) -> None:
         """Write mean queries ``[n, D]`` from position `first` on."""
@@ -225,30 +236,14 @@ class TraceWriter:
         entropy: Sequence[float] | Array,
     ) -> None:
         """Write the tokens of a sequence, one value per position; NaN for an unknown number."""
-        count = len(token_id)
-        columns = {
-            "sequence": np.full(count, sequence, np.int32),
-            "position": np.arange(count, dtype=np.int32),
-            "token_id": np.asarray(token_id, np.int64),
-            "text": pa.array(map(encodable, text), pa.string()),
-            "is_prompt": np.asarray(is_prompt, bool),
-            "logprob": np.asarray(logprob, np.float32),
-            "entropy": np.asarray(entropy, np.float32),
-        }
+        numbers = token_columns(sequence, token_id, is_prompt, logprob, entropy)
+        columns = {**numbers, "text": pa.array(map(encodable, text), pa.string())}
         self._add("tokens.parquet", TOKENS, columns)
 
     def finish(self, sequences: Sequence[SequenceRecord]) -> Path:
         """Close the files, write ``trace.json`` with sizes and checksums, and rename the folder to its final name.
 
-        Parameters
-        ----------
-        sequences : sequence of SequenceRecord
-            Lengths of each sequence.
-
-        Returns
-        -------
-        Path
-            The folder of the finished trace.
+        `sequences` has the lengths of each sequence. The folder of the finished trace is returned.
         """
         try:
             checksums = closed(self._files)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from kvscope.closed_loop.decode import Decoded, decode
+from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.core.errors import ModelError, ReplayError, UsageError
 from kvscope.core.options import ModelSource
 from kvscope.core.residency import NEVER
@@ -172,7 +173,18 @@ SIGNALS: dict[str, Callable[[Call], Tensor]] = {
 }
 
 
-def again(made: EvictionPlan, calls: list[Call], prompt: int, prefill: str) -> CacheSimulation:
+def own_signal(call: Call, name: str, of_model: ModelSignals) -> Tensor:
+    """Return a signal of a layer; what depends on the parameters of the model is read from them."""
+    if name == "rotary":
+        return of_model.rotary[call.layer]
+    if name == "value_out_l1":
+        weight = of_model.projections[call.layer].weight
+        projected = call.value[0].repeat_interleave(len(weight) // call.value.shape[1], 0) @ weight
+        return projected.abs().sum(-1).unflatten(0, (call.value.shape[1], -1)).mean(1)
+    return SIGNALS[name](call)
+
+
+def again(made: EvictionPlan, calls: list[Call], prompt: int, prefill: str, of_model: ModelSignals) -> CacheSimulation:
     """Return a simulation of all layers over the live rows and signals of a completed masked pass."""
     shape = Shape(
         tuple(range(len(calls))),
@@ -182,7 +194,9 @@ def again(made: EvictionPlan, calls: list[Call], prompt: int, prefill: str) -> C
         calls[0].query.shape[2],
         windows=tuple(call.sliding_window for call in calls),
     )
-    given = {name: torch.stack([SIGNALS[name](call) for call in calls]) for name in made.needs - {"weights"}}
+    given = {
+        name: torch.stack([own_signal(call, name, of_model) for call in calls]) for name in made.needs - {"weights"}
+    }
     simulation = CacheSimulation(made, [BUDGET], shape, prefill, given, dtype=torch.float64)
     rows = torch.stack([call.rows(0, shape.length)[0] for call in calls])
     for t in range(shape.length):
@@ -193,7 +207,7 @@ def again(made: EvictionPlan, calls: list[Call], prompt: int, prefill: str) -> C
 def pairs() -> list[tuple[str, str, str]]:
     """Return every policy that can be decoded, on one model; and those of each kind on the others."""
     kinds = ["h2o", "tova", "ada-kv:window=4,kernel=3", "cake:window=4,kernel=3", "keydiff", "vatp", "r-kv"]
-    needs_more = {"attention-gate", "belady"}  # a gate of the model: tests/gates/test_loops.py
+    needs_more = {"attention-gate", "dms", "q-filters", "kvzip", "belady"}  # a file of the model, a trace
     small = {  # that evict nothing from a short text otherwise
         "duo-attention": "duo-attention:recent=3,sinks=1,threshold=0.7",
         "simlayerkv": "simlayerkv:rows=2,recent=3,sinks=1,threshold=0.3",
@@ -216,7 +230,8 @@ def require_masked_pass(name: str, made: EvictionPlan, prefill: str) -> None:
     found = decode(model(name), ids, made, BUDGET, prompt=PROMPT, prefill=prefill)
     logits, calls = masked(name, ids, found.leave)
     assert far(found.logits, logits) < EXACT
-    simulation = again(made, calls, PROMPT, prefill)
+    of_model = ModelSignals.of(model(name), [made], ids[None])
+    simulation = again(made, calls, PROMPT, prefill, of_model)
     for layer, leave in enumerate(found.leave):
         assert torch.equal(leave, simulation.state.leave[0, layer].expand(leave.shape)), f"layer {layer}"
     assert made.phase == "none" or any((leave != NEVER).any() for leave in found.leave)
@@ -268,7 +283,7 @@ def test_the_first_layer_decides_as_in_an_open_loop(spec: str, prefill: str) -> 
     with observe_attention(model("demo"), calls.append):
         forward("demo", text("demo"))
     found = decode(model("demo"), text("demo"), plan(spec), BUDGET, prompt=100, prefill=prefill)
-    simulation = again(plan(spec), calls[:1], 100, prefill)
+    simulation = again(plan(spec), calls[:1], 100, prefill, ModelSignals())
     assert torch.equal(found.leave[0], simulation.state.leave[0, 0].expand(found.leave[0].shape))
 
 

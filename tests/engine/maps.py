@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvscope.bounds.schedules import schedules
 from kvscope.core.options import Prefill
-from kvscope.engine.plan import GATE, EvictionPlan, require_room
+from kvscope.engine.plan import FILTER, GATE, EvictionPlan, require_room
 from kvscope.engine.rows import Shape
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
@@ -62,8 +62,13 @@ def run(
     return simulation
 
 
+NORMS = ("value_l1", "value_l2", "key_l2", "value_out_l1", "reconstruction")
 SIZE = 6  # D of the vectors
 LONGEST = 512
+# rotary embedding of four of the six dimensions: frequencies, partners, signs, factors
+TURNS = torch.tensor(
+    [[1.0, 0.1, 1.0, 0.1, 0.0, 0.0], [2, 3, 0, 1, 4, 5], [-1, -1, 1, 1, 0, 0], [1.0] * 6], dtype=torch.float64
+)
 
 
 def signals(
@@ -71,20 +76,26 @@ def signals(
 ) -> dict[str, Tensor]:
     """Return random signals for whatever the plan needs; those of a token depend on its position, not on `length`."""
     shapes = {
-        **dict.fromkeys(("value_l1", "value_l2", "key_l2"), (layers, kv_heads)),
+        **dict.fromkeys(NORMS, (layers, kv_heads)),
         **dict.fromkeys(("keys", "values"), (layers, kv_heads, SIZE)),
         "queries": (layers, heads, SIZE),
         "mean_query": (layers, SIZE),
         **{GATE + name: (layers, kv_heads) for name in plan.gates},
+        **{FILTER + name: (layers, kv_heads) for name in plan.filters},
     }
     result = {}
     for index, name in enumerate(sorted(plan.needs - ROWS)):
+        if name == "rotary":
+            result[name] = TURNS.repeat(layers, 1, 1)
+            continue
         generator = torch.Generator().manual_seed(seed + index)
         drawn = torch.randn(LONGEST, *shapes[name], generator=generator, dtype=torch.float64)[:length]
-        if name in ("value_l1", "value_l2", "key_l2"):
+        if name in NORMS:
             result[name] = drawn.abs().permute(1, 2, 0) + 0.5
         elif name == "mean_query":
             result[name] = drawn.permute(1, 0, 2)
+        elif name.startswith(FILTER):
+            result[name] = drawn.permute(1, 2, 0)
         elif name.startswith(GATE):
             result[name] = torch.tanh(drawn).permute(1, 2, 0) / 2  # at most 1/2, as gate margins
         else:

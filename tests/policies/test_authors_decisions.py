@@ -10,15 +10,25 @@ import torch
 
 from kvscope.engine.rows import Shape
 from kvscope.engine.simulation import CacheSimulation
+from kvscope.model.outputs import OutputProjection
 from kvscope.policies.spec import parse_policy
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "authors_decisions.json").read_text())["cases"]
 SIZE = 16
+HALF = torch.arange(SIZE // 2, dtype=torch.float64)
+TURNED = torch.stack(  # the rotary embedding of a Llama of base 10000
+    [
+        (10000 ** (-HALF / HALF.numel())).repeat(2),
+        torch.cat([HALF + HALF.numel(), HALF]),
+        torch.tensor([-1.0, 1.0]).repeat_interleave(SIZE // 2),
+        torch.ones(SIZE),
+    ]
+)
 
 
-def waves(heads: int, phase: float, length: int) -> torch.Tensor:
+def waves(heads: int, phase: float, length: int, size: int = SIZE) -> torch.Tensor:
     """Return vectors ``[heads, length, 16]`` in float64, whose weights have no ties."""
-    h, i, d = np.meshgrid(np.arange(heads), np.arange(length), np.arange(SIZE), indexing="ij")
+    h, i, d = np.meshgrid(np.arange(heads), np.arange(length), np.arange(size), indexing="ij")
     return torch.tensor(np.sin(phase + 2.3 * h + 0.71 * (i + 1) * (d + 1) + 0.13 * i * i) * 1.5)
 
 
@@ -32,6 +42,17 @@ def causal(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 def attention_of_waves(phase: float, length: int) -> torch.Tensor:
     """Return the causal attention of four query heads over two key/value heads of such vectors, ``[1, 4, T, T]``."""
     return causal(waves(4, phase, length)[None], waves(2, phase + 0.5, length).flip(1)[None])
+
+
+def projected(phase: float, values: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return the norms ``[G, T]`` of values ``[G, T, 16]`` after an output projection of the formula, to 96 numbers."""
+    weight = waves(1, phase + 2, heads * SIZE, 96)[0].view(heads, SIZE, 96)
+    return OutputProjection(weight).norms(values)
+
+
+def along_filters(keys: torch.Tensor) -> torch.Tensor:
+    """Return the products ``[G, T]`` of keys ``[G, T, 16]`` with filters of the formula, of the sign of kvscope."""
+    return -(keys * waves(1, 0.7, len(keys))[0][:, None]).sum(-1)
 
 
 def simulated(case: dict[str, Any]) -> CacheSimulation:
@@ -50,6 +71,9 @@ def simulated(case: dict[str, Any]) -> CacheSimulation:
         "key_l2": keys.norm(dim=-1),
         "value_l1": values.abs().sum(-1),
         "value_l2": values.norm(dim=-1),
+        "value_out_l1": torch.stack(list(map(projected, phases, values, [heads] * len(phases)))),
+        "filter:demo": torch.stack([along_filters(own) for own in keys]),
+        "rotary": TURNED.repeat(len(phases), 1, 1),
     }
     policy = parse_policy(case["policy"])
     needed = {name: signal for name, signal in signals.items() if name in policy.traits.needs}

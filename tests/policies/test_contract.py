@@ -13,6 +13,7 @@ import torch
 from kvscope.core.errors import UsageError
 from kvscope.engine.allocation import ALLOCATORS
 from kvscope.engine.plan import EvictionPlan
+from kvscope.engine.signal_axes import WITHOUT_HEADS
 from kvscope.policies import POLICIES
 from kvscope.policies.base import Policy
 from kvscope.policies.describe import describe
@@ -24,7 +25,8 @@ PREFILLS = ["full", "stream"]
 LENGTH, PROMPT, BUDGET = 49, 20, 12
 CHOICES = ("variant", "schedule", "base", "scope")  # parameters whose every value is a rule of its own
 BASES = ("h2o", "tova", "a2sf", "scissorhands")
-SMALL = {  # whose usual sizes exceed the whole text
+SMALL = {
+    "dms": "dms:window=5",  # whose usual sizes exceed the whole text
     "quest": "quest:page_size=2,skip_layers=0",  # three pages of the usual size are the whole text here
     "simlayerkv": "simlayerkv:recent=6,sinks=2,threshold=0.4",
     "duo-attention": "duo-attention:recent=6,sinks=2,threshold=0.6",
@@ -185,7 +187,7 @@ def test_swapping_heads_swaps_the_result(spec: str, prefill: str) -> None:
     made, rows = plan(spec), attention(8, 1, 4, LENGTH)
     given = signals(made, 1, 4, 4, LENGTH)
     order = [2, 0, 3, 1]
-    moved = {name: value if name == "mean_query" else value[:, order] for name, value in given.items()}
+    moved = {name: value if name in WITHOUT_HEADS else value[:, order] for name, value in given.items()}
     at = {"kv_heads": 4, "prompt": PROMPT, "prefill": prefill}
     one = run(made, rows, [budget(spec)], given=given, **at)
     swapped = run(made, rows[:, order], [budget(spec)], given=moved, **at)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvscope.core.errors import TraceError
 from kvscope.core.json_records import described, plain
 from kvscope.core.seal import SEAL
-from kvscope.trace.layer_records import LayerAttention
+from kvscope.trace.layer_records import LayerAttention, RotaryRecord
 from kvscope.trace.record import TraceHeader, TraceRecord
 from kvscope.trace.record_file import parse_record, read_record, to_json, write_record
 from kvscope.trace.schema import HEADER, OLDEST_VERSION, SCHEMA_VERSION, SEALED_SINCE
@@ -28,7 +28,10 @@ def example() -> dict[str, Any]:
     attention = [plain(LayerAttention(0.5, 30.0, 4, [0.5])) for _ in data["layers"]]
     model = data["model"] | {"weights": [0.5, 1.0], "sha256": "0", "config": {"id2label": {"0": "x"}, "a": [None, 1]}}
     loss = {"mean": 0.1, "mean_after_prompt": None, "worst": 0.5}
-    return data | {"schema": SCHEMA_VERSION, "attention": attention, "model": model, "loss": loss, "top": 3}
+    size = data["head_dim"]
+    rotary = [plain(RotaryRecord(data["layers"], [0.5] * size, list(range(size)))) | {"scale": 1.5}]
+    more = {"attention": attention, "model": model, "loss": loss, "top": 3, "rotary": rotary}
+    return data | {"schema": SCHEMA_VERSION} | more
 
 
 def paths(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -133,6 +136,9 @@ def test_every_version_so_far_is_read(version: int, tmp_path: Path) -> None:
         (("sizes", "tokens.parquet"), -1, r"sizes\[...\]: expected `int` >= 0"),
         (("created",), None, "created: expected `str`, got `null`"),
         (("loss", "worst"), None, "loss.worst: expected `float`, got `null`"),
+        (("rotary", 0, "partners", 3), 40, "rotary: its numbers are not those of 40 dimensions"),
+        (("rotary", 0, "frequencies"), [1.0], "rotary: its numbers are not those of 40 dimensions"),
+        (("rotary", 0, "layers"), [0, 2], r"rotary: it is of layers \[0, 2\], not of each recorded one"),
     ],
 )
 def test_the_field_is_named(path: tuple[Any, ...], value: object, message: str) -> None:
