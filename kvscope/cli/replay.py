@@ -90,8 +90,8 @@ def replay(
         from kvscope.replay.compile import compile_replay
         from kvscope.trace.reader import open_trace
 
-    require_columns(columns)
-    selected = select(ctx, ctx.args, policy, budget, quiet=quiet)
+    selected, table = select(ctx, ctx.args, policy, budget, quiet=quiet), TableOptions(sort, top, columns, wide)
+    require_columns(table.columns)
     trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet), compare=not no_verify)
     closed = ClosedLoopOptions(positions, model, dtype, device_map)
     answers = GenerateOptions(max_new_tokens, score)
@@ -107,7 +107,6 @@ def replay(
     path = places.place(places.REPORTS, output, f"{trace.name}-{selected.name}", force=force)
     with console.working("checking the replay", quiet=quiet):
         job = compile_replay(trace, selected.policies, selected.budgets, options)
-    table = TableOptions(sort, top, columns, wide)
     _execute(job, OutputOptions(path, force, command_line(ctx)), table, as_json=json, quiet=quiet)
 
 
