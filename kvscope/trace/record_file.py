@@ -189,7 +189,7 @@ def _require_heads(header: TraceHeader) -> None:
 
 
 def _require_rotary(header: TraceHeader) -> None:
-    """Raise FieldError unless rotary embeddings, if there are any, are of all layers and of the sizes of their heads."""
+    """Raise FieldError unless rotary embeddings, if any, are of all layers and of the sizes of their heads."""
     named = sorted(layer for record in header.rotary for layer in record.layers)
     if header.rotary and named != header.layers:
         raise FieldError("rotary", f"it is of layers {named}, not of each recorded one")
