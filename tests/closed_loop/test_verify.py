@@ -58,7 +58,8 @@ def specs() -> list[str]:
         except UsageError:
             continue
         found.append(spec)
-    return [*found, "tova:scope=kv_head", "vatp:base=tova", "h2o:group=max"]
+    made_of_two = ["switch(full, h2o, layers=0)", "union(h2o, key-norm)"]
+    return [*found, *made_of_two, "tova:scope=kv_head", "vatp:base=tova", "h2o:group=max"]
 
 
 def verdict(model: Any, spec: str, prefill: str, positions: str = "original", budget: str = BUDGET) -> Verdict:

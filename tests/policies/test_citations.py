@@ -53,7 +53,7 @@ KEYS = {
     "vatp": "guo2024vatp",
     "window": "oren2024tova",
 }
-UNPUBLISHED = {"full", "lru", "random"}
+UNPUBLISHED = {"blend", "full", "lru", "random", "switch", "union"}
 OWN = {name: cls for name, cls in POLICIES.items() if cls.__module__.startswith("kvscope.policies.")}
 PLAIN = Citation(key="doe2024", title="A Title", authors="Doe, Jane", year=2024, arxiv="2401.00001")
 
