@@ -28,6 +28,7 @@ LENGTH, PROMPT, BUDGET = 26, 12, "7"
 SMALL = {
     "snapkv": "snapkv:window=3",
     "pyramidkv": "pyramidkv:window=3",
+    "headkv": "headkv:window=3",
     "ada-kv": "ada-kv:window=3",
     "lagkv": "lagkv:lag=3,sinks=2",
     "r-kv": "r-kv:window=3",

@@ -60,16 +60,24 @@ def ada(spec: str, cut: list[list[Rows]], budget: int, prompt: int) -> list[list
     return [allocations.ada(own, budget, sinks + recent, prompt) for own in free]
 
 
+def heads(spec: str, cut: list[list[Rows]], budget: int, prompt: int) -> list[list[int]]:
+    weights = [[allocations.far_weight(rows, prompt) for rows in own] for own in cut]
+    return allocations.heads(weights, budget, sum(protects(spec, budget)), prompt)
+
+
+PER_LAYER = ("tova", "heads")  # a layer that decides as one has no heads to give keys to
+
 SHARES: dict[str, Callable[[str, list[list[Rows]], int, int], list[list[int]]]] = {
     "pyramid": pyramid,
     "cake": cake,
     "ada": ada,
+    "heads": heads,
 }
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
 @pytest.mark.parametrize(
-    ("spec", "name"), [pair for pair in itertools.product(SPECS, SHARES) if pair != ("tova", "ada")]
+    ("spec", "name"), [pair for pair in itertools.product(SPECS, SHARES) if pair not in (("tova", "ada"), PER_LAYER)]
 )
 def test_budgets_and_decisions_equal_the_plain_loop(heads: tuple[int, int], spec: str, name: str) -> None:
     plan = EvictionPlan.make(parse_policy(spec), None, name)

@@ -28,6 +28,7 @@ KEYS = {
     "dms": "lancucki2025dms",
     "expected-attention": "devoto2025expectedattention",
     "h2o": "zhang2023h2o",
+    "headkv": "fu2025headkv",
     "ideal": "jo2024a2sf",
     "indexer": "deepseek2025v32",
     "key-norm": "devoto2024l2norm",
