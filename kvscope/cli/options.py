@@ -45,7 +45,7 @@ Allocate = Annotated[
     typer.Option(
         "--allocate",
         metavar="NAME",
-        help="Allocate the budget to layers and heads: uniform, pyramid, ada, cake, heads.",
+        help="Allocate the budget to layers and heads: uniform, pyramid, ada, cake, heads, decay.",
     ),
 ]
 Scope = Annotated[

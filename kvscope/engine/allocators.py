@@ -1,6 +1,8 @@
-"""The published rules of budget allocation: uniform, pyramid, ada, cake, heads."""
+"""The published rules of budget allocation: uniform, pyramid, ada, cake, heads, decay."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -192,3 +194,29 @@ def _relative(scores: Tensor, kv_heads_of: Tensor | None) -> Tensor:
     heads = torch.ones_like(scores[0, :, 0]) if kv_heads_of is None else kv_heads_of.double()
     mean = (scores.mean(-1) * heads).sum(-1) / heads.sum()  # [R]
     return torch.where(mean[:, None, None] > 0, scores / mean[:, None, None], 1.0)
+
+
+@allocator("decay")
+class Decay(Allocator):
+    """The number of keys falls from layer to layer by a factor that itself falls along a cosine.
+
+    With ``L`` layers, layer ``l`` keeps ``r_l = d + (1 - d) (cos(pi l / L) + 1) / 2`` of the free keys of the layer
+    before it, ``d = 0.9``; the shares are in proportion to these products. PyramidInfer, arXiv:2405.12532, section 3.3;
+    code mutonix/pyramidinfer, ``modeling_llama_pyramidinfer.py``, whose first layer keeps ``r_0 = 1`` of the prompt:
+    there the factors give the budget, here they divide it. Keys that a layer cannot use go to the other layers.
+    """
+
+    spans = "layers"
+    paper = "arXiv:2405.12532 section 3.3"
+    least = 0.9
+
+    def share(self, request: AllocationRequest) -> Tensor:
+        device, count = request.budget.device, request.n_layers
+        bends = [(math.cos(math.pi * layer / count) + 1) / 2 for layer in range(count)]
+        kept = torch.tensor(
+            [self.least + (1 - self.least) * bend for bend in bends], dtype=torch.float64, device=device
+        )
+        weights = kept.cumprod(0).expand(len(request.budget), count)
+        keys = among_layers(request, weights, request.room[:, None]) + request.fixed[:, None, None]
+        fits = (request.budget >= request.prompt)[:, None, None]
+        return torch.where(fits, request.budget[:, None, None], keys)[:, request.layers]

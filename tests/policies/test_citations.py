@@ -38,6 +38,7 @@ KEYS = {
     "kvzip": "kim2025kvzip",
     "lagkv": "liang2025lagkv",
     "morphkv": "ghadia2025morphkv",
+    "pyramidinfer": "yang2024pyramidinfer",
     "pyramidkv": "cai2024pyramidkv",
     "q-filters": "godey2025qfilters",
     "quest": "tang2024quest",

@@ -25,7 +25,7 @@ from tests.trace.layers import HEADS, LENGTH, PROMPT, record, rows_of
 
 BUDGET = 12
 # All but those that share a budget among layers, and gates, for which the trace has no layer inputs.
-SHARED = ("pyramid", "cake", "heads")
+SHARED = ("pyramid", "cake", "heads", "decay")
 BY_PLACE = ("lacache", "switch")  # what a layer does depends on its place in the model
 ALONE = [  # a gate and an index are those of a model
     spec

@@ -134,3 +134,14 @@ def published_heads(scores: Sequence[float], base: int, beta: float) -> list[int
     """Return the free keys of each head as the published code rounds them, each on its own."""
     pool = base // beta
     return [round(score / sum(scores) * pool * len(scores) + base - pool) for score in scores]
+
+
+def decay(budget: int, fixed: int, prompt: int, layers: int) -> list[int]:
+    """Return the keys of each layer: its share of those of the layer before falls along a cosine from 1 to 0.9."""
+    if prompt <= budget:
+        return [budget] * layers
+    kept, wish = 1.0, []
+    for layer in range(layers):
+        kept *= 0.9 + (1 - 0.9) * (math.cos(math.pi * layer / layers) + 1) / 2
+        wish.append(kept)
+    return [fixed + keys for keys in largest_remainders((budget - fixed) * layers, wish, prompt - fixed)]
