@@ -43,7 +43,9 @@ Compress = Annotated[
 Allocate = Annotated[
     str | None,
     typer.Option(
-        "--allocate", metavar="NAME", help="Allocate the budget to layers and heads: uniform, pyramid, ada, cake."
+        "--allocate",
+        metavar="NAME",
+        help="Allocate the budget to layers and heads: uniform, pyramid, ada, cake, heads, decay.",
     ),
 ]
 Scope = Annotated[

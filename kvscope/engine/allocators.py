@@ -1,6 +1,8 @@
-"""The published rules of budget allocation: uniform, pyramid, ada, cake."""
+"""The published rules of budget allocation: uniform, pyramid, ada, cake, heads, decay."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -128,3 +130,93 @@ class Cake(Allocator):
         keys = among_layers(request, weight, request.room[:, None]) + request.fixed[:, None, None]
         fits = (request.budget >= request.prompt)[:, None, None]
         return torch.where(fits, uniform, keys)
+
+
+@allocator("heads")
+class Heads(Allocator):
+    """Heads that attend to keys from far back hold more keys, those of all layers compared.
+
+    With ``b`` the free budget of a head, each head keeps ``b - b // beta`` keys, and the others are shared by all heads
+    of the model in proportion to their scores. A head's score is the weight that the last 32 rows of the prompt give to
+    keys that are neither among the first 4 nor among the 16 newest before their query, averaged over rows and the
+    query heads of a group; a policy with scores from a file, such as ``headkv``, uses those. HeadKV, arXiv:2410.19258,
+    section 3.2; code FYYFU/HeadKV, ``ReasonSnapKVCluster``, with ``beta = 1.2`` of its scripts. Scores made of the
+    prompt are ours; that code rounds each head by itself, here the total is exact. Keys that a head cannot use go to
+    the other heads. In layers with different numbers of heads, those of a layer have the mean of its scores.
+    """
+
+    when = "prompt"
+    spans = "heads"
+    needs = frozenset({"weights"})
+    looks_across = True
+    paper = "arXiv:2410.19258 section 3.2"
+    rows, sinks, newest, beta = 32, 4, 16, 1.2
+
+    def observe(self, step: Step, memory: dict[str, Tensor]) -> None:
+        runs = len(step.visible)
+        if "beta" in step.memory:  # of the policy
+            memory["beta"] = step.memory["beta"].expand(runs, len(step.layers))
+        if "head_scores" in step.memory:
+            memory["scores"] = step.memory["head_scores"].expand(runs, -1, -1)
+            return
+        if step.t < step.prompt - self.rows:
+            return
+        key = torch.arange(step.t + 1, device=step.visible.device)
+        far = (key >= self.sinks) & (key <= step.t - self.newest)
+        mass = (step.weights().double() * far).sum(-1)  # [R, L, G]
+        memory["scores"] = memory["scores"] + mass if "scores" in memory else mass
+
+    def condensed(self, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value if value.ndim == 2 else value.mean(-1) for name, value in memory.items()}
+
+    def share(self, request: AllocationRequest) -> Tensor:
+        assert len(request.layers) == request.n_layers, "all layers are stepped together"
+        scores = request.memory["scores"].double()
+        scores = scores if scores.ndim == 3 else scores[..., None].expand(-1, -1, request.heads)  # [R, L, S]
+        free = request.free.clamp(min=0)
+        pool = (free / self._beta(request)).floor()[:, None, None]  # [R, 1, 1]
+        wish = (free[:, None, None] - pool) + pool * _relative(scores, request.kv_heads_of)
+        if request.kv_heads_of is None:
+            total = free * wish[0].numel()
+            keys = apportion(total, wish.flatten(1), request.room[:, None]).view(wish.shape)
+        else:
+            keys = among_layers(request, wish.mean(-1), request.room[:, None])
+        keys = keys + request.fixed[:, None, None]
+        fits = (request.budget >= request.prompt)[:, None, None]
+        return torch.where(fits, request.budget[:, None, None], keys)
+
+    def _beta(self, request: AllocationRequest) -> Tensor | float:
+        return request.memory["beta"][:, 0] if "beta" in request.memory else self.beta
+
+
+def _relative(scores: Tensor, kv_heads_of: Tensor | None) -> Tensor:
+    """Return scores ``[R, L, S]`` divided by their mean over the heads of the model; ones if all are zero."""
+    heads = torch.ones_like(scores[0, :, 0]) if kv_heads_of is None else kv_heads_of.double()
+    mean = (scores.mean(-1) * heads).sum(-1) / heads.sum()  # [R]
+    return torch.where(mean[:, None, None] > 0, scores / mean[:, None, None], 1.0)
+
+
+@allocator("decay")
+class Decay(Allocator):
+    """The number of keys falls from layer to layer by a factor that itself falls along a cosine.
+
+    With ``L`` layers, layer ``l`` keeps ``r_l = d + (1 - d) (cos(pi l / L) + 1) / 2`` of the free keys of the layer
+    before it, ``d = 0.9``; the shares are in proportion to these products. PyramidInfer, arXiv:2405.12532, section 3.3;
+    code mutonix/pyramidinfer, ``modeling_llama_pyramidinfer.py``, whose first layer keeps ``r_0 = 1`` of the prompt:
+    there the factors give the budget, here they divide it. Keys that a layer cannot use go to the other layers.
+    """
+
+    spans = "layers"
+    paper = "arXiv:2405.12532 section 3.3"
+    least = 0.9
+
+    def share(self, request: AllocationRequest) -> Tensor:
+        device, count = request.budget.device, request.n_layers
+        bends = [(math.cos(math.pi * layer / count) + 1) / 2 for layer in range(count)]
+        kept = torch.tensor(
+            [self.least + (1 - self.least) * bend for bend in bends], dtype=torch.float64, device=device
+        )
+        weights = kept.cumprod(0).expand(len(request.budget), count)
+        keys = among_layers(request, weights, request.room[:, None]) + request.fixed[:, None, None]
+        fits = (request.budget >= request.prompt)[:, None, None]
+        return torch.where(fits, request.budget[:, None, None], keys)[:, request.layers]

@@ -21,10 +21,17 @@ class BudgetSharing:
         The budget to allocate.
     prompt : int
         ``P`` with full prefill; 0 with streaming prefill, where the allocator observes no step.
+    whole : list of int
+        Layers of the group that hold every key, whatever their share.
+    length : int
+        ``T``, which is the budget of these.
     """
 
-    def __init__(self, allocator: Allocator, request: AllocationRequest, prompt: int) -> None:
+    def __init__(
+        self, allocator: Allocator, request: AllocationRequest, prompt: int, whole: list[int], length: int
+    ) -> None:
         self.allocator, self._request, self._prompt = allocator, request, prompt
+        self._whole, self._length = whole, length
 
     @property
     def fixed(self) -> bool:
@@ -33,7 +40,7 @@ class BudgetSharing:
 
     def at_start(self) -> Tensor:
         """Return the shares for the first step, int64 ``[R, L, S]``: uniform if the allocator needs the prompt."""
-        return (self.allocator if self.fixed else ALLOCATORS.get("uniform")()).share(self._request)
+        return self._opened((self.allocator if self.fixed else ALLOCATORS.get("uniform")()).share(self._request))
 
     def observe(self, step: Step, state: CacheState) -> None:
         """Let the allocator observe a scored step of the prompt; at the prompt's end, set the budgets of `state`."""
@@ -44,6 +51,13 @@ class BudgetSharing:
         if step.t == self._prompt - 1:
             n = step.t + 1
             request.score = state.score[..., :n].masked_fill(~state.evictable(n), -torch.inf)
-            state.budget = self.allocator.share(request).to(torch.int64)
+            state.budget = self._opened(self.allocator.share(request).to(torch.int64))
             request.score = None
             request.memory.clear()
+
+    def _opened(self, share: Tensor) -> Tensor:
+        """Return the shares ``[R, L, S]`` with room for every key in the layers that hold them all."""
+        if self._whole:
+            share = share.clone()
+            share[:, self._whole] = self._length
+        return share

@@ -251,4 +251,5 @@ def _sharing(inputs: StepInputs, protected: Tensor, allocator: Allocator | None)
         kv_heads_of=constant(shape.kv_heads_of, device) if shape.kv_heads_of else None,
     )
     prompt = shape.prompt if inputs.prefill == "full" else 0
-    return BudgetSharing(allocator or ALLOCATORS.get(plan.allocate)(), request, prompt)
+    whole = [index for index, place in enumerate(shape.places or shape.layers) if plan.policy.whole(place)]
+    return BudgetSharing(allocator or ALLOCATORS.get(plan.allocate)(), request, prompt, whole, shape.length)

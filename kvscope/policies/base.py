@@ -108,6 +108,8 @@ class Policy:
         Kinds of prefill that the rule is defined for.
     published : bool
         Whether it reproduces published code with its quirks instead of the plain rule.
+    positional : tuple of str
+        Parameters that a text may give without their names: ``union(h2o, tova)``.
     formula : str
         The rule in one line: the score ``S[j]`` of key ``j``, or what a reader reads; docs/policies/README.md names the
         symbols.
@@ -130,6 +132,7 @@ class Policy:
     clairvoyant: ClassVar[bool] = False
     allocate: ClassVar[str] = "uniform"
     prefills: ClassVar[frozenset[str]] = frozenset({"full", "stream"})
+    positional: ClassVar[tuple[str, ...]] = ()
     published: ClassVar[bool] = False
     formula: ClassVar[str] = ""
     paper: ClassVar[str] = ""
@@ -160,6 +163,13 @@ class Policy:
 
     def fit(self, layers: Sequence[int], kv_heads: int, n_layers: int) -> None:
         """Raise UsageError if the policy is not defined for these layers of a model; by default it is."""
+
+    def whole(self, place: int) -> bool:
+        """Return whether a layer holds every key, whatever the budget, which is then that of the other layers.
+
+        `place` is that of the layer among those of the model that have attention; by default no layer does.
+        """
+        return False
 
     def read(self, step: Step) -> Tensor:
         """Return which keys query `t` sees, bool ``[R, L, S, n]``; called for sparse readers before the row is known.

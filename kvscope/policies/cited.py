@@ -46,7 +46,7 @@ def cited_by(policies: Iterable[Policy]) -> list[Source]:
 
 
 def cited_in(name: str, label: str, params: Mapping[str, object], allocate: str) -> list[Source]:
-    """Return what a recorded run uses: its policy, the base of a policy that has one, and the rule of its allocation.
+    """Return what a recorded run uses: its policy, those that it is made of, and the rule of its allocation.
 
     Nothing is run to find it: a base in a user's file is named and not known.
 
@@ -79,9 +79,23 @@ def _of_policy(name: str, params: Mapping[str, object]) -> Iterator[Source]:
         return
     rule = rules_of(cls).get(str(params.get("variant", "")), cls)
     yield Source(name, rule.citation)
-    base = params.get("base")
-    if isinstance(base, str):
-        yield from _of_policy(_named(base), {})
+    for part in ("base", *cls.positional):
+        member = params.get(part)
+        if isinstance(member, str):
+            yield from _of_policy(_named(member), _settings(member))
+
+
+def _settings(label: str) -> dict[str, str]:
+    """Return the settings in a label, ``{"base": "h2o"}`` of ``vatp(base=h2o)``; nothing is looked up or checked."""
+    inside = label.partition("(")[2].removesuffix(")")
+    found, depth, start = {}, 0, 0
+    for index, sign in enumerate(inside + ","):
+        depth += (sign == "(") - (sign == ")")
+        if sign == "," and not depth:
+            name, _, value = inside[start:index].partition("=")
+            found[name.strip()] = value.strip()
+            start = index + 1
+    return found
 
 
 def _named(label: str) -> str:

@@ -44,6 +44,7 @@ def parse_policies(specs: Sequence[Named], params: Mapping[str, str] | None = No
         ``a2sf``, ``a2sf:alpha=0.7,recent=16``, ``my_file.py:MyPolicy``, ready policies, which are kept as they are, or
         classes, which get their default parameters and those of `params`.
         ``a2sf(alpha=0.7, recent=16)`` is the same; inside a setting it is the only form: ``vatp:base=a2sf(alpha=0.7)``.
+        ``union(h2o, tova)`` is ``union(a=h2o, b=tova)``.
         ``h2o:variant=mask`` is the published code that goes by that name. ``a2sf:@tuned.toml`` has the settings that
         ``kvscope tune`` wrote.
     params : mapping of str to str
@@ -150,8 +151,9 @@ def _split(spec: str) -> tuple[type[Policy], dict[str, str]] | Policy:
     if matched:
         rest = matched["rest"] or matched["inside"] or ""
     settings: dict[str, str] = {}
+    unnamed = iter(cls.positional)
     for part in _pieces(rest, spec):
-        key, equals, value = part.partition("=")
+        key, equals, value = _named_part(part, unnamed)
         name = key.strip().replace("-", "_")
         if not equals or not name or not value.strip():
             raise UsageError(
@@ -161,6 +163,15 @@ def _split(spec: str) -> tuple[type[Policy], dict[str, str]] | Policy:
             raise UsageError(f"{name} is set twice in {spec!r}", "Set each parameter once.")
         settings[name] = value.strip()
     return cls, settings
+
+
+def _named_part(part: str, unnamed: Iterator[str]) -> tuple[str, str, str]:
+    """Return name, equals sign and value of a setting; one without a name gets the next of those that need none."""
+    key, equals, value = part.partition("=")
+    if equals and "(" not in key and ":" not in key:
+        return key, equals, value
+    name = next(unnamed, None)
+    return (key, equals, value) if name is None else (name, "=", part)
 
 
 def _pieces(text: str, spec: str) -> Iterator[str]:

@@ -28,6 +28,7 @@ LENGTH, PROMPT, BUDGET = 26, 12, "7"
 SMALL = {
     "snapkv": "snapkv:window=3",
     "pyramidkv": "pyramidkv:window=3",
+    "headkv": "headkv:window=3",
     "ada-kv": "ada-kv:window=3",
     "lagkv": "lagkv:lag=3,sinks=2",
     "r-kv": "r-kv:window=3",
@@ -58,7 +59,8 @@ def specs() -> list[str]:
         except UsageError:
             continue
         found.append(spec)
-    return [*found, "tova:scope=kv_head", "vatp:base=tova", "h2o:group=max"]
+    made_of_two = ["switch(full, h2o, layers=0)", "union(h2o, key-norm)"]
+    return [*found, *made_of_two, "tova:scope=kv_head", "vatp:base=tova", "h2o:group=max"]
 
 
 def verdict(model: Any, spec: str, prefill: str, positions: str = "original", budget: str = BUDGET) -> Verdict:

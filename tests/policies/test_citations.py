@@ -28,6 +28,7 @@ KEYS = {
     "dms": "lancucki2025dms",
     "expected-attention": "devoto2025expectedattention",
     "h2o": "zhang2023h2o",
+    "headkv": "fu2025headkv",
     "ideal": "jo2024a2sf",
     "indexer": "deepseek2025v32",
     "key-norm": "devoto2024l2norm",
@@ -37,6 +38,7 @@ KEYS = {
     "kvzip": "kim2025kvzip",
     "lagkv": "liang2025lagkv",
     "morphkv": "ghadia2025morphkv",
+    "pyramidinfer": "yang2024pyramidinfer",
     "pyramidkv": "cai2024pyramidkv",
     "q-filters": "godey2025qfilters",
     "quest": "tang2024quest",
@@ -53,7 +55,7 @@ KEYS = {
     "vatp": "guo2024vatp",
     "window": "oren2024tova",
 }
-UNPUBLISHED = {"full", "lru", "random"}
+UNPUBLISHED = {"blend", "full", "lru", "random", "switch", "union"}
 OWN = {name: cls for name, cls in POLICIES.items() if cls.__module__.startswith("kvscope.policies.")}
 PLAIN = Citation(key="doe2024", title="A Title", authors="Doe, Jane", year=2024, arxiv="2401.00001")
 

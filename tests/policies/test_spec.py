@@ -42,7 +42,7 @@ def test_settings_and_shared_parameters() -> None:
 @pytest.mark.parametrize(
     ("specs", "params", "what", "todo"),
     [
-        (["a2fs"], {}, "no policy is called 'a2fs'", "Did you mean a2sf?"),
+        (["a2fs"], {}, "no policy is called 'a2fs'", "Did you mean a2sf or raas?"),
         (["tova"], {"alpha": "0.7"}, "none of the named policies has a parameter --alpha", "belongs to: a2sf"),
         (["a2sf"], {"alhpa": "1"}, "none of the named policies has a parameter --alhpa", "Did you mean alpha"),
         (["a2sf:beta=1"], {}, "policy a2sf has no parameter 'beta'", ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -103,3 +104,44 @@ def cake(layers: Sequence[np.ndarray], budget: int, fixed: int, prompt: int) -> 
     weights = [cake_weight(rows, prompt) for rows in layers]
     shares = largest_remainders((budget - fixed) * len(layers), weights, prompt - fixed)
     return [fixed + keys for keys in shares]
+
+
+def far_weight(rows: np.ndarray, prompt: int, last: int = 32, sinks: int = 4, newest: int = 16) -> float:
+    """Return what the last rows of a prompt give to keys between the first and the newest, for one group."""
+    total = 0.0
+    for head, query in itertools.product(rows, range(max(0, prompt - last), prompt)):
+        total += sum(float(head[query, key]) for key in range(sinks, query - newest + 1))
+    return total
+
+
+def heads(
+    scores: Sequence[Sequence[float]], budget: int, fixed: int, prompt: int, beta: float = 1.2
+) -> list[list[int]]:
+    """Return the keys of each head of each layer: a part is its own, the rest is shared in proportion to scores."""
+    count = sum(map(len, scores))
+    if prompt <= budget:
+        return [[budget] * len(own) for own in scores]
+    base = budget - fixed
+    pool = math.floor(base / beta)
+    every = [Fraction(score) for own in scores for score in own]
+    total = sum(every)
+    wish = [base - pool + (pool * count * score / total if total else pool) for score in every]
+    keys = iter(largest_remainders(base * count, wish, prompt - fixed))
+    return [[fixed + next(keys) for _ in own] for own in scores]
+
+
+def published_heads(scores: Sequence[float], base: int, beta: float) -> list[int]:
+    """Return the free keys of each head as the published code rounds them, each on its own."""
+    pool = base // beta
+    return [round(score / sum(scores) * pool * len(scores) + base - pool) for score in scores]
+
+
+def decay(budget: int, fixed: int, prompt: int, layers: int) -> list[int]:
+    """Return the keys of each layer: its share of those of the layer before falls along a cosine from 1 to 0.9."""
+    if prompt <= budget:
+        return [budget] * layers
+    kept, wish = 1.0, []
+    for layer in range(layers):
+        kept *= 0.9 + (1 - 0.9) * (math.cos(math.pi * layer / layers) + 1) / 2
+        wish.append(kept)
+    return [fixed + keys for keys in largest_remainders((budget - fixed) * layers, wish, prompt - fixed)]

@@ -1,0 +1,73 @@
+"""HeadKV: SnapKV with a budget for each head, in proportion to how much the head is needed for retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvscope.policies.base import Step, at_least, parameter, policy
+from kvscope.policies.citation import Citation
+from kvscope.policies.duo_attention import OBSERVED
+from kvscope.policies.head_scores import head_scores
+from kvscope.policies.snapkv import Pooling, SnapKV
+
+
+@policy("headkv")
+@dataclass(frozen=True)
+class HeadKV(SnapKV):
+    """Retain what the last rows of the prompt attend to; heads that retrieve get the budget of the others.
+
+    The score is SnapKV's with window 32 and max pooling over 7; the budget is allocated as by ``--allocate heads``: of
+    ``b`` free keys of a head ``b // beta`` go to a pool that all heads of the model share in proportion to the scores
+    of the heads. These are from a file (`heads`), as the authors publish them for two models: shares of needles that a
+    head attends to while the model repeats or uses them. ``heads=observed``, which is ours, takes them from the rows of
+    the prompt. arXiv:2410.19258, section 3; code FYYFU/HeadKV, ``ReasonSnapKVCluster``. That code allocates to and
+    selects for query heads; here their scores are averaged over those that share a key/value head.
+
+    >>> from kvscope.replay.example import held
+    >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]
+    >>> held("headkv:window=1,kernel=1", rows, budget=2, prompt=4)[-1]  # one head: as snapkv
+    [1, 3]
+    """
+
+    allocate: ClassVar[str] = "heads"
+    formula: ClassVar[str] = "S[j] = pool(sum of w_q[j] over the last `window` rows); B of a head by its score"
+    paper: ClassVar[str] = "arXiv:2410.19258 section 3"
+    citation: ClassVar[Citation] = Citation(
+        key="fu2025headkv",
+        title="Not All Heads Matter: A Head-Level KV Cache Compression Method with Integrated Retrieval and Reasoning",
+        authors="Fu, Yu and Cai, Zefan and Asi, Abedelkadir and Xiong, Wayne and Dong, Yue and Xiao, Wen",
+        booktitle="International Conference on Learning Representations",
+        year=2025,
+        arxiv="2410.19258",
+    )
+    proven: ClassVar[str] = "authors' code, read"
+
+    window: int = parameter(
+        32, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
+    )
+    kernel: int = parameter(7, "width of the pooling over neighbouring keys, an odd number")
+    pooling: Pooling = parameter("max", "kind of pooling: avg, max or none")
+    heads: str = parameter(OBSERVED, "file of head scores, or observed: from the rows of the prompt")
+    beta: float = parameter(1.2, "each head gives its free keys divided by this to the pool", search=(1.2, 2, 5))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("beta", self.beta, 1)
+
+    def fit(self, layers: Sequence[int], kv_heads: int, n_layers: int) -> None:
+        if self.heads != OBSERVED:
+            head_scores(self.heads, n_layers, kv_heads)
+
+    def observe(self, step: Step, score: Tensor) -> Tensor:
+        if "beta" not in step.memory:
+            device = step.visible.device
+            step.memory["beta"] = torch.tensor([[self.beta]], dtype=torch.float64, device=device)
+            if self.heads != OBSERVED:
+                scores = head_scores(self.heads, step.n_layers, step.kv_heads)[list(step.places)]
+                step.memory["head_scores"] = scores[None].to(device)
+        return super().observe(step, score)
