@@ -71,6 +71,12 @@ class Traits:
     allocate: str
     prefills: frozenset[str]
     published: bool
+    marks: bool
+
+    @property
+    def counted(self) -> bool:
+        """Whether the budget is the number of keys that each head retains, so that the engine can count them."""
+        return self.bounded and not self.marks
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,9 @@ class Policy:
         Kinds of prefill that the rule is defined for.
     published : bool
         Whether it reproduces published code with its quirks instead of the plain rule.
+    marks : bool
+        Whether, under a budget, it evicts the keys that it scores ``-inf``, be they more or fewer than the budget says:
+        for rules that divide a budget in a way of their own.
     paper : str
         Source of the rule.
     citation : Citation or None
@@ -126,6 +135,7 @@ class Policy:
     allocate: ClassVar[str] = "uniform"
     prefills: ClassVar[frozenset[str]] = frozenset({"full", "stream"})
     published: ClassVar[bool] = False
+    marks: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     citation: ClassVar[Citation | None] = None
     proven: ClassVar[str] = ""
