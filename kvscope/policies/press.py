@@ -98,7 +98,7 @@ class Press(Policy):
     citation: ClassVar[Citation] = Citation(
         key="devoto2025expected",
         title="Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",
-        authors="Devoto, Alessio and Jeblick, Maximilian and J{\\'e}gou, Simon",
+        authors="Devoto, Alessio and Jeblick, Maximilian and Jégou, Simon",
         year=2025,
         arxiv="2510.00636",
     )

@@ -28,7 +28,7 @@ class Support(NamedTuple):
 
 KEYS = "keys of each key/value head"
 MEAN = "mean keys of a layer's heads, which it divides among them"
-CHUNKS = "whole chunks, no more keys in all than the budget, but at least one chunk"
+CHUNKS = "its share of the chunks, rounded down, and at least one chunk"
 SNAP = "SnapKVPress(window_size=8)"
 
 SUPPORTED: dict[str, Support] = {

@@ -11,9 +11,12 @@ from torch import Tensor
 
 import kvscope
 from kvscope.policies.press import parse_press
-from kvscope.presses.choose import ratio_of
+from kvscope.presses.build import kvpress
+from kvscope.presses.choose import chosen_by, ratio_of
 from kvscope.presses.support import SUPPORTED
 from kvscope.results.store import Replay
+from tests.model.tiny import build as tiny
+from tests.model.tiny import tokens
 from tests.presses.live import DEMO, OWN_SIZE, RATIOS, SIZED, live, model_of, needs_kvpress, press_of
 
 pytestmark = needs_kvpress
@@ -96,3 +99,29 @@ def test_presses_that_state_their_own_size(
     sizes = compare(done, 0, trace, models, press_of(name), name)
     assert 0 < sum(sizes) < len(sizes) * len(prompt_of(trace))
     assert done.info.runs[0].budget is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SnapKVPress(window_size=4)",
+        "TOVAPress()",
+        "ExpectedAttentionPress(n_future_positions=16)",
+        "KeyDiffPress()",
+        "CompactorPress(sink_size_start=2, chunk_size=8)",
+        "AdaKVPress(press=KnormPress())",
+        "CriticalKVPress(press=TOVAPress())",
+    ],
+)
+def test_other_models(kind: str, text: str) -> None:
+    """Random models of other types: those that kvpress names as supported, without a sliding window."""
+    model, ids = tiny(kind), tokens(40)[0]
+    if text.startswith("CriticalKVPress") and not hasattr(model.config, "head_dim"):
+        pytest.skip(f"kvpress reads config.head_dim, which {kind} lacks")
+    for ratio in RATIOS:
+        press = eval(text, dict(vars(kvpress())))
+        press.compression_ratio = ratio
+        kept = chosen_by(model, ids, parse_press(text).at_ratio(ratio), None).kept
+        for layer, expected in enumerate(live(model, ids, press)[0]):
+            assert torch.equal(kept[layer], expected), (ratio, layer)
