@@ -88,8 +88,8 @@ def _show_presses(names: Sequence[str], json: bool) -> None:
     console.show_table(
         [console.Column(head, [row[head] for row in rows], wrap=34, keep=keep) for head, keep in heads],
         notes=[
-            "Write one as a policy: kvscope replay --policy 'kvpress:SnapKVPress(window_size=32)'. A compression_ratio in "
-            "it takes the place of the budget.",
+            "Write one as a policy: kvscope replay --policy 'kvpress:SnapKVPress(window_size=32)'. A ratio in it "
+            "takes the place of the budget.",
             "It needs pip install 'kvscope[kvpress]', and the model of the trace. docs/kvpress.md has more.",
         ],
     )

@@ -142,7 +142,7 @@ class Press(Policy):
 def parse_press(text: str) -> PressCall:
     """Return the press that a text writes as Python does: ``AdaKVPress(press=SnapKVPress(window_size=32))``.
 
-    Nothing is executed. Raises UsageError for a text that is no call, or that has more than presses, lists and literal
+    Nothing is executed. Raises UsageError for a text that is not a call, or has more than presses, lists and literal
     values as arguments, or a value without a name.
     """
     try:

@@ -2,9 +2,9 @@
 
 The press is put into the model by its own context manager, and one pass reads the prompt into a full cache. The hook of
 the press then cuts the cache of each layer after that layer has attended, so that no layer sees what another evicts:
-the pass is that of the full cache. Two hooks of this module stand around that of the press. One takes the keys and
-values before it, the other looks for each of those that are left among them; or reads which keys the press has marked
-to be hidden while tokens are generated, as those do that give heads different numbers of keys.
+the pass is that of the full cache. Two hooks of this module are called before and after that of the press. The first
+copies the keys and values, the second looks for each of those that are left among them; or reads which keys the press
+has marked to be hidden while tokens are generated, as presses do that give heads different numbers of keys.
 """
 
 from __future__ import annotations

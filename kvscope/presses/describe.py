@@ -41,8 +41,8 @@ policy                  budget  keys  largest cache  tokens  same evictions  log
 kvpress:KeyDiffPress()     20%    78            110      32             all           5.3e-15  equal
 ```
 
-kvpress 0.5 needs transformers 5.2, which has fewer types of models than kvscope knows with newer ones: install it in an
-environment of its own if you need both. `make test-kvpress` builds one, and compares every press with its live run.
+kvpress 0.5 needs transformers 5.2, which has fewer types of models than newer ones: install it in an environment
+of its own if you need both. `make test-kvpress` builds one, and compares every press with its live run.
 
 ## What is run
 
