@@ -18,6 +18,7 @@ import kvscope
 from kvscope.closed_loop.compile import compile_closed_loop, compile_perplexity, compile_verify
 from kvscope.closed_loop.job import ForwardPass
 from kvscope.closed_loop.passage import Passage
+from kvscope.core.errors import ModelError
 from kvscope.core.options import (
     ClosedLoopOptions,
     GenerateOptions,
@@ -189,6 +190,18 @@ def test_the_model_is_as_before(text: str) -> None:
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(torch.get_rng_state(), state)
     assert (model(ids[None]).logits[0, -1] - chosen.logits).abs().max() < 1e-4
+
+
+def test_another_model_than_that_of_the_trace_is_noticed(trace: kvscope.Trace, tmp_path: Path) -> None:
+    model = model_of()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(tmp_path / "other")
+    closed = ClosedLoopOptions(model=str(tmp_path / "other"))
+    with pytest.raises(ModelError, match="the model's loss after the prompt differs from that in the trace"):
+        kvscope.replay(trace, ["kvpress:KnormPress()"], output=tmp_path / "r", closed=closed)
 
 
 def test_generated_answers(tmp_path: Path) -> None:

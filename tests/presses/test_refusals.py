@@ -112,6 +112,17 @@ def test_kvscope_loads_kvpress_only_where_a_press_is_run() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_import_of_kvpress_leaves_the_attention_functions_of_transformers() -> None:
+    code = (
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as them; before = dict(them);"
+        "from kvscope.presses.build import kvpress; kvpress(); assert dict(them) == before;"
+        "from kvpress.attention_patch import patch_attention_functions; patch_attention_functions();"
+        "assert dict(them) != before, 'kvpress replaces them'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_command_line_says_it_in_two_lines(tmp_path: Path) -> None:
     trace = Path(__file__).parents[2] / "traces" / "example"
     words = ["replay", str(trace), "--policy", "kvpress:KVzipPress()", "-o", str(tmp_path / "r")]
