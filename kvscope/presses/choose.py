@@ -9,6 +9,7 @@ has marked to be hidden while tokens are generated, as presses do that give head
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, Protocol
@@ -59,10 +60,10 @@ def ratio_of(keys: int, prompt: int) -> float:
     """
     if keys >= prompt:
         return 0.0
-    ratio = torch.tensor(1 - keys / prompt, dtype=torch.float64)
-    while int(prompt * (1 - float(ratio))) < keys:
-        ratio = torch.nextafter(ratio, torch.zeros_like(ratio))
-    return float(ratio)
+    ratio = 1 - keys / prompt
+    while int(prompt * (1 - ratio)) < keys:
+        ratio = math.nextafter(ratio, 0.0)
+    return ratio
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import builtins
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 import kvscope
+from kvscope.cli.app import run
 from kvscope.core.errors import UsageError
 from kvscope.core.options import PlanOptions
 from kvscope.engine.feasible import make_plan
+from kvscope.experiments import cells
+from kvscope.policies.cited import cited_in
 from kvscope.policies.press import EXAMPLE, Press, PressCall, parse_press
 from kvscope.policies.spec import parse_policies, parse_policy
 from kvscope.presses import build as building
@@ -176,3 +180,25 @@ def test_keys_are_found_by_their_bytes() -> None:
     assert _positions(full, [b"a", b"a"]) == [0, 2]
     assert _positions(full, [b"a", b"a", b"a"]) is None
     assert _positions(full, [b"x"]) is None
+
+
+def test_kvpress_is_cited_and_its_version_is_part_of_what_an_experiment_depends_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    press, other = parse_policies(["kvpress:KnormPress()", "h2o"])
+    (source,) = cited_in("kvpress", press.label, press.parameters(), "uniform")
+    assert source.known and source.citation is not None and source.citation.arxiv == "2510.00636"
+    monkeypatch.setattr(cells, "versions", lambda name: {name: "0.5.5"})
+    assert cells.policy_identity(press)["kvpress"] == "0.5.5"
+    assert "kvpress" not in cells.policy_identity(other)
+
+
+def test_the_command_that_lists_presses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["policies", "kvpress", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert [row["press"] for row in made["followed"]] == list(SUPPORTED)
+    assert [row["press"] for row in made["refused"]] == list(REFUSED)
+    assert all(row["why"] and row["instead"] for row in made["refused"])
+    assert run(["policies", "kvpress"]) == 0
+    shown = capsys.readouterr().out
+    assert "SnapKVPress" in shown and "ThinKPress" in shown
