@@ -12,6 +12,8 @@
 #              install, then try every type of model in transformers: traced, replayed and verified as the table says
 # make test-ray
 #              install with Ray, then run experiments on clusters of this machine, with workers that are killed
+# make test-kvpress
+#              install with kvpress and the transformers that it needs, then compare its presses with their live runs
 # make check   install, then format, lint, types, tests and docs: a change must pass all of them
 # make format  rewrite the code in the project's format
 
@@ -20,17 +22,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRACKERS := .venv-trackers
 RAY := .venv-ray
+KVPRESS := .venv-kvpress
 JOBS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test test-portable test-trackers test-ray campaign check check-models format clean
+.PHONY: demo test test-portable test-trackers test-ray test-kvpress campaign check check-models format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvscope demo
 
 # One thread for each test process: more threads than cores would slow down all of them.
-test check test-trackers test-ray: export OMP_NUM_THREADS ?= 1
+test check test-trackers test-ray test-kvpress: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n $(JOBS)
@@ -45,6 +48,10 @@ test-trackers: $(TRACKERS)/.installed
 test-ray: $(RAY)/.installed
 	$(RAY)/bin/python -c 'import ray'  # without it the tests are skipped
 	$(RAY)/bin/python -m pytest -q tests/experiments/test_on_ray.py
+
+test-kvpress: $(KVPRESS)/.installed
+	$(KVPRESS)/bin/python -c 'from kvscope.presses.build import kvpress; kvpress()'  # without it the tests are skipped
+	$(KVPRESS)/bin/python -m pytest -q tests/presses
 
 check-models: export OMP_NUM_THREADS ?= 1
 check-models: $(VENV)/.installed-dev
@@ -68,7 +75,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(TRACKERS) $(RAY)
+	rm -rf $(VENV) $(TRACKERS) $(RAY) $(KVPRESS)
 
 # torch is installed first, by its exact version, so that pip uses a wheel that is already in its cache.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -96,4 +103,12 @@ $(RAY)/.installed: $(VENV)/.installed-dev
 	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	$(BIN)/python -c "$$site" > "$$($(RAY)/bin/python -c "$$site")/dev.pth"
 	$(RAY)/bin/python -m pip install --quiet -c constraints.txt -e ".[ray]"
+	touch $@
+
+# kvpress needs an older transformers than the other tests, and with it older versions of what both need: an environment
+# of its own, with the same torch.
+$(KVPRESS)/.installed: pyproject.toml constraints.txt
+	test -x $(KVPRESS)/bin/python || $(PYTHON) -m venv $(KVPRESS)
+	$(KVPRESS)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(KVPRESS)/bin/python -m pip install --quiet -e ".[fast,kvpress]" pytest hypothesis
 	touch $@

@@ -46,8 +46,9 @@ MAY_IMPORT = {
     "engine": ENGINE,
     "bounds": {"core", "engine", "policies"},
     "results": {"core"},
-    "closed_loop": LOOPS | {"model", "tasks"},
-    "replay": LOOPS | {"bounds", "closed_loop"},
+    "presses": {"core", "model", "policies"},
+    "closed_loop": LOOPS | {"model", "presses", "tasks"},
+    "replay": LOOPS | {"bounds", "closed_loop", "presses"},
     "tune": LOOPS | {"replay"},
     "tasks": {"core"},
     "experiments": LOOPS | {"closed_loop", "model", "replay", "tasks"},
@@ -58,7 +59,19 @@ MAY_IMPORT = {
     "tracking": {"core", "results"},
     "cli": {
         *("analysis", "closed_loop", "core", "engine", "experiments", "gates", "kernels", "metrics", "model"),
-        *("policies", "replay", "report", "results", "sharing", "tasks", "trace", "tracking", "training", "tune"),
+        *(
+            "policies",
+            "presses",
+            "replay",
+            "report",
+            "results",
+            "sharing",
+            "tasks",
+            "trace",
+            "tracking",
+            "training",
+            "tune",
+        ),
     },
 }
 
@@ -70,6 +83,7 @@ ONLY_IN = {
     "transformers": {"model"},
     "tokenizers": {"model"},
     "accelerate": {"model"},
+    "kvpress": {"presses"},
     "numba": {"kernels"},
     "fsspec": {"sharing"},
     "yaml": {"experiments"},
@@ -80,7 +94,7 @@ ONLY_IN = {
     "tensorboard": {"tracking"},
     "torch": {
         *("bounds", "cli", "closed_loop", "engine", "gates", "kernels", "metrics"),
-        *("model", "policies", "replay", "training", "tune"),
+        *("model", "policies", "presses", "replay", "training", "tune"),
         "tracking",  # its SummaryWriter
         "trace",  # only to read captured attention that torch saved: see test_traces_load_no_torch
     },

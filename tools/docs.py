@@ -26,6 +26,7 @@ from kvscope.experiments import describe_papers as papers
 from kvscope.model import known_types
 from kvscope.policies import POLICIES
 from kvscope.policies.describe import describe
+from kvscope.presses import describe as presses
 from kvscope.results import schema as results
 from kvscope.results.statistics import LEVEL
 from kvscope.trace import describe as trace
@@ -39,6 +40,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "reports/README.md": results.describe,
     "docs/models.md": known_types.describe,
     "docs/experiments.md": experiments.describe,
+    "docs/kvpress.md": presses.describe,
     "docs/reproduce.md": lambda: papers.describe(reproductions()),
 }
 README, RESULTS = "README.md", Path("benchmarks/results")

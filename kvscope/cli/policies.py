@@ -13,6 +13,8 @@ from kvscope.cli.command import command
 from kvscope.cli.options import Json
 from kvscope.core.errors import UsageError
 
+PRESSES = "kvpress"  # names the presses of kvpress, which are not registered
+
 if TYPE_CHECKING:
     from kvscope.cli.console import Column
     from kvscope.policies.cited import Source
@@ -47,6 +49,9 @@ def policies(
     if cite:
         _cite(names or [], replay, json)
         return
+    if names and PRESSES in names:
+        _show_presses(names, json)
+        return
     rows = [row for name in dict.fromkeys(names) for row in describe(name)] if names else describe()
     for broken, why in POLICIES.broken.items():
         console.warn(f"policy {broken} is installed but cannot be loaded: {why}")
@@ -55,12 +60,47 @@ def policies(
     elif not names:
         console.show_table(
             columns(rows),
-            notes=["kvscope policies NAME describes one policy. Set a parameter with --NAME VALUE, as in --alpha 0.7."],
+            notes=[
+                "kvscope policies NAME describes one policy. Set a parameter with --NAME VALUE, as in --alpha 0.7.",
+                "Presses of kvpress are named as in Python: --policy 'kvpress:SnapKVPress(window_size=32)'. "
+                "kvscope policies kvpress lists them.",
+            ],
         )
     for number, row in enumerate(rows if names and not json else ()):
         if number:
             console.show_text("")
         _show_one(row)
+
+
+def _show_presses(names: Sequence[str], json: bool) -> None:
+    """Print the presses of kvpress that can be followed, and those that are refused."""
+    from kvscope.cli import console
+    from kvscope.presses.support import REFUSED, describe_presses
+
+    if len(names) > 1:
+        raise UsageError(f"{PRESSES} is not described beside other policies", "Write: kvscope policies kvpress")
+    rows = describe_presses()
+    if json:
+        refused = [{"press": name, "why": why, "instead": todo} for name, (why, todo) in REFUSED.items()]
+        console.show_json({"followed": rows, "refused": refused})
+        return
+    heads = (("press", 20), ("kind", 10), ("budget", 15), ("example", 18))
+    console.show_table(
+        [console.Column(head, [row[head] for row in rows], wrap=34, keep=keep) for head, keep in heads],
+        notes=[
+            "Write one as a policy: kvscope replay --policy 'kvpress:SnapKVPress(window_size=32)'. A ratio in it "
+            "takes the place of the budget.",
+            "It needs pip install 'kvscope[kvpress]', and the model of the trace. docs/kvpress.md has more.",
+        ],
+    )
+    console.show_text("")
+    console.show_table(
+        [
+            console.Column("refused", list(REFUSED)),
+            console.Column("it", [why for why, _ in REFUSED.values()], wrap=50),
+            console.Column("instead", [todo for _, todo in REFUSED.values()], wrap=40),
+        ]
+    )
 
 
 def _cite(names: Sequence[str], replay: str | None, json: bool) -> None:

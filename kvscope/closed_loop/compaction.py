@@ -83,7 +83,7 @@ class Compacted:
         live, of_live = self._live(step.t, visible, count, most_keys(step, count))
         lost = (1 - live.sum(-1)).clamp(min=0)
         missing = simulation.inputs.missing_mass
-        if not simulation.plan.policy.traits.bounded:  # only the device can tell whether it evicts
+        if not simulation.plan.policy.traits.counted:  # only the device can tell whether it evicts
             whole = visible.all()
             of_live = torch.where(whole, self._whole(step.t, row), of_live)
             live = torch.where(whole, row, live)

@@ -16,6 +16,7 @@ from kvscope.closed_loop.job import ClosedLoopJob, TokenSink
 from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.closed_loop.passage import Passage
 from kvscope.closed_loop.perplexity import PerplexityJob, describe_texts, passages_of_texts
+from kvscope.closed_loop.press_choices import with_choices
 from kvscope.closed_loop.self_check import self_check
 from kvscope.closed_loop.trace_passages import load_model_of, passages_of
 from kvscope.closed_loop.verify import VerifyJob, shortened
@@ -81,16 +82,21 @@ def compile_closed_loop(
         token = passages[0].ids[None, :1].to(model.get_input_embeddings().weight.device)
         rotary = derotations(model, token) if runs[0].positions == Positions.compacted else None
         given = ModelSignals.of(model, _plans_of(runs), probe, passages)
+    runs = with_choices(model, passages, runs, prefill)
     kv_heads_of = own_counts(counts[layer] for layer in layers)
     return ClosedLoopJob(model, passages, runs, metrics, prefill, layers, rotary, kv_heads_of, shared, given)
 
 
 def compile_trace_loop(
-    trace: Trace, open_runs: Sequence[RunSpec], metrics: Sequence[Metric], options: ReplayOptions
+    trace: Trace,
+    open_runs: Sequence[RunSpec],
+    metrics: Sequence[Metric],
+    options: ReplayOptions,
+    loaded: Loaded | None = None,
 ) -> tuple[ClosedLoopJob, GenerateJob | None]:
     """Return the job that runs the model of a trace again, with the plans of open runs checked against that trace.
 
-    The second job lets it continue the prompts under the same runs, if the options ask for that.
+    The second job lets it continue the prompts under the same runs, if options ask for that. `loaded` is its model.
 
     Raises
     ------
@@ -104,7 +110,7 @@ def compile_trace_loop(
         If the model fails its self-check.
     """
     assert options.closed is not None, "called only with a closed loop"
-    loaded = load_model_of(trace, options.closed, str(torch_device(options.device)))
+    loaded = loaded or load_model_of(trace, options.closed, str(torch_device(options.device)))
     runs = closed_runs(open_runs, options.closed.positions)
     closed = compile_closed_loop(loaded.model, passages_of(trace, loaded), runs, metrics, options.prefill)
     return closed, None if options.generate is None else compile_generation(trace, closed, loaded, options.generate)

@@ -60,7 +60,7 @@ class Decoder:
         self.held: list[int] = []
         self._inputs = simulations[0].inputs
         traits = self._inputs.plan.policy.traits
-        self._known = traits.bounded or traits.phase == "none"  # whether budgets tell how many keys are held
+        self._known = traits.counted or traits.phase == "none"  # whether budgets tell how many keys are held
         self._group_of: dict[int, tuple[HeldKeys, int]] = {}  # layer -> its group, and its place in it
         self._longest: list[Tensor] = []  # [] each: keys that the fullest head holds after a decoded step
         self._calls: list[Call] = []  # the calls of the prompt, one for each layer

@@ -15,9 +15,22 @@ from kvscope.model.quantised import at_loading
 from kvscope.model.token_ids import TextEncoder
 from kvscope.trace.reader import Trace
 
+CLOSED_LOOP = "the closed loop"
 
-def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu") -> Loaded:
+
+def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu", what: str = CLOSED_LOOP) -> Loaded:
     """Return the model that a trace was recorded with.
+
+    Parameters
+    ----------
+    trace : Trace
+        The trace.
+    options : ClosedLoopOptions
+        How the model is loaded.
+    device : str
+        Where to.
+    what : str
+        What needs the model, for messages.
 
     Raises
     ------
@@ -27,14 +40,15 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
         If the model cannot be loaded.
     """
     name = options.model or trace.header.model.id
+    instead = "omit --perplexity" if what == CLOSED_LOOP else "use other policies"
     if trace.header.source != "model" or not name:
         raise TraceError(
-            f"{trace.path} was imported and has no model, which the closed loop needs",
-            "Record a trace with kvscope trace, or omit --perplexity.",
+            f"{trace.path} was imported and has no model, which {what} needs",
+            f"Record a trace with kvscope trace, or {instead}.",
         )
     if name == trace.header.model.class_name and not Path(name).is_dir():
         raise TraceError(
-            f"{trace.path} was recorded from a loaded {name} without a name, and the closed loop loads models by name",
+            f"{trace.path} was recorded from a loaded {name} without a name, and {what} loads models by name",
             "Name the model or its folder with --model.",
         )
     header = trace.header
@@ -47,12 +61,12 @@ def load_model_of(trace: Trace, options: ClosedLoopOptions, device: str = "cpu")
     if not header.whole:
         attended = header.n_layers - len(header.other_layers)
         raise TraceError(
-            f"{trace.path} holds {len(trace.layers)} of {attended} layers, and the closed loop needs all",
+            f"{trace.path} holds {len(trace.layers)} of {attended} layers, and {what} needs all",
             "Record it again without --layers.",
         )
     if trace.header.head_numbers:
         raise TraceError(
-            f"{trace.path} holds {trace.heads} of {trace.header.n_heads} query heads, and the closed loop needs all",
+            f"{trace.path} holds {trace.heads} of {trace.header.n_heads} query heads, and {what} needs all",
             "Record it again without --heads.",
         )
     revision = None if options.model else trace.header.model.revision

@@ -13,6 +13,8 @@ from kvscope.engine.examples import examples_of
 from kvscope.engine.runs import RunSpec
 from kvscope.engine.signals import ROWS
 from kvscope.metrics import Metric
+from kvscope.policies.base import Policy
+from kvscope.policies.press import Press
 from kvscope.trace.given import near_copies
 from kvscope.trace.layer_records import LayerHeads
 from kvscope.trace.reader import TokenSequence, Trace
@@ -66,7 +68,7 @@ def replay_record(
         loop=" and ".join(dict.fromkeys(run.loop for run in runs)),
         metrics={item.name: item.declaration() for item in metrics},
         runs=tuple(_run(run, source, sequences, prefill) for run in runs),
-        versions=versions(),
+        versions=versions([run.plan.policy for run in runs]),
         command=command,
         left_out=skipped_metrics or {},
         device=device,
@@ -98,6 +100,7 @@ def _run(run: RunSpec, source: SourceRef, sequences: Sequence[TokenSequence], pr
     )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that a result depends on."""
-    return {"python": platform.python_version(), **installed("torch", "numpy", "pyarrow")}
+def versions(policies: Sequence[Policy] = ()) -> dict[str, str]:
+    """Return the versions of Python and of the libraries that a result depends on; of kvpress where presses are run."""
+    of_presses = ("kvpress", "transformers") if any(isinstance(policy, Press) for policy in policies) else ()
+    return {"python": platform.python_version(), **installed("torch", "numpy", "pyarrow", *of_presses)}

@@ -179,7 +179,7 @@ class CacheSimulation:
                 f"{label} gave scores that are not numbers",
                 "Check the policy, and the trace with: kvscope info TRACE --verify",
             )
-        if not traits.bounded or traits.phase == "none":
+        if not traits.counted or traits.phase == "none":
             return
         for budget, idle, active in zip(self.budgets, of_runs[::2], of_runs[1::2], strict=True):
             if not traits.reads and idle:  # a sparse reader may read every key
@@ -234,7 +234,7 @@ def choose_stepper(fallback: TorchStepper, inputs: StepInputs, state: CacheState
 def kernel_rule(inputs: StepInputs, sharing: BudgetSharing) -> Recurrence | None:
     """Return the rule by which a kernel can step a plan, or None if it can only be stepped in torch."""
     plan, traits = inputs.plan, inputs.plan.policy.traits
-    supported = traits.bounded and not traits.reads and plan.accumulate is None and sharing.fixed
+    supported = traits.counted and not traits.reads and plan.accumulate is None and sharing.fixed
     return recurrence_of(plan.policy) if supported else None
 
 

@@ -49,8 +49,8 @@ class TorchStepper:
         self._policy, self._needs = inputs.plan.policy, inputs.plan.needs
         self._observe = observe_of(self._policy)
         traits = self._policy.traits  # stored here because the property computes them at every access
-        self.occupancy = Occupancy(state, traits.bounded and not traits.reads)
-        self._clairvoyant, self._evictor = traits.clairvoyant, Evictor(state, traits.bounded, self.occupancy)
+        self.occupancy = Occupancy(state, traits.counted and not traits.reads)
+        self._clairvoyant, self._evictor = traits.clairvoyant, Evictor(state, traits.counted, self.occupancy)
         self._heads = state.score.shape[2]
         self._layers = torch.tensor(inputs.shape.layers, dtype=torch.int64, device=state.score.device)
         self._one_by_one = devices.on_cpu(state.score.device)
@@ -83,6 +83,7 @@ class TorchStepper:
             t=t,
             prompt=shape.prompt,
             length=shape.length,
+            sequence=shape.sequence,
             kv_heads=shape.kv_heads if inputs.plan.scope is None else 1,  # as if all query heads were one group
             layers=self._layers,
             places=shape.places or shape.layers,

@@ -15,11 +15,12 @@ from kvscope.core.json import JsonDict
 from kvscope.core.options import Prefill
 from kvscope.core.output import checksum
 from kvscope.core.records import RUN_FILE
-from kvscope.core.version import __version__
+from kvscope.core.version import __version__, versions
 from kvscope.experiments.experiment import Experiment, ModelEntry
 from kvscope.model.names import resolve
 from kvscope.policies import Policy
 from kvscope.policies.own import is_own
+from kvscope.policies.press import Press
 from kvscope.trace.schema import HEADER
 
 SHORT = 12  # digits of an address in the name of a folder
@@ -215,7 +216,10 @@ def policy_identity(policy: Policy) -> JsonDict:
     if is_own(policy):
         code = Path(inspect.getfile(type(policy)))
         files[code.name] = checksum(code)
-    return {"name": policy.name, "label": policy.label, "parameters": repr(parameters), "files": dict(files)}
+    made: JsonDict = {"name": policy.name, "label": policy.label, "parameters": repr(parameters), "files": dict(files)}
+    if isinstance(policy, Press):
+        made["kvpress"] = versions("kvpress")["kvpress"]
+    return made
 
 
 def _texts_in(value: object) -> Iterator[str]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers import cache_utils
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvscope.core.errors import ReplayError
 from kvscope.core.model_types import CausalModel, KeyValueCache
 from kvscope.model.derotation import Derotation
+
+# Layers of a cache with states of a linear attention: transformers 5.2 has none.
+STATES: type | None = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
 
 
 class ShortLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -183,14 +189,19 @@ class HeldKeys:
                 layer.places = own
 
 
-class _ShortLayerWithState(LinearAttentionLayer, ShortLayer):  # type: ignore[misc,override]
-    """A `ShortLayer` beside the states of a linear attention in the same layer."""
+@cache
+def _with_state() -> Callable[[int, Derotation | None], ShortLayer]:
+    """Return the class of a `ShortLayer` beside the states of a linear attention in the same layer."""
+    linear: Any = cache_utils.LinearAttentionLayer  # of no type that is known to all versions of transformers
 
-    is_compileable = False
+    class ShortLayerWithState(linear, ShortLayer):  # type: ignore[misc,no-untyped-call]
+        is_compileable = False
 
-    def __init__(self, number_of_states: int, rotary: Derotation | None = None) -> None:
-        ShortLayer.__init__(self, rotary)
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)  # type: ignore[no-untyped-call]
+        def __init__(self, number_of_states: int, rotary: Derotation | None = None) -> None:
+            ShortLayer.__init__(self, rotary)
+            linear.__init__(self, number_of_states=number_of_states)
+
+    return ShortLayerWithState
 
 
 def full_cache(model: CausalModel) -> KeyValueCache:
@@ -210,22 +221,26 @@ def short_cache(
 
     The other layers keep the states of the kinds that the model has.
     """
-    cache, turned = full_cache(model), rotary or {}
+    made, turned = full_cache(model), rotary or {}
     short: dict[int, ShortLayer] = {}
     for layer in layers:
-        before = cache.layers[layer] if cache.layers else None
-        if isinstance(before, LinearAttentionCacheLayerMixin):
-            short[layer] = _ShortLayerWithState(before.number_of_states, turned.get(layer))
+        before: Any = made.layers[layer] if made.layers else None
+        if _holds_states(before):
+            short[layer] = _with_state()(before.number_of_states, turned.get(layer))
         else:
             short[layer] = ShortLayer(turned.get(layer))
-    if cache.layers:
+    if made.layers:
         for layer in layers:
-            cache.layers[layer] = short[layer]
+            made.layers[layer] = short[layer]
     else:  # the model adds layers when it first uses them
-        cache.layer_class_to_replicate = lambda: short.get(len(cache.layers)) or ShortLayer()
-    return cache, short
+        made.layer_class_to_replicate = lambda: short.get(len(made.layers)) or ShortLayer()
+    return made, short
 
 
 def holds_keys_alone(model: CausalModel) -> bool:
     """Return whether a model decodes with keys and values alone, and not with states of other layers too."""
-    return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in full_cache(model).layers)
+    return not any(map(_holds_states, full_cache(model).layers))
+
+
+def _holds_states(layer: object) -> bool:
+    return STATES is not None and isinstance(layer, STATES)

@@ -71,6 +71,12 @@ class Traits:
     allocate: str
     prefills: frozenset[str]
     published: bool
+    marks: bool
+
+    @property
+    def counted(self) -> bool:
+        """Whether the budget is the number of keys that each head retains, so that the engine can count them."""
+        return self.bounded and not self.marks
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,9 @@ class Policy:
     formula : str
         The rule in one line: the score ``S[j]`` of key ``j``, or what a reader reads; docs/policies/README.md names the
         symbols.
+    marks : bool
+        Whether, under a budget, it evicts the keys that it scores ``-inf``, be they more or fewer than the budget says:
+        for rules that divide a budget in a way of their own.
     paper : str
         Source of the rule.
     citation : Citation or None
@@ -135,6 +144,7 @@ class Policy:
     positional: ClassVar[tuple[str, ...]] = ()
     published: ClassVar[bool] = False
     formula: ClassVar[str] = ""
+    marks: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     citation: ClassVar[Citation | None] = None
     proven: ClassVar[str] = ""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from kvscope.policies.base import POLICIES, Policy
 from kvscope.policies.citation import Citation
 from kvscope.policies.parameters import rules_of
+from kvscope.policies.press import Press
 
 _NAME = re.compile(r"[\w-]+(?=\(|$)")  # of a label: ``a2sf(alpha=0.7)``
 
@@ -73,7 +74,7 @@ def cited_in(name: str, label: str, params: Mapping[str, object], allocate: str)
 
 
 def _of_policy(name: str, params: Mapping[str, object]) -> Iterator[Source]:
-    cls = dict(POLICIES.items()).get(name)
+    cls = Press if name == Press.name else dict(POLICIES.items()).get(name)
     if cls is None:
         yield Source(name, None, known=False)
         return

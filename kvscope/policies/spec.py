@@ -26,6 +26,7 @@ from kvscope.policies.parameters import (
     rules_of,
     type_name,
 )
+from kvscope.policies.press import PREFIX, Press, parse_press
 from kvscope.policies.tuned import read_tuned
 
 # name:setting=... or name(setting=...), as labels have it; a setting may hold the path of a file, a name may not
@@ -46,7 +47,7 @@ def parse_policies(specs: Sequence[Named], params: Mapping[str, str] | None = No
         ``a2sf(alpha=0.7, recent=16)`` is the same; inside a setting it is the only form: ``vatp:base=a2sf(alpha=0.7)``.
         ``union(h2o, tova)`` is ``union(a=h2o, b=tova)``.
         ``h2o:variant=mask`` is the published code that goes by that name. ``a2sf:@tuned.toml`` has the settings that
-        ``kvscope tune`` wrote.
+        ``kvscope tune`` wrote. ``kvpress:SnapKVPress(window_size=32)`` is a press of kvpress.
     params : mapping of str to str
         Parameters for every policy of `specs` that has them; a policy's own settings win.
 
@@ -135,6 +136,8 @@ def _named_class(cls: object, what: str) -> type[Policy]:
 
 def _split(spec: str) -> tuple[type[Policy], dict[str, str]] | Policy:
     """Return class and settings, or the finished policy where a file of ``kvscope tune`` gives its settings."""
+    if spec.strip().startswith(PREFIX):
+        return Press(str(parse_press(spec.strip().removeprefix(PREFIX))))
     tuned = _TUNED.match(spec)
     if tuned:
         user = _FILE.match(tuned["name"])

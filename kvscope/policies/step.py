@@ -28,6 +28,8 @@ class Step:
         Position of the query; keys ``0..t`` exist, so ``n = t + 1``.
     prompt, length : int
         ``P`` and ``T``.
+    sequence : int
+        Number of the sequence.
     kv_heads : int
         ``G``; 1 where the plan, not the policy, lets all heads of the layer decide as one.
     layers : Tensor
@@ -78,6 +80,7 @@ class Step:
     t: int
     prompt: int
     length: int
+    sequence: int
     kv_heads: int
     layers: Tensor
     places: tuple[int, ...]

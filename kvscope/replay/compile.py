@@ -19,7 +19,9 @@ from kvscope.engine.signals import measurable, require
 from kvscope.kernels.device import torch_device
 from kvscope.metrics import Metric
 from kvscope.policies.base import Policy
+from kvscope.policies.press import Press
 from kvscope.policies.spec import Named
+from kvscope.presses.build import build
 from kvscope.replay.footprint import Footprint
 from kvscope.replay.layer_group import step_through
 from kvscope.replay.open_loop import OpenLoop
@@ -171,12 +173,16 @@ def compile_replay(
     require_steps(trace, options.prefill)
     device = torch_device(options.device)
     plans, skipped = _plans(trace, chosen, limits, options)
-    runs = runs_of(plans, limits)
+    runs, loaded = runs_of(plans, limits), None
+    if any(isinstance(plan.policy, Press) for plan in plans):
+        from kvscope.closed_loop.press_choices import followed  # loads transformers
+
+        runs, loaded = followed(trace, runs, options)
     closed = generate = None
     if options.closed is not None:
         from kvscope.closed_loop.compile import compile_trace_loop  # loads transformers
 
-        closed, generate = compile_trace_loop(trace, runs, metrics, options)
+        closed, generate = compile_trace_loop(trace, runs, metrics, options, loaded)
     opened = OpenLoop(trace, runs, metrics, options.prefill, device)
     return ReplayJob(opened, closed, skipped, skipped_metrics, generate)
 
@@ -254,6 +260,8 @@ def _plans(
 
 def _plan(trace: Trace, policy: Policy, budgets: Sequence[Budget], options: ReplayOptions) -> EvictionPlan:
     """Return the plan of a policy; raises UsageError or TraceError if it cannot run on the trace."""
+    if isinstance(policy, Press):
+        build(policy.call)  # before the model is loaded
     plan = make_plan(policy, options.plan, latent=trace.header.latent_size is not None)
     require_replayable(trace, plan, budgets, options.prefill)
     if options.closed is not None and not policy.traits.clairvoyant:  # bounds run in the open loop alone
