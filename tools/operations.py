@@ -58,6 +58,7 @@ OUTPUT = ROOT / "benchmarks" / "results" / "operations.json"
 LAYERS, BUDGET, PROMPT = 2, 20, 28  # the prompt exceeds the budget
 FEW, MORE = 8, 16  # tokens after the prompt, and how many more the longer text has
 GATED = "attention-gate"  # has a gate for the bundled model only
+OF_DEMO = (GATED, "dms", "q-filters")  # have files for the bundled model only
 
 # Operations after which the host waits: it reads a number, has to know how many entries there are, or copies numbers
 # of its own into a tensor.
@@ -180,7 +181,7 @@ def small_model(layers: int = LAYERS, kv_heads: int = 2) -> Any:
 
 def model_of(spec: str) -> Any:
     """Return the small model, or the bundled one for a policy with a gate."""
-    return load(ModelSource("demo", device="cpu")).model if spec.startswith(GATED) else small_model()
+    return load(ModelSource("demo", device="cpu")).model if spec.startswith(OF_DEMO) else small_model()
 
 
 def ids_of(length: int) -> torch.Tensor:
@@ -230,7 +231,9 @@ def stepping(spec: str, length: int) -> Operations:
     """Count the operations of stepping one layer over given rows, for policies that have no closed loop."""
     policy, shape = parse_policy(spec), Shape(layers=(0,), heads=4, kv_heads=2, prompt=PROMPT, length=length)
     rows = torch.full((1, 4, length, length), 1 / length).tril()
-    signals = {"schedule": torch.zeros(1, 1, 2, length)} if "schedule" in policy.traits.needs else {}
+    signals = {
+        name: torch.zeros(1, 1, 2, length) for name in ("schedule", "reconstruction") if name in policy.traits.needs
+    }
     simulation_ = simulation.CacheSimulation(policy, [BUDGET], shape, Prefill.full, signals)
     return counted(lambda: simulation_.block(Block(rows, 0)))
 
@@ -252,7 +255,7 @@ class Cost:
 def cost(spec: str) -> dict[str, Any]:
     """Return what one more token costs under a policy, see `figures`."""
     policy = parse_policy(spec)
-    if policy.traits.clairvoyant or "selection" in policy.traits.needs:
+    if policy.traits.clairvoyant or policy.traits.needs & {"selection", "reconstruction"}:
         short, long = (stepping(spec, PROMPT + FEW + more) for more in (0, MORE))
         return {"stepper": "TorchStepper", "open_token": asdict(Cost.between(short, long, MORE))}
     model, more = model_of(spec), _period(policy)
@@ -264,7 +267,7 @@ def cost(spec: str) -> dict[str, Any]:
         "token": asdict(Cost.between(short, long, more * layers)),
         "prompt_token": asdict(Cost.between(short, later, MORE * layers)),
     }
-    if not spec.startswith(GATED):
+    if not spec.startswith(OF_DEMO):
         wide = small_model(kv_heads=4)
         several = [closed(wide, spec, PROMPT, PROMPT + FEW + add, runs=4) for add in (0, more)]
         found["token_of_4_runs_and_twice_the_heads"] = asdict(Cost.between(*several, more * layers))
@@ -304,7 +307,7 @@ def _decoding(spec: str, more: int) -> dict[str, Any] | None:
         require_decodable(EvictionPlan.published(parse_policy(spec)))
     except UsageError:
         return None
-    if not spec.startswith(GATED):
+    if not spec.startswith(OF_DEMO):
         return _by_layers(partial(decoding, spec=spec, prompt=PROMPT), more)
     model = model_of(spec)
     layers = model.config.num_hidden_layers

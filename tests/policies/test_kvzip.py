@@ -1,5 +1,6 @@
 """KVzip against its plain-loop reference, and the second reading that a trace records for it."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from kvscope.engine.rows import Shape
 from kvscope.engine.runs import runs_of
 from kvscope.model.attention_hook import Call, observe_attention
 from kvscope.model.loading import load
-from kvscope.model.second_reading import AGAIN, FROM_HERE, second_reading
+from kvscope.model.second_reading import AGAIN, FROM_HERE, _require_whole, second_reading
 from kvscope.policies.kvzip import KVzip
 from kvscope.policies.spec import parse_policy
 from kvscope.replay.compile import compile_replay
@@ -111,6 +112,15 @@ def test_it_is_refused_where_there_is_none(tmp_path: Path) -> None:
 def test_windows_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not attend to the whole prompt"):
         recorded(tmp_path, name, store="maps", reread=True)
+
+
+@pytest.mark.parametrize("part", [{"sliding_window": 99}, {"chunk": 99}])
+def test_a_window_that_is_not_full_yet_is_refused_too(part: dict[str, int]) -> None:
+    states = torch.ones(1, 2, 9, 4)
+    call = Call(0, states[:, :, :3], states, states, None, 0.5)
+    _require_whole(call, 6, "m")
+    with pytest.raises(ModelError, match="layer 0 of m does not attend to the whole prompt"):
+        _require_whole(replace(call, **part), 6, "m")
 
 
 def test_some_heads_and_several_prompts(tmp_path: Path) -> None:
