@@ -10,10 +10,10 @@ from kvscope.core.errors import UsageError
 from kvscope.core.registry import Registry
 
 POLICIES = (
-    "a2sf snapkv ada-kv attention-gate belady cake chunkkv compactor criticalkv curdkv dms duo-attention "
-    "expected-attention finch full h2o ideal indexer key-norm keydiff keyformer kvzip lacache lagkv lru morphkv "
-    "pyramidkv q-filters quest r-kv raas random recycled-attention refreshkv roco scissorhands simlayerkv "
-    "streaming-llm tova vatp window"
+    "a2sf snapkv ada-kv attention-gate belady blend cake chunkkv compactor criticalkv curdkv dms duo-attention "
+    "expected-attention finch full h2o headkv ideal indexer key-norm keydiff keyformer kvzip lacache lagkv lru "
+    "morphkv pyramidinfer pyramidkv q-filters quest r-kv raas random recycled-attention refreshkv roco scissorhands "
+    "simlayerkv streaming-llm switch tova union vatp window"
 ).split()
 METRICS = (
     "ideal_cosine ideal_cosine_flattened full_cosine read_keys held_keys late_mass_retained retained_mass "
