@@ -33,7 +33,7 @@ class ChunkKV(Policy):
     Chunk ``i`` holds the keys at positions ``i * chunk`` to ``(i + 1) * chunk - 1``. A key's vote is the sum of its
     weights over the last `window` rows; the score of all keys of a chunk is the sum of their votes. The keys of the
     window are protected and vote for no chunk: they can shorten the last one, as the end of the prompt can.
-    arXiv:2502.00299, algorithm 1, which takes ``B / chunk`` chunks. Here the budget is exact: of the chunk that it cuts
+    arXiv:2502.00299, which takes ``B / chunk`` chunks. Here the budget is exact: of the chunk that it cuts
     the newest keys stay, which the paper leaves open. The reuse of indices in several layers is not reproduced.
 
     As in the code, NVIDIA/kvpress, ``ChunkKVPress``, one decision holds for a layer. That code pools the votes where
@@ -50,7 +50,7 @@ class ChunkKV(Policy):
     phase: ClassVar[Phase] = "prefill"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
     formula: ClassVar[str] = "S[j] = sum over the chunk of j of the sum of w_q over the last `window` rows"
-    paper: ClassVar[str] = "arXiv:2502.00299 algorithm 1"
+    paper: ClassVar[str] = "arXiv:2502.00299"
     citation: ClassVar[Citation] = Citation(
         key="liu2025chunkkv",
         title="ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context LLM Inference",
@@ -64,10 +64,10 @@ class ChunkKV(Policy):
     )
     proven: ClassVar[str] = "kvpress's decisions"
 
-    scope: Scope = parameter("layer", "who decides: layer, all heads as one, or kv_head, each for itself")  # type: ignore[misc]
-    chunk: int = parameter(10, "neighbouring keys in a chunk", search=(5, 10, 20))
-    chunk_score: Literal["sum", "mean"] = parameter("sum", "what chunks are compared by: sum or mean of their votes")
-    window: int = parameter(
+    scope: Scope = parameter("layer", "who decides: layer, all heads as one, or kv_head, each for itself")  # type:
+    ignore[misc] chunk: int = parameter(10, "neighbouring keys in a chunk", search=(5, 10, 20)) chunk_score:
+    Literal["sum", "mean"] = parameter("sum", "what chunks are compared by: sum or mean of their votes") window: int =
+    parameter(
         64, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
     )
     kernel: int = parameter(5, "width of the pooling over neighbouring keys, an odd number")

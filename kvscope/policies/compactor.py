@@ -30,7 +30,7 @@ class Compactor(Policy):
     neighbours. Both are scaled to mean 0 and deviation 1 over the heads of a layer, and `blend` times the leverage plus
     the attention is the score. The first `sinks` keys (at most two thirds of the budget) and the newest `recent` (a
     third) are protected and take no part. It evicts once, at the end of the prompt; if it is to evict later as well,
-    retained keys and their queries take part. arXiv:2507.08143, section 3; code NVIDIA/kvpress,
+    retained keys and their queries take part. arXiv:2507.08143; code NVIDIA/kvpress,
     ``compactor_press.py``, where `blend` is the share that is evicted, as here, and the last chunk is filled with
     zeros, which attend and are attended to. Ours: one random matrix for all heads.
 
@@ -48,7 +48,7 @@ class Compactor(Policy):
     needs = frozenset({"keys", "values", "queries", "rotary"})
     phase = "prefill"
     formula = "S[j] = blend * z(x_j (X'X)^-1 x_j) + z(|v_j| * sum of q in j's chunk of softmax(q K)[j])"
-    paper = "arXiv:2507.08143 section 3"
+    paper = "arXiv:2507.08143"
     citation = Citation(
         key="chari2025compactor",
         title="Compactor: Calibrated Query-Agnostic KV Cache Compression with Approximate Leverage Scores",
@@ -107,14 +107,13 @@ class Compactor(Policy):
 
     def _attention(self, queries: Tensor, keys: Tensor, values: Tensor, free: Tensor) -> Tensor:
         """Return how much the queries of a key's chunk attend to it, times its value's norm, ``[1, L, G, m]``."""
-        heads, count = keys.shape[2], keys.shape[3]
-        asked = (queries * free.repeat_interleave(queries.shape[2] // heads, 2)[..., None]).unflatten(2, (heads, -1))  # type: ignore[no-untyped-call]
-        padding = (0, 0, 0, -count % self.chunk)
-        asked, keys = functional.pad(asked, padding), functional.pad(keys, padding)
-        asked = asked.view(*asked.shape[:4], -1, self.chunk, asked.shape[-1])  # [1, L, G, Q, c, chunk, D]
-        keys = keys.view(*keys.shape[:3], 1, -1, self.chunk, keys.shape[-1])
-        sums = (asked @ keys.mT).softmax(-1).sum(-2).flatten(-2).mean(3)[..., :count]  # [1, L, G, m]
-        return functional.avg_pool1d((sums * values.norm(dim=-1)).flatten(1, 2), 3, 1, 1).view_as(free)
+        heads, count = keys.shape[2], keys.shape[3] asked = (queries * free.repeat_interleave(queries.shape[2] // heads,
+        2)[..., None]).unflatten(2, (heads, -1))  # type: ignore[no-untyped-call] padding = (0, 0, 0, -count %
+        self.chunk) asked, keys = functional.pad(asked, padding), functional.pad(keys, padding) asked =
+        asked.view(*asked.shape[:4], -1, self.chunk, asked.shape[-1])  # [1, L, G, Q, c, chunk, D] keys =
+        keys.view(*keys.shape[:3], 1, -1, self.chunk, keys.shape[-1]) sums = (asked @
+        keys.mT).softmax(-1).sum(-2).flatten(-2).mean(3)[..., :count]  # [1, L, G, m] return functional.avg_pool1d((sums
+        * values.norm(dim=-1)).flatten(1, 2), 3, 1, 1).view_as(free)
 
 
 def _of_run(signal: Tensor, run: int) -> Tensor:

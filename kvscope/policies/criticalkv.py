@@ -22,7 +22,7 @@ class CriticalKV(Policy):
     A share `first` of the budget goes to the keys with the highest scores of the base, its protected keys among them.
     The rest goes by ``(score + epsilon) * |W_o v|``: the L1 norm of the key's value after the output projection, mean
     over the query heads of a group. `base` is any policy that evicts to a budget, with parameters in parentheses;
-    phase, scope, protection and allocation are those of the base. arXiv:2502.03805, sections 3 and 4; code
+    phase, scope, protection and allocation are those of the base. arXiv:2502.03805; code
     NVIDIA/kvpress, ``criticalkv_press.py``. Ours: where a base has scores below zero, they are shifted to start at
     zero; where one decision holds for a layer, the norms of its heads are averaged. The trace must hold the norms:
     ``kvscope trace --outputs``.
@@ -38,7 +38,7 @@ class CriticalKV(Policy):
 
     needs = frozenset({"weights", "value_out_l1"})
     formula = "half of B by S[j] of `base`, the rest by (S[j] + epsilon) * |W_o v_j|_1"
-    paper = "arXiv:2502.03805 sections 3, 4"
+    paper = "arXiv:2502.03805"
     citation = Citation(
         key="feng2025criticalkv",
         title="Identify Critical KV Cache in LLM Inference from an Output Perturbation Perspective",

@@ -18,7 +18,7 @@ class DMS(Policy):
 
     Dynamic memory sparsification: whether a key is evicted is decided when it arrives, and it leaves `window` steps
     later, so that the queries in between still see it. It applies to the keys of the prompt and to later ones.
-    arXiv:2506.05345, section 3; the rule of delay is also that of the code NVIDIA/kvpress, ``dms_press.py``, and its
+    arXiv:2506.05345; the rule of delay is also that of the code NVIDIA/kvpress, ``dms_press.py``, and its
     `window` the default. The paper trains the model itself to decide. Ours: the decisions are those of a gate that
     ``kvscope gate train`` made, for a model that stays as it is; with ``--distill`` it learns from recorded attention.
     A key is retained if its gate exceeds the threshold of its training plus `margin`. Traces need ``--hidden``.
@@ -33,7 +33,7 @@ class DMS(Policy):
 
     bounded = False
     formula = "evict j after step j + window if g[j] <= threshold + margin"
-    paper = "arXiv:2506.05345 section 3"
+    paper = "arXiv:2506.05345"
     citation = Citation(
         key="lancucki2025dms",
         title="Inference-Time Hyper-Scaling with KV Cache Compression",

@@ -23,7 +23,7 @@ class DuoAttention(Policy):
 
     The labels are from a file of scores (`heads`): a head whose score is at least `threshold` is a retrieval head; with
     `sparsity`, a head whose score is at least that quantile of all scores, so that this share of the heads are
-    streaming heads. arXiv:2410.10819, section 3; code mit-han-lab/duo-attention, whose ``full_attention_heads.tsv`` for
+    streaming heads. arXiv:2410.10819; code mit-han-lab/duo-attention, whose ``full_attention_heads.tsv`` for
     published models are such files. How many keys are held follows from the labels, and the budget is ignored. That
     code breaks ties of scores at random; here heads with equal scores have the same label.
 
@@ -41,7 +41,7 @@ class DuoAttention(Policy):
     bounded = False
     prefills = frozenset({"full", "stream"})
     formula = "every key where the head's score is at least `threshold`; elsewhere sinks and recent keys"
-    paper = "arXiv:2410.10819 section 3"
+    paper = "arXiv:2410.10819"
     citation = Citation(
         key="xiao2025duoattention",
         title="DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads",

@@ -24,7 +24,7 @@ class ExpectedAttention(Policy):
     covariance, which the mean rotation of the next `future` positions turns: ``m`` and ``C``. Expected logit of key
     ``k``: ``k m / sqrt(D) + k C k / (2 D)``. A softmax over the keys after the sinks, the mean over the query heads
     of a group, plus `epsilon`, times the L2 norm of the key's value is the score. It evicts once, at the end of the
-    prompt; if it is to evict later as well, all queries so far count. arXiv:2510.00636, section 3; code by its
+    prompt; if it is to evict later as well, all queries so far count. arXiv:2510.00636; code by its
     authors, NVIDIA/kvpress, ``expected_attention_press.py``. A model needs a rotary embedding with fixed
     frequencies; a rotation of some dimensions only is followed. As in that code, logits are divided by ``sqrt(D)``.
 
@@ -40,7 +40,7 @@ class ExpectedAttention(Policy):
     needs = frozenset({"keys", "values", "queries", "rotary"})
     phase = "prefill"
     formula = "S[j] = (softmax_j(k_j m / sqrt(D) + k_j C k_j / 2D) + epsilon) * |v_j|"
-    paper = "arXiv:2510.00636 section 3"
+    paper = "arXiv:2510.00636"
     citation = Citation(
         key="devoto2025expectedattention",
         title="Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",

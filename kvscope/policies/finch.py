@@ -24,7 +24,7 @@ class Finch(Policy):
     weights over the rows of the question, each multiplied by the number of keys before the query (`normalise`), since
     a row over more keys has smaller weights. With `chunk` the keys are cut into chunks of so many neighbours; the
     score is then the key's rank among those of its chunk, as a share of their number, so that chunks retain equal
-    shares, the question counting in the last one. Without it all keys compete. arXiv:2408.00167, section 3; code
+    shares, the question counting in the last one. Without it all keys compete. arXiv:2408.00167; code
     NVIDIA/kvpress, ``FinchPress``, whose delimiter in the prompt says how long the question is: set `window` to that.
 
     The paper reads one chunk after the other, each with the question behind it and the retained keys of earlier chunks
@@ -41,7 +41,7 @@ class Finch(Policy):
     phase: ClassVar[Phase] = "prefill"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
     formula: ClassVar[str] = "S[j] = sum of q * w_q[j] over the last `window` rows q"
-    paper: ClassVar[str] = "arXiv:2408.00167 section 3"
+    paper: ClassVar[str] = "arXiv:2408.00167"
     citation: ClassVar[Citation] = Citation(
         key="corallo2024finch",
         title="FINCH: Prompt-guided Key-Value Cache Compression for Large Language Models",

@@ -25,7 +25,7 @@ class HeadKV(SnapKV):
     ``b`` free keys of a head ``b // beta`` go to a pool that all heads of the model share in proportion to the scores
     of the heads. These are from a file (`heads`), as the authors publish them for two models: shares of needles that a
     head attends to while the model repeats or uses them. ``heads=observed``, which is ours, takes them from the rows of
-    the prompt. arXiv:2410.19258, section 3; code FYYFU/HeadKV, ``ReasonSnapKVCluster``. That code allocates to and
+    the prompt. arXiv:2410.19258; code FYYFU/HeadKV, ``ReasonSnapKVCluster``. That code allocates to and
     selects for query heads; here their scores are averaged over those that share a key/value head.
 
     >>> from kvscope.replay.example import held
@@ -36,7 +36,7 @@ class HeadKV(SnapKV):
 
     allocate: ClassVar[str] = "heads"
     formula: ClassVar[str] = "S[j] = pool(sum of w_q[j] over the last `window` rows); B of a head by its score"
-    paper: ClassVar[str] = "arXiv:2410.19258 section 3"
+    paper: ClassVar[str] = "arXiv:2410.19258"
     citation: ClassVar[Citation] = Citation(
         key="fu2025headkv",
         title="Not All Heads Matter: A Head-Level KV Cache Compression Method with Integrated Retrieval and Reasoning",

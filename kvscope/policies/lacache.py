@@ -24,7 +24,7 @@ class LaCache(Policy):
     ``after = ceil(span / (span - overlap))``, at most ``before - 1``: those from the ``i``-th on in layer ``i``,
     counted modulo ``before - after + 1``. So a key is held by about `span` layers and its neighbours by the next ones:
     a ladder. A cursor goes through the cache, ``after`` keys at a time, from the `sinks` to the newest ``L`` keys; when
-    it has arrived there it starts again, and thins out what is left. arXiv:2507.14204, section 3; code
+    it has arrived there it starts again, and thins out what is left. arXiv:2507.14204; code
     GATECH-EIC/LaCache, ``kv_cache.py``, whose `span` of 16 is half of 32 layers, as here by default.
 
     That code evicts ``before - after`` keys at once when its cache exceeds the budget, and lets it grow again; here
@@ -41,7 +41,7 @@ class LaCache(Policy):
     needs = frozenset()
     scope = "layer"
     formula = "of `before` neighbours in the cache `after` stay, from the one with number i on in layer i"
-    paper = "arXiv:2507.14204 section 3"
+    paper = "arXiv:2507.14204"
     citation = Citation(
         key="shi2025lacache",
         title="LaCache: Ladder-Shaped KV Caching for Efficient Long-Context Modeling of Large Language Models",

@@ -22,7 +22,7 @@ class PyramidInfer(Policy):
     Score of key ``j``: the sum of its weights over the recent rows, averaged over the query heads of the layer; of
     ``m`` rows the oldest counts once, the newest `distance` times, those between in equal steps. Recent keys, a share
     `recent` of the budget and one more, and the first `sinks` are protected. The budget is allocated as by
-    ``--allocate decay``. arXiv:2405.12532, section 3; code mutonix/pyramidinfer, with the settings of its
+    ``--allocate decay``. arXiv:2405.12532; code mutonix/pyramidinfer, with the settings of its
     ``llama2_7b.json``.
 
     In that code `recent` is a share of the prompt, and a token that leaves the cache of a layer is not computed in the
@@ -40,7 +40,7 @@ class PyramidInfer(Policy):
     allocate: ClassVar[str] = "decay"
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
     formula: ClassVar[str] = "S[j] = sum of a_q * w_q[j] over the recent rows, with a_q from 1 to `distance`"
-    paper: ClassVar[str] = "arXiv:2405.12532 section 3"
+    paper: ClassVar[str] = "arXiv:2405.12532"
     citation: ClassVar[Citation] = Citation(
         key="yang2024pyramidinfer",
         title="PyramidInfer: Pyramid KV Cache Compression for High-throughput LLM Inference",

@@ -18,7 +18,7 @@ class QFilters(Policy):
     A filter is the principal direction of a model's queries, computed once: the first right singular vector of the
     queries of a query head, with the sign that most of them have, averaged over the query heads of a group.
     ``kvscope gate filters TRACE`` makes the file from a trace with vectors; ``filters=demo`` are those of the bundled
-    model. arXiv:2503.02812, section 3; code NathanGodey/qfilters, ``make_filters.py`` and ``hf_cache.py``, which
+    model. arXiv:2503.02812; code NathanGodey/qfilters, ``make_filters.py`` and ``hf_cache.py``, which
     evicts at every step and retains the newest keys; NVIDIA/kvpress, ``qfilter_press.py``, evicts once and protects
     none: ``recent=0`` and ``--compress prefill``. Both files of filters have the other sign. A model is known by its
     sizes, and by a sample of its weights where both traces have it (``--hidden``).
@@ -32,7 +32,7 @@ class QFilters(Policy):
     """
 
     formula = "S[j] = k_j f, with f the principal direction of the queries of the head"
-    paper = "arXiv:2503.02812 section 3"
+    paper = "arXiv:2503.02812"
     citation = Citation(
         key="godey2025qfilters",
         title="Q-Filters: Leveraging QK Geometry for Efficient KV Cache Compression",

@@ -21,7 +21,7 @@ class RaaS(Policy):
     Page ``i`` holds the keys at positions ``i * page`` to ``(i + 1) * page - 1``, and has the largest weight of its
     keys. A query uses the pages whose weight exceeds `alpha`, or with `share` this share of the visible pages, those
     with the largest weights, rounded up; a page also counts as used when a key arrives. Score of a key: the last step
-    at which its page was used. arXiv:2502.11147, section 3, whose pages have 16 keys; the authors' code is not public.
+    at which its page was used. arXiv:2502.11147, whose pages have 16 keys; the authors' code is not public.
 
     There the weight of a page is estimated from a representative key, as in Quest; here it is the largest true one,
     and of a page the oldest keys are evicted first, so that the budget is kept exactly. The prompt counts in the
@@ -35,7 +35,7 @@ class RaaS(Policy):
     """
 
     formula = "S[j] = last step whose weight on the page of j exceeds alpha"
-    paper = "arXiv:2502.11147 section 3"
+    paper = "arXiv:2502.11147"
     citation = Citation(
         key="hu2025raas",
         title="RaaS: Reasoning-Aware Attention Sparsity for Efficient LLM Reasoning",

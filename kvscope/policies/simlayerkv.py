@@ -21,7 +21,7 @@ class SimLayerKV(Policy):
     A layer is lazy if its last `rows` rows of the prompt give more than `threshold` of their weight to the first
     `sinks` and the last `recent` keys of the prompt, on average over rows and query heads. It decides once, at the end
     of the prompt; what is generated stays. How many keys are held follows from the text, and the budget is ignored.
-    arXiv:2410.13846, section 4 (in the prompt); code sail-sg/SimLayerKV. The thresholds there are 0.9 for Llama 3,
+    arXiv:2410.13846 (in the prompt); code sail-sg/SimLayerKV. The thresholds there are 0.9 for Llama 3,
     0.65 for Llama 2, 0.8 for Mistral and 0.85 for Qwen.
 
     The code's other form (in decoding) looks at the row of the first generated token alone and then cuts the same way:
@@ -39,7 +39,7 @@ class SimLayerKV(Policy):
     bounded: ClassVar[bool] = False
     prefills: ClassVar[frozenset[str]] = frozenset({"full"})
     formula: ClassVar[str] = "sinks and recent keys alone, where the last rows give them more than `threshold`"
-    paper: ClassVar[str] = "arXiv:2410.13846 section 4"
+    paper: ClassVar[str] = "arXiv:2410.13846"
     citation: ClassVar[Citation] = Citation(
         key="zhang2024simlayerkv",
         title="SimLayerKV: A Simple Framework for Layer-Level KV Cache Reduction",

@@ -41,8 +41,6 @@ class Switch(Members):
     paper = "combination of two policies"
     proven = "own rule"
 
-    a: str = parameter("streaming-llm", "policy of the layers that are named; full: they hold every key")
-    b: str = parameter("h2o", "policy of the other layers; full: they hold every key")
     layers: str = parameter("0", "layers of the first policy: 0-3, or (0-1,6)")
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvscope.policies.base import Step, parameter, policy
+from kvscope.policies.base import Step, policy
 from kvscope.policies.members import Members, ranked
 
 
@@ -34,9 +34,6 @@ class Union(Members):
     formula = "S[j] = -min(2 r_a[j], 2 r_b[j] + 1), with r the place of j in the order of each policy's scores"
     paper = "combination of two policies"
     proven = "own rule"
-
-    a: str = parameter("h2o", "policy that chooses first, as in a2sf(alpha=0.7)")
-    b: str = parameter("tova", "policy that chooses second")
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         one, other = self.scores(step, score.dtype)

@@ -58,10 +58,10 @@ def test_full_layers_hold_every_key_and_the_others_the_budget() -> None:
 
 
 def test_layers_in_their_shortest_form() -> None:
-    forms = ["switch(tova, h2o, layers=0-3)", "switch(tova, h2o, layers=(0,1,2,3))", "switch:a=tova,layers=(3,0-2)"]
-    assert {parse_policy(each).label for each in forms} == {"switch(a=tova, layers=0-3)"}
+    forms = ["switch(a2sf, tova, layers=0-3)", "switch(a2sf, layers=(0,1,2,3))", "switch:a=a2sf,layers=(3,0-2)"]
+    assert {parse_policy(each).label for each in forms} == {"switch(a=a2sf, layers=0-3)"}
     assert parse_policy("switch(tova, h2o, layers=(5,0,1))") == Switch(a="tova", b="h2o", layers="0-1,5")
-    (again,) = parse_policies([Switch(a="tova", layers="0-1,5").label])
+    (again,) = parse_policies([Switch(a="tova", b="h2o", layers="0-1,5").label])
     assert again == Switch(a="tova", b="h2o", layers="(0-1,5)")
 
 

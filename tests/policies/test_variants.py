@@ -143,12 +143,14 @@ ELSEWHERE = {
     "a2sf": {"cli/tune.py"},
     "attention-gate": {"experiments/paper.py"},
     "cake": {"engine/allocators.py"},
-    "h2o": {"policies/vatp.py", "policies/vatp_mask.py"},
+    "h2o": {"policies/vatp.py", "policies/vatp_mask.py", "policies/members.py"},
     "indexer": {"model/model_facts.py"},
     "scissorhands": {"policies/vatp_mask.py"},
+    "snapkv": {"policies/criticalkv.py"},
+    "tova": {"policies/members.py"},
 }
 # Bounds and baselines, which reports and metrics single out, and words with other meanings.
-WORDS = {"belady", "full", "ideal", "random", "window"}
+WORDS = {"belady", "blend", "full", "ideal", "random", "window"}
 
 
 def mentions(file: Path) -> set[str]:
