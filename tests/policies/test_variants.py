@@ -174,7 +174,7 @@ def test_a_policy_is_named_in_its_own_file_alone() -> None:
 
 
 def code_lines(cls: type[Policy]) -> int:
-    """Return the lines of a class with code on them: neither blank, nor its docstring, nor its publication and formula."""
+    """Return the lines of a class with code on them: not blank, its docstring, publication or formula."""
     lines = inspect.getsource(cls).splitlines()
     (made,) = (node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.ClassDef))
     no_rule = [
