@@ -14,7 +14,7 @@ from kvscope.closed_loop.gates import require_gates
 from kvscope.closed_loop.generation import GenerateJob, examples_to_generate
 from kvscope.closed_loop.job import ClosedLoopJob, TokenSink
 from kvscope.closed_loop.model_signals import ModelSignals
-from kvscope.closed_loop.passage import Passage
+from kvscope.closed_loop.passage import Passage, require_decodable_images
 from kvscope.closed_loop.perplexity import PerplexityJob, describe_texts, passages_of_texts
 from kvscope.closed_loop.press_choices import with_choices
 from kvscope.closed_loop.self_check import self_check
@@ -131,7 +131,7 @@ def compile_generation(trace: Trace, closed: ClosedLoopJob, loaded: Loaded, opti
     examples = examples_to_generate(trace, options.metric)
     for plan in _plans_of(closed.runs):
         require_decodable(plan)
-    _require_decodable_images(closed.passages, closed.prefill)
+    require_decodable_images(closed.passages, closed.prefill)
     with torch.inference_mode():
         facts = attention_facts(loaded.model, closed.passages[0].text_ids[None].to(loaded.device))
     job = GenerateJob(closed, facts, examples, loaded.tokenizer, stop_ids(loaded), options.max_new_tokens)
@@ -236,7 +236,7 @@ def compile_verify(
         Passage(part, text.ids[: part.length], prefix=text.prefix, images=text.images)
         for part, text in zip(cut, whole[: len(cut)], strict=True)
     ]
-    _require_decodable_images(passages, options.prefill)
+    require_decodable_images(passages, options.prefill)
     runs = runs_of(plans, limits, Loop.closed, closed.positions)
     job = compile_closed_loop(loaded.model, passages, runs, [], options.prefill)
     with torch.inference_mode():
@@ -289,15 +289,6 @@ def _require_positions(passages: Sequence[Passage], runs: Sequence[RunSpec]) -> 
         raise UsageError(
             "positions cannot be compacted in prompts with images, whose positions may have two dimensions",
             "Use the original positions: --positions original.",
-        )
-
-
-def _require_decodable_images(passages: Sequence[Passage], prefill: Prefill) -> None:
-    """Raise UsageError if a prompt with images is to be decoded token by token."""
-    if prefill is Prefill.stream and any(passage.images for passage in passages):
-        raise UsageError(
-            "a prompt with images cannot be decoded token by token: a model reads an image in one pass",
-            "Use --prefill full, or a trace of prompts without images.",
         )
 
 

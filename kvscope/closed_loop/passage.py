@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvscope.core.errors import UsageError
 from kvscope.core.options import Prefill
 from kvscope.model.image_prompts import ImageInputs
 from kvscope.trace.reader import TokenSequence
@@ -45,3 +46,12 @@ def scored_tokens(passage: Passage, prefill: Prefill) -> NDArray[np.int64]:
     """Return the positions of the tokens of the text that are scored: each is predicted by the one before it."""
     first = passage.sequence.prompt if prefill == "full" else 1
     return np.arange(max(first, passage.prefix), passage.sequence.length)
+
+
+def require_decodable_images(passages: Sequence[Passage], prefill: Prefill) -> None:
+    """Raise UsageError if a prompt with images is to be decoded token by token."""
+    if prefill is Prefill.stream and any(passage.images for passage in passages):
+        raise UsageError(
+            "a prompt with images cannot be decoded token by token: a model reads an image in one pass",
+            "Use --prefill full, or a trace of prompts without images.",
+        )

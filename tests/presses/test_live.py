@@ -125,3 +125,16 @@ def test_other_models(kind: str, text: str) -> None:
         kept = chosen_by(model, ids, parse_press(text).at_ratio(ratio), None).kept
         for layer, expected in enumerate(live(model, ids, press)[0]):
             assert torch.equal(kept[layer], expected), (ratio, layer)
+
+
+def test_each_sequence_has_its_own_choice(models: dict[str, Any], tmp_path: Path) -> None:
+    text, prompts = (DEMO / "prompt.txt").read_text(), [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for prompt, part in zip(prompts, (text[:150], text[150:400]), strict=True):
+        prompt.write_text(part)
+    trace = kvscope.trace("demo", prompts, output=tmp_path / "t", max_new_tokens=3, dtype="float32")
+    done = kvscope.replay(trace, ["kvpress:KeyDiffPress(compression_ratio=0.5)"], output=tmp_path / "r")
+    for sequence in trace.sequences:
+        ids = torch.from_numpy(trace.tokens(sequence.index)["token_id"].to_numpy().astype("int64"))[: sequence.prompt]
+        for layer, kept in enumerate(live(models["sdpa"], ids, press_of("KeyDiffPress", 0.5))[0]):
+            held = done.resident(0, sequence.index, layer)[:, sequence.prompt - 1, : sequence.prompt]
+            assert (held == kept.numpy()).all(), (sequence.index, layer)
