@@ -64,10 +64,10 @@ class ChunkKV(Policy):
     )
     proven: ClassVar[str] = "kvpress's decisions"
 
-    scope: Scope = parameter("layer", "who decides: layer, all heads as one, or kv_head, each for itself")  # type:
-    ignore[misc] chunk: int = parameter(10, "neighbouring keys in a chunk", search=(5, 10, 20)) chunk_score:
-    Literal["sum", "mean"] = parameter("sum", "what chunks are compared by: sum or mean of their votes") window: int =
-    parameter(
+    scope: Scope = parameter("layer", "who decides: layer, all heads as one, or kv_head, each for itself")  # type: ignore[misc]
+    chunk: int = parameter(10, "neighbouring keys in a chunk", search=(5, 10, 20))
+    chunk_score: Literal["sum", "mean"] = parameter("sum", "what chunks are compared by: sum or mean of their votes")
+    window: int = parameter(
         64, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
     )
     kernel: int = parameter(5, "width of the pooling over neighbouring keys, an odd number")

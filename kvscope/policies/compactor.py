@@ -107,13 +107,14 @@ class Compactor(Policy):
 
     def _attention(self, queries: Tensor, keys: Tensor, values: Tensor, free: Tensor) -> Tensor:
         """Return how much the queries of a key's chunk attend to it, times its value's norm, ``[1, L, G, m]``."""
-        heads, count = keys.shape[2], keys.shape[3] asked = (queries * free.repeat_interleave(queries.shape[2] // heads,
-        2)[..., None]).unflatten(2, (heads, -1))  # type: ignore[no-untyped-call] padding = (0, 0, 0, -count %
-        self.chunk) asked, keys = functional.pad(asked, padding), functional.pad(keys, padding) asked =
-        asked.view(*asked.shape[:4], -1, self.chunk, asked.shape[-1])  # [1, L, G, Q, c, chunk, D] keys =
-        keys.view(*keys.shape[:3], 1, -1, self.chunk, keys.shape[-1]) sums = (asked @
-        keys.mT).softmax(-1).sum(-2).flatten(-2).mean(3)[..., :count]  # [1, L, G, m] return functional.avg_pool1d((sums
-        * values.norm(dim=-1)).flatten(1, 2), 3, 1, 1).view_as(free)
+        heads, count = keys.shape[2], keys.shape[3]
+        asked = (queries * free.repeat_interleave(queries.shape[2] // heads, 2)[..., None]).unflatten(2, (heads, -1))  # type: ignore[no-untyped-call]
+        padding = (0, 0, 0, -count % self.chunk)
+        asked, keys = functional.pad(asked, padding), functional.pad(keys, padding)
+        asked = asked.view(*asked.shape[:4], -1, self.chunk, asked.shape[-1])  # [1, L, G, Q, c, chunk, D]
+        keys = keys.view(*keys.shape[:3], 1, -1, self.chunk, keys.shape[-1])
+        sums = (asked @ keys.mT).softmax(-1).sum(-2).flatten(-2).mean(3)[..., :count]  # [1, L, G, m]
+        return functional.avg_pool1d((sums * values.norm(dim=-1)).flatten(1, 2), 3, 1, 1).view_as(free)
 
 
 def _of_run(signal: Tensor, run: int) -> Tensor:

@@ -23,9 +23,9 @@ class CurDKV(Policy):
 
     Score of key ``j``: ``|k_j|^2 |v_j|^2``, each divided by the sum over the `window` neighbours that it is in a part
     with, counted from the first key of the cache; with ``window=0`` they are not divided. It evicts once, at the end of
-    the prompt; if it is to evict later as well, the retained keys are divided into parts anew. arXiv:2509.15038; code
-    NVIDIA/kvpress, ``cur_press.py``. As by default in that code, keys and values are not projected on random directions
-    first.
+    the prompt; if it is to evict later as well, the retained keys are divided into parts anew. arXiv:2509.15038;
+    code NVIDIA/kvpress, ``cur_press.py``. As by default in that code, keys and values are not
+    projected on random directions first.
 
     Example: parts of two keys and no sinks. Key 0 has half of what its part has of both, key 1 too; of the other part
     key 3 has nearly all.

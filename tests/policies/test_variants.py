@@ -176,11 +176,7 @@ def test_a_policy_is_named_in_its_own_file_alone() -> None:
 
 
 def code_lines(cls: type[Policy]) -> int:
-<<<<<<< HEAD
     """Return the lines of a class with code on them: without blank ones, docstring, publication and formula."""
-=======
-    """Return the lines of a class with code on them: not blank, its docstring, publication or formula."""
->>>>>>> h-kvpress
     lines = inspect.getsource(cls).splitlines()
     (made,) = (node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.ClassDef))
     no_rule = [
