@@ -18,7 +18,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "kvscope"
 
 # Room -> the rooms that it may import, besides itself. `core` imports none, and every room may import it.
-ENGINE = {"core", "gates", "kernels", "metrics", "policies", "trace"}
+ENGINE = {"core", "gates", "kernels", "metrics", "policies", "quantisation", "trace"}
 LOOPS = ENGINE | {"engine", "results"}
 MAY_IMPORT = {
     "__init__": {
@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "trace": {"core"},
     "kernels": {"core"},
     "gates": {"core"},
+    "quantisation": {"core"},
     "policies": {"core", "gates"},
     "metrics": {"core", "kernels"},
     "model": {"core", "kernels", "trace"},
@@ -94,7 +95,7 @@ ONLY_IN = {
     "tensorboard": {"tracking"},
     "torch": {
         *("bounds", "cli", "closed_loop", "engine", "gates", "kernels", "metrics"),
-        *("model", "policies", "presses", "replay", "training", "tune"),
+        *("model", "policies", "presses", "quantisation", "replay", "training", "tune"),
         "tracking",  # its SummaryWriter
         "trace",  # only to read captured attention that torch saved: see test_traces_load_no_torch
     },

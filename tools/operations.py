@@ -40,7 +40,7 @@ from kvscope.core.budget import Budget
 from kvscope.core.errors import UsageError
 from kvscope.core.options import Loop, ModelSource, Positions, Prefill
 from kvscope.core.version import versions
-from kvscope.engine import simulation
+from kvscope.engine import quantised_steps, simulation
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Block, Shape
 from kvscope.engine.runs import RunSpec
@@ -151,7 +151,7 @@ def as_on_a_gpu() -> Iterator[dict[str, str]]:
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(simulation, "choose_stepper", choose))
-        patches.enter_context(mock.patch.object(forward, "available", return_value=False))
+        patches.enter_context(mock.patch.object(quantised_steps, "available", return_value=False))
         patches.enter_context(mock.patch.object(forward, "BLOCK_QUERIES", forward.GPU_BLOCK_QUERIES))
         patches.enter_context(mock.patch.object(devices, "on_cpu", return_value=False))
         patches.enter_context(mock.patch.dict(os.environ, {"KVSCOPE_NO_KERNELS": "1"}))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from kvscope.cli.cache_option import Cache
 from kvscope.cli.command import command
 from kvscope.cli.options import (
     Allocate,
@@ -48,6 +49,7 @@ def perplexity(
     compress: Compress = None,
     allocate: Allocate = None,
     scope: Scope = None,
+    cache: Cache = None,
     positions: PositionsMode = Positions.original,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -79,7 +81,7 @@ def perplexity(
     texts = [Path(word) for word in selected.words]
     source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize)
     options = PerplexityOptions(
-        plan=PlanOptions(compress=compress, allocate=allocate, scope=scope),
+        plan=PlanOptions(compress=compress, allocate=allocate, scope=scope, caches=tuple(cache or ())),
         positions=positions,
         window=window,
         max_windows=max_windows,

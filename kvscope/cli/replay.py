@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from kvscope.cli.answer_options import AnswerScore, AnswerTokens, Generate
+from kvscope.cli.cache_option import Cache
 from kvscope.cli.command import command
 from kvscope.cli.options import (
     Accumulate,
@@ -57,6 +58,7 @@ def replay(
     allocate: Allocate = None,
     scope: Scope = None,
     accumulate: Accumulate = None,
+    cache: Cache = None,
     perplexity: ClosedLoop = False,
     generate: Generate = False,
     max_new_tokens: AnswerTokens = None,
@@ -98,7 +100,9 @@ def replay(
     _require_closed_loop(closed, answers, perplexity=perplexity or generate, generate=generate)
     options = ReplayOptions(
         prefill=prefill,
-        plan=PlanOptions(compress=compress, allocate=allocate, accumulate=accumulate, scope=scope),
+        plan=PlanOptions(
+            compress=compress, allocate=allocate, accumulate=accumulate, scope=scope, caches=tuple(cache or ())
+        ),
         closed=closed if perplexity or generate else None,
         generate=answers if generate else None,
         device=device,

@@ -29,6 +29,7 @@ _METRICS = (
     ("ideal_recall", "ideal\nrecall", 95),
 )
 _LATENT = "latent_entries"
+_SIZE = "cache_bytes"  # of a key/value head, where caches were quantised
 # Of the closed loop: metric, header, digits, and `Column.keep`.
 _OUTCOMES = (
     ("perplexity", "perplexity", 3, 99),
@@ -115,6 +116,8 @@ def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) ->
     if any(_LATENT in run.metrics for run in runs):
         table.append(Column("latent\nentries", [_number(run, _LATENT, 1) for run in runs], keep=92, numeric=True))
         table.append(Column("latent\nbytes", [_bytes(run) for run in runs], keep=58, numeric=True))
+    if any(_SIZE in run.metrics for run in runs):
+        table.append(Column("cache\nbytes", [_bytes(run, _SIZE) for run in runs], keep=93, numeric=True))
     for name, header, keep in _METRICS:
         if not any(name in run.metrics for run in runs):
             continue
@@ -259,11 +262,11 @@ def _number(run: RunSummary, name: str, digits: int) -> str:
     return cell(run.metrics.get(name), digits)
 
 
-def _bytes(run: RunSummary) -> str:
-    """Return the size of the latent vectors that are held."""
+def _bytes(run: RunSummary, metric: str = "latent_bytes") -> str:
+    """Return the size of the latent vectors that are held, or of a head's cache."""
     from kvscope.core.output import size
 
-    held = run.mean("latent_bytes")
+    held = run.mean(metric)
     return "-" if held is None else size(round(held))
 
 

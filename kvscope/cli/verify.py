@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from kvscope.cli.cache_option import Cache
 from kvscope.cli.command import command
 from kvscope.cli.options import (
     Allocate,
@@ -43,6 +44,7 @@ def verify(
     compress: Compress = None,
     allocate: Allocate = None,
     scope: Scope = None,
+    cache: Cache = None,
     positions: PositionsMode = Positions.original,
     tokens: DecodedTokens = 128,
     sequences: FirstSequences = 1,
@@ -69,7 +71,7 @@ def verify(
     trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet), compare=not no_verify)
     options = VerifyOptions(
         prefill=prefill,
-        plan=PlanOptions(compress=compress, allocate=allocate, scope=scope),
+        plan=PlanOptions(compress=compress, allocate=allocate, scope=scope, caches=tuple(cache or ())),
         closed=ClosedLoopOptions(positions, model, dtype),
         tokens=tokens,
         sequences=sequences,

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 from kvscope.closed_loop.decode import attention_facts
-from kvscope.closed_loop.feasible import closed_runs, require_closed, require_decodable
+from kvscope.closed_loop.feasible import (
+    closed_runs,
+    require_closed,
+    require_decodable,
+    require_positions,
+    require_quantisable,
+    unrotated_of,
+)
 from kvscope.closed_loop.gates import require_gates
 from kvscope.closed_loop.generation import GenerateJob, examples_to_generate
 from kvscope.closed_loop.job import ClosedLoopJob, TokenSink
@@ -21,6 +28,7 @@ from kvscope.closed_loop.self_check import self_check
 from kvscope.closed_loop.trace_passages import load_model_of, passages_of
 from kvscope.closed_loop.verify import VerifyJob, shortened
 from kvscope.core.budget import Budget, parse_budgets
+from kvscope.core.cache_scheme import parse_caches
 from kvscope.core.errors import UsageError
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import (
@@ -34,6 +42,7 @@ from kvscope.core.options import (
     VerifyOptions,
 )
 from kvscope.core.text_files import read_text, require_one_input
+from kvscope.engine.cache_size import with_size
 from kvscope.engine.feasible import Workload, make_plan, named_policies, require_feasible
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import own_counts
@@ -76,27 +85,31 @@ def compile_closed_loop(
         counts = kv_head_counts(model, probe)
         for plan in _plans_of(runs):
             require_gates(plan, model, counts.values())
-        _require_positions(passages, runs)
+        require_positions(passages, runs)
+        require_quantisable(model, passages, runs)
         shared = shared_caches(model, probe)
         layers = self_check(model, passages[0].text_ids, prefill)
         token = passages[0].ids[None, :1].to(model.get_input_embeddings().weight.device)
         rotary = derotations(model, token) if runs[0].positions == Positions.compacted else None
         given = ModelSignals.of(model, _plans_of(runs), probe, passages)
+        unrotated = unrotated_of(model, token, runs)
     runs = with_choices(model, passages, runs, prefill)
     kv_heads_of = own_counts(counts[layer] for layer in layers)
-    return ClosedLoopJob(model, passages, runs, metrics, prefill, layers, rotary, kv_heads_of, shared, given)
+    return ClosedLoopJob(model, passages, runs, metrics, prefill, layers, rotary, kv_heads_of, shared, given, unrotated)
 
 
 def compile_trace_loop(
     trace: Trace,
-    open_runs: Sequence[RunSpec],
+    runs: Sequence[RunSpec],
     metrics: Sequence[Metric],
     options: ReplayOptions,
     loaded: Loaded | None = None,
+    opened: Sequence[RunSpec] | None = None,
 ) -> tuple[ClosedLoopJob, GenerateJob | None]:
-    """Return the job that runs the model of a trace again, with the plans of open runs checked against that trace.
+    """Return the job that runs the model of a trace again, with plans of runs that were checked against that trace.
 
-    The second job lets it continue the prompts under the same runs, if options ask for that. `loaded` is its model.
+    The second job lets it continue the prompts under the same runs, if options ask for that. `loaded` is its model,
+    and `opened` are the runs of the open loop, by default all of them.
 
     Raises
     ------
@@ -111,8 +124,8 @@ def compile_trace_loop(
     """
     assert options.closed is not None, "called only with a closed loop"
     loaded = loaded or load_model_of(trace, options.closed, str(torch_device(options.device)))
-    runs = closed_runs(open_runs, options.closed.positions)
-    closed = compile_closed_loop(loaded.model, passages_of(trace, loaded), runs, metrics, options.prefill)
+    inside = closed_runs(runs, options.closed.positions, opened)
+    closed = compile_closed_loop(loaded.model, passages_of(trace, loaded), inside, metrics, options.prefill)
     return closed, None if options.generate is None else compile_generation(trace, closed, loaded, options.generate)
 
 
@@ -181,8 +194,8 @@ def compile_perplexity(
     named = named_policies(policies, options.plan.params)
     for policy in named:  # before the model is loaded
         require_closed(make_plan(policy, options.plan, latent=False), options.positions)
-    limits = parse_budgets(budgets)
-    metrics = [METRICS.get(name) for name in (options.metrics or METRICS.names())]
+    limits, caches = parse_budgets(budgets), parse_caches(options.plan.caches)
+    metrics = with_size([METRICS.get(name) for name in (options.metrics or METRICS.names())], caches)
     if not files:
         raise UsageError("no text file is given", "Give one or more text files.")
     require_one_input(files)
@@ -198,7 +211,7 @@ def compile_perplexity(
     workload = Workload([passage.sequence for passage in passages], prefill, layers, kv_heads, len(layers))
     for plan in plans:
         require_feasible(plan, limits, workload)
-    runs = runs_of(plans, limits, Loop.closed, options.positions)
+    runs = runs_of(plans, limits, Loop.closed, options.positions, caches)
     return PerplexityJob(compile_closed_loop(loaded.model, passages, runs, metrics, prefill), source_ref, read.notes)
 
 
@@ -222,6 +235,7 @@ def compile_verify(
     latent = trace.header.latent_size is not None
     named = named_policies(policies, options.plan.params)
     plans = [make_plan(policy, options.plan, latent=latent) for policy in named]
+    caches = parse_caches(options.plan.caches)
     limits, chosen = parse_budgets(budgets), trace.sequences[: options.sequences]
     cut = [shortened(sequence, options.tokens, options.prefill) for sequence in chosen]
     kv_heads = tuple(trace.heads_of(layer).kv_heads for layer in trace.layers)
@@ -237,7 +251,7 @@ def compile_verify(
         for part, text in zip(cut, whole[: len(cut)], strict=True)
     ]
     require_decodable_images(passages, options.prefill)
-    runs = runs_of(plans, limits, Loop.closed, closed.positions)
+    runs = runs_of(plans, limits, Loop.closed, closed.positions, caches)
     job = compile_closed_loop(loaded.model, passages, runs, [], options.prefill)
     with torch.inference_mode():
         facts = attention_facts(loaded.model, passages[0].text_ids[None].to(loaded.device))
@@ -275,21 +289,6 @@ def evaluate(
         require_closed(plan, plan_runs[0].positions)
         require_feasible(plan, [run.budget for run in plan_runs if run.budget is not None], workload)
     return compile_closed_loop(model, passages, runs, metrics, prefill).execute(sink, progress)
-
-
-def _require_positions(passages: Sequence[Passage], runs: Sequence[RunSpec]) -> None:
-    """Raise UsageError if positions are to be compacted, or read, in a text with images: some have several numbers."""
-    reads = [plan for plan in _plans_of(runs) if "rotary" in plan.needs]
-    if reads and any(passage.images for passage in passages):
-        raise UsageError(
-            f"{reads[0].label} reads positions, which may have two dimensions in prompts with images",
-            "Use another policy, or prompts without images.",
-        )
-    if any(passage.images for passage in passages) and runs[0].positions == Positions.compacted:
-        raise UsageError(
-            "positions cannot be compacted in prompts with images, whose positions may have two dimensions",
-            "Use the original positions: --positions original.",
-        )
 
 
 def _plans_of(runs: Sequence[RunSpec]) -> list[EvictionPlan]:

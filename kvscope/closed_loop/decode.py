@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvscope.closed_loop.decoder import Decoder, exact_dtype
+from kvscope.closed_loop.coded_cache import Quantised
+from kvscope.closed_loop.decoded_rows import exact_dtype
+from kvscope.closed_loop.decoder import Decoder
 from kvscope.closed_loop.feasible import require_decodable
 from kvscope.closed_loop.gates import require_gates
 from kvscope.closed_loop.model_signals import ModelSignals
@@ -32,7 +34,7 @@ from kvscope.engine.survey import Given
 from kvscope.model.derotation import Derotation, derotations
 from kvscope.model.image_check import forget_positions
 from kvscope.model.selfcheck import AttentionFacts, self_check
-from kvscope.model.short_cache import full_cache, short_cache
+from kvscope.model.short_cache import short_cache
 from kvscope.trace.layer_records import LayerHeads
 
 # Layer types in which all keys, or a window of them, are visible to the attention of the layer;
@@ -90,6 +92,8 @@ class DecodeJob:
         The text, where its prompt has images; with full prefill the model reads them with the prompt.
     given : ModelSignals
         What the policy reads of the model's parameters.
+    quantised : Quantised or None
+        How the cache is quantised.
     """
 
     model: CausalModel
@@ -103,6 +107,7 @@ class DecodeJob:
     rotary: Mapping[int, Derotation] | None = None
     passage: Passage | None = None
     given: ModelSignals = field(default_factory=ModelSignals)
+    quantised: Quantised | None = None
 
     @torch.no_grad()
     def execute(self) -> Decoded:
@@ -141,7 +146,16 @@ class DecodeJob:
         cache, layers = short_cache(self.model, self._owners, self.rotary)
         forget_positions(self.model)
         decoder = Decoder(
-            self.model, self.ids, simulations, cache, layers, self._beside, self.facts.shared, self.given, read
+            self.model,
+            self.ids,
+            simulations,
+            cache,
+            layers,
+            self._beside,
+            self.facts.shared,
+            self.given,
+            read,
+            self.quantised,
         )
         return decoder, simulations
 
@@ -264,23 +278,6 @@ def decode(
         rotary = derotations(model, ids[:, :1]) if placing is Positions.compacted else None
         given = ModelSignals.of(model, [plan], ids)
     return DecodeJob(model, ids, plan, [budget], prompt, how, sequence, facts, rotary, given=given).execute()
-
-
-@torch.no_grad()
-def decoded_alone(model: CausalModel, passage: Passage, prompt: int) -> Tensor:
-    """Return the logits ``[T, V]`` of the model's own decoding of a text with its full cache.
-
-    The first `prompt` tokens go through one pass; nothing of the model is replaced.
-    """
-    ids = passage.ids[None].to(model.get_input_embeddings().weight.device)
-    forget_positions(model)
-    cache, starts = full_cache(model), ([0] if prompt else []) + list(range(prompt, ids.shape[1]))
-    stops = [*starts[1:], ids.shape[1]]
-    parts = []
-    for start, stop in zip(starts, stops, strict=True):
-        beside = passage.beside(stop) if prompt and not start else {}
-        parts.append(model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **beside).logits[0])
-    return torch.cat(parts)
 
 
 def attention_facts(model: CausalModel, ids: Tensor) -> AttentionFacts:

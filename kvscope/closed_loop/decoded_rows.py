@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvscope.closed_loop.model_signals import ModelSignals
+from kvscope.core.model_types import CausalModel
 from kvscope.engine.plan import FILTER
 from kvscope.engine.signal_axes import VECTORS
 from kvscope.gates.filters import load_filters
@@ -76,3 +77,8 @@ def at_cache_position(layer: ShortLayer, query: Tensor, position: Tensor) -> Ten
     plain = layer.rotary.off(query.flatten(0, 2)[None, :, None], original)  # [1, R * H, 1, D]
     of_heads = plain.view_as(query).flatten(0, 1).transpose(0, 1)[None]  # [1, Q, R * G, D]
     return layer.rotary.on(of_heads, position.flatten())[0].transpose(0, 1).reshape(query.shape)
+
+
+def exact_dtype(model: CausalModel) -> torch.dtype:
+    """Return the precision of rows and scores: float32, or that of the model if it is higher."""
+    return torch.promote_types(model.dtype, torch.float32)

@@ -8,7 +8,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from kvscope.closed_loop.decoded_rows import at_cache_position, beyond, signal, weights
+from kvscope.closed_loop.coded_cache import CodedCache, Quantised
+from kvscope.closed_loop.decoded_rows import at_cache_position, beyond, exact_dtype, signal, weights
 from kvscope.closed_loop.gates import margins
 from kvscope.closed_loop.like_layers import LikeLayers
 from kvscope.closed_loop.model_signals import ModelSignals
@@ -36,7 +37,7 @@ class Decoder:
     heads. Nothing is read from the device before the end, unless the policy evicts without a budget: then only the
     device can tell how many keys it retains.
 
-    `beside` is what the model reads of the images of the prompt, with the prompt. `read` is filled in, or followed.
+    `beside` is what the model reads of the prompt's images; `read` is filled in, or followed; see `CodedCache` too.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Decoder:
         shared: Mapping[int, int],
         given: ModelSignals,
         read: PromptPass | None = None,
+        quantised: Quantised | None = None,
     ) -> None:
         self.model, self.ids, self.cache, self.layers = model, ids, cache, layers
         self.exact, self._beside, self._read = exact_dtype(model), beside, read
@@ -59,6 +61,7 @@ class Decoder:
         self._shared = shared  # layer that reads the cache of an earlier one -> that layer, whose rows decide
         self.held: list[int] = []
         self._inputs = simulations[0].inputs
+        self._coded = None if quantised is None else CodedCache(quantised, layers, self._read_at_once, self.exact)
         traits = self._inputs.plan.policy.traits
         self._known = traits.counted or traits.phase == "none"  # whether budgets tell how many keys are held
         self._group_of: dict[int, tuple[HeldKeys, int]] = {}  # layer -> its group, and its place in it
@@ -275,7 +278,7 @@ class Decoder:
         return margins(gate, call, torch.cat(inputs, 1) if inputs else None, self._inputs.shape.prompt)
 
     def _cut(self, t: int) -> None:
-        """Remove from the cache what is evicted after step `t`, and what the window of the next query leaves."""
+        """Remove what is evicted after step `t` and what the next query cannot see; quantise what is held."""
         longest = []
         for part in self._parts:
             retained = part.simulation.held(t, t + 1)[:, :, :, 0].transpose(0, 1).flatten(1, 2)  # [L, R * G, t + 1]
@@ -286,6 +289,8 @@ class Decoder:
                     most = min(most, caches.within(t + 2) - 1)
                 longest.append(group.cut(retained.index_select(0, layers), most, oldest))
         self._longest.append(torch.stack(longest).max())
+        if self._coded is not None:
+            self._coded.after(t + 1, self._parts)
 
 
 def _complete(simulation: CacheSimulation, step: Step, row: Tensor) -> None:
@@ -293,8 +298,3 @@ def _complete(simulation: CacheSimulation, step: Step, row: Tensor) -> None:
     if simulation.inputs.missing_mass is not None:
         simulation.inputs.missing_mass[..., step.t] = (1 - row.sum(-1)).clamp(min=0)
     simulation.attend(step, row)
-
-
-def exact_dtype(model: CausalModel) -> torch.dtype:
-    """Return the precision of rows and scores: float32, or that of the model if it is higher."""
-    return torch.promote_types(model.dtype, torch.float32)

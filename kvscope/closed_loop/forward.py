@@ -19,16 +19,16 @@ from torch import Tensor
 from kvscope.closed_loop.compaction import Compacted
 from kvscope.closed_loop.gates import margins
 from kvscope.closed_loop.pass_shape import PassShape, RunBatch
+from kvscope.closed_loop.quantised import QuantisedCall
 from kvscope.core.errors import ReplayError
 from kvscope.core.model_types import CausalModel
 from kvscope.engine.plan import FILTER, GATE
+from kvscope.engine.quantised_steps import QuantisedSteps, kept_of
 from kvscope.engine.rows import Block, Shape
 from kvscope.engine.scoring import BlockScorer, MetricSeries
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.gates.filters import load_filters
-from kvscope.kernels import available
-from kvscope.kernels.kept import kept_rows
 from kvscope.metrics import Metric
 from kvscope.model.attention_hook import Call, Kernel
 from kvscope.model.derotation import Derotation
@@ -62,6 +62,8 @@ class ClosedLoop:
     rotary : mapping of int to Derotation, optional
         Rotation of each layer with attention. If given, positions are compacted: the keys that a query sees are at
         0, 1, 2, ...
+    unrotated : mapping of int to Derotation
+        Rotation of each layer, for caches that quantise keys without their position.
 
     Attributes
     ----------
@@ -76,9 +78,10 @@ class ClosedLoop:
         metrics: Sequence[Metric],
         found: Found,
         rotary: Mapping[int, Derotation] | None = None,
+        unrotated: Mapping[int, Derotation] = MappingProxyType({}),
     ) -> None:
         self.batches, self.text, self.metrics, self.found = list(batches), text, list(metrics), found
-        self.rotary = rotary
+        self.rotary, self.unrotated = rotary, unrotated
         self.layers: list[int] = []
         self._owners: dict[tuple[int, int], CacheSimulation] = {}  # batch, layer whose cache others read
 
@@ -99,8 +102,13 @@ class ClosedLoop:
         simulation = simulation_of(call, batch, self.text) if decided is None else decided
         first = self.text.prompt if self.text.prefill == "full" else 0
         series = MetricSeries(simulation, self.metrics, first)
-        scorer = BlockScorer([series], call.value[:, None])
+        scorer = BlockScorer([series], call.value[:, None], 2 * (call.key.shape[-1] + call.value.shape[-1]))
         size = block_size(call)
+        if batch.cache is not None:
+            quantised = QuantisedCall(call, batch.cache, self.text, self.unrotated)
+            steps = QuantisedSteps(quantised, simulation, scorer if self.metrics else None, decides=decided is None)
+            output = steps.attend(self.text.length, size)
+            return self._finished(call, number, simulation, series, output, decides=decided is None)
         compacted = None if self.rotary is None else Compacted(call, self.rotary[call.layer])
         output = []
         for start in range(0, self.text.length, size):
@@ -118,7 +126,20 @@ class ClosedLoop:
             if self.metrics:
                 scorer.add(rows[:, None], start, None if missing is None else missing[:, None])
             simulation.release(stop)
-        if decided is None:
+        return self._finished(call, number, simulation, series, output, decides=decided is None)
+
+    def _finished(
+        self,
+        call: Call,
+        number: int,
+        simulation: CacheSimulation,
+        series: MetricSeries,
+        output: list[Tensor],
+        *,
+        decides: bool,
+    ) -> Tensor:
+        """Check a complete simulation, give it to `found`, and return the output of its blocks together."""
+        if decides:
             simulation.check()
         if call.layer in self.text.shared.values():
             self._owners[number, call.layer] = simulation
@@ -147,23 +168,13 @@ def _attended(
     call: Call, simulation: CacheSimulation, rows: Tensor, missing: Tensor | None, start: int, stop: int
 ) -> Tensor:
     """Return the output of a block of queries over their visible keys, ``[R, b, H, D]``."""
-    kept, total = _kept(simulation, rows, start, stop)
+    kept, total = kept_of(simulation, rows, start, stop)
     total = total if missing is None else total + missing
     groups = call.value.shape[1]
     grouped = kept.view(len(kept), groups, -1, stop)  # [R, G, Q * b, stop]
     output = grouped @ call.value[:, :, :stop].to(rows.dtype)
     output = output.view(*rows.shape[:3], -1) / torch.where(total > 0, total, 1)[..., None]
     return output.transpose(1, 2)
-
-
-def _kept(simulation: CacheSimulation, rows: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Return a block of rows with zeros at keys that are not visible, and the rows' remaining mass."""
-    if rows.device.type == "cpu" and available() and not simulation.plan.policy.traits.reads:
-        kept, total = kept_rows(rows.detach().numpy(), simulation.state.leave[:, 0].numpy(), start)
-        return torch.from_numpy(kept), torch.from_numpy(total)
-    visible = simulation.visible(start, stop)[:, 0]  # [R, G, b, stop]
-    part = rows * visible.repeat_interleave(rows.shape[1] // visible.shape[1], 1)
-    return part, part.sum(-1)
 
 
 def block_size(call: Call) -> int:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from kvscope.closed_loop.coded_cache import Quantised
 from kvscope.closed_loop.decode import DecodeJob
 from kvscope.closed_loop.job import ClosedLoopJob
 from kvscope.closed_loop.passage import Passage
@@ -17,8 +18,7 @@ from kvscope.core.memory import memory_explained
 from kvscope.core.model_types import Tokenizer
 from kvscope.core.records import SourceRef
 from kvscope.engine.examples import examples_of
-from kvscope.engine.plan import EvictionPlan
-from kvscope.engine.runs import RunSpec
+from kvscope.engine.runs import RunSpec, by_plan
 from kvscope.model.prompts import token_texts
 from kvscope.model.selfcheck import AttentionFacts
 from kvscope.model.short_cache import holds_keys_alone
@@ -78,7 +78,7 @@ class GenerateJob:
         for example in self.examples:
             passage, read = self.closed.passages[example.sequence], PromptPass()
             for together in self._batches(passage):
-                what = f" with {together[0].plan.label}"
+                what = f" with {together[0].label}"
                 with memory_explained(what, "Use --device cpu, --dtype float32, fewer budgets, or shorter prompts."):
                     texts = self.generated(passage, together, read)
                 for run, made in zip(together, texts, strict=True):
@@ -95,17 +95,15 @@ class GenerateJob:
         return traced.length - traced.prompt if self.max_new_tokens is None else self.max_new_tokens
 
     def _batches(self, passage: Passage) -> list[list[RunSpec]]:
-        """Return the runs that generate as one batch: the budgets of one policy.
+        """Return the runs that generate as one batch: the budgets of one policy and cache.
 
         Each run is alone where the model keeps more of a text than keys and values, or the prompt has images: what it
         keeps of these is for one entry of a batch.
         """
-        plans: dict[EvictionPlan, list[RunSpec]] = {}
-        for run in self.closed.runs:
-            plans.setdefault(run.plan, []).append(run)
+        plans = by_plan(self.closed.runs)
         if passage.images or not holds_keys_alone(self.closed.model):
             return [[run] for run in self.closed.runs]
-        return list(plans.values())
+        return plans
 
     def generated(self, passage: Passage, runs: Sequence[RunSpec], read: PromptPass | None = None) -> list[list[int]]:
         """Return the tokens that runs of one plan generate after the prompt of a text, as one batch.
@@ -121,7 +119,8 @@ class GenerateJob:
         ids = ids.to(job.model.get_input_embeddings().weight.device)
         keys, index = [run.keys(sequence, job.prefill) for run in runs], sequence.index
         about = prompt, job.prefill, index, self.facts, job.rotary, passage, job.given
-        decoding = DecodeJob(job.model, ids, runs[0].plan, keys, *about)
+        coded = Quantised.of(runs[0].cache, job.unrotated)
+        decoding = DecodeJob(job.model, ids, runs[0].plan, keys, *about, coded)
         return decoding.generate(self.stops, read)
 
     def _text(self, passage: Passage, made: Sequence[int]) -> str:

@@ -71,6 +71,8 @@ class ClosedLoopJob:
         For each layer that reads the cache of an earlier one, that layer, whose rows decide.
     given : ModelSignals
         What the policies read of the model's parameters.
+    unrotated : mapping of int to Derotation
+        Rotation of each layer with attention if a cache quantises keys without their position.
     """
 
     model: CausalModel
@@ -83,6 +85,7 @@ class ClosedLoopJob:
     kv_heads_of: tuple[int, ...] = ()
     shared: Mapping[int, int] = field(default_factory=dict)
     given: ModelSignals = field(default_factory=ModelSignals)
+    unrotated: Mapping[int, Derotation] = field(default_factory=dict)
 
     @torch.inference_mode()
     def execute(self, sink: TokenSink, progress_callback: Callable[[float], None] | None = None) -> Tally:
@@ -189,13 +192,14 @@ class ForwardPass:
         self.results = [PassResult(run.number) for run in runs]
         self.batches = []
         for batch_runs in self.runs:
-            batch = RunBatch(batch_runs[0].plan, [run.keys(sequence, job.prefill) for run in batch_runs])
+            keys = [run.keys(sequence, job.prefill) for run in batch_runs]
+            batch = RunBatch(batch_runs[0].plan, keys, cache=batch_runs[0].cache)
             self.batches.append(surveyed(job.model, passage, batch, self.text) if batch.plan.looks_across else batch)
 
     def logits(self) -> Tensor:
         """Return logits ``[1 + R, S, V]`` for the scored tokens, row 0 with the full cache, and fill in `results`."""
         rows = 1 + sum(map(len, self.runs))
-        loop = ClosedLoop(self.batches, self.text, self.job.metrics, self._found, self.job.rotary)
+        loop = ClosedLoop(self.batches, self.text, self.job.metrics, self._found, self.job.rotary, self.job.unrotated)
         with replace_attention(self.job.model, loop):
             keep, beside = slice(self.scored[0] - 1, self.scored[-1]), self.passage.beside(len(self.ids))
             logits = logits_of(self.job.model, self.ids.expand(rows, -1), keep, beside)
@@ -214,7 +218,7 @@ class ForwardPass:
             losses = compare_logits(logits[:1], logits[row], targets)
             values = {name: value.cpu().numpy() for name, value in losses.items()}
             if not all(np.isfinite(value).all() for value in values.values()):
-                raise ReplayError(f"{run.plan.label} gives losses that are not finite", "Try --dtype float32.")
+                raise ReplayError(f"{run.label} gives losses that are not finite", "Try --dtype float32.")
             self._require_same_model(values["nll_full"])
             self.results[row - 1].position, self.results[row - 1].losses = self.scored, values
         return self.results

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvscope.closed_loop.model_signals import ModelSignals
+from kvscope.core.cache_scheme import CacheScheme
 from kvscope.core.options import Prefill
 from kvscope.engine.allocation import Allocator
 from kvscope.engine.plan import EvictionPlan
@@ -24,11 +25,14 @@ class RunBatch:
         ``B`` of each run.
     allocators : mapping of int to Allocator
         For each layer the allocator of its budget, if the allocation had to be computed beforehand (see `survey`).
+    cache : CacheScheme or None
+        How the caches of all of them are quantised.
     """
 
     plan: EvictionPlan
     budgets: list[int]
     allocators: Mapping[int, Allocator] = field(default_factory=dict)
+    cache: CacheScheme | None = None
 
 
 @dataclass(frozen=True)

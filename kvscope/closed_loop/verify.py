@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvscope.closed_loop.decode import Decoded, DecodeJob, decoded_alone
+from kvscope.closed_loop.coded_cache import Quantised
+from kvscope.closed_loop.decode import Decoded, DecodeJob
+from kvscope.closed_loop.decoded_alone import decoded_alone
 from kvscope.closed_loop.job import ClosedLoopJob, ForwardPass
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import UsageError
@@ -120,7 +122,7 @@ class VerifyJob:
         pairs = [(passage, run) for passage in self.closed.passages for run in self.closed.runs]
         verdicts: list[Verdict] = []
         for passage, run in pairs:
-            with memory_explained(f" with {run.plan.label}", "Use --device cpu, --dtype float32, or fewer --tokens."):
+            with memory_explained(f" with {run.label}", "Use --device cpu, --dtype float32, or fewer --tokens."):
                 if run is self.closed.runs[0]:
                     rounding, own = self._rounding(passage)
                 verdicts.append(replace(self._compare(passage, run), rounding=rounding, model_difference=own))
@@ -158,7 +160,8 @@ class VerifyJob:
         ids = passage.ids[None].to(job.model.get_input_embeddings().weight.device)
         keys, facts = run.keys(sequence, job.prefill), self.facts
         about = sequence.prompt, job.prefill, sequence.index, facts, job.rotary, passage, job.given
-        return DecodeJob(job.model, ids, run.plan, [keys], *about).execute()
+        coded = Quantised.of(run.cache, job.unrotated)
+        return DecodeJob(job.model, ids, run.plan, [keys], *about, coded).execute()
 
     def _compare(self, passage: Passage, run: RunSpec) -> Verdict:
         sequence, job = passage.sequence, self.closed
@@ -176,7 +179,7 @@ class VerifyJob:
         start = sequence.prompt - 1 if job.prefill == "full" else 0
         logits = real.logits[torch.from_numpy(forward.scored - 1)]
         return Verdict(
-            label=run.plan.label,
+            label=run.label,
             budget=None if run.budget is None else str(run.budget),
             keys=keys,
             sequence=sequence.index,

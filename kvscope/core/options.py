@@ -6,7 +6,7 @@ check. No torch here: the records are read before anything heavy is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -148,6 +148,8 @@ class PlanOptions:
     scope : str or None
         Whether each ``kv_head`` decides, or the heads of a ``layer`` as one; None: as each policy was published, and in
         a model with a latent cache the layer, where the policy can.
+    caches : str or sequence of str
+        How caches are quantised, each as ``int4:kivi``, or ``16bit``; every policy runs with each. Empty: ``16bit``.
     """
 
     params: Mapping[str, str] = field(default_factory=dict)
@@ -155,6 +157,7 @@ class PlanOptions:
     allocate: str | None = None
     accumulate: str | None = None
     scope: str | None = None
+    caches: str | Sequence[str] = ()
 
 
 @dataclass(frozen=True)

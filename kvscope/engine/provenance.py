@@ -80,7 +80,7 @@ def _run(run: RunSpec, source: SourceRef, sequences: Sequence[TokenSequence], pr
     return RunRecord(
         run=run.number,
         policy=policy.name,
-        label=run.plan.label,
+        label=run.label,
         params=policy.parameters(),
         budget=None if run.budget is None else str(run.budget),
         budget_keys=tuple(run.keys(sequence, prefill) for sequence in sequences),
@@ -97,6 +97,7 @@ def _run(run: RunSpec, source: SourceRef, sequences: Sequence[TokenSequence], pr
         lossy=None if source.lossy is None else not closed and bool(run.plan.needs & ROWS),
         positions=run.positions if closed else None,
         open_run=run.open_run if closed else None,
+        cache=None if run.cache is None else run.cache.text,
     )
 
 

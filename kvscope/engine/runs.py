@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvscope.core.budget import Budget
+from kvscope.core.cache_scheme import CacheScheme
 from kvscope.core.options import Loop, Positions, Prefill
 from kvscope.core.records import Certificate, RunCounts
 from kvscope.core.residency import ResidencyIntervals
@@ -36,6 +37,8 @@ class RunSpec:
         Whether it runs over recorded attention or inside the model, and there with which rotary positions.
     open_run : int or None
         For a closed run the number of the open run with the same plan and budget.
+    cache : CacheScheme or None
+        How its cache is quantised.
     """
 
     number: int
@@ -44,6 +47,12 @@ class RunSpec:
     loop: Loop = Loop.open
     positions: Positions = Positions.original
     open_run: int | None = None
+    cache: CacheScheme | None = None
+
+    @property
+    def label(self) -> str:
+        """The label of the plan, with the cache if that is quantised: ``h2o + int4:kivi``."""
+        return self.plan.label if self.cache is None else f"{self.plan.label} + {self.cache}"
 
     def keys(self, sequence: TokenSequence, prefill: Prefill) -> int:
         """Return ``B`` for a sequence."""
@@ -155,8 +164,9 @@ class Tally:
 
 
 def by_plan(runs: Sequence[RunSpec]) -> list[list[RunSpec]]:
-    """Return the runs of each plan, in the order in which the plans come first."""
-    return [[run for run in runs if run.plan == plan] for plan in dict.fromkeys(run.plan for run in runs)]
+    """Return the runs of each plan and cache, in the order in which these come first."""
+    kinds = dict.fromkeys((run.plan, run.cache) for run in runs)
+    return [[run for run in runs if (run.plan, run.cache) == kind] for kind in kinds]
 
 
 def runs_of(
@@ -164,7 +174,16 @@ def runs_of(
     budgets: Sequence[Budget],
     loop: Loop = Loop.open,
     positions: Positions = Positions.original,
+    caches: Sequence[CacheScheme | None] = (None,),
 ) -> list[RunSpec]:
-    """Return a run for every plan and budget; a plan that keeps to no budget gets one run."""
-    pairs = [(plan, budget) for plan in plans for budget in (budgets if plan.policy.traits.bounded else [None])]
-    return [RunSpec(number, plan, budget, loop, positions) for number, (plan, budget) in enumerate(pairs)]
+    """Return a run for every plan, budget and cache; a plan that keeps to no budget gets one run for each cache."""
+    found = [
+        (plan, budget, cache)
+        for plan in plans
+        for cache in caches or (None,)
+        for budget in (budgets if plan.policy.traits.bounded else [None])
+    ]
+    return [
+        RunSpec(number, plan, budget, loop, positions, cache=cache)
+        for number, (plan, budget, cache) in enumerate(found)
+    ]

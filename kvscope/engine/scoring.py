@@ -14,9 +14,13 @@ from kvscope.engine.rows import Shape
 from kvscope.kernels import device as devices
 from kvscope.metrics import Metric
 from kvscope.metrics.base import Rows
+from kvscope.metrics.coded import CodedRows
 from kvscope.metrics.past import Past
 
-ALWAYS = frozenset({"read_keys", "held_keys"})  # defined at every step, also before anything is evicted
+ALWAYS = frozenset({"read_keys", "held_keys", "cache_bytes"})  # defined at every step, also before anything is evicted
+
+# Metrics of the live row, which codes change too: defined at steps that read a code, though nothing may be evicted.
+LIVE = frozenset({"full_cosine", "ideal_cosine", "ideal_cosine_flattened", "output_error"})
 
 
 class CacheHistory(Protocol):
@@ -54,14 +58,16 @@ class MetricSeries:
         self.history, self.metrics, self.first = history, metrics, first
         self._blocks: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
         self._evicted: list[Tensor] = []
+        self._changed: list[Tensor] = []  # bool [R, L, H, b]: steps at which keys were evicted, or read as codes
         self._pooled: dict[str, Tensor] = {}
         self._budgets: Tensor | None = None
 
     def values(self) -> dict[str, Tensor]:
-        """Return ``[R, L, H, S]`` for every metric; NaN at steps at which nothing had been evicted."""
-        evicted = torch.cat(self._evicted, dim=-1)
+        """Return ``[R, L, H, S]`` for every metric; NaN at steps at which no key was evicted or a code."""
+        counted = [torch.cat(masks, dim=-1) for masks in (self._evicted, self._changed)]
         result = {}
         for metric in self.metrics:
+            evicted = counted[metric.name in LIVE]
             if metric.pooled:
                 terms = self._pooled[metric.name]
                 norm = (terms[..., 1] * terms[..., 2]).sqrt()
@@ -77,7 +83,10 @@ class MetricSeries:
         """Compute the metrics of a block of steps; blocks are given in order, without gaps."""
         evicted = self._after_eviction(rows)
         self._evicted.append(evicted)
+        changed = evicted if rows.coded is None else evicted | rows.coded.coded
+        self._changed.append(changed)
         for metric in self.metrics:
+            evicted = changed if metric.name in LIVE else self._evicted[-1]
             value = metric.compute(rows)
             if metric.pooled:
                 terms = torch.where(evicted[..., None], value, 0).to(torch.float64).sum(3)  # [R, L, H, 3]
@@ -113,15 +122,17 @@ class BlockScorer:
         All with the same first step.
     values : Tensor or None
         ``[L, G, T, D]``, for metrics that need them; with a leading axis ``R`` if the rows have one.
+    key_bytes : int
+        Bytes of a key and its value in 16 bit, for the size of the cache.
     """
 
-    def __init__(self, series: Sequence[MetricSeries], values: Tensor | None = None) -> None:
-        self.series = list(series)
+    def __init__(self, series: Sequence[MetricSeries], values: Tensor | None = None, key_bytes: int = 0) -> None:
+        self.series, self._key_bytes = list(series), key_bytes
         self._values = values if values is not None and self._needs("values") else None
         prompt = self.series[0].history.shape.prompt if self.series else 0
         self._past = Past([name for name in ("last_attended", "prompt_rank") if self._needs(name)], prompt)
 
-    def add(self, full: Tensor, start: int, missing: Tensor | None = None) -> None:
+    def add(self, full: Tensor, start: int, missing: Tensor | None = None, coded: CodedRows | None = None) -> None:
         """Score a block of steps that every simulation has completed.
 
         Parameters
@@ -133,6 +144,8 @@ class BlockScorer:
             First step of the block.
         missing : Tensor or None
             ``[L, H, b]``: attention mass on a learned sink; with a leading axis ``R`` if the rows have one.
+        coded : CodedRows or None
+            Of a quantised cache: what the steps attended to; then there must be a single series.
         """
         signals = self._past.add(full, start)
         stop = start + full.shape[-2]
@@ -157,6 +170,8 @@ class BlockScorer:
                 missing=None if missing is None else missing[..., begin - start :],
                 signals=signals,
                 shared=shared,
+                coded=None if coded is None else coded.after(begin - start),
+                key_bytes=self._key_bytes,
             )
             series.add(rows)
 

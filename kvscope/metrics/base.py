@@ -14,6 +14,7 @@ from kvscope.core.errors import UsageError
 from kvscope.core.records import MetricRecord
 from kvscope.core.registry import Registry
 from kvscope.kernels import device as devices
+from kvscope.metrics.coded import CodedRows
 from kvscope.metrics.heaviest import heaviest, heaviest_by_rank, ranks
 from kvscope.metrics.moments import Moments, moments, summed
 
@@ -53,6 +54,10 @@ class Rows:
         Quantities that depend on the rows and budgets alone, computed once for all policies with these budgets: `once`.
     budgets : tuple of int
         The numbers of `budget`, so that a device need not be asked for them; by default they are read from it.
+    coded : CodedRows or None
+        Of a quantised cache: live rows and their output, which do not follow from the full rows.
+    key_bytes : int
+        Bytes of a key and its value in 16 bit.
     """
 
     full: Tensor
@@ -64,6 +69,8 @@ class Rows:
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     shared: dict[tuple[str, tuple[int, ...]], object] = field(default_factory=dict)
     budgets: tuple[int, ...] = ()
+    coded: CodedRows | None = None
+    key_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not self.budgets:
@@ -115,7 +122,9 @@ class Rows:
 
     @cached_property
     def live(self) -> Tensor:
-        """Live rows: full rows on ``V``, divided by their sum, ``[R, L, H, b, n]``."""
+        """Live rows: full rows on ``V``, divided by their sum, ``[R, L, H, b, n]``; of a quantised cache its own."""
+        if self.coded is not None:
+            return self.coded.live
         return self._share(self.full * self.seen)
 
     @cached_property

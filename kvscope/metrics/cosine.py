@@ -15,6 +15,8 @@ def ideal_cosine(rows: Rows) -> Tensor:
     The ideal row is the full row on the current key and the ``B`` heaviest others, divided by its sum. A row without
     mass has cosine 0.
     """
+    if rows.coded is not None:
+        return cosine(_product(rows, rows.ideal_mask), _squares(rows), rows.best.squares)
     return cosine(rows.both.squares, rows.kept.squares, rows.best.squares)
 
 
@@ -22,6 +24,10 @@ def ideal_cosine(rows: Rows) -> Tensor:
 def ideal_cosine_flattened(rows: Rows) -> Tensor:
     """The same with all steps of a head as one long vector; the paper leaves open which of the two it reports."""
     live, ideal = rows.norm(rows.kept), rows.norm(rows.best)
+    if rows.coded is not None:
+        ideal = rows.norm(rows.best)
+        terms = [_product(rows, rows.ideal_mask) / ideal, _squares(rows), rows.best.squares / ideal**2]
+        return torch.stack([term.expand(terms[0].shape) for term in terms], dim=-1)
     products = [rows.both.squares / (live * ideal), rows.kept.squares / live**2, rows.best.squares / ideal**2]
     return torch.stack(products, dim=-1)
 
@@ -29,7 +35,20 @@ def ideal_cosine_flattened(rows: Rows) -> Tensor:
 @metric("full_cosine", direction="higher", range=(0.0, 1.0), when_nothing_evicted=1.0)
 def full_cosine(rows: Rows) -> Tensor:
     """Cosine of the live row and the full row."""
+    if rows.coded is not None:
+        return cosine(_product(rows), _squares(rows), rows.all.squares)
     return cosine(rows.kept.squares, rows.kept.squares, rows.all.squares)
+
+
+def _product(rows: Rows, mask: Tensor | None = None) -> Tensor:
+    """Return the products of the live rows of a quantised cache and the full rows, on the keys of a mask or on all."""
+    product = rows.live * rows.full
+    return (product if mask is None else product * mask).sum(-1, dtype=torch.float64)
+
+
+def _squares(rows: Rows) -> Tensor:
+    """Return the squares of the live rows of a quantised cache."""
+    return rows.live.square().sum(-1, dtype=torch.float64)
 
 
 def cosine(product: Tensor, one: Tensor, other: Tensor) -> Tensor:

@@ -19,7 +19,10 @@ def output_error(rows: Rows) -> Tensor:
     values = rows.signals["values"]  # [., L, G, n, D]
     full = rows.once("output", lambda: _output(rows.whole, values))
     size = full.norm(dim=-1)
-    live = _output(rows.full * rows.seen, values) / rows.norm(rows.kept)[..., None].to(full.dtype)
+    if rows.coded is not None:
+        live = rows.coded.output.to(full.dtype)
+    else:
+        live = _output(rows.full * rows.seen, values) / rows.norm(rows.kept)[..., None].to(full.dtype)
     error = (live - full).norm(dim=-1) / torch.where(size > 0, size, 1)
     return torch.where(size > 0, error, torch.nan)
 

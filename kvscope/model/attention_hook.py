@@ -92,17 +92,18 @@ class Call:
         keys : int, optional
             Compute only the first `keys` columns; these queries must not see any later key.
         """
-        return self._softmax(self._logits(start, stop, keys))
+        return self.softmax(self.logits(start, stop, keys))
 
     def rows_and_log_sums(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return the same rows, and for each row ln(sum(exp(logit))) with the learned sink, ``[batch, H, b]``."""
-        logits = self._logits(start, stop)
+        logits = self.logits(start, stop)
         log_sums = logits.logsumexp(-1)
         if self.sinks is not None:
             log_sums = torch.logaddexp(log_sums, self.sinks.to(logits.dtype)[None, :, None])
-        return self._softmax(logits), log_sums
+        return self.softmax(logits), log_sums
 
-    def _logits(self, start: int, stop: int, keys: int | None = None) -> Tensor:
+    def logits(self, start: int, stop: int, keys: int | None = None) -> Tensor:
+        """Return the masked logits of the same queries and keys, scaled and capped, as `rows` takes them."""
         batch, heads, _, size = self.query.shape
         groups, keys = self.key.shape[1], self.key.shape[2] if keys is None else keys
         query = self.query[:, :, start:stop].to(self.exact).reshape(batch, groups, -1, size)  # [batch, G, Q * q, D]
@@ -112,7 +113,8 @@ class Call:
             logits = logits.div_(self.softcap).tanh_() * self.softcap  # not in place: tanh's gradient needs its output
         return self._masked(logits, start, stop)
 
-    def _softmax(self, logits: Tensor) -> Tensor:
+    def softmax(self, logits: Tensor) -> Tensor:
+        """Return the rows of logits ``[batch, H, b, n]``, without the learned sink's column."""
         if self.sinks is None:
             return torch.softmax(logits, -1)
         sink = self.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(len(logits), -1, logits.shape[2], 1)

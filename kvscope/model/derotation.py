@@ -85,11 +85,13 @@ class Derotation:
         return cos.to(torch.float64), sin.to(torch.float64)
 
 
-def derotations(model: CausalModel, token: Tensor) -> dict[int, Derotation]:
+def derotations(
+    model: CausalModel, token: Tensor, otherwise: str = "Use the original positions: --positions original."
+) -> dict[int, Derotation]:
     """Return the rotary embedding of each layer with attention, checked on one token, ``[1, 1]``.
 
     A single token has the same hidden states at every position, so its queries and keys at two positions differ only
-    by the rotation.
+    by the rotation. `otherwise` says what to do if there is none.
 
     Raises
     ------
@@ -102,7 +104,7 @@ def derotations(model: CausalModel, token: Tensor) -> dict[int, Derotation]:
     if len(found) != 1 or apply is None:
         raise ModelError(
             f"{name} has no rotary embedding that can be inverted, so its keys cannot be moved to other positions",
-            "Use the original positions: --positions original.",
+            otherwise,
         )
     apply, calls = _of_pairs(apply), [_calls(model, token, position) for position in PROBES]
     by_type = "layer_type" in inspect.signature(found[0].forward).parameters
@@ -114,7 +116,7 @@ def derotations(model: CausalModel, token: Tensor) -> dict[int, Derotation]:
         if not all(_agrees(rotary, getattr(here, part), getattr(there, part)) for part in ("query", "key")):
             raise ModelError(
                 f"layer {here.layer} of {name} does not use the rotary embedding of the model for its keys",
-                "Use the original positions: --positions original.",
+                otherwise,
             )
     return layers
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvscope.closed_loop.feasible import require_closed, require_decodable
 from kvscope.core.budget import Budget, parse_budgets
+from kvscope.core.cache_scheme import parse_caches
 from kvscope.core.errors import ReplayError, TraceError, UsageError
 from kvscope.core.options import OutputOptions, Prefill, ReplayOptions
+from kvscope.engine.cache_size import with_size
 from kvscope.engine.feasible import Workload, make_plan, named_policies, require_feasible
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.provenance import replay_record, source_of
-from kvscope.engine.runs import RunSpec, runs_of
+from kvscope.engine.runs import RunSpec, Tally, runs_of
 from kvscope.engine.signals import measurable, require
 from kvscope.kernels.device import torch_device
 from kvscope.metrics import Metric
@@ -25,6 +27,7 @@ from kvscope.presses.build import build
 from kvscope.replay.footprint import Footprint
 from kvscope.replay.layer_group import step_through
 from kvscope.replay.open_loop import OpenLoop
+from kvscope.replay.quantised import open_runs, step_quantised
 from kvscope.results.answers import SCORE
 from kvscope.results.outcome import OUTCOMES
 from kvscope.results.store import Replay
@@ -73,7 +76,7 @@ class ReplayJob:
     @property
     def plans(self) -> list[EvictionPlan]:
         """The plan of each policy that is run."""
-        return list(dict.fromkeys(run.plan for run in self.open.runs))
+        return list(dict.fromkeys(run.plan for run in self.runs))
 
     @property
     def metrics(self) -> list[Metric]:
@@ -127,7 +130,7 @@ class ReplayJob:
             str(self.open.device),
         )
         with ReplayWriter(output.path, record, force=output.force) as writer:
-            tally = step_through(self.open, writer, progress=_part(progress_callback, 0, share))
+            tally = self._opened(writer, _part(progress_callback, 0, share))
             counted = {run.number: tally.of(run.number) for run in self.open.runs}
             if self.closed is not None:
                 end = 1.0 if self.generate is None else CLOSED_SHARE
@@ -136,6 +139,17 @@ class ReplayJob:
             if self.generate is not None:
                 self.generate.execute(writer, _part(progress_callback, CLOSED_SHARE, 1))
             return writer.finish(counted, seconds=round(time.monotonic() - started, 3))
+
+    def _opened(self, writer: ReplayWriter, progress: Progress | None) -> Tally:
+        """Execute the open loop: runs in 16 bit over recorded rows, those with quantised caches over their own."""
+        plain = [run for run in self.open.runs if run.cache is None]
+        coded = [run for run in self.open.runs if run.cache is not None]
+        share, tally = len(plain) / max(1, len(self.open.runs)), Tally()
+        if plain:
+            tally.add(step_through(replace(self.open, runs=plain), writer, progress=_part(progress, 0, share)))
+        if coded:
+            tally.add(step_quantised(replace(self.open, runs=coded), writer, _part(progress, share, 1)))
+        return tally
 
 
 def compile_replay(
@@ -173,18 +187,21 @@ def compile_replay(
     require_steps(trace, options.prefill)
     device = torch_device(options.device)
     plans, skipped = _plans(trace, chosen, limits, options)
-    runs, loaded = runs_of(plans, limits), None
+    caches, loaded = parse_caches(options.plan.caches), None
+    every = runs_of(plans, limits, caches=caches)
     if any(isinstance(plan.policy, Press) for plan in plans):
         from kvscope.closed_loop.press_choices import followed  # loads transformers
 
-        runs, loaded = followed(trace, runs, options)
+        every, loaded = followed(trace, every, options)
+    metrics = with_size(metrics, caches)
+    runs, alone = open_runs(trace, every, options)
     closed = generate = None
     if options.closed is not None:
         from kvscope.closed_loop.compile import compile_trace_loop  # loads transformers
 
-        closed, generate = compile_trace_loop(trace, runs, metrics, options, loaded)
+        closed, generate = compile_trace_loop(trace, every, metrics, options, loaded, runs)
     opened = OpenLoop(trace, runs, metrics, options.prefill, device)
-    return ReplayJob(opened, closed, skipped, skipped_metrics, generate)
+    return ReplayJob(opened, closed, skipped | alone, skipped_metrics, generate)
 
 
 def unsupported(

@@ -52,7 +52,7 @@ def footprint(trace: Trace, sequence: TokenSequence, plans: Sequence[EvictionPla
         Number of metrics.
     """
     length, heads = sequence.length, trace.heads
-    most_budgets = max(plans.count(plan) for plan in dict.fromkeys(plans))
+    most_budgets = max((plans.count(plan) for plan in dict.fromkeys(plans)), default=1)
     together = any(plan.looks_across for plan in plans)
     vectors = {name for plan in plans for name in plan.needs - ROWS}
     state_bytes = len(plans) * length * (trace.kv_heads * KEY_BYTES + heads * 4 * metrics)

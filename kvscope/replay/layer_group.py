@@ -83,7 +83,10 @@ class LayerGroup:
         self.first = sequence.prompt if prefill == "full" else 0
         self.plan_runs = [self._plan_runs(of_plan[0].plan, of_plan, metrics) for of_plan in by_plan(runs)]
         values = self.source.signal("values") if any("values" in metric.needs for metric in metrics) else None
-        self._scorer = BlockScorer([each.series for each in self.plan_runs], values)
+        own = work.trace.heads_of(layers[0])
+        self._scorer = BlockScorer(
+            [each.series for each in self.plan_runs], values, 2 * (own.head_dim + own.value_size)
+        )
 
     @property
     def simulations(self) -> list[CacheSimulation]:

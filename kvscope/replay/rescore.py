@@ -168,10 +168,12 @@ def compile_score(replay: Replay, trace: Trace, metrics: Sequence[str] | None = 
     """
     replay.require_trace(trace.identity, trace.path)
     chosen, skipped = measurable(trace, metrics)
-    runs = [run for run in replay.info.runs if run.loop is Loop.open]
+    runs = [run for run in replay.info.runs if run.loop is Loop.open and run.cache is None]
     if not runs:
+        quantised = any(run.cache is not None for run in replay.info.runs)
+        what = "runs with quantised caches, whose" if quantised else "closed runs only, and the"
         raise UsageError(
-            f"{replay.path} has closed runs only, and the attention of those is not recorded",
+            f"{replay.path} has {what} attention {'' if quantised else 'of those '}is not recorded",
             "Replay the trace again to compute other metrics.",
         )
     return ScoreJob(replay, trace, runs, len(replay.info.runs) - len(runs), chosen, skipped, torch_device(device))

@@ -40,6 +40,7 @@ def replay(
     allocate: str | None = None,
     accumulate: str | None = None,
     scope: str | None = None,
+    cache: str | Sequence[str] = (),
     closed: ClosedLoopOptions | None = None,
     generate: GenerateOptions | None = None,
     device: str = "cpu",
@@ -62,8 +63,8 @@ def replay(
         Folder to write. If omitted, the replay is in a temporary folder, which is removed with the returned object.
     metrics : sequence of str, Metric or function, optional
         Names of metrics, or functions under ``@kvscope.metric``; all metrics by default.
-    command, force, prefill, closed, generate, device, params, compress, allocate, accumulate, scope
-        As in `OutputOptions`, `ReplayOptions` and `PlanOptions`.
+    command, force, prefill, closed, generate, device, params, compress, allocate, accumulate, scope, cache
+        As in `OutputOptions`, `ReplayOptions` and `PlanOptions`; `cache` as on the command line: ``"16bit,int4:kivi"``.
     progress, announce : callable, optional
         Called with the completed share, from 0 to 1; with the largest `Footprint` before the work begins.
 
@@ -76,7 +77,7 @@ def replay(
     """
     options = ReplayOptions(
         prefill=choice(Prefill, prefill, "prefill"),
-        plan=PlanOptions(params or {}, compress, allocate, accumulate, scope),
+        plan=PlanOptions(params or {}, compress, allocate, accumulate, scope, cache),
         metrics=None if metrics is None else tuple(metric_name(metric) for metric in metrics),
         closed=closed,
         generate=generate,

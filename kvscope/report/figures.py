@@ -10,7 +10,7 @@ import numpy as np
 from kvscope.core.errors import ResultError, UsageError
 from kvscope.core.registry import nearest
 from kvscope.report.page import report_input
-from kvscope.report.panels.budget_curve import curve_lines
+from kvscope.report.panels.budget_curve import SIZE, curve_lines
 from kvscope.report.runs import MetricFacts, RunView
 from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay
@@ -75,10 +75,16 @@ def _run(source: ReportInput, number: int | None) -> RunView:
 
 
 def _budget_curve(source: ReportInput, metric: MetricFacts, _: RunView) -> Figure:
-    """Return one line per policy; those that the page does not show at first are hidden in the legend."""
-    figure = _figure(metric.title, "keys held, mean over the steps", _axis(metric))
-    for line in curve_lines(source)[: source.limits.rows]:
-        points = [(run.mean("held_keys"), run.mean(metric.name), run.budget) for run in line.runs]
+    """Return one line per policy; those that the page does not show at first are hidden in the legend.
+
+    Where caches were quantised, the lines are over the bytes of a key/value head's cache instead of the keys held.
+    """
+    lines = curve_lines(source)
+    sized = any(run.info.cache is not None for line in lines for run in line.runs)
+    what, title = (SIZE, "bytes of a head's cache") if sized else ("held_keys", "keys held")
+    figure = _figure(metric.title, f"{title}, mean over the steps", _axis(metric))
+    for line in [line for line in lines if sized or not line.sizes][: source.limits.rows]:
+        points = [(run.mean(what), run.mean(metric.name), run.budget) for run in line.runs]
         if any(value is not None for _, value, _ in points):
             keys, values, budgets = zip(*points, strict=True)
             figure.add_scatter(

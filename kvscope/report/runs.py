@@ -22,7 +22,7 @@ FIRST = (
     "output_error",
     "perplexity_ratio",
 )
-LAST = ("read_keys", "held_keys", "latent_entries", "latent_bytes")
+LAST = ("read_keys", "held_keys", "cache_bytes", "latent_entries", "latent_bytes")
 
 TAILED = "retained_mass"  # the metric whose tails are shown
 TAILS = ("share_below_half", "worst_head", "worst_step")
@@ -142,7 +142,8 @@ class RunView:
     @property
     def comparable(self) -> tuple[str, ...] | None:
         """What must be equal in two runs that are ranked; None for a run without a budget."""
-        return None if self.budget is None else (*self.protocol, self.budget, self.kind, self.phase)
+        same = (*self.protocol, self.budget or "", self.kind, self.phase, self.info.cache or "")
+        return None if self.budget is None else same
 
     @property
     def marks(self) -> list[str]:
@@ -158,6 +159,8 @@ class RunView:
             marks.append("as in the published code")
         if self.info.positions == "compacted":
             marks.append("compacted positions")
+        if self.info.cache is not None:
+            marks.append(f"cache in {self.info.cache}")
         certificate = self.info.certificate
         if certificate is not None and not certificate.exact:
             marks.append(f"at most {certificate.gap:.2g} of mass from the optimum")

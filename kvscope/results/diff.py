@@ -26,6 +26,7 @@ ALIGNED = (
     "loop",
     "phase",
     "allocate",
+    "cache",
     "accumulate",
 )  # equal for runs that are compared
 FEW = 50  # number of rows up to which unchanged values are shown too

@@ -17,7 +17,14 @@ from kvscope.results.diff import ALIGNED, NOTHING_COMMON, Diff
 from kvscope.results.tolerance import Tolerance, parse_tolerance
 from tests.results.make import METRICS, make
 
-OTHERS = {"params": {"alpha": 0.5}, "prefill": "full", "loop": "closed", "phase": "prefill", "accumulate": "float16"}
+OTHERS = {
+    "params": {"alpha": 0.5},
+    "prefill": "full",
+    "loop": "closed",
+    "phase": "prefill",
+    "accumulate": "float16",
+    "cache": "fp8",
+}
 
 
 def record(summary: dict) -> SummaryRecord:

@@ -1,13 +1,13 @@
 /* Budget curves: one colour, marker and dash for each line; a list selects the lines that are shown. */
 kvscope.drawing("budget-curve", async (box, data, page) => {
   const { element, select, button, checkbox, plain, plot, number, colour, options, sample, state, axisTitle } = kvscope;
-  const AXES = { held: ["held_keys", "keys held, mean over the steps"], read: ["read_keys", "keys read, mean over the steps"], budget: [null, "budget, keys per key/value head"] };
+  const AXES = { held: ["held_keys", "keys held, mean over the steps"], read: ["read_keys", "keys read, mean over the steps"], budget: [null, "budget, keys per key/value head"], bytes: ["cache_bytes", "bytes of a key/value head's cache, mean over the steps"] };
   const value = (id, name) => (page.byId.get(id).values[name] || [null, null, null]);
   const usable = page.metrics.filter((metric) => data.lines.some((line) => line.runs.some((id) => value(id, metric.name)[0] !== null)));
   if (!usable.length) return;
   const axes = Object.keys(AXES).filter((axis) => AXES[axis][0] === null || data.lines.some((line) => line.runs.some((id) => value(id, AXES[axis][0])[0] !== null)));
   state.declare("curve", () => usable[0].name, state.oneOf(() => usable.map((metric) => metric.name)));
-  state.declare("axis", () => axes[0], state.oneOf(() => axes));
+  state.declare("axis", () => (axes.includes("bytes") ? "bytes" : axes[0]), state.oneOf(() => axes));
   const usual = data.usual.join(".");
   state.declare("lines", () => usual, (text) => (text === "" || String(text).split(".").every((at) => Object.hasOwn(data.lines, at)) ? String(text) : undefined));
   const chosen = () => new Set(state.get("lines").split(".").filter(Boolean).map(Number));
@@ -57,7 +57,8 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
   }
   const draw = kvscope.latest(async () => {
     const metric = usable.find((each) => each.name === state.get("curve"));
-    const shown = data.lines.filter((line, index) => chosen().has(index) && line.runs.some((id) => value(id, metric.name)[0] !== null));
+    /* runs without a budget differ in the size of their caches alone */
+    const shown = data.lines.filter((line, index) => chosen().has(index) && (!line.sizes || state.get("axis") === "bytes") && line.runs.some((id) => value(id, metric.name)[0] !== null));
     const traces = [...shown.map((line) => lineTrace(line, metric)), ...data.references.filter((each) => each.metric === metric.name && shown.some((line) => way(line.runs[0]) === way(each.runs[0]))).map((each) => referenceTrace(each, metric))];
     legend.replaceChildren(...shown.map((line) => element("span", {}, sample(styleOf(line), line.kind !== "bound"), element("bdi", {}, line.name))));
     behind.replaceChildren(kvscope.tableBehind("The numbers behind this plot", ["Policy", "Kind", "Budget", "Keys held", "Keys read", metric.title, "low", "high"],

@@ -13,18 +13,23 @@ from kvscope.report.source import ReportInput
 
 # Metric -> the metric that bounds it at the same number of keys; drawn where no run of the bound was replayed.
 REFERENCES = {"retained_mass": "ideal_mass"}
+SIZE = "cache_bytes"
 
 LineKey = tuple[str, ...]  # label, replay, trace, loop, prefill
 
 
 @dataclass(frozen=True)
 class CurveLine:
-    """One policy under one protocol: its runs in order of budget, and whether it is shown at first."""
+    """One policy under one protocol: its runs in order of budget, and whether it is shown at first.
+
+    With `sizes` its runs have no budget, and differ in the bits of their caches: a line over bytes alone.
+    """
 
     name: str
     kind: str
     runs: list[RunView]
     usual: bool
+    sizes: bool = False
 
 
 @panel(
@@ -32,7 +37,8 @@ class CurveLine:
     title="Budget curves",
     order=20,
     help="Each line is one policy from its smallest to its largest budget, plotted against the number of keys that it "
-    "held or read, so that policies of different kinds appear at their cost. A line that is still high at few keys "
+    "held or read, or the bytes of its cache, so that policies and caches of different kinds appear at their "
+    "cost. A line that is still high at few keys "
     "loses little; the distance to the dashed bounds is what a better choice of keys could gain.",
 )
 def budget_curve(source: ReportInput) -> JsonDict:
@@ -42,13 +48,17 @@ def budget_curve(source: ReportInput) -> JsonDict:
     notes = []
     if len(shown) < len(lines):
         notes.append(f"The plot offers {len(shown)} of {len(lines)} lines; the others are in summary.json.")
-    without = list(dict.fromkeys(run.label for run in source.runs if run.budget_keys is None))
+    drawn = {run.id for line in lines for run in line.runs}
+    without = list(dict.fromkeys(run.label for run in source.runs if run.budget_keys is None and run.id not in drawn))
     if without:
         notes.append(f"No line, because they have no budget: {', '.join(without)}.")
-    if lines and all(len(line.runs) == 1 for line in lines):
+    if lines and all(len(line.runs) == 1 for line in lines if not line.sizes):
         notes.append("Only one budget was replayed. Lines need two or more: --budget 10%,20%,40%.")
     return {
-        "lines": [{"name": line.name, "kind": line.kind, "runs": [run.id for run in line.runs]} for line in shown],
+        "lines": [
+            {"name": line.name, "kind": line.kind, "runs": [run.id for run in line.runs], "sizes": line.sizes}
+            for line in shown
+        ],
         "usual": [place for place, line in enumerate(shown) if line.usual],
         "references": _references(source),
         "notes": notes,
@@ -61,7 +71,31 @@ def curve_lines(source: ReportInput) -> list[CurveLine]:
     return [
         CurveLine(source.title_of(runs[0]), runs[0].kind, runs, key[0] in source.usual and not _superseded(key, lines))
         for key, runs in lines.items()
+    ] + _of_sizes(source)
+
+
+def _of_sizes(source: ReportInput) -> list[CurveLine]:
+    """Return a line for each policy without a budget that ran with several caches, from the smallest cache on."""
+    lines: dict[LineKey, list[RunView]] = defaultdict(list)
+    for run in source.runs:
+        if run.budget_keys is None and run.mean(SIZE) is not None:
+            lines[(run.info.policy, run.source, *run.protocol)].append(run)
+    closed = {key[2] for key in lines if key[3] == "closed"}
+    return [
+        CurveLine(
+            f"{source.title_of(max(runs, key=_size))}, caches of fewer bits",
+            runs[0].kind,
+            sorted(runs, key=_size),
+            key[3] == "closed" or key[2] not in closed,
+            True,
+        )
+        for key, runs in lines.items()
+        if len(runs) > 1
     ]
+
+
+def _size(run: RunView) -> float:
+    return run.mean(SIZE) or 0.0
 
 
 def _lines(runs: Sequence[RunView]) -> dict[LineKey, list[RunView]]:

@@ -23,6 +23,7 @@ USUAL = (
     "held_keys",
     "latent_entries",
     "latent_bytes",
+    "cache_bytes",
 )
 HEADLINES = ("retained_mass", "ideal_cosine", "output_error", "perplexity_ratio")
 ANSWERS = {

@@ -1,0 +1,17 @@
+"""The option that quantises the caches of a command's runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Cache = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cache",
+        metavar="SCHEME,...",
+        help="Quantise caches, with every policy: int4:kivi, int2:kivi(group=32,residual=64), int4:kvquant, fp8; 16bit "
+        "to compare with.",
+    ),
+]
