@@ -150,6 +150,8 @@ def test_the_closed_loop_in_one_call(trace: kvscope.Trace, tmp_path: Path) -> No
     made = kvscope.perplexity("demo", text, ["full", "window"], 0.2)
     by_policy = dict(zip(made.frame()["policy"], made.frame()["perplexity"], strict=True))
     assert by_policy["full"] < by_policy["window"]
+    both = kvscope.perplexity("demo", text, "full", cache="16bit,int2:kivi(group=8,residual=8)").frame()
+    assert both["policy"].tolist()[1].startswith("full + int2:kivi") and both["perplexity"].nunique() == 2
     (verdict,) = kvscope.verify(trace, "h2o", 20, tokens=100)
     assert verdict.agrees and verdict.tokens > 0
 

@@ -80,9 +80,8 @@ def replay(
 ) -> None:
     """Replay any number of policies and budgets over a trace, in one pass.
 
-    The results go to reports/NAME and a summary is printed. The open loop uses the recorded attention, so it does not
-    include the effect of an eviction on later layers and tokens; the closed loop, with --perplexity, does. With
-    --generate the model also answers each prompt under each policy, where right answers are known.
+    The results go to reports/NAME. The open loop uses the recorded attention, without the effect of an eviction on
+    later layers and tokens; the closed loop, with --perplexity, has it. With --generate the model also answers prompts.
     """
     from kvscope.cli import console, places
     from kvscope.cli.parameters import only_word, select
@@ -100,9 +99,7 @@ def replay(
     _require_closed_loop(closed, answers, perplexity=perplexity or generate, generate=generate)
     options = ReplayOptions(
         prefill=prefill,
-        plan=PlanOptions(
-            compress=compress, allocate=allocate, accumulate=accumulate, scope=scope, caches=tuple(cache or ())
-        ),
+        plan=PlanOptions({}, compress, allocate, accumulate, scope, tuple(cache or ())),
         closed=closed if perplexity or generate else None,
         generate=answers if generate else None,
         device=device,

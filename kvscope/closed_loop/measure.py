@@ -41,6 +41,7 @@ def perplexity(
     compress: str | None = None,
     allocate: str | None = None,
     scope: str | None = None,
+    cache: str | Sequence[str] = (),
     dtype: str = "auto",
     device: str = "cpu",
     revision: str | None = None,
@@ -57,8 +58,8 @@ def perplexity(
         Files of text; each is divided into windows.
     policies, budgets, output
         As of `kvscope.replay`.
-    prompt, window, max_windows, metrics, positions, params, compress, allocate, scope
-        As in `PerplexityOptions` and `PlanOptions`.
+    prompt, window, max_windows, metrics, positions, params, compress, allocate, scope, cache
+        As in `PerplexityOptions` and `PlanOptions`; `cache` as on the command line: ``"16bit,int4:kivi"``.
     dtype, device, revision
         As in `ModelSource`.
     force : bool
@@ -73,7 +74,7 @@ def perplexity(
     """
     texts = [files] if isinstance(files, (str, Path)) else list(files)
     options = PerplexityOptions(
-        plan=PlanOptions(params or {}, compress, allocate, scope=scope),
+        plan=PlanOptions(params or {}, compress, allocate, scope=scope, caches=cache),
         positions=choice(Positions, positions, "positions"),
         metrics=None if metrics is None else tuple(metrics),
         window=window,
@@ -100,6 +101,7 @@ def verify(
     compress: str | None = None,
     allocate: str | None = None,
     scope: str | None = None,
+    cache: str | Sequence[str] = (),
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Verdict]:
@@ -111,7 +113,7 @@ def verify(
         A trace of a model; its tokens are decoded.
     policies, budgets
         As of `kvscope.replay`.
-    prefill, tokens, sequences, params, compress, allocate, scope, device
+    prefill, tokens, sequences, params, compress, allocate, scope, cache, device
         As in `VerifyOptions` and `PlanOptions`.
     positions, model, dtype
         As in `ClosedLoopOptions`.
@@ -125,7 +127,7 @@ def verify(
     """
     options = VerifyOptions(
         prefill=choice(Prefill, prefill, "prefill"),
-        plan=PlanOptions(params or {}, compress, allocate, scope=scope),
+        plan=PlanOptions(params or {}, compress, allocate, scope=scope, caches=cache),
         closed=ClosedLoopOptions(choice(Positions, positions, "positions"), model, dtype),
         tokens=tokens,
         sequences=sequences,
