@@ -94,8 +94,7 @@ def replay(
     selected, table = select(ctx, ctx.args, policy, budget, quiet=quiet), TableOptions(sort, top, columns, wide)
     require_columns(table.columns)
     trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet), compare=not no_verify)
-    closed = ClosedLoopOptions(positions, model, dtype, device_map)
-    answers = GenerateOptions(max_new_tokens, score)
+    closed, answers = ClosedLoopOptions(positions, model, dtype, device_map), GenerateOptions(max_new_tokens, score)
     _require_closed_loop(closed, answers, perplexity=perplexity or generate, generate=generate)
     options = ReplayOptions(
         prefill=prefill,

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import kvscope
 from kvscope.core.records import Certificate, TextRef
 from kvscope.core.summary_records import BoundShares, HeadPlace, LoopGap, MetricSummary, StepPlace, Tails
 from kvscope.report.limits import Limits
 from kvscope.report.page import page_data
-from kvscope.report.panels.budget_curve import budget_curve
+from kvscope.report.panels.budget_curve import budget_curve, curve_lines
 from kvscope.report.panels.depth import depth
 from kvscope.report.panels.outcome import outcome
 from kvscope.report.panels.overview import answer, overview
@@ -24,7 +25,7 @@ from kvscope.report.runs import BESIDE, RunView
 from kvscope.report.source import ReportInput
 from kvscope.results.ranking import KINDS
 from kvscope.results.store import Replay
-from kvscope.trace.reader import Trace
+from kvscope.trace.reader import Trace, open_trace
 from tests.report.make import MASS, METRICS, make_replay, make_trace
 from tests.results.make import with_summary
 
@@ -396,3 +397,22 @@ def test_keys_by_depth_tell_layers_and_heads_apart(trace: Trace, tmp_path: Path)
     assert data is not None
     found = [data["lines"][0][name] for name in ("mean", "low", "high")]
     assert np.allclose(found, np.array([[2, 2], [1, 2], [3, 2]]) / source.runs[0].full_keys, atol=1e-4)
+
+
+def test_caches_of_fewer_bits_are_a_line_over_bytes(tmp_path: Path) -> None:
+    """`full` has no budget: its runs with other caches are one line, which only the axis of bytes can draw."""
+    example = open_trace(Path(__file__).parents[2] / "traces" / "example")
+    caches = "16bit,int4(group=8,residual=8),int2(group=8,residual=8)"
+    made = kvscope.replay(example, ["full", "h2o"], "20%,40%", cache=caches, output=tmp_path / "r")
+    lines = {line.name: line for line in curve_lines(ReportInput((made,), {example.identity: example}))}
+    sizes = lines.pop("full, caches of fewer bits")
+    assert sizes.sizes and [run.info.cache for run in sizes.runs] == [
+        "int2:kivi(group=8,residual=8)",
+        "int4:kivi(group=8,residual=8)",
+        None,
+    ]
+    assert [len(line.runs) for line in lines.values()] == [2, 2, 2] and not any(line.sizes for line in lines.values())
+    figure = kvscope.plot(made, "budget_curve", metric="output_error")
+    assert figure.layout.xaxis.title.text == "bytes of a head's cache, mean over the steps"
+    own = next(line for line in figure.data if line.name.startswith("full"))
+    assert list(own.x) == sorted(own.x)
