@@ -304,6 +304,13 @@ def test_import_loads_nothing_heavy() -> None:
     assert loaded_after("import kvscope; kvscope.__version__; dir(kvscope)") == set()
 
 
+def test_the_open_loop_does_not_load_transformers() -> None:
+    """It takes seconds, and a replay of a trace needs no model."""
+    example = PACKAGE.parent / "traces" / "example"
+    code = f"import kvscope; kvscope.replay(kvscope.open({str(example)!r}), ['h2o', 'snapkv'], 0.2)"
+    assert not loaded_after(code) & {"transformers", "plotly", "triton"}
+
+
 def test_help_loads_nothing_heavy() -> None:
     assert loaded_after("from kvscope.cli.app import run; run(['--help'])") == set()
 

@@ -9,17 +9,11 @@ from pathlib import Path
 import torch
 
 from kvscope.closed_loop.decode import attention_facts
-from kvscope.closed_loop.feasible import (
-    closed_runs,
-    require_closed,
-    require_decodable,
-    require_positions,
-    require_quantisable,
-    unrotated_of,
-)
+from kvscope.closed_loop.feasible import closed_runs, require_closed, require_decodable
 from kvscope.closed_loop.gates import require_gates
 from kvscope.closed_loop.generation import GenerateJob, examples_to_generate
 from kvscope.closed_loop.job import ClosedLoopJob, TokenSink
+from kvscope.closed_loop.model_limits import require_positions, require_quantisable, unrotated_of
 from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.closed_loop.passage import Passage, require_decodable_images
 from kvscope.closed_loop.perplexity import PerplexityJob, describe_texts, passages_of_texts

@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
-from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import UsageError
-from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Loop, Positions
 from kvscope.engine.plan import FILTER, GATE, EvictionPlan
 from kvscope.engine.runs import RunSpec
 from kvscope.engine.signal_axes import VECTORS
 from kvscope.engine.signals import ROWS
-from kvscope.model.derotation import Derotation, derotations
-from kvscope.model.selfcheck import self_check
 
 SIGNALS = frozenset(
     {*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2", "value_out_l1", "reconstruction", "rotary"}
@@ -77,56 +71,3 @@ def require_decodable(plan: EvictionPlan) -> None:
             f"{plan.policy.label} needs a signal called {sorted(unknown)[0]!r}, which decoding does not provide",
             f"Use one of the known signals: {', '.join(sorted(ROWS | SIGNALS))}.",
         )
-
-
-def require_quantisable(model: CausalModel, passages: Sequence[Passage], runs: Sequence[RunSpec]) -> None:
-    """Raise UsageError if caches are to be quantised where that is not defined."""
-    schemes = [run.cache for run in runs if run.cache is not None]
-    if not schemes:
-        return
-    if runs[0].positions == Positions.compacted:
-        raise UsageError(
-            f"positions cannot be compacted with a cache in {schemes[0]}: its keys are quantised at their positions",
-            "Use --positions original, or --cache 16bit.",
-        )
-    probe = passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
-    if self_check(model, probe).latent_size is not None:
-        raise UsageError(
-            f"{type(model).__name__} caches latent vectors, from which keys and values are computed: {schemes[0]} is "
-            "defined for keys and values",
-            "Use --cache 16bit, or another model.",
-        )
-    before = [scheme for scheme in schemes if scheme.before_rotation]
-    if before and any(passage.images for passage in passages):
-        raise UsageError(
-            f"{before[0]} quantises keys without their position, which in prompts with images may have two dimensions",
-            "Quantise keys after rotation: --cache int4:kivi.",
-        )
-
-
-def require_positions(passages: Sequence[Passage], runs: Sequence[RunSpec]) -> None:
-    """Raise UsageError if positions are to be compacted, or read, in a text with images: some have several numbers."""
-    reads = [run.plan for run in runs if "rotary" in run.plan.needs]
-    if reads and any(passage.images for passage in passages):
-        raise UsageError(
-            f"{reads[0].label} reads positions, which may have two dimensions in prompts with images",
-            "Use another policy, or prompts without images.",
-        )
-    if any(passage.images for passage in passages) and runs[0].positions == Positions.compacted:
-        raise UsageError(
-            "positions cannot be compacted in prompts with images, whose positions may have two dimensions",
-            "Use the original positions: --positions original.",
-        )
-
-
-def unrotated_of(model: CausalModel, token: Tensor, runs: Sequence[RunSpec]) -> dict[int, Derotation]:
-    """Return the rotation of each layer if a cache of some run quantises keys without it; otherwise nothing.
-
-    Raises
-    ------
-    ModelError
-        If the model has none that can be inverted.
-    """
-    if not any(run.cache is not None and run.cache.before_rotation for run in runs):
-        return {}
-    return derotations(model, token, "Quantise keys after rotation: --cache int4:kivi.")
