@@ -360,7 +360,8 @@ def test_advice_is_followed(case: Callable[[Run], Steps], run: Run) -> None:
 # Advice that names an option or a command, and is not followed here: where it is followed, or why it cannot be.
 ELSEWHERE = {
     "Record the rows: --store maps.": "test_advice.py",
-    "Record the rows alone: --store maps, without --hidden.": "test_advice.py",
+    "Record the rows alone: --store maps, without --hidden, --outputs and --reread.": "test_advice.py",
+    "Record the trace without --reread.": "tests/policies/test_kvzip.py",
     "Record the layers with attention: --layers": "test_advice.py",
     "Try --dtype bfloat16, --device-map auto": "needs a model that memory does not hold",
     "Accept its terms at huggingface.co/": "needs the Hub",
