@@ -80,7 +80,7 @@ def header(
         device=str(loaded.device),
         sampling=SamplingRecord(**asdict(sampling)),
         tokenizer=type(loaded.tokenizer).__name__,
-        special_tokens=special_ids(loaded.tokenizer),
+        special_tokens=special_ids(loaded.tokenizer) if hasattr(loaded.tokenizer, "all_special_ids") else None,
         versions=_versions(),
         seed=seed,
         command=command,

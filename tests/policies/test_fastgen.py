@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,6 +166,34 @@ def test_what_has_no_classes_of_tokens_is_refused(tmp_path: Path, demo: Trace) -
     ids = torch.from_numpy(demo.tokens(0)["token_id"].to_numpy(copy=True))
     with pytest.raises(UsageError, match=r"fastgen needs the classes of tokens, .*\nRecord a trace with kvscope trace"):
         decode(load(ModelSource("demo", device="cpu")).model, ids, plan("fastgen"), 9, prompt=20)
+
+
+class WithoutSpecial:
+    """A tokenizer of one's own, which does not say what is special."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "all_special_ids":
+            raise AttributeError(name)
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._tokenizer(*args, **options)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+
+def test_a_tokenizer_that_does_not_say_what_is_special(tmp_path: Path) -> None:
+    loaded = load(ModelSource("demo", device="cpu"))
+    (tmp_path / "prompt.txt").write_text(TEXT)
+    pair = (loaded.model, WithoutSpecial(loaded.tokenizer))
+    made = trace(pair, [tmp_path / "prompt.txt"], output=tmp_path / "trace", max_new_tokens=2)
+    assert made.header.special_tokens is None
+    with pytest.raises(TraceError, match="fastgen needs token_kinds"):
+        compile_replay(made, ["fastgen"], "50%")
 
 
 @pytest.mark.parametrize("name", ["recover", "frequent", "local"])
