@@ -189,6 +189,11 @@ def ids_of(length: int) -> torch.Tensor:
     return torch.randint(1, 64, (1024,), generator=torch.Generator().manual_seed(1))[:length]
 
 
+def kinds_of(length: int) -> torch.Tensor:
+    """Return the classes of these tokens, ``[T]``: every eighth is special, every fourth punctuation."""
+    return torch.where(ids_of(length) % 8 == 0, 2.0, (ids_of(length) % 4 == 0).float())
+
+
 def counted(work: Callable[[], object]) -> Operations:
     """Return the operations of some work on the code of a GPU."""
     with as_on_a_gpu(), torch.inference_mode(), Operations() as operations:
@@ -210,14 +215,15 @@ def closed(
     """Count the operations of a closed loop over random tokens, under one budget or several in one pass."""
     plan = EvictionPlan.published(parse_policy(spec))
     every = [RunSpec(run, plan, Budget.parse(str(BUDGET + run)), Loop.closed, positions) for run in range(runs)]
-    text, measured = Passage(TokenSequence(0, prompt, length), ids_of(length)), [METRICS.get(name) for name in metrics]
+    text = Passage(TokenSequence(0, prompt, length), ids_of(length), kinds=kinds_of(length))
+    measured = [METRICS.get(name) for name in metrics]
     return counted(lambda: evaluate(model, [text], every, measured, prefill, Nothing()))
 
 
 def decoding(model: Any, spec: str, prompt: int, length: int) -> Operations:
     """Count the operations of decoding with evictions, as `kvscope verify` does."""
     plan = EvictionPlan.published(parse_policy(spec))
-    return counted(lambda: decode(model, ids_of(length), plan, BUDGET, prompt=prompt))
+    return counted(lambda: decode(model, ids_of(length), plan, BUDGET, prompt=prompt, kinds=kinds_of(length)))
 
 
 def generating(model: Any, prompt: int, length: int) -> Operations:
@@ -278,7 +284,7 @@ def stepper_of(model: Any, spec: str) -> str:
     """Return the name of the stepper that a policy gets on a GPU."""
     policy = parse_policy(spec)
     with as_on_a_gpu() as steppers:
-        closed_loop = Passage(TokenSequence(0, PROMPT, PROMPT + 1), ids_of(PROMPT + 1))
+        closed_loop = Passage(TokenSequence(0, PROMPT, PROMPT + 1), ids_of(PROMPT + 1), kinds=kinds_of(PROMPT + 1))
         runs = [RunSpec(0, EvictionPlan.published(policy), Budget.parse(str(BUDGET)), Loop.closed)]
         evaluate(model, [closed_loop], runs, [], Prefill.full, Nothing())
     return steppers[policy.name]

@@ -29,6 +29,7 @@ WITHOUT = {
     "expected-attention": _UNRECORDED.format("the rotary embedding of its model", "--store qkv"),
     "compactor": _UNRECORDED.format("the rotary embedding of its model", "--store qkv"),
     "criticalkv": _UNRECORDED.format("norms of projected values", "--outputs"),
+    "fastgen": "The trace of the example was recorded before traces held special tokens, so there is no picture.",
     "kvzip": _UNRECORDED.format("a second reading", "--reread"),
 }
 CELL, MARGIN = 3, 34  # pixels: side of a key in a picture, and room for words beside it

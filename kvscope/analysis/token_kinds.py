@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
+from kvscope.core.token_classes import is_punctuation
 from kvscope.core.token_parts import shown_parts
 
 KINDS = ("first", "digits", "punctuation", "rare", "other")
@@ -60,6 +61,6 @@ def _kind(key: int, text: str, often: int) -> str:
         return "first"
     if any(sign.isdigit() for sign in text):
         return "digits"
-    if text and not any(sign.isalpha() for sign in text):
+    if is_punctuation(text):
         return "punctuation"
     return "rare" if text and often == 1 else "other"

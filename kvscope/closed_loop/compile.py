@@ -195,7 +195,8 @@ def compile_perplexity(
     require_one_input(files)
     texts = {file: read_text(file) for file in files}
     loaded = load(replace(source, device=str(torch_device(source.device))))
-    read = passages_of_texts(loaded, texts, options)
+    reads_kinds = any("token_kinds" in policy.traits.needs for policy in named)
+    read = passages_of_texts(loaded, texts, options, kinds=reads_kinds)
     passages = read.passages
     prefill = Prefill.stream if options.prompt == 1 else Prefill.full
     source_ref = describe_texts(loaded, texts, read)
@@ -241,7 +242,7 @@ def compile_verify(
     loaded = load_model_of(trace, closed, str(torch_device(options.device)))
     whole = passages_of(trace, loaded)
     passages = [
-        Passage(part, text.ids[: part.length], prefix=text.prefix, images=text.images)
+        Passage(part, text.ids[: part.length], prefix=text.prefix, images=text.images, kinds=text.kinds)
         for part, text in zip(cut, whole[: len(cut)], strict=True)
     ]
     require_decodable_images(passages, options.prefill)

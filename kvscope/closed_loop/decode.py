@@ -36,6 +36,7 @@ from kvscope.model.image_check import forget_positions
 from kvscope.model.selfcheck import AttentionFacts, self_check
 from kvscope.model.short_cache import short_cache
 from kvscope.trace.layer_records import LayerHeads
+from kvscope.trace.reader import TokenSequence
 
 # Layer types in which all keys, or a window of them, are visible to the attention of the layer;
 # of `chunked_attention` those of a chunk are.
@@ -241,6 +242,7 @@ def decode(
     prefill: str = Prefill.full,
     positions: str = Positions.original,
     sequence: int = 0,
+    kinds: Tensor | None = None,
 ) -> Decoded:
     """Return what a model computes on given tokens while a policy evicts keys from its cache.
 
@@ -252,6 +254,8 @@ def decode(
         int64 ``[T]`` or ``[1, T]``.
     positions : {"original", "compacted"}
         Whether the rotary position of a key is its position in the text or in the cache.
+    kinds : Tensor or None
+        Classes of the tokens, as in `Passage`, for policies that read them.
 
     Raises
     ------
@@ -276,7 +280,8 @@ def decode(
         facts = attention_facts(model, ids)
         require_gates(plan, model, [own.kv_heads for own in facts.sizes.values()])
         rotary = derotations(model, ids[:, :1]) if placing is Positions.compacted else None
-        given = ModelSignals.of(model, [plan], ids)
+        passage = Passage(TokenSequence(sequence, prompt, ids.shape[1]), ids[0], kinds=kinds)
+        given = ModelSignals.of(model, [plan], ids, [passage])
     return DecodeJob(model, ids, plan, [budget], prompt, how, sequence, facts, rotary, given=given).execute()
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvscope.closed_loop.model_signals import ModelSignals
+from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel
 from kvscope.engine.plan import FILTER
 from kvscope.engine.signal_axes import VECTORS
@@ -82,3 +83,11 @@ def at_cache_position(layer: ShortLayer, query: Tensor, position: Tensor) -> Ten
 def exact_dtype(model: CausalModel) -> torch.dtype:
     """Return the precision of rows and scores: float32, or that of the model if it is higher."""
     return torch.promote_types(model.dtype, torch.float32)
+
+
+def attends_elsewhere(model: CausalModel, call: Call) -> ModelError:
+    """Return the error for a layer that attends to something else than its cache."""
+    return ModelError(
+        f"layer {call.layer} of {type(model).__name__} does not attend to the keys and values it caches",
+        "Replay its trace in the open loop: kvscope replay without --perplexity.",
+    )

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from kvscope.closed_loop.coded_cache import CodedCache, Quantised
-from kvscope.closed_loop.decoded_rows import at_cache_position, beyond, exact_dtype, signal, weights
+from kvscope.closed_loop.decoded_rows import at_cache_position, attends_elsewhere, beyond, exact_dtype, signal, weights
 from kvscope.closed_loop.gates import margins
 from kvscope.closed_loop.like_layers import LikeLayers
 from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.closed_loop.prompt_pass import PromptPass
-from kvscope.core.errors import ModelError
 from kvscope.core.model_types import CausalModel, KeyValueCache
 from kvscope.engine.plan import GATE
 from kvscope.engine.signal_axes import per_token, time_axis
@@ -242,14 +241,8 @@ class Decoder:
         """Return the cache that a layer reads and another owns; raises ModelError if it attends to something else."""
         layer = self.layers[owner]
         if call.key.shape[2] != layer.longest() or call.key.shape[1] != self._part_of[owner].simulation.shape.kv_heads:
-            raise self._attends_elsewhere(call)
+            raise attends_elsewhere(self.model, call)
         return layer
-
-    def _attends_elsewhere(self, call: Call) -> ModelError:
-        return ModelError(
-            f"layer {call.layer} of {type(self.model).__name__} does not attend to the keys and values it caches",
-            "Replay its trace in the open loop: kvscope replay without --perplexity.",
-        )
 
     def _record_signals(self, call: Call) -> ShortLayer:
         """Write the signals of a call's new tokens to the simulation, and return the cache of the layer."""
@@ -260,16 +253,19 @@ class Decoder:
         latent = bool(layer.newest) and layer.newest[0].shape[1] == 1 < size[1]
         came = (call.key[:, :, -queries:], call.value[:, :, -queries:]) if latent else layer.newest
         if not came or any(part.shape[:3] != size for part in came) or keys != layer.longest():
-            raise self._attends_elsewhere(call)
+            raise attends_elsewhere(self.model, call)
         key, value = (part.to(self.exact) for part in came)
         if self._inputs.plan.gates and call.hidden is not None:
             self._hidden.setdefault(call.layer, []).append(call.hidden.expand(len(self.ids), -1, -1))
         for name, buffer in per_token(part.simulation.inputs.signals).items():
-            if name.startswith(GATE):
+            start = layer.seen - queries
+            if name == "token_kinds":
+                fresh = self._given.kinds_at(part.simulation.shape.sequence, start, self.ids[:, start : layer.seen])
+            elif name.startswith(GATE):
                 fresh = self._margins(name.removeprefix(GATE), call)[..., -queries:]
             else:
                 fresh = signal(name, call.query.to(self.exact), key, value, self._given, call.layer)
-            buffer[:, part.place(call.layer)].narrow(time_axis(name), layer.seen - queries, queries).copy_(fresh)
+            buffer[:, part.place(call.layer)].narrow(time_axis(name), start, queries).copy_(fresh)
         return layer
 
     def _margins(self, gate: str, call: Call) -> Tensor:

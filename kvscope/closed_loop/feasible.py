@@ -13,7 +13,17 @@ from kvscope.engine.signal_axes import VECTORS
 from kvscope.engine.signals import ROWS
 
 SIGNALS = frozenset(
-    {*VECTORS, "mean_query", "value_l1", "value_l2", "key_l2", "value_out_l1", "reconstruction", "rotary"}
+    {
+        *VECTORS,
+        "mean_query",
+        "value_l1",
+        "value_l2",
+        "key_l2",
+        "value_out_l1",
+        "reconstruction",
+        "rotary",
+        "token_kinds",
+    }
 )
 
 

@@ -252,6 +252,9 @@ def signal(call: Call, name: str, text: PassShape) -> Tensor:
         return text.model.value_out_l1(call.layer, call.value.to(call.exact))[:, None]
     if name == "reconstruction":
         return text.model.reconstruction(text.sequence, call.layer, text.length, call.query.device)[None, None]
+    if name == "token_kinds":
+        kinds = text.model.token_kinds(text.sequence, text.length, call.query.device)
+        return kinds.to(call.exact).expand(1, 1, call.key.shape[1], -1)
     if name == "rotary":
         return text.model.rotary[call.layer][None, None].to(call.query.device)
     if name == "mean_query":

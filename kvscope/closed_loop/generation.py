@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -22,6 +23,7 @@ from kvscope.engine.runs import RunSpec, by_plan
 from kvscope.model.prompts import token_texts
 from kvscope.model.selfcheck import AttentionFacts
 from kvscope.model.short_cache import holds_keys_alone
+from kvscope.model.token_kinds import kinds_of_ids
 from kvscope.tasks.scoring import score
 from kvscope.trace.reader import Trace
 
@@ -118,10 +120,18 @@ class GenerateJob:
         ids[:, :prompt] = passage.ids[:prompt]
         ids = ids.to(job.model.get_input_embeddings().weight.device)
         keys, index = [run.keys(sequence, job.prefill) for run in runs], sequence.index
-        about = prompt, job.prefill, index, self.facts, job.rotary, passage, job.given
+        reads_kinds = "token_kinds" in runs[0].plan.needs
+        given = job.given.generating(index, prompt, self._kinds_of_ids) if reads_kinds else job.given
+        about = prompt, job.prefill, index, self.facts, job.rotary, passage, given
         coded = Quantised.of(runs[0].cache, job.unrotated)
         decoding = DecodeJob(job.model, ids, runs[0].plan, keys, *about, coded)
         return decoding.generate(self.stops, read)
+
+    @cached_property
+    def _kinds_of_ids(self) -> torch.Tensor:
+        """The class of every token of the model by its number, ``[V]``."""
+        embeddings = self.closed.model.get_input_embeddings().weight
+        return kinds_of_ids(self.tokenizer, len(embeddings)).to(embeddings.device)
 
     def _text(self, passage: Passage, made: Sequence[int]) -> str:
         """Return the text that generated tokens add to a prompt, as a trace has it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,11 +34,17 @@ class ModelSignals:
         Of each layer the output projection.
     readings : mapping of int to mapping of int to Tensor
         Of each sequence and layer the largest weights in a second reading of the prompt, ``[G, T]``.
+    kinds : mapping of int to Tensor
+        Of each sequence the classes of its tokens, ``[T]``.
+    kinds_of_ids : Tensor or None
+        The class of every token by its number, ``[V]``, where tokens are generated: of those that `kinds` has not.
     """
 
     rotary: Mapping[int, Tensor] = field(default_factory=dict)
     projections: Mapping[int, OutputProjection] = field(default_factory=dict)
     readings: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
+    kinds: Mapping[int, Tensor] = field(default_factory=dict)
+    kinds_of_ids: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -50,7 +56,8 @@ class ModelSignals:
         Raises
         ------
         UsageError
-            If filters that a plan uses are for another model; if it needs a second reading, and a passage has none.
+            If filters that a plan uses are for another model; if it needs a second reading, or classes of tokens, and a
+            passage has none.
         ModelError
             If the model has no rotary embedding that numbers describe, and a plan reads it; if it has no output
             projection that can be read, and a plan needs norms of values after it.
@@ -63,7 +70,23 @@ class ModelSignals:
             _rotary(model, reads[0], ids[:, :1]) if reads else {},
             output_projections(model, ids[:, :PROBE]) if projected else {},
             _readings(plans, passages),
+            _kinds(plans, passages),
         )
+
+    def token_kinds(self, sequence: int, length: int, device: torch.device) -> Tensor:
+        """Return the classes of the first tokens of a text, ``[T]``."""
+        return self.kinds[sequence][:length].to(device)
+
+    def kinds_at(self, sequence: int, start: int, ids: Tensor) -> Tensor:
+        """Return the classes of the tokens at `start` and after it, of ids ``[R, q]`` if generated: ``[., 1, q]``."""
+        given = self.kinds[sequence]
+        if start < len(given) or self.kinds_of_ids is None:
+            return given[None, None, start : start + ids.shape[1]].to(ids.device)
+        return self.kinds_of_ids.to(ids.device)[ids][:, None]
+
+    def generating(self, sequence: int, prompt: int, kinds_of_ids: Tensor) -> ModelSignals:
+        """Return the signals for a text of which the prompt is given, and what follows is generated."""
+        return replace(self, kinds={sequence: self.kinds[sequence][:prompt]}, kinds_of_ids=kinds_of_ids)
 
     def reconstruction(self, sequence: int, layer: int, length: int, device: torch.device) -> Tensor:
         """Return the signal of that name for a text of ``T`` tokens with a prompt that was read again, ``[G, T]``."""
@@ -84,6 +107,20 @@ def _readings(plans: Sequence[EvictionPlan], passages: Sequence[Passage]) -> dic
             "Record a trace with kvscope trace --reread, and replay it with --perplexity.",
         )
     return {passage.sequence.index: passage.readings for passage in passages} if reads else {}
+
+
+def _kinds(plans: Sequence[EvictionPlan], passages: Sequence[Passage]) -> dict[int, Tensor]:
+    """Return the classes of the tokens of passages, if a plan needs them."""
+    reads = [plan for plan in plans if "token_kinds" in plan.needs]
+    if not reads:
+        return {}
+    found = {passage.sequence.index: passage.kinds for passage in passages if passage.kinds is not None}
+    if not passages or len(found) < len(passages):
+        raise UsageError(
+            f"{reads[0].policy.label} needs the classes of tokens, and the ids alone do not say which are special",
+            "Record a trace with kvscope trace and replay it, or use kvscope perplexity with text files.",
+        )
+    return found
 
 
 def _require_filters(model: CausalModel, plan: EvictionPlan, ids: Tensor) -> None:

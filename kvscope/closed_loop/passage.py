@@ -21,7 +21,8 @@ class Passage:
 
     The first `prefix` tokens are those that the tokenizer puts before every text. They are not text, so that none of
     them is scored. `images` is what the model reads of the images of the prompt; `readings` are
-    the largest weights on the keys of each layer in a second reading of it, ``[G, T]``, if recorded.
+    the largest weights on the keys of each layer in a second reading of it, ``[G, T]``, if recorded. `kinds` are the
+    classes of the tokens, float32 ``[T]``, where the tokenizer is known; see `kvscope.core.token_classes`.
     """
 
     sequence: TokenSequence
@@ -30,6 +31,7 @@ class Passage:
     prefix: int = 0
     images: ImageInputs | None = None
     readings: Mapping[int, Tensor] = field(default_factory=dict)
+    kinds: Tensor | None = None
 
     @property
     def text_ids(self) -> Tensor:

@@ -23,6 +23,7 @@ from kvscope.engine.runs import RunSpec
 from kvscope.model.loading import Loaded
 from kvscope.model.selfcheck import self_check
 from kvscope.model.token_ids import TextEncoder, windows
+from kvscope.model.token_kinds import kinds_of_text
 from kvscope.results.store import Replay
 from kvscope.results.writer import ReplayWriter
 from kvscope.trace.reader import TokenSequence
@@ -105,8 +106,10 @@ class TextWindows:
         )
 
 
-def passages_of_texts(loaded: Loaded, texts: Mapping[Path, str], options: PerplexityOptions) -> TextWindows:
-    """Return the windows of all texts.
+def passages_of_texts(
+    loaded: Loaded, texts: Mapping[Path, str], options: PerplexityOptions, *, kinds: bool = False
+) -> TextWindows:
+    """Return the windows of all texts, on request with the classes of their tokens.
 
     Raises
     ------
@@ -126,7 +129,8 @@ def passages_of_texts(loaded: Loaded, texts: Mapping[Path, str], options: Perple
         dropped[file] = sum(len(part) - len(encoder.prefix) for part in parts[len(scored) :])
         for part in scored:
             sequence = TokenSequence(len(found), prompt, len(part), True)
-            found.append(Passage(sequence, torch.tensor(part), prefix=len(encoder.prefix)))
+            classes = kinds_of_text(loaded.tokenizer, part) if kinds else None
+            found.append(Passage(sequence, torch.tensor(part), prefix=len(encoder.prefix), kinds=classes))
     return TextWindows(found, size, dropped)
 
 

@@ -14,6 +14,7 @@ from kvscope.model.loading import Loaded, load
 from kvscope.model.quantised import at_loading
 from kvscope.model.token_ids import TextEncoder
 from kvscope.trace.reader import Trace
+from kvscope.trace.token_kinds import token_kinds
 
 CLOSED_LOOP = "the closed loop"
 
@@ -92,5 +93,7 @@ def passages_of(trace: Trace, loaded: Loaded) -> list[Passage]:
         if "reconstruction" in trace.stored:
             read = {layer: trace.key_numbers("reconstruction", sequence.index, layer) for layer in trace.layers}
             readings = {layer: torch.from_numpy(largest) for layer, largest in read.items()}
-        passages.append(Passage(sequence, ids, tokens["logprob"].to_numpy(), prefix, images, readings))
+        known = "token_kinds" in trace.stored
+        kinds = torch.from_numpy(token_kinds(trace, sequence.index)) if known else None
+        passages.append(Passage(sequence, ids, tokens["logprob"].to_numpy(), prefix, images, readings, kinds))
     return passages

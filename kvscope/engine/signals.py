@@ -20,6 +20,7 @@ from kvscope.trace.layer_records import RotaryRecord
 from kvscope.trace.reader import Trace
 from kvscope.trace.shared_caches import caches_of
 from kvscope.trace.signals import remedy
+from kvscope.trace.token_kinds import token_kinds
 
 ROWS = frozenset({"weights", "full_weights", "schedule", "selection"})  # computed from the rows, which every trace has
 
@@ -44,6 +45,7 @@ _READ: dict[str, tuple[str, Callable[[Trace, int, int], Floats]]] = {
     "mean_query": ("queries", lambda trace, sequence, layer: trace.mean_queries(sequence, layer)),
     "queries": ("vectors:queries", lambda trace, sequence, layer: trace.vectors(sequence, layer, "queries")),
     "keys": ("vectors:keys", lambda trace, sequence, layer: trace.vectors(sequence, layer, "keys")),
+    "token_kinds": ("token_kinds", lambda trace, sequence, layer: _kinds(trace, sequence, layer)),
     "rotary": ("rotary", lambda trace, _, layer: rotary_signal(trace.header.rotary_of(layer))),
     "values": ("vectors:values", lambda trace, sequence, layer: trace.vectors(sequence, layer, "values")),
 }
@@ -127,6 +129,12 @@ def load_signal(trace: Trace, name: str, sequence: int, layers: list[int]) -> Te
         return _projections(trace, name.removeprefix(FILTER), sequence, layers)
     _, read = _READ[name]
     return torch.from_numpy(np.stack([read(trace, sequence, layer) for layer in layers]))
+
+
+def _kinds(trace: Trace, sequence: int, layer: int) -> Floats:
+    """Return the classes of tokens, which are those of every head, ``[G, T]``."""
+    kinds = token_kinds(trace, sequence)
+    return np.broadcast_to(kinds, (trace.heads_of(layer).kv_heads, len(kinds)))
 
 
 def _require_recorded(trace: Trace, plan: EvictionPlan) -> None:

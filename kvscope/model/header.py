@@ -17,6 +17,7 @@ from kvscope.model.loading import Loaded
 from kvscope.model.prompts import Prompt
 from kvscope.model.sample import sample
 from kvscope.model.selfcheck import AttentionFacts, layer_count
+from kvscope.model.token_kinds import special_ids
 from kvscope.trace.layer_records import AttentionKernel, LayerAttention, RotaryRecord
 from kvscope.trace.prompt_parts import ExampleRecord, ImageRecord, SpanRecord
 from kvscope.trace.record import (
@@ -79,6 +80,7 @@ def header(
         device=str(loaded.device),
         sampling=SamplingRecord(**asdict(sampling)),
         tokenizer=type(loaded.tokenizer).__name__,
+        special_tokens=special_ids(loaded.tokenizer) if hasattr(loaded.tokenizer, "all_special_ids") else None,
         versions=_versions(),
         seed=seed,
         command=command,

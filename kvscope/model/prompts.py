@@ -197,7 +197,7 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """
     texts, before, shown, start = [], 0, "", 0  # `start`: first token whose text is not in `texts` yet
     with tokenizer_explained(tokenizer):
-        decode = _decode(tokenizer)
+        decode = decoder_of(tokenizer)
         for stop in range(1, len(ids) + 1):
             whole = decode(ids[before:stop])
             if whole.endswith("\ufffd") and stop < len(ids) and stop - start < 8:
@@ -210,7 +210,7 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def _decode(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+def decoder_of(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
     """Return the function that decodes ids to text.
 
     Some tokenizers have no decoder of their own: their space marks, ``▁`` or ``Ġ``, would be shown as they are.

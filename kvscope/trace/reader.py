@@ -111,9 +111,9 @@ class Trace:
     @property
     def stored(self) -> frozenset[str]:
         """Signals that can be read: those on disk, those derived from them, and the rebuilt rows of ``topk``."""
-        rebuilt = ["maps"] if TOPK in self.header.stored else []
-        rotary = ["rotary"] if self.header.rotary else []
-        return frozenset((*self.header.stored, *self.header.derived, *rebuilt, *rotary))
+        header, kinds = self.header, self.header.special_tokens is not None
+        beside = {"maps": TOPK in header.stored, "rotary": bool(header.rotary), "token_kinds": kinds}
+        return frozenset((*header.stored, *header.derived, *(name for name, there in beside.items() if there)))
 
     @property
     def holds_rows(self) -> bool:

@@ -197,6 +197,9 @@ class TraceHeader:
         list[RotaryRecord],
         about("stores with vectors: rotary embedding of the recorded layers; empty if a layer has none", omit=True),
     ] = field(default_factory=list)
+    special_tokens: Annotated[
+        list[Number] | None, about("ids that the tokenizer calls special; recordings only", omit=True)
+    ] = None
 
     @property
     def whole(self) -> bool:

@@ -34,7 +34,8 @@ HISTORY = {
     11: "prompts with images: `images` of a sequence",
     12: "models that choose the keys they read: `indexed`; no weight of such a key is rounded to zero",
     13: "`rotary`: how the layers of a trace with vectors turn queries and keys by their positions; "
-    "norms of values after the output projection: `outputs`; a second reading of prompts: `readings`",
+    "norms of values after the output projection: `outputs`; a second reading of prompts: `readings`; "
+    "what the tokenizer calls special: `special_tokens`",
 }
 
 Which = Literal["queries", "keys", "values"]

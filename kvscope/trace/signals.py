@@ -19,6 +19,7 @@ REMEDIES = {
     "reconstruction": "Record it again with --reread.",
     "value_out_l1": "Record it again with --outputs.",
     "rotary": f"Record it again with --store {MAPS_AND_VECTORS} or {QKV}, from a model with a rotary embedding.",
+    "token_kinds": "Record it again with kvscope trace, which stores what the tokenizer calls special.",
     TOPK: f"Record it again with --store {TOPK}.",
     **{
         f"vectors:{name}": f"Record it again with --store {MAPS_AND_VECTORS} or {QKV}, or import it with {name}."

@@ -11,7 +11,7 @@ from kvscope.core.registry import Registry
 
 POLICIES = (
     "a2sf snapkv ada-kv attention-gate belady blend cake chunkkv compactor criticalkv curdkv dms duo-attention "
-    "expected-attention finch full h2o headkv ideal indexer key-norm keydiff keyformer kvzip lacache lagkv lru "
+    "expected-attention fastgen finch full h2o headkv ideal indexer key-norm keydiff keyformer kvzip lacache lagkv lru "
     "morphkv pyramidinfer pyramidkv q-filters quest r-kv raas random recycled-attention refreshkv roco "
     "scissorhands simlayerkv streaming-llm switch tova union vatp window"
 ).split()
@@ -106,7 +106,12 @@ def fade() -> None:
 @pytest.mark.parametrize(
     ("package", "what", "text", "place"),
     [
-        ("kvscope.policies", "policies", POLICY, POLICIES.index("finch")),  # after chunkkv.py, before finch.py
+        (
+            "kvscope.policies",
+            "policies",
+            POLICY,
+            POLICIES.index("fastgen"),
+        ),  # fade.py, fastgen.py
         ("kvscope.metrics", "metrics", METRIC, METRICS.index("read_keys")),  # after cosine.py, before keys.py
         ("kvscope.report.panels", "panels", PANEL, 0),
         ("kvscope.cli", "commands", COMMAND, 0),

@@ -71,6 +71,14 @@ TURNS = torch.tensor(
 )
 
 
+def token_kinds(seed: int, length: int) -> Tensor:
+    """Return random classes of tokens ``[T]``: 2 special, 1 punctuation, 0 others; the first is special."""
+    drawn = torch.rand(LONGEST, generator=torch.Generator().manual_seed(seed + 100))[:length]
+    kinds = (drawn < 0.25).double() + (drawn < 0.1).double()
+    kinds[0] = 2
+    return kinds
+
+
 def signals(
     plan: EvictionPlan, layers: int, heads: int, kv_heads: int, length: int, seed: int = 7
 ) -> dict[str, Tensor]:
@@ -87,6 +95,9 @@ def signals(
     for index, name in enumerate(sorted(plan.needs - ROWS)):
         if name == "rotary":
             result[name] = TURNS.repeat(layers, 1, 1)
+            continue
+        if name == "token_kinds":
+            result[name] = token_kinds(seed, length).expand(layers, kv_heads, -1)
             continue
         generator = torch.Generator().manual_seed(seed + index)
         drawn = torch.randn(LONGEST, *shapes[name], generator=generator, dtype=torch.float64)[:length]

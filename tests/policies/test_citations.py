@@ -26,6 +26,7 @@ KEYS = {
     "dms": "lancucki2025dms",
     "duo-attention": "xiao2025duoattention",
     "expected-attention": "devoto2025expectedattention",
+    "fastgen": "ge2023fastgen",
     "finch": "corallo2024finch",
     "h2o": "zhang2023h2o",
     "headkv": "fu2025headkv",
