@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvscope.cli.console import Column, show_table
+from kvscope.cli.console import ALWAYS, Column, show_table
 
 if TYPE_CHECKING:
     from kvscope.core.summary_records import SummaryRecord
     from kvscope.results.ranking import Best
 
+# Metric: header, and `Column.keep`.
 HEADERS = {
-    "answer_score": "answers",
-    "perplexity_ratio": "perplexity,\nratio to full",
-    "output_error": "output\nerror",
-    "late_mass_retained": "late\nmass",
-    "retained_mass": "retained\nmass",
+    "answer_score": ("answers", ALWAYS),
+    "perplexity_ratio": ("perplexity,\nratio to full", ALWAYS),
+    "output_error": ("output\nerror", 90),
+    "late_mass_retained": ("late\nmass", 80),
+    "retained_mass": ("retained\nmass", ALWAYS),
 }
 MOST = 2  # labels in a cell; of more the number is given
 
@@ -32,12 +33,13 @@ def show_best(summary: SummaryRecord) -> None:
 
 def columns(found: Sequence[Best]) -> list[Column]:
     """Return the columns: budget, kind, number of policies, and the best by each metric that any line has."""
-    named = [name for name in HEADERS if any(name in best.winners for best in found)]
+    named = {name: about for name, about in HEADERS.items() if any(name in best.winners for best in found)}
     return [
         Column("budget", [best.budget for best in found], numeric=True),
         Column("kind", [best.kind for best in found], wrap=10),
         Column("of", [str(best.count) for best in found], numeric=True),
-        *(Column(HEADERS[name], [_cell(best, name) for best in found], wrap=13) for name in named),
+        # Not wrapped: a line that begins with a part of a label could be a command of a CI system.
+        *(Column(header, [_cell(best, name) for best in found], keep) for name, (header, keep) in named.items()),
     ]
 
 
@@ -55,5 +57,5 @@ def _cell(best: Best, name: str) -> str:
     if name not in best.winners:
         return "-"
     value, labels = best.winners[name]
-    who = "\n".join(labels) if len(labels) <= MOST else f"{len(labels)} policies"
+    who = ", ".join(labels) if len(labels) <= MOST else f"{len(labels)} policies"
     return f"{value:.3f} {who}"

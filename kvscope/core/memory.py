@@ -18,6 +18,7 @@ except ImportError:  # Windows has no such limits
 _SIGNS = ("out of memory", "not enough memory", "allocate memory", "bad alloc", "bad_alloc", "alloc_failed")
 # What the loader of shared libraries says where a limit of this process leaves no addresses for them.
 _NOT_LOADED = ("failed to map segment", "cannot allocate memory")
+_NO_THREAD = "failed to launch worker thread"  # pyarrow, of an error of no class of its own
 ADVICE = "Use --device cpu, fewer policies or budgets at a time, or shorter texts."
 
 
@@ -40,6 +41,8 @@ def is_library_too_large(error: BaseException | None) -> bool:
     """Return whether an error, or one that it arose from, says that memory does not suffice to load a library."""
     while error is not None:
         if isinstance(error, (ImportError, OSError)) and any(sign in str(error).lower() for sign in _NOT_LOADED):
+            return True
+        if _NO_THREAD in str(error).lower():
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -130,7 +130,9 @@ class ReplayJob:
             str(self.open.device),
         )
         with ReplayWriter(output.path, record, force=output.force) as writer:
-            tally = self._opened(writer, _part(progress_callback, 0, share))
+            part = _part(progress_callback, 0, share)
+            coded = any(run.cache is not None for run in self.open.runs)
+            tally = self._opened(writer, part) if coded else step_through(self.open, writer, progress=part)
             counted = {run.number: tally.of(run.number) for run in self.open.runs}
             if self.closed is not None:
                 end = 1.0 if self.generate is None else CLOSED_SHARE

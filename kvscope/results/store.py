@@ -20,6 +20,7 @@ from kvscope.core.answer_records import ANSWERS
 from kvscope.core.checked_files import CheckedFiles
 from kvscope.core.counts import count
 from kvscope.core.errors import REPLAY_COMMAND, ResultError, UsageError
+from kvscope.core.memory import is_library_too_large
 from kvscope.core.newest import newest_first
 from kvscope.core.records import LOSSES, RUN_FILE, ReplayRecord, RunRecord, read_replay
 from kvscope.core.registry import nearest
@@ -64,7 +65,6 @@ class Replay:
         return summary
 
     def __repr__(self) -> str:
-        """Return one line: where it is, what was replayed, and over what."""
         runs, trace = self.info.runs, self.info.trace
         policies, budgets = (len({getattr(run, name) for run in runs}) for name in ("label", "budget"))
         of = f"{trace.model}, {count(len(trace.sequences), 'sequence')}, {count(len(trace.layers), 'layer')}"
@@ -72,7 +72,7 @@ class Replay:
         return f"<Replay {self.path}: {what} over {of}>"
 
     def _repr_html_(self) -> str:
-        """Return the summary as a table, for notebooks: the mean of every metric of every run."""
+        """Return the summary as a table, for notebooks."""
         table = self.frame().rename(columns=lambda name: name.replace("_", " "))
         shown = table.to_html(index=False, na_rep="", float_format="{:.4g}".format, border=0)
         return f"<p><b>{escape(self.name)}</b>: {len(table)} runs</p>{shown}"
@@ -83,11 +83,9 @@ class Replay:
         Parameters
         ----------
         table : {"summary", "fidelity", "residency", "tokens", "answers"}
-            ``summary`` has one row for each policy and budget, with the mean of every metric. The others have the rows
-            of the file of that name.
+            ``summary`` has a row for each policy and budget with the mean of every metric; the others are files.
         per : {"row", "step", "head", "layer", "sequence", "run"}
-            For ``fidelity``: over what its metrics are averaged: ``head`` leaves one row for each sequence, layer and
-            query head of each run.
+            For ``fidelity``: what keeps a row of its own; its metrics are averaged over the rest.
 
         Raises
         ------
@@ -201,6 +199,8 @@ class Replay:
         except pa.ArrowMemoryError:
             raise  # the file is not damaged
         except UNREADABLE as error:
+            if is_library_too_large(error):
+                raise  # it is memory that lacks
             raise self.damaged(f"{name}.parquet", "it cannot be read") from error
         return frame
 
@@ -225,6 +225,8 @@ class Replay:
         except pa.ArrowMemoryError:
             raise  # the file is not damaged
         except UNREADABLE as error:
+            if is_library_too_large(error):
+                raise  # it is memory that lacks
             raise self.damaged(f"{name}.parquet", "it cannot be read") from error
 
     def require_rows(self, name: str, table: pa.Table) -> None:

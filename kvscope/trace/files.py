@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kvscope.core.checked_files import CheckedFiles
 from kvscope.core.errors import TraceError
+from kvscope.core.memory import is_library_too_large
 from kvscope.trace.members import ABOUT, SIGNALS, members
 from kvscope.trace.record import TraceRecord
 from kvscope.trace.schema import SEALED_SINCE
@@ -89,6 +90,8 @@ class TraceFiles:
         except pa.ArrowMemoryError:
             raise  # of a file whose sizes were checked: it is not damaged
         except UNREADABLE as error:
+            if is_library_too_large(error):
+                raise  # it is memory that lacks
             raise self.damaged(name, "it cannot be read") from error
 
     def _require_own(self, name: str, file: pq.ParquetFile) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import kvscope.closed_loop.forward as module
+import kvscope.engine.quantised_steps as module
 from kvscope.engine.rows import Block, Shape
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.policies.spec import parse_policies
@@ -19,8 +19,8 @@ def test_the_same_rows(spec: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
     simulation = CacheSimulation(parse_policies([spec])[0], [6, 9], Shape((0,), 4, 2, 10, 30), "full", dtype=dtype)
     simulation.block(Block(rows[:, None], 0))
     part = rows[:, :, 12:]
-    kept, total = module._kept(simulation, part, 12, 30)
+    kept, total = module.kept_of(simulation, part, 12, 30)
     monkeypatch.setattr(module, "available", lambda: False)
-    plain, sums = module._kept(simulation, part, 12, 30)
+    plain, sums = module.kept_of(simulation, part, 12, 30)
     assert torch.equal(kept, plain) and bool((kept == 0).any(-1).all())
     assert torch.allclose(total, sums, rtol=1e-6)

@@ -25,7 +25,7 @@ from tests.engine.maps import KINDS, attention, signals
 
 SPECS = [
     "h2o",
-    "h2o:group=max",
+    "h2o:group=max,reduce=rows",
     "h2o:recent=0",
     "a2sf",
     "a2sf:alpha=0.93,group=sum,recent=2",

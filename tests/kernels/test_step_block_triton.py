@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not triton_available(), reason="triton is not in
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPECS = [
     "h2o",
-    "h2o:group=max",
+    "h2o:group=max,reduce=rows",
     "a2sf:alpha=0.93,group=sum,recent=2",
     "tova",
     "tova:scope=kv_head,group=max",

@@ -13,6 +13,7 @@ from kvscope.analysis.find_regrets import regrets
 from kvscope.core.errors import UsageError
 from kvscope.core.options import OutputOptions, PlanOptions, Prefill, ReplayOptions, TuneLevel, TuneOptions
 from kvscope.engine.layers import head_groups
+from kvscope.engine.plan import FILTER
 from kvscope.replay.compile import compile_replay
 from kvscope.replay.rescore import rescore
 from kvscope.results.residency import read_residency
@@ -27,13 +28,14 @@ BUDGET = 12
 # All but those that share a budget among layers, and gates, for which the trace has no layer inputs.
 SHARED = ("pyramid", "cake", "heads", "decay")
 BY_PLACE = ("lacache", "switch")  # what a layer does depends on its place in the model
-ALONE = [  # a gate and an index are those of a model
+ALONE = [  # a gate, an index and rotations are those of a model, and the traces of this file have none
     spec
     for spec in SPECS
     if plan(spec).allocate not in SHARED
     and not spec.startswith(BY_PLACE)
     and not plan(spec).gates
-    and "selection" not in plan(spec).needs
+    and not any(need.startswith(FILTER) for need in plan(spec).needs)
+    and not {"selection", "rotary", "value_out_l1", "reconstruction", "token_kinds"} & plan(spec).needs
 ]
 
 
