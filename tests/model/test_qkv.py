@@ -43,7 +43,7 @@ def test_the_same_as_a_trace_of_rows(name: str, prompt: Path, tmp_path: Path) ->
     maps, qkv = both(saved(tmp_path / name, name), prompt, tmp_path, query_block=4)
     assert maps.tokens(0).equals(qkv.tokens(0))
     assert qkv.stored == maps.stored
-    assert qkv.stored - {"rotary"} == set(STORES["maps+vectors"])
+    assert qkv.stored - {"rotary", "token_kinds"} == set(STORES["maps+vectors"])
     assert {file.parent.name for file in qkv.path.rglob("*.parquet")} == {"qkv", "states"}
     length = qkv.sequences[0].length
     for layer in (0, 1):
