@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvscope.core.errors import UsageError
 from kvscope.policies.base import Policy, Protection, Step, Traits, at_least, parameter, policy
 from kvscope.policies.citation import Citation
+from kvscope.policies.nested import require_nested
 from kvscope.policies.spec import parse_policy
 
 
@@ -55,13 +55,7 @@ class CriticalKV(Policy):
     def __post_init__(self) -> None:
         at_least("first", self.first, 0, 1)
         at_least("epsilon", self.epsilon, 0)
-        refusal = _refusal(self.inner)
-        if refusal:
-            raise UsageError(
-                f"criticalkv cannot use the base {self.base}: {refusal}", "Use a base such as snapkv, h2o or tova."
-            )
-        if ".py:" not in self.base:
-            object.__setattr__(self, "base", self.inner.label)  # one spelling of one policy
+        require_nested(self, "base", self.inner, _refusal(self.inner), "Use a base such as snapkv, h2o or tova.")
 
     @cached_property
     def inner(self) -> Policy:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from kvscope.core.errors import UsageError
 from kvscope.policies.base import Policy, Protection, Step, Traits, parameter
+from kvscope.policies.nested import require_nested
 from kvscope.policies.own import observe_of
 from kvscope.policies.spec import parse_policy
 
@@ -34,14 +35,8 @@ class Members(Policy):
 
     def __post_init__(self) -> None:
         for name, member in zip(self.positional, self.members, strict=True):
-            why_not = self.refusal(member)
-            if why_not:
-                raise UsageError(
-                    f"{self.name} cannot use {name}={getattr(self, name)}: {why_not}",
-                    "Use policies that evict under a budget, such as h2o, tova, streaming-llm or snapkv.",
-                )
-            if ".py:" not in getattr(self, name):
-                object.__setattr__(self, name, member.label)  # one spelling of one policy
+            todo = "Use policies that evict under a budget, such as h2o, tova, streaming-llm or snapkv."
+            require_nested(self, name, member, self.refusal(member), todo)
         first, second = self._evicting[0].traits, self._evicting[-1].traits
         if first.phase != second.phase or not first.prefills & second.prefills:
             raise UsageError(

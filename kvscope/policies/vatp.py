@@ -8,7 +8,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from kvscope.core.errors import UsageError
 from kvscope.policies.base import (
     Policy,
     Protection,
@@ -22,6 +21,7 @@ from kvscope.policies.base import (
     variant_parameter,
 )
 from kvscope.policies.citation import Citation
+from kvscope.policies.nested import require_nested
 from kvscope.policies.spec import parse_policy
 
 
@@ -67,13 +67,7 @@ class VATP(Policy):
 
     def __post_init__(self) -> None:
         at_least("sinks", self.sinks, 0)
-        refusal = _refusal(self.inner)
-        if refusal:
-            raise UsageError(
-                f"vatp cannot use the base {self.base}: {refusal}", "Use a base such as h2o, tova or a2sf."
-            )
-        if ".py:" not in self.base:
-            object.__setattr__(self, "base", self.inner.label)  # one spelling of one policy
+        require_nested(self, "base", self.inner, _refusal(self.inner), "Use a base such as h2o, tova or a2sf.")
 
     @cached_property
     def inner(self) -> Policy:
