@@ -9,7 +9,7 @@ from typing import Any
 from kvscope.core.options import Prefill
 from kvscope.core.summary_records import MetricSummary, RunSummary
 from kvscope.report.encoding import rounded
-from kvscope.results.ranking import kind_of
+from kvscope.results import ranking
 from kvscope.results.store import Replay
 
 # The metrics that come first and last; the others are between them.
@@ -137,7 +137,7 @@ class RunView:
     @property
     def kind(self) -> str:
         """One of `KINDS`."""
-        return kind_of(self.info)
+        return ranking.kind_of(self.info)
 
     @property
     def comparable(self) -> tuple[str, ...] | None:
@@ -209,7 +209,4 @@ class MetricFacts:
 def ends(runs: Sequence[RunView], metric: MetricFacts) -> tuple[float, float] | None:
     """Return the best and the worst value of some runs; None if no direction is better, or all are equal."""
     values = [value for run in runs if (value := rounded(run.mean(metric.name))) is not None]
-    if metric.direction == "none" or len(values) < 2 or min(values) == max(values):
-        return None
-    low, high = min(values), max(values)
-    return (high, low) if metric.direction == "higher" else (low, high)
+    return ranking.ends(values, metric.direction)

@@ -65,6 +65,14 @@ def kind_of(run: RunRecord) -> str:
     return {"step": "every step", "prefill": "prompt only"}.get(run.phase, "every N steps")
 
 
+def ends(values: Sequence[float], direction: str) -> tuple[float, float] | None:
+    """Return the best and the worst of some values; None if no direction is better, or all are equal."""
+    if direction == "none" or len(set(values)) < 2:
+        return None
+    low, high = min(values), max(values)
+    return (high, low) if direction == "higher" else (low, high)
+
+
 def best_of(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) -> list[Best]:
     """Return the best policies of each kind at each budget, in the order of budgets and kinds; bounds are no policies.
 
@@ -93,7 +101,7 @@ def _winners(
     winners = {}
     for name in HEADLINES:
         means = [(round(mean, DIGITS), run.label) for run in group if (mean := run.mean(name)) is not None]
-        if len({mean for mean, _ in means}) > 1:
-            best = (max if declared[name].direction == "higher" else min)(mean for mean, _ in means)
-            winners[name] = best, tuple(label for mean, label in means if mean == best)
+        found = ends([mean for mean, _ in means], declared[name].direction) if means else None
+        if found is not None:
+            winners[name] = found[0], tuple(label for mean, label in means if mean == found[0])
     return winners
