@@ -139,8 +139,8 @@ class Heads(Allocator):
     With ``b`` the free budget of a head, each head keeps ``b - b // beta`` keys, and the others are shared by all heads
     of the model in proportion to their scores. A head's score is the weight that the last 32 rows of the prompt give to
     keys that are neither among the first 4 nor among the 16 newest before their query, averaged over rows and the
-    query heads of a group; a policy with scores from a file, such as ``headkv``, uses those. HeadKV, arXiv:2410.19258,
-    section 3.2; code FYYFU/HeadKV, ``ReasonSnapKVCluster``, with ``beta = 1.2`` of its scripts. Scores made of the
+    query heads of a group; a policy with scores from a file, such as ``headkv``, uses those. HeadKV, arXiv:2410.19258;
+    code FYYFU/HeadKV, ``ReasonSnapKVCluster``, with ``beta = 1.2`` of its scripts. Scores made of the
     prompt are ours; that code rounds each head by itself, here the total is exact. Keys that a head cannot use go to
     the other heads. In layers with different numbers of heads, those of a layer have the mean of its scores.
     """
@@ -149,7 +149,7 @@ class Heads(Allocator):
     spans = "heads"
     needs = frozenset({"weights"})
     looks_across = True
-    paper = "arXiv:2410.19258 section 3.2"
+    paper = "arXiv:2410.19258"
     rows, sinks, newest, beta = 32, 4, 16, 1.2
 
     def observe(self, step: Step, memory: dict[str, Tensor]) -> None:
@@ -201,13 +201,13 @@ class Decay(Allocator):
     """The number of keys falls from layer to layer by a factor that itself falls along a cosine.
 
     With ``L`` layers, layer ``l`` keeps ``r_l = d + (1 - d) (cos(pi l / L) + 1) / 2`` of the free keys of the layer
-    before it, ``d = 0.9``; the shares are in proportion to these products. PyramidInfer, arXiv:2405.12532, section 3.3;
+    before it, ``d = 0.9``; the shares are in proportion to these products. PyramidInfer, arXiv:2405.12532;
     code mutonix/pyramidinfer, ``modeling_llama_pyramidinfer.py``, whose first layer keeps ``r_0 = 1`` of the prompt:
     there the factors give the budget, here they divide it. Keys that a layer cannot use go to the other layers.
     """
 
     spans = "layers"
-    paper = "arXiv:2405.12532 section 3.3"
+    paper = "arXiv:2405.12532"
     least = 0.9
 
     def share(self, request: AllocationRequest) -> Tensor:

@@ -1,6 +1,6 @@
 """A second reading of a prompt: how much each of its keys is attended to while the model is to repeat the prompt.
 
-As in KVzip (arXiv:2505.23416, section 3; code snu-mllab/KVzip, ``score.py`` and ``wrapper.py``): behind the cache of
+As in KVzip (arXiv:2505.23416; code snu-mllab/KVzip, ``score.py`` and ``wrapper.py``): behind the cache of
 the prompt the model reads an instruction and the prompt once more, in chunks.
 """
 
