@@ -145,7 +145,6 @@ class _Listener:
 
     def __init__(self, model: CausalModel, texts: list[HeardText]) -> None:
         self._model, self._texts, self._current, self._inside = model, texts, list[HeardText](), False
-        self._stops = stop_ids_of(model)
 
     def forward(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Observe one call of the model."""
@@ -197,16 +196,22 @@ class _Listener:
         sequences = made if isinstance(made, Tensor) else made.sequences
         prompts = _rows(ids, kwargs.get("attention_mask"))
         each = len(sequences) // len(prompts)  # several answers to one prompt
-        width = ids.shape[1]
+        width, stops = ids.shape[1], self._stops(kwargs)
         for number, row in enumerate(sequences.tolist()):
             prompt = prompts[number // each]
-            self._texts.append(HeardText(prompt + self._whole(row[width:]), len(prompt)))
+            self._texts.append(HeardText(prompt + _whole(row[width:], stops), len(prompt)))
         return made
 
-    def _whole(self, new: list[int]) -> list[int]:
-        """Return generated tokens up to the first that ends a text: what follows is padding."""
-        ends = [place for place, token in enumerate(new) if token in self._stops]
-        return new[: ends[0] + 1] if ends else new
+    def _stops(self, given: dict[str, Any]) -> frozenset[int]:
+        """Return the tokens that end a text in a call of ``generate``: its own setting, else that of the model."""
+        config = given.get("generation_config") or self._model.generation_config
+        return stop_ids_of(given.get("eos_token_id", config.eos_token_id))
+
+
+def _whole(new: list[int], stops: frozenset[int]) -> list[int]:
+    """Return generated tokens up to the first that ends a text: what follows is padding."""
+    ends = [place for place, token in enumerate(new) if token in stops]
+    return new[: ends[0] + 1] if ends else new
 
 
 def _rows(ids: Tensor, mask: Tensor | None) -> list[list[int]]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvscope.core.model_types import CausalModel, KeyValueCache, ModelOutput
+from kvscope.core.model_types import KeyValueCache, ModelOutput
 from kvscope.model.attention_hook import observe_attention
 from kvscope.model.copies import HostCopies
 from kvscope.model.header import sequence_record
@@ -197,12 +197,11 @@ def _scores(logits: Tensor, ids: Tensor) -> list[Score]:
 
 def stop_ids(loaded: Loaded) -> frozenset[int]:
     """Return the tokens that end a text, as the model's generation settings name them."""
-    return stop_ids_of(loaded.model)
+    return stop_ids_of(loaded.model.generation_config.eos_token_id)
 
 
-def stop_ids_of(model: CausalModel) -> frozenset[int]:
-    """Return the same of a model."""
-    ids = model.generation_config.eos_token_id
+def stop_ids_of(ids: int | list[int] | None) -> frozenset[int]:
+    """Return the tokens of a setting ``eos_token_id``."""
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)

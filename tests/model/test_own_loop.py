@@ -70,15 +70,19 @@ def test_a_batch_gives_a_sequence_for_each_text(pair: tuple[Any, Any], tmp_path:
         assert recording.trace.sequences[number].prompt == len(ids)
 
 
-def test_what_follows_the_end_of_a_text_is_padding(pair: tuple[Any, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["model", "argument", "config"])
+def test_what_follows_the_end_of_a_text_is_padding(pair: tuple[Any, Any], tmp_path: Path, where: str) -> None:
     model, tokenizer = pair
     ids = encoded(tokenizer, WORDS[0])
     free = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
     stop, kept = free[2], model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = stop
+    config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=0, max_new_tokens=6, do_sample=False)
+    given = {"argument": {"eos_token_id": stop, "max_new_tokens": 6}, "config": {"generation_config": config}}
     try:
+        if where == "model":
+            model.generation_config.eos_token_id = stop
         with kvscope.record(model, tokenizer, tmp_path / "mine") as recording:
-            model.generate(**padded(tokenizer), max_new_tokens=6, do_sample=False)
+            model.generate(**padded(tokenizer), **given.get(where, {"max_new_tokens": 6, "do_sample": False}))
     finally:
         model.generation_config.eos_token_id = kept
     assert recording.trace is not None
