@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kvscope.core.errors import UsageError
 from kvscope.policies.base import Step, variant
-from kvscope.policies.grouped_scores import head_scores
 from kvscope.policies.h2o import H2O
 from kvscope.policies.history import wider
 
@@ -70,8 +69,5 @@ class H2OMask(H2O):
         heavy = rank >= n - (step.budget[..., None] - recent)
         heavy |= n <= step.budget[..., None]
         step.memory["heavy"] = heavy
-        kept = heavy | (key >= n - recent)
-        if "head_scores" in step.memory:
-            of_heads = head_scores(step, score)
-            of_heads.mul_(kept.repeat_interleave(of_heads.shape[2] // kept.shape[2], 2))
-        return torch.where(kept, score, 0)
+        # Sums of query heads, where a policy stores them, keep what is lost: it stays below the heavy ones, which grow.
+        return torch.where(heavy | (key >= n - recent), score, 0)
