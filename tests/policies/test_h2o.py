@@ -5,6 +5,7 @@ import torch
 
 import kvscope.policies.h2o  # noqa: F401
 from kvscope.core.errors import UsageError
+from kvscope.engine.plan import EvictionPlan
 from kvscope.policies.spec import parse_policies
 from tests.engine.maps import attention, run
 from tests.policies.decisions import LENGTH, golden, golden_simulation, heads_at, simulations
@@ -23,11 +24,22 @@ def test_drop_decisions_equal_the_plain_loop(prefill: str, group: str, reduce: s
 
 @pytest.mark.parametrize("reduce", ["scores", "rows"])
 def test_mask_of_the_largest_of_a_group(reduce: str) -> None:
-    """The sums of a key that is lost are zero in every query head, so it returns with nothing."""
+    """In the loop the sums of a key that is lost are zero in every query head."""
     cases = [(1, 5), (4, 9), (9, 9), (10, 9), (17, 6), (LENGTH - 1, 3), (12, 3)]
     for rows, visible, _, prompt, budget in simulations(f"h2o:variant=mask,group=max,reduce={reduce}", "full", cases):
         newest = max(budget // 2, 1)
         assert visible == reference.mask(rows, budget - newest, newest, prompt, "max", reduce)
+
+
+def test_sums_of_query_heads_are_rounded_as_those_of_groups() -> None:
+    """Where each group has one query head, the largest is the mean, also in half precision, which changes decisions."""
+    rows = attention(5, 2, 4, 120)
+    held = {}
+    for group, precision in (("mean", "bfloat16"), ("max", "bfloat16"), ("max", None)):
+        plan = EvictionPlan.make(parse_policies([f"h2o:group={group}"])[0], accumulate=precision)
+        held[group, precision] = run(plan, rows, [20], kv_heads=4, prompt=1, prefill="stream").held(0, 120)
+    assert torch.equal(held["max", "bfloat16"], held["mean", "bfloat16"])
+    assert not torch.equal(held["max", "bfloat16"], held["max", None])
 
 
 def test_flexgen_of_the_largest_of_a_group() -> None:

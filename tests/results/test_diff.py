@@ -150,7 +150,7 @@ def test_a_parameter_that_an_earlier_version_lacks_has_its_default(base: dict) -
     assert {row.verdict for row in diff(base, new).rows} == {"same"} == {row.verdict for row in diff(new, base).rows}
     changed = copy.deepcopy(new["runs"][0]) | {"label": "h2o(reduce=rows)"}
     changed["params"] = changed["params"] | {"reduce": "rows"}
-    new["runs"].append(changed)
+    new["runs"].insert(0, changed)  # it is the first that could be taken for the run without the parameter
     rows = diff(base, new).rows
     assert {row.verdict for row in rows} == {"same", "new"}
     assert {row.run for row in rows if row.verdict == "new"} == {
