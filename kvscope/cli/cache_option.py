@@ -11,7 +11,7 @@ Cache = Annotated[
     typer.Option(
         "--cache",
         metavar="SCHEME,...",
-        help="Quantise caches, with every policy: int4:kivi, int2:kivi(group=32,residual=64), int4:kvquant, fp8; 16bit "
-        "to compare with.",
+        help="Quantise caches, with every policy: int4:kivi, int2:kivi(group=32,residual=64), int4:kvquant, "
+        "int4:quanto, fp8; 16bit to compare with.",
     ),
 ]

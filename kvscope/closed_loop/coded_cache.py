@@ -12,7 +12,6 @@ from kvscope.closed_loop.like_layers import LikeLayers
 from kvscope.core.cache_scheme import CacheScheme
 from kvscope.model.derotation import Derotation
 from kvscope.model.short_cache import ShortLayer
-from kvscope.quantisation.codes import code_fp8
 from kvscope.quantisation.layer import Rotation, read_keys, read_values
 
 
@@ -65,7 +64,8 @@ class CodedCache:
         scheme = self._how.scheme
         first = tokens <= max(1, self._prompt)
         keys, values = (
-            (0 if first else count(tokens - 1), count(tokens)) for count in (scheme.coded_keys, scheme.coded_values)
+            (0 if first else count(tokens - 1, self._prompt), count(tokens, self._prompt))
+            for count in (scheme.coded_keys, scheme.coded_values)
         )
         for part in parts:
             for caches, held, _ in part.groups:
@@ -90,8 +90,8 @@ class CodedCache:
             value = torch.where(among(values)[..., None], read, value)
         if keys[1] > keys[0]:
             members = among(keys)
-            if scheme.kind == "fp8":
-                read = code_fp8(torch.nan_to_num(key)).to(kind).to(self._exact)
+            if scheme.per_token:
+                read, _ = read_values(torch.nan_to_num(key), scheme, kind)
                 key = torch.where(members[..., None], read, key)
             else:
                 key, _, _ = read_keys(key, members, positions, scheme, self._how.rotations.get(layer), kind)

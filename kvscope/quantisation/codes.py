@@ -1,9 +1,10 @@
 """Codes of keys and values, and what is read back from them.
 
-Everything is computed in the dtype of the vectors; scales and zero points are rounded to float16, as a cache stores
-them. A code is ``round((x - zero) / scale)``, cut to ``0..2**bits - 1``, halves to the even code; read back it is
-``code * scale + zero``, with ``zero`` the least number that shares the scale and ``scale`` the range divided by the
-largest code. Where all numbers are the same the code is 0, and ``zero`` is read back.
+Everything is computed in the dtype of the vectors, and scales and zero points are rounded to float16, as a cache stores
+them; with ``quanto`` both are in the dtype of the cache. A code is ``round((x - zero) / scale)``, cut to
+``0..2**bits - 1``, halves to the even code; read back it is ``code * scale + zero``, with ``zero`` the least number
+that shares the scale and ``scale`` the range divided by the largest code. Where all numbers are the same the code is 0,
+and ``zero`` is read back.
 """
 
 from __future__ import annotations
@@ -65,18 +66,21 @@ def code_keys(key: Tensor, members: Tensor, scheme: CacheScheme) -> CodedKeys:
     return CodedKeys(torch.where(inside, read, key), torch.where(members, group, -1), (kept & inside).sum(-1))
 
 
-def code_values(value: Tensor, scheme: CacheScheme) -> tuple[Tensor, Tensor]:
+def code_values(value: Tensor, scheme: CacheScheme, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return values ``[..., D]`` as they are read back from codes with scales for each token, and their outliers.
 
-    In ``kivi`` each group of channels has a scale, the last may be smaller; in ``kvquant`` the whole vector has one.
-    The second tensor is int64 ``[...]``: numbers of each vector that stay in full precision.
+    In ``kivi`` and ``quanto`` each group of channels has a scale, the last may be smaller; in ``kvquant`` the whole
+    vector has one. ``quanto`` computes and stores in the dtype of the cache, `kind`. The second tensor is
+    int64 ``[...]``: numbers of each vector that stay in full precision.
     """
-    if scheme.kind == "kivi":
+    if scheme.kind in ("kivi", "quanto"):
+        stored = kind if scheme.kind == "quanto" else torch.float16
+        exact = value.to(kind) if scheme.kind == "quanto" else value
         parts = [
-            _per_vector(part, torch.zeros_like(part, dtype=torch.bool), scheme.levels)
-            for part in torch.split(value, scheme.group, -1)
+            _per_vector(part, torch.zeros_like(part, dtype=torch.bool), scheme.levels, stored)
+            for part in torch.split(exact, scheme.group, -1)
         ]
-        return torch.cat(parts, -1), value.new_zeros(value.shape[:-1], dtype=torch.int64)
+        return torch.cat(parts, -1).to(value.dtype), value.new_zeros(value.shape[:-1], dtype=torch.int64)
     off = value - value.mean(-1, keepdim=True)
     distance = _deviations(off, off.square().mean(-1, keepdim=True).sqrt())
     kept = _largest(
@@ -96,10 +100,10 @@ def code_fp8(vectors: Tensor) -> Tensor:
     return codes.to(vectors.dtype) * scale
 
 
-def _per_vector(x: Tensor, kept: Tensor, levels: int) -> Tensor:
+def _per_vector(x: Tensor, kept: Tensor, levels: int, stored: torch.dtype = torch.float16) -> Tensor:
     low = torch.where(kept, torch.inf, x).amin(-1, keepdim=True)
     high = torch.where(kept, -torch.inf, x).amax(-1, keepdim=True)
-    scale, zero = ((high - low) / levels).half().to(x.dtype), low.half().to(x.dtype)
+    scale, zero = ((high - low) / levels).to(stored).to(x.dtype), low.to(stored).to(x.dtype)
     return torch.where(kept, x.half().to(x.dtype), _rounded(x, zero, scale, levels))
 
 

@@ -70,7 +70,7 @@ class QuantisedLayer:
         self._window, self._chunk = window, chunk
         self._kind = key.dtype
         self.key, self.value = key.to(exact), value.to(exact)
-        self.coded_key = code_fp8(self.key).to(self._kind).to(exact) if scheme.kind == "fp8" else self.key.clone()
+        self.coded_key = read_values(self.key, scheme, self._kind)[0] if scheme.per_token else self.key.clone()
         self.coded_value, self._value_outliers = read_values(self.value, scheme, self._kind)
         self.group = torch.full(key.shape[:3], -1, dtype=torch.int64, device=key.device)
         self._key_outliers = torch.zeros_like(self.group)
@@ -86,7 +86,7 @@ class QuantisedLayer:
         """Return which keys, and which values, queries `start` to `stop` - 1 read as codes, bool ``[b, stop]``."""
         steps = range(start, stop)
         keys, values = (
-            [count(t) if t >= self._prompt else 0 for t in steps]
+            [count(t, self._prompt) if t >= self._prompt else 0 for t in steps]
             for count in (self.scheme.coded_keys, self.scheme.coded_values)
         )
         place = torch.arange(stop, device=self.key.device)
@@ -108,10 +108,10 @@ class QuantisedLayer:
 
     def quantise(self, tokens: int, held: Tensor) -> None:
         """Quantise the keys that become codes once so many tokens have come, of those in `held`, bool ``[R, G, n]``."""
-        if self.scheme.kind == "fp8" or tokens < self._prompt:
+        if self.scheme.per_token or tokens < self._prompt:
             return
-        before = self.scheme.coded_keys(tokens - 1) if tokens > max(1, self._prompt) else 0
-        stop = self.scheme.coded_keys(tokens)
+        before = self.scheme.coded_keys(tokens - 1, self._prompt) if tokens > max(1, self._prompt) else 0
+        stop = self.scheme.coded_keys(tokens, self._prompt)
         if stop <= before:
             return
         place = torch.arange(stop, device=self.key.device)
@@ -143,14 +143,17 @@ class QuantisedLayer:
         scheme, (d, of_value) = self.scheme, (self.key.shape[-1], self.value.shape[-1])
         n = held.shape[-1]
         scales = 1 if scheme.kind == "fp8" else 2  # fp8 has no zero point
-        parts = -(-of_value // scheme.group) if scheme.kind == "kivi" else 1
-        per_value = scheme.bits * of_value + scales * HALF * parts
+
+        def parts(size: int) -> int:
+            return -(-size // scheme.group) if scheme.kind in ("kivi", "quanto") else 1
+
+        per_value = scheme.bits * of_value + scales * HALF * parts(of_value)
         own = (held & values) * (per_value + 2 * HALF * self._value_outliers[:, :, None, :n])
         own = own + (held & ~values) * HALF * of_value + (held & ~keys) * HALF * d
-        per_key = scheme.bits * d + (HALF if scheme.kind == "fp8" else 0)
+        per_key = scheme.bits * d + (scales * HALF * parts(d) if scheme.per_token else 0)
         own = own + (held & keys) * (per_key + 2 * HALF * self._key_outliers[:, :, None, :n])
         total = own.sum(-1)
-        if scheme.kind != "fp8" and self._groups:
+        if not scheme.per_token and self._groups:
             group = self.group[:, :, None, :n].clamp(min=0).expand(held.shape)
             there = held.new_zeros(*held.shape[:3], self._groups, dtype=torch.int8)
             there.scatter_reduce_(-1, group, (held & keys).to(torch.int8), "amax")
@@ -195,8 +198,11 @@ def read_keys(
 
 
 def read_values(value: Tensor, scheme: CacheScheme, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return values ``[..., D]`` as read back from codes, rounded to the dtype `kind`, and their outliers ``[...]``."""
+    """Return values ``[..., D]`` as read back from codes, rounded to the dtype `kind`, and their outliers ``[...]``.
+
+    Keys are read in the same way where the scheme has scales for each token (`CacheScheme.per_token`).
+    """
     if scheme.kind == "fp8":
         return code_fp8(value).to(kind).to(value.dtype), value.new_zeros(value.shape[:-1], dtype=torch.int64)
-    read, outliers = code_values(value, scheme)
+    read, outliers = code_values(value, scheme, kind)
     return read.to(kind).to(value.dtype), outliers

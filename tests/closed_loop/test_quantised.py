@@ -34,6 +34,8 @@ CACHES = (
     "int8:kivi(group=2,residual=8)",
     "int3:kvquant(group=5,outliers=5%)",
     "int2:kvquant(group=4,outliers=0%,first=0)",
+    "int4:quanto(group=3,residual=5)",
+    "int2:quanto(group=8,residual=1)",
     "fp8",
 )
 POLICIES = ("full", "h2o", "tova", "streaming-llm(sinks=2)", "snapkv(window=3)", "a2sf", "keydiff", "ada-kv(window=3)")

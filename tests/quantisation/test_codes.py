@@ -17,6 +17,7 @@ SCHEMES = [
     "int8:kivi(group=5,residual=5)",
     "int3:kvquant(group=4,outliers=10%)",
     "int4:kvquant(group=2,outliers=0%)",
+    "int4:quanto(group=4)",
 ]
 
 
@@ -56,7 +57,7 @@ def test_keys_per_channel(text: str, seed: int, keys: int, size: int) -> None:
 @given(seed=st.integers(0, 1000), size=st.integers(3, 40))
 def test_values_per_token(text: str, seed: int, size: int) -> None:
     scheme, value = scheme_of(text), vectors(seed, 3, size)
-    read, outliers = code_values(value, scheme)
+    read, outliers = code_values(value, scheme, value.dtype)
     for each in range(3):
         expected, count = plain.coded_value(value[each].tolist(), scheme)
         assert torch.allclose(read[each], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -85,7 +86,7 @@ def test_equal_numbers_and_zeros_are_read_back() -> None:
     everyone = torch.ones(1, 6, dtype=torch.bool)
     for text in SCHEMES:
         assert torch.equal(code_keys(same, everyone, scheme_of(text)).read, same)
-        assert torch.equal(code_values(same * 0, scheme_of(text))[0], same * 0)
+        assert torch.equal(code_values(same * 0, scheme_of(text), same.dtype)[0], same * 0)
     assert torch.equal(code_fp8(same * 0), same * 0)
 
 

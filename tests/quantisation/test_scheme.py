@@ -13,6 +13,8 @@ WRITTEN = {
     "int4:kivi": CacheScheme("kivi", 4),
     "INT2:KIVI(group=16, residual=64)": CacheScheme("kivi", 2, 16, 64),
     "int3:kvquant(outliers=0.5%,first=0)": CacheScheme("kvquant", 3, outliers=0.005, first=0),
+    "int4:quanto": CacheScheme("quanto", 4, 64),
+    "int2:quanto(group=32,residual=64)": CacheScheme("quanto", 2, 32, 64),
     "fp8": CacheScheme("fp8", 8),
 }
 
@@ -39,6 +41,8 @@ def test_lists() -> None:
     ("text", "why"),
     [
         ("int5", "has codes of 5 bits"),
+        ("int3:quanto", "has codes of 3 bits"),
+        ("int4:quanto(outliers=1%)", "has no parameter 'outliers'"),
         ("int4:squeeze", "unknown kind 'squeeze'"),
         ("four bits", "cache 'four bits' is unknown"),
         ("int4:kivi(group=32", "is unknown"),
@@ -68,7 +72,10 @@ def test_damaged_records_are_refused(text: str) -> None:
 def test_when_keys_and_values_become_codes() -> None:
     """KIVI: keys whenever `residual` more have come; values one by one, `residual` steps late."""
     kivi = CacheScheme("kivi", 4, 2, 4)
-    assert [kivi.coded_keys(tokens) for tokens in range(10)] == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
-    assert [kivi.coded_values(tokens) for tokens in range(10)] == [0, 0, 0, 0, 0, 1, 2, 3, 4, 5]
+    assert [kivi.coded_keys(tokens, 3) for tokens in range(10)] == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
+    assert [kivi.coded_values(tokens, 3) for tokens in range(10)] == [0, 0, 0, 0, 0, 1, 2, 3, 4, 5]
     fp8 = CacheScheme("fp8", 8)
-    assert [(fp8.coded_keys(tokens), fp8.coded_values(tokens)) for tokens in (0, 1, 7)] == [(0, 0), (1, 1), (7, 7)]
+    assert [(fp8.coded_keys(t, 0), fp8.coded_values(t, 0)) for t in (0, 1, 7)] == [(0, 0), (1, 1), (7, 7)]
+    quanto = CacheScheme("quanto", 4, 64, 3)
+    assert [quanto.coded_keys(tokens, 5) for tokens in range(5, 13)] == [5, 5, 5, 8, 8, 8, 11, 11]
+    assert [quanto.coded_values(tokens, 0) for tokens in range(9)] == [0, 1, 1, 1, 4, 4, 4, 7, 7]

@@ -44,9 +44,9 @@ class Codes:
     codes: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, numbers: dict[int, float], levels: int) -> Codes:
+    def of(cls, numbers: dict[int, float], levels: int, stored: Callable[[float], float] = half) -> Codes:
         low, high = (min(numbers.values()), max(numbers.values())) if numbers else (0.0, 0.0)
-        made = cls(half((high - low) / levels), half(low))
+        made = cls(stored((high - low) / levels), stored(low))
         for place, number in numbers.items():
             code = round((number - made.zero) / made.scale) if made.scale else round(number - made.zero)
             made.codes[place] = min(max(code, 0), levels)
@@ -94,14 +94,15 @@ def coded_value(value: Vector, scheme: CacheScheme) -> tuple[Vector, int]:
     if scheme.kind == "fp8":
         return coded_fp8(value), 0
     kept: set[tuple[int, int]] = set()
-    width = scheme.group if scheme.kind == "kivi" else len(value)
+    width = scheme.group if scheme.kind in ("kivi", "quanto") else len(value)
+    stored = float if scheme.kind == "quanto" else half  # the tests cache float64
     if scheme.kind == "kvquant":
         distance = {(0, channel): far for channel, far in enumerate(deviations(value))}
         kept = farthest(distance, int(len(value) * scheme.outliers + 0.5))
     read: Vector = []
     for start in range(0, len(value), width):
         part = {channel: value[channel] for channel in range(start, min(start + width, len(value)))}
-        codes = Codes.of({place: one for place, one in part.items() if (0, place) not in kept}, scheme.levels)
+        codes = Codes.of({place: one for place, one in part.items() if (0, place) not in kept}, scheme.levels, stored)
         read += [half(one) if (0, place) in kept else codes.read(place) for place, one in part.items()]
     return read, len(kept)
 
@@ -127,6 +128,7 @@ class Head:
     outliers: dict[tuple[str, int], int] = field(default_factory=dict)
     coded_values: set[int] = field(default_factory=set)
     groups: int = 0
+    last: int | None = None  # of quanto: how many tokens had come when all of them became codes
 
     def add(self, position: int, key: Vector, value: Vector) -> None:
         self.key[position], self.value[position] = key, value
@@ -140,6 +142,9 @@ class Head:
     def quantise(self, tokens: int) -> None:
         """Quantise what is due once so many tokens have come; those that are evicted are gone already."""
         scheme = self.scheme
+        if scheme.kind == "quanto":
+            self._quantise_all(tokens)
+            return
         first = scheme.first if scheme.kind == "kvquant" else 0
         if scheme.kind == "kivi":
             keys, values = tokens - tokens % scheme.residual, tokens - scheme.residual
@@ -153,6 +158,18 @@ class Head:
             if first <= position < values and position not in self.coded_values:
                 self.value[position], self.outliers["value", position] = coded_value(self.value[position], scheme)
                 self.coded_values.add(position)
+
+    def _quantise_all(self, tokens: int) -> None:
+        """Read all that is held and quantise it again, also what is codes already, when the residual is full."""
+        if self.last is not None and tokens - self.last < self.scheme.residual:
+            return
+        self.last = tokens
+        for position in self.key:
+            self.key[position], _ = coded_value(self.key[position], self.scheme)
+            self.value[position], _ = coded_value(self.value[position], self.scheme)
+            self.group_of[position] = position
+            self.coded_values.add(position)
+            self.outliers["key", position] = self.outliers["value", position] = 0
 
     def _group(self, members: list[int]) -> None:
         keys = [self.key[each] for each in members]
@@ -177,16 +194,17 @@ class Head:
             if position in self.group_of:
                 total += scheme.bits * len(key) + 32 * self.outliers["key", position]
                 total += 16 if scheme.kind == "fp8" else 0
+                total += 32 * math.ceil(len(key) / scheme.group) if scheme.kind == "quanto" else 0
             else:
                 total += 16 * len(key)
         for position, value in self.value.items():
             if position in self.coded_values:
-                parts = math.ceil(len(value) / scheme.group) if scheme.kind == "kivi" else 1
+                parts = 1 if scheme.kind == "kvquant" else math.ceil(len(value) / scheme.group)
                 total += scheme.bits * len(value) + 32 * self.outliers["value", position]
                 total += 16 if scheme.kind == "fp8" else 32 * parts
             else:
                 total += 16 * len(value)
-        if scheme.kind != "fp8":
+        if scheme.kind in ("kivi", "kvquant"):
             channels = len(next(iter(self.key.values()))) if self.key else 0
             total += 32 * channels * len(set(self.group_of.values()))
         return total
