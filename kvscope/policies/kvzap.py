@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvscope.policies.base import Policy, Protection, Step, Traits, at_least, parameter, policy
+from kvscope.policies.base import Policy, Protection, Recurrence, Step, Traits, at_least, parameter, policy
 from kvscope.policies.citation import Citation
 
 
@@ -61,6 +61,9 @@ class KVzap(Policy):
 
     def protect(self, budget: int) -> Protection:
         return Protection(recent=min(self.window, budget // 2)) if self.threshold is None else Protection()
+
+    def recurrence(self) -> Recurrence | None:
+        return Recurrence("none", fixed=lambda keys: keys.signals[self._signal]) if self.threshold is None else None
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         found = step.signals[self._signal].expand(step.visible.shape).to(score.dtype)

@@ -88,26 +88,15 @@ def train_scorers(
         raise UsageError(
             "one prompt is too few to train and evaluate scorers", "Name traces with two or more prompts in all."
         )
-    header = traces[0].header
-    facts = ScorerFacts(
-        model=str(header.model.id),
-        layers=header.n_layers,
-        hidden=traces[0].hidden(0, traces[0].layers[0]).shape[-1],
-        kv_heads=header.kv_heads,
-        width=settings.width,
-        weights=list(header.model.weights or ()),
-    )
     torch.manual_seed(settings.seed)
-    scorers = KeyScorers(facts)
-    trained = [one for place, one in enumerate(every) if place % HELD_OUT != 1]
-    held_out = [one for place, one in enumerate(every) if place % HELD_OUT == 1]
+    scorers = KeyScorers(_facts(traces[0], settings))
     explained: list[float] = []
     rank: list[float] = []
     with memory_explained(" while scorers were trained", "Lower --tokens."):
         for layer, scorer in enumerate(scorers.layers):
             assert isinstance(scorer, LayerScorer)
-            _train(scorer, *_examples(trained, layer, settings), settings)
-            share, ranks = _evaluated(scorer, held_out, layer)
+            _train(scorer, *_examples(every, layer, settings), settings)
+            share, ranks = _evaluated(scorer, every, layer)
             explained.append(share)
             rank.append(ranks)
             if progress_callback is not None:
@@ -120,9 +109,22 @@ def train_scorers(
         "rank": rank,
         "versions": versions("torch"),
     }
-    scorers.facts = replace(facts, provenance=about)
+    scorers.facts = replace(scorers.facts, provenance=about)
     scorers.write(output)
     return TrainedScorers(output, scorers.requires_grad_(False).eval(), explained, rank)
+
+
+def _facts(trace: Trace, settings: ScorerSettings) -> ScorerFacts:
+    """Return the facts about scorers for the model of a trace, without provenance."""
+    header = trace.header
+    return ScorerFacts(
+        model=str(header.model.id),
+        layers=header.n_layers,
+        hidden=trace.hidden(0, trace.layers[0]).shape[-1],
+        kv_heads=header.kv_heads,
+        width=settings.width,
+        weights=list(header.model.weights or ()),
+    )
 
 
 def pair(trace: Trace, sequence: int, layer: int) -> tuple[Tensor, Tensor]:
@@ -134,9 +136,11 @@ def pair(trace: Trace, sequence: int, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def _examples(every: Sequence[tuple[Trace, int]], layer: int, settings: ScorerSettings) -> tuple[Tensor, Tensor]:
-    """Return the inputs ``[n, hidden]`` and logarithms ``[n, G]`` of random tokens of each prompt, equal in layers."""
+    """Return the inputs ``[n, hidden]`` and logarithms ``[n, G]`` of random tokens of prompts not held out."""
     parts = []
     for number, one in enumerate(every):
+        if number % HELD_OUT == 1:
+            continue
         hidden, target = pair(*one, layer)
         random = torch.Generator().manual_seed(1_000_003 * settings.seed + number)
         chosen = torch.randperm(len(hidden), generator=random)[: settings.tokens]
@@ -179,10 +183,10 @@ def _solve(scorer: LayerScorer, hidden: Tensor, target: Tensor) -> None:
 
 @torch.no_grad()
 def _evaluated(scorer: LayerScorer, every: Sequence[tuple[Trace, int]], layer: int) -> tuple[float, float]:
-    """Return the share of the variance that is explained, and the mean correlation of ranks, on some prompts."""
+    """Return the share of the variance that is explained, and the mean correlation of ranks, on held-out prompts."""
     error = spread = 0.0
     ranks = []
-    for one in every:
+    for one in every[1::HELD_OUT]:
         hidden, target = pair(*one, layer)
         found = scorer(hidden)
         error += float((found - target).square().sum())
