@@ -58,7 +58,7 @@ OUTPUT = ROOT / "benchmarks" / "results" / "operations.json"
 LAYERS, BUDGET, PROMPT = 2, 20, 28  # the prompt exceeds the budget
 FEW, MORE = 8, 16  # tokens after the prompt, and how many more the longer text has
 GATED = "attention-gate"  # has a gate for the bundled model only
-OF_DEMO = (GATED, "dms", "q-filters")  # have files for the bundled model only
+OF_DEMO = (GATED, "dms", "q-filters", "kvzap")  # have files for the bundled model only
 
 # Operations after which the host waits: it reads a number, has to know how many entries there are, or copies numbers
 # of its own into a tensor.

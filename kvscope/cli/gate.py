@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 app = command_group(
     "gate",
     order=150,
-    help="Train gates for attention-gate, which decide which keys to retain, or compute the filters of q-filters.",
+    help="Train gates for attention-gate, compute filters for q-filters, or scorers for kvzap.",
 )
 
 
@@ -80,7 +80,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkp
 
 @app.callback()
 def gates() -> None:
-    """Train gates for attention-gate, which decide which keys to retain, or compute the filters of q-filters."""
+    """Train gates for attention-gate, compute filters for q-filters, or scorers for kvzap."""
 
 
 @app.command("filters")
@@ -99,7 +99,7 @@ def filters(
     from kvscope.cli.hints import replay_of
     from kvscope.cli.places import find_trace
 
-    _require_free(output, force)
+    require_free(output, force)
     with console.working("reading queries", quiet=quiet):
         from kvscope.trace.reader import open_trace
         from kvscope.training.filters import filters_of
@@ -242,17 +242,17 @@ def _require_arguments(
         )
     if text and model is None:
         raise UsageError("--text needs a model", "Name one: --model demo")
-    _require_free(output, force)
+    require_free(output, force)
 
 
-def _require_free(output: Path, force: bool) -> None:
+def require_free(output: Path, force: bool) -> None:
     """Raise UsageError unless the output can be written."""
+    from kvscope.core import output as outputs
     from kvscope.core.errors import UsageError
-    from kvscope.core.output import require_free
 
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UsageError(f"{output} cannot be written", f"Name a file in a folder that exists: -o {output.name}")
-    require_free(output, force=force)
+    outputs.require_free(output, force=force)
 
 
 def _show(made: Trained, *, as_json: bool) -> None:

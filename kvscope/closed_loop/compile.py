@@ -18,6 +18,7 @@ from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.closed_loop.passage import Passage, require_decodable_images
 from kvscope.closed_loop.perplexity import PerplexityJob, describe_texts, passages_of_texts
 from kvscope.closed_loop.press_choices import with_choices
+from kvscope.closed_loop.readings import with_readings
 from kvscope.closed_loop.self_check import self_check
 from kvscope.closed_loop.trace_passages import load_model_of, passages_of
 from kvscope.closed_loop.verify import VerifyJob, shortened
@@ -119,7 +120,8 @@ def compile_trace_loop(
     assert options.closed is not None, "called only with a closed loop"
     loaded = loaded or load_model_of(trace, options.closed, str(torch_device(options.device)))
     inside = closed_runs(runs, options.closed.positions, opened)
-    closed = compile_closed_loop(loaded.model, passages_of(trace, loaded), inside, metrics, options.prefill)
+    passages = with_readings(loaded, passages_of(trace, loaded), _plans_of(inside))
+    closed = compile_closed_loop(loaded.model, passages, inside, metrics, options.prefill)
     return closed, None if options.generate is None else compile_generation(trace, closed, loaded, options.generate)
 
 
@@ -207,6 +209,7 @@ def compile_perplexity(
     for plan in plans:
         require_feasible(plan, limits, workload)
     runs = runs_of(plans, limits, Loop.closed, options.positions, caches)
+    passages = with_readings(loaded, passages, plans)
     return PerplexityJob(compile_closed_loop(loaded.model, passages, runs, metrics, prefill), source_ref, read.notes)
 
 
@@ -246,6 +249,7 @@ def compile_verify(
         for part, text in zip(cut, whole[: len(cut)], strict=True)
     ]
     require_decodable_images(passages, options.prefill)
+    passages = with_readings(loaded, passages, plans)
     runs = runs_of(plans, limits, Loop.closed, closed.positions, caches)
     job = compile_closed_loop(loaded.model, passages, runs, [], options.prefill)
     with torch.inference_mode():

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from kvscope.closed_loop.coded_cache import CodedCache, Quantised
 from kvscope.closed_loop.decoded_rows import at_cache_position, attends_elsewhere, beyond, exact_dtype, signal, weights
-from kvscope.closed_loop.gates import margins
+from kvscope.closed_loop.gates import margins, scores
 from kvscope.closed_loop.like_layers import LikeLayers
 from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.closed_loop.prompt_pass import PromptPass
 from kvscope.core.model_types import CausalModel, KeyValueCache
-from kvscope.engine.plan import GATE
+from kvscope.engine.plan import GATE, SCORER
 from kvscope.engine.signal_axes import per_token, time_axis
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.attention_hook import Call, Kernel, replace_attention
@@ -263,6 +263,8 @@ class Decoder:
                 fresh = self._given.kinds_at(part.simulation.shape.sequence, start, self.ids[:, start : layer.seen])
             elif name.startswith(GATE):
                 fresh = self._margins(name.removeprefix(GATE), call)[..., -queries:]
+            elif name.startswith(SCORER):
+                fresh = scores(name.removeprefix(SCORER), call).expand(len(self.ids), -1, -1)
             else:
                 fresh = signal(name, call.query.to(self.exact), key, value, self._given, call.layer)
             buffer[:, part.place(call.layer)].narrow(time_axis(name), start, queries).copy_(fresh)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kvscope.core.errors import UsageError
 from kvscope.core.options import Loop, Positions
-from kvscope.engine.plan import FILTER, GATE, EvictionPlan
+from kvscope.engine.plan import FILTER, GATE, SCORER, EvictionPlan
 from kvscope.engine.runs import RunSpec
 from kvscope.engine.signal_axes import VECTORS
 from kvscope.engine.signals import ROWS
@@ -75,7 +75,7 @@ def require_decodable(plan: EvictionPlan) -> None:
             f"{plan.policy.label} {why} keys that a shortened cache does not hold, so it cannot be decoded with one",
             "Use another policy, or replay this one in the closed loop.",
         )
-    unknown = {name for name in plan.needs - ROWS - SIGNALS if not name.startswith((GATE, FILTER))}
+    unknown = {name for name in plan.needs - ROWS - SIGNALS if not name.startswith((GATE, FILTER, SCORER))}
     if unknown:
         raise UsageError(
             f"{plan.policy.label} needs a signal called {sorted(unknown)[0]!r}, which decoding does not provide",

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from kvscope.closed_loop.compaction import Compacted
-from kvscope.closed_loop.gates import margins
+from kvscope.closed_loop.gates import margins, scores
 from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.closed_loop.quantised import QuantisedCall
 from kvscope.core.errors import ReplayError
 from kvscope.core.model_types import CausalModel
-from kvscope.engine.plan import FILTER, GATE
+from kvscope.engine.plan import FILTER, GATE, SCORER
 from kvscope.engine.quantised_steps import QuantisedSteps, kept_of
 from kvscope.engine.rows import Block, Shape
 from kvscope.engine.scoring import BlockScorer, MetricSeries
@@ -242,6 +242,8 @@ def signal(call: Call, name: str, text: PassShape) -> Tensor:
     """
     if name.startswith(GATE):
         return margins(name.removeprefix(GATE), call, call.hidden, text.prompt)[:, None]
+    if name.startswith(SCORER):
+        return scores(name.removeprefix(SCORER), call)[:, None]
     if name in ("value_l1", "value_l2", "key_l2"):
         vectors = call.value if name.startswith("value") else call.key
         norm: Tensor = vectors.to(call.exact).norm(p=1 if name.endswith("l1") else 2, dim=-1)

@@ -103,8 +103,8 @@ def _readings(plans: Sequence[EvictionPlan], passages: Sequence[Passage]) -> dic
     reads = [plan for plan in plans if "reconstruction" in plan.needs]
     if reads and not (passages and all(passage.readings for passage in passages)):
         raise UsageError(
-            f"{reads[0].policy.label} needs a second reading of each prompt, which is recorded in a trace only",
-            "Record a trace with kvscope trace --reread, and replay it with --perplexity.",
+            f"{reads[0].policy.label} needs a second reading of each prompt, and the tokens alone are given",
+            "Use kvscope perplexity, or record a trace with kvscope trace --reread and replay it.",
         )
     return {passage.sequence.index: passage.readings for passage in passages} if reads else {}
 

@@ -144,3 +144,41 @@ class TextWindows:
     def batch(self) -> int:
         """Sequences of one step."""
         return self.tokens // self.window
+
+
+@dataclass(frozen=True)
+class ScorerSettings:
+    """How scorers of keys are trained.
+
+    Attributes
+    ----------
+    width : int
+        Size of the hidden layer of a scorer; 0 for a linear one, which is computed in one step.
+    tokens : int
+        Random tokens of each prompt that are trained on.
+    epochs, batch : int
+        Passes over the tokens, and tokens of a step.
+    rate : float
+        Learning rate at the start; it falls to zero.
+    seed : int
+        Seed of all random numbers.
+
+    Raises
+    ------
+    UsageError
+        For a value out of its range.
+    """
+
+    width: int = 512
+    tokens: int = 500
+    epochs: int = 15
+    batch: int = 512
+    rate: float = 0.005
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.width < 0:
+            raise UsageError(f"a width of {self.width} is below 0", "Use --width 0 for linear scorers, or a size.")
+        for name in ("tokens", "epochs", "batch", "rate"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name}={getattr(self, name)} is not above 0", "Use a larger number.")

@@ -11,11 +11,13 @@ from kvscope.core.options import Prefill
 from kvscope.engine.allocation import ALLOCATORS
 from kvscope.gates.filters import load_filters
 from kvscope.gates.module import load_gate
+from kvscope.gates.scorers import load_scorers
 from kvscope.policies.base import Phase, Policy, Scope
 from kvscope.policies.own import protection_of
 
 GATE = "gate:"  # prefix of a signal's name; the name of the gate follows
 FILTER = "filter:"  # and that of the filters
+SCORER = "scorer:"  # and that of the scorers
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -101,6 +103,11 @@ class EvictionPlan:
         return [name.removeprefix(FILTER) for name in sorted(self.needs) if name.startswith(FILTER)]
 
     @property
+    def scorers(self) -> list[str]:
+        """Names of the scorers that the policy uses."""
+        return [name.removeprefix(SCORER) for name in sorted(self.needs) if name.startswith(SCORER)]
+
+    @property
     def looks_across(self) -> bool:
         """Whether all layers must be stepped together."""
         return ALLOCATORS.get(self.allocate).looks_across
@@ -123,6 +130,8 @@ class EvictionPlan:
             load_gate(name).facts.require_prefill(prefill, name)
         for name in self.filters:
             load_filters(name)
+        for name in self.scorers:
+            load_scorers(name)
         if prefill not in self.policy.traits.prefills:
             other = ", ".join(sorted(self.policy.traits.prefills))
             raise UsageError(

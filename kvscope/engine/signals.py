@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from kvscope.core.errors import TraceError, UsageError
 from kvscope.engine.allocation import ALLOCATORS
-from kvscope.engine.plan import FILTER, GATE, EvictionPlan
+from kvscope.engine.plan import FILTER, GATE, SCORER, EvictionPlan
 from kvscope.gates.filters import load_filters
 from kvscope.gates.module import load_gate
+from kvscope.gates.scorers import load_scorers
 from kvscope.metrics import METRICS, Metric
 from kvscope.metrics.base import RECORDED
 from kvscope.trace.derive import Floats
@@ -69,11 +71,13 @@ def require(trace: Trace, plan: EvictionPlan) -> None:
             "Use another policy; deepseek_v32 and glm_moe_dsa are models with an index.",
         )
     for name in plan.gates:
-        _require_gate(trace, plan, name)
+        load_gate(name).require(name, **_sizes_for(trace, plan, "a gate"))
+    for name in plan.scorers:
+        load_scorers(name).require(name, **_sizes_for(trace, plan, "scorers"))
     for name in plan.filters:
         _require_filters(trace, plan, name)
     for name in sorted(plan.needs - ROWS):
-        if name.startswith((GATE, FILTER)):
+        if name.startswith((GATE, FILTER, SCORER)):
             continue
         if name not in _READ:
             raise UsageError(
@@ -127,6 +131,8 @@ def load_signal(trace: Trace, name: str, sequence: int, layers: list[int]) -> Te
         return _margins(trace, name.removeprefix(GATE), sequence, layers)
     if name.startswith(FILTER):
         return _projections(trace, name.removeprefix(FILTER), sequence, layers)
+    if name.startswith(SCORER):
+        return _scores(trace, name.removeprefix(SCORER), sequence, layers)
     _, read = _READ[name]
     return torch.from_numpy(np.stack([read(trace, sequence, layer) for layer in layers]))
 
@@ -160,7 +166,8 @@ def _require_recorded(trace: Trace, plan: EvictionPlan) -> None:
         )
 
 
-def _require_gate(trace: Trace, plan: EvictionPlan, name: str) -> None:
+def _sizes_for(trace: Trace, plan: EvictionPlan, what: str) -> dict[str, Any]:
+    """Return the sizes and weights of the model of a trace with which a gate, or scorers, must agree."""
     if "hidden" not in trace.stored:
         raise TraceError(
             f"{plan.policy.label} needs layer inputs, which {trace.path} does not hold", remedy(trace.header, "hidden")
@@ -168,17 +175,16 @@ def _require_gate(trace: Trace, plan: EvictionPlan, name: str) -> None:
     header = trace.header
     if len({header.heads_of(layer).kv_heads for layer in trace.layers}) > 1:
         raise TraceError(
-            f"{plan.policy.label} uses a gate, which has equally many heads in every layer, and the layers of "
-            f"{trace.path} differ in their heads",
-            "Replay policies without a gate.",
+            f"{plan.policy.label} uses {what} for equally many heads in every layer, and the layers of {trace.path} "
+            "differ in their heads",
+            f"Replay policies without {what}.",
         )
-    load_gate(name).require(
-        name,
-        layers=header.n_layers,
-        hidden=trace.hidden(0, trace.layers[0]).shape[-1],
-        kv_heads=header.kv_heads,
-        weights=header.model.weights or (),
-    )
+    return {
+        "layers": header.n_layers,
+        "hidden": trace.hidden(0, trace.layers[0]).shape[-1],
+        "kv_heads": header.kv_heads,
+        "weights": header.model.weights or (),
+    }
 
 
 def _require_filters(trace: Trace, plan: EvictionPlan, name: str) -> None:
@@ -212,3 +218,11 @@ def _margins(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tenso
     gate, prompt = load_gate(name), trace.sequences[sequence].prompt
     inputs = ((layer, torch.from_numpy(trace.hidden(sequence, layer))[None].double()) for layer in layers)
     return torch.cat([gate.margins(layer, hidden, prompt).float() for layer, hidden in inputs])
+
+
+@torch.no_grad()
+def _scores(trace: Trace, name: str, sequence: int, layers: list[int]) -> Tensor:
+    """Return the scores of scorers, ``[L, G, T]``, from recorded layer inputs, in float64 and rounded at the end."""
+    scorers = load_scorers(name)
+    inputs = ((layer, torch.from_numpy(trace.hidden(sequence, layer)).double()) for layer in layers)
+    return torch.stack([scorers.scores(layer, hidden).float() for layer, hidden in inputs])

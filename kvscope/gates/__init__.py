@@ -1,1 +1,1 @@
-"""Learned gates, which the policy ``attention-gate`` uses: module and file; filters, which ``q-filters`` uses."""
+"""Learned gates, filters and scorers, which ``attention-gate``, ``q-filters`` and ``kvzap`` use: modules and files."""

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from kvscope.core.errors import ModelError, UsageError
-from kvscope.core.json_records import FieldError, decode, parse
-from kvscope.core.output import replace_file
-from kvscope.core.seal import SEAL, is_changed, sealed
-from kvscope.gates.file import DEMO, digest_of
+from kvscope.core.errors import UsageError
+from kvscope.gates.sealed_file import FileKind
 
-KIND, VERSION = "kvscope-filters", 1  # key in the metadata, and version of the format
-BESIDE = "filters.safetensors"  # file name in the folder of a model
+KIND = FileKind("kvscope-filters", 1, "filters", "filters.safetensors", "Make the file: kvscope gate filters TRACE.")
 DIRECTIONS = "directions"  # the only tensor
-AGAIN = "Make the file: kvscope gate filters TRACE."
 SAME = 0.01  # relative tolerance when weights of models are compared, above the error of rounding to 16 bit
 
 
@@ -86,9 +77,7 @@ class KeyFilters:
 
     def write(self, path: Path) -> None:
         """Write the filters to `path` in float32; an existing file is replaced atomically."""
-        tensors = {DIRECTIONS: self.directions.float().contiguous()}
-        about = sealed({"version": VERSION, **asdict(self.facts), "tensors": digest_of(tensors)})
-        replace_file(path, save(tensors, {KIND: json.dumps(about)}))
+        KIND.write(path, self.facts, {DIRECTIONS: self.directions.float().contiguous()})
 
 
 def load_filters(name: str) -> KeyFilters:
@@ -101,42 +90,15 @@ def load_filters(name: str) -> KeyFilters:
     ModelError
         If the file holds no filters, is damaged, or of a newer kvscope.
     """
-    path = Path(str(files("kvscope.model") / "demo" / BESIDE)) if name == DEMO else Path(name)
-    if not path.is_file():
-        raise UsageError(f"no filters {name}: {path} is not a file", AGAIN)
+    path = KIND.path_of(name)
     status = path.stat()
     return _loaded(path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=8)
 def _loaded(path: Path, changed: int, size: int) -> KeyFilters:
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(KIND)
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged or holds no filters: {error}".splitlines()[0], AGAIN) from error
-    if text is None:
-        raise ModelError(f"{path} holds no filters of kvscope", AGAIN)
-    facts = _facts(text, path, tensors)
+    facts, tensors = KIND.read(path, FilterFacts)
     directions = tensors[DIRECTIONS]
     if directions.shape != (facts.layers, facts.kv_heads, facts.size) or not bool(directions.isfinite().all()):
-        raise ModelError(f"filters {path} are damaged: their numbers do not match their sizes", AGAIN)
+        raise KIND.damaged(path, "their numbers do not match their sizes")
     return KeyFilters(facts, directions.double())
-
-
-def _facts(text: str, path: Path, tensors: dict[str, Tensor]) -> FilterFacts:
-    """Return the facts in the metadata of a file; raises ModelError if they, or the tensors, were changed."""
-    try:
-        about = parse(text.encode())
-        if not isinstance(about, dict) or is_changed(about):
-            raise FieldError("sha256", "it differs")
-        version, digest = about.pop("version", None), about.pop("tensors", None)
-        about.pop(SEAL, None)
-        if isinstance(version, int) and version > VERSION:
-            raise ModelError(f"filters {path} have format {version}, newer than this kvscope reads", "Update kvscope.")
-        if version != VERSION or digest != digest_of(tensors):
-            raise FieldError("tensors", "they differ from their checksum")
-        return decode(about, FilterFacts)
-    except ValueError as error:
-        raise ModelError(f"filters {path} are damaged: {error}", AGAIN) from error

@@ -22,10 +22,11 @@ CHUNK = 2048  # tokens of the prompt that are repeated at a time
 SINKS = 4  # first keys that take part in the softmax of every chunk
 AGAIN = "\n\nRepeat the previous context exactly.\n"
 FROM_HERE = "\n\nRepeat the part of the previous context exactly, starting with"
+WITHOUT = "Record the trace without --reread."
 LAST = 8  # tokens of the chunk before, which such an instruction ends with
 
 
-def second_reading(loaded: Loaded, prompt: Sequence[int], chunk: int = CHUNK) -> dict[int, Tensor]:
+def second_reading(loaded: Loaded, prompt: Sequence[int], chunk: int = CHUNK, todo: str = WITHOUT) -> dict[int, Tensor]:
     """Return for each layer the largest weight that a query of the second reading gives each key, ``[G, P]``.
 
     The softmax of a query is over the first `SINKS` keys of the prompt, the keys of the chunk that is repeated, and
@@ -39,6 +40,8 @@ def second_reading(loaded: Loaded, prompt: Sequence[int], chunk: int = CHUNK) ->
         The ``P`` tokens of a prompt.
     chunk : int
         Tokens that are repeated at a time.
+    todo : str
+        What to do where a layer does not attend to all keys, for the message.
 
     Raises
     ------
@@ -53,7 +56,7 @@ def second_reading(loaded: Loaded, prompt: Sequence[int], chunk: int = CHUNK) ->
         ids = [*_instruction(loaded.tokenizer, prompt, start), *prompt[start:stop]]
 
         def observe(call: Call, start: int = start, stop: int = stop) -> None:
-            _require_whole(call, len(prompt), loaded.name)
+            _require_whole(call, len(prompt), loaded.name, todo)
             scores.setdefault(call.layer, []).append(_largest(call, start, stop))
 
         with observe_attention(model, observe):  # a copy, since not every cache can forget what came last
@@ -82,9 +85,9 @@ def _largest(call: Call, start: int, stop: int) -> Tensor:
     return torch.stack(result)
 
 
-def _require_whole(call: Call, prompt: int, name: str) -> None:
+def _require_whole(call: Call, prompt: int, name: str, todo: str = WITHOUT) -> None:
     if call.sliding_window is not None or call.chunk is not None or call.key.shape[2] < prompt + call.query.shape[2]:
         raise ModelError(
             f"layer {call.layer} of {name} does not attend to the whole prompt, so a second reading says nothing of it",
-            "Record the trace without --reread.",
+            todo,
         )

@@ -95,7 +95,7 @@ class Policy:
     needs : frozenset of str
         Signals that it reads: ``weights``, ``full_weights``, ``value_l1``, ``value_l2``, ``value_out_l1``,
         ``reconstruction``, ``token_kinds``, ``key_l2``, ``keys``, ``values``, ``queries``, ``mean_query``, ``rotary``,
-        ``selection``, ``schedule``, ``gate:FILE``, ``filter:FILE``.
+        ``selection``, ``schedule``, ``gate:FILE``, ``filter:FILE``, ``scorer:FILE``.
     scope : {"kv_head", "layer"}
         Whether every key/value head decides separately, or one decision holds for the whole layer.
     phase : str

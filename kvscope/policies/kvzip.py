@@ -18,11 +18,11 @@ class KVzip(Policy):
 
     Score of key ``j``: the largest weight that any query of the second reading gives it, over the query heads of a
     group. The trace must hold the scores: ``kvscope trace --reread``, which reads each prompt twice more, with the full
-    cache; the closed loop uses what the trace holds. It evicts once, at the end of the prompt; if it is to evict later
-    as well, keys after the prompt, of which the second reading says nothing, are evicted last. arXiv:2505.23416;
-    code snu-mllab/KVzip, ``score.py``, and NVIDIA/kvpress, ``kvzip_press.py``, whose first keys are never
-    evicted. Ours: every head has the same budget, as in that code's uniform variant, unless ``--allocate`` says
-    otherwise; prompts in a chat template are repeated with it.
+    cache. Without a trace that holds them, the closed loop reads the prompts again itself (``kvscope perplexity``). It
+    evicts once, at the end of the prompt; if it is to evict later as well, keys after the prompt, of which the second
+    reading says nothing, are evicted last. arXiv:2505.23416; code snu-mllab/KVzip, ``score.py``, and NVIDIA/kvpress,
+    ``kvzip_press.py``, whose first keys are never evicted. Ours: every head has the same budget, as in that code's
+    uniform variant, unless ``--allocate`` says otherwise; prompts in a chat template are repeated with it.
 
     Example: the largest weights of the second reading are .9, .1, .3 and .2.
 

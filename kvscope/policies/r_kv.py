@@ -30,7 +30,9 @@ class RKV(Policy):
 
     It evicts at the end of the prompt and then every 128 steps; in between the cache grows beyond its budget. The
     window is at most half of the budget. arXiv:2505.24133, section 3; code Zefan-Cai/R-KV, ``r1_kv.py``. If a key
-    resembles no other, that code excludes ``c_i0``; here nothing is excluded. As in that code, the logits equal the
+    resembles no other, that code excludes ``c_i0``; here nothing is excluded. Its schedule was read, not run
+    (``modeling.py``): it counts all tokens, those of the prompt included, and evicts after the query at position 128,
+    256 and so on; here the 128 steps are counted from the end of the prompt. As in that code, the logits equal the
     model's only if the model scales by the root of the head size.
 
     Example: budget 3, so a window of one key. Keys 0 and 1 are equal, so each makes the other redundant; key 2

@@ -63,7 +63,8 @@ class Step:
         lets the query see; ``schedule``: ``[R, L, S, n]``, the step after which the optimal schedule
         evicts each key; ``token_kinds``: ``[., L, G, n]``, 2 for special tokens, 1 for punctuation, 0 for others;
         ``gate:FILE``: ``[., L, G, n]``, by how much the gate of each key exceeds its threshold;
-        ``filter:FILE``: ``[., L, G, n]``, the product of each key with the filter of its head.
+        ``filter:FILE``: ``[., L, G, n]``, the product of each key with the filter of its head; ``scorer:FILE``:
+        ``[., L, G, n]``, the score of each key.
     live : Tensor or None
         float ``[R, L, H, n]``, the live row: attention over the visible keys, summing to one. None unless needed.
     memory : dict of str to anything

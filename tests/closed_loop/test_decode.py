@@ -207,7 +207,7 @@ def again(made: EvictionPlan, calls: list[Call], prompt: int, prefill: str, of_m
 def pairs() -> list[tuple[str, str, str]]:
     """Return every policy that can be decoded, on one model; and those of each kind on the others."""
     kinds = ["h2o", "tova", "ada-kv:window=4,kernel=3", "cake:window=4,kernel=3", "keydiff", "vatp", "r-kv"]
-    needs_more = {"attention-gate", "dms", "q-filters", "kvzip", "fastgen", "belady"}  # a file of the model, a trace
+    needs_more = {"attention-gate", "dms", "q-filters", "kvzap", "kvzip", "fastgen", "belady"}  # a file, or a trace
     small = {  # that evict nothing from a short text otherwise
         "duo-attention": "duo-attention:recent=3,sinks=1,threshold=0.7",
         "simlayerkv": "simlayerkv:rows=2,recent=3,sinks=1,threshold=0.3",

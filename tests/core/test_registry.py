@@ -11,8 +11,8 @@ from kvscope.core.registry import Registry
 
 POLICIES = (
     "a2sf snapkv ada-kv attention-gate belady blend cake chunkkv compactor criticalkv curdkv dms duo-attention "
-    "expected-attention fastgen finch full h2o headkv ideal indexer key-norm keydiff keyformer kvzip lacache lagkv lru "
-    "morphkv pyramidinfer pyramidkv q-filters quest r-kv raas random recycled-attention refreshkv roco "
+    "expected-attention fastgen finch full h2o headkv ideal indexer key-norm keydiff keyformer kvzap kvzip lacache "
+    "lagkv lru morphkv pyramidinfer pyramidkv q-filters quest r-kv raas random recycled-attention refreshkv roco "
     "scissorhands simlayerkv streaming-llm switch tova union vatp window"
 ).split()
 METRICS = (

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvscope.bounds.schedules import schedules
 from kvscope.core.options import Prefill
-from kvscope.engine.plan import FILTER, GATE, EvictionPlan, require_room
+from kvscope.engine.plan import FILTER, GATE, SCORER, EvictionPlan, require_room
 from kvscope.engine.rows import Shape
 from kvscope.engine.signals import ROWS
 from kvscope.engine.simulation import CacheSimulation
@@ -90,6 +90,7 @@ def signals(
         "mean_query": (layers, SIZE),
         **{GATE + name: (layers, kv_heads) for name in plan.gates},
         **{FILTER + name: (layers, kv_heads) for name in plan.filters},
+        **{SCORER + name: (layers, kv_heads) for name in plan.scorers},
     }
     result = {}
     for index, name in enumerate(sorted(plan.needs - ROWS)):
@@ -105,7 +106,7 @@ def signals(
             result[name] = drawn.abs().permute(1, 2, 0) + 0.5
         elif name == "mean_query":
             result[name] = drawn.permute(1, 0, 2)
-        elif name.startswith(FILTER):
+        elif name.startswith((FILTER, SCORER)):
             result[name] = drawn.permute(1, 2, 0)
         elif name.startswith(GATE):
             result[name] = torch.tanh(drawn).permute(1, 2, 0) / 2  # at most 1/2, as gate margins

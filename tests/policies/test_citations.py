@@ -35,6 +35,7 @@ KEYS = {
     "key-norm": "devoto2024l2norm",
     "keydiff": "park2025keydiff",
     "keyformer": "adnan2024keyformer",
+    "kvzap": "jeblick2026kvzap",
     "kvzip": "kim2025kvzip",
     "lacache": "shi2025lacache",
     "lagkv": "liang2025lagkv",

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from kvscope.closed_loop.compile import compile_closed_loop
+from kvscope.closed_loop.compile import compile_closed_loop, compile_perplexity, compile_verify
 from kvscope.closed_loop.decode import attention_facts, decode
 from kvscope.closed_loop.trace_passages import passages_of
 from kvscope.closed_loop.verify import VerifyJob
 from kvscope.core.budget import parse_budgets
 from kvscope.core.errors import ModelError, TraceError, UsageError
-from kvscope.core.options import ModelSource, OutputOptions, Prefill
+from kvscope.core.options import ModelSource, OutputOptions, PerplexityOptions, Prefill, VerifyOptions
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.rows import Shape
 from kvscope.engine.runs import runs_of
@@ -104,7 +104,7 @@ def test_the_trace_has_it_and_both_loops_use_it(tmp_path: Path) -> None:
 def test_it_is_refused_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=r"needs reconstruction, .*\nRecord it again with --reread"):
         compile_replay(recorded(tmp_path), ["kvzip"], "50%")
-    with pytest.raises(UsageError, match=r"kvzip needs a second reading .*\nRecord a trace with .* --reread"):
+    with pytest.raises(UsageError, match=r"kvzip needs a second reading .*\nUse kvscope perplexity, or .* --reread"):
         decode(build("llama"), tokens(12), EvictionPlan.published(KVzip()), 5, prompt=8)
 
 
@@ -130,3 +130,40 @@ def test_some_heads_and_several_prompts(tmp_path: Path) -> None:
     part = recorded(tmp_path / "b", store="maps", reread=True, heads=[2, 3], layers=[1])
     one, other = (made.key_numbers("reconstruction", 0, 1) for made in (whole, part))
     assert np.array_equal(other, one[1:])
+
+
+def test_perplexity_reads_each_prompt_again(tmp_path: Path) -> None:
+    """It evicts the keys that the open loop evicts from the trace of the same text."""
+    made = recorded(tmp_path, store="maps", reread=True)
+    ids = made.tokens(0)["token_id"].tolist()
+    loaded = load(ModelSource(str(tmp_path / "model"), dtype="float32"))
+    (tmp_path / "text.txt").write_text(loaded.tokenizer.decode(ids))
+    job = compile_perplexity(
+        ModelSource(str(tmp_path / "model"), dtype="float32"),
+        [tmp_path / "text.txt"],
+        ["kvzip:sinks=1"],
+        BUDGET,
+        PerplexityOptions(prompt=PROMPT),
+    )
+    (passage,) = job.closed.passages
+    assert passage.ids.tolist() == ids
+    for layer, read in passage.readings.items():
+        assert np.allclose(read.numpy(), made.key_numbers("reconstruction", 0, layer)[:, :PROMPT], atol=1e-6)
+    closed = job.execute(OutputOptions(tmp_path / "closed", False, None))
+    opened = compile_replay(made, ["kvzip:sinks=1"], BUDGET).execute(OutputOptions(tmp_path / "open", False, None))
+    frames = [one.residency(0).sort_values(["layer", "kv_head", "key"]) for one in (opened, closed)]
+    gone = [frame["leave"].fillna(-1).to_numpy(int) == PROMPT - 1 for frame in frames]
+    assert np.array_equal(*gone) and gone[0].sum() == 4 * (PROMPT - BUDGET)
+
+
+def test_verify_reads_again_what_was_read_once(tmp_path: Path) -> None:
+    job = compile_verify(recorded(tmp_path, store="maps"), ["kvzip:sinks=1"], BUDGET, VerifyOptions())
+    (verdict,) = job.execute()
+    assert verdict.decided and verdict.agrees and verdict.keys == BUDGET, verdict
+
+
+def test_perplexity_of_a_model_with_windows_says_what_to_use(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(f"w{1 + number % 60}" for number in range(40)))
+    source = ModelSource(str(saved(tmp_path / "m", "mistral")), dtype="float32")
+    with pytest.raises(ModelError, match=r"does not attend to the whole prompt, .*\nUse another policy"):
+        compile_perplexity(source, [tmp_path / "text.txt"], ["kvzip"], "50%", PerplexityOptions(prompt=20))

@@ -34,6 +34,7 @@ ALONE = [  # a gate, an index and rotations are those of a model, and the traces
     if plan(spec).allocate not in SHARED
     and not spec.startswith(BY_PLACE)
     and not plan(spec).gates
+    and not plan(spec).scorers
     and not any(need.startswith(FILTER) for need in plan(spec).needs)
     and not {"selection", "rotary", "value_out_l1", "reconstruction", "token_kinds"} & plan(spec).needs
 ]
