@@ -15,6 +15,8 @@ def moments(weights: list[list[float]], group: str) -> tuple[float, float]:
     variances = [
         sum((weight - mean) ** 2 for weight in head) / len(head) for mean, head in zip(means, weights, strict=True)
     ]
+    if len(weights) == 1:  # of one head nothing is to be reduced
+        return means[0], math.sqrt(variances[0])
     return float(REDUCE[group](np.array(means))), math.sqrt(REDUCE[group](np.array(variances)))
 
 
