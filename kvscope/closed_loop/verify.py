@@ -13,6 +13,7 @@ from kvscope.closed_loop.coded_cache import Quantised
 from kvscope.closed_loop.decode import Decoded, DecodeJob
 from kvscope.closed_loop.decoded_alone import decoded_alone
 from kvscope.closed_loop.job import ClosedLoopJob, ForwardPass
+from kvscope.closed_loop.lower_products import LowerProducts
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import UsageError
 from kvscope.core.memory import memory_explained
@@ -142,7 +143,8 @@ class VerifyJob:
         forward = ForwardPass(job, passage, [full])
         plain, closed = forward.logits()
         prompt = sequence.prompt if job.prefill == "full" else 0
-        cached = decoded_alone(job.model, passage, prompt)[forward.scored - 1]
+        with LowerProducts() as lower:
+            cached = decoded_alone(job.model, passage, prompt)[forward.scored - 1]
         shortened = self._decoded(passage, full).logits[forward.scored - 1]
 
         def apart(one: Tensor, other: Tensor) -> float:
@@ -150,7 +152,8 @@ class VerifyJob:
 
         own = apart(plain, cached)
         rounding = max(own, apart(plain, closed), apart(cached, shortened))
-        if rounding > IN_FLOAT64:  # at least one unit in the last place of float32, which may not have shown here
+        # At least one unit in the last place of float32, which may not have shown here.
+        if rounding > IN_FLOAT64 or (lower.found and closed.dtype is torch.float64):
             rounding = max(rounding, eps * float(plain.abs().max()))
         return rounding, own
 
