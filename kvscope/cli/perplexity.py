@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from kvscope.cli.cache_option import Cache
+from kvscope.cli.cache_option import Cache, Merge
 from kvscope.cli.command import command
 from kvscope.cli.options import (
     Allocate,
@@ -50,6 +50,7 @@ def perplexity(
     allocate: Allocate = None,
     scope: Scope = None,
     cache: Cache = None,
+    merge: Merge = None,
     positions: PositionsMode = Positions.original,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -81,7 +82,9 @@ def perplexity(
     texts = [Path(word) for word in selected.words]
     source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize)
     options = PerplexityOptions(
-        plan=PlanOptions(compress=compress, allocate=allocate, scope=scope, caches=tuple(cache or ())),
+        plan=PlanOptions(
+            compress=compress, allocate=allocate, scope=scope, caches=tuple(cache or ()), merges=tuple(merge or ())
+        ),
         positions=positions,
         window=window,
         max_windows=max_windows,

@@ -35,7 +35,7 @@ def closed_runs(
     `opened` are the runs of the open loop; by default all of them.
     """
     opened = runs if opened is None else opened
-    numbers = {(run.plan, run.budget, run.cache): run.number for run in opened}
+    numbers = {(run.plan, run.budget, run.cache, run.merge): run.number for run in opened}
     feasible = [run for run in runs if not run.plan.policy.traits.clairvoyant]
     return [
         replace(
@@ -43,7 +43,7 @@ def closed_runs(
             number=number,
             loop=Loop.closed,
             positions=positions,
-            open_run=numbers.get((run.plan, run.budget, run.cache)),
+            open_run=numbers.get((run.plan, run.budget, run.cache, run.merge)),
         )
         for number, run in enumerate(feasible, start=len(opened))
     ]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvscope.closed_loop.compaction import Compacted
 from kvscope.closed_loop.gates import margins, scores
+from kvscope.closed_loop.merged import MergedSteps
 from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.closed_loop.quantised import QuantisedCall
 from kvscope.core.errors import ReplayError
@@ -109,6 +110,11 @@ class ClosedLoop:
             steps = QuantisedSteps(quantised, simulation, scorer if self.metrics else None, decides=decided is None)
             output = steps.attend(self.text.length, size)
             return self._finished(call, number, simulation, series, output, decides=decided is None)
+        if batch.merge is not None:
+            stepped = MergedSteps(call, batch.merge, self.text, simulation, scorer if self.metrics else None).attend(
+                size
+            )
+            return self._finished(call, number, simulation, series, stepped, decides=True)
         compacted = None if self.rotary is None else Compacted(call, self.rotary[call.layer])
         output = []
         for start in range(0, self.text.length, size):

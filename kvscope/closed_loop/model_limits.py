@@ -40,6 +40,33 @@ def require_quantisable(model: CausalModel, passages: Sequence[Passage], runs: S
         )
 
 
+def require_mergeable(model: CausalModel, passages: Sequence[Passage], runs: Sequence[RunSpec]) -> None:
+    """Raise UsageError if evicted keys are to be merged where that is not defined."""
+    merges = [run.merge for run in runs if run.merge is not None]
+    if not merges:
+        return
+    rule, instead = merges[0], "Use another policy or model, or omit --merge."
+    if runs[0].positions == Positions.compacted:
+        raise UsageError(
+            f"positions cannot be compacted with --merge {rule}: keys are merged at their positions in the text",
+            "Use --positions original.",
+        )
+    readers = [run.plan.label for run in runs if run.merge is not None and run.plan.policy.traits.reads]
+    if readers:
+        raise UsageError(f"{readers[0]} holds every key, so that {rule} has nothing to merge", instead)
+    probe = passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
+    name, facts = type(model).__name__, self_check(model, probe)
+    if facts.latent_size is not None:
+        raise UsageError(
+            f"{name} caches latent vectors, from which keys and values are computed: {rule} is defined for keys",
+            instead,
+        )
+    if facts.shared:
+        raise UsageError(
+            f"layers of {name} read the cache of another layer, whose keys {rule} would change between them", instead
+        )
+
+
 def require_positions(passages: Sequence[Passage], runs: Sequence[RunSpec]) -> None:
     """Raise UsageError if positions are to be compacted, or read, in a text with images: some have several numbers."""
     reads = [run.plan for run in runs if "rotary" in run.plan.needs]

@@ -142,7 +142,7 @@ class RunView:
     @property
     def comparable(self) -> tuple[str, ...] | None:
         """What must be equal in two runs that are ranked; None for a run without a budget."""
-        same = (*self.protocol, self.budget or "", self.kind, self.phase, self.info.cache or "")
+        same = (*self.protocol, self.budget or "", self.kind, self.phase, self.info.cache or "", self.info.merge or "")
         return None if self.budget is None else same
 
     @property
@@ -161,6 +161,8 @@ class RunView:
             marks.append("compacted positions")
         if self.info.cache is not None:
             marks.append(f"cache in {self.info.cache}")
+        if self.info.merge is not None:
+            marks.append(f"merges by {self.info.merge}")
         certificate = self.info.certificate
         if certificate is not None and not certificate.exact:
             marks.append(f"at most {certificate.gap:.2g} of mass from the optimum")
