@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from kvscope.closed_loop.decode import attention_facts
-from kvscope.closed_loop.feasible import closed_runs, require_closed, require_decodable
+from kvscope.closed_loop.feasible import closed_runs, require_closed, require_decodable, require_merging
 from kvscope.closed_loop.gates import require_gates
 from kvscope.closed_loop.generation import GenerateJob, examples_to_generate
 from kvscope.closed_loop.job import ClosedLoopJob, TokenSink
@@ -192,6 +192,7 @@ def compile_perplexity(
     named = named_policies(policies, options.plan.params)
     for policy in named:  # before the model is loaded
         require_closed(make_plan(policy, options.plan, latent=False), options.positions)
+        require_merging(make_plan(policy, options.plan, latent=False), options.plan.merges)
     limits, caches = parse_budgets(budgets), parse_caches(options.plan.caches)
     merges = parse_merges(options.plan.merges, caches)
     metrics = with_size([METRICS.get(name) for name in (options.metrics or METRICS.names())], caches)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from kvscope.closed_loop.feasible import require_merging
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import UsageError
 from kvscope.core.model_types import CausalModel
@@ -45,15 +46,14 @@ def require_mergeable(model: CausalModel, passages: Sequence[Passage], runs: Seq
     merges = [run.merge for run in runs if run.merge is not None]
     if not merges:
         return
-    rule, instead = merges[0], "Use another policy or model, or omit --merge."
+    rule, instead = merges[0], "Use another model, or omit --merge."
     if runs[0].positions == Positions.compacted:
         raise UsageError(
             f"positions cannot be compacted with --merge {rule}: keys are merged at their positions in the text",
             "Use --positions original.",
         )
-    readers = [run.plan.label for run in runs if run.merge is not None and run.plan.policy.traits.reads]
-    if readers:
-        raise UsageError(f"{readers[0]} holds every key, so that {rule} has nothing to merge", instead)
+    for run in runs:
+        require_merging(run.plan, () if run.merge is None else str(run.merge))
     probe = passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
     name, facts = type(model).__name__, self_check(model, probe)
     if facts.latent_size is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvscope.closed_loop.feasible import require_closed, require_decodable
+from kvscope.closed_loop.feasible import require_closed, require_decodable, require_merging
 from kvscope.core.budget import Budget, parse_budgets
 from kvscope.core.cache_scheme import parse_caches
 from kvscope.core.errors import ReplayError, TraceError, UsageError
@@ -286,6 +286,7 @@ def _plan(trace: Trace, policy: Policy, budgets: Sequence[Budget], options: Repl
     require_replayable(trace, plan, budgets, options.prefill)
     if options.closed is not None and not policy.traits.clairvoyant:  # bounds run in the open loop alone
         require_closed(plan, options.closed.positions)
+        require_merging(plan, options.plan.merges)
         if options.generate is not None:
             require_decodable(plan)
     return plan

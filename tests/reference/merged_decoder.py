@@ -45,7 +45,7 @@ class Layer(quantised_decoder.Layer):
 def decode(
     model: Any, ids: Tensor, scheme: MergeScheme, policy: str, budget: int, prompt: int, prefill: str
 ) -> tuple[Tensor, list[quantised_decoder.Layer]]:
-    """Return the logits ``[T, V]`` of a text ``[T]``, the first of its trace, and the layers' caches, after all of it."""
+    """Return the logits ``[T, V]`` of a text ``[T]``, the first of its trace, and the layers' caches after it."""
 
     def new(call: Call) -> Layer:
         numbers = draws(scheme.seed, 0, torch.tensor([call.layer]), call.key.shape[1], torch.arange(len(ids)))[0]
