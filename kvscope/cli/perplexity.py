@@ -76,15 +76,11 @@ def perplexity(
     with console.working("loading transformers", quiet=quiet):
         from kvscope.closed_loop.compile import compile_perplexity
 
-    selected = select(
-        ctx, [*files, *ctx.args], policy, budget, quiet=quiet
-    )  # Typer puts options that it does not know into files
+    selected = select(ctx, [*files, *ctx.args], policy, budget, quiet=quiet)  # Typer puts unknown options into files
     texts = [Path(word) for word in selected.words]
     source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize)
     options = PerplexityOptions(
-        plan=PlanOptions(
-            compress=compress, allocate=allocate, scope=scope, caches=tuple(cache or ()), merges=tuple(merge or ())
-        ),
+        plan=PlanOptions({}, compress, allocate, None, scope, tuple(cache or ()), tuple(merge or ())),
         positions=positions,
         window=window,
         max_windows=max_windows,

@@ -72,9 +72,7 @@ def verify(
     trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet), compare=not no_verify)
     options = VerifyOptions(
         prefill=prefill,
-        plan=PlanOptions(
-            compress=compress, allocate=allocate, scope=scope, caches=tuple(cache or ()), merges=tuple(merge or ())
-        ),
+        plan=PlanOptions({}, compress, allocate, None, scope, tuple(cache or ()), tuple(merge or ())),
         closed=ClosedLoopOptions(positions, model, dtype),
         tokens=tokens,
         sequences=sequences,

@@ -60,8 +60,7 @@ def perplexity(
     policies, budgets, output
         As of `kvscope.replay`.
     prompt, window, max_windows, metrics, positions, params, compress, allocate, scope, cache, merge
-        As in `PerplexityOptions` and `PlanOptions`; `cache` and `merge` as on the command line: ``"16bit,int4:kivi"``,
-        ``"none,d2o"``.
+        As in `PerplexityOptions` and `PlanOptions`; `cache`, `merge` as on the command line: ``"16bit,int4"``.
     dtype, device, revision
         As in `ModelSource`.
     force : bool

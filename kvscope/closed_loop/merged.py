@@ -1,8 +1,8 @@
 """Attention of the closed loop where evicted keys are merged into those that stay, step by step.
 
-A merge changes keys and values that later queries read, so a live row is no part of the full row: it is computed from
-the keys that the cache has at the step. Policies see these rows. What a policy reads beside rows (norms, keys, values)
-it reads of each token as it comes, before any merge.
+A merge changes keys and values that later queries read, so a live row is not a part of the full row: it is computed
+from the keys that the cache has at the step. Policies see these rows. What a policy reads beside rows (norms, keys,
+values) it reads of each token as it comes, before any merge.
 """
 
 from __future__ import annotations

@@ -72,10 +72,8 @@ def replay(
 
     Raises
     ------
-    UsageError, TraceError, ModelError, ReplayError
+    UsageError, TraceError, ModelError, ReplayError, OutputExists, ResultError
         As `compile_replay` and `ReplayJob.execute`.
-    OutputExists, ResultError
-        If the output exists, or cannot be written.
     """
     options = ReplayOptions(
         prefill=choice(Prefill, prefill, "prefill"),
