@@ -27,7 +27,7 @@ from kvscope.trace.reader import Trace
 
 POLICIES = ("streaming-llm", "h2o", "tova")
 BUDGETS = "20%,40%"
-MERGES = ("none", "cam", "d2o", "kvmerger")
+MERGES = ("none", "cam", "cam(chance=max)", "d2o", "kvmerger")
 
 
 def main() -> None:

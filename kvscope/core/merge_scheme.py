@@ -18,12 +18,18 @@ from kvscope.core.errors import UsageError
 
 Kind = Literal["cam", "d2o", "kvmerger"]
 PLAIN = "none"  # name of a run that does not merge
-PARAMETERS: dict[Kind, tuple[str, ...]] = {"cam": ("tokens", "seed"), "d2o": ("beta",), "kvmerger": ("threshold",)}
-SHARES = ("beta", "threshold")  # parameters from 0 to 1; the others are whole numbers
+PARAMETERS: dict[Kind, tuple[str, ...]] = {
+    "cam": ("tokens", "chance", "seed"),
+    "d2o": ("beta",),
+    "kvmerger": ("threshold",),
+}
+SHARES = ("beta", "threshold")  # parameters from 0 to 1
+CHANCES = ("mean", "max")  # values of `chance`; the other parameters are whole numbers
 SHAPE = re.compile(r"(?P<kind>[a-z0-9]+)(?:\((?P<given>[^()]*)\))?")
 # A scheme with all of its parameters, as a record has it.
 SHARE = r"(0|1|0\.\d{1,9})"
-RECORDED = rf"^(cam\(tokens=[1-9]\d{{0,8}},seed=\d{{1,9}}\)|d2o\(beta={SHARE}\)|kvmerger\(threshold={SHARE}\))$"
+CAM = r"cam\(tokens=[1-9]\d{0,8},chance=(mean|max),seed=\d{1,9}\)"
+RECORDED = rf"^({CAM}|d2o\(beta={SHARE}\)|kvmerger\(threshold={SHARE}\))$"
 MergeText = Annotated[str, Meta(pattern=RECORDED)]
 KNOWN = f"{', '.join(PARAMETERS)}, or {PLAIN}"
 
@@ -40,6 +46,9 @@ class MergeScheme:
         and values, to one key of a run of similar neighbours, with Gaussian weights.
     tokens : int
         Of ``cam``: among how many of the next keys a value is divided.
+    chance : {"mean", "max"}
+        Of ``cam``: by what the attention on an evicted key is divided: the mean over the keys that its value is added
+        to, or the largest in the cache.
     seed : int
         Of ``cam``: seed of its draws.
     beta : float
@@ -50,6 +59,7 @@ class MergeScheme:
 
     kind: Kind
     tokens: int = 16
+    chance: str = "mean"
     seed: int = 0
     beta: float = 0.5
     threshold: float = 0.75
@@ -111,20 +121,23 @@ def parse_merge(text: str) -> MergeScheme | None:
     return MergeScheme(
         kind,
         int(given.get("tokens", MergeScheme.tokens)),
+        str(given.get("chance", MergeScheme.chance)),
         int(given.get("seed", MergeScheme.seed)),
-        given.get("beta", MergeScheme.beta),
-        given.get("threshold", MergeScheme.threshold),
+        float(given.get("beta", MergeScheme.beta)),
+        float(given.get("threshold", MergeScheme.threshold)),
     )
 
 
-def _parameter(part: str, kind: Kind) -> tuple[str, float]:
-    """Return a parameter's name and value from ``tokens=16`` or ``beta=0.5``."""
+def _parameter(part: str, kind: Kind) -> tuple[str, str | float]:
+    """Return a parameter's name and value from ``tokens=16``, ``chance=max`` or ``beta=0.5``."""
     name, _, value = (side.strip() for side in part.partition("="))
     known = PARAMETERS[kind]
     if name not in known:
         raise UsageError(f"the merging rule {kind} has no parameter {name!r}", f"Known: {', '.join(known)}.")
+    if name == "chance" and value in CHANCES:
+        return name, value
     pattern = r"0|1|[01]?\.\d{1,9}" if name in SHARES else r"\d{1,9}"
-    number = float(value) if re.fullmatch(pattern, value) else -1.0
+    number = float(value) if name != "chance" and re.fullmatch(pattern, value) else -1.0
     if not (number >= (1 if name == "tokens" else 0) and (name not in SHARES or number <= 1)):
         usual = _written(name, {each.name: each.default for each in fields(MergeScheme)}[name])
         raise UsageError(

@@ -83,7 +83,7 @@ class MergingLayer:
     def _rule(self, held: Held) -> Merged:
         scheme = self.scheme
         if scheme.kind == "cam":
-            return cam(held, scheme.tokens)
+            return cam(held, scheme.tokens, scheme.chance)
         if scheme.kind == "kvmerger":
             return kvmerger(held, scheme.threshold)
         merged, self._threshold = d2o(held, scheme.beta, self._threshold)

@@ -49,22 +49,24 @@ class Merged:
     changed: Tensor
 
 
-def cam(held: Held, tokens: int) -> Merged:
+def cam(held: Held, tokens: int, chance: str) -> Merged:
     """Return values after CaM: a part of an evicted value is added to each of the next `tokens` that stay.
 
-    The value is merged if the draw of its key is below its mass divided by the mean mass of those keys, and then
-    divided equally among them. Keys do not change. An evicted key after which none stays is not merged.
+    The value is merged if the draw of its key is below a chance, and then divided equally among them. The chance is the
+    mass of the key divided by the mean mass of those keys, or, with ``max``, by the largest mass in the cache. Keys do
+    not change. An evicted key after which none stays is not merged.
     """
     index, there = _evicted(held)  # [R, G, E]
     rank = held.stays.cumsum(-1)  # [R, G, n]
+    most = torch.where(held.evicted | held.stays, held.mass, 0).amax(-1, keepdim=True)  # [R, G, 1]
     value, changed = held.value.clone(), torch.zeros_like(held.stays)
     for part in _blocks(index, held):
         before = rank.gather(-1, index[..., part])[..., None]  # [R, G, e, 1]
         takes = held.stays[:, :, None] & (rank[:, :, None] > before) & (rank[:, :, None] <= before + tokens)
         count = takes.sum(-1)  # [R, G, e]
-        mean = (takes * held.mass[:, :, None]).sum(-1) / count.clamp(min=1)
-        chance = torch.nan_to_num(held.mass.gather(-1, index[..., part]) / mean, nan=0.0, posinf=1.0)
-        merges = there[..., part] & (count > 0) & (held.draw.gather(-1, index[..., part]) < chance)
+        usual = most if chance == "max" else (takes * held.mass[:, :, None]).sum(-1) / count.clamp(min=1)
+        below = torch.nan_to_num(held.mass.gather(-1, index[..., part]) / usual, nan=0.0, posinf=1.0)
+        merges = there[..., part] & (count > 0) & (held.draw.gather(-1, index[..., part]) < below)
         share = (takes & merges[..., None]) / count.clamp(min=1)[..., None].to(value.dtype)  # [R, G, e, n]
         value += share.transpose(2, 3) @ _at(held.value, index[..., part])
         changed |= (takes & merges[..., None]).any(2)

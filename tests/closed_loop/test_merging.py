@@ -37,6 +37,7 @@ LENGTH, PROMPT, BUDGET = 26, 12, 7
 MERGES = (
     "cam",
     "cam(tokens=2,seed=3)",
+    "cam(tokens=4,chance=max)",
     "d2o",
     "d2o(beta=0)",
     "d2o(beta=0.9)",
@@ -93,10 +94,17 @@ def test_equal_to_decoding_with_a_merged_cache(spec: str, prefill: str) -> None:
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "qwen3", "gpt_neox", "phi3", "gpt_oss"])
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 def test_other_architectures(name: str, prefill: str) -> None:
-    """Sliding windows, capped logits, norms of keys, partial rotation, learned sinks: equal too."""
+    """Sliding windows (of 5), capped logits, norms of keys, partial rotation, learned sinks: equal too."""
     single = name == "gpt_oss"  # its experts are not computed in float64
-    for found in verdicts(build(name) if single else build(name).double(), "h2o", prefill):
+    for found in verdicts(build(name) if single else build(name).double(), "h2o", prefill, runs("h2o", budget=4)):
         assert not found.different and found.logit_difference <= (1e-6 if single else found.tolerance), found
+
+
+def test_layers_that_attend_in_chunks(tmp_path: Path) -> None:
+    """Chunks of 8: nothing is merged into a key of a chunk that has ended."""
+    model = AutoModelForCausalLM.from_pretrained(builder.saved(tmp_path / "model", "llama4_text")).eval().double()
+    for found in verdicts(model, "h2o", "stream", runs("h2o", budget=4)):
+        assert found.agrees and not found.different, found
 
 
 @pytest.mark.parametrize("policy", [name for name in merged_decoder.POLICIES if name != "full"])

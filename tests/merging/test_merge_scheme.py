@@ -12,6 +12,7 @@ from kvscope.core.merge_scheme import MergeScheme, MergeText, parse_merge, parse
 WRITTEN = {
     "cam": MergeScheme("cam"),
     "CaM(tokens=4, seed=7)": MergeScheme("cam", tokens=4, seed=7),
+    "cam(chance=max)": MergeScheme("cam", chance="max"),
     "d2o(beta=0.7)": MergeScheme("d2o", beta=0.7),
     "d2o(beta=1)": MergeScheme("d2o", beta=1.0),
     "kvmerger(threshold=.9)": MergeScheme("kvmerger", threshold=0.9),
@@ -33,7 +34,7 @@ def test_lists() -> None:
     assert parse_merges(("none", "d2o,kvmerger")) == (None, MergeScheme("d2o"), MergeScheme("kvmerger"))
     assert parse_merges(()) == ()
     assert parse_merges("none", parse_caches("int4")) == (None,)
-    assert str(MergeScheme("cam")) == "cam" and MergeScheme("cam").text == "cam(tokens=16,seed=0)"
+    assert str(MergeScheme("cam")) == "cam" and MergeScheme("cam").text == "cam(tokens=16,chance=mean,seed=0)"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,7 @@ def test_lists() -> None:
         ("d2o(tokens=2)", "d2o has no parameter 'tokens'"),
         ("cam(tokens=0)", "tokens=0 of the merging rule cam is not in its range"),
         ("cam(seed=-1)", "seed=-1 of the merging rule cam is not in its range"),
+        ("cam(chance=least)", "chance=least of the merging rule cam is not in its range"),
         ("d2o(beta=1.5)", "beta=1.5 of the merging rule d2o is not in its range"),
         ("kvmerger(threshold=high)", "threshold=high of the merging rule kvmerger is not in its range"),
         ("d2o,d2o(beta=0.5)", "names a rule twice"),
@@ -61,7 +63,7 @@ def test_quantised_caches_are_not_merged() -> None:
         parse_merges("none,d2o", parse_caches("16bit,int4"))
 
 
-@pytest.mark.parametrize("text", ["", "cam", "cam(tokens=0,seed=0)", "d2o(beta=1.5)", "d2o(beta=0.5) "])
+@pytest.mark.parametrize("text", ["", "cam", "cam(tokens=0,chance=mean,seed=0)", "d2o(beta=1.5)", "d2o(beta=0.5) "])
 def test_damaged_records_are_refused(text: str) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(text, MergeText)

@@ -55,7 +55,8 @@ class Merging:
         for evicted in sorted(set(head.key) - stays):
             following = [position for position in sorted(stays) if position > evicted][: self.scheme.tokens]
             mean = sum(head.mass[position] for position in following) / len(following) if following else 0.0
-            chance = min(1.0, head.mass[evicted] / mean) if mean else float(head.mass[evicted] > 0)
+            usual = max(head.mass.values()) if self.scheme.chance == "max" else mean
+            chance = min(1.0, head.mass[evicted] / usual) if usual else float(head.mass[evicted] > 0)
             if draws[evicted] < chance:
                 for position in following:
                     head.value[position] = [

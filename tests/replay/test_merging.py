@@ -34,10 +34,10 @@ def test_labels_and_records_name_the_rule(made: Replay) -> None:
     closed = [(run.label, run.merge, run.open_run) for run in made.info.runs if run.loop == "closed"]
     assert closed == [
         ("tova", None, 0),
-        ("tova + cam(seed=3)", "cam(tokens=16,seed=3)", None),
+        ("tova + cam(seed=3)", "cam(tokens=16,chance=mean,seed=3)", None),
         ("tova + d2o", "d2o(beta=0.5)", None),
         ("full", None, 2),
-        ("full + cam(seed=3)", "cam(tokens=16,seed=3)", None),
+        ("full + cam(seed=3)", "cam(tokens=16,chance=mean,seed=3)", None),
         ("full + d2o", "d2o(beta=0.5)", None),
     ]
     assert [run.label for run in made.info.runs if run.loop == "open"] == ["tova", "belady", "full"]
