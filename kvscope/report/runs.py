@@ -142,7 +142,7 @@ class RunView:
     @property
     def comparable(self) -> tuple[str, ...] | None:
         """What must be equal in two runs that are ranked; None for a run without a budget."""
-        same = (*self.protocol, self.budget or "", self.kind, self.phase, self.info.cache or "", self.info.merge or "")
+        same = (*self.protocol, self.budget or "", self.kind, self.phase, self.info.cache or "")
         return None if self.budget is None else same
 
     @property
