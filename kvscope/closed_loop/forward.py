@@ -37,8 +37,7 @@ from kvscope.model.image_check import forget_positions
 
 BLOCK_BYTES = 128 * 2**20  # limit for one tensor of rows for all runs of a batch
 BLOCK_QUERIES = 128  # limit for the queries of a block, so that few of its weights are above the causal diagonal
-# On a GPU a block costs the launches of its operations rather than weights above the diagonal: larger blocks. A block
-# with all metrics needs about ten tensors of rows.
+# On a GPU a block costs launches rather than weights above the diagonal; with all metrics it needs ten tensors of rows.
 GPU_BLOCK_QUERIES = 1024
 GPU_BLOCK_SHARE = 1 / 32  # of the free memory, for one tensor of rows
 GPU_BLOCK_BYTES = 2 * 2**30
@@ -111,10 +110,8 @@ class ClosedLoop:
             output = steps.attend(self.text.length, size)
             return self._finished(call, number, simulation, series, output, decides=decided is None)
         if batch.merge is not None:
-            stepped = MergedSteps(call, batch.merge, self.text, simulation, scorer if self.metrics else None).attend(
-                size
-            )
-            return self._finished(call, number, simulation, series, stepped, decides=True)
+            merged = MergedSteps(call, batch.merge, self.text, simulation, scorer if self.metrics else None)
+            return self._finished(call, number, simulation, series, merged.attend(size), decides=True)
         compacted = None if self.rotary is None else Compacted(call, self.rotary[call.layer])
         output = []
         for start in range(0, self.text.length, size):
