@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "kernels": {"core"},
     "gates": {"core"},
     "quantisation": {"core"},
+    "merging": {"core"},
     "policies": {"core", "gates"},
     "metrics": {"core", "kernels"},
     "model": {"core", "kernels", "trace"},
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "bounds": {"core", "engine", "policies"},
     "results": {"core"},
     "presses": {"core", "model", "policies"},
-    "closed_loop": LOOPS | {"model", "presses", "tasks"},
+    "closed_loop": LOOPS | {"merging", "model", "presses", "tasks"},
     "replay": LOOPS | {"bounds", "closed_loop", "presses"},
     "tune": LOOPS | {"replay"},
     "tasks": {"core"},
@@ -95,7 +96,7 @@ ONLY_IN = {
     "tensorboard": {"tracking"},
     "torch": {
         *("bounds", "cli", "closed_loop", "engine", "gates", "kernels", "metrics"),
-        *("model", "policies", "presses", "quantisation", "replay", "training", "tune"),
+        *("merging", "model", "policies", "presses", "quantisation", "replay", "training", "tune"),
         "tracking",  # its SummaryWriter
         "trace",  # only to read captured attention that torch saved: see test_traces_load_no_torch
     },

@@ -1,4 +1,4 @@
-"""The option that quantises the caches of a command's runs."""
+"""The options that quantise the caches of a command's runs, and that merge evicted keys."""
 
 from __future__ import annotations
 
@@ -13,5 +13,13 @@ Cache = Annotated[
         metavar="SCHEME,...",
         help="Quantise caches, with every policy: int4:kivi, int2:kivi(group=32,residual=64), int4:kvquant, "
         "int4:quanto, fp8; 16bit to compare with.",
+    ),
+]
+Merge = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--merge",
+        metavar="RULE,...",
+        help="Merge evicted keys into those that stay, with every policy: cam, d2o, kvmerger; none to compare with.",
     ),
 ]

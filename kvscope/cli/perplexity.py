@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from kvscope.cli.cache_option import Cache
+from kvscope.cli.cache_option import Cache, Merge
 from kvscope.cli.command import command
 from kvscope.cli.options import (
     Allocate,
@@ -50,6 +50,7 @@ def perplexity(
     allocate: Allocate = None,
     scope: Scope = None,
     cache: Cache = None,
+    merge: Merge = None,
     positions: PositionsMode = Positions.original,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -75,13 +76,11 @@ def perplexity(
     with console.working("loading transformers", quiet=quiet):
         from kvscope.closed_loop.compile import compile_perplexity
 
-    selected = select(
-        ctx, [*files, *ctx.args], policy, budget, quiet=quiet
-    )  # Typer puts options that it does not know into files
+    selected = select(ctx, [*files, *ctx.args], policy, budget, quiet=quiet)  # Typer puts unknown options into files
     texts = [Path(word) for word in selected.words]
     source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize)
     options = PerplexityOptions(
-        plan=PlanOptions(compress=compress, allocate=allocate, scope=scope, caches=tuple(cache or ())),
+        plan=PlanOptions({}, compress, allocate, None, scope, tuple(cache or ()), tuple(merge or ())),
         positions=positions,
         window=window,
         max_windows=max_windows,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from kvscope.cli.answer_options import AnswerScore, AnswerTokens, Generate
-from kvscope.cli.cache_option import Cache
+from kvscope.cli.cache_option import Cache, Merge
 from kvscope.cli.command import command
 from kvscope.cli.options import (
     Accumulate,
@@ -59,6 +59,7 @@ def replay(
     scope: Scope = None,
     accumulate: Accumulate = None,
     cache: Cache = None,
+    merge: Merge = None,
     perplexity: ClosedLoop = False,
     generate: Generate = False,
     max_new_tokens: AnswerTokens = None,
@@ -98,7 +99,7 @@ def replay(
     _require_closed_loop(closed, answers, perplexity=perplexity or generate, generate=generate)
     options = ReplayOptions(
         prefill=prefill,
-        plan=PlanOptions({}, compress, allocate, accumulate, scope, tuple(cache or ())),
+        plan=PlanOptions({}, compress, allocate, accumulate, scope, tuple(cache or ()), tuple(merge or ())),
         closed=closed if perplexity or generate else None,
         generate=answers if generate else None,
         device=device,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kvscope.cli.cache_option import Cache
+from kvscope.cli.cache_option import Cache, Merge
 from kvscope.cli.command import command
 from kvscope.cli.options import (
     Allocate,
@@ -45,6 +45,7 @@ def verify(
     allocate: Allocate = None,
     scope: Scope = None,
     cache: Cache = None,
+    merge: Merge = None,
     positions: PositionsMode = Positions.original,
     tokens: DecodedTokens = 128,
     sequences: FirstSequences = 1,
@@ -71,7 +72,7 @@ def verify(
     trace = open_trace(places.find_trace(only_word(selected.words), quiet=quiet), compare=not no_verify)
     options = VerifyOptions(
         prefill=prefill,
-        plan=PlanOptions(compress=compress, allocate=allocate, scope=scope, caches=tuple(cache or ())),
+        plan=PlanOptions({}, compress, allocate, None, scope, tuple(cache or ()), tuple(merge or ())),
         closed=ClosedLoopOptions(positions, model, dtype),
         tokens=tokens,
         sequences=sequences,

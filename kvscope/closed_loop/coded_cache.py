@@ -59,6 +59,9 @@ class CodedCache:
     def __init__(self, how: Quantised, layers: Mapping[int, ShortLayer], prompt: int, exact: torch.dtype) -> None:
         self._how, self._layers, self._prompt, self._exact = how, layers, prompt, exact
 
+    def before(self, t: int, parts: Sequence[LikeLayers]) -> None:
+        """Nothing is quantised before the evicted keys have left."""
+
     def after(self, tokens: int, parts: Sequence[LikeLayers]) -> None:
         """Quantise what becomes codes once so many tokens have come, after the keys that leave have been removed."""
         scheme = self._how.scheme

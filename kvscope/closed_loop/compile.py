@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from kvscope.closed_loop.decode import attention_facts
-from kvscope.closed_loop.feasible import closed_runs, require_closed, require_decodable
+from kvscope.closed_loop.feasible import closed_runs, require_closed, require_decodable, require_merging
 from kvscope.closed_loop.gates import require_gates
 from kvscope.closed_loop.generation import GenerateJob, examples_to_generate
 from kvscope.closed_loop.job import ClosedLoopJob, TokenSink
-from kvscope.closed_loop.model_limits import require_positions, require_quantisable, unrotated_of
+from kvscope.closed_loop.model_limits import require_mergeable, require_positions, require_quantisable, unrotated_of
 from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.closed_loop.passage import Passage, require_decodable_images
 from kvscope.closed_loop.perplexity import PerplexityJob, describe_texts, passages_of_texts
@@ -25,6 +25,7 @@ from kvscope.closed_loop.verify import VerifyJob, shortened
 from kvscope.core.budget import Budget, parse_budgets
 from kvscope.core.cache_scheme import parse_caches
 from kvscope.core.errors import UsageError
+from kvscope.core.merge_scheme import parse_merges
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import (
     GenerateOptions,
@@ -82,6 +83,7 @@ def compile_closed_loop(
             require_gates(plan, model, counts.values())
         require_positions(passages, runs)
         require_quantisable(model, passages, runs)
+        require_mergeable(model, passages, runs)
         shared = shared_caches(model, probe)
         layers = self_check(model, passages[0].text_ids, prefill)
         token = passages[0].ids[None, :1].to(model.get_input_embeddings().weight.device)
@@ -190,7 +192,9 @@ def compile_perplexity(
     named = named_policies(policies, options.plan.params)
     for policy in named:  # before the model is loaded
         require_closed(make_plan(policy, options.plan, latent=False), options.positions)
+        require_merging(make_plan(policy, options.plan, latent=False), options.plan.merges)
     limits, caches = parse_budgets(budgets), parse_caches(options.plan.caches)
+    merges = parse_merges(options.plan.merges, caches)
     metrics = with_size([METRICS.get(name) for name in (options.metrics or METRICS.names())], caches)
     if not files:
         raise UsageError("no text file is given", "Give one or more text files.")
@@ -208,7 +212,7 @@ def compile_perplexity(
     workload = Workload([passage.sequence for passage in passages], prefill, layers, kv_heads, len(layers))
     for plan in plans:
         require_feasible(plan, limits, workload)
-    runs = runs_of(plans, limits, Loop.closed, options.positions, caches)
+    runs = runs_of(plans, limits, Loop.closed, options.positions, caches, merges)
     passages = with_readings(loaded, passages, plans)
     return PerplexityJob(compile_closed_loop(loaded.model, passages, runs, metrics, prefill), source_ref, read.notes)
 
@@ -234,6 +238,7 @@ def compile_verify(
     named = named_policies(policies, options.plan.params)
     plans = [make_plan(policy, options.plan, latent=latent) for policy in named]
     caches = parse_caches(options.plan.caches)
+    merges = parse_merges(options.plan.merges, caches)
     limits, chosen = parse_budgets(budgets), trace.sequences[: options.sequences]
     cut = [shortened(sequence, options.tokens, options.prefill) for sequence in chosen]
     kv_heads = tuple(trace.heads_of(layer).kv_heads for layer in trace.layers)
@@ -250,7 +255,7 @@ def compile_verify(
     ]
     require_decodable_images(passages, options.prefill)
     passages = with_readings(loaded, passages, plans)
-    runs = runs_of(plans, limits, Loop.closed, closed.positions, caches)
+    runs = runs_of(plans, limits, Loop.closed, closed.positions, caches, merges)
     job = compile_closed_loop(loaded.model, passages, runs, [], options.prefill)
     with torch.inference_mode():
         facts = attention_facts(loaded.model, passages[0].text_ids[None].to(loaded.device))

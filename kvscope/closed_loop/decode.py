@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvscope.closed_loop.coded_cache import Quantised
+from kvscope.closed_loop.cache_changes import CacheChanges
 from kvscope.closed_loop.decoded_rows import exact_dtype
 from kvscope.closed_loop.decoder import Decoder
 from kvscope.closed_loop.feasible import require_decodable
@@ -93,8 +93,8 @@ class DecodeJob:
         The text, where its prompt has images; with full prefill the model reads them with the prompt.
     given : ModelSignals
         What the policy reads of the model's parameters.
-    quantised : Quantised or None
-        How the cache is quantised.
+    changes : CacheChanges
+        How the cache is quantised, or what is merged in it.
     """
 
     model: CausalModel
@@ -108,7 +108,7 @@ class DecodeJob:
     rotary: Mapping[int, Derotation] | None = None
     passage: Passage | None = None
     given: ModelSignals = field(default_factory=ModelSignals)
-    quantised: Quantised | None = None
+    changes: CacheChanges = field(default_factory=CacheChanges)
 
     @torch.no_grad()
     def execute(self) -> Decoded:
@@ -156,7 +156,7 @@ class DecodeJob:
             self.facts.shared,
             self.given,
             read,
-            self.quantised,
+            self.changes,
         )
         return decoder, simulations
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from kvscope.closed_loop.coded_cache import CodedCache, Quantised
+from kvscope.closed_loop.cache_changes import CacheChanges
 from kvscope.closed_loop.decoded_rows import at_cache_position, attends_elsewhere, beyond, exact_dtype, signal, weights
 from kvscope.closed_loop.gates import margins, scores
 from kvscope.closed_loop.like_layers import LikeLayers
@@ -20,7 +20,6 @@ from kvscope.engine.signal_axes import per_token, time_axis
 from kvscope.engine.simulation import CacheSimulation
 from kvscope.model.attention_hook import Call, Kernel, replace_attention
 from kvscope.model.short_cache import HeldKeys, ShortLayer
-from kvscope.policies.base import Step
 
 BLOCK_BYTES = 128 * 2**20  # limit for the rows of the prompt that are computed at a time
 
@@ -36,7 +35,7 @@ class Decoder:
     heads. Nothing is read from the device before the end, unless the policy evicts without a budget: then only the
     device can tell how many keys it retains.
 
-    `beside` is what the model reads of the prompt's images; `read` is filled in, or followed; see `CodedCache` too.
+    `beside` is what the model reads of the prompt's images; `read` is filled in, or followed; see `CacheChanges` too.
     """
 
     def __init__(
@@ -50,17 +49,17 @@ class Decoder:
         shared: Mapping[int, int],
         given: ModelSignals,
         read: PromptPass | None = None,
-        quantised: Quantised | None = None,
+        changes: CacheChanges = CacheChanges(),  # noqa: B008  frozen
     ) -> None:
         self.model, self.ids, self.cache, self.layers = model, ids, cache, layers
         self.exact, self._beside, self._read = exact_dtype(model), beside, read
-        self._parts = [LikeLayers(simulation) for simulation in simulations]
+        self._parts = [LikeLayers(simulation, sums=changes.merge is not None) for simulation in simulations]
         self._part_of = {layer: part for part in self._parts for layer in part.simulation.shape.layers}
         self._given = given
         self._shared = shared  # layer that reads the cache of an earlier one -> that layer, whose rows decide
         self.held: list[int] = []
         self._inputs = simulations[0].inputs
-        self._coded = None if quantised is None else CodedCache(quantised, layers, self._read_at_once, self.exact)
+        self._writers = changes.writers(layers, self._read_at_once, self.exact)
         traits = self._inputs.plan.policy.traits
         self._known = traits.counted or traits.phase == "none"  # whether budgets tell how many keys are held
         self._group_of: dict[int, tuple[HeldKeys, int]] = {}  # layer -> its group, and its place in it
@@ -147,7 +146,7 @@ class Decoder:
             part.row = self._zeros(part, 1, t + 1)[:, :, 0].repeat(part.runs, 1, 1, 1)
         logits = self._forward(self.ids[:, t : t + 1])
         for part, step in zip(self._parts, steps, strict=True):
-            _complete(part.simulation, step, part.row)
+            part.complete(step, part.row)
         self._cut(t)
         return logits
 
@@ -193,7 +192,7 @@ class Decoder:
                 made = weights(call, queries, call.key[0, :, None, :stop], hidden, heads=0)
                 rows[part.place(call.layer)] = made.flatten(0, 1)
             for t in range(start, stop):
-                _complete(part.simulation, part.simulation.see(t), rows[:, :, t - start, : t + 1])
+                part.complete(part.simulation.see(t), rows[:, :, t - start, : t + 1])
 
     def _append(self, start: int, stop: int) -> None:
         """Note that the next call of every layer adds the tokens `start` to `stop` - 1 to its cache."""
@@ -276,8 +275,10 @@ class Decoder:
         return margins(gate, call, torch.cat(inputs, 1) if inputs else None, self._inputs.shape.prompt)
 
     def _cut(self, t: int) -> None:
-        """Remove what is evicted after step `t` and what the next query cannot see; quantise what is held."""
+        """Remove what is evicted after step `t` and what the next query cannot see; merge before, quantise after."""
         longest = []
+        for writer in self._writers:
+            writer.before(t, self._parts)
         for part in self._parts:
             retained = part.simulation.held(t, t + 1)[:, :, :, 0].transpose(0, 1).flatten(1, 2)  # [L, R * G, t + 1]
             for caches, group, layers in part.groups:
@@ -287,12 +288,5 @@ class Decoder:
                     most = min(most, caches.within(t + 2) - 1)
                 longest.append(group.cut(retained.index_select(0, layers), most, oldest))
         self._longest.append(torch.stack(longest).max())
-        if self._coded is not None:
-            self._coded.after(t + 1, self._parts)
-
-
-def _complete(simulation: CacheSimulation, step: Step, row: Tensor) -> None:
-    """Let the policy score the keys after a step with rows ``[R, L, H, n]``, or ``[L, H, n]`` for all, and evict."""
-    if simulation.inputs.missing_mass is not None:
-        simulation.inputs.missing_mass[..., step.t] = (1 - row.sum(-1)).clamp(min=0)
-    simulation.attend(step, row)
+        for writer in self._writers:
+            writer.after(t + 1, self._parts)

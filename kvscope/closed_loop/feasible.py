@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kvscope.core.errors import UsageError
+from kvscope.core.merge_scheme import parse_merges
 from kvscope.core.options import Loop, Positions
 from kvscope.engine.plan import FILTER, GATE, SCORER, EvictionPlan
 from kvscope.engine.runs import RunSpec
@@ -35,7 +36,7 @@ def closed_runs(
     `opened` are the runs of the open loop; by default all of them.
     """
     opened = runs if opened is None else opened
-    numbers = {(run.plan, run.budget, run.cache): run.number for run in opened}
+    numbers = {(run.plan, run.budget, run.cache, run.merge): run.number for run in opened}
     feasible = [run for run in runs if not run.plan.policy.traits.clairvoyant]
     return [
         replace(
@@ -43,7 +44,7 @@ def closed_runs(
             number=number,
             loop=Loop.closed,
             positions=positions,
-            open_run=numbers.get((run.plan, run.budget, run.cache)),
+            open_run=numbers.get((run.plan, run.budget, run.cache, run.merge)),
         )
         for number, run in enumerate(feasible, start=len(opened))
     ]
@@ -64,6 +65,15 @@ def require_closed(plan: EvictionPlan, positions: Positions = Positions.original
     if why:
         raise UsageError(
             f"{plan.label} cannot run in the closed loop with {positions} positions: it {why}", "Use another policy."
+        )
+
+
+def require_merging(plan: EvictionPlan, merges: str | Sequence[str]) -> None:
+    """Raise UsageError if a plan holds every key although evicted ones are to be merged by one of these rules."""
+    rule = next((rule for rule in parse_merges(merges) if rule is not None), None)
+    if rule is not None and plan.policy.traits.reads:
+        raise UsageError(
+            f"{plan.label} holds every key, so that {rule} has nothing to merge", "Use another policy, or omit --merge."
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvscope.closed_loop.compaction import Compacted
 from kvscope.closed_loop.gates import margins, scores
+from kvscope.closed_loop.merged import MergedSteps
 from kvscope.closed_loop.pass_shape import PassShape, RunBatch
 from kvscope.closed_loop.quantised import QuantisedCall
 from kvscope.core.errors import ReplayError
@@ -36,8 +37,7 @@ from kvscope.model.image_check import forget_positions
 
 BLOCK_BYTES = 128 * 2**20  # limit for one tensor of rows for all runs of a batch
 BLOCK_QUERIES = 128  # limit for the queries of a block, so that few of its weights are above the causal diagonal
-# On a GPU a block costs the launches of its operations rather than weights above the diagonal: larger blocks. A block
-# with all metrics needs about ten tensors of rows.
+# On a GPU a block costs launches rather than weights above the diagonal; with all metrics it needs ten tensors of rows.
 GPU_BLOCK_QUERIES = 1024
 GPU_BLOCK_SHARE = 1 / 32  # of the free memory, for one tensor of rows
 GPU_BLOCK_BYTES = 2 * 2**30
@@ -109,6 +109,9 @@ class ClosedLoop:
             steps = QuantisedSteps(quantised, simulation, scorer if self.metrics else None, decides=decided is None)
             output = steps.attend(self.text.length, size)
             return self._finished(call, number, simulation, series, output, decides=decided is None)
+        if batch.merge is not None:
+            merged = MergedSteps(call, batch.merge, self.text, simulation, scorer if self.metrics else None)
+            return self._finished(call, number, simulation, series, merged.attend(size), decides=True)
         compacted = None if self.rotary is None else Compacted(call, self.rotary[call.layer])
         output = []
         for start in range(0, self.text.length, size):

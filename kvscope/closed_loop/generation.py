@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from kvscope.closed_loop.coded_cache import Quantised
+from kvscope.closed_loop.cache_changes import CacheChanges
 from kvscope.closed_loop.decode import DecodeJob
 from kvscope.closed_loop.job import ClosedLoopJob
 from kvscope.closed_loop.passage import Passage
@@ -97,7 +97,7 @@ class GenerateJob:
         return traced.length - traced.prompt if self.max_new_tokens is None else self.max_new_tokens
 
     def _batches(self, passage: Passage) -> list[list[RunSpec]]:
-        """Return the runs that generate as one batch: the budgets of one policy and cache.
+        """Return the runs that generate as one batch: the budgets of one policy, cache and merging rule.
 
         Each run is alone where the model keeps more of a text than keys and values, or the prompt has images: what it
         keeps of these is for one entry of a batch.
@@ -123,8 +123,8 @@ class GenerateJob:
         reads_kinds = "token_kinds" in runs[0].plan.needs
         given = job.given.generating(index, prompt, self._kinds_of_ids) if reads_kinds else job.given
         about = prompt, job.prefill, index, self.facts, job.rotary, passage, given
-        coded = Quantised.of(runs[0].cache, job.unrotated)
-        decoding = DecodeJob(job.model, ids, runs[0].plan, keys, *about, coded)
+        changes = CacheChanges.of(runs[0], job.unrotated)
+        decoding = DecodeJob(job.model, ids, runs[0].plan, keys, *about, changes)
         return decoding.generate(self.stops, read)
 
     @cached_property

@@ -193,7 +193,7 @@ class ForwardPass:
         self.batches = []
         for batch_runs in self.runs:
             keys = [run.keys(sequence, job.prefill) for run in batch_runs]
-            batch = RunBatch(batch_runs[0].plan, keys, cache=batch_runs[0].cache)
+            batch = RunBatch(batch_runs[0].plan, keys, cache=batch_runs[0].cache, merge=batch_runs[0].merge)
             self.batches.append(surveyed(job.model, passage, batch, self.text) if batch.plan.looks_across else batch)
 
     def logits(self) -> Tensor:

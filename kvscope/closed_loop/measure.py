@@ -42,6 +42,7 @@ def perplexity(
     allocate: str | None = None,
     scope: str | None = None,
     cache: str | Sequence[str] = (),
+    merge: str | Sequence[str] = (),
     dtype: str = "auto",
     device: str = "cpu",
     revision: str | None = None,
@@ -58,8 +59,8 @@ def perplexity(
         Files of text; each is divided into windows.
     policies, budgets, output
         As of `kvscope.replay`.
-    prompt, window, max_windows, metrics, positions, params, compress, allocate, scope, cache
-        As in `PerplexityOptions` and `PlanOptions`; `cache` as on the command line: ``"16bit,int4:kivi"``.
+    prompt, window, max_windows, metrics, positions, params, compress, allocate, scope, cache, merge
+        As in `PerplexityOptions` and `PlanOptions`; `cache`, `merge` as on the command line: ``"16bit,int4"``.
     dtype, device, revision
         As in `ModelSource`.
     force : bool
@@ -74,7 +75,7 @@ def perplexity(
     """
     texts = [files] if isinstance(files, (str, Path)) else list(files)
     options = PerplexityOptions(
-        plan=PlanOptions(params or {}, compress, allocate, scope=scope, caches=cache),
+        plan=PlanOptions(params or {}, compress, allocate, scope=scope, caches=cache, merges=merge),
         positions=choice(Positions, positions, "positions"),
         metrics=None if metrics is None else tuple(metrics),
         window=window,
@@ -102,6 +103,7 @@ def verify(
     allocate: str | None = None,
     scope: str | None = None,
     cache: str | Sequence[str] = (),
+    merge: str | Sequence[str] = (),
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Verdict]:
@@ -113,7 +115,7 @@ def verify(
         A trace of a model; its tokens are decoded.
     policies, budgets
         As of `kvscope.replay`.
-    prefill, tokens, sequences, params, compress, allocate, scope, cache, device
+    prefill, tokens, sequences, params, compress, allocate, scope, cache, merge, device
         As in `VerifyOptions` and `PlanOptions`.
     positions, model, dtype
         As in `ClosedLoopOptions`.
@@ -127,7 +129,7 @@ def verify(
     """
     options = VerifyOptions(
         prefill=choice(Prefill, prefill, "prefill"),
-        plan=PlanOptions(params or {}, compress, allocate, scope=scope, caches=cache),
+        plan=PlanOptions(params or {}, compress, allocate, scope=scope, caches=cache, merges=merge),
         closed=ClosedLoopOptions(choice(Positions, positions, "positions"), model, dtype),
         tokens=tokens,
         sequences=sequences,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from kvscope.closed_loop.feasible import require_merging
 from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import UsageError
 from kvscope.core.model_types import CausalModel
@@ -37,6 +38,32 @@ def require_quantisable(model: CausalModel, passages: Sequence[Passage], runs: S
         raise UsageError(
             f"{before[0]} quantises keys without their position, which in prompts with images may have two dimensions",
             "Quantise keys after rotation: --cache int4:kivi.",
+        )
+
+
+def require_mergeable(model: CausalModel, passages: Sequence[Passage], runs: Sequence[RunSpec]) -> None:
+    """Raise UsageError if evicted keys are to be merged where that is not defined."""
+    merges = [run.merge for run in runs if run.merge is not None]
+    if not merges:
+        return
+    rule, instead = merges[0], "Use another model, or omit --merge."
+    if runs[0].positions == Positions.compacted:
+        raise UsageError(
+            f"positions cannot be compacted with --merge {rule}: keys are merged at their positions in the text",
+            "Use --positions original.",
+        )
+    for run in runs:
+        require_merging(run.plan, () if run.merge is None else str(run.merge))
+    probe = passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
+    name, facts = type(model).__name__, self_check(model, probe)
+    if facts.latent_size is not None:
+        raise UsageError(
+            f"{name} caches latent vectors, from which keys and values are computed: {rule} is defined for keys",
+            instead,
+        )
+    if facts.shared:
+        raise UsageError(
+            f"layers of {name} read the cache of another layer, whose keys {rule} would change between them", instead
         )
 
 

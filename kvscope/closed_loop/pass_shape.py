@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.core.cache_scheme import CacheScheme
+from kvscope.core.merge_scheme import MergeScheme
 from kvscope.core.options import Prefill
 from kvscope.engine.allocation import Allocator
 from kvscope.engine.plan import EvictionPlan
@@ -27,12 +28,15 @@ class RunBatch:
         For each layer the allocator of its budget, if the allocation had to be computed beforehand (see `survey`).
     cache : CacheScheme or None
         How the caches of all of them are quantised.
+    merge : MergeScheme or None
+        How all of them merge what they evict.
     """
 
     plan: EvictionPlan
     budgets: list[int]
     allocators: Mapping[int, Allocator] = field(default_factory=dict)
     cache: CacheScheme | None = None
+    merge: MergeScheme | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvscope.closed_loop.coded_cache import Quantised
+from kvscope.closed_loop.cache_changes import CacheChanges
 from kvscope.closed_loop.decode import Decoded, DecodeJob
 from kvscope.closed_loop.decoded_alone import decoded_alone
 from kvscope.closed_loop.job import ClosedLoopJob, ForwardPass
@@ -163,8 +163,8 @@ class VerifyJob:
         ids = passage.ids[None].to(job.model.get_input_embeddings().weight.device)
         keys, facts = run.keys(sequence, job.prefill), self.facts
         about = sequence.prompt, job.prefill, sequence.index, facts, job.rotary, passage, job.given
-        coded = Quantised.of(run.cache, job.unrotated)
-        return DecodeJob(job.model, ids, run.plan, [keys], *about, coded).execute()
+        changes = CacheChanges.of(run, job.unrotated)
+        return DecodeJob(job.model, ids, run.plan, [keys], *about, changes).execute()
 
     def _compare(self, passage: Passage, run: RunSpec) -> Verdict:
         sequence, job = passage.sequence, self.closed

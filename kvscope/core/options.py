@@ -150,6 +150,8 @@ class PlanOptions:
         a model with a latent cache the layer, where the policy can.
     caches : str or sequence of str
         How caches are quantised, each as ``int4:kivi``, or ``16bit``; every policy runs with each. Empty: ``16bit``.
+    merges : str or sequence of str
+        How evicted keys are merged into those that stay, each as ``d2o``, or ``none``; closed loop only. Empty: none.
     """
 
     params: Mapping[str, str] = field(default_factory=dict)
@@ -158,6 +160,7 @@ class PlanOptions:
     accumulate: str | None = None
     scope: str | None = None
     caches: str | Sequence[str] = ()
+    merges: str | Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from kvscope.core.answer_records import ANSWERS, ExampleRef
 from kvscope.core.cache_scheme import CacheText
 from kvscope.core.errors import REPLAY_COMMAND, ResultError
 from kvscope.core.json_records import Checksum, Finite, Format, NotNegative, Number, Plain, Positive, about
+from kvscope.core.merge_scheme import MergeText
 from kvscope.core.options import Loop, Positions, Prefill
 from kvscope.core.output import incomplete, require_not_set_aside
 
@@ -26,7 +27,7 @@ HISTORY = {
     "`near_copies` of the trace",
     2: "layers that read the cache of another: `shared_cache`; `held_keys` is null there, so that every cache counts "
     "once. Latent caches: `latent_entries` and `latent_bytes` of every run. Right answers: `examples` of the trace, "
-    "`tasks` of every run, and answers.parquet of what each policy says; added since: `cache` of a run",
+    "`tasks` of every run, and answers.parquet of what each policy says; added since: `cache`, `merge` of a run",
 }
 REPLAY = Format("kvscope-replay", "replay", SCHEMA_VERSION, ResultError, "Replay again.")
 RUN_FILE = "run.json"
@@ -215,6 +216,7 @@ class RunRecord:
     ] = None
     certificate: Annotated[Certificate | None, about("of a schedule: how near it is to the best", omit=True)] = None
     cache: Annotated[CacheText | None, about("how its cache is quantised; absent if it is not", omit=True)] = None
+    merge: Annotated[MergeText | None, about("how what it evicts is merged into what stays", omit=True)] = None
 
     def keys(self, sequence: int) -> int:
         """Return ``B`` for a sequence."""

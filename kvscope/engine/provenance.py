@@ -98,6 +98,7 @@ def _run(run: RunSpec, source: SourceRef, sequences: Sequence[TokenSequence], pr
         positions=run.positions if closed else None,
         open_run=run.open_run if closed else None,
         cache=None if run.cache is None else run.cache.text,
+        merge=None if run.merge is None else run.merge.text,
     )
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvscope.core.budget import Budget
 from kvscope.core.cache_scheme import CacheScheme
+from kvscope.core.merge_scheme import MergeScheme
 from kvscope.core.options import Loop, Positions, Prefill
 from kvscope.core.records import Certificate, RunCounts
 from kvscope.core.residency import ResidencyIntervals
@@ -39,6 +40,8 @@ class RunSpec:
         For a closed run the number of the open run with the same plan and budget.
     cache : CacheScheme or None
         How its cache is quantised.
+    merge : MergeScheme or None
+        How what is evicted is merged into what stays.
     """
 
     number: int
@@ -48,11 +51,12 @@ class RunSpec:
     positions: Positions = Positions.original
     open_run: int | None = None
     cache: CacheScheme | None = None
+    merge: MergeScheme | None = None
 
     @property
     def label(self) -> str:
-        """The label of the plan, with the cache if that is quantised: ``h2o + int4:kivi``."""
-        return self.plan.label if self.cache is None else f"{self.plan.label} + {self.cache}"
+        """The label of the plan, with a quantised cache and the merging rule: ``h2o + int4:kivi``, ``h2o + d2o``."""
+        return " + ".join([self.plan.label, *(str(each) for each in (self.cache, self.merge) if each is not None)])
 
     def keys(self, sequence: TokenSequence, prefill: Prefill) -> int:
         """Return ``B`` for a sequence."""
@@ -164,9 +168,9 @@ class Tally:
 
 
 def by_plan(runs: Sequence[RunSpec]) -> list[list[RunSpec]]:
-    """Return the runs of each plan and cache, in the order in which these come first."""
-    kinds = dict.fromkeys((run.plan, run.cache) for run in runs)
-    return [[run for run in runs if (run.plan, run.cache) == kind] for kind in kinds]
+    """Return the runs of each plan, cache and merging rule, in the order in which these come first."""
+    kinds = dict.fromkeys((run.plan, run.cache, run.merge) for run in runs)
+    return [[run for run in runs if (run.plan, run.cache, run.merge) == kind] for kind in kinds]
 
 
 def runs_of(
@@ -175,15 +179,17 @@ def runs_of(
     loop: Loop = Loop.open,
     positions: Positions = Positions.original,
     caches: Sequence[CacheScheme | None] = (None,),
+    merges: Sequence[MergeScheme | None] = (None,),
 ) -> list[RunSpec]:
-    """Return a run for every plan, budget and cache; a plan that keeps to no budget gets one run for each cache."""
+    """Return a run for every plan, budget, cache and merging rule; a plan that keeps to no budget gets one for each."""
     found = [
-        (plan, budget, cache)
+        (plan, budget, cache, merge)
         for plan in plans
         for cache in caches or (None,)
+        for merge in merges or (None,)
         for budget in (budgets if plan.policy.traits.bounded else [None])
     ]
     return [
-        RunSpec(number, plan, budget, loop, positions, cache=cache)
-        for number, (plan, budget, cache) in enumerate(found)
+        RunSpec(number, plan, budget, loop, positions, cache=cache, merge=merge)
+        for number, (plan, budget, cache, merge) in enumerate(found)
     ]

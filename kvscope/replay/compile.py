@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvscope.closed_loop.feasible import require_closed, require_decodable
+from kvscope.closed_loop.feasible import require_closed, require_decodable, require_merging
 from kvscope.core.budget import Budget, parse_budgets
 from kvscope.core.cache_scheme import parse_caches
 from kvscope.core.errors import ReplayError, TraceError, UsageError
+from kvscope.core.merge_scheme import parse_merges
 from kvscope.core.options import OutputOptions, Prefill, ReplayOptions
 from kvscope.engine.cache_size import with_size
 from kvscope.engine.feasible import Workload, make_plan, named_policies, require_feasible
@@ -190,7 +191,7 @@ def compile_replay(
     device = torch_device(options.device)
     plans, skipped = _plans(trace, chosen, limits, options)
     caches, loaded = parse_caches(options.plan.caches), None
-    every = runs_of(plans, limits, caches=caches)
+    every = runs_of(plans, limits, caches=caches, merges=parse_merges(options.plan.merges, caches))
     if any(isinstance(plan.policy, Press) for plan in plans):
         from kvscope.closed_loop.press_choices import followed  # loads transformers
 
@@ -285,6 +286,7 @@ def _plan(trace: Trace, policy: Policy, budgets: Sequence[Budget], options: Repl
     require_replayable(trace, plan, budgets, options.prefill)
     if options.closed is not None and not policy.traits.clairvoyant:  # bounds run in the open loop alone
         require_closed(plan, options.closed.positions)
+        require_merging(plan, options.plan.merges)
         if options.generate is not None:
             require_decodable(plan)
     return plan

@@ -84,7 +84,10 @@ def require_quantisable_plan(plan: EvictionPlan, schemes: Sequence[CacheScheme |
 
 
 def open_runs(trace: Trace, runs: Sequence[RunSpec], options: ReplayOptions) -> tuple[list[RunSpec], dict[str, str]]:
-    """Return the runs of the open loop, numbered, and why caches run in the closed loop alone; raises without one."""
+    """Return the runs of the open loop, numbered, and why caches and merging rules run in the closed loop alone.
+
+    Raises UsageError without a closed loop.
+    """
     alone: dict[str, str] = {}
     for scheme in dict.fromkeys(run.cache for run in runs):
         why = None if scheme is None else not_in_open_loop(trace, scheme)
@@ -92,9 +95,17 @@ def open_runs(trace: Trace, runs: Sequence[RunSpec], options: ReplayOptions) -> 
             raise why
         if why is not None:
             alone[str(scheme)] = why.what
+    for rule in dict.fromkeys(run.merge for run in runs if run.merge is not None):
+        why = UsageError(
+            f"{rule} cannot be replayed in the open loop: recorded rows have no weights for merged keys",
+            "Add --perplexity to run it inside the model, or use kvscope perplexity.",
+        )
+        if options.closed is None:
+            raise why
+        alone[str(rule)] = why.what
     for plan in dict.fromkeys(run.plan for run in runs):
         require_quantisable_plan(plan, [run.cache for run in runs])
-    opened = [run for run in runs if str(run.cache) not in alone]
+    opened = [run for run in runs if str(run.cache) not in alone and run.merge is None]
     return [replace(run, number=number) for number, run in enumerate(opened)], alone
 
 

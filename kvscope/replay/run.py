@@ -41,6 +41,7 @@ def replay(
     accumulate: str | None = None,
     scope: str | None = None,
     cache: str | Sequence[str] = (),
+    merge: str | Sequence[str] = (),
     closed: ClosedLoopOptions | None = None,
     generate: GenerateOptions | None = None,
     device: str = "cpu",
@@ -63,21 +64,20 @@ def replay(
         Folder to write. If omitted, the replay is in a temporary folder, which is removed with the returned object.
     metrics : sequence of str, Metric or function, optional
         Names of metrics, or functions under ``@kvscope.metric``; all metrics by default.
-    command, force, prefill, closed, generate, device, params, compress, allocate, accumulate, scope, cache
-        As in `OutputOptions`, `ReplayOptions` and `PlanOptions`; `cache` as on the command line: ``"16bit,int4:kivi"``.
+    command, force, prefill, closed, generate, device, params, compress, allocate, accumulate, scope, cache, merge
+        As in `OutputOptions`, `ReplayOptions` and `PlanOptions`; `cache` and `merge` as on the command line:
+        ``"16bit,int4:kivi"``, ``"none,d2o"``.
     progress, announce : callable, optional
         Called with the completed share, from 0 to 1; with the largest `Footprint` before the work begins.
 
     Raises
     ------
-    UsageError, TraceError, ModelError, ReplayError
+    UsageError, TraceError, ModelError, ReplayError, OutputExists, ResultError
         As `compile_replay` and `ReplayJob.execute`.
-    OutputExists, ResultError
-        If the output exists, or cannot be written.
     """
     options = ReplayOptions(
         prefill=choice(Prefill, prefill, "prefill"),
-        plan=PlanOptions(params or {}, compress, allocate, accumulate, scope, cache),
+        plan=PlanOptions(params or {}, compress, allocate, accumulate, scope, cache, merge),
         metrics=None if metrics is None else tuple(metric_name(metric) for metric in metrics),
         closed=closed,
         generate=generate,

@@ -161,6 +161,8 @@ class RunView:
             marks.append("compacted positions")
         if self.info.cache is not None:
             marks.append(f"cache in {self.info.cache}")
+        if self.info.merge is not None:
+            marks.append(f"merges by {self.info.merge}")
         certificate = self.info.certificate
         if certificate is not None and not certificate.exact:
             marks.append(f"at most {certificate.gap:.2g} of mass from the optimum")

@@ -27,6 +27,7 @@ ALIGNED = (
     "phase",
     "allocate",
     "cache",
+    "merge",
     "accumulate",
 )  # equal for runs that are compared
 FEW = 50  # number of rows up to which unchanged values are shown too

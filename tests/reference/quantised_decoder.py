@@ -7,7 +7,7 @@ and loops (`tests.reference.replay`), and each head's cache is a `tests.referenc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,9 +34,9 @@ class Layer:
 
             return apply
 
-        self.new = lambda: Head(scheme, turned("off"), turned("on"))
+        self.new: Callable[[], Any] = lambda: Head(scheme, turned("off"), turned("on"))
         self.policy, self.budget = policy, budget
-        self.heads: list[Head] = []
+        self.heads: list[Any] = []
         self.score: list[dict[int, float]] = []
         self.bits: list[int] = []
 
@@ -67,18 +67,25 @@ class Layer:
         self._observe(rows, share)
         return torch.tensor(outputs, dtype=torch.float64)
 
-    def evict(self, position: int) -> None:
-        """Keep to the budget after a step."""
+    def finish(self, tokens: int) -> None:
+        """Evict, count and quantise once so many tokens have come."""
         for group, head in enumerate(self.heads):
-            score, held = self.score[group], set(head.key)
-            recent = self.budget // 2 if self.policy == "h2o" else 0
-            protected = {at for at in held if at > position - recent}
-            if self.policy == "streaming-llm":
-                score = {at: float(at) for at in held}
-                protected |= {at for at in held if at < 2}
-            while self.policy != "full" and len(held) > self.budget:
-                held.remove(min(sorted(held - protected), key=lambda at: score[at]))
-            head.keep(held)
+            head.keep(self.retained(group, tokens - 1))
+        self.bits.append(sum(head.bits for head in self.heads))
+        for head in self.heads:
+            head.quantise(tokens)
+
+    def retained(self, group: int, position: int) -> set[int]:
+        """Return what a head holds after a step that keeps to the budget."""
+        score, held = self.score[group], set(self.heads[group].key)
+        recent = self.budget // 2 if self.policy == "h2o" else 0
+        protected = {at for at in held if at > position - recent}
+        if self.policy == "streaming-llm":
+            score = {at: float(at) for at in held}
+            protected |= {at for at in held if at < 2}
+        while self.policy != "full" and len(held) > self.budget:
+            held.remove(min(sorted(held - protected), key=lambda at: score[at]))
+        return held
 
     def _observe(self, rows: list[dict[int, float]], share: int) -> None:
         for group, score in enumerate(self.score):
@@ -99,11 +106,20 @@ def decode(
     turns: Mapping[int, Derotation],
 ) -> tuple[Tensor, list[Layer]]:
     """Return the logits ``[T, V]`` of a text ``[T]`` and the layers' caches, after all of it."""
+    return decode_with(model, ids, lambda call: Layer(scheme, turns.get(call.layer), policy, budget), prompt, prefill)
+
+
+def decode_with(
+    model: Any, ids: Tensor, new: Callable[[Call], Layer], prompt: int, prefill: str
+) -> tuple[Tensor, list[Layer]]:
+    """Return the same, with caches that `new` makes for the first call of a layer."""
     layers: dict[int, Layer] = {}
     logits: list[Tensor] = []
 
     def layer_of(call: Call) -> Layer:
-        return layers.setdefault(call.layer, Layer(scheme, turns.get(call.layer), policy, budget))
+        if call.layer not in layers:
+            layers[call.layer] = new(call)
+        return layers[call.layer]
 
     def read(call: Call, kernel: Any) -> Tensor:
         for position in range(prompt):
@@ -119,11 +135,7 @@ def decode(
 
     def finish(tokens: int) -> None:
         for layer in layers.values():
-            layer.bits.append(0)
-            layer.evict(tokens - 1)
-            layer.bits[-1] = sum(head.bits for head in layer.heads)
-            for head in layer.heads:
-                head.quantise(tokens)
+            layer.finish(tokens)
 
     start = prompt if prefill == "full" else 0
     if start:

@@ -24,6 +24,7 @@ OTHERS = {
     "phase": "prefill",
     "accumulate": "float16",
     "cache": "fp8",
+    "merge": "d2o(beta=0.5)",
 }
 
 

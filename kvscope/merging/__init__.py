@@ -1,0 +1,1 @@
+"""Merging on eviction: how evicted keys and values are added to those that stay."""
