@@ -114,13 +114,14 @@ def _execute(job: ReplayJob, output: OutputOptions, table: TableOptions, *, as_j
     """Execute a job with a progress bar, and print the summary."""
     from kvscope.cli import console
     from kvscope.cli.hints import next_report
+    from kvscope.cli.skipped import skipped_line
     from kvscope.cli.summary import show
     from kvscope.cli.table_rows import require_metric
     from kvscope.core.output import size
 
     require_metric(table.sort, job.metric_names)
-    for why in job.skipped.values():
-        console.warn(f"skipped: {why}")
+    if job.skipped:
+        console.warn(skipped_line(job.skipped, job.remedies))
     needs, tokens = job.footprint, sum(sequence.length for sequence in job.open.trace.sequences)
     console.note(f"about {size(needs.bytes)} of memory, for {needs.layers} layers at a time", quiet=quiet)
     with console.bar("replaying", tokens, "tokens", quiet=quiet) as update:

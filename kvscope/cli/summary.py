@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvscope.cli.answers import cell, show_tasks
 from kvscope.cli.best import show_best
 from kvscope.cli.console import ALWAYS, Column, show_json, show_table
+from kvscope.cli.skipped import not_computed
 from kvscope.cli.table_options import TableOptions
 from kvscope.cli.table_rows import arranged
 
@@ -178,7 +179,7 @@ def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
     lines += trace.approximate
     errors = "; 0 for output error" if any("output_error" in run.metrics for run in runs) else ""
     lines.append(f"Means over the steps, heads and layers at which something had been evicted; 1 is best{errors}.")
-    lines += [f"{name} was not computed: {why}" for name, why in replay.left_out.items()]
+    lines += not_computed(replay.left_out)
     if len({_evicts(run) for run in runs} - {"never"}) > 1:
         lines.append(
             "At one budget, policies that evict once or every few steps, or that only read less, hold more keys than "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kvscope.closed_loop.feasible import require_closed, require_decodable
 from kvscope.core.budget import Budget, parse_budgets
 from kvscope.core.cache_scheme import parse_caches
-from kvscope.core.errors import ReplayError, TraceError, UsageError
+from kvscope.core.errors import KvscopeError, ReplayError, TraceError, UsageError
 from kvscope.core.options import OutputOptions, Prefill, ReplayOptions
 from kvscope.engine.cache_size import with_size
 from kvscope.engine.feasible import Workload, make_plan, named_policies, require_feasible
@@ -60,6 +60,8 @@ class ReplayJob:
         For the name of each metric whose signal the trace lacks: the reason.
     generate : GenerateJob or None
         Continues the prompts under the closed runs, and scores what the model says.
+    remedies : dict of str to str
+        What to do about each entry of `skipped`.
     """
 
     open: OpenLoop
@@ -67,6 +69,7 @@ class ReplayJob:
     skipped: Mapping[str, str]
     skipped_metrics: Mapping[str, str]
     generate: GenerateJob | None = None
+    remedies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[RunSpec]:
@@ -188,7 +191,8 @@ def compile_replay(
     metrics, skipped_metrics = measurable(trace, options.metrics)
     require_steps(trace, options.prefill)
     device = torch_device(options.device)
-    plans, skipped = _plans(trace, chosen, limits, options)
+    plans, refused = _plans(trace, chosen, limits, options)
+    skipped, remedies = ({label: getattr(why, part) for label, why in refused.items()} for part in ("what", "todo"))
     caches, loaded = parse_caches(options.plan.caches), None
     every = runs_of(plans, limits, caches=caches)
     if any(isinstance(plan.policy, Press) for plan in plans):
@@ -203,7 +207,7 @@ def compile_replay(
 
         closed, generate = compile_trace_loop(trace, every, metrics, options, loaded, runs)
     opened = OpenLoop(trace, runs, metrics, options.prefill, device)
-    return ReplayJob(opened, closed, skipped | alone, skipped_metrics, generate)
+    return ReplayJob(opened, closed, skipped | alone, skipped_metrics, generate, remedies)
 
 
 def unsupported(
@@ -259,18 +263,19 @@ def require_answers(trace: Trace, options: ReplayOptions) -> None:
 
 def _plans(
     trace: Trace, policies: Sequence[Policy], budgets: Sequence[Budget], options: ReplayOptions
-) -> tuple[list[EvictionPlan], dict[str, str]]:
-    """Return the plans that can run, and the reason for each policy that is skipped; raises if none may be skipped."""
-    plans, skipped = [], {}
+) -> tuple[list[EvictionPlan], dict[str, KvscopeError]]:
+    """Return the plans that can run, and the error of each policy that is skipped; raises if none may be skipped."""
+    plans: list[EvictionPlan] = []
+    skipped: dict[str, KvscopeError] = {}
     for policy in policies:
         try:
             plans.append(_plan(trace, policy, budgets, options))
         except (UsageError, TraceError) as error:
             if not options.skip_unsupported:
                 raise
-            skipped[policy.label] = error.what
+            skipped[policy.label] = error
     if not plans:
-        reason = next(iter(skipped.values()))
+        reason = next(iter(skipped.values())).what
         raise UsageError(f"no selected policy can run on {trace.path}: {reason}", "Select other policies.")
     if options.closed is not None and all(plan.policy.traits.clairvoyant for plan in plans):
         require_closed(plans[0], options.closed.positions)

@@ -159,6 +159,7 @@ def test_skipped_policies_are_named_with_the_reason(tmp_path: Path) -> None:
     assert [plan.policy.name for plan in job.plans] == ["h2o", "tova"]
     assert [label.partition("(")[0] for label in job.skipped] == ["keydiff", "snapkv"]
     assert "keydiff needs keys" in job.skipped["keydiff"]
+    assert "--store maps+vectors" in job.remedies["keydiff"] and list(job.remedies) == list(job.skipped)
     assert "not defined for stream prefill" in list(job.skipped.values())[1]
     assert not compile_replay(plain, ["h2o"], "40%").skipped
     with pytest.raises(UsageError, match=r"no selected policy can run .* keydiff needs keys"):
