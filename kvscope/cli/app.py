@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from kvscope.cli.command import add_commands
+from kvscope.cli.misspelt import help_hint, misspelt
 from kvscope.cli.streams import discard_stdout, open_streams
 from kvscope.core.errors import ExitStatus, KvscopeError
 from kvscope.core.memory import is_library_too_large, is_out_of_memory, out_of_memory
@@ -91,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_status
     except typer.TyperException as error:
         if error.format_message():  # empty after a bare `kvscope`, which has printed its help
-            console.fail(error.format_message(), _help_hint(error))
+            console.fail(*(misspelt(error) or (error.format_message(), help_hint(error))))
         return int(error.exit_code)
     except KeyboardInterrupt:
         status = ExitStatus.interrupted
@@ -163,8 +164,3 @@ def _explain(error: Exception | SystemExit) -> tuple[str, str] | None:
     if error.errno in _OF_PACKAGE and Path(__file__).parent.parent in path.resolve().parents:
         return None
     return f"{path}: {os.strerror(error.errno or 0)}", todo
-
-
-def _help_hint(error: typer.TyperException) -> str:
-    context = getattr(error, "ctx", None)
-    return f"See: {context.command_path if context else 'kvscope'} --help"

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import typer
 
+from kvscope.cli.misspelt import OpenCommand
 from kvscope.core.registry import Registry
 
 Run = TypeVar("Run", bound=Callable[..., None])
@@ -86,6 +87,10 @@ def add_commands(app: typer.Typer) -> None:
             app.add_typer(each.run, name=each.name)
         else:
             extra = {"ignore_unknown_options": True, "allow_extra_args": True} if each.extra_arguments else None
-            app.command(each.name, epilog=each.epilog, options_metavar=each.options_metavar, context_settings=extra)(
-                each.run
-            )
+            app.command(
+                each.name,
+                cls=OpenCommand if each.extra_arguments else None,
+                epilog=each.epilog,
+                options_metavar=each.options_metavar,
+                context_settings=extra,
+            )(each.run)
