@@ -20,6 +20,7 @@ import typer
 from kvscope.cli.command import add_commands
 from kvscope.cli.misspelt import help_hint, misspelt
 from kvscope.cli.streams import discard_stdout, open_streams
+from kvscope.cli.typer_classes import HelpGroup
 from kvscope.core.errors import ExitStatus, KvscopeError
 from kvscope.core.memory import is_library_too_large, is_out_of_memory, out_of_memory
 from kvscope.core.own_code import own_place
@@ -30,8 +31,8 @@ app = typer.Typer(
     help="Record a model's attention, replay KV-cache eviction policies over it, see what each one loses.",
     epilog="First steps: kvscope demo. Then, with any text file: kvscope trace --model demo FILE",
     no_args_is_help=True,
-    rich_markup_mode="markdown",  # paragraphs of a docstring flow into the width of the terminal
-    add_completion=False,
+    cls=HelpGroup,
+    rich_markup_mode=None,  # `kvscope.cli.help_page` draws the help
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
-
-from typer.core import TyperCommand
+from typing import TYPE_CHECKING
 
 from kvscope.core.errors import UsageError
 
@@ -22,29 +20,14 @@ def misspelt(error: typer.TyperException) -> tuple[str, str] | None:
     name = getattr(error, "option_name", None)
     if command is None or getattr(error, "possibilities", False) is False:
         return _command(error, getattr(command, "commands", {}))
-    flags = _flags(command.params)
-    near = list(dict.fromkeys([*nearest_flags(str(name), flags), *(getattr(error, "possibilities", None) or ())]))
+    flags = flags_of(command.params)
+    near = list(dict.fromkeys([*nearestflags_of(str(name), flags), *(getattr(error, "possibilities", None) or ())]))
     return f"unknown option {name}", f"Did you mean {' or '.join(near)}?" if near else help_hint(error)
 
 
-def nearest_flags(name: str, flags: Iterable[str]) -> list[str]:
+def nearestflags_of(name: str, flags: Iterable[str]) -> list[str]:
     """Return the option that is most similar to a name, or nothing."""
     return difflib.get_close_matches(name, list(flags), n=1, cutoff=CLOSE)
-
-
-class OpenCommand(TyperCommand):
-    """A command whose other options are parameters of policies; a misspelt option of its own is refused first."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Return what Typer does not know.
-
-        Raises
-        ------
-        UsageError
-            For a flag that is similar to an option of the command, and a parameter of no policy.
-        """
-        require_spelt(args, _flags(self.get_params(ctx)))
-        return super().parse_args(ctx, args)
 
 
 def require_spelt(arguments: Sequence[str], flags: Sequence[str]) -> None:
@@ -55,7 +38,7 @@ def require_spelt(arguments: Sequence[str], flags: Sequence[str]) -> None:
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     words = [word.partition("=")[0] for word in arguments[:end] if word.startswith("--")]
     for word in words:
-        near = nearest_flags(word, flags)
+        near = nearestflags_of(word, flags)
         if word in flags or not near or any(".py:" in argument for argument in arguments):
             continue
         if word.replace("_", "-") not in policy_parameters():
@@ -71,7 +54,8 @@ def policy_parameters() -> list[str]:
     return sorted("--" + name.replace("_", "-") for name in names)
 
 
-def _flags(params: Iterable[object]) -> list[str]:
+def flags_of(params: Iterable[object]) -> list[str]:
+    """Return the long flags of parameters."""
     return [flag for item in params for flag in getattr(item, "opts", ()) if flag.startswith("--")]
 
 

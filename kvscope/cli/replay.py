@@ -8,7 +8,7 @@ import typer
 
 from kvscope.cli.answer_options import AnswerScore, AnswerTokens, Generate
 from kvscope.cli.cache_option import Cache
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import (
     Accumulate,
     Allocate,
@@ -49,6 +49,10 @@ EPILOG = f"{PARAMETERS} Without TRACE, the newest complete one under traces/ is 
 
 
 @command("replay", order=20, options_metavar="[TRACE] [OPTIONS]", epilog=EPILOG, extra_arguments=True)
+@examples(
+    "kvscope replay --policy h2o --policy tova --budget 20%,40%",
+    "kvscope replay my-trace --policy all --sort output_error --top 10",
+)
 def replay(
     ctx: typer.Context,
     policy: Policy = None,

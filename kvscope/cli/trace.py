@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from kvscope.cli import options, prompt_options
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.core.options import ModelSource, OutputOptions
 from kvscope.core.recording_options import BlockOptions, ImageOptions, Sampling, StoreOptions, TextOptions
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 
 @command("trace", order=10)
+@examples(
+    "kvscope trace --model demo prompt.txt",
+    "kvscope trace --model llama2-7b prompts.jsonl --store qkv",
+)
 def trace(
     ctx: typer.Context,
     prompts: prompt_options.Prompts,
