@@ -147,7 +147,8 @@ Store = Annotated[
     str,
     typer.Option(
         "--store",
-        help="Store maps; maps+vectors: also every query, key and value; qkv: these alone, for long prompts: rows are "
+        help="Store auto: maps+vectors if that takes at most 100 MB, otherwise maps; maps; maps+vectors: also every "
+        "query, key and value; qkv: these alone, for long prompts: rows are "
         "recomputed when they are read; topk:K: the K heaviest keys of each row and sums of columns, lossy. The write "
         "buffer holds at most 64 MB, or 16 MB for each thread that writes if that is more.",
     ),
