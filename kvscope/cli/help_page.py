@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import Enum
 from inspect import cleandoc
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.box import ROUNDED
 from rich.panel import Panel
@@ -16,11 +16,18 @@ from rich.text import Text
 
 from kvscope.cli.panels import OTHER, PANELS, panel_of
 
+if TYPE_CHECKING:
+    import typer
+    from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
+
+    Shown: TypeAlias = TyperCommand | TyperGroup
+    Parameter: TypeAlias = TyperOption | TyperArgument
+
 WIDEST = 100  # columns; longer lines are hard to read
 KINDS = {"int": "N", "float": "NUMBER", "str": "TEXT", "path": "PATH"}  # what an option takes, where it does not say
 
 
-def show_help(command: Any, context: Any) -> None:
+def show_help(command: Shown, context: typer.Context) -> None:
     """Print the page of a command or of a group of commands."""
     from kvscope.cli.console import stdout
 
@@ -44,7 +51,7 @@ def show_help(command: Any, context: Any) -> None:
         console.print(Text(f"{command.epilog}\n"))
 
 
-def examples_of(command: Any) -> tuple[str, ...]:
+def examples_of(command: Shown) -> tuple[str, ...]:
     """Return the examples of a command; a group has none."""
     found: tuple[str, ...] = getattr(command.callback, "examples", ())
     return found
@@ -55,23 +62,23 @@ def _first(text: str) -> str:
     return " ".join(cleandoc(text).partition("\n\n")[0].split())
 
 
-def _panels(parameters: list[Any]) -> dict[str, list[Any]]:
+def _panels(parameters: list[Any]) -> dict[str, list[Parameter]]:
     """Return the parameters by title, in the order of `PANELS`."""
-    found: dict[str, list[Any]] = {title: [] for title in ("Arguments", *PANELS, OTHER)}
+    found: dict[str, list[Parameter]] = {title: [] for title in ("Arguments", *PANELS, OTHER)}
     for one in parameters:
         if one.name != "ctx" and not getattr(one, "hidden", False):
             found["Arguments" if one.param_type_name == "argument" else panel_of(one.name)].append(one)
     return {title: members for title, members in found.items() if members}
 
 
-def _row(one: Any) -> tuple[Text, Text]:
+def _row(one: Parameter) -> tuple[Text, Text]:
     """Return the flags of a parameter with what it takes, and its help with the default."""
     if one.param_type_name == "argument":
         name = Text(one.metavar or one.name.upper(), "bold cyan")
     else:
         flags = [*sorted(one.opts, key=len, reverse=True), *one.secondary_opts]
         name = Text(", ".join(flags), "bold cyan")
-        if not one.is_flag:
+        if not getattr(one, "is_flag", False):
             name.append(f" {takes(one)}", "yellow")
     text = Text(one.help or "")
     default = _default(one)
@@ -82,15 +89,16 @@ def _row(one: Any) -> tuple[Text, Text]:
     return name, text
 
 
-def takes(one: Any) -> str:
+def takes(one: Parameter) -> str:
     """Return what an option takes: its own word, its choices, or one for its type."""
     if one.metavar is not None:
         return str(one.metavar)
-    kind = str(one.display_type_rich(ctx=None)).strip("<>").removeprefix("list[").rstrip("].").partition(" ")[0]
+    shown = str(one.display_type_rich(None))  # type: ignore[arg-type]  # the context is not used
+    kind = shown.strip("<>").removeprefix("list[").rstrip("].").partition(" ")[0]
     return KINDS.get(kind.lower(), kind)
 
 
-def _default(one: Any) -> str:
+def _default(one: Parameter) -> str:
     value = one.default.value if isinstance(one.default, Enum) else one.default
     if one.show_default is False or value is None or isinstance(value, bool) or callable(value) or value in ("", ()):
         return ""

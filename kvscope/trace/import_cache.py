@@ -25,10 +25,10 @@ EXAMPLE = "Cache blocks.N.attn.hook_pattern, or give attention by layer: {0: ten
 class Cache(Protocol):
     """What is needed of a cache: names, and what is under a name."""
 
-    def keys(self) -> Iterable[Any]:
+    def keys(self) -> Iterable[object]:
         """Return the names."""
 
-    def __getitem__(self, name: Any) -> Any:
+    def __getitem__(self, name: Any) -> object:
         """Return the activation under a name."""
 
 
@@ -88,9 +88,9 @@ def import_cache(
     return import_arrays(found, model, Path(output), options, force=force, notes=notes)
 
 
-def _hooks(cache: Cache) -> dict[str, dict[int, Any]]:
+def _hooks(cache: Cache) -> dict[str, dict[int, object]]:
     """Return activations by the kind of hook and layer; empty where the names are not those of TransformerLens."""
-    found: dict[str, dict[int, Any]] = {}
+    found: dict[str, dict[int, object]] = {}
     for name in cache.keys():  # noqa: SIM118  a cache need not be a mapping
         match = HOOK.fullmatch(str(name))
         if match:
@@ -100,9 +100,9 @@ def _hooks(cache: Cache) -> dict[str, dict[int, Any]]:
     return found
 
 
-def _by_number(cache: Cache) -> dict[int, Any]:
+def _by_number(cache: Cache) -> dict[int, object]:
     """Return attention by layer, of a mapping from layers."""
-    found: dict[int, Any] = {}
+    found: dict[int, object] = {}
     for name in cache.keys():  # noqa: SIM118
         numbers = re.findall(r"\d+", str(name))
         if len(numbers) != 1:
@@ -115,11 +115,11 @@ def _by_number(cache: Cache) -> dict[int, Any]:
     return found
 
 
-def _vectors(hooks: Mapping[str, Mapping[int, Any]], layers: Sequence[int], notes: list[str]) -> dict[str, Captured]:
+def _vectors(hooks: Mapping[str, Mapping[int, object]], layers: Sequence[int], notes: list[str]) -> dict[str, Captured]:
     """Return queries, keys and values by layer, ``[B, heads, T, D]``; of rotated ones those after the rotation."""
     found: dict[str, Captured] = {}
     for name, kinds in {"queries": ("rot_q", "q"), "keys": ("rot_k", "k"), "values": ("v",)}.items():
-        own: Mapping[int, Any] = next((hooks[kind] for kind in kinds if kind in hooks), {})
+        own: Mapping[int, object] = next((hooks[kind] for kind in kinds if kind in hooks), {})
         if own and sorted(own) != list(layers):
             raise UsageError(
                 f"the cache has {name} of layers {sorted(own)}, and attention of layers {list(layers)}",
@@ -137,7 +137,9 @@ def _vectors(hooks: Mapping[str, Mapping[int, Any]], layers: Sequence[int], note
     return found
 
 
-def _gives_rows(hooks: Mapping[str, Mapping[int, Any]], found: Mapping[str, Captured], layers: Sequence[int]) -> bool:
+def _gives_rows(
+    hooks: Mapping[str, Mapping[int, object]], found: Mapping[str, Captured], layers: Sequence[int]
+) -> bool:
     """Return whether the rows of the first layer follow from its queries and keys."""
     if not {"queries", "keys"} <= set(found):
         return False
@@ -156,7 +158,7 @@ def _with_sequences(name: str, value: Captured) -> Captured:
     return np.asarray(value)[None] if one else value
 
 
-def _array(value: Any, axes: int, layer: int) -> Array:
+def _array(value: object, axes: int, layer: int) -> Array:
     """Return an activation as an array of 32 bit with so many axes."""
     array = np.asarray(_plain(value), np.float32)
     if array.ndim != axes:
@@ -164,11 +166,11 @@ def _array(value: Any, axes: int, layer: int) -> Array:
     return array
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return what numpy reads: a tensor without gradients on the host, in 32 bit where numpy lacks its type."""
     if not hasattr(value, "shape") and hasattr(value, "value"):  # a proxy that has been saved
         value = value.value
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        return value.float().numpy() if value.is_floating_point() else value.numpy()
-    return value
+    if not hasattr(value, "detach"):
+        return value
+    tensor = value.detach().cpu()
+    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
