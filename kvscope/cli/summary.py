@@ -136,7 +136,8 @@ def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) ->
     for name, header, digits, keep in _OUTCOMES:
         if any(name in run.metrics for run in runs):
             table.append(Column(header, [_number(run, name, digits) for run in runs], keep=keep, numeric=True))
-    table.append(Column("loop", [run.loop for run in runs], keep=10))
+    loops = {run.loop for run in runs}  # a policy then has a row for each
+    table.append(Column("loop", [run.loop for run in runs], keep=ALWAYS if len(loops) > 1 else 10))
     table.append(Column("prefill", [run.prefill for run in runs], keep=11))
     table.append(Column("count", [f"{_count(run):,}" for run in runs], keep=30, numeric=True))
     return table
