@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from kvscope.results.store import Replay as Replay
     from kvscope.results.store import open_replay as open_replay
     from kvscope.sharing.fetch import fetch as fetch
+    from kvscope.trace.import_cache import import_cache as import_cache
     from kvscope.trace.importer import import_maps as import_maps
     from kvscope.trace.reader import Trace as Trace
     from kvscope.trace.reader import open_trace as open
@@ -80,6 +81,7 @@ _PUBLIC = {
     "diff": "kvscope.results.diff:diff",
     "export": "kvscope.results.export:export",
     "fetch": "kvscope.sharing.fetch:fetch",
+    "import_cache": "kvscope.trace.import_cache:import_cache",
     "import_maps": "kvscope.trace.importer:import_maps",
     "metric": "kvscope.metrics.base:metric",
     "open": "kvscope.trace.reader:open_trace",
@@ -127,6 +129,7 @@ __all__ = [
     "diff",
     "export",
     "fetch",
+    "import_cache",
     "import_maps",
     "metric",
     "open",

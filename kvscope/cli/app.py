@@ -18,7 +18,9 @@ from typing import Annotated
 import typer
 
 from kvscope.cli.command import add_commands
+from kvscope.cli.misspelt import help_hint, misspelt
 from kvscope.cli.streams import discard_stdout, open_streams
+from kvscope.cli.typer_classes import HelpGroup
 from kvscope.core.errors import ExitStatus, KvscopeError
 from kvscope.core.memory import is_library_too_large, is_out_of_memory, out_of_memory
 from kvscope.core.own_code import own_place
@@ -29,8 +31,8 @@ app = typer.Typer(
     help="Record a model's attention, replay KV-cache eviction policies over it, see what each one loses.",
     epilog="First steps: kvscope demo. Then, with any text file: kvscope trace --model demo FILE",
     no_args_is_help=True,
-    rich_markup_mode="markdown",  # paragraphs of a docstring flow into the width of the terminal
-    add_completion=False,
+    cls=HelpGroup,
+    rich_markup_mode=None,  # `kvscope.cli.help_page` draws the help
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -91,7 +93,7 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_status
     except typer.TyperException as error:
         if error.format_message():  # empty after a bare `kvscope`, which has printed its help
-            console.fail(error.format_message(), _help_hint(error))
+            console.fail(*(misspelt(error) or (error.format_message(), help_hint(error))))
         return int(error.exit_code)
     except KeyboardInterrupt:
         status = ExitStatus.interrupted
@@ -163,8 +165,3 @@ def _explain(error: Exception | SystemExit) -> tuple[str, str] | None:
     if error.errno in _OF_PACKAGE and Path(__file__).parent.parent in path.resolve().parents:
         return None
     return f"{path}: {os.strerror(error.errno or 0)}", todo
-
-
-def _help_hint(error: typer.TyperException) -> str:
-    context = getattr(error, "ctx", None)
-    return f"See: {context.command_path if context else 'kvscope'} --help"

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import typer
 
+from kvscope.cli.typer_classes import HelpCommand, HelpGroup, OpenCommand
 from kvscope.core.registry import Registry
 
 Run = TypeVar("Run", bound=Callable[..., None])
@@ -72,9 +73,19 @@ def command(
     return register
 
 
+def examples(*lines: str) -> Callable[[Run], Run]:
+    """Return a decorator, below that of the command, with examples for its help: whole commands of one line."""
+
+    def add(run: Run) -> Run:
+        run.__dict__["examples"] = lines
+        return run
+
+    return add
+
+
 def command_group(name: str, *, order: int, help: str) -> typer.Typer:
     """Return a new group of commands, ``kvscope NAME COMMAND``, to which its module adds the commands."""
-    group = typer.Typer(help=help, no_args_is_help=True, rich_markup_mode="markdown")
+    group = typer.Typer(cls=HelpGroup, help=help, no_args_is_help=True, rich_markup_mode=None)
     COMMANDS.register(name, Command(name, order, group))
     return group
 
@@ -86,6 +97,10 @@ def add_commands(app: typer.Typer) -> None:
             app.add_typer(each.run, name=each.name)
         else:
             extra = {"ignore_unknown_options": True, "allow_extra_args": True} if each.extra_arguments else None
-            app.command(each.name, epilog=each.epilog, options_metavar=each.options_metavar, context_settings=extra)(
-                each.run
-            )
+            app.command(
+                each.name,
+                cls=OpenCommand if each.extra_arguments else HelpCommand,
+                epilog=each.epilog,
+                options_metavar=each.options_metavar,
+                context_settings=extra,
+            )(each.run)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
+from kvscope.cli.completion import metric_names, policy_names, replay_names
 from kvscope.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
@@ -23,11 +24,16 @@ NOTE = (
 
 
 @command("compare", order=110)
+@examples(
+    "kvscope compare --policy h2o --policy tova",
+    "kvscope compare old-replay new-replay --metric output_error",
+)
 def compare(
     replays: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="REPLAY",
+            autocompletion=replay_names,
             help="Take both policies from one replay, or A and B from two of the same trace. Default: the newest.",
             show_default=False,
         ),
@@ -38,6 +44,7 @@ def compare(
             "--policy",
             "-p",
             metavar="POLICY",
+            autocompletion=policy_names,
             help="Name A, then B, by label, name or run number. Once is enough for one policy in two replays.",
         ),
     ] = None,
@@ -45,6 +52,7 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="NAME",
+            autocompletion=metric_names,
             help="Compare this metric. Repeatable. Default: all with a better direction.",
             show_default=False,
         ),

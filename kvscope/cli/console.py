@@ -40,18 +40,27 @@ def stderr() -> Console:
 def note(text: str, *, quiet: bool = False) -> None:
     """Print one line of information, unless `quiet`."""
     if not quiet:
-        stderr().print(Text(printable(text), style="dim"), soft_wrap=True)
+        _print_line(Text(printable(text), style="dim"))
 
 
 def warn(text: str) -> None:
     """Print one line that the user should see even with ``--quiet``."""
-    stderr().print(Text.assemble(("warning: ", "yellow"), printable(text)), soft_wrap=True)
+    _print_line(Text.assemble(("warning: ", "yellow"), printable(text)))
+
+
+def _print_line(text: Text) -> None:
+    """Print a line on stderr: on a terminal, words are not broken; in a file or a pipe, it stays one line.
+
+    What follows ``next:`` is a command to copy, and stays one line everywhere.
+    """
+    console = stderr()
+    console.print(text, soft_wrap=not console.is_terminal or text.plain.startswith("next: "))
 
 
 def fail(what: str, todo: str) -> None:
     """Print an error: what is wrong on one line, what to do on the next."""
     console = stderr()
-    console.print(Text.assemble(("error: ", "bold red"), one_line(what)), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), one_line(what)), soft_wrap=not console.is_terminal)
     console.print(Text(one_line(todo)), soft_wrap=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import Json, Quiet, command_line
 from kvscope.core.options import ModelSource, OutputOptions, ReplayOptions
 from kvscope.core.recording_options import StoreOptions, TextOptions
@@ -15,6 +15,10 @@ STORE = "maps+vectors"  # so that policies that need keys and queries can run
 
 
 @command("demo", order=170)
+@examples(
+    "kvscope demo",
+    "kvscope demo --quiet",
+)
 def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
     """Trace the bundled model, replay every policy at three budgets, write the report: under a minute, offline."""
     from kvscope.cli import console, places

@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kvscope.cli.command import command
-from kvscope.cli.options import (
+from kvscope.cli.command import command, examples
+from kvscope.cli.diff_options import (
     AllowedChange,
     DiffBase,
     DiffForm,
     DiffNew,
-    Json,
     ListedChanges,
-    Quiet,
     UnchangedToo,
     UpdateBase,
     WithDecisions,
 )
+from kvscope.cli.options import Json, Quiet
 from kvscope.core.errors import ExitStatus
 from kvscope.core.options import DiffFormat
 
@@ -32,6 +31,10 @@ if TYPE_CHECKING:
 
 
 @command("diff", order=100)
+@examples(
+    "kvscope diff old-replay new-replay",
+    "kvscope diff baseline.json new-replay --tolerance output_error=1%",
+)
 def diff(
     base: DiffBase,
     new: DiffNew,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvscope.cli.answers import cell
 from kvscope.cli.console import ALWAYS, Column, fail, note, show_json, show_pairs, show_table, warn, working
+from kvscope.cli.skipped import skipped_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -168,7 +169,7 @@ def report_failures(record: ExperimentRecord) -> bool:
     from kvscope.core.experiment_records import NO_TRACE
 
     if record.skipped:
-        warn(f"skipped of all policies: {', '.join(record.skipped)}; reasons are in the summary")
+        warn(skipped_line(record.skipped, {}, "Name one under policies in the file to see what it needs."))
     reasons = Counter((failure.what, failure.todo) for failure in record.failed if failure.what != NO_TRACE)
     for (what, todo), count in list(reasons.items())[:MOST]:
         fail(f"{_named(record.failed, what, count)}: {what}", todo)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import Force, Json, Quiet, ReplayName, ReportOutput
 from kvscope.cli.trackers import ToTracker, export_to
 from kvscope.core.errors import UsageError
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 
 @command("export", order=120)
+@examples(
+    "kvscope export",
+    "kvscope export my-replay --to wandb",
+)
 def export(
     replay: ReplayName = None,
     output: ReportOutput = None,

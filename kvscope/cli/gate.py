@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command_group
+from kvscope.cli.command import command_group, examples
+from kvscope.cli.completion import trace_names
 from kvscope.cli.options import Device, Dtype, Force, Json, NoVerify, Quiet, Revision
+from kvscope.cli.typer_classes import HelpCommand
 from kvscope.core.gate_options import EvictionLoss, GateDesign, GateForm, TextWindows, TrainingSettings
 from kvscope.core.options import ModelSource
 
@@ -43,6 +45,7 @@ Distill = Annotated[
     typer.Option(
         "--distill",
         metavar="TRACE",
+        autocompletion=trace_names,
         help="Train on the attention of this trace, without the model. Repeatable.",
     ),
 ]
@@ -83,9 +86,15 @@ def gates() -> None:
     """Train gates for attention-gate, compute filters for q-filters, or scorers for kvzap."""
 
 
-@app.command("filters")
+@app.command("filters", cls=HelpCommand)
+@examples(
+    "kvscope gate filters my-trace -o filters.safetensors",
+    "kvscope gate filters first-trace second-trace -o filters.safetensors",
+)
 def filters(
-    traces: Annotated[list[str], typer.Argument(metavar="TRACE", help="Trace with vectors. Repeatable.")],
+    traces: Annotated[
+        list[str], typer.Argument(metavar="TRACE", autocompletion=trace_names, help="Trace with vectors. Repeatable.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Write the filters to this file.")] = (
         Path("filters.safetensors")
     ),
@@ -116,7 +125,11 @@ def filters(
     console.note(f"next: {replay_of(f'q-filters:filters={output}', traces)}", quiet=quiet)
 
 
-@app.command("train")
+@app.command("train", cls=HelpCommand)
+@examples(
+    "kvscope gate train --model demo --text book.txt -o gate.safetensors",
+    "kvscope gate train -m demo --text book.txt --steps 100 -o gate.safetensors",
+)
 def train(
     model: GateModel = None,
     text: Text = None,

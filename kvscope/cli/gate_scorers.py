@@ -7,15 +7,27 @@ from typing import Annotated
 
 import typer
 
+from kvscope.cli.command import examples
+from kvscope.cli.completion import trace_names
 from kvscope.cli.gate import app, require_free
 from kvscope.cli.options import Force, Json, NoVerify, Quiet
+from kvscope.cli.typer_classes import HelpCommand
 from kvscope.core.gate_options import ScorerSettings
 
 
-@app.command("scorers")
+@app.command("scorers", cls=HelpCommand)
+@examples(
+    "kvscope gate scorers my-trace -o scorers.safetensors",
+    "kvscope gate scorers first-trace second-trace --width 0",
+)
 def scorers(
     traces: Annotated[
-        list[str], typer.Argument(metavar="TRACE", help="Trace with layer inputs and second readings. Repeatable.")
+        list[str],
+        typer.Argument(
+            metavar="TRACE",
+            autocompletion=trace_names,
+            help="Trace with hidden states and second readings. Repeatable.",
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Write the scorers to this file.")] = (
         Path("scorers.safetensors")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import Force, Json, Quiet, TraceOutput
 
 Maps = Annotated[
@@ -55,6 +55,10 @@ LearnedSinks = Annotated[
 
 
 @command("import", order=160)
+@examples(
+    "kvscope import maps.npz --prompt-length 512",
+    "kvscope import attentions.pt --axes LBHTT --prompt prompt.txt",
+)
 def import_maps(
     maps: Maps,
     prompt: PromptStored = None,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
+from kvscope.cli.completion import either_names
 from kvscope.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
@@ -19,11 +20,16 @@ if TYPE_CHECKING:
 
 
 @command("info", order=130)
+@examples(
+    "kvscope info",
+    "kvscope info my-trace --verify",
+)
 def info(
     trace: Annotated[
         str | None,
         typer.Argument(
             metavar="TRACE",
+            autocompletion=either_names,
             help="Trace: name under traces/, path or address (s3://, https://); or a replay. Default: the newest.",
             show_default=False,
         ),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import Json
 
 if TYPE_CHECKING:
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 
 @command("models", order=145)
+@examples(
+    "kvscope models",
+    "kvscope models llama2-7b",
+)
 def models(
     name: Annotated[
         str | None,

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kvscope.core.options import DiffFormat, Positions, Prefill, TuneLevel
+from kvscope.cli.completion import metric_names, policy_names, replay_names, trace_names
+from kvscope.core.options import Positions, Prefill, TuneLevel
 
 # What is replayed.
 Policy = Annotated[
@@ -16,6 +17,7 @@ Policy = Annotated[
         "--policy",
         "-p",
         metavar="POLICY",
+        autocompletion=policy_names,
         help="Run a policy: NAME, NAME:param=value,..., path/to/file.py:Class, or all. Repeatable.",
         show_default=False,
     ),
@@ -64,6 +66,7 @@ Metrics = Annotated[
     typer.Option(
         "--metric",
         metavar="NAME",
+        autocompletion=metric_names,
         help="Compute this metric. Repeatable. Default: all that the trace allows.",
         show_default=False,
     ),
@@ -144,7 +147,8 @@ Store = Annotated[
     str,
     typer.Option(
         "--store",
-        help="Store maps; maps+vectors: also every query, key and value; qkv: these alone, for long prompts: rows are "
+        help="Store auto: maps+vectors if that takes at most 100 MB, otherwise maps; maps; maps+vectors: also every "
+        "query, key and value; qkv: these alone, for long prompts: rows are "
         "recomputed when they are read; topk:K: the K heaviest keys of each row and sums of columns, lossy. The write "
         "buffer holds at most 64 MB, or 16 MB for each thread that writes if that is more.",
     ),
@@ -169,6 +173,7 @@ TraceSource = Annotated[
     typer.Option(
         "--trace",
         metavar="TRACE",
+        autocompletion=trace_names,
         help="Read the trace from this name, path or address. Default: its recorded path.",
         show_default=False,
     ),
@@ -177,6 +182,7 @@ ReplayName = Annotated[
     str | None,
     typer.Argument(
         metavar="REPLAY",
+        autocompletion=replay_names,
         help="Read this replay: a name under reports/, path or address (s3://, https://). Default: the newest.",
         show_default=False,
     ),
@@ -187,6 +193,7 @@ RunPolicy = Annotated[
         "--policy",
         "-p",
         metavar="POLICY",
+        autocompletion=policy_names,
         help="Select runs by label, name or number. Repeatable. Default: all.",
         show_default=False,
     ),
@@ -260,11 +267,14 @@ TraceNames = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="TRACE",
+        autocompletion=trace_names,
         help="Use these traces: names under traces/, paths or addresses. Default: the newest.",
         show_default=False,
     ),
 ]
-TunedPolicy = Annotated[str, typer.Option("--policy", "-p", metavar="POLICY", help="Tune this policy.")]
+TunedPolicy = Annotated[
+    str, typer.Option("--policy", "-p", metavar="POLICY", autocompletion=policy_names, help="Tune this policy.")
+]
 Grid = Annotated[
     list[str] | None,
     typer.Option(
@@ -280,40 +290,14 @@ Level = Annotated[
 OneBudget = Annotated[
     str, typer.Option("--budget", "-b", metavar="BUDGET", help="Limit the cache to a number or share of keys.")
 ]
-TunedMetric = Annotated[str, typer.Option("--metric", metavar="NAME", help="Improve this metric.")]
+TunedMetric = Annotated[
+    str, typer.Option("--metric", metavar="NAME", autocompletion=metric_names, help="Improve this metric.")
+]
 HeldOut = Annotated[
     int | None,
     typer.Option("--held-out", metavar="N", help="Hold out N sequences to measure the gain. Default: a quarter."),
 ]
 TomlFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Write this TOML file.")]
-# Of `diff`.
-DiffBase = Annotated[
-    str, typer.Argument(metavar="BASE", help="Compare with this replay (name, folder or address) or summary.json.")
-]
-DiffNew = Annotated[str, typer.Argument(metavar="NEW", help="Compare this later replay or summary.json.")]
-AllowedChange = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tolerance",
-        "-t",
-        metavar="[METRIC=]AMOUNT",
-        help="Allow a metric to become worse by 0.01 or 1%; without METRIC, any of them. Repeatable. Default: 0.001.",
-        show_default=False,
-    ),
-]
-WithDecisions = Annotated[
-    bool, typer.Option("--decisions", help="Compare also which keys were evicted when; any difference fails.")
-]
-ListedChanges = Annotated[
-    int, typer.Option("--first", metavar="N", help="With --decisions: list the first N differences of each run.", min=0)
-]
-UpdateBase = Annotated[
-    bool, typer.Option("--update", help="Accept NEW: write its summary to BASE, a .json file, and exit with status 0.")
-]
-DiffForm = Annotated[
-    DiffFormat, typer.Option("--format", help="Print text, markdown, json, or junit (XML for test reports).")
-]
-UnchangedToo = Annotated[bool, typer.Option("--all", help="Show unchanged values too.")]
 
 
 def command_line(ctx: typer.Context) -> str:

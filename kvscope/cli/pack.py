@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
+from kvscope.cli.completion import either_names
 from kvscope.cli.options import Force, Json, Quiet
 
 if TYPE_CHECKING:
@@ -15,10 +16,18 @@ if TYPE_CHECKING:
 
 
 @command("pack", order=163)
+@examples(
+    "kvscope pack my-trace",
+    "kvscope pack my-replay -o my-replay.tar",
+)
 def pack(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="Pack this trace or replay: a name under traces/ or reports/, or a path."),
+        typer.Argument(
+            metavar="NAME",
+            autocompletion=either_names,
+            help="Pack this trace or replay: a name under traces/ or reports/, or a path.",
+        ),
     ],
     output: Annotated[
         Path | None,

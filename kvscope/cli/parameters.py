@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import typer
 
@@ -119,6 +119,23 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return words, params
 
 
+def _require_parameters(params: Iterable[str]) -> None:
+    """Raise UsageError for a flag that sets a parameter of no policy."""
+    from kvscope.cli.misspelt import policy_parameters
+    from kvscope.core.errors import UsageError
+    from kvscope.core.registry import nearest
+
+    known = policy_parameters()
+    for flag in (flag_of(name) for name in params):
+        if flag not in known:
+            raise UsageError(f"unknown option {flag}", nearest(flag, known))
+
+
+def flag_of(name: str) -> str:
+    """Return the flag that sets a parameter."""
+    return "--" + name.replace("_", "-")
+
+
 def named_policies(specs: Sequence[str], params: dict[str, str], flags: Sequence[str]) -> list[Policy]:
     """Return the policies that are named; the error for an unknown parameter suggests a similar option of `flags`."""
     import difflib
@@ -128,6 +145,7 @@ def named_policies(specs: Sequence[str], params: dict[str, str], flags: Sequence
     from kvscope.policies.spec import parse_policies
 
     if not specs:
+        _require_parameters(params)
         raise UsageError(
             "no policy is named",
             f"Name one or more: --policy {' --policy '.join(POLICIES.names()[:2])}, or --policy all",
@@ -136,7 +154,7 @@ def named_policies(specs: Sequence[str], params: dict[str, str], flags: Sequence
     try:
         return parse_policies(names, params)
     except UsageError as error:
-        for flag in ("--" + name.replace("_", "-") for name in params):
+        for flag in map(flag_of, params):
             close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.75)
             if close and flag in error.what:
                 raise UsageError(error.what, f"Did you mean {close[0]}?") from None

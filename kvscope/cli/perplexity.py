@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from kvscope.cli.cache_option import Cache, Merge
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import (
     Allocate,
     Budget,
@@ -37,6 +37,10 @@ from kvscope.core.options import ModelSource, OutputOptions, PerplexityOptions, 
 
 
 @command("perplexity", order=30, epilog=PARAMETERS, extra_arguments=True)
+@examples(
+    "kvscope perplexity book.txt --model demo --policy h2o --policy snapkv",
+    "kvscope perplexity book.txt -m llama2-7b -p a2sf:alpha=0.7 -b 10%,20%",
+)
 def perplexity(
     ctx: typer.Context,
     files: TextFiles,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
+from kvscope.cli.completion import policy_names, replay_names
 from kvscope.cli.options import Json
 from kvscope.core.errors import UsageError
 
@@ -22,9 +23,16 @@ if TYPE_CHECKING:
 
 
 @command("policies", order=140)
+@examples(
+    "kvscope policies",
+    "kvscope policies a2sf --cite",
+)
 def policies(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="Describe these policies in full.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME", autocompletion=policy_names, help="Describe these policies in full.", show_default=False
+        ),
     ] = None,
     cite: Annotated[
         bool,
@@ -34,7 +42,12 @@ def policies(
     ] = False,
     replay: Annotated[
         str | None,
-        typer.Option("--replay", metavar="REPLAY", help="With --cite: of the policies in this replay."),
+        typer.Option(
+            "--replay",
+            metavar="REPLAY",
+            autocompletion=replay_names,
+            help="With --cite: of the policies in this replay.",
+        ),
     ] = None,
     json: Json = False,
 ) -> None:

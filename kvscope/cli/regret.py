@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import Json, NoVerify, Quiet, ReplayName, RunBudget, RunPolicy, TraceSource
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ NOTE = (
 
 
 @command("regret", order=70)
+@examples(
+    "kvscope regret",
+    "kvscope regret my-replay --policy h2o --budget 20% --top 20",
+)
 def regret(
     replay: ReplayName = None,
     policy: RunPolicy = None,

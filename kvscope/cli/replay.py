@@ -8,7 +8,7 @@ import typer
 
 from kvscope.cli.answer_options import AnswerScore, AnswerTokens, Generate
 from kvscope.cli.cache_option import Cache, Merge
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import (
     Accumulate,
     Allocate,
@@ -49,6 +49,10 @@ EPILOG = f"{PARAMETERS} Without TRACE, the newest complete one under traces/ is 
 
 
 @command("replay", order=20, options_metavar="[TRACE] [OPTIONS]", epilog=EPILOG, extra_arguments=True)
+@examples(
+    "kvscope replay --policy h2o --policy tova --budget 20%,40%",
+    "kvscope replay my-trace --policy all --sort output_error --top 10",
+)
 def replay(
     ctx: typer.Context,
     policy: Policy = None,
@@ -115,13 +119,14 @@ def _execute(job: ReplayJob, output: OutputOptions, table: TableOptions, *, as_j
     """Execute a job with a progress bar, and print the summary."""
     from kvscope.cli import console
     from kvscope.cli.hints import next_report
+    from kvscope.cli.skipped import skipped_line
     from kvscope.cli.summary import show
     from kvscope.cli.table_rows import require_metric
     from kvscope.core.output import size
 
     require_metric(table.sort, job.metric_names)
-    for why in job.skipped.values():
-        console.warn(f"skipped: {why}")
+    if job.skipped:
+        console.warn(skipped_line(job.skipped, job.remedies))
     needs, tokens = job.footprint, sum(sequence.length for sequence in job.open.trace.sequences)
     console.note(f"about {size(needs.bytes)} of memory, for {needs.layers} layers at a time", quiet=quiet)
     with console.bar("replaying", tokens, "tokens", quiet=quiet) as update:

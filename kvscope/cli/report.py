@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
+from kvscope.cli.completion import replay_names
 from kvscope.cli.options import Force, Json, NoVerify, Quiet, ReportOutput
 
 if TYPE_CHECKING:
@@ -17,11 +18,16 @@ if TYPE_CHECKING:
 
 
 @command("report", order=90)
+@examples(
+    "kvscope report",
+    "kvscope report first-replay second-replay -o both",
+)
 def report(
     replays: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="REPLAY",
+            autocompletion=replay_names,
             help="Show these replays: names under reports/, paths or addresses. Default: the newest.",
             show_default=False,
         ),

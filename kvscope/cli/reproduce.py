@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import Force, Json, Quiet
 from kvscope.core.errors import ExitStatus, UsageError
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 
 @command("reproduce", order=27)
+@examples(
+    "kvscope reproduce",
+    "kvscope reproduce tova --dry-run",
+)
 def reproduce(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Reproduce this paper. Default: list all.")] = None,
     model: Annotated[

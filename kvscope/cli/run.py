@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import Force, Json, Quiet
 from kvscope.core.errors import ExitStatus, UsageError
 from kvscope.core.registry import nearest
@@ -21,6 +21,10 @@ LOCAL, RAY = "local", "ray"
 
 
 @command("run", order=25)
+@examples(
+    "kvscope run experiment.yaml --dry-run",
+    "kvscope run experiment.yaml",
+)
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Run this experiment: YAML, or TOML in a .toml file.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do not do it.")] = False,

@@ -62,7 +62,7 @@ def show_said(said: Sequence[Said]) -> None:
 
     for one in said[:SHOWN]:
         what = "forced" if one["forced"] else "said"
-        pairs = [("prompt ends", _line(one["prompt_end"])), (what, _line(one["text"][:MOST]))]
+        pairs = [("prompt ends", _line(_end(one["prompt_end"]))), (what, _line(_start(one["text"])))]
         if one["answers"]:
             pairs.append(("answer", f"{' | '.join(one['answers'])}{_verdict(one)}"))
         console.show_pairs(pairs, title=f"sequence {one['sequence']}")
@@ -78,6 +78,19 @@ def _verdict(one: Said) -> str:
         return ""
     right = {1.0: "right", 0.0: "wrong"}.get(one["score"], f"{one['score']:.2f}")
     return f": {right} ({one['metric']})"
+
+
+def _end(text: str) -> str:
+    """Return the end of a prompt; where it was cut off, it begins with dots and at a word."""
+    if len(text) < MOST:
+        return text
+    _, _, rest = text.partition(" ")
+    return f"... {rest or text}"
+
+
+def _start(text: str) -> str:
+    """Return the start of a text; where it is cut off, it ends with dots."""
+    return text if len(text) <= MOST else f"{text[:MOST]} ..."
 
 
 def _line(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import (
     Device,
     Force,
@@ -21,6 +21,10 @@ from kvscope.core.options import OutputOptions
 
 
 @command("score", order=60)
+@examples(
+    "kvscope score",
+    "kvscope score my-replay --metric output_error",
+)
 def score(
     ctx: typer.Context,
     replay: ReplayName = None,

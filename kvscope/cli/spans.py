@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import Json, NoVerify, Quiet, ReplayName, RunBudget, RunPolicy, TraceSource
 
 if TYPE_CHECKING:
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 
 @command("spans", order=80)
+@examples(
+    "kvscope spans",
+    "kvscope spans my-replay --span question=120:140",
+)
 def spans(
     replay: ReplayName = None,
     span: Annotated[

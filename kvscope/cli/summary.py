@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvscope.cli.answers import cell, show_tasks
 from kvscope.cli.best import show_best
 from kvscope.cli.console import ALWAYS, Column, show_json, show_table
+from kvscope.cli.skipped import not_computed
 from kvscope.cli.table_options import TableOptions
 from kvscope.cli.table_rows import arranged
 
@@ -135,7 +136,8 @@ def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) ->
     for name, header, digits, keep in _OUTCOMES:
         if any(name in run.metrics for run in runs):
             table.append(Column(header, [_number(run, name, digits) for run in runs], keep=keep, numeric=True))
-    table.append(Column("loop", [run.loop for run in runs], keep=10))
+    loops = {run.loop for run in runs}  # a policy then has a row for each
+    table.append(Column("loop", [run.loop for run in runs], keep=ALWAYS if len(loops) > 1 else 10))
     table.append(Column("prefill", [run.prefill for run in runs], keep=11))
     table.append(Column("count", [f"{_count(run):,}" for run in runs], keep=30, numeric=True))
     return table
@@ -178,7 +180,7 @@ def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
     lines += trace.approximate
     errors = "; 0 for output error" if any("output_error" in run.metrics for run in runs) else ""
     lines.append(f"Means over the steps, heads and layers at which something had been evicted; 1 is best{errors}.")
-    lines += [f"{name} was not computed: {why}" for name, why in replay.left_out.items()]
+    lines += not_computed(replay.left_out)
     if len({_evicts(run) for run in runs} - {"never"}) > 1:
         lines.append(
             "At one budget, policies that evict once or every few steps, or that only read less, hold more keys than "

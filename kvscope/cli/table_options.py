@@ -7,9 +7,16 @@ from typing import Annotated
 
 import typer
 
+from kvscope.cli.completion import metric_names
+
 Sort = Annotated[
     str | None,
-    typer.Option("--sort", metavar="METRIC", help="Sort by this metric within each budget, the best first."),
+    typer.Option(
+        "--sort",
+        metavar="METRIC",
+        autocompletion=metric_names,
+        help="Sort by this metric within each budget, the best first.",
+    ),
 ]
 Top = Annotated[int | None, typer.Option("--top", metavar="N", min=1, help="Print the first N rows of each budget.")]
 Columns = Annotated[

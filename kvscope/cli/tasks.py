@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command_group
+from kvscope.cli.command import command_group, examples
 from kvscope.cli.options import Force, Json, Quiet
+from kvscope.cli.typer_classes import HelpCommand
 from kvscope.core.options import ModelSource
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ app = command_group(
 )
 
 
-@app.command("list")
+@app.command("list", cls=HelpCommand)
+@examples(
+    "kvscope tasks list",
+    "kvscope tasks list --json",
+)
 def list_(json: Json = False) -> None:
     """List the task families."""
     from kvscope.cli import console
@@ -44,7 +49,11 @@ def list_(json: Json = False) -> None:
     )
 
 
-@app.command("show")
+@app.command("show", cls=HelpCommand)
+@examples(
+    "kvscope tasks show needle",
+    "kvscope tasks show needle --length 200 --seed 1",
+)
 def show(
     task: Annotated[str, typer.Argument(metavar="TASK", help="Describe this family: needle, or needle:digits=4.")],
     length: Annotated[int, typer.Option(metavar="N", help="Show an example of this many words.", min=1)] = 100,
@@ -72,7 +81,11 @@ def show(
     console.show_pairs([("answers", ", ".join(example.answers))])
 
 
-@app.command("make")
+@app.command("make", cls=HelpCommand)
+@examples(
+    "kvscope tasks make needle --length 2000 --model demo -o needles.jsonl",
+    "kvscope tasks make variable-tracking --length 500 --number 20",
+)
 def make(
     task: Annotated[
         list[str], typer.Argument(metavar="TASK...", help="Make these tasks: needle needle-multikey:distractors=7.")

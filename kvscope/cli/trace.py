@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import typer
 
 from kvscope.cli import options, prompt_options
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.core.options import ModelSource, OutputOptions
 from kvscope.core.recording_options import BlockOptions, ImageOptions, Sampling, StoreOptions, TextOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from kvscope.cli.console import Update
     from kvscope.core.json import Json
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 
 @command("trace", order=10)
+@examples(
+    "kvscope trace --model demo prompt.txt",
+    "kvscope trace --model llama2-7b prompts.jsonl --store qkv",
+)
 def trace(
     ctx: typer.Context,
     prompts: prompt_options.Prompts,
@@ -53,7 +57,7 @@ def trace(
     trust_remote_code: options.TrustRemoteCode = False,
     query_block: options.QueryBlock = 128,
     prefill_chunk: options.PrefillChunk = None,
-    store: options.Store = "maps",
+    store: options.Store = "auto",
     hidden: options.Hidden = None,
     outputs: options.Outputs = False,
     reread: options.Reread = False,
@@ -110,12 +114,26 @@ def announce(plan: RecordingPlan, quiet: bool) -> None:
 
     others = ", ".join(f"{store}: {size(count)}" for store, count in plan.others.items())
     note(f"{plan.path}: about {size(plan.bytes)} to write ({others}), {size(plan.free)} free on the disk", quiet=quiet)
+    if plan.automatic:
+        note(_choice(plan.header.store, plan.others, plan.header.rows_from == "module"), quiet=quiet)
     for line in plan.notes:
         warn(line)
     if plan.bytes > plan.in_flight:
         note(f"at most {size(plan.in_flight)} of it are buffered in memory", quiet=quiet)
     if plan.prefill_chunk is not None:
         note(f"prompts are processed {plan.prefill_chunk:,} tokens at a time", quiet=quiet)
+
+
+def _choice(store: str, others: Mapping[str, int], from_modules: bool) -> str:
+    """Return the line about a store that was chosen by the size of the trace."""
+    from kvscope.core.output import size
+
+    if store == "maps+vectors":
+        return "store: maps+vectors, since it is small: with what output_error and policies that read keys need"
+    if from_modules or "maps+vectors" not in others:
+        return "store: maps, the only one that can be recorded of this model"
+    more = f"--store maps+vectors ({size(others['maps+vectors'])}) or qkv ({size(others['qkv'])})"
+    return f"store: maps, since the trace is large; for output_error and policies that read keys: {more}"
 
 
 def progress_callback(update: Update) -> Callable[[Progress], None]:

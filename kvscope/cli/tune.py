@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import (
     Device,
     Force,
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 
 @command("tune", order=50)
+@examples(
+    "kvscope tune --policy a2sf -o a2sf.toml",
+    "kvscope tune my-trace -p a2sf --grid alpha=0.1,0.5,0.9 -o a2sf.toml",
+)
 def tune(
     traces: TraceNames = None,
     policy: TunedPolicy = "a2sf",

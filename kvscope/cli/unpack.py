@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import Force, Json, Quiet
 
 if TYPE_CHECKING:
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 
 @command("unpack", order=166)
+@examples(
+    "kvscope unpack my-trace.tar",
+    "kvscope unpack my-trace.tar -o copy",
+)
 def unpack(
     file: Annotated[
         str, typer.Argument(metavar="FILE", help="Unpack this file of kvscope pack: a path, or an address.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from kvscope.cli.cache_option import Cache, Merge
-from kvscope.cli.command import command
+from kvscope.cli.command import command, examples
 from kvscope.cli.options import (
     Allocate,
     Budget,
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 
 @command("verify", order=40, options_metavar="[TRACE] [OPTIONS]", epilog=PARAMETERS, extra_arguments=True)
+@examples(
+    "kvscope verify --policy h2o",
+    "kvscope verify my-trace --policy tova --budget 30% --tokens 64",
+)
 def verify(
     ctx: typer.Context,
     policy: Policy = None,

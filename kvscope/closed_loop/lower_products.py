@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Products, and the place of their left factor [..., rows, entries] among the arguments.
@@ -31,15 +31,15 @@ class LowerProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
-        func: Any,
+        func: OpOverload,
         types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         """Compute as without the mode, and note the product."""
-        made: Callable[..., Any] = func
         place = PRODUCTS.get(func._schema.name.removeprefix("aten::"))
         if place is not None:
-            left: Tensor = args[place]
+            left = args[place]
+            assert isinstance(left, Tensor)
             self.found |= left.dtype is not torch.float64 and left.shape[-1] > 1
-        return made(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

@@ -113,7 +113,7 @@ class StoreOptions:
         ``maps``: rows of attention; ``maps+vectors``: also the queries, keys and values of every token, exactly;
         ``qkv``: only these, whose size grows linearly with the length, and from which rows are recomputed when the
         trace is read; ``topk:K``: the `K` heaviest keys of every row and sums of columns, from which rows are rebuilt
-        approximately.
+        approximately; ``auto``: ``maps+vectors`` if the trace is small, otherwise ``maps``.
     layers : tuple of int, or None
         Layers to record; None is all.
     heads : tuple of int, or None

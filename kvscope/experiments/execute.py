@@ -27,7 +27,8 @@ from kvscope.kernels.device import torch_device
 from kvscope.model.compile import compile_recording
 from kvscope.model.token_count import token_counter
 from kvscope.policies.spec import parse_policy
-from kvscope.replay.compile import compile_replay, require_answers, unsupported
+from kvscope.replay.compile import compile_replay, unsupported
+from kvscope.replay.feasible import require_answers
 from kvscope.tasks import make_examples, parse_task
 from kvscope.tasks.dataset import as_lines
 from kvscope.tasks.haystack import Haystack

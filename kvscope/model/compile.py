@@ -28,9 +28,10 @@ from kvscope.model.rotary import rotary_records
 from kvscope.model.selfcheck import PROBE, AttentionFacts, layer_count, self_check
 from kvscope.trace.layer_records import RotaryRecord
 from kvscope.trace.record import TraceHeader
-from kvscope.trace.schema import MAPS, STORES, TOP, parse_store
+from kvscope.trace.schema import AUTO, MAPS, MAPS_AND_VECTORS, STORES, TOP, parse_store
 from kvscope.trace.space import estimate_layers, free_bytes, require_space
 
+SMALL = 100_000_000  # bytes of a trace up to which queries, keys and values are stored too, unless a store is named
 GATE = "gate.safetensors"  # gate file in a model's folder; where there is one, layer inputs are recorded by default
 
 
@@ -76,8 +77,12 @@ def compile_prompts(
     blocks: BlockOptions = BlockOptions(),  # noqa: B008
 ) -> RecordingPlan:
     """Return the plan of recording prompts that are tokens already; raises as `compile_recording`."""
+    automatic = store.store == AUTO and store.query_stride == 1  # such a trace cannot be replayed
+    store = _most(loaded, store)
     _require_rows(store)
     require_layers(loaded, store.layers)
+    new = text.max_new_tokens
+    lengths = [len(prompt.ids) + (new if prompt.forced is None else len(prompt.forced)) for prompt in encoded]
     with torch.inference_mode(), memory_explained(loaded.name):
         facts = _facts(loaded, encoded, store)
         longest = max(len(prompt.ids) + len(prompt.forced or []) for prompt in encoded)
@@ -89,9 +94,10 @@ def compile_prompts(
         known = header(
             loaded, facts, encoded, selected, sampling, seed=text.seed, command=output.command, prefill_chunk=chunk
         )
-    new = text.max_new_tokens
-    lengths = [len(prompt.ids) + (new if prompt.forced is None else len(prompt.forced)) for prompt in encoded]
-    sizes = _sizes(known, lengths, loaded.text_config.hidden_size)
+        sizes = _sizes(known, lengths, loaded.text_config.hidden_size)
+        if automatic and known.store == MAPS_AND_VECTORS and sizes[known.store] > SMALL:
+            selected = replace(selected, store=MAPS)
+            known = replace(known, stored=[name for name in known.stored if not name.startswith("vectors:")], rotary=[])
     needed = sizes.pop(known.store)
     require_space(output.path, needed)
     return RecordingPlan(
@@ -108,7 +114,15 @@ def compile_prompts(
         free=free_bytes(output.path),
         others=sizes,
         projections=facts.projections,
+        automatic=automatic,
     )
+
+
+def _most(loaded: Loaded, store: StoreOptions) -> StoreOptions:
+    """Return options with a store: where it is to be chosen, the one with all that a replay may need."""
+    if store.store != AUTO:
+        return store
+    return replace(store, store=MAPS if obstacle(loaded.model) or store.query_stride > 1 else MAPS_AND_VECTORS)
 
 
 def _read(prompts: Sequence[Path | str], text: TextOptions) -> list[PromptText]:
@@ -157,6 +171,8 @@ def default_output(source: ModelSource, prompts: Sequence[Path | str]) -> Path:
 
 def _require_rows(store: StoreOptions) -> None:
     """Raise UsageError for an unknown store, or a query stride in a store without rows."""
+    if store.store == AUTO:
+        return
     kind, _ = parse_store(store.store)
     if store.query_stride > 1 and "maps" not in STORES[kind]:
         raise UsageError(

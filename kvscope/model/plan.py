@@ -50,6 +50,8 @@ class RecordingPlan:
         Estimated bytes of the trace, and free bytes of the disk.
     others : dict of str to int
         Estimated bytes for each of the other stores.
+    automatic : bool
+        Whether the store was chosen by the size of the trace.
     projections : mapping of int to OutputProjection
         Output projection of each layer, if norms of values after it are recorded.
     """
@@ -67,6 +69,7 @@ class RecordingPlan:
     free: int
     others: dict[str, int]
     projections: Mapping[int, OutputProjection] = field(default_factory=dict)
+    automatic: bool = False
 
     @property
     def path(self) -> Path:

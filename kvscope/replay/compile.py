@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kvscope.closed_loop.feasible import require_closed, require_decodable, require_merging
 from kvscope.core.budget import Budget, parse_budgets
 from kvscope.core.cache_scheme import parse_caches
-from kvscope.core.errors import ReplayError, TraceError, UsageError
+from kvscope.core.errors import KvscopeError, TraceError, UsageError
 from kvscope.core.merge_scheme import parse_merges
-from kvscope.core.options import OutputOptions, Prefill, ReplayOptions
+from kvscope.core.options import OutputOptions, ReplayOptions
 from kvscope.engine.cache_size import with_size
-from kvscope.engine.feasible import Workload, make_plan, named_policies, require_feasible
+from kvscope.engine.feasible import make_plan, named_policies
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.provenance import replay_record, source_of
 from kvscope.engine.runs import RunSpec, Tally, runs_of
-from kvscope.engine.signals import measurable, require
+from kvscope.engine.signals import measurable
 from kvscope.kernels.device import torch_device
 from kvscope.metrics import Metric
 from kvscope.policies.base import Policy
 from kvscope.policies.press import Press
 from kvscope.policies.spec import Named
 from kvscope.presses.build import build
+from kvscope.replay.feasible import require_answers, require_replayable, require_steps
 from kvscope.replay.footprint import Footprint
 from kvscope.replay.layer_group import step_through
 from kvscope.replay.open_loop import OpenLoop
@@ -61,6 +62,8 @@ class ReplayJob:
         For the name of each metric whose signal the trace lacks: the reason.
     generate : GenerateJob or None
         Continues the prompts under the closed runs, and scores what the model says.
+    remedies : dict of str to str
+        What to do about each entry of `skipped`.
     """
 
     open: OpenLoop
@@ -68,6 +71,7 @@ class ReplayJob:
     skipped: Mapping[str, str]
     skipped_metrics: Mapping[str, str]
     generate: GenerateJob | None = None
+    remedies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[RunSpec]:
@@ -189,7 +193,8 @@ def compile_replay(
     metrics, skipped_metrics = measurable(trace, options.metrics)
     require_steps(trace, options.prefill)
     device = torch_device(options.device)
-    plans, skipped = _plans(trace, chosen, limits, options)
+    plans, refused = _plans(trace, chosen, limits, options)
+    skipped, remedies = ({label: getattr(why, part) for label, why in refused.items()} for part in ("what", "todo"))
     caches, loaded = parse_caches(options.plan.caches), None
     every = runs_of(plans, limits, caches=caches, merges=parse_merges(options.plan.merges, caches))
     if any(isinstance(plan.policy, Press) for plan in plans):
@@ -204,7 +209,7 @@ def compile_replay(
 
         closed, generate = compile_trace_loop(trace, every, metrics, options, loaded, runs)
     opened = OpenLoop(trace, runs, metrics, options.prefill, device)
-    return ReplayJob(opened, closed, skipped | alone, skipped_metrics, generate)
+    return ReplayJob(opened, closed, skipped | alone, skipped_metrics, generate, remedies)
 
 
 def unsupported(
@@ -221,57 +226,21 @@ def unsupported(
     return None
 
 
-def require_replayable(trace: Trace, plan: EvictionPlan, budgets: Sequence[Budget], prefill: Prefill) -> None:
-    """Raise an error if a plan cannot run on a trace under these budgets: signals, phase, room for protected keys.
-
-    Raises
-    ------
-    UsageError
-        If the plan is not defined for the prefill, the layers or a budget.
-    TraceError
-        If the trace lacks a signal.
-    """
-    require(trace, plan)
-    layers = tuple(trace.layers)
-    kv_heads = tuple(trace.heads_of(layer).kv_heads for layer in layers)
-    require_feasible(plan, budgets, Workload(trace.sequences, prefill, layers, kv_heads, trace.header.n_layers))
-
-
-def require_steps(trace: Trace, prefill: Prefill) -> None:
-    """Raise ReplayError if a sequence has no step to score."""
-    for sequence in trace.sequences:
-        if prefill is Prefill.full and sequence.prompt >= sequence.length:
-            raise ReplayError(
-                f"sequence {sequence.index} of {trace.path} ends with its prompt, so full prefill has no step to score",
-                "Use --prefill stream, or record tokens after the prompt.",
-            )
-
-
-def require_answers(trace: Trace, options: ReplayOptions) -> None:
-    """Raise UsageError if answers are to be generated and cannot be scored, or without the closed loop."""
-    if options.closed is None:
-        raise UsageError("answers are generated in the closed loop, which is off", "Give ReplayOptions.closed too.")
-    if not any(sequence.answers for sequence in trace.record.sequences):
-        raise UsageError(
-            f"{trace.path} has no right answers, so what a policy says cannot be scored",
-            "Record it again with --answer, or from a dataset with answers.",
-        )
-
-
 def _plans(
     trace: Trace, policies: Sequence[Policy], budgets: Sequence[Budget], options: ReplayOptions
-) -> tuple[list[EvictionPlan], dict[str, str]]:
-    """Return the plans that can run, and the reason for each policy that is skipped; raises if none may be skipped."""
-    plans, skipped = [], {}
+) -> tuple[list[EvictionPlan], dict[str, KvscopeError]]:
+    """Return the plans that can run, and the error of each policy that is skipped; raises if none may be skipped."""
+    plans: list[EvictionPlan] = []
+    skipped: dict[str, KvscopeError] = {}
     for policy in policies:
         try:
             plans.append(_plan(trace, policy, budgets, options))
         except (UsageError, TraceError) as error:
             if not options.skip_unsupported:
                 raise
-            skipped[policy.label] = error.what
+            skipped[policy.label] = error
     if not plans:
-        reason = next(iter(skipped.values()))
+        reason = next(iter(skipped.values())).what
         raise UsageError(f"no selected policy can run on {trace.path}: {reason}", "Select other policies.")
     if options.closed is not None and all(plan.policy.traits.clairvoyant for plan in plans):
         require_closed(plans[0], options.closed.positions)

@@ -41,6 +41,7 @@ HISTORY = {
 Which = Literal["queries", "keys", "values"]
 VECTORS: tuple[Which, ...] = ("queries", "keys", "values")
 MAPS, MAPS_AND_VECTORS, QKV, TOPK = "maps", "maps+vectors", "qkv", "topk"
+AUTO = "auto"  # maps+vectors where the trace is small, otherwise maps: chosen before a recording, never in a header
 TOP = 256  # default number of weights per row in store topk
 STRETCH = 256  # rows over which store topk sums columns; a stretch also ends with the prompt and with the sequence
 _OF_MAPS = ("maps", "value_l1", "value_l2", "key_l2", "similarity", "queries")
@@ -76,7 +77,7 @@ def parse_store(text: str) -> tuple[str, int | None]:
     """
     name, colon, count = text.partition(":")
     if name not in STORES or (colon and name != TOPK):
-        raise UsageError(f"store {text!r} is unknown", f"Use one of: {', '.join(STORES)}, topk:K.")
+        raise UsageError(f"store {text!r} is unknown", f"Use one of: {AUTO}, {', '.join(STORES)}, topk:K.")
     if name != TOPK:
         return name, None
     if colon and (not count.isdecimal() or int(count) < 1):

@@ -16,7 +16,7 @@ from kvscope.metrics import METRICS, Metric
 from kvscope.policies.base import Policy
 from kvscope.policies.spec import parse_policies
 from kvscope.policies.tuned import Tuned
-from kvscope.replay.compile import require_replayable, require_steps
+from kvscope.replay.feasible import require_replayable, require_steps
 from kvscope.trace.reader import Trace
 from kvscope.tune.search import Place, TuneJob, run_as
 

@@ -14,6 +14,8 @@ import pytest
 
 from kvscope.cli import app as app_module
 from kvscope.cli.app import run as run_command
+from kvscope.cli.misspelt import require_spelt
+from kvscope.core.errors import UsageError
 from tests.cli.conftest import Run
 
 
@@ -27,6 +29,18 @@ def edit_header(trace: Path, **changes: object) -> None:
     [
         (["replay", "--policy", "h20"], "h20", "h2o"),
         (["replay"], "no policy", "--policy"),
+        (["replay", "--polcy", "h2o"], "unknown option --polcy", "Did you mean --policy?"),
+        (["replay", "nosuch", "--polcy=h2o"], "unknown option --polcy", "Did you mean --policy?"),
+        (["replay", "--policy", "h2o", "--jsn"], "unknown option --jsn", "Did you mean --json?"),
+        (["replay", "--perplexty", "--policy", "h2o"], "unknown option --perplexty", "Did you mean --perplexity?"),
+        (["replay", "--alhpa", "1"], "unknown option --alhpa", "--alpha"),
+        (["perplexity", "a.txt", "--polcy", "h2o"], "unknown option --polcy", "Did you mean --policy?"),
+        (["verify", "--polici", "h2o"], "unknown option --polici", "Did you mean --policy?"),
+        (["trace", "--modl", "demo", "a.txt"], "unknown option --modl", "Did you mean --model?"),
+        (["trace", "--zzzz", "a.txt"], "unknown option --zzzz", "See: kvscope trace --help"),
+        (["repaly"], "unknown command repaly", "replay"),
+        (["gate", "trian"], "unknown command trian", "Did you mean train?"),
+        (["zzz"], "unknown command zzz", "See: kvscope --help"),
         (["replay", "--policy", "tova", "--alpha", "0.7"], "--alpha", "a2sf"),
         (["replay", "--policy", "a2sf", "--alpah", "0.7"], "--alpah", "alpha"),
         (["replay", "--policy", "a2sf", "--bugdet", "20%"], "--bugdet", "--budget"),
@@ -46,7 +60,7 @@ def edit_header(trace: Path, **changes: object) -> None:
         (["replay", "--policy", "streaming-llm", "--sinks", "3", "--budget", "2"], "protects", "budget"),
         (["replay", "a", "b", "--policy", "a2sf"], "two traces", "one trace"),
         (["policies", "h20"], "h20", "h2o"),
-        (["polices"], "polices", "--help"),
+        (["polices"], "unknown command polices", "Did you mean policies?"),
         (["diff", "one"], "NEW", "--help"),
         (["diff", "a", "b", "--tolerance", "much"], "much", "0.01"),
         (["trace", "--model", "demo"], "PROMPT", "--help"),
@@ -340,3 +354,12 @@ def test_status_of_the_process(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 2
     assert run_command(["--help"]) == 0
+
+
+def test_a_parameter_that_resembles_an_option_is_no_mistake() -> None:
+    """`--recent` sets parameters of policies, and a file's policy may have any parameter."""
+    require_spelt(["--recent", "3", "--output", "a"], ["--recents", "--output"])
+    require_spelt(["--policy", "own.py:Mine", "--polcy", "3"], ["--policy"])
+    require_spelt(["--", "--polcy"], ["--policy"])
+    with pytest.raises(UsageError, match="--polcy"):
+        require_spelt(["--policy", "h2o", "--polcy", "3"], ["--policy"])

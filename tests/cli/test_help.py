@@ -2,6 +2,7 @@
 
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,17 @@ import typer
 
 from kvscope import __version__
 from kvscope.cli.app import app
+from kvscope.cli.help_page import WIDEST, examples_of, takes
+from kvscope.cli.panels import ALONE, PANELS
 from tests.cli.conftest import Run
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+GROUPS = {name: one for name, one in COMMANDS.items() if hasattr(one, "commands")}
+EVERY = {name: one for name, one in COMMANDS.items() if name not in GROUPS} | {
+    f"{group} {name}": one for group, of in GROUPS.items() for name, one in of.commands.items()
+}
+KNOWN = {*(name for names in PANELS.values() for name in names), *ALONE}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -30,17 +38,58 @@ def test_every_command_explains_itself(name: str, run: Run) -> None:
     assert len(COMMANDS[name].help) > 40
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "gate train"])
+@pytest.mark.parametrize("name", EVERY)
 def test_help_fits_a_narrow_terminal(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No list of choices is folded inside a word, and the usage says once that something repeats."""
-    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 200)
+    """No flag, choice or example is folded, the usage says once that something repeats, and flags take nothing."""
+    monkeypatch.setenv("COLUMNS", "200")
     wide = run(*name.split(), "--help").out
-    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    assert max(map(len, wide.splitlines())) <= WIDEST, "longer lines are hard to read"
+    monkeypatch.setenv("COLUMNS", "80")
     narrow = run(*name.split(), "--help").out
     assert max(map(len, narrow.splitlines())) == 80
-    assert [kind for kind in re.findall(r"<\S+>", wide) if kind not in narrow] == []
+    command = EVERY[name]
+    for one in command.params:
+        if one.param_type_name == "option":
+            flags = re.escape(", ".join(sorted(one.opts, key=len, reverse=True)))
+            expected = rf"{flags}  +\S" if one.is_flag else rf"{flags} {re.escape(takes(one))} "
+            assert re.search(expected, narrow), expected
+    assert "<" not in wide.replace("<=", "") or name == "import"
     usage = next(line for line in wide.splitlines() if "Usage:" in line)
     assert "...}..." not in usage and "[[" not in usage
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_command_has_two_examples_that_it_takes(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = EVERY[name]
+    examples = examples_of(command)
+    assert len(examples) == 2
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run(*name.split(), "--help").out
+    for example in examples:
+        assert f" {example} " in shown, "it is on one line, to copy"
+        words = shlex.split(example)
+        assert words[: 1 + len(name.split())] == ["kvscope", *name.split()]
+        with command.make_context(name, words[1 + len(name.split()) :], resilient_parsing=False) as context:
+            assert not [word for word in context.args if word.startswith("-")], context.args
+
+
+def test_every_option_has_a_panel() -> None:
+    """An option in none of the panels would be in the last one, beside --help."""
+    for name, command in EVERY.items():
+        lacking = [one.name for one in command.params if one.param_type_name == "option" and one.name not in KNOWN]
+        assert not lacking, f"{name}: add {lacking} to a panel in kvscope/cli/panels.py"
+    named = [one for names in PANELS.values() for one in names]
+    assert len(named) == len(set(named)), "an option is in two panels"
+    used = {one.name for command in EVERY.values() for one in command.params}
+    assert set(named) <= used, "a panel names an option that no command has"
+
+
+def test_options_are_in_panels(run: Run) -> None:
+    out = run("trace", "--help").out
+    titles = re.findall(r"╭─ ([A-Z][\w ]+) ─", out)
+    assert titles == ["Examples", "Arguments", "Model", "Text", "Generation", "What is stored", "Output", "Options"]
+    model = out.partition("─ Model ─")[2].partition("╰")[0]
+    assert "--dtype" in model and "--store" not in model
 
 
 def test_help_answers_in_half_a_second() -> None:

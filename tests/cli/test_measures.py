@@ -47,7 +47,7 @@ def test_what_was_scored_is_what_was_replayed(run: Run, example: None) -> None:
 def test_a_trace_without_values_says_which_metric_is_left_out(run: Run, small: Path) -> None:
     done = run("replay", "-p", "window", "--prefill", "stream", "-b", "30%")
     assert done.status == 0, done.err
-    assert "output_error was not computed: it needs values" in " ".join(done.out.split())
+    assert "Not computed: output_error. It needs values" in " ".join(done.out.split())
     what, todo = run("score", "--metric", "output_error").two_lines()
     assert "output_error needs values" in what and "--store" in todo
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvscope.cli.app import run
-from kvscope.cli.said import show_said, what_was_said
+from kvscope.cli.said import MOST, show_said, what_was_said
 from kvscope.trace.reader import open_trace
 
 ASKED = "Note: Clara holds 583.\n\nQuestion: what holds Clara? Answer: Clara holds"
@@ -123,3 +123,15 @@ def test_hostile_text_stays_text(capsys: pytest.CaptureFixture[str]) -> None:
     show_said([{**one, "answers": ["[/x]"], "metric": "any", "score": 0.0}])
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x07" not in out and "[bold]" in out and "a\\nb" in out and "[/x]: wrong" in out
+
+
+def test_long_texts_are_cut_and_marked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    long, none = "word " * 400, {"answers": None, "metric": None, "score": None}
+    show_said([{"sequence": 0, "prompt_end": long[-MOST - 2 : -2], "text": long, "forced": False, **none}])
+    prompt, text = (line for line in capsys.readouterr().out.splitlines() if "word" in line)
+    assert "... word word" in prompt, "it begins at a word"
+    assert text.rstrip().endswith("word  ...")
+    assert max(len(prompt.rstrip()), len(text.rstrip())) < MOST + 20
+    show_said([{"sequence": 0, "prompt_end": "short", "text": "too", "forced": False, **none}])
+    assert "..." not in capsys.readouterr().out

@@ -45,7 +45,7 @@ def test_a_lossy_trace_is_marked_from_info_to_report(run: Run, record) -> None:
     assert {row["policy"]: row["lossy"] for row in about["runs"]} == {"a2sf": True, "window": False}
     summary = json.loads(Path("reports/mine/summary.json").read_text())
     assert summary["trace"]["approximate"] == about["trace"]["approximate"]
-    assert "output_error was not computed" in " ".join(done.out.split())
+    assert "Not computed: output_error" in " ".join(done.out.split())
 
     assert run("report", "mine").status == 0
     assert "Lossy: the trace keeps the 16 heaviest keys" in Path("reports/mine.html").read_text()

@@ -26,6 +26,7 @@ from kvscope.engine.plan import EvictionPlan
 from kvscope.kernels import available
 from kvscope.policies.base import Policy
 from kvscope.replay import compile as module
+from kvscope.replay import feasible as of_traces
 from kvscope.replay import open_loop
 from kvscope.replay.compile import compile_replay
 from kvscope.trace.reader import Trace, open_trace
@@ -37,7 +38,7 @@ POLICIES = ["h2o", "tova", "belady"]
 BUDGETS = ["20%", 30]
 CLOSED = ReplayOptions(closed=ClosedLoopOptions())
 CHECKS = [  # modules that call each check
-    (module, "require"),
+    (of_traces, "require"),
     (module, "require_closed"),
     (module, "require_steps"),
     (module, "measurable"),
@@ -159,6 +160,7 @@ def test_skipped_policies_are_named_with_the_reason(tmp_path: Path) -> None:
     assert [plan.policy.name for plan in job.plans] == ["h2o", "tova"]
     assert [label.partition("(")[0] for label in job.skipped] == ["keydiff", "snapkv"]
     assert "keydiff needs keys" in job.skipped["keydiff"]
+    assert "--store maps+vectors" in job.remedies["keydiff"] and list(job.remedies) == list(job.skipped)
     assert "not defined for stream prefill" in list(job.skipped.values())[1]
     assert not compile_replay(plain, ["h2o"], "40%").skipped
     with pytest.raises(UsageError, match=r"no selected policy can run .* keydiff needs keys"):

@@ -1,0 +1,77 @@
+"""A shell completes names, and no heavy library is loaded for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvscope.cli.completion import either_names, metric_names, policy_names, replay_names, trace_names
+from kvscope.metrics import METRICS
+from kvscope.policies import POLICIES
+from tests.cli.conftest import Run
+
+HEAVY = ("torch", "numpy", "transformers", "pyarrow", "numba")
+LISTED = f"import sys; from kvscope.cli.app import main; import atexit; atexit.register(lambda: print(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)); main()"  # fmt: skip  # noqa: E501
+
+
+def completed(words: str, folder: Path) -> list[str]:
+    """Return what bash offers for the last word of a line; a line that ends with a space begins a new word."""
+    count = len(words.split()) - (0 if words.endswith(" ") else 1)
+    asked = {"_KVSCOPE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}
+    path = {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    made = subprocess.run(
+        [sys.executable, "-c", LISTED], env={**os.environ, **asked, **path}, cwd=folder, capture_output=True, text=True
+    )
+    assert made.stderr.strip() == "", "a heavy library was loaded, or an error printed"
+    return made.stdout.split()
+
+
+def test_names_are_those_of_the_registries() -> None:
+    assert policy_names("") == sorted({*POLICIES.names(), "all"})
+    assert metric_names("") == sorted(METRICS.names())
+    assert policy_names("h2") == ["h2o"] and metric_names("output") == ["output_error"] and policy_names("zzz") == []
+
+
+def test_traces_and_replays_are_those_that_are_complete(run: Run, small: Path) -> None:
+    assert run("replay", "--policy", "h2o", "--budget", "6", "-o", "first", "-q").status == 0
+    Path("traces/unfinished").mkdir()
+    assert (trace_names(""), replay_names("")) == (["small"], ["first"])
+    assert either_names("") == ["first", "small"] and either_names("sm") == ["small"] and trace_names("x") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("kvscope repl", ["replay"]),
+        ("kvscope replay --policy h2", ["h2o"]),
+        ("kvscope replay -p tov", ["tova"]),
+        ("kvscope replay sm", ["small"]),
+        ("kvscope replay --polcy h2o sm", ["small"]),
+        ("kvscope verify ", ["small"]),
+        ("kvscope info ", ["small"]),
+        ("kvscope tune sm", ["small"]),
+        ("kvscope replay --sort output", ["output_error"]),
+        ("kvscope score --metric ideal_mass_no", ["ideal_mass_no_sinks"]),
+        ("kvscope policies tov", ["tova"]),
+        ("kvscope trace --do-", ["--do-sample"]),
+        ("kvscope gate tr", ["train"]),
+    ],
+)
+def test_what_a_shell_offers(words: str, offered: list[str], run: Run, small: Path) -> None:
+    assert completed(words, Path.cwd()) == offered
+
+
+def test_the_script_of_a_shell_is_printed(run: Run) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvscope", "--show-completion", "bash"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert "--install-completion" in run("--help").out
+    assert done.returncode == 0, done.stderr
+    assert "COMP_WORDS" in done.stdout or "COMP" in done.stdout
