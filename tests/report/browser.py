@@ -26,9 +26,11 @@ HOSTILE = [
 class Tab:
     """One open page, and what it said and asked for."""
 
-    def __init__(self, browser: Any, path: Path, fragment: str = "", **context: Any) -> None:
+    def __init__(self, browser: Any, path: Path, fragment: str = "", *, before: str = "", **context: Any) -> None:
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
         self.page = self.context.new_page()
+        if before:  # a script that runs before those of the page
+            self.page.add_init_script(before)
         self.page.set_default_timeout(20_000)
         self.said: list[str] = []
         self.asked: list[str] = []

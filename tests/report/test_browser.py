@@ -204,6 +204,22 @@ def test_a_wrong_address_is_as_good_as_none(browser: Any, rich_page: Path, rich:
     tab.context.close()
 
 
+CLICKED_EARLY = """new MutationObserver((_, self) => {
+  const link = document.querySelectorAll('nav a')[9];
+  if (link) { self.disconnect(); link.click(); }
+}).observe(document, { subtree: true, childList: true });"""
+
+
+@pytest.mark.parametrize("context", [{}, {"viewport": {"width": 420, "height": 800}}], ids=["wide", "phone"])
+def test_a_jump_before_all_panels_are_drawn_ends_at_its_panel(browser: Any, rich_page: Path, context: Any) -> None:
+    tab = Tab(browser, rich_page, before=CLICKED_EARLY, **context)
+    place = tab.run("document.querySelectorAll('.panel h2')[9].getBoundingClientRect().top")
+    assert 0 <= place < 300, "panels above it have grown since the click"
+    tab.page.mouse.wheel(0, -400)
+    tab.page.wait_for_function("document.querySelectorAll('.panel h2')[9].getBoundingClientRect().top > 300")
+    tab.context.close()
+
+
 def test_the_table_sorts_and_warns_of_kinds(tab: Tab) -> None:
     first = "document.querySelector('#overview .summary tbody tr').dataset.run"
     header = tab.page.locator("#overview .summary th", has_text="retained mass")

@@ -39,6 +39,25 @@ kvscope.sections = (() => {
     return { made, panel, draw };
   }
 
+  /*
+   * A jump to a panel. While panels above it still grow, it is repeated, until the reader scrolls: a smooth movement would end
+   * where the panel was when it began, so it is used only on a page that is complete.
+   */
+  let landed = null;
+  function land(name) {
+    const complete = "ready" in document.documentElement.dataset;
+    const smooth = complete && !window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+    landed = complete ? null : name;
+    document.getElementById(name)?.scrollIntoView({ behavior: smooth ? "smooth" : "auto" });
+  }
+  function keepLanded() {
+    const again = () => { if (landed !== null) document.getElementById(landed)?.scrollIntoView(); };
+    const leave = () => { landed = null; };
+    for (const event of ["wheel", "touchmove", "keydown", "pointerdown"]) window.addEventListener(event, leave, { passive: true, capture: true });
+    new ResizeObserver(again).observe(document.querySelector("main"));
+    return again;
+  }
+
   /* Heading, links and panels of a page; `between` are nodes that come before the panel of that number. */
   function frame(page, sections, between = new Map()) {
     const links = page.panels.map((panel) => element("a", { href: `#${panel.name}` }, panel.title));
@@ -49,6 +68,7 @@ kvscope.sections = (() => {
       if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
       event.preventDefault();
       state.go(link.getAttribute("href").slice(1));
+      land(link.getAttribute("href").slice(1));
     });
     const answers = [page.answer || []].flat();
     document.getElementById("page").append(
@@ -66,12 +86,15 @@ kvscope.sections = (() => {
       document.documentElement.style.setProperty("--under", `${stuck(nav) + stuck(chosen)}px`);
     };
     measure();
-    new ResizeObserver(measure).observe(nav);
+    const sizes = new ResizeObserver(measure);
+    for (const each of [nav, document.querySelector(".choice")]) if (each) sizes.observe(each);
   }
 
   /* Draws the panels in order, and marks the page when it is complete: tests wait for that. */
   async function drawAll(page, sections, named) {
     watchTheme();
+    const again = keepLanded();
+    if (named) land(named);
     let faults = 0;
     for (const each of sections) {
       try {
@@ -82,8 +105,10 @@ kvscope.sections = (() => {
       }
       await new Promise((go) => { setTimeout(go); }); // lets the browser show the panels drawn so far
     }
-    if (named) document.getElementById(named)?.scrollIntoView();
-    window.addEventListener("hashchange", () => document.getElementById(state.follow())?.scrollIntoView());
+    await new Promise((go) => { requestAnimationFrame(() => requestAnimationFrame(go)); }); // the sizes of the last panel
+    again();
+    landed = null;
+    window.addEventListener("hashchange", () => land(state.follow()));
     document.documentElement.dataset.ready = faults ? "with faults" : "yes";
   }
 
