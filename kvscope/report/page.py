@@ -12,9 +12,9 @@ from kvscope.core.records import HeadCounts, SourceRef
 from kvscope.core.summary_records import MetricSummary
 from kvscope.core.version import __version__
 from kvscope.report.encoding import rounded, visible, visible_everywhere
+from kvscope.report.headline import headline
 from kvscope.report.limits import Limits
 from kvscope.report.panel import PANELS, Panel
-from kvscope.report.panels.overview import answer
 from kvscope.report.parts import Part, spread
 from kvscope.report.runs import MetricFacts, RunView
 from kvscope.report.source import ReportInput
@@ -112,7 +112,7 @@ def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Pa
         "title": title or f"KV-cache eviction: {', '.join(source.names)}",
         "generator": f"kvscope {__version__}",
         "facts": _facts(source),
-        "answer": answer(source),
+        "headline": headline(source),
         "labels": _labels(source),
         "replays": list(source.names),
         "kinds": [{"name": name, "meaning": meaning} for name, meaning in KINDS.items()],
@@ -159,6 +159,7 @@ def _run(source: ReportInput, run: RunView) -> JsonDict:
         "policy": str(run.info.policy),
         "budget": run.budget,
         "keys": rounded(run.budget_keys),
+        "full": rounded(run.full_keys),
         "kind": run.kind,
         "marks": run.marks,
         "loop": loop,

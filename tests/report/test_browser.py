@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,21 @@ def test_a_wrong_address_is_as_good_as_none(browser: Any, rich_page: Path, rich:
     tab.context.close()
 
 
+def test_numbers_of_the_first_sentence_are_explained_by_pointer_and_keyboard(tab: Tab) -> None:
+    words = tab.page.locator(".answer .explained", has_text="keys held")
+    tip = tab.page.locator(".answer .tip").first
+    assert not tip.is_visible()
+    words.hover()
+    assert tip.inner_text().startswith("The budget is 4 keys in each key/value head.")
+    tab.page.mouse.move(0, 0)
+    assert not tip.is_visible()
+    words.focus()
+    assert tip.is_visible()
+    assert words.get_attribute("aria-describedby") == tip.get_attribute("id")
+    words.press("Escape")
+    assert not tip.is_visible()
+
+
 CLICKED_EARLY = """new MutationObserver((_, self) => {
   const link = document.querySelectorAll('nav a')[9];
   if (link) { self.disconnect(); link.click(); }
@@ -258,6 +274,27 @@ def test_lines_are_found_and_chosen(tab: Tab) -> None:
     assert tab.address()["lines"] == ""
     tab.page.locator("#budget-curve").get_by_role("button", name="Usual").click()
     assert tab.run(drawn) == before
+
+
+def test_readers_that_hold_every_key_have_a_strip(browser: Any, trace: Trace, tmp_path: Path) -> None:
+    replay = make_replay(tmp_path / "r", trace, mass={"h2o": {"2": 0.5, "4": 0.6}, "quest": {"2": 0.5, "4": 0.6}})
+    for number in (2, 3):
+        metrics = replay.summary.runs[number].metrics
+        held = replace(metrics["held_keys"], mean=5.0)
+        replay = with_summary(replay, number, metrics={**metrics, "held_keys": held})
+    tab = Tab(browser, report([replay], {}, tmp_path / "page.html"))
+    lines = "document.querySelector('#budget-curve .plot').data.map(it => [it.name, it.xaxis || 'x', [...it.x]])"
+    assert {name: place for name, *place in tab.run(lines) if name != "ideal"} == {
+        "h2o": ["x", [2, 4]],
+        "quest": ["x2", ["2", "4"]],
+    }
+    axis = tab.page.locator("#budget-curve").get_by_label("Against")
+    axis.select_option("share")
+    assert {name: place for name, *place in tab.run(lines)}["h2o"] == ["x", [0.4, 0.8]]
+    axis.select_option("read")
+    assert {name: place for name, *place in tab.run(lines)}["quest"] == ["x", [3, 5]]
+    assert tab.said == []
+    tab.context.close()
 
 
 def test_a_cell_of_the_map_chooses_its_head_with_mouse_and_keyboard(tab: Tab) -> None:

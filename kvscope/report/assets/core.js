@@ -73,6 +73,24 @@ const kvscope = (() => {
     return element("button", { type: "button", ...attributes, on: { click: clicked } }, text);
   }
 
+  /* Words with an explanation, shown under the pointer and where the keyboard is; Escape closes it. */
+  function explained(text, how) {
+    const id = fresh();
+    const words = element("span", { class: "explained", tabindex: "0", "aria-describedby": id }, element("bdi", {}, text));
+    const tip = element("span", { class: "tip how-so", role: "tooltip", id, hidden: true }, how);
+    const box = element("span", { class: "explains" }, words, tip);
+    const show = (on) => {
+      tip.hidden = !on;
+      if (!on) return;
+      tip.style.left = "0px";
+      const over = tip.getBoundingClientRect().right - document.documentElement.clientWidth + 8;
+      if (over > 0) tip.style.left = `${-over}px`;
+    };
+    for (const [event, on] of [["mouseenter", true], ["focusin", true], ["mouseleave", false], ["focusout", false]]) box.addEventListener(event, () => show(on));
+    words.addEventListener("keydown", (event) => { if (event.key === "Escape") show(false); });
+    return box;
+  }
+
   const options = (values, text = String) => values.map((value) => ({ value, text: text(value) }));
   const unique = (values) => [...new Set(values)];
   const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
@@ -136,5 +154,5 @@ const kvscope = (() => {
   function redrawAll() { for (const redraw of redraws) redraw(); }
   function drawing(name, draw) { drawings[name] = draw; }
 
-  return { button, checkbox, clamp, colour, drawing, drawings, element, latest, lineStyle, number, onTheme, options, percent, redrawAll, select, settled, slider, tableBehind, unique };
+  return { button, checkbox, clamp, colour, drawing, drawings, element, explained, latest, lineStyle, number, onTheme, options, percent, redrawAll, select, settled, slider, tableBehind, unique };
 })();

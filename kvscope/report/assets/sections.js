@@ -58,6 +58,12 @@ kvscope.sections = (() => {
     return again;
   }
 
+  /* A piece of the first sentence: a name that chooses its run, words with an explanation, or words. */
+  function piece({ text, how, run }) {
+    if (run) return kvscope.button(element("bdi", {}, text), () => state.set({ run }), { class: "plain", title: "show this run in the panels below" });
+    return how ? kvscope.explained(text, how) : element("bdi", {}, text);
+  }
+
   /* Heading, links and panels of a page; `between` are nodes that come before the panel of that number. */
   function frame(page, sections, between = new Map()) {
     const links = page.panels.map((panel) => element("a", { href: `#${panel.name}` }, panel.title));
@@ -74,7 +80,8 @@ kvscope.sections = (() => {
     document.getElementById("page").append(
       element("header", {},
         element("div", {}, element("h1", {}, page.title), element("p", { class: "facts" }, page.facts.map((fact) => element("span", {}, fact))),
-          answers.map((answer) => element("p", { class: "answer" }, answer))),
+          answers.map((answer) => element("p", { class: "answer" }, answer)),
+          (page.headline || []).map((pieces) => element("p", { class: "answer" }, pieces.map(piece)))),
         themeSelect()),
       nav,
       element("main", {}, inMain),
