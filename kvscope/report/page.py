@@ -113,7 +113,7 @@ def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Pa
         "generator": f"kvscope {__version__}",
         "facts": _facts(source),
         "headline": headline(source),
-        "labels": _labels(source),
+        "labels": list(source.labels),
         "replays": list(source.names),
         "kinds": [{"name": name, "meaning": meaning} for name, meaning in KINDS.items()],
         "metrics": [_metric(each) for each in source.metric_facts()],
@@ -124,14 +124,6 @@ def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Pa
         "panels": [each for each in built if each is not None],
     }
     return {visible(name): visible_everywhere(value) for name, value in page.items()}
-
-
-def _labels(source: ReportInput) -> list[str]:
-    """Return the labels that get colours, in this order: those shown at first, then the others; bounds have none."""
-    bounds = {run.label for run in source.runs if run.kind == "bound"}
-    return [
-        label for label in dict.fromkeys((*source.usual, *(run.label for run in source.runs))) if label not in bounds
-    ]
 
 
 def _panel_data(each: Panel, source: ReportInput) -> JsonDict | None:

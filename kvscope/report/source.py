@@ -123,6 +123,12 @@ class ReportInput:
         return tuple(dict.fromkeys(chosen + baselines))
 
     @cached_property
+    def labels(self) -> list[str]:
+        """Labels that get colours, in this order: those shown at first, then the others; bounds have none."""
+        bounds = {run.label for run in self.runs if run.kind == "bound"}
+        return [one for one in dict.fromkeys((*self.usual, *(run.label for run in self.runs))) if one not in bounds]
+
+    @cached_property
     def first(self) -> RunView:
         """The run that a page shows at first: the best that evicts at every step, under the middle budget."""
         stepping = [run for run in self.ranking if run.kind == "every step" and run.budget is not None]

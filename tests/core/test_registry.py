@@ -25,8 +25,8 @@ PANELS = (
     "norms queries provenance"
 ).split()
 COMMANDS = (
-    "trace replay run reproduce perplexity verify tune score regret spans report diff compare export info policies "
-    "models import pack unpack demo tasks gate"
+    "trace replay run reproduce perplexity verify tune score regret spans report plot diff compare export info "
+    "policies models import pack unpack demo tasks gate"
 ).split()
 
 LIST = {
