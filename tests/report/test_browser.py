@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -430,6 +431,30 @@ def test_every_control_has_a_name(tab: Tab) -> None:
     assert tab.run(f"{wanted}.filter(it => !({named})).map(it => it.outerHTML.slice(0, 80))") == []
     ids = tab.run("[...document.querySelectorAll('[id]')].map(it => it.id)")
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize(("panel", "holds"), [("budget-curve", "tova"), ("head-map", "rect"), ("residency", "<image")])
+def test_figures_are_saved_as_svg_in_inches_and_points(
+    browser: Any, rich_page: Path, tmp_path: Path, panel: str, holds: str
+) -> None:
+    tab = Tab(browser, rich_page, color_scheme="dark")
+    place = tab.page.locator(f"#{panel}")
+    place.get_by_text("Save as SVG").click()
+    place.get_by_label("width, inches").fill("4")
+    place.get_by_label("font, points").fill("9")
+    with tab.page.expect_download() as waiting:
+        place.get_by_role("button", name="Save", exact=True).click()
+    waiting.value.save_as(tmp_path / "figure.svg")
+    assert waiting.value.suggested_filename == f"{panel}.svg"
+    text = (tmp_path / "figure.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text)
+    assert root.attrib["width"] == "4in" and root.attrib["viewBox"].startswith("0 0 384 ")
+    assert holds in text and "font-size: 12px" in text.replace('font-size="12"', "font-size: 12px"), "9 points"
+    ground = "getComputedStyle(document.body).backgroundColor"
+    tab.page.wait_for_function(f"{ground} === 'rgb(18, 22, 28)'")  # the page is dark again
+    assert "#56b4e9" not in text and "rgb(86, 180, 233)" not in text, "colours for paper"
+    assert tab.said == []
+    tab.context.close()
 
 
 def test_the_theme_can_be_chosen(tab: Tab) -> None:

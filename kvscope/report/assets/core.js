@@ -154,5 +154,5 @@ const kvscope = (() => {
   function redrawAll() { for (const redraw of redraws) redraw(); }
   function drawing(name, draw) { drawings[name] = draw; }
 
-  return { button, checkbox, clamp, colour, drawing, drawings, element, explained, latest, lineStyle, number, onTheme, options, percent, redrawAll, select, settled, slider, tableBehind, unique };
+  return { button, checkbox, clamp, colour, drawing, drawings, element, explained, isDark, latest, lineStyle, number, onTheme, options, percent, redrawAll, select, settled, slider, tableBehind, unique };
 })();

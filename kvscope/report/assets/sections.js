@@ -22,7 +22,8 @@ kvscope.sections = (() => {
 
   function section(panel) {
     const box = element("div", { class: "body" });
-    const made = element("section", { class: "panel", id: panel.name, "aria-labelledby": `${panel.name}-title` },
+    const save = kvscope.figure.control(panel.name, box);
+    const made = element("section", { class: "panel", id: panel.name, "aria-labelledby": `${panel.name}-title` }, save,
       element("h2", { id: `${panel.name}-title` }, panel.title),
       element("details", { class: "how", open: window.innerWidth > 700 }, element("summary", {}, "How to read this"), element("p", {}, panel.help)),
       panel.notes.length ? element("ul", { class: "notes" }, panel.notes.map((note) => element("li", {}, note))) : null,
@@ -31,6 +32,7 @@ kvscope.sections = (() => {
       if (!panel.data || !kvscope.drawings[panel.name]) return;
       try {
         await kvscope.drawings[panel.name](box, panel.data, page);
+        save.show();
       } catch (error) {
         box.append(element("p", { class: "failed", role: "alert" }, `This panel cannot be drawn: ${error.message}`));
         throw error;

@@ -78,7 +78,7 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
     const title = AXES[state.get("axis")][1];
     await plot(area, traces, {
       xaxis: { title: { text: narrow ? title.split(",")[0] : title }, rangemode: "tozero", domain: [0, until], visible: !only, ...(state.get("axis") === "share" ? { tickformat: ".0%" } : {}) },
-      ...(strip.length ? { xaxis2: { title: { text: `${narrow ? "all" : "every key"} held,<br>by budget` }, type: "category", categoryorder: "array", categoryarray: strip, range: [-0.4, strip.length - 0.6], tickangle: 0, domain: [only ? 0 : from, 1], anchor: "y", linecolor: colour("muted"), showline: true } } : {}),
+      ...(strip.length ? { xaxis2: { title: { text: "all held,<br>by budget" }, type: "category", categoryorder: "array", categoryarray: strip, range: [-0.4, strip.length - 0.6], tickangle: 0, domain: [only ? 0 : from, 1], anchor: "y", linecolor: colour("muted"), showline: true } } : {}),
       yaxis: { title: { text: axisTitle(metric) }, ...(wide ? { type: "log", dtick: 1, tickformat: "~g" } : {}) },
       annotations: names(traces),
     });
