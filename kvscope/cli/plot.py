@@ -33,6 +33,7 @@ AxisName = Annotated[
 Layer = Annotated[int | None, typer.Option(metavar="N", help="Draw this layer. Default: the middle one.")]
 Head = Annotated[int | None, typer.Option(metavar="N", help="Draw this query head. Default: all.", min=0)]
 StepNumber = Annotated[int | None, typer.Option(metavar="N", help="Draw this step. Default: the last.", min=0)]
+SpanName = Annotated[str | None, typer.Option(metavar="NAME", help="Draw this span. Default: the first of the prompt.")]
 StyleName = Annotated[str, typer.Option(help="Look: paper (one column, without heading) or slides.")]
 Width = Annotated[float | None, typer.Option(metavar="INCHES", help="Width. Default: that of the style.")]
 Height = Annotated[float | None, typer.Option(metavar="INCHES", help="Height. Default: that of the style.")]
@@ -51,6 +52,7 @@ def plot(
     layer: Layer = None,
     head: Head = None,
     step: StepNumber = None,
+    span: SpanName = None,
     style: StyleName = "paper",
     width: Width = None,
     height: Height = None,
@@ -92,6 +94,7 @@ def plot(
             layer=layer,
             head=head,
             step=step,
+            span=span,
         )
         made = save(figure, path, look, force=force)
     console.show_text(str(made))

@@ -31,6 +31,7 @@ class Choice:
     against: str = "held"
     head: int | None = None
     step: int | None = None
+    span: str | None = None
 
     def shows(self, label: str, usual: bool) -> bool | str:
         """Return Plotly's ``visible`` of the line of a policy."""

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kvscope.core.errors import ResultError
+from kvscope.core.errors import ResultError, UsageError
+from kvscope.core.registry import nearest
 from kvscope.report.colours import EVICTED, KEPT
 from kvscope.report.encoding import unpacked
 from kvscope.report.figure_choice import Choice, Draw, empty, needed
 from kvscope.report.panels.agreement import agreement as agreement_data
 from kvscope.report.panels.over_time import bins
+from kvscope.report.panels.spans import KEPT as NEVER_LOST
+from kvscope.report.panels.spans import NO_HEAD, lost_by, spans_of
 from kvscope.report.source import ReportInput
 
 if TYPE_CHECKING:
@@ -87,4 +90,24 @@ def _agreement(source: ReportInput, choice: Choice) -> Figure:
     return figure
 
 
-MAPS: dict[str, Draw] = {"head_map": _head_map, "residency": _residency, "agreement": _agreement}
+def _spans(source: ReportInput, choice: Choice) -> Figure:
+    """Return the step at which each key/value head lost half of a span of the first sequence that has one."""
+    parts = [part for part in source.parts_of(choice.run.replay) if spans_of(source, part)]
+    todo = "Record spans with the prompt: kvscope tasks."
+    part = needed(parts[0] if parts else None, "spans", todo)
+    named = {one.name: one for one in spans_of(source, part)}
+    if choice.span is not None and choice.span not in named:
+        raise UsageError(f"no span is called {choice.span!r}", nearest(choice.span, named))
+    span = named[choice.span] if choice.span is not None else next(iter(named.values()))
+    steps = lost_by(source, part, choice.run, [span])[0, 1].astype(np.float64)  # [L, G]
+    steps = np.where(steps == NO_HEAD, np.nan, np.where(steps == NEVER_LOST, part.length, steps))
+    text = [["" if np.isnan(one) else "held" if one == part.length else f"{one:.0f}" for one in row] for row in steps]
+    figure = empty(f"{span.name}, {source.name_of(choice.run)}", "key/value head", "layer")
+    bar = {"title": "step at which half is lost"}
+    layers = [str(layer) for layer in source.layers_of(part)]
+    figure.add_heatmap(z=steps, y=layers, text=text, colorscale="Cividis", colorbar=bar)
+    figure.update_yaxes(autorange="reversed", type="category")
+    return figure
+
+
+MAPS: dict[str, Draw] = {"head_map": _head_map, "residency": _residency, "agreement": _agreement, "spans": _spans}

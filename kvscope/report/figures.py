@@ -36,6 +36,7 @@ def plot(
     layer: int | None = None,
     head: int | None = None,
     step: int | None = None,
+    span: str | None = None,
 ) -> Figure:
     """Return a Plotly figure of a replay, or of several.
 
@@ -45,7 +46,7 @@ def plot(
         What to show.
     name : str
         A panel of the page. Lines: ``budget_curve``, ``over_time``, ``depth``, ``outcome``, ``answers``, ``sweep``,
-        ``queries``, ``norms``, ``inspector``. Maps: ``head_map``, ``residency``, ``agreement``.
+        ``queries``, ``norms``, ``inspector``. Maps: ``head_map``, ``residency``, ``agreement``, ``spans``.
     metric : str, optional
         By default the first metric with a better direction.
     run : int, optional
@@ -62,10 +63,13 @@ def plot(
         Layer, query head and step of figures that show one; by default the middle layer, all heads (or the first), and
         the last step.
 
+    span : str, optional
+        Name of the span of ``spans``; by default the first of the prompt.
+
     Raises
     ------
     UsageError
-        Unknown figure, metric, run, axis or layer.
+        Unknown figure, metric, run, axis, layer or span.
     ResultError
         If the metric has no value to show.
     """
@@ -76,7 +80,7 @@ def plot(
         )
     source = report_input([replays] if isinstance(replays, Replay) else replays, traces or {})
     choice = replace(
-        _choice(source, metric, run, layer), policies=tuple(policies), against=against, head=head, step=step
+        _choice(source, metric, run, layer), policies=tuple(policies), against=against, head=head, step=step, span=span
     )
     figure = FIGURES[name](source, choice)
     if not figure.data:

@@ -15,7 +15,7 @@ from kvscope.report.encoding import rounded, visible, visible_everywhere
 from kvscope.report.headline import headline
 from kvscope.report.limits import Limits
 from kvscope.report.panel import PANELS, Panel
-from kvscope.report.parts import Part, spread
+from kvscope.report.parts import NamedSpan, Part, spread
 from kvscope.report.runs import MetricFacts, RunView
 from kvscope.report.source import ReportInput
 from kvscope.report.template import document, inert_json
@@ -32,6 +32,7 @@ def report(
     force: bool = False,
     title: str | None = None,
     limits: Limits | None = None,
+    spans: Mapping[str, Sequence[NamedSpan]] | None = None,
 ) -> Path:
     """Return the path of one self-contained HTML page that shows replays.
 
@@ -51,6 +52,8 @@ def report(
         Heading of the page; the names of the replays by default.
     limits : Limits, optional
         How much data the page may contain.
+    spans : mapping of str to sequence of NamedSpan, optional
+        Spans to show beside those of the prompts, by ``identity/number`` of a trace and its sequence.
 
     Raises
     ------
@@ -59,7 +62,7 @@ def report(
     """
     output = Path(output)
     _require_free(output, force)
-    source = report_input(replays, traces, limits)
+    source = report_input(replays, traces, limits, spans)
     panels = ordered_panels()
     text = document(page_data(source, title, panels), [each.script.read_text(encoding="utf-8") for each in panels])
     return write_bytes(output, text.encode("utf-8"), force)
@@ -73,6 +76,7 @@ def report_data(
     force: bool = False,
     title: str | None = None,
     limits: Limits | None = None,
+    spans: Mapping[str, Sequence[NamedSpan]] | None = None,
 ) -> Path:
     """Return the path of a JSON file with everything that `report` would show; parameters and errors are the same.
 
@@ -81,11 +85,16 @@ def report_data(
     """
     output = Path(output)
     _require_free(output, force)
-    data = page_data(report_input(replays, traces, limits), title)
+    data = page_data(report_input(replays, traces, limits, spans), title)
     return write_bytes(output, (inert_json(data) + "\n").encode("ascii"), force)
 
 
-def report_input(replays: Sequence[Replay], traces: Mapping[str, Trace], limits: Limits | None = None) -> ReportInput:
+def report_input(
+    replays: Sequence[Replay],
+    traces: Mapping[str, Trace],
+    limits: Limits | None = None,
+    spans: Mapping[str, Sequence[NamedSpan]] | None = None,
+) -> ReportInput:
     """Return the input of the panels.
 
     Raises
@@ -95,7 +104,7 @@ def report_input(replays: Sequence[Replay], traces: Mapping[str, Trace], limits:
     """
     if not replays:
         raise ResultError("no replay to report on", f"Make one: {REPLAY_COMMAND}")
-    return ReportInput(tuple(replays), dict(traces), limits or Limits())
+    return ReportInput(tuple(replays), dict(traces), limits or Limits(), dict(spans or {}))
 
 
 def ordered_panels() -> list[Panel]:

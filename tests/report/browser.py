@@ -46,6 +46,14 @@ class Tab:
         self.page.evaluate("kvscope.settled()")
         return self.page.evaluate(script, argument)
 
+    def until(self, script: str) -> None:
+        """Wait until a script returns true: Playwright's own waiting needs ``eval``, which the page forbids."""
+        for _ in range(200):
+            if self.page.evaluate(script):
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"never true: {script}")
+
     def text(self, selector: str) -> str:
         """Return the text of the first element there, when everything that was asked for is drawn."""
         self.page.evaluate("kvscope.settled()")

@@ -61,7 +61,8 @@ def tab(shared: Tab) -> Tab:
     """The page as it is when it opens, without opening it anew."""
     shared.run(
         "kvscope.state.set(Object.fromEntries(['run', 'other', 'part', 'layer', 'head', 'step', 'token', 'sort',"
-        " 'columns', 'budget', 'kind', 'lines', 'view', 'mode', 'shade', 'metric'].map(name => [name, null])))"
+        " 'columns', 'budget', 'kind', 'lines', 'view', 'mode', 'shade', 'metric',"
+        " 'span', 'lost'].map(name => [name, null])))"
     )
     shared.page.emulate_media(media="screen")
     return shared
@@ -233,7 +234,7 @@ def test_a_jump_before_all_panels_are_drawn_ends_at_its_panel(browser: Any, rich
     place = tab.run("document.querySelectorAll('.panel h2')[9].getBoundingClientRect().top")
     assert 0 <= place < 300, "panels above it have grown since the click"
     tab.page.mouse.wheel(0, -400)
-    tab.page.wait_for_function("document.querySelectorAll('.panel h2')[9].getBoundingClientRect().top > 300")
+    tab.until("document.querySelectorAll('.panel h2')[9].getBoundingClientRect().top > 300")
     tab.context.close()
 
 
@@ -409,6 +410,26 @@ def test_a_regret_leads_to_the_row_that_missed_it(tab: Tab) -> None:
     assert "attention of query head" in tab.text("#residency .readout"), "the raster knows the row too"
 
 
+def test_a_cell_of_a_span_leads_to_residency_and_text(tab: Tab, rich: ReportInput) -> None:
+    tab.run(f"kvscope.state.set({{ run: '{run_of(rich, 'window', '4').id}' }})")
+    panel = tab.page.locator("#spans")
+    assert panel.locator("button").filter(has_text="Show in").count() == 0
+    panel.get_by_label("Lost", exact=True).select_option("last token")
+    assert "4 of 4 heads lost all of “a time,” (needle, tokens 2 to 4), 0 hold it to the end." in tab.text(
+        "#spans .small"
+    )
+    panel.locator("[role=gridcell]").nth(3).click()
+    assert (tab.chosen("Layer"), tab.chosen("Query head")) == ("1", "2")
+    assert (tab.address()["token"], tab.address()["step"]) == ("2", "9")
+    panel.get_by_role("button", name="Show in residency").click()
+    tab.until("Math.abs(document.querySelector('#residency').getBoundingClientRect().top) < 300")
+    assert tab.run("location.hash").startswith("#residency?")
+    assert tab.text("#residency .readout").startswith("token 2 “␣a”, prompt; step 9")
+    panel.get_by_role("button", name="Show in the text").click()
+    tab.until("Math.abs(document.querySelector('#text').getBoundingClientRect().top) < 300")
+    assert tab.page.locator("#text .text .picked").get_attribute("data-at") == "2"
+
+
 def test_the_matrix_chooses_what_to_compare(tab: Tab) -> None:
     tab.page.locator("#agreement [role=gridcell]").nth(1).click()
     assert "other" in tab.address()
@@ -451,7 +472,7 @@ def test_figures_are_saved_as_svg_in_inches_and_points(
     assert root.attrib["width"] == "4in" and root.attrib["viewBox"].startswith("0 0 384 ")
     assert holds in text and "font-size: 12px" in text.replace('font-size="12"', "font-size: 12px"), "9 points"
     ground = "getComputedStyle(document.body).backgroundColor"
-    tab.page.wait_for_function(f"{ground} === 'rgb(18, 22, 28)'")  # the page is dark again
+    tab.until(f"{ground} === 'rgb(18, 22, 28)'")  # the page is dark again
     assert "#56b4e9" not in text and "rgb(86, 180, 233)" not in text, "colours for paper"
     assert tab.said == []
     tab.context.close()

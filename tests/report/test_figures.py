@@ -163,3 +163,13 @@ def test_panels_that_the_page_does_not_show_are_no_figures(replay: Replay) -> No
         with pytest.raises(ResultError, match="the replay has no") as caught:
             kvscope.plot(replay, name)
         assert todo in caught.value.todo
+
+
+def test_spans_are_a_map_of_the_steps_at_which_half_is_lost(rich: ReportInput) -> None:
+    run = run_of(rich, "h2o", "4").number
+    figure = kvscope.plot(rich.replays, "spans", run=run, traces=rich.traces)
+    (heat,) = figure.data
+    assert heat.z.tolist() == [[9.0, 9.0], [9.0, 9.0]] and heat.text[0][0] == "9"
+    assert figure.layout.title.text.startswith("needle, h2o")
+    with pytest.raises(UsageError, match="no span is called 'fact'"):
+        kvscope.plot(rich.replays, "spans", run=run, traces=rich.traces, span="fact")

@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip insta
 PANELS = ("budget_curve", "over_time", "head_map", "residency", "agreement", "outcome", "answers", "sweep", "queries")
 
 
-@pytest.mark.parametrize("name", [*PANELS, "norms", "inspector"])
+@pytest.mark.parametrize("name", [*PANELS, "norms", "inspector", "spans"])
 def test_every_figure_is_drawn(rich: ReportInput, name: str) -> None:
     figure = kvscope.plot(rich.replays, name, traces=rich.traces, step=20)
     assert drawn(figure, "svg", style("paper")).startswith(b"<?xml")

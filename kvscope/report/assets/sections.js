@@ -121,5 +121,5 @@ kvscope.sections = (() => {
     document.documentElement.dataset.ready = faults ? "with faults" : "yes";
   }
 
-  return { drawAll, frame, section };
+  return { drawAll, frame, land, section };
 })();
