@@ -148,7 +148,7 @@ def test_a_choice_in_the_bar_reaches_the_panels_and_the_address(tab: Tab, rich: 
     tab.choose("Budget", "8")
     run = run_of(rich, "window", "8")
     assert tab.address()["run"] == run.id
-    assert tab.text("#residency h3") == "window · open loop · open · 8"
+    assert tab.text("#residency h3") == "window · open loop · open · 8, layer 0, all key/value heads"
     assert "window · open loop · open · 8" in tab.text("#regrets .small")
     assert tab.count(f"#overview tr.shown[data-run='{run.id}']") == 1
     tab.choose("Layer", "1")
@@ -178,7 +178,8 @@ def test_the_address_brings_back_the_whole_choice(browser: Any, rich_page: Path,
     tab = Tab(browser, rich_page, fragment)
     assert (tab.chosen("Policy"), tab.chosen("Budget"), tab.chosen("Layer")) == ("tova · open loop · open", "8", "0")
     assert tab.chosen("Compare with") == "window · open loop · open"
-    assert tab.text("#residency h3") == "tova · open loop · open · 8 and window · open loop · open · 8"
+    both = "tova · open loop · open · 8 and window · open loop · open · 8"
+    assert tab.text("#residency h3") == f"{both}, layer 0, query head 2 (key/value head 1)"
     assert "only window" in tab.text("#residency .legend:visible")
     assert (
         tab.page.locator("#residency canvas")
@@ -434,6 +435,42 @@ def test_the_matrix_chooses_what_to_compare(tab: Tab) -> None:
     tab.page.locator("#agreement [role=gridcell]").nth(1).click()
     assert "other" in tab.address()
     assert tab.count("#residency canvas") == 2
+
+
+def test_the_matrix_has_numbers_everywhere_and_no_colour_on_its_diagonal(tab: Tab) -> None:
+    cell = "[...document.querySelectorAll('#agreement table.full tbody tr')].map((row, r) => [...row.cells].slice(1)"
+    texts = tab.run(f"{cell}.map(it => it.textContent))")
+    colours = tab.run(f"{cell}.map(it => it.style.backgroundColor))")
+    assert len(texts) > 5
+    for place, (row, painted) in enumerate(zip(texts, colours, strict=True)):
+        assert (row[place], painted[place]) == ("–", ""), "a run agrees with itself: not a finding"
+        assert all(text[:2] in ("0.", "1.") and len(text) == 4 for at, text in enumerate(row) if at != place)
+    low, high = (float(text.rstrip(" %")) for text in tab.text("#agreement .scale").split("\n") if text.strip())
+    values = [float(text) for place, row in enumerate(texts) for at, text in enumerate(row) if at != place]
+    assert (low, high) == pytest.approx((100 * min(values), 100 * max(values)), abs=1), "the scale is that of the pairs"
+    table = "document.querySelector('#agreement table.full').getBoundingClientRect().width"
+    assert tab.run(f"{table} > 0.97 * document.querySelector('#agreement .body').clientWidth"), "the full width"
+
+
+def test_axes_of_the_raster_have_words(tab: Tab) -> None:
+    tab.run(
+        "const write = CanvasRenderingContext2D.prototype.fillText; window.drawn = [];"
+        "CanvasRenderingContext2D.prototype.fillText = function (text, ...at)"
+        "{ drawn.push(text); return write.call(this, text, ...at); }; kvscope.redrawAll();"
+    )
+    words = tab.run("window.drawn")
+    assert "step, and its token" in words
+    assert words.count("␣king") >= 2, "of a row and of a column"
+
+
+def test_a_map_that_is_cut_off_says_that_it_scrolls(browser: Any, rich_page: Path) -> None:
+    for width, shown in ((1280, False), (420, True)):
+        tab = Tab(browser, rich_page, viewport={"width": width, "height": 900})
+        hint = tab.page.locator("#agreement .hint").first
+        tab.run("new Promise(go => requestAnimationFrame(() => requestAnimationFrame(go)))")
+        assert hint.is_visible() is shown
+        assert "Scroll sideways to see all" in str(hint.text_content())
+        tab.context.close()
 
 
 def test_every_plot_has_its_numbers_in_a_table(tab: Tab) -> None:
