@@ -18,9 +18,10 @@ BEGIN = 80  # characters of a prompt that are shown
     "compare",
     title="Side by side",
     order=12,
-    help="The upper table has the facts of every replay; a row with ≠ differs. In the lower table, each row is one policy "
-    "under one budget, with the chosen metric in each replay. A row has ≠ where the 95 % intervals do not overlap, or, "
-    "without intervals, where the means differ in four decimals; ★ marks the best of a budget in its replay.",
+    help="The upper table has the facts of every replay; a row with ≠ differs. In the lower table, each row is one "
+    "policy under one budget, with the chosen metric in each replay. A row has ≠ where the 95 % intervals do not "
+    "overlap, or, without intervals, where the means differ in four decimals; ★ marks the best of a budget in its "
+    "replay.",
 )
 def compare(source: ReportInput) -> JsonDict | None:
     """Return the facts of the replays, and the runs of one policy and budget in each; None for a single replay."""
