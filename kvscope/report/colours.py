@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Okabe and Ito's colours, darkened where they are too pale for lines; the page has them in core.js.
-PALETTE = ("#0072b2", "#c44e00", "#00805e", "#b5478d", "#9a6a00", "#2a93cf", "#6a4fb3", "#4d4d4d")
+# Near the colours of Okabe and Ito, moved apart as colour-blind readers see them; the page has them in core.js.
+PALETTE = ("#0e5998", "#b13d00", "#148360", "#b74e8c", "#bb8524", "#3298d4", "#6d56c6", "#404749")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 KEPT, EVICTED, BOUND = "#0b5c8e", "#f1dcc4", "#586374"

@@ -515,6 +515,34 @@ def test_figures_are_saved_as_svg_in_inches_and_points(
     tab.context.close()
 
 
+def test_the_keyboard_reaches_every_control_and_shows_where_it_is(browser: Any, rich_page: Path) -> None:
+    tab = Tab(browser, rich_page)
+    tab.run(
+        """(() => {
+          const every = 'a[href], select, input, button, summary, canvas, [tabindex="0"]';
+          const seen = { opacityProperty: true, visibilityProperty: true };
+          const there = it => it.checkVisibility(seen) && it.tabIndex >= 0;
+          window.controls = [...document.querySelectorAll(every)].filter(there);
+          Object.assign(window, { reached: [], bare: [] });
+          document.addEventListener('focusin', ({ target }) => {
+            reached.push(target);
+            const { outlineStyle, outlineWidth } = getComputedStyle(target);
+            if (outlineStyle === 'none' || parseFloat(outlineWidth) < 2) bare.push(target.outerHTML.slice(0, 80));
+          });
+        })()"""
+    )
+    count = tab.run("controls.length")
+    assert count > 100
+    for _ in range(2 * count):  # areas that scroll are places too
+        tab.page.keyboard.press("Tab")
+        if tab.page.evaluate("document.activeElement === document.body"):
+            break  # behind the last
+    missing = "controls.filter(it => it.isConnected && !reached.includes(it)).map(it => it.outerHTML.slice(0, 80))"
+    assert tab.run(missing) == []
+    assert tab.run("[...new Set(bare)]") == []
+    tab.context.close()
+
+
 def test_the_theme_can_be_chosen(tab: Tab) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     light = tab.run(ground)
@@ -529,6 +557,9 @@ def test_it_prints_in_light_without_what_only_a_screen_needs(browser: Any, rich_
     assert len(tab.page.pdf()) > 50_000
     tab.page.emulate_media(media="print")
     assert not tab.page.locator("nav").is_visible()
+    assert tab.page.locator(".save:visible, .hint:visible, .modebar:visible").count() == 0, "only a screen needs them"
+    cut = "[...document.querySelectorAll('.panel')].filter(it => it.scrollWidth > it.clientWidth + 1).map(it => it.id)"
+    assert tab.run(cut) == []
     assert tab.page.locator("#provenance h2").is_visible()
     assert tab.said == []
     tab.context.close()

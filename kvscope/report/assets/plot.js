@@ -38,7 +38,7 @@ Object.assign(kvscope, (() => {
       ...layout,
       ...axes,
     }, {
-      responsive: true, displaylogo: false,
+      responsive: true, displaylogo: false, displayModeBar: true, // hidden buttons are out of reach of the keyboard
       // the buttons are named one by one: by default there is one that uploads the chart
       modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], showSendToCloud: false, plotlyServerURL: "",
     });
