@@ -223,6 +223,17 @@ def test_numbers_of_the_first_sentence_are_explained_by_pointer_and_keyboard(tab
     assert not tip.is_visible()
 
 
+def test_the_first_screen_is_shown_before_what_takes_long(browser: Any, rich_page: Path) -> None:
+    """The library of plots takes most of the time, and nothing on the first screen needs it."""
+    watch = (
+        "new MutationObserver(() => { if (!('loaded' in window) && document.documentElement.dataset.shown)"
+        " window.loaded = Boolean(window.Plotly); }).observe(document, { subtree: true, attributes: true });"
+    )
+    tab = Tab(browser, rich_page, before=watch, viewport={"width": 1280, "height": 700})
+    assert tab.run("window.loaded") is False and tab.run("Boolean(window.Plotly)") is True
+    tab.context.close()
+
+
 CLICKED_EARLY = """new MutationObserver((_, self) => {
   const link = document.querySelectorAll('nav a')[9];
   if (link) { self.disconnect(); link.click(); }

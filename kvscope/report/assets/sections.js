@@ -99,26 +99,36 @@ kvscope.sections = (() => {
     for (const each of [nav, document.querySelector(".choice")]) if (each) sizes.observe(each);
   }
 
-  /* Draws the panels in order, and marks the page when it is complete: tests wait for that. */
+  /*
+   * Draws the panels in order. The page is marked as shown when the first screen is drawn, and has been painted before the next
+   * panel begins, which may take long; and as ready when it is complete: tests wait for that.
+   */
+  const painted = () => new Promise((go) => { requestAnimationFrame(() => requestAnimationFrame(go)); });
   async function drawAll(page, sections, named) {
     watchTheme();
     const again = keepLanded();
     if (named) land(named);
+    const root = document.documentElement;
     let faults = 0;
-    for (const each of sections) {
+    const shown = (place) => place === sections.length || sections[place].made.getBoundingClientRect().top >= window.innerHeight;
+    for (const [place, each] of sections.entries()) {
       try {
         await each.draw(page);
       } catch (error) {
         faults += 1;
         console.error(error);
       }
+      if (!("shown" in root.dataset) && shown(place + 1)) {
+        await painted();
+        root.dataset.shown = "yes";
+      }
       await new Promise((go) => { setTimeout(go); }); // lets the browser show the panels drawn so far
     }
-    await new Promise((go) => { requestAnimationFrame(() => requestAnimationFrame(go)); }); // the sizes of the last panel
+    await painted(); // the sizes of the last panel
     again();
     landed = null;
     window.addEventListener("hashchange", () => land(state.follow()));
-    document.documentElement.dataset.ready = faults ? "with faults" : "yes";
+    root.dataset.ready = faults ? "with faults" : "yes";
   }
 
   return { drawAll, frame, land, section };
