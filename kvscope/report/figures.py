@@ -59,12 +59,9 @@ def plot(
         the legend.
     against : str
         Horizontal axis of ``budget_curve``: ``held``, ``share`` (of the keys held), ``read``, ``budget`` or ``bytes``.
-    layer, head, step : int, optional
-        Layer, query head and step of figures that show one; by default the middle layer, all heads (or the first), and
-        the last step.
-
-    span : str, optional
-        Name of the span of ``spans``; by default the first of the prompt.
+    layer, head, step, span : optional
+        Layer, query head, step and name of a span of figures that show one; by default the middle layer, all heads (or
+        the first), the last step, and the first span.
 
     Raises
     ------
