@@ -21,8 +21,8 @@ METRICS = (
     "recovered_mass_no_sinks"
 ).split()
 PANELS = (
-    "overview answers budget-curve sweep depth outcome over-time head-map residency text regrets inspector agreement "
-    "norms queries provenance"
+    "overview compare answers caches budget-curve sweep depth outcome over-time head-map residency spans text regrets "
+    "inspector agreement norms queries provenance"
 ).split()
 COMMANDS = (
     "trace replay run reproduce perplexity verify tune score regret spans report plot diff compare export info "

@@ -57,6 +57,7 @@ def test_run_as_the_page_knows_it(source: ReportInput) -> None:
         "policy": "tova",
         "budget": "2",
         "keys": 2.0,
+        "full": 5.0,
         "kind": "every step",
         "marks": [],
         "loop": "open",
