@@ -80,6 +80,7 @@ MAY_IMPORT = {
 # Library -> the only rooms that may import it.
 ONLY_IN = {
     "plotly": {"report"},
+    "matplotlib": {"report"},
     "typer": {"cli"},
     "rich": {"cli"},
     "transformers": {"model"},
@@ -116,7 +117,7 @@ LIGHT = (
     "trackers",
     "version",
 )
-HEAVY = ("numba", "triton", "torch", "plotly", "transformers", "pandas", "pyarrow", "numpy")
+HEAVY = ("numba", "triton", "torch", "plotly", "matplotlib", "transformers", "pandas", "pyarrow", "numpy")
 
 
 def files() -> list[Path]:

@@ -208,13 +208,7 @@ def _require_steps(replay: Replay, sequence: int, steps: Sequence[int]) -> None:
 
 def held_tokens(intervals: ResidencyIntervals, span: Span) -> NDArray[np.int64]:
     """Return how many tokens of a span each head holds after each step, ``[G, T]``."""
-    inside = (intervals.key >= span.start) & (intervals.key < span.stop)
-    head, enter, leave = (column[inside] for column in (intervals.kv_head, intervals.enter, intervals.leave))
-    change = np.zeros((intervals.heads, intervals.length + 1), np.int64)
-    np.add.at(change, (head, enter), 1)
-    np.add.at(change, (head, leave), -1)
-    held: NDArray[np.int64] = change[:, :-1].cumsum(1)
-    return held
+    return intervals.held_tokens(span.start, span.stop)
 
 
 def _described(

@@ -32,7 +32,9 @@ def scorers(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Write the scorers to this file.")] = (
         Path("scorers.safetensors")
     ),
-    width: Annotated[int, typer.Option("--width", help="Size of the hidden layer; 0: a linear scorer.", min=0)] = 512,
+    scorer_width: Annotated[
+        int, typer.Option("--width", help="Size of the hidden layer; 0: a linear scorer.", min=0)
+    ] = 512,
     tokens: Annotated[int, typer.Option("--tokens", help="Train on this many tokens of each prompt.", min=1)] = 500,
     epochs: Annotated[int, typer.Option("--epochs", help="Train for this many passes over the tokens.", min=1)] = 15,
     rate: Annotated[float, typer.Option("--rate", help="Initial learning rate; it decays to zero.")] = 0.005,
@@ -50,7 +52,7 @@ def scorers(
     from kvscope.cli.hints import replay_of
     from kvscope.cli.places import find_trace
 
-    settings = ScorerSettings(width, tokens, epochs, rate=rate, seed=seed)
+    settings = ScorerSettings(scorer_width, tokens, epochs, rate=rate, seed=seed)
     require_free(output, force)
     with console.working("loading torch", quiet=quiet):
         from kvscope.trace.reader import open_trace
@@ -63,7 +65,7 @@ def scorers(
     if json:
         console.show_json({"file": str(output), "model": facts.model, "width": facts.width, **facts.provenance})
     else:
-        kind = f"hidden layer of {width}" if width else "linear"
+        kind = f"hidden layer of {scorer_width}" if scorer_width else "linear"
         console.show_pairs(
             [
                 ("model", facts.model),

@@ -34,9 +34,10 @@ PANELS: dict[str, tuple[str, ...]] = {
     ),
     "Training": (
         *("distill", "target_keep", "eviction_loss", "strength", "head_size", "tau", "sinks", "steps", "rate"),
-        *("every", "patience", "ramp", "resume", "width", "epochs"),
+        *("every", "patience", "ramp", "resume", "scorer_width", "epochs"),
     ),
     "Table": ("sort", "top", "columns", "wide", "everything", "form", "long", "markdown"),
+    "Figure": ("panel", "against", "layer", "head", "step", "style", "width", "height", "font_size"),
     "Output": ("output", "force", "update", "title", "data_only", "to", "json", "quiet"),
 }
 _OF = {name: title for title, names in PANELS.items() for name in names}

@@ -11,8 +11,9 @@ from kvscope.cli.completion import replay_names
 from kvscope.cli.options import Force, Json, NoVerify, Quiet, ReportOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from kvscope.report.parts import NamedSpan
     from kvscope.results.store import Replay
     from kvscope.trace.reader import Trace
 
@@ -33,6 +34,15 @@ def report(
         ),
     ] = None,
     output: ReportOutput = None,
+    span: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--span",
+            "-s",
+            metavar="NAME=WHAT",
+            help="Show when each head lost a span: fact=120:140, or fact=text:WORDS for every occurrence. Repeatable.",
+        ),
+    ] = None,
     title: Annotated[str | None, typer.Option(help="Set the heading of the page.")] = None,
     data_only: Annotated[bool, typer.Option("--data-only", help="Write the data of the page as JSON instead.")] = False,
     force: Force = False,
@@ -53,11 +63,52 @@ def report(
     given = output or (f"{places.readable(name)}{suffix}" if force else None)
     path = places.place(places.REPORTS, given, name, force=force, suffix=suffix)
     with console.working("drawing", quiet=quiet):
-        made = write(found, traces_of(found, compare=not no_verify), path, force=force, title=title)
+        traces = traces_of(found, compare=not no_verify)
+        spans = spans_of(found, traces, span or [])
+        made = write(found, traces, path, force=force, title=title, spans=spans)
     if json:
         console.show_json({"report": str(made), "replays": [str(replay.path) for replay in found]})
     else:
         console.show_text(str(made))
+
+
+def spans_of(
+    replays: Sequence[Replay], traces: Mapping[str, Trace], given: Sequence[str]
+) -> dict[str, list[NamedSpan]]:
+    """Return the spans of every sequence that has them, by identity of the trace and number of the sequence.
+
+    Raises
+    ------
+    UsageError
+        For one that no sequence has.
+    """
+    from kvscope.analysis.spans import parse_spans
+    from kvscope.core.errors import UsageError
+    from kvscope.report.parts import NamedSpan
+
+    found: dict[str, list[NamedSpan]] = {}
+    for item in given:
+        fault: UsageError | None = None
+        seen = False
+        for source in {replay.info.trace.identity: replay.info.trace for replay in replays}.values():
+            for number, sequence in enumerate(source.sequences):
+
+                def texts(identity: str = source.identity, number: int = number) -> list[str]:
+                    if identity not in traces:
+                        raise UsageError("the words of a span need the trace, which was not found", "Name positions.")
+                    return [str(text) for text in traces[identity].tokens(number)["text"]]
+
+                try:
+                    spans = parse_spans([item], sequence.length, texts)
+                except UsageError as error:  # another sequence may have it
+                    fault = error
+                else:
+                    seen = True
+                    own = found.setdefault(f"{source.identity}/{number}", [])
+                    own += [NamedSpan(one.name, one.start, one.stop) for one in spans]
+        if fault is not None and not seen:
+            raise fault
+    return found
 
 
 def traces_of(replays: Sequence[Replay], *, compare: bool = True) -> dict[str, Trace]:

@@ -128,6 +128,16 @@ class ResidencyIntervals:
         visible[:, np.arange(stop - start), np.arange(start, stop)] = True
         return visible
 
+    def held_tokens(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return how many of the tokens `start` to `stop` - 1 each head holds after each step, ``[G, T]``."""
+        inside = (self.key >= start) & (self.key < stop)
+        head, enter, leave = (column[inside] for column in (self.kv_head, self.enter, self.leave))
+        change = np.zeros((self.heads, self.length + 1), np.int64)
+        np.add.at(change, (head, enter), 1)
+        np.add.at(change, (head, leave), -1)
+        held: NDArray[np.int64] = change[:, :-1].cumsum(1)
+        return held
+
     def held_after(self, step: int) -> NDArray[np.bool_]:
         """Return which keys are held after one step, bool ``[G * T]``."""
         there = (self.enter <= step) & (step < self.leave)

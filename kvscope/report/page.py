@@ -12,10 +12,10 @@ from kvscope.core.records import HeadCounts, SourceRef
 from kvscope.core.summary_records import MetricSummary
 from kvscope.core.version import __version__
 from kvscope.report.encoding import rounded, visible, visible_everywhere
+from kvscope.report.headline import headline
 from kvscope.report.limits import Limits
 from kvscope.report.panel import PANELS, Panel
-from kvscope.report.panels.overview import answer
-from kvscope.report.parts import Part, spread
+from kvscope.report.parts import NamedSpan, Part, spread
 from kvscope.report.runs import MetricFacts, RunView
 from kvscope.report.source import ReportInput
 from kvscope.report.template import document, inert_json
@@ -32,6 +32,7 @@ def report(
     force: bool = False,
     title: str | None = None,
     limits: Limits | None = None,
+    spans: Mapping[str, Sequence[NamedSpan]] | None = None,
 ) -> Path:
     """Return the path of one self-contained HTML page that shows replays.
 
@@ -51,6 +52,8 @@ def report(
         Heading of the page; the names of the replays by default.
     limits : Limits, optional
         How much data the page may contain.
+    spans : mapping of str to sequence of NamedSpan, optional
+        Spans to show beside those of the prompts, by ``identity/number`` of a trace and its sequence.
 
     Raises
     ------
@@ -59,7 +62,7 @@ def report(
     """
     output = Path(output)
     _require_free(output, force)
-    source = report_input(replays, traces, limits)
+    source = report_input(replays, traces, limits, spans)
     panels = ordered_panels()
     text = document(page_data(source, title, panels), [each.script.read_text(encoding="utf-8") for each in panels])
     return write_bytes(output, text.encode("utf-8"), force)
@@ -73,6 +76,7 @@ def report_data(
     force: bool = False,
     title: str | None = None,
     limits: Limits | None = None,
+    spans: Mapping[str, Sequence[NamedSpan]] | None = None,
 ) -> Path:
     """Return the path of a JSON file with everything that `report` would show; parameters and errors are the same.
 
@@ -81,11 +85,16 @@ def report_data(
     """
     output = Path(output)
     _require_free(output, force)
-    data = page_data(report_input(replays, traces, limits), title)
+    data = page_data(report_input(replays, traces, limits, spans), title)
     return write_bytes(output, (inert_json(data) + "\n").encode("ascii"), force)
 
 
-def report_input(replays: Sequence[Replay], traces: Mapping[str, Trace], limits: Limits | None = None) -> ReportInput:
+def report_input(
+    replays: Sequence[Replay],
+    traces: Mapping[str, Trace],
+    limits: Limits | None = None,
+    spans: Mapping[str, Sequence[NamedSpan]] | None = None,
+) -> ReportInput:
     """Return the input of the panels.
 
     Raises
@@ -95,7 +104,7 @@ def report_input(replays: Sequence[Replay], traces: Mapping[str, Trace], limits:
     """
     if not replays:
         raise ResultError("no replay to report on", f"Make one: {REPLAY_COMMAND}")
-    return ReportInput(tuple(replays), dict(traces), limits or Limits())
+    return ReportInput(tuple(replays), dict(traces), limits or Limits(), dict(spans or {}))
 
 
 def ordered_panels() -> list[Panel]:
@@ -112,8 +121,8 @@ def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Pa
         "title": title or f"KV-cache eviction: {', '.join(source.names)}",
         "generator": f"kvscope {__version__}",
         "facts": _facts(source),
-        "answer": answer(source),
-        "labels": _labels(source),
+        "headline": headline(source),
+        "labels": list(source.labels),
         "replays": list(source.names),
         "kinds": [{"name": name, "meaning": meaning} for name, meaning in KINDS.items()],
         "metrics": [_metric(each) for each in source.metric_facts()],
@@ -124,14 +133,6 @@ def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Pa
         "panels": [each for each in built if each is not None],
     }
     return {visible(name): visible_everywhere(value) for name, value in page.items()}
-
-
-def _labels(source: ReportInput) -> list[str]:
-    """Return the labels that get colours, in this order: those shown at first, then the others; bounds have none."""
-    bounds = {run.label for run in source.runs if run.kind == "bound"}
-    return [
-        label for label in dict.fromkeys((*source.usual, *(run.label for run in source.runs))) if label not in bounds
-    ]
 
 
 def _panel_data(each: Panel, source: ReportInput) -> JsonDict | None:
@@ -159,6 +160,7 @@ def _run(source: ReportInput, run: RunView) -> JsonDict:
         "policy": str(run.info.policy),
         "budget": run.budget,
         "keys": rounded(run.budget_keys),
+        "full": rounded(run.full_keys),
         "kind": run.kind,
         "marks": run.marks,
         "loop": loop,

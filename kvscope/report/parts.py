@@ -13,6 +13,15 @@ from kvscope.trace.reader import Trace
 
 
 @dataclass(frozen=True)
+class NamedSpan:
+    """Tokens `start` to `stop` - 1 of a sequence, such as a fact, under a name."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Part:
     """One sequence of one trace, with its token texts.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from kvscope.core.residency import ResidencyIntervals
 from kvscope.report.attended import Attended, attended
 from kvscope.report.fidelity import Means, read_means
 from kvscope.report.limits import Limits
-from kvscope.report.parts import Part, sequences_of, spread
+from kvscope.report.parts import NamedSpan, Part, sequences_of, spread
 from kvscope.report.regret import Eviction, worst_evictions
 from kvscope.report.runs import BESIDE, FIRST, LAST, MetricFacts, RunView
 from kvscope.results.residency import read_residency
@@ -41,11 +41,23 @@ class ReportInput:
         By identity; without its trace, a replay has no token text.
     limits : Limits
         How much data the page may contain.
+    spans : mapping of str to sequence of NamedSpan
+        Spans to show beside those of the prompts, by ``identity/number`` of the sequence.
     """
 
     replays: tuple[Replay, ...]
     traces: Mapping[str, Trace] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    spans: Mapping[str, Sequence[NamedSpan]] = field(default_factory=dict)
+
+    # What was read for one panel and may serve another.
+    _stored: dict[tuple[int, int, int], dict[int, ResidencyIntervals]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _scored: dict[int, pd.DataFrame] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _attended: dict[tuple[str, int], Attended] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _worst: dict[str, dict[str, list[Eviction]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _means: dict[int, Means] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def offers(self) -> frozenset[str]:
@@ -121,6 +133,12 @@ class ReportInput:
             chosen += best if kind == "bound" else best[: FEW if kind == largest else 1]
         baselines = [run.label for run in self.runs if run.info.policy in BASELINES and run.budget is not None]
         return tuple(dict.fromkeys(chosen + baselines))
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Labels that get colours, in this order: those shown at first, then the others; bounds have none."""
+        bounds = {run.label for run in self.runs if run.kind == "bound"}
+        return [one for one in dict.fromkeys((*self.usual, *(run.label for run in self.runs))) if one not in bounds]
 
     @cached_property
     def first(self) -> RunView:
@@ -248,26 +266,6 @@ class ReportInput:
     def metric_facts(self) -> list[MetricFacts]:
         """Return the facts about every metric, in the order of the page."""
         return [MetricFacts.of(name, declaration) for name, declaration in self.metrics.items()]
-
-    @cached_property
-    def _stored(self) -> dict[tuple[int, int, int], dict[int, ResidencyIntervals]]:
-        return {}
-
-    @cached_property
-    def _scored(self) -> dict[int, pd.DataFrame]:
-        return {}
-
-    @cached_property
-    def _attended(self) -> dict[tuple[str, int], Attended]:
-        return {}
-
-    @cached_property
-    def _worst(self) -> dict[str, dict[str, list[Eviction]]]:
-        return {}
-
-    @cached_property
-    def _means(self) -> dict[int, Means]:
-        return {}
 
     def _residency(self, index: int, sequence: int, layer: int) -> dict[int, ResidencyIntervals]:
         key = (index, sequence, layer)

@@ -16,7 +16,7 @@ from kvscope.report.encoding import deflated_text
 INERT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 # Scripts that the drawings of each kind of page use, in order of dependence.
-COMMON = ("core.js", "numbers.js", "state.js", "plot.js", "heat.js", "sections.js")
+COMMON = ("core.js", "numbers.js", "state.js", "plot.js", "heat.js", "figure.js", "sections.js")
 REPLAYS = (*COMMON, "raster.js", "raster_view.js", "page.js")
 EXPERIMENT = (*COMMON, "experiment.js")
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from kvscope.core.records import MetricRecord, RunRecord
 from kvscope.core.summary_records import RunSummary
+
+Named = TypeVar("Named")
 
 # Kind -> what it means. Runs of one kind have the same kind of cost, so only these are ranked among each other.
 KINDS = {
@@ -48,8 +51,7 @@ class Best:
     @property
     def agree(self) -> bool:
         """Whether one policy is among the best by every metric."""
-        sets = [set(labels) for _, labels in self.winners.values()]
-        return not sets or bool(set.intersection(*sets))
+        return agree(labels for _, labels in self.winners.values())
 
 
 def kind_of(run: RunRecord) -> str:
@@ -71,6 +73,19 @@ def ends(values: Sequence[float], direction: str) -> tuple[float, float] | None:
         return None
     low, high = min(values), max(values)
     return (high, low) if direction == "higher" else (low, high)
+
+
+def best_among(means: Sequence[tuple[float, Named]], direction: str) -> tuple[float, tuple[Named, ...]] | None:
+    """Return the best mean, rounded to `DIGITS`, and who has it; None if no direction is better, or all are equal."""
+    rounded = [(round(mean, DIGITS), name) for mean, name in means]
+    found = ends([mean for mean, _ in rounded], direction)
+    return None if found is None else (found[0], tuple(name for mean, name in rounded if mean == found[0]))
+
+
+def agree(winners: Iterable[Iterable[Named]]) -> bool:
+    """Return whether one policy is among the best by every metric; the winners of each metric are given."""
+    sets = [set(names) for names in winners]
+    return not sets or bool(set.intersection(*sets))
 
 
 def best_of(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) -> list[Best]:
@@ -100,8 +115,8 @@ def _winners(
     """Return for each metric that distinguishes the runs its best mean, and the labels of those that have it."""
     winners = {}
     for name in HEADLINES:
-        means = [(round(mean, DIGITS), run.label) for run in group if (mean := run.mean(name)) is not None]
-        found = ends([mean for mean, _ in means], declared[name].direction) if means else None
+        means = [(mean, run.label) for run in group if (mean := run.mean(name)) is not None]
+        found = best_among(means, declared[name].direction) if means else None
         if found is not None:
-            winners[name] = found[0], tuple(label for mean, label in means if mean == found[0])
+            winners[name] = found
     return winners

@@ -21,12 +21,12 @@ METRICS = (
     "recovered_mass_no_sinks"
 ).split()
 PANELS = (
-    "overview answers budget-curve sweep depth outcome over-time head-map residency text regrets inspector agreement "
-    "norms queries provenance"
+    "overview compare answers caches budget-curve sweep depth outcome over-time head-map residency spans text regrets "
+    "inspector agreement norms queries provenance"
 ).split()
 COMMANDS = (
-    "trace replay run reproduce perplexity verify tune score regret spans report diff compare export info policies "
-    "models import pack unpack demo tasks gate"
+    "trace replay run reproduce perplexity verify tune score regret spans report plot diff compare export info "
+    "policies models import pack unpack demo tasks gate"
 ).split()
 
 LIST = {

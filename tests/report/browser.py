@@ -26,9 +26,11 @@ HOSTILE = [
 class Tab:
     """One open page, and what it said and asked for."""
 
-    def __init__(self, browser: Any, path: Path, fragment: str = "", **context: Any) -> None:
+    def __init__(self, browser: Any, path: Path, fragment: str = "", *, before: str = "", **context: Any) -> None:
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
         self.page = self.context.new_page()
+        if before:  # a script that runs before those of the page
+            self.page.add_init_script(before)
         self.page.set_default_timeout(20_000)
         self.said: list[str] = []
         self.asked: list[str] = []
@@ -43,6 +45,14 @@ class Tab:
         """Return the value of a script, when everything that was asked for is drawn."""
         self.page.evaluate("kvscope.settled()")
         return self.page.evaluate(script, argument)
+
+    def until(self, script: str) -> None:
+        """Wait until a script returns true: Playwright's own waiting needs ``eval``, which the page forbids."""
+        for _ in range(200):
+            if self.page.evaluate(script):
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"never true: {script}")
 
     def text(self, selector: str) -> str:
         """Return the text of the first element there, when everything that was asked for is drawn."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -59,7 +61,8 @@ def tab(shared: Tab) -> Tab:
     """The page as it is when it opens, without opening it anew."""
     shared.run(
         "kvscope.state.set(Object.fromEntries(['run', 'other', 'part', 'layer', 'head', 'step', 'token', 'sort',"
-        " 'columns', 'budget', 'kind', 'lines', 'view', 'mode', 'shade', 'metric'].map(name => [name, null])))"
+        " 'columns', 'budget', 'kind', 'lines', 'view', 'mode', 'shade', 'metric',"
+        " 'span', 'lost'].map(name => [name, null])))"
     )
     shared.page.emulate_media(media="screen")
     return shared
@@ -145,7 +148,7 @@ def test_a_choice_in_the_bar_reaches_the_panels_and_the_address(tab: Tab, rich: 
     tab.choose("Budget", "8")
     run = run_of(rich, "window", "8")
     assert tab.address()["run"] == run.id
-    assert tab.text("#residency h3") == "window · open loop · open · 8"
+    assert tab.text("#residency h3") == "window · open loop · open · 8, layer 0, all key/value heads"
     assert "window · open loop · open · 8" in tab.text("#regrets .small")
     assert tab.count(f"#overview tr.shown[data-run='{run.id}']") == 1
     tab.choose("Layer", "1")
@@ -175,7 +178,8 @@ def test_the_address_brings_back_the_whole_choice(browser: Any, rich_page: Path,
     tab = Tab(browser, rich_page, fragment)
     assert (tab.chosen("Policy"), tab.chosen("Budget"), tab.chosen("Layer")) == ("tova · open loop · open", "8", "0")
     assert tab.chosen("Compare with") == "window · open loop · open"
-    assert tab.text("#residency h3") == "tova · open loop · open · 8 and window · open loop · open · 8"
+    both = "tova · open loop · open · 8 and window · open loop · open · 8"
+    assert tab.text("#residency h3") == f"{both}, layer 0, query head 2 (key/value head 1)"
     assert "only window" in tab.text("#residency .legend:visible")
     assert (
         tab.page.locator("#residency canvas")
@@ -201,6 +205,48 @@ def test_a_wrong_address_is_as_good_as_none(browser: Any, rich_page: Path, rich:
     assert tab.said == []
     assert tab.run("kvscope.state.get('run')") == rich.first.id
     assert tab.run("kvscope.state.get('step')") == 23
+    tab.context.close()
+
+
+def test_numbers_of_the_first_sentence_are_explained_by_pointer_and_keyboard(tab: Tab) -> None:
+    words = tab.page.locator(".answer .explained", has_text="keys held")
+    tip = tab.page.locator(".answer .tip").first
+    assert not tip.is_visible()
+    words.hover()
+    assert tip.inner_text().startswith("The budget is 4 keys in each key/value head.")
+    tab.page.mouse.move(0, 0)
+    assert not tip.is_visible()
+    words.focus()
+    assert tip.is_visible()
+    assert words.get_attribute("aria-describedby") == tip.get_attribute("id")
+    words.press("Escape")
+    assert not tip.is_visible()
+
+
+def test_the_first_screen_is_shown_before_what_takes_long(browser: Any, rich_page: Path) -> None:
+    """The library of plots takes most of the time, and nothing on the first screen needs it."""
+    watch = (
+        "new MutationObserver(() => { if (!('loaded' in window) && document.documentElement.dataset.shown)"
+        " window.loaded = Boolean(window.Plotly); }).observe(document, { subtree: true, attributes: true });"
+    )
+    tab = Tab(browser, rich_page, before=watch, viewport={"width": 1280, "height": 700})
+    assert tab.run("window.loaded") is False and tab.run("Boolean(window.Plotly)") is True
+    tab.context.close()
+
+
+CLICKED_EARLY = """new MutationObserver((_, self) => {
+  const link = document.querySelectorAll('nav a')[9];
+  if (link) { self.disconnect(); link.click(); }
+}).observe(document, { subtree: true, childList: true });"""
+
+
+@pytest.mark.parametrize("context", [{}, {"viewport": {"width": 420, "height": 800}}], ids=["wide", "phone"])
+def test_a_jump_before_all_panels_are_drawn_ends_at_its_panel(browser: Any, rich_page: Path, context: Any) -> None:
+    tab = Tab(browser, rich_page, before=CLICKED_EARLY, **context)
+    place = tab.run("document.querySelectorAll('.panel h2')[9].getBoundingClientRect().top")
+    assert 0 <= place < 300, "panels above it have grown since the click"
+    tab.page.mouse.wheel(0, -400)
+    tab.until("document.querySelectorAll('.panel h2')[9].getBoundingClientRect().top > 300")
     tab.context.close()
 
 
@@ -242,6 +288,27 @@ def test_lines_are_found_and_chosen(tab: Tab) -> None:
     assert tab.address()["lines"] == ""
     tab.page.locator("#budget-curve").get_by_role("button", name="Usual").click()
     assert tab.run(drawn) == before
+
+
+def test_readers_that_hold_every_key_have_a_strip(browser: Any, trace: Trace, tmp_path: Path) -> None:
+    replay = make_replay(tmp_path / "r", trace, mass={"h2o": {"2": 0.5, "4": 0.6}, "quest": {"2": 0.5, "4": 0.6}})
+    for number in (2, 3):
+        metrics = replay.summary.runs[number].metrics
+        held = replace(metrics["held_keys"], mean=5.0)
+        replay = with_summary(replay, number, metrics={**metrics, "held_keys": held})
+    tab = Tab(browser, report([replay], {}, tmp_path / "page.html"))
+    lines = "document.querySelector('#budget-curve .plot').data.map(it => [it.name, it.xaxis || 'x', [...it.x]])"
+    assert {name: place for name, *place in tab.run(lines) if name != "ideal"} == {
+        "h2o": ["x", [2, 4]],
+        "quest": ["x2", ["2", "4"]],
+    }
+    axis = tab.page.locator("#budget-curve").get_by_label("Against")
+    axis.select_option("share")
+    assert {name: place for name, *place in tab.run(lines)}["h2o"] == ["x", [0.4, 0.8]]
+    axis.select_option("read")
+    assert {name: place for name, *place in tab.run(lines)}["quest"] == ["x", [3, 5]]
+    assert tab.said == []
+    tab.context.close()
 
 
 def test_a_cell_of_the_map_chooses_its_head_with_mouse_and_keyboard(tab: Tab) -> None:
@@ -355,10 +422,66 @@ def test_a_regret_leads_to_the_row_that_missed_it(tab: Tab) -> None:
     assert "attention of query head" in tab.text("#residency .readout"), "the raster knows the row too"
 
 
+def test_a_cell_of_a_span_leads_to_residency_and_text(tab: Tab, rich: ReportInput) -> None:
+    tab.run(f"kvscope.state.set({{ run: '{run_of(rich, 'window', '4').id}' }})")
+    panel = tab.page.locator("#spans")
+    assert panel.locator("button").filter(has_text="Show in").count() == 0
+    panel.get_by_label("Lost", exact=True).select_option("last token")
+    assert "4 of 4 heads lost all of “a time,” (needle, tokens 2 to 4), 0 hold it to the end." in tab.text(
+        "#spans .small"
+    )
+    panel.locator("[role=gridcell]").nth(3).click()
+    assert (tab.chosen("Layer"), tab.chosen("Query head")) == ("1", "2")
+    assert (tab.address()["token"], tab.address()["step"]) == ("2", "9")
+    panel.get_by_role("button", name="Show in residency").click()
+    tab.until("Math.abs(document.querySelector('#residency').getBoundingClientRect().top) < 300")
+    assert tab.run("location.hash").startswith("#residency?")
+    assert tab.text("#residency .readout").startswith("token 2 “␣a”, prompt; step 9")
+    panel.get_by_role("button", name="Show in the text").click()
+    tab.until("Math.abs(document.querySelector('#text').getBoundingClientRect().top) < 300")
+    assert tab.page.locator("#text .text .picked").get_attribute("data-at") == "2"
+
+
 def test_the_matrix_chooses_what_to_compare(tab: Tab) -> None:
     tab.page.locator("#agreement [role=gridcell]").nth(1).click()
     assert "other" in tab.address()
     assert tab.count("#residency canvas") == 2
+
+
+def test_the_matrix_has_numbers_everywhere_and_no_colour_on_its_diagonal(tab: Tab) -> None:
+    cell = "[...document.querySelectorAll('#agreement table.full tbody tr')].map((row, r) => [...row.cells].slice(1)"
+    texts = tab.run(f"{cell}.map(it => it.textContent))")
+    colours = tab.run(f"{cell}.map(it => it.style.backgroundColor))")
+    assert len(texts) > 5
+    for place, (row, painted) in enumerate(zip(texts, colours, strict=True)):
+        assert (row[place], painted[place]) == ("–", ""), "a run agrees with itself: not a finding"
+        assert all(text[:2] in ("0.", "1.") and len(text) == 4 for at, text in enumerate(row) if at != place)
+    low, high = (float(text.rstrip(" %")) for text in tab.text("#agreement .scale").split("\n") if text.strip())
+    values = [float(text) for place, row in enumerate(texts) for at, text in enumerate(row) if at != place]
+    assert (low, high) == pytest.approx((100 * min(values), 100 * max(values)), abs=1), "the scale is that of the pairs"
+    table = "document.querySelector('#agreement table.full').getBoundingClientRect().width"
+    assert tab.run(f"{table} > 0.97 * document.querySelector('#agreement .body').clientWidth"), "the full width"
+
+
+def test_axes_of_the_raster_have_words(tab: Tab) -> None:
+    tab.run(
+        "const write = CanvasRenderingContext2D.prototype.fillText; window.drawn = [];"
+        "CanvasRenderingContext2D.prototype.fillText = function (text, ...at)"
+        "{ drawn.push(text); return write.call(this, text, ...at); }; kvscope.redrawAll();"
+    )
+    words = tab.run("window.drawn")
+    assert "step, and its token" in words
+    assert words.count("␣king") >= 2, "of a row and of a column"
+
+
+def test_a_map_that_is_cut_off_says_that_it_scrolls(browser: Any, rich_page: Path) -> None:
+    for width, shown in ((1280, False), (420, True)):
+        tab = Tab(browser, rich_page, viewport={"width": width, "height": 900})
+        hint = tab.page.locator("#agreement .hint").first
+        tab.run("new Promise(go => requestAnimationFrame(() => requestAnimationFrame(go)))")
+        assert hint.is_visible() is shown
+        assert "Scroll sideways to see all" in str(hint.text_content())
+        tab.context.close()
 
 
 def test_every_plot_has_its_numbers_in_a_table(tab: Tab) -> None:
@@ -379,6 +502,58 @@ def test_every_control_has_a_name(tab: Tab) -> None:
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.parametrize(("panel", "holds"), [("budget-curve", "tova"), ("head-map", "rect"), ("residency", "<image")])
+def test_figures_are_saved_as_svg_in_inches_and_points(
+    browser: Any, rich_page: Path, tmp_path: Path, panel: str, holds: str
+) -> None:
+    tab = Tab(browser, rich_page, color_scheme="dark")
+    place = tab.page.locator(f"#{panel}")
+    place.get_by_text("Save as SVG").click()
+    place.get_by_label("width, inches").fill("4")
+    place.get_by_label("font, points").fill("9")
+    with tab.page.expect_download() as waiting:
+        place.get_by_role("button", name="Save", exact=True).click()
+    waiting.value.save_as(tmp_path / "figure.svg")
+    assert waiting.value.suggested_filename == f"{panel}.svg"
+    text = (tmp_path / "figure.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text)
+    assert root.attrib["width"] == "4in" and root.attrib["viewBox"].startswith("0 0 384 ")
+    assert holds in text and "font-size: 12px" in text.replace('font-size="12"', "font-size: 12px"), "9 points"
+    ground = "getComputedStyle(document.body).backgroundColor"
+    tab.until(f"{ground} === 'rgb(18, 22, 28)'")  # the page is dark again
+    assert "#56b4e9" not in text and "rgb(86, 180, 233)" not in text, "colours for paper"
+    assert tab.said == []
+    tab.context.close()
+
+
+def test_the_keyboard_reaches_every_control_and_shows_where_it_is(browser: Any, rich_page: Path) -> None:
+    tab = Tab(browser, rich_page)
+    tab.run(
+        """(() => {
+          const every = 'a[href], select, input, button, summary, canvas, [tabindex="0"]';
+          const seen = { opacityProperty: true, visibilityProperty: true };
+          const there = it => it.checkVisibility(seen) && it.tabIndex >= 0;
+          window.controls = [...document.querySelectorAll(every)].filter(there);
+          Object.assign(window, { reached: [], bare: [] });
+          document.addEventListener('focusin', ({ target }) => {
+            reached.push(target);
+            const { outlineStyle, outlineWidth } = getComputedStyle(target);
+            if (outlineStyle === 'none' || parseFloat(outlineWidth) < 2) bare.push(target.outerHTML.slice(0, 80));
+          });
+        })()"""
+    )
+    count = tab.run("controls.length")
+    assert count > 100
+    for _ in range(2 * count):  # areas that scroll are places too
+        tab.page.keyboard.press("Tab")
+        if tab.page.evaluate("document.activeElement === document.body"):
+            break  # behind the last
+    missing = "controls.filter(it => it.isConnected && !reached.includes(it)).map(it => it.outerHTML.slice(0, 80))"
+    assert tab.run(missing) == []
+    assert tab.run("[...new Set(bare)]") == []
+    tab.context.close()
+
+
 def test_the_theme_can_be_chosen(tab: Tab) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     light = tab.run(ground)
@@ -393,6 +568,9 @@ def test_it_prints_in_light_without_what_only_a_screen_needs(browser: Any, rich_
     assert len(tab.page.pdf()) > 50_000
     tab.page.emulate_media(media="print")
     assert not tab.page.locator("nav").is_visible()
+    assert tab.page.locator(".save:visible, .hint:visible, .modebar:visible").count() == 0, "only a screen needs them"
+    cut = "[...document.querySelectorAll('.panel')].filter(it => it.scrollWidth > it.clientWidth + 1).map(it => it.id)"
+    assert tab.run(cut) == []
     assert tab.page.locator("#provenance h2").is_visible()
     assert tab.said == []
     tab.context.close()

@@ -23,7 +23,7 @@ from kvscope.report.page import ordered_panels, page_data, report, report_data
 from kvscope.report.panel import PANELS, panel
 from kvscope.report.source import ReportInput
 from kvscope.report.template import asset, document, element_text, inert_json
-from kvscope.results.store import Replay
+from kvscope.results.store import Replay, open_replay
 from kvscope.trace.reader import Trace
 from tests.report.make import make_replay, make_trace
 
@@ -108,7 +108,8 @@ def test_page_carries_every_panel_with_its_help(page: Path, source: ReportInput)
 
 
 def test_every_panel_explains_itself_in_a_few_sentences(rich: ReportInput, gated: ReportInput) -> None:
-    panels = [*page_data(rich)["panels"], *page_data(gated)["panels"]]
+    quantised = ReportInput((open_replay(Path(__file__).parents[2] / "reports" / "example-quantised"),))
+    panels = [panel for source in (rich, gated, quantised) for panel in page_data(source)["panels"]]
     assert {each["name"] for each in panels} == set(PANELS.names())
     assert all(2 <= len(re.findall(r"[.](?: |$)", each["help"])) <= 4 for each in panels)
 

@@ -13,12 +13,13 @@ import pytest
 import kvscope
 from kvscope.core.records import Certificate, TextRef
 from kvscope.core.summary_records import BoundShares, HeadPlace, LoopGap, MetricSummary, StepPlace, Tails
+from kvscope.report.headline import headline
 from kvscope.report.limits import Limits
 from kvscope.report.page import page_data
 from kvscope.report.panels.budget_curve import budget_curve, curve_lines
 from kvscope.report.panels.depth import depth
 from kvscope.report.panels.outcome import outcome
-from kvscope.report.panels.overview import answer, overview
+from kvscope.report.panels.overview import overview
 from kvscope.report.panels.provenance import BOUNDS, CLOSED_LOOP, GENERATED, MIXED, OPEN_LOOP, provenance
 from kvscope.report.panels.sweep import sweep
 from kvscope.report.runs import BESIDE, RunView
@@ -56,6 +57,7 @@ def test_run_as_the_page_knows_it(source: ReportInput) -> None:
         "policy": "tova",
         "budget": "2",
         "keys": 2.0,
+        "full": 5.0,
         "kind": "every step",
         "marks": [],
         "loop": "open",
@@ -148,16 +150,73 @@ def test_the_closed_loop_stands_for_both_in_the_best_table(rich: ReportInput) ->
     assert "The upper table shows the closed loop where it was replayed, the lower table both loops." in data["notes"]
 
 
-def test_the_page_begins_with_the_answer(rich: ReportInput, source: ReportInput, trace: Trace, tmp_path: Path) -> None:
-    """A reader who sees nothing else sees which policy is best at which budget, and what that costs."""
-    assert answer(source) == (
-        "At budget 2, 2 of 5 keys held: of 3 policies (kind: every step), tova has the highest retained mass (0.625)."
+def sentence(pieces: Any) -> str:
+    return "".join(piece["text"] for piece in pieces)
+
+
+def test_the_page_begins_with_the_best_by_every_metric(
+    rich: ReportInput, source: ReportInput, trace: Trace, tmp_path: Path
+) -> None:
+    """A reader who sees nothing else sees which policy is best at which budget, by what, and what that costs."""
+    (pieces,) = headline(source)
+    assert sentence(pieces) == (
+        "At budget 2, 2 of 5 keys held: of 3 policies (kind: every step), tova has the lowest output error (0.375) and "
+        "the highest retained mass (0.625)."
     )
-    said = page_data(rich)["answer"]
-    assert said.startswith("At budget 4, 4 of 18 keys held: of 6 policies (kind: every step), a2sf:alpha=0.9 has the ")
-    assert said.endswith(f"a2sf:alpha=0.9 has the lowest perplexity ({math.exp(1.1) / math.e:.2f}x full cache).")
+    (said,) = page_data(rich)["headline"]
+    assert sentence(said).startswith(
+        "At budget 4, 4 of 18 keys held: of 6 policies (kind: every step), a2sf:alpha=0.9 "
+    )
+    assert (
+        f"has the highest share of right answers (100%), the lowest perplexity ({math.exp(0.1):.3f}x full cache), the "
+        in (sentence(said))
+    )
+    assert [piece["run"] for piece in said if "run" in piece] == [run_of(rich, "a2sf:alpha=0.9", "4", "closed").id]
     alone = make_replay(tmp_path / "alone", trace, mass={"full": {None: None}})
-    assert answer(ReportInput((alone,))) == ""
+    assert headline(ReportInput((alone,))) == []
+
+
+def test_numbers_of_the_first_sentence_are_explained(source: ReportInput) -> None:
+    (pieces,) = headline(source)
+    how = {piece["text"]: piece["how"] for piece in pieces if "how" in piece}
+    assert how["2 of 5 keys held"] == (
+        "The budget is 2 keys in each key/value head. 2 keys are held after a step, mean over the steps after the "
+        "prompt; a full cache holds 5 there. The text has 6 tokens, 3 of them prompt."
+    )
+    assert how["the highest retained mass (0.625)"] == (
+        "Share that is visible. Higher is better. Second: h2o with 0.500."
+    )
+
+
+def test_the_first_sentence_names_the_share_of_the_prompt(source: ReportInput) -> None:
+    (replay,) = source.replays
+    runs = [replace(run, budget="60%") if run.budget == "2" else run for run in replay.summary.runs]
+    shares = Replay(replay.path, replay.info)
+    shares.__dict__["summary"] = replace(replay.summary, runs=runs)
+    (pieces,) = headline(replace(source, replays=(shares,)))
+    (how,) = [piece["how"] for piece in pieces if "keys held" in piece["text"]]
+    assert how.startswith("The budget is 2 keys in each key/value head, 60% of the prompt of 3 tokens. 2 keys are held")
+
+
+def test_the_first_sentence_says_where_metrics_disagree(trace: Trace, tmp_path: Path) -> None:
+    replay = make_replay(tmp_path / "r", trace, mass={"h2o": {"2": 0.5}, "tova": {"2": 0.6}, "window": {"2": 0.4}})
+    assert "disagree" not in sentence(headline(ReportInput((replay,)))[0])
+    assert [line["agree"] for line in overview(ReportInput((replay,)))["best"]] == [True]
+    metrics = replay.summary.runs[0].metrics
+    other = with_summary(
+        replay, 0, metrics={**metrics, "output_error": MetricSummary(0.1, low=0.05, high=0.45, count=6)}
+    )
+    (pieces,) = headline(ReportInput((other,)))
+    assert sentence(pieces).endswith(
+        "h2o has the lowest output error (0.100); tova has the highest retained mass (0.600). They disagree."
+    )
+    how = {piece["text"]: piece["how"] for piece in pieces if "how" in piece}
+    assert how["They disagree."].startswith("No policy is the best by all of these metrics.")
+    assert (
+        "95 % interval 0.050 to 0.450. 1 other policy has its mean inside it. Second: tova"
+        in (how["the lowest output error (0.100)"])
+    )
+    assert [line["agree"] for line in overview(ReportInput((other,)))["best"]] == [False]
 
 
 def test_runs_of_different_prefill_are_not_compared(trace: Trace, tmp_path: Path) -> None:
@@ -226,6 +285,23 @@ def test_a_handful_of_lines_is_shown_at_first_with_bounds_and_baselines(rich: Re
     usual = [data["lines"][place]["name"] for place in data["usual"]]
     assert usual == ["h2o", "tova", "window", "snapkv", "quest", "belady", "a2sf:alpha=0.9"]
     assert len(usual) < len(data["lines"])
+
+
+def test_curve_of_a_reader_that_holds_every_key_is_apart(trace: Trace, tmp_path: Path) -> None:
+    """Otherwise a point at all keys presses the policies that evict into the left of the plot."""
+    replay = make_replay(tmp_path / "r", trace, mass={"h2o": {"2": 0.5, "4": 0.6}, "quest": {"2": 0.5, "4": 0.6}})
+    assert {line["name"]: line["all"] for line in budget_curve(ReportInput((replay,)))["lines"]} == {
+        "h2o": False,
+        "quest": False,  # in this fixture it holds as few keys as h2o
+    }
+    for number in (2, 3):
+        metrics = replay.summary.runs[number].metrics
+        replay = with_summary(replay, number, metrics={**metrics, "held_keys": replace(metrics["held_keys"], mean=4.9)})
+    assert {line["name"]: line["all"] for line in budget_curve(ReportInput((replay,)))["lines"]} == {
+        "h2o": False,
+        "quest": True,
+    }
+    assert {run["full"] for run in page_data(ReportInput((replay,)))["runs"]} == {5.0}
 
 
 def test_curve_of_one_budget_says_how_to_get_a_line(trace: Trace, tmp_path: Path) -> None:

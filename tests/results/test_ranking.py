@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvscope.core.summary_records import MetricSummary, RunSummary, SummaryRecord
-from kvscope.results.ranking import KINDS, best_of, kind_of
+from kvscope.results.ranking import KINDS, agree, best_among, best_of, kind_of
 from tests.results.make import make
 
 
@@ -71,3 +71,11 @@ def test_the_closed_loop_is_ranked_where_there_is_one(summary: SummaryRecord) ->
 )
 def test_kinds(summary: SummaryRecord, changes: dict[str, object], kind: str) -> None:
     assert kind_of(replace(summary.runs[0], **changes)) == kind and kind in KINDS  # type: ignore[arg-type]
+
+
+def test_the_best_among_means_and_whether_metrics_agree() -> None:
+    means = [(0.50001, "a"), (0.50004, "b"), (0.4, "c")]
+    assert best_among(means, "higher") == (0.5, ("a", "b"))
+    assert best_among(means, "lower") == (0.4, ("c",))
+    assert best_among(means, "none") is None and best_among(means[:2], "higher") is None
+    assert agree([]) and agree([["a", "b"], ["b"]]) and not agree([["a"], ["b"], ["a", "b"]])

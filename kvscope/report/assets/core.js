@@ -3,10 +3,10 @@ const kvscope = (() => {
   const drawings = {};
   const redraws = [];
 
-  /* Colours that colour-blind readers can distinguish (Okabe and Ito, darkened where they are too pale for lines). */
+  /* Colours that colour-blind readers can distinguish: near those of Okabe and Ito, moved apart as they see them. */
   const PALETTE = {
-    light: ["#0072b2", "#c44e00", "#00805e", "#b5478d", "#9a6a00", "#2a93cf", "#6a4fb3", "#4d4d4d"],
-    dark: ["#56b4e9", "#f08a4b", "#2fc795", "#e59ac6", "#e6b23c", "#9fd3f5", "#b7a3f0", "#c9c9c9"],
+    light: ["#0e5998", "#b13d00", "#148360", "#b74e8c", "#bb8524", "#3298d4", "#6d56c6", "#404749"],
+    dark: ["#2192c5", "#ed8c4f", "#06bf8c", "#da9cc9", "#e5b137", "#a0d5fb", "#b4adff", "#dad5d7"],
   };
   const MARKERS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star"];
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
@@ -73,6 +73,24 @@ const kvscope = (() => {
     return element("button", { type: "button", ...attributes, on: { click: clicked } }, text);
   }
 
+  /* Words with an explanation, shown under the pointer and where the keyboard is; Escape closes it. */
+  function explained(text, how) {
+    const id = fresh();
+    const words = element("span", { class: "explained", tabindex: "0", "aria-describedby": id }, element("bdi", {}, text));
+    const tip = element("span", { class: "tip how-so", role: "tooltip", id, hidden: true }, how);
+    const box = element("span", { class: "explains" }, words, tip);
+    const show = (on) => {
+      tip.hidden = !on;
+      if (!on) return;
+      tip.style.left = "0px";
+      const over = tip.getBoundingClientRect().right - document.documentElement.clientWidth + 8;
+      if (over > 0) tip.style.left = `${-over}px`;
+    };
+    for (const [event, on] of [["mouseenter", true], ["focusin", true], ["mouseleave", false], ["focusout", false]]) box.addEventListener(event, () => show(on));
+    words.addEventListener("keydown", (event) => { if (event.key === "Escape") show(false); });
+    return box;
+  }
+
   const options = (values, text = String) => values.map((value) => ({ value, text: text(value) }));
   const unique = (values) => [...new Set(values)];
   const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
@@ -136,5 +154,5 @@ const kvscope = (() => {
   function redrawAll() { for (const redraw of redraws) redraw(); }
   function drawing(name, draw) { drawings[name] = draw; }
 
-  return { button, checkbox, clamp, colour, drawing, drawings, element, latest, lineStyle, number, onTheme, options, percent, redrawAll, select, settled, slider, tableBehind, unique };
+  return { button, checkbox, clamp, colour, drawing, drawings, element, explained, isDark, latest, lineStyle, number, onTheme, options, percent, redrawAll, select, settled, slider, tableBehind, unique };
 })();

@@ -19,11 +19,11 @@ Object.assign(kvscope, (() => {
 
   /*
    * `rows` and `columns` are names; `value(r, c)` a number or null; `say(r, c)` the description of a cell; `text(value)` its content
-   * where there is room. `chosen(r, c)` marks cells, `click(r, c)` is optional. Arrow keys walk, Enter chooses.
+   * where there is room, or everywhere in a table of the `full` width. `chosen(r, c)` marks cells, `click(r, c)` is optional. Arrow keys walk, Enter chooses.
    */
-  function heat(box, { label, corner, rows, columns, value, say, text, scale, chosen = () => false, click = null, upright = false }) {
+  function heat(box, { label, corner, rows, columns, value, say, text, scale, chosen = () => false, click = null, upright = false, full = false }) {
     const { element } = kvscope;
-    const roomy = text && columns.length <= 16;
+    const roomy = text && (full || columns.length <= 16);
     const span = scale[1] - scale[0] || 1;
     const cells = rows.map((_, r) => columns.map((_name, c) => {
       const found = value(r, c);
@@ -40,9 +40,12 @@ Object.assign(kvscope, (() => {
     const head = element("tr", {}, element("th", { scope: "col", class: "corner" }, corner),
       columns.map((name) => element("th", { scope: "col", class: upright ? "upright" : null }, element("bdi", {}, name))));
     const body = rows.map((name, r) => element("tr", {}, element("th", { scope: "row" }, element("bdi", {}, name)), cells[r]));
-    const table = element("table", { class: `heat${roomy ? "" : " tight"}${click ? " live" : ""}`, role: "grid", "aria-label": label }, element("thead", {}, head), element("tbody", {}, body));
+    const table = element("table", { class: `heat${roomy ? "" : " tight"}${full ? " full" : ""}${full && columns.length > 16 ? " many" : ""}${click ? " live" : ""}`, role: "grid", "aria-label": label }, element("thead", {}, head), element("tbody", {}, body));
     const focused = box.contains(document.activeElement) && document.activeElement.tagName === "TD";
-    box.replaceChildren(element("div", { class: "scroll plain" }, table));
+    const scrolled = element("div", { class: "scroll plain" }, table);
+    const hint = element("p", { class: "small hint", hidden: true }, `Scroll sideways to see all ${columns.length} columns →`);
+    box.replaceChildren(hint, scrolled);
+    new ResizeObserver(() => { hint.hidden = scrolled.scrollWidth <= scrolled.clientWidth + 1; }).observe(scrolled);
 
     let at = [0, 0];
     rows.forEach((_, r) => columns.forEach((_name, c) => { if (chosen(r, c)) at = [r, c]; }));

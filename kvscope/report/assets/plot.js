@@ -38,7 +38,7 @@ Object.assign(kvscope, (() => {
       ...layout,
       ...axes,
     }, {
-      responsive: true, displaylogo: false,
+      responsive: true, displaylogo: false, displayModeBar: true, // hidden buttons are out of reach of the keyboard
       // the buttons are named one by one: by default there is one that uploads the chart
       modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], showSendToCloud: false, plotlyServerURL: "",
     });
@@ -49,10 +49,12 @@ Object.assign(kvscope, (() => {
     return plain(metric.title) + (metric.direction === "none" ? "" : ` (${metric.direction} is better)`);
   }
 
+  const GLYPHS = { circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", "triangle-down": "▼", cross: "✚", x: "✖", star: "★" };
+
   /* A line as it is drawn, for lists beside a plot: its dash, its marker, its colour. */
   function sample(style, marker = true) {
     const { element } = kvscope;
-    const glyph = { circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", "triangle-down": "▼", cross: "✚", x: "✖", star: "★" }[style.symbol];
+    const glyph = GLYPHS[style.symbol];
     const drawn = { solid: ["solid", "solid"], dash: ["dashed", "dashed"], dot: ["dotted", "dotted"], dashdot: ["dashed", "dotted"], longdash: ["solid", "dashed"], longdashdot: ["solid", "dotted"] };
     const halves = drawn[style.dash].map((dash) => {
       const half = element("i");
@@ -64,5 +66,5 @@ Object.assign(kvscope, (() => {
     return made;
   }
 
-  return { axisTitle, plain, plot, sample };
+  return { GLYPHS, axisTitle, plain, plot, sample };
 })());

@@ -1,7 +1,7 @@
 /* One canvas of residency intervals with axes, pointer and keyboard; `show` sets the runs. */
 kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, chosenHeads, describedBy }) => {
   const { element, colour, clamp, raster, state } = kvscope;
-  const FOOT = 44;
+  const FOOT = 60;
   const ROW = 13; // from this many pixels on, a row has its token's text beside it
   let sets = []; // [run, intervals] of one run, or of two to be compared
   let gutter = 150;
@@ -17,8 +17,12 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
 
   function show(next) {
     sets = next;
-    title.textContent = sets.map(([run]) => page.byId.get(run).name).join(" and ");
+    title.textContent = `${sets.map(([run]) => page.byId.get(run).name).join(" and ")}, layer ${state.get("layer")}, ${headWords()}`;
     draw();
+  }
+  function headWords() {
+    const [head, { group }] = [state.get("head"), page.headsOf()];
+    return head === "all" ? "all key/value heads" : `query head ${head} (key/value head ${Math.floor(head / group)})`;
   }
   function draw() {
     if (!sets.length || !plane.clientWidth) return;
@@ -72,8 +76,11 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
     context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
     context.strokeRect(gutter - 0.5, 0.5, width + 1, height - 1);
     context.textAlign = "center";
-    for (const step of ticks(t0, t1, width)) context.fillText(String(step), x(step + 0.5), height + 16);
-    context.fillText("step", gutter + width / 2, height + 36);
+    for (const step of ticks(t0, t1, width)) {
+      context.fillText(String(step), x(step + 0.5), height + 16);
+      if (tokens) context.fillText(tokens[step].slice(0, 8), x(step + 0.5), height + 32);
+    }
+    context.fillText(tokens ? "step, and its token" : "step", gutter + width / 2, height + 52);
     context.textAlign = "right";
     context.textBaseline = "middle";
     if (height / (k1 - k0) >= ROW && tokens) {
@@ -82,7 +89,13 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
         context.fillText(String(key), gutter - 8, y(key + 0.5));
         context.fillText(tokens[key].slice(0, gutter > 120 ? 14 : 6), gutter - 46, y(key + 0.5)); // drawn separately: a right-to-left token would move the number
       }
-    } else for (const key of ticks(k0, k1, height)) context.fillText(`token ${key}`, gutter - 8, Math.max(7, y(key + 0.5)));
+    } else {
+      for (const key of ticks(k0, k1, 2.6 * height)) { // a word needs a line, not the width of a number
+        const at = clamp(y(key + 0.5), 7, height - 7);
+        context.fillText(String(key), gutter - 8, at);
+        if (tokens) context.fillText(tokens[key].slice(0, gutter > 120 ? 14 : 6), gutter - 46, at);
+      }
+    }
     context.textBaseline = "alphabetic";
     if (prompt > Math.max(1, t0) && prompt < t1) drawPrompt(context, x(prompt), width, height);
   }

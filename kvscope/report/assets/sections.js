@@ -22,7 +22,8 @@ kvscope.sections = (() => {
 
   function section(panel) {
     const box = element("div", { class: "body" });
-    const made = element("section", { class: "panel", id: panel.name, "aria-labelledby": `${panel.name}-title` },
+    const save = kvscope.figure.control(panel.name, box);
+    const made = element("section", { class: "panel", id: panel.name, "aria-labelledby": `${panel.name}-title` }, save,
       element("h2", { id: `${panel.name}-title` }, panel.title),
       element("details", { class: "how", open: window.innerWidth > 700 }, element("summary", {}, "How to read this"), element("p", {}, panel.help)),
       panel.notes.length ? element("ul", { class: "notes" }, panel.notes.map((note) => element("li", {}, note))) : null,
@@ -31,12 +32,38 @@ kvscope.sections = (() => {
       if (!panel.data || !kvscope.drawings[panel.name]) return;
       try {
         await kvscope.drawings[panel.name](box, panel.data, page);
+        save.show();
       } catch (error) {
         box.append(element("p", { class: "failed", role: "alert" }, `This panel cannot be drawn: ${error.message}`));
         throw error;
       }
     };
     return { made, panel, draw };
+  }
+
+  /*
+   * A jump to a panel. While panels above it still grow, it is repeated, until the reader scrolls: a smooth movement would end
+   * where the panel was when it began, so it is used only on a page that is complete.
+   */
+  let landed = null;
+  function land(name) {
+    const complete = "ready" in document.documentElement.dataset;
+    const smooth = complete && !window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+    landed = complete ? null : name;
+    document.getElementById(name)?.scrollIntoView({ behavior: smooth ? "smooth" : "auto" });
+  }
+  function keepLanded() {
+    const again = () => { if (landed !== null) document.getElementById(landed)?.scrollIntoView(); };
+    const leave = () => { landed = null; };
+    for (const event of ["wheel", "touchmove", "keydown", "pointerdown"]) window.addEventListener(event, leave, { passive: true, capture: true });
+    new ResizeObserver(again).observe(document.querySelector("main"));
+    return again;
+  }
+
+  /* A piece of the first sentence: a name that chooses its run, words with an explanation, or words. */
+  function piece({ text, how, run }) {
+    if (run) return kvscope.button(element("bdi", {}, text), () => state.set({ run }), { class: "plain", title: "show this run in the panels below" });
+    return how ? kvscope.explained(text, how) : element("bdi", {}, text);
   }
 
   /* Heading, links and panels of a page; `between` are nodes that come before the panel of that number. */
@@ -49,12 +76,14 @@ kvscope.sections = (() => {
       if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
       event.preventDefault();
       state.go(link.getAttribute("href").slice(1));
+      land(link.getAttribute("href").slice(1));
     });
     const answers = [page.answer || []].flat();
     document.getElementById("page").append(
       element("header", {},
         element("div", {}, element("h1", {}, page.title), element("p", { class: "facts" }, page.facts.map((fact) => element("span", {}, fact))),
-          answers.map((answer) => element("p", { class: "answer" }, answer))),
+          answers.map((answer) => element("p", { class: "answer" }, answer)),
+          (page.headline || []).map((pieces) => element("p", { class: "answer" }, pieces.map(piece)))),
         themeSelect()),
       nav,
       element("main", {}, inMain),
@@ -66,26 +95,41 @@ kvscope.sections = (() => {
       document.documentElement.style.setProperty("--under", `${stuck(nav) + stuck(chosen)}px`);
     };
     measure();
-    new ResizeObserver(measure).observe(nav);
+    const sizes = new ResizeObserver(measure);
+    for (const each of [nav, document.querySelector(".choice")]) if (each) sizes.observe(each);
   }
 
-  /* Draws the panels in order, and marks the page when it is complete: tests wait for that. */
+  /*
+   * Draws the panels in order. The page is marked as shown when the first screen is drawn, and has been painted before the next
+   * panel begins, which may take long; and as ready when it is complete: tests wait for that.
+   */
+  const painted = () => new Promise((go) => { requestAnimationFrame(() => requestAnimationFrame(go)); });
   async function drawAll(page, sections, named) {
     watchTheme();
+    const again = keepLanded();
+    if (named) land(named);
+    const root = document.documentElement;
     let faults = 0;
-    for (const each of sections) {
+    const shown = (place) => place === sections.length || sections[place].made.getBoundingClientRect().top >= window.innerHeight;
+    for (const [place, each] of sections.entries()) {
       try {
         await each.draw(page);
       } catch (error) {
         faults += 1;
         console.error(error);
       }
+      if (!("shown" in root.dataset) && shown(place + 1)) {
+        await painted();
+        root.dataset.shown = "yes";
+      }
       await new Promise((go) => { setTimeout(go); }); // lets the browser show the panels drawn so far
     }
-    if (named) document.getElementById(named)?.scrollIntoView();
-    window.addEventListener("hashchange", () => document.getElementById(state.follow())?.scrollIntoView());
-    document.documentElement.dataset.ready = faults ? "with faults" : "yes";
+    await painted(); // the sizes of the last panel
+    again();
+    landed = null;
+    window.addEventListener("hashchange", () => land(state.follow()));
+    root.dataset.ready = faults ? "with faults" : "yes";
   }
 
-  return { drawAll, frame, section };
+  return { drawAll, frame, land, section };
 })();

@@ -56,10 +56,10 @@ kvscope.state = (() => {
     else write();
     return panel;
   }
+  /* Names the panel in the address. */
   function go(name) {
     panel = name;
     write();
-    document.getElementById(name)?.scrollIntoView({ behavior: window.matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   }
 
   const oneOf = (list) => (value) => list().find((each) => String(each) === String(value));

@@ -16,15 +16,16 @@ kvscope.drawing("agreement", async (box, data, page) => {
     const at = (r, c) => values[r * runs.length + c];
     const name = (run) => (runs.filter((other) => other.label === run.label).length > 1 ? run.title : run.label);
     const others = [...values].filter((_, place) => Math.floor(place / runs.length) !== place % runs.length);
-    const scale = [Math.min(...others), 1];
+    const shown = others.filter((value) => !Number.isNaN(value));
+    const scale = [Math.min(...shown), Math.max(...shown)]; // every run agrees with itself: the diagonal has no colour
     heat(area, {
-      label: `Agreement of held keys, budget ${budget}`, corner: "", rows: runs.map(name), columns: runs.map(name), scale, upright: true,
-      value: (r, c) => (Number.isNaN(at(r, c)) ? null : at(r, c)), text: (value) => value.toFixed(2),
-      say: (r, c) => `${name(runs[r])} and ${name(runs[c])}: ${percent(at(r, c))} of the keys that either holds`,
+      full: true, label: `Agreement of held keys, budget ${budget}`, corner: "", rows: runs.map(name), columns: runs.map(name), scale, upright: true,
+      value: (r, c) => (r === c || Number.isNaN(at(r, c)) ? null : at(r, c)), text: (value) => value.toFixed(2),
+      say: (r, c) => r === c ? name(runs[r]) : `${name(runs[r])} and ${name(runs[c])}: ${percent(at(r, c))} of the keys that either holds`,
       chosen: (r, c) => runs[r].id === state.get("run") && (state.get("other") === "none" ? r === c : runs[c].id === state.get("other")),
       click: (r, c) => state.set({ run: runs[r].id, other: r === c ? "none" : runs[c].id }),
     });
-    area.prepend(scaleBar(scale, percent));
+    if (shown.length) area.prepend(scaleBar(scale, percent));
     behind.replaceChildren(kvscope.tableBehind("The numbers behind this matrix", ["Policy", ...runs.map(name)], () => runs.map((run, r) => [name(run), ...runs.map((_, c) => at(r, c).toFixed(3))])));
   });
   /* Open and closed loop: keys that the policies of one budget hold in both. */

@@ -1,7 +1,7 @@
 /* Budget curves: one colour, marker and dash for each line; a list selects the lines that are shown. */
 kvscope.drawing("budget-curve", async (box, data, page) => {
-  const { element, select, button, checkbox, plain, plot, number, colour, options, sample, state, axisTitle } = kvscope;
-  const AXES = { held: ["held_keys", "keys held, mean over the steps"], read: ["read_keys", "keys read, mean over the steps"], budget: [null, "budget, keys per key/value head"], bytes: ["cache_bytes", "bytes of a key/value head's cache, mean over the steps"] };
+  const { element, select, button, checkbox, plain, plot, number, colour, options, sample, state, axisTitle, unique } = kvscope;
+  const AXES = { held: ["held_keys", "keys held, mean over the steps"], share: ["held_keys", "share of the keys held, mean over the steps"], read: ["read_keys", "keys read, mean over the steps"], budget: [null, "budget, keys per key/value head"], bytes: ["cache_bytes", "bytes of a key/value head's cache, mean over the steps"] };
   const value = (id, name) => (page.byId.get(id).values[name] || [null, null, null]);
   const usable = page.metrics.filter((metric) => data.lines.some((line) => line.runs.some((id) => value(id, metric.name)[0] !== null)));
   if (!usable.length) return;
@@ -16,7 +16,13 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
   const legend = element("div", { class: "legend" });
   const behind = element("div");
   /* A bound is drawn at its budget, not at the keys that it holds: the ideal set is chosen anew from all keys. */
-  const place = (id) => (AXES[state.get("axis")][0] && page.byId.get(id).kind !== "bound" ? value(id, AXES[state.get("axis")][0])[0] : page.byId.get(id).keys);
+  const place = (id) => {
+    const run = page.byId.get(id);
+    const at = AXES[state.get("axis")][0] && run.kind !== "bound" ? value(id, AXES[state.get("axis")][0])[0] : run.keys;
+    return state.get("axis") === "share" && at !== null ? at / run.full : at;
+  };
+  /* Readers hold every key whatever their budget: over what is held they get a strip beside the axis, in order of budget. */
+  const inStrip = (line) => line.all && ["held", "share", "bytes"].includes(state.get("axis"));
   const way = (id) => { const run = page.byId.get(id); return [run.replay, run.loop, run.prefill].join(); };
   const styleOf = (line) => page.style(page.byId.get(line.runs[0]));
 
@@ -27,7 +33,7 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
     const bars = values.some((each) => each[1] !== null);
     const { color } = style;
     return {
-      type: "scatter", mode: bound ? "lines" : "lines+markers", name: plain(line.name), x: line.runs.map(place), y: values.map((each) => each[0]), showlegend: false,
+      type: "scatter", mode: bound ? "lines" : "lines+markers", name: plain(line.name), ...(inStrip(line) ? { x: line.runs.map((id) => page.byId.get(id).budget), xaxis: "x2" } : { x: line.runs.map(place) }), y: values.map((each) => each[0]), showlegend: false,
       line: { color, dash: style.dash, width: 2 },
       marker: { symbol: style.symbol, size: 9, color },
       error_y: bars ? {
@@ -65,8 +71,14 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
       () => shown.flatMap((line) => line.runs.map((id) => [line.name, line.kind, page.byId.get(id).budget, number(value(id, "held_keys")[0], { name: "keys" }), number(value(id, "read_keys")[0], { name: "keys" }), ...value(id, metric.name).slice(0, 3).map((each) => number(each, metric))]))));
     const drawn = traces.flatMap((trace) => trace.y).filter((each) => each !== null);
     const wide = metric.range[1] === null && Math.min(...drawn) > 0 && Math.max(...drawn) > 10 * Math.min(...drawn); // a policy that breaks the model would flatten all others
+    const strip = unique(shown.filter(inStrip).flatMap((line) => line.runs).sort((a, b) => page.byId.get(a).keys - page.byId.get(b).keys).map((id) => page.byId.get(id).budget));
+    const only = strip.length && shown.every(inStrip);
+    const narrow = area.clientWidth < 500;
+    const [until, from] = strip.length ? (narrow ? [0.68, 0.78] : [0.8, 0.84]) : [1, 1];
+    const title = AXES[state.get("axis")][1];
     await plot(area, traces, {
-      xaxis: { title: { text: AXES[state.get("axis")][1] }, rangemode: "tozero" },
+      xaxis: { title: { text: narrow ? title.split(",")[0] : title }, rangemode: "tozero", domain: [0, until], visible: !only, ...(state.get("axis") === "share" ? { tickformat: ".0%" } : {}) },
+      ...(strip.length ? { xaxis2: { title: { text: "all held,<br>by budget" }, type: "category", categoryorder: "array", categoryarray: strip, range: [-0.4, strip.length - 0.6], tickangle: 0, domain: [only ? 0 : from, 1], anchor: "y", linecolor: colour("muted"), showline: true } } : {}),
       yaxis: { title: { text: axisTitle(metric) }, ...(wide ? { type: "log", dtick: 1, tickformat: "~g" } : {}) },
       annotations: names(traces),
     });

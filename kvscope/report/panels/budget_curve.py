@@ -14,6 +14,7 @@ from kvscope.report.source import ReportInput
 # Metric -> the metric that bounds it at the same number of keys; drawn where no run of the bound was replayed.
 REFERENCES = {"retained_mass": "ideal_mass"}
 SIZE = "cache_bytes"
+EVERY = 0.95  # a policy that reads a part and holds this share of a full cache holds every key
 
 LineKey = tuple[str, ...]  # label, replay, trace, loop, prefill
 
@@ -31,15 +32,22 @@ class CurveLine:
     usual: bool
     sizes: bool = False
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether its runs read a part and hold every key: over the keys held they would press all others together."""
+        shares = [(run.mean("held_keys") or 0.0) / run.full_keys for run in self.runs]
+        return self.kind == "reads a part" and min(shares) >= EVERY
+
 
 @panel(
     "budget-curve",
     title="Budget curves",
     order=20,
-    help="Each line is one policy from its smallest to its largest budget, plotted against the number of keys that it "
-    "held or read, or the bytes of its cache, so that policies and caches of different kinds appear at their "
-    "cost. A line that is still high at few keys "
-    "loses little; the distance to the dashed bounds is what a better choice of keys could gain.",
+    help="Each line is one policy from its smallest to its largest budget, over the keys that it held or read, the "
+    "share of a full cache that it held, or the bytes of its cache, so that policies and caches of different kinds "
+    "appear at their cost. Policies that hold every key and read a part of them are in a strip of their own on the "
+    "right. A line that is still high at few keys loses little; the distance to the dashed bounds is what a better "
+    "choice of keys could gain.",
 )
 def budget_curve(source: ReportInput) -> JsonDict:
     """Return one line per policy and protocol, as the runs of its budgets, and which of them to show at first."""
@@ -56,7 +64,13 @@ def budget_curve(source: ReportInput) -> JsonDict:
         notes.append("Only one budget was replayed. Lines need two or more: --budget 10%,20%,40%.")
     return {
         "lines": [
-            {"name": line.name, "kind": line.kind, "runs": [run.id for run in line.runs], "sizes": line.sizes}
+            {
+                "name": line.name,
+                "kind": line.kind,
+                "runs": [run.id for run in line.runs],
+                "sizes": line.sizes,
+                "all": line.holds_all,
+            }
             for line in shown
         ],
         "usual": [place for place, line in enumerate(shown) if line.usual],
