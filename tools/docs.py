@@ -29,10 +29,13 @@ from kvscope.presses import describe as presses
 from kvscope.results import schema as results
 from kvscope.results.statistics import LEVEL
 from kvscope.trace import describe as trace
+from kvscope.trace.schema import STORES
+from kvscope.trace.space import estimate_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))  # also when a test loads this file by its path
 import command_pages  # noqa: E402
+import concept_figures  # noqa: E402
 import doc_links  # noqa: E402
 import policy_pages  # noqa: E402
 
@@ -47,6 +50,8 @@ GENERATED: dict[str, Callable[[], str]] = {
 RESULTS = Path("benchmarks/results")
 OUTCOMES, GATES, OPERATIONS = (RESULTS / f"{name}.json" for name in ("outcomes", "gates", "operations"))
 MEASURED = ("trace_cost", "replay_speed", "replay_runs", "closed_loop", "decoding", "belady", "report_build")
+SEVEN = {"layers": 32, "heads": 32, "kv_heads": 32, "head_dim": 128}  # the shape of Llama-2-7B
+GPU = ("gpu_2048.json", "gpu.json")
 DEEP = 32  # layers of the model in the table of operations
 STEPPERS = {
     "TritonStepper": "a Triton kernel, a block of tokens at once",
@@ -60,6 +65,7 @@ WITH_TABLES = {  # page -> the tables that it must have, between marks
     "docs/gates.md": ("gates",),
     "docs/gpu.md": ("operations",),
     "docs/speed.md": ("speed",),
+    "docs/start.md": ("seven",),
 }
 
 
@@ -90,7 +96,12 @@ def reproductions() -> list[Reproduction]:
 @cache
 def generated() -> dict[str, str]:
     """Return the text of every generated file by its path."""
-    return {name: text() for name, text in GENERATED.items()} | command_pages.pages() | policy_pages.pages()
+    return (
+        {name: text() for name, text in GENERATED.items()}
+        | command_pages.pages()
+        | concept_figures.pages()
+        | policy_pages.pages()
+    )
 
 
 def problems() -> Iterator[str]:
@@ -133,6 +144,7 @@ def tables() -> dict[str, str]:
         "gates": gates_table(gates),
         "operations": operations_table(operations),
         "speed": speed_table(ROOT / RESULTS),
+        "seven": seven_table(*(json.loads((ROOT / RESULTS / name).read_text()) for name in GPU)),
     }
 
 
@@ -250,6 +262,41 @@ def speed_table(results: Path) -> str:
     return "\n".join([head, *(f"| {what} | {found} | `{name}.json` |" for what, found, name in rows)])
 
 
+def seven_table(long: dict[str, Any], short: dict[str, Any]) -> str:
+    """Return what a model of 7 billion parameters takes: time and memory measured, disk estimated."""
+    sections = [*short["sections"], *long["sections"]]
+    found = {section["label"]: section["figures"] for section in sections if section["status"] == "done"}
+    traced, replayed = found["tracing llama2-7b"], found["replaying llama2-7b"]
+    one, eight = found["closed loop llama2-7b 2048"], found["closed loop of eight llama2-7b 2048"]
+    tokens = f"{traced['prompt']:,} + {traced['new']} tokens"
+    rows = []
+    for store in ("qkv", "maps"):
+        seconds, memory = traced["seconds"][store]["median"], traced["peak_mib_above_model"][store]
+        space = estimate_bytes(
+            **SEVEN, lengths=[traced["prompt"] + traced["new"]], stored=STORES[store], number_bytes=2
+        )
+        rows.append(f"| `trace --store {store}`, {tokens} | {seconds:.0f} s | {_gb(memory)} | {space / 1e9:.1f} GB |")
+    layers, seconds = replayed["layers"], replayed["seconds"]["device"]["median"]
+    runs = len(replayed["policies"]) * len(replayed["budgets"].split(","))
+    rows.append(
+        f"| `replay`, {runs} runs with all metrics, {layers} of {SEVEN['layers']} layers | {seconds:.1f} s | "
+        f"{_gb(replayed['peak_mib'])} | small |"
+    )
+    for name, figures in (("one policy", one), ("eight runs in one pass", eight)):
+        seconds, memory = (
+            figures["seconds"]["closed_metrics"]["median"],
+            figures["peak_mib_above_model"]["closed_metrics"],
+        )
+        rows.append(
+            f"| closed loop of 2,048 tokens with all metrics, {name} | {seconds:.1f} s | {_gb(memory)} | small |"
+        )
+    return "\n".join(["| what | time | GPU memory besides the model | disk |", "|---|---|---|---|", *rows])
+
+
+def _gb(mebibytes: float) -> str:
+    return f"{mebibytes * 2**20 / 1e9:.1f} GB"
+
+
 def _tracing(figures: dict[str, Any]) -> Iterator[Row]:
     time, memory = figures["time"], figures["memory"][-1]
     tokens = f"{time['prompt']:,} + {time['new']} tokens"
@@ -344,15 +391,15 @@ def _keys(row: dict[str, Any] | None, name: str) -> str:
 
 def _commands(text: str) -> Iterator[str]:
     """Yield unknown commands and options in code blocks and in backticks."""
-    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
     quoted = [line for line in re.findall(r"`(kvscope [^`]*)`", text) if not line.endswith("=")]
     # parameters of classes that the page itself defines
     own = {name.replace("_", "-") for name in re.findall(r"^    (\w+): .* = parameter\(", text, re.MULTILINE)}
     known: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     parameters = {item["name"].replace("_", "-") for row in describe() for item in row["parameters"]}
-    for line in [*blocks, *quoted]:
+    for line in [*(line for line in blocks if line.startswith("kvscope ")), *quoted]:
         words = shlex.split(line, comments=True)
-        if len(words) < 2 or words[0] != "kvscope":
+        if len(words) < 2:
             continue
         command = known.get(words[1])
         if len(words) > 2 and hasattr(command, "commands"):
