@@ -85,10 +85,10 @@ def flow() -> str:
         ("report", "one HTML page", 600),
     ]
     parts = list(_boxes(boxes, 30))
-    parts += [_arrow(140, 55, 178, 55), _arrow(350, 55, 398, 55), _arrow(560, 55, 598, 55)]
+    parts += [_arrow(140, 55, 178, 55), _arrow(350, 55, 398, 55), _arrow(570, 55, 598, 55)]
     for x, command in ((180, "kvscope trace"), (400, "kvscope replay"), (600, "kvscope report")):
         parts.append(f'<text class="small" x="{x}" y="20">{command}</text>')
-    parts.append('<text class="small" x="400" y="104">policies x budgets, any number of times,</text>')
+    parts.append('<text class="small" x="400" y="104">many policies and budgets,</text>')
     parts.append('<text class="small" x="400" y="119">without the model</text>')
     parts.append('<text class="small" x="600" y="104">diff, compare, regret,</text>')
     parts.append('<text class="small" x="600" y="119">spans, export read it too</text>')
