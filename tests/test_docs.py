@@ -94,8 +94,8 @@ def test_the_table_of_rooms_is_the_one_that_the_tests_enforce() -> None:
 
 TERMS = """
     allocation; attend; attention mass; baseline; belady; budget, cache size; closed loop; evict; fallback;
-    full prefill, stream prefill; gate; hold; ideal; kind; kv head; lag; late mass; live row; open loop; phase, `--compress`;
-    query position; reference; regret; replay; residency interval; retain;
+    full prefill, stream prefill; gate; hold; ideal; kind; kv head; lag; late mass; live row; open loop;
+    phase, `--compress`; query position; reference; regret; replay; residency interval; retain;
     retained mass; run; scope; sinks; span; sparse reader; step; trace; visible
 """
 
