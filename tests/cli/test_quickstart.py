@@ -17,8 +17,8 @@ START = (DOCS / "start.md").read_text(encoding="utf-8")
 
 
 def blocks(page: str) -> list[str]:
-    """Return the shell blocks of the section Quickstart."""
-    section = page.partition("\n## Quickstart\n")[2].partition("\n## ")[0]
+    """Return the shell blocks from the first five minutes to the own model."""
+    section = page.partition("\n## The first five minutes\n")[2].partition("\n## Your own model\n")[0]
     return re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
 
 
@@ -71,7 +71,7 @@ def test_the_quickstart_is_complete() -> None:
     first, *_ = blocks(START)
     assert re.match(r"cat > prompt\.txt <<", first), "the first block writes its own prompt"
     used = [command.split()[1] for block in blocks(START) for command in commands(block) if command[:7] == "kvscope"]
-    assert list(dict.fromkeys(used)) == ["trace", "replay", "report", "diff", "policies"]
+    assert list(dict.fromkeys(used)) == ["trace", "replay", "report", "spans", "regret", "diff", "policies"]
 
 
 def test_the_quickstart_replays_policies_that_do_well_in_the_table_of_outcomes() -> None:
