@@ -14,6 +14,7 @@
 #              install with Ray, then run experiments on clusters of this machine, with workers that are killed
 # make test-kvpress
 #              install with kvpress and the transformers that it needs, then compare its presses with their live runs
+# make docs    install the generator, then build the documentation site into build/site; a warning is an error
 # make check   install, then format, lint, types, tests and docs: a change must pass all of them
 # make format  rewrite the code in the project's format
 
@@ -23,11 +24,12 @@ BIN := $(VENV)/bin
 TRACKERS := .venv-trackers
 RAY := .venv-ray
 KVPRESS := .venv-kvpress
+DOCS := .venv-docs
 JOBS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test test-portable test-trackers test-ray test-kvpress campaign check check-models format clean
+.PHONY: demo docs test test-portable test-trackers test-ray test-kvpress campaign check check-models format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvscope demo
@@ -53,6 +55,11 @@ test-kvpress: $(KVPRESS)/.installed
 	$(KVPRESS)/bin/python -c 'from kvscope.presses.build import kvpress; kvpress()'  # without it the tests are skipped
 	$(KVPRESS)/bin/python -m pytest -q tests/presses
 
+# The message that it switches off is about a future version of the generator, which constraints.txt does not allow.
+docs: export NO_MKDOCS_2_WARNING ?= 1
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict
+
 check-models: export OMP_NUM_THREADS ?= 1
 check-models: $(VENV)/.installed-dev
 	$(BIN)/python tools/models.py --check
@@ -75,7 +82,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(TRACKERS) $(RAY) $(KVPRESS)
+	rm -rf $(VENV) $(TRACKERS) $(RAY) $(KVPRESS) $(DOCS) build/site
 
 # torch is installed first, by its exact version, so that pip uses a wheel that is already in its cache.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -111,4 +118,11 @@ $(KVPRESS)/.installed: pyproject.toml constraints.txt
 	test -x $(KVPRESS)/bin/python || $(PYTHON) -m venv $(KVPRESS)
 	$(KVPRESS)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(KVPRESS)/bin/python -m pip install --quiet -e ".[fast,kvpress]" pytest hypothesis
+	touch $@
+
+# The generator reads the package and does not import it: it needs neither torch nor the package installed.
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet -c constraints.txt -r $(DOCS)/requirements.txt
 	touch $@

@@ -187,8 +187,12 @@ def test_the_comparison_of_pages_sees_a_difference(made: Any, kept: Any) -> None
         assert_same(made, kept, "page")
 
 
-def test_the_readme_shows_pictures_of_the_report() -> None:
-    named = re.findall(r"\]\((reports/example-\w+\.png)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+def test_readme_and_documentation_show_pictures_of_the_report() -> None:
+    first = re.search(r"\]\((reports/example-\w+\.png)\)", (ROOT / "README.md").read_text(encoding="utf-8")[:1000])
+    assert first is not None, "README.md has a picture above the fold"
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    named = re.findall(r"\]\(\.\./(reports/example-\w+\.png)\)", page)
+    assert first[1] in named
     assert sorted(named) == sorted(f"reports/{file.name}" for file in (ROOT / "reports").glob("*.png"))
     assert len(named) == 3
     for name in named:

@@ -1,7 +1,7 @@
 """Plain English: words that were replaced do not come back in documentation, help, messages, docstrings or the report.
 
 Most of these words are metaphors that only the authors understood, or everyday words for which the field has a term.
-The glossary in README.md explains the terms.
+docs/glossary.md explains the terms.
 """
 
 import ast
@@ -18,8 +18,17 @@ from kvscope.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kvscope"
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "traces/README.md", "reports/README.md")
-COMMENTED = ("Makefile", "pyproject.toml", ".github/workflows/fidelity.yml")
+# docs/reproduce.md quotes the notes of measured results, whose files have a checksum.
+DOCUMENTS = (
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "traces/README.md", "reports/README.md"),
+    *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").rglob("*.md") if file.name != "reproduce.md"),
+)
+COMMENTED = (
+    "Makefile",
+    "pyproject.toml",
+    "mkdocs.yml",
+    *(f".github/workflows/{name}.yml" for name in ("docs", "fidelity")),
+)
 
 # What must not be written -> what to write instead.
 REPLACED = {

@@ -1,7 +1,7 @@
 """Write the generated parts of the documentation, and check commands, links and tables in it.
 
-python tools/docs.py           write traces/README.md and reports/README.md from the schemas, and the tables of
-                               README.md from the policies and the figures
+python tools/docs.py           write the file formats from the schemas, the pages of commands and policies from the
+                               code, and the tables of results from the figures
 python tools/docs.py --check   change nothing; print every problem, and end with status 1 if there is any
 """
 
@@ -24,15 +24,19 @@ from kvscope.core.claim_records import REPRODUCTION, Reproduction
 from kvscope.experiments import describe as experiments
 from kvscope.experiments import describe_papers as papers
 from kvscope.model import known_types
-from kvscope.policies import POLICIES
 from kvscope.policies.describe import describe
 from kvscope.presses import describe as presses
 from kvscope.results import schema as results
 from kvscope.results.statistics import LEVEL
 from kvscope.trace import describe as trace
+from kvscope.trace.schema import STORES
+from kvscope.trace.space import estimate_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))  # also when a test loads this file by its path
+import command_pages  # noqa: E402
+import concept_figures  # noqa: E402
+import doc_links  # noqa: E402
 import policy_pages  # noqa: E402
 
 GENERATED: dict[str, Callable[[], str]] = {
@@ -43,9 +47,11 @@ GENERATED: dict[str, Callable[[], str]] = {
     "docs/kvpress.md": presses.describe,
     "docs/reproduce.md": lambda: papers.describe(reproductions()),
 }
-README, RESULTS = "README.md", Path("benchmarks/results")
+RESULTS = Path("benchmarks/results")
 OUTCOMES, GATES, OPERATIONS = (RESULTS / f"{name}.json" for name in ("outcomes", "gates", "operations"))
 MEASURED = ("trace_cost", "replay_speed", "replay_runs", "closed_loop", "decoding", "belady", "report_build")
+SEVEN = {"layers": 32, "heads": 32, "kv_heads": 32, "head_dim": 128}  # the shape of Llama-2-7B
+GPU = ("gpu_2048.json", "gpu.json")
 DEEP = 32  # layers of the model in the table of operations
 STEPPERS = {
     "TritonStepper": "a Triton kernel, a block of tokens at once",
@@ -54,7 +60,13 @@ STEPPERS = {
 }
 Row = tuple[str, str, str]  # what, the figure, and the name of its file
 SHOWN = "20%"  # budget of the table of outcomes
-PAGES = (README, "CONTRIBUTING.md", "CHANGELOG.md", "docs/clusters.md")
+WITH_TABLES = {  # page -> the tables that it must have, between marks
+    "docs/outcomes.md": ("outcomes", "agreement"),
+    "docs/gates.md": ("gates",),
+    "docs/gpu.md": ("operations",),
+    "docs/speed.md": ("speed",),
+    "docs/start.md": ("seven",),
+}
 
 
 def main() -> int:
@@ -65,8 +77,9 @@ def main() -> int:
             (ROOT / name).write_text(text, encoding="utf-8")
         for stale in set((ROOT / policy_pages.FOLDER).iterdir()) - {ROOT / name for name in generated()}:
             stale.unlink()
-        page = (ROOT / README).read_text(encoding="utf-8")
-        (ROOT / README).write_text(with_tables(page), encoding="utf-8")
+        for name in WITH_TABLES:
+            page = (ROOT / name).read_text(encoding="utf-8")
+            (ROOT / name).write_text(with_tables(name, page), encoding="utf-8")
     wrong = list(problems())
     for line in wrong:
         print(line)
@@ -83,7 +96,12 @@ def reproductions() -> list[Reproduction]:
 @cache
 def generated() -> dict[str, str]:
     """Return the text of every generated file by its path."""
-    return {name: text() for name, text in GENERATED.items()} | policy_pages.pages()
+    return (
+        {name: text() for name, text in GENERATED.items()}
+        | command_pages.pages()
+        | concept_figures.pages()
+        | policy_pages.pages()
+    )
 
 
 def problems() -> Iterator[str]:
@@ -91,36 +109,43 @@ def problems() -> Iterator[str]:
     for name, text in generated().items():
         if not (ROOT / name).is_file() or (ROOT / name).read_text(encoding="utf-8") != text:
             yield f"{name}: differs from the schema; run: python tools/docs.py"
-    page = (ROOT / README).read_text(encoding="utf-8")
-    if with_tables(page) != page:
-        yield f"{README}: a table differs from what it is made of; run: python tools/docs.py"
-    for name in [*PAGES, *(page for page in generated() if page.endswith(".md"))]:
-        if (ROOT / name).is_file():
-            text = (ROOT / name).read_text(encoding="utf-8")
-            yield from (f"{name}: {line}" for line in _links(ROOT / name, text))
-            yield from (f"{name}: {line}" for line in _commands(text))
+    for name in WITH_TABLES:
+        page = (ROOT / name).read_text(encoding="utf-8")
+        if with_tables(name, page) != page:
+            yield f"{name}: a table differs from what it is made of; run: python tools/docs.py"
+    for name in doc_links.documents():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        yield from (f"{name}: {line}" for line in doc_links.broken(ROOT / name, text))
+        yield from (f"{name}: {line}" for line in _commands(text))
     if f"\n## {__version__}\n" not in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"):
         yield f"CHANGELOG.md: no entry for {__version__}"
 
 
-def with_tables(page: str) -> str:
+def with_tables(name: str, page: str) -> str:
     """Return a page with its generated tables between their marks, which it must have."""
-    tables = {"policies": policies_table()}
-    if (ROOT / OUTCOMES).is_file():
-        figures = json.loads((ROOT / OUTCOMES).read_text(encoding="utf-8"))
-        tables |= {"outcomes": outcomes_table(figures), "agreement": agreement_table(figures)}
-    if (ROOT / GATES).is_file():
-        tables["gates"] = gates_table(json.loads((ROOT / GATES).read_text(encoding="utf-8")))
-    if (ROOT / OPERATIONS).is_file():
-        tables["operations"] = operations_table(json.loads((ROOT / OPERATIONS).read_text(encoding="utf-8")))
-    if all((ROOT / RESULTS / f"{name}.json").is_file() for name in MEASURED):
-        tables["speed"] = speed_table(ROOT / RESULTS)
-    for name, table in tables.items():
-        before, begin, rest = page.partition(f"<!-- {name} -->")
-        _, end, after = rest.partition(f"<!-- /{name} -->")
-        assert begin and end, f"{README} has no place for the table of {name}"
-        page = f"{before}{begin}\n\n{table}\n\n{end}{after}"
+    made = tables()
+    for table in WITH_TABLES[name]:
+        before, begin, rest = page.partition(f"<!-- {table} -->")
+        _, end, after = rest.partition(f"<!-- /{table} -->")
+        assert begin and end, f"{name} has no place for the table of {table}"
+        page = f"{before}{begin}\n\n{made[table]}\n\n{end}{after}"
     return page
+
+
+@cache
+def tables() -> dict[str, str]:
+    """Return the tables that are made of the results of benchmarks, by name."""
+    outcomes, gates, operations = (
+        json.loads((ROOT / file).read_text(encoding="utf-8")) for file in (OUTCOMES, GATES, OPERATIONS)
+    )
+    return {
+        "outcomes": outcomes_table(outcomes),
+        "agreement": agreement_table(outcomes),
+        "gates": gates_table(gates),
+        "operations": operations_table(operations),
+        "speed": speed_table(ROOT / RESULTS),
+        "seven": seven_table(*(json.loads((ROOT / RESULTS / name).read_text()) for name in GPU)),
+    }
 
 
 def outcomes_table(figures: dict[str, Any]) -> str:
@@ -237,6 +262,41 @@ def speed_table(results: Path) -> str:
     return "\n".join([head, *(f"| {what} | {found} | `{name}.json` |" for what, found, name in rows)])
 
 
+def seven_table(long: dict[str, Any], short: dict[str, Any]) -> str:
+    """Return what a model of 7 billion parameters takes: time and memory measured, disk estimated."""
+    sections = [*short["sections"], *long["sections"]]
+    found = {section["label"]: section["figures"] for section in sections if section["status"] == "done"}
+    traced, replayed = found["tracing llama2-7b"], found["replaying llama2-7b"]
+    one, eight = found["closed loop llama2-7b 2048"], found["closed loop of eight llama2-7b 2048"]
+    tokens = f"{traced['prompt']:,} + {traced['new']} tokens"
+    rows = []
+    for store in ("qkv", "maps"):
+        seconds, memory = traced["seconds"][store]["median"], traced["peak_mib_above_model"][store]
+        space = estimate_bytes(
+            **SEVEN, lengths=[traced["prompt"] + traced["new"]], stored=STORES[store], number_bytes=2
+        )
+        rows.append(f"| `trace --store {store}`, {tokens} | {seconds:.0f} s | {_gb(memory)} | {space / 1e9:.1f} GB |")
+    layers, seconds = replayed["layers"], replayed["seconds"]["device"]["median"]
+    runs = len(replayed["policies"]) * len(replayed["budgets"].split(","))
+    rows.append(
+        f"| `replay`, {runs} runs with all metrics, {layers} of {SEVEN['layers']} layers | {seconds:.1f} s | "
+        f"{_gb(replayed['peak_mib'])} | small |"
+    )
+    for name, figures in (("one policy", one), ("eight runs in one pass", eight)):
+        seconds, memory = (
+            figures["seconds"]["closed_metrics"]["median"],
+            figures["peak_mib_above_model"]["closed_metrics"],
+        )
+        rows.append(
+            f"| closed loop of 2,048 tokens with all metrics, {name} | {seconds:.1f} s | {_gb(memory)} | small |"
+        )
+    return "\n".join(["| what | time | GPU memory besides the model | disk |", "|---|---|---|---|", *rows])
+
+
+def _gb(mebibytes: float) -> str:
+    return f"{mebibytes * 2**20 / 1e9:.1f} GB"
+
+
 def _tracing(figures: dict[str, Any]) -> Iterator[Row]:
     time, memory = figures["time"], figures["memory"][-1]
     tokens = f"{time['prompt']:,} + {time['new']} tokens"
@@ -329,52 +389,17 @@ def _keys(row: dict[str, Any] | None, name: str) -> str:
     return "-" if row is None else f"{row[name]:.0f}"
 
 
-def policies_table() -> str:
-    """Return the table of the package's policies."""
-    rows = sorted((row for row in describe() if _is_ours(row["name"])), key=lambda row: str(row["name"]))
-    head = "| policy | decides per | evicts | needs | variants | proven against |\n|---|---|---|---|---|---|"
-    return "\n".join([head, *(f"| {' | '.join(_cells(row))} |" for row in rows)])
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a policy comes with the package: other packages may add their own."""
-    return POLICIES.get(name).__module__.startswith("kvscope.policies.")
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    phase = {"step": "at every step", "prefill": "after the prompt", "none": "never"}
-    evicts = phase.get(row["phase"]) or f"every {row['phase'].removeprefix('every:')} steps"
-    if row["reads"]:
-        evicts = "never: reads a part"
-    if row["allocate"] != "uniform":
-        evicts += f", budgets by `{row['allocate']}`"
-    return [
-        f"`{row['name']}`",
-        row["scope"].replace("_", " "),
-        evicts,
-        ", ".join(row["needs"]) or "-",
-        ", ".join(row["variants"]) or "-",
-        row["proven"],
-    ]
-
-
-def _links(page: Path, text: str) -> Iterator[str]:
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        if "://" not in target and not (page.parent / target).exists():
-            yield f"links to {target}, which does not exist"
-
-
 def _commands(text: str) -> Iterator[str]:
     """Yield unknown commands and options in code blocks and in backticks."""
-    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
     quoted = [line for line in re.findall(r"`(kvscope [^`]*)`", text) if not line.endswith("=")]
     # parameters of classes that the page itself defines
     own = {name.replace("_", "-") for name in re.findall(r"^    (\w+): .* = parameter\(", text, re.MULTILINE)}
     known: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     parameters = {item["name"].replace("_", "-") for row in describe() for item in row["parameters"]}
-    for line in [*blocks, *quoted]:
+    for line in [*(line for line in blocks if line.startswith("kvscope ")), *quoted]:
         words = shlex.split(line, comments=True)
-        if len(words) < 2 or words[0] != "kvscope":
+        if len(words) < 2:
             continue
         command = known.get(words[1])
         if len(words) > 2 and hasattr(command, "commands"):

@@ -26,8 +26,10 @@ An experiment answers: which policy, at which cache size, on which tasks, with w
 real? It is one file in YAML, or in TOML if its name ends in `.toml`:
 
 ```yaml
+# experiment.yaml
 {example}```
 
+<!-- not run: it takes several minutes -->
 ```sh
 kvscope run experiment.yaml --dry-run
 kvscope run experiment.yaml

@@ -18,6 +18,7 @@ Written by `python tools/docs.py`.
 
 `kvscope reproduce` runs the experiments of five papers and says of each claim whether its order holds:
 
+<!-- not run: a paper takes minutes, and other models are downloaded -->
 ```sh
 kvscope reproduce
 kvscope reproduce tova

@@ -12,6 +12,7 @@ Written by `python tools/docs.py`.
 A press of [kvpress](https://github.com/NVIDIA/kvpress) is a policy. It is written as in Python, with the parameters of
 its own class:
 
+<!-- not run: it needs kvpress, which needs another version of transformers -->
 ```sh
 pip install 'kvscope[kvpress]'
 kvscope trace --model demo prompt.txt -o presses --store maps+vectors

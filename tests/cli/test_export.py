@@ -1,4 +1,4 @@
-"""``kvscope export`` and ``kvscope compare`` as a user types them, and what the README does with their output."""
+"""``kvscope export`` and ``kvscope compare`` as a user types them, and what the documentation does with the output."""
 
 import json
 import re
@@ -12,7 +12,8 @@ from kvscope.results.store import open_replay
 from tests.cli.conftest import PROMPT, Run, maps
 
 ROOT = Path(__file__).parent.parent.parent
-README = (ROOT / "README.md").read_text()
+TABLES = (ROOT / "docs" / "tables.md").read_text(encoding="utf-8")
+COMPARE = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -26,13 +27,13 @@ def everything(run: Run) -> Run:
 
 
 def code(library: str) -> str:
-    """Return the example of the README that uses a library."""
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """Return the example of the documentation that uses a library."""
+    blocks = re.findall(r"```python\n(.*?)```", TABLES, re.DOTALL)
     return next(block for block in blocks if f"import {library}" in block)
 
 
-def test_the_tables_of_the_readme(everything: Run) -> None:
-    command = re.search(r"^kvscope (export .*)$", README, re.MULTILINE)
+def test_the_tables_of_the_documentation(everything: Run) -> None:
+    command = re.search(r"^kvscope (export .*)$", TABLES, re.MULTILINE)
     assert command is not None
     done = everything(*command[1].split())
     assert done.status == 0, done.err
@@ -84,7 +85,7 @@ def test_compare_two_policies(everything: Run) -> None:
     assert {row["sequences"] for row in told["rows"]} == {6}
     assert {row["smallest_p"] for row in told["rows"]} == {2 / 2**6}
     assert told["warnings"] == []
-    command = re.search(r"^kvscope (compare .*)$", README, re.MULTILINE)
+    command = re.search(r"^kvscope (compare .*)$", COMPARE, re.MULTILINE)
     assert command is not None
     assert everything(*command[1].split()).status == 0
 

@@ -173,8 +173,8 @@ def test_policies(run: Run) -> None:
     assert "no parameters" in run("policies", "full").out
 
 
-def test_the_policy_of_the_readme(run: Run, small: Path) -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_policy_of_the_documentation(run: Run, small: Path) -> None:
+    text = (ROOT / "docs" / "own_policy.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n# (mine\.py)\n(.*?)```", text, re.DOTALL)
     assert code is not None
     assert len(code[2].strip().splitlines()) <= 22

@@ -1,4 +1,4 @@
-"""Every command explains itself, and the README tells of the commands that are there."""
+"""Every command explains itself, and the documentation tells of the commands that are there."""
 
 import re
 import resource
@@ -116,6 +116,9 @@ def test_no_command_shows_the_help(run: Run) -> None:
     assert "error" not in done.err
 
 
-def test_readme_tells_of_every_command() -> None:
-    listed = re.findall(r"^\| `kvscope (\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert listed == list(COMMANDS)
+def test_the_documentation_tells_of_every_command() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[`kvscope (\w+)", page, re.MULTILINE)
+    assert list(dict.fromkeys(listed)) == list(COMMANDS)
+    described = re.findall(r"^## kvscope (\w+)", page, re.MULTILINE)
+    assert described == listed

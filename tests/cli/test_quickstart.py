@@ -1,4 +1,4 @@
-"""The quickstart of the README runs as pasted, in order, in an empty folder."""
+"""The quickstart of the documentation runs as pasted, in order, in an empty folder."""
 
 import re
 import shlex
@@ -12,12 +12,13 @@ import pytest
 from kvscope.policies import POLICIES
 from tests.cli.conftest import Run
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent.parent / "docs"
+START = (DOCS / "start.md").read_text(encoding="utf-8")
 
 
 def blocks(page: str) -> list[str]:
-    """Return the shell blocks of the section Quickstart."""
-    section = page.partition("\n## Quickstart\n")[2].partition("\n## ")[0]
+    """Return the shell blocks from the first five minutes to the own model."""
+    section = page.partition("\n## The first five minutes\n")[2].partition("\n## Your own model\n")[0]
     return re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
 
 
@@ -54,7 +55,7 @@ def forget_user_policies() -> None:
 def test_the_quickstart(run: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     statuses = []
-    for command in (command for block in blocks(README) for command in commands(block)):
+    for command in (command for block in blocks(START) for command in commands(block)):
         if command.startswith("kvscope "):
             forget_user_policies()
             done = run(*shlex.split(command, comments=True)[1:])
@@ -67,19 +68,24 @@ def test_the_quickstart(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_quickstart_is_complete() -> None:
-    first, *_ = blocks(README)
+    first, *_ = blocks(START)
     assert re.match(r"cat > prompt\.txt <<", first), "the first block writes its own prompt"
-    used = [command.split()[1] for block in blocks(README) for command in commands(block) if command[:7] == "kvscope"]
-    assert list(dict.fromkeys(used)) == ["trace", "replay", "report", "diff", "policies"]
+    used = [command.split()[1] for block in blocks(START) for command in commands(block) if command[:7] == "kvscope"]
+    assert list(dict.fromkeys(used)) == ["trace", "replay", "report", "spans", "regret", "diff", "policies"]
 
 
 def test_the_quickstart_replays_policies_that_do_well_in_the_table_of_outcomes() -> None:
     """Of the policies that hold as many keys on average, at most three have a lower perplexity ratio."""
-    table = README.partition("<!-- outcomes -->")[2].partition("<!-- /outcomes -->")[0]
+    table = (
+        (DOCS / "outcomes.md")
+        .read_text(encoding="utf-8")
+        .partition("<!-- outcomes -->")[2]
+        .partition("<!-- /outcomes -->")[0]
+    )
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.splitlines() if "`" in line]
     ratios = {row[0]: float(row[4]) for row in rows if row[4] != "-"}
     held = {row[0]: int(row[6]) for row in rows if row[6] != "-"}
-    command = next(command for command in commands(blocks(README)[0]) if command.startswith("kvscope replay"))
+    command = next(command for command in commands(blocks(START)[0]) if command.startswith("kvscope replay"))
     chosen = re.findall(r"--policy (\S+)", command)
     assert len(chosen) == 2 and all(name in POLICIES.names() for name in chosen)
     for name in chosen:

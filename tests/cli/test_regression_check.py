@@ -220,4 +220,4 @@ def test_the_workflow_uses_what_is_there() -> None:
     assert len(scripts) == 2
     assert (ROOT / variables["TRACE"]).is_dir()
     assert variables["BASELINE"] == BASELINE
-    assert ".github/workflows/fidelity.yml" in (ROOT / "README.md").read_text()
+    assert ".github/workflows/fidelity.yml" in (ROOT / "docs" / "ci.md").read_text()
