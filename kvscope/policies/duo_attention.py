@@ -55,7 +55,9 @@ class DuoAttention(Policy):
     )
     proven = "authors' code, read"
 
-    heads: str = parameter(OBSERVED, "file of head scores, or observed: from the rows of the prompt")
+    heads: str = parameter(
+        OBSERVED, "file of head scores (kvscope heads writes one), or observed: from the rows of the prompt"
+    )
     threshold: float = parameter(0.5, "score from which a head holds every key", search=(0.1, 0.3, 0.5))
     sparsity: float | None = parameter(None, "share of streaming heads, from 0 to 1, in place of the threshold")
     sinks: int = parameter(128, "first keys that streaming heads hold")

@@ -52,7 +52,9 @@ class HeadKV(SnapKV):
     )
     kernel: int = parameter(7, "width of the pooling over neighbouring keys, an odd number")
     pooling: Pooling = parameter("max", "kind of pooling: avg, max or none")
-    heads: str = parameter(OBSERVED, "file of head scores, or observed: from the rows of the prompt")
+    heads: str = parameter(
+        OBSERVED, "file of head scores (kvscope heads writes one), or observed: from the prompt's rows"
+    )
     beta: float = parameter(1.2, "each head gives its free keys divided by this to the pool", search=(1.2, 2, 5))
 
     def __post_init__(self) -> None:

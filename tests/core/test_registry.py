@@ -25,7 +25,7 @@ PANELS = (
     "inspector agreement norms queries provenance"
 ).split()
 COMMANDS = (
-    "trace replay run reproduce perplexity verify tune score regret spans report plot diff compare export info "
+    "trace replay run reproduce perplexity verify tune score regret spans heads report plot diff compare export info "
     "policies models import pack unpack demo tasks gate"
 ).split()
 
