@@ -180,9 +180,10 @@ class Update(Protocol):
 
 @contextmanager
 def bar(title: str, total: float | None, unit: str, *, quiet: bool = False) -> Iterator[Update]:
-    """Yield a function that updates a progress bar with rate and remaining time.
+    """Yield a function that updates a progress bar with rate, elapsed and remaining time.
 
-    No bar is shown with `quiet`, or where stderr is not a terminal.
+    The elapsed time moves before anything is done. What remains is reckoned from all that is done, so it is known from
+    the first part on. No bar is shown with `quiet`, or where stderr is not a terminal.
     """
     console = stderr()
     if quiet or not console.is_terminal:
@@ -196,15 +197,18 @@ def bar(title: str, total: float | None, unit: str, *, quiet: bool = False) -> I
         rich.TextColumn("{task.percentage:>3.0f}%"),
         rich.TextColumn("{task.fields[rate]}", style="dim", markup=False),
         rich.TextColumn("{task.fields[detail]}", style="dim", markup=False),
-        rich.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("{task.fields[left]}", markup=False),
     )
     with rich.Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(one_line(title), total=total, detail="", rate="")
+        task = progress.add_task(one_line(title), total=total, detail="", rate="", left="")
 
         def update(done: float, detail: str = "", total: float | None = None) -> None:
             seconds = progress.tasks[0].elapsed or 0.0
             rate = f"{done / seconds:,.0f} {unit}/s" if seconds else ""
-            progress.update(task, completed=done, total=total, detail=one_line(detail), rate=rate)
+            whole = progress.tasks[0].total if total is None else total
+            left = _left(seconds, done, whole)
+            progress.update(task, completed=done, total=total, detail=one_line(detail), rate=rate, left=left)
 
         with _in_use(console):
             yield update
@@ -243,6 +247,15 @@ def _in_use(console: Console) -> Iterator[None]:
         yield
     finally:
         _live.pop()
+
+
+def _left(seconds: float, done: float, total: float | None) -> str:
+    """Return the time that remains if it goes on as before, ``1:05 left``; nothing where it cannot be known."""
+    if not total or not 0 < done < total:
+        return ""
+    remaining = round(seconds * (total - done) / done)
+    hours, minutes = divmod(remaining // 60, 60)
+    return f"{hours}:{minutes:02}:{remaining % 60:02} left" if hours else f"{minutes}:{remaining % 60:02} left"
 
 
 def _no_update(done: float, detail: str = "", total: float | None = None) -> None:

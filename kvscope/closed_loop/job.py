@@ -30,6 +30,7 @@ from kvscope.model.attention_hook import replace_attention
 from kvscope.model.derotation import Derotation
 
 Array = NDArray[np.generic]
+Progress = Callable[[float], None]
 PASS_BYTES = 2 * 2**30  # limit for the logits of one pass
 # Largest mean difference, in nats per token, between losses of the same model.
 SAME = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.3}
@@ -88,7 +89,7 @@ class ClosedLoopJob:
     unrotated: Mapping[int, Derotation] = field(default_factory=dict)
 
     @torch.inference_mode()
-    def execute(self, sink: TokenSink, progress_callback: Callable[[float], None] | None = None) -> Tally:
+    def execute(self, sink: TokenSink, progress_callback: Progress | None = None) -> Tally:
         """Execute the job and return its counts; `sink` gets the losses, residency and fidelity of every run.
 
         Raises
@@ -101,16 +102,17 @@ class ClosedLoopJob:
         tally, parts = Tally(), RunParts()
         passes = [(passage, part) for passage in self.passages for part in self._parts(passage)]
         for number, (passage, part) in enumerate(passes):
-            for result in parts.results(part, partial(self._scored, passage)):
+            share = None if progress_callback is None else _share(progress_callback, number, len(passes))
+            for result in parts.results(part, partial(self._scored, passage, share)):
                 result.write(sink, passage.sequence.index)
                 tally.add(result.counts)
-            if progress_callback is not None:
-                progress_callback((number + 1) / len(passes))
+            if share is not None:
+                share(1)
         return tally
 
-    def _scored(self, passage: Passage, runs: list[RunSpec]) -> Iterator[PassResult]:
+    def _scored(self, passage: Passage, progress: Progress | None, runs: list[RunSpec]) -> Iterator[PassResult]:
         """Yield the results of some runs over one text, after one forward pass."""
-        yield from ForwardPass(self, passage, runs).score()
+        yield from ForwardPass(self, passage, runs, progress).score()
 
     def _parts(self, passage: Passage) -> Iterator[list[RunSpec]]:
         """Yield the runs of each pass, as many as `PASS_BYTES` allow; runs of one plan are consecutive."""
@@ -166,6 +168,8 @@ class ForwardPass:
         The text.
     runs : sequence of RunSpec
         The runs of the pass; those of one plan are consecutive.
+    progress : callable, optional
+        Called with the completed share of the pass, from 0 to 1, whenever a layer has been computed.
 
     Attributes
     ----------
@@ -173,8 +177,10 @@ class ForwardPass:
         The result of each run; filled in by the pass.
     """
 
-    def __init__(self, job: ClosedLoopJob, passage: Passage, runs: Sequence[RunSpec]) -> None:
-        self.job, self.passage = job, passage
+    def __init__(
+        self, job: ClosedLoopJob, passage: Passage, runs: Sequence[RunSpec], progress: Progress | None = None
+    ) -> None:
+        self.job, self.passage, self._progress, self._done = job, passage, progress, 0
         sequence = passage.sequence
         self.scored = scored_tokens(passage, job.prefill)
         self.text = PassShape(
@@ -245,3 +251,11 @@ class ForwardPass:
                 result.counts.add_budget(result.run, simulation, place)
             run_values = {name: value[place, 0] for name, value in values.items()}
             result.layers.append(LayerResult(layer, simulation.residency(place, 0), steps, run_values))
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done / (len(self.runs) * len(self.job.layers)))
+
+
+def _share(progress: Progress, number: int, count: int) -> Progress:
+    """Return a progress callback for part `number` of `count`."""
+    return lambda done: progress((number + done) / count)

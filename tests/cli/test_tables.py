@@ -175,3 +175,32 @@ def test_a_bar_shows_rate_and_time_left_on_a_terminal_only(monkeypatch: pytest.M
     assert "2.0 MB" in shown
     assert drawn(Terminal(), quiet=True) == ""
     assert drawn(io.StringIO(), quiet=False) == ""
+
+
+def test_a_bar_shows_elapsed_time_first_and_the_time_left_from_the_first_part_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stderr", file := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with console.bar("replaying", 100, "tokens") as update:
+        pass
+    assert "0:00:00" in file.getvalue() and "left" not in file.getvalue() and "-:--" not in file.getvalue()
+    with console.bar("replaying", 100, "tokens") as update:
+        update(1)
+    assert " left" in file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "done", "total", "text"),
+    [
+        (10, 0, 100, ""),
+        (10, 100, 100, ""),
+        (10, 5, None, ""),
+        (10, 10, 100, "1:30 left"),
+        (1, 50, 100, "0:01 left"),
+        (3600, 25, 100, "3:00:00 left"),
+    ],
+)
+def test_time_left(seconds: float, done: float, total: float | None, text: str) -> None:
+    assert console._left(seconds, done, total) == text

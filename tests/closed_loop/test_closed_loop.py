@@ -274,6 +274,15 @@ def test_many_runs_are_split_where_logits_would_be_too_large(monkeypatch: pytest
     monkeypatch.setattr("kvscope.closed_loop.job.PASS_BYTES", 1)
     parts, seen = Kept(), []
     evaluate(model, [text], chosen, [], "full", parts, progress=seen.append)
-    assert seen == [1 / 3, 2 / 3, 1]
+    assert seen == pytest.approx([1 / 6, 1 / 3, 1 / 3, 1 / 2, 2 / 3, 2 / 3, 5 / 6, 1, 1])  # two layers, then the pass
     for number in range(3):
         np.testing.assert_allclose(whole.losses[number]["nll_policy"], parts.losses[number]["nll_policy"], atol=1e-10)
+
+
+def test_progress_is_told_after_every_layer() -> None:
+    """One text and few runs are one pass: its layers are all that there is to tell."""
+    told: list[float] = []
+    model = build("llama")
+    evaluate(model, [passage()], runs(("h2o", "9"), ("tova", "9")), [], "full", Kept(), progress=told.append)
+    parts = 2 * model.config.num_hidden_layers
+    assert told == pytest.approx([*(number / parts for number in range(1, parts + 1)), 1])
