@@ -93,6 +93,13 @@ def _needle(trace: Trace, sequence: int, given: Sequence[str]) -> list[Span]:
     return inside
 
 
+def _model(trace: Trace) -> tuple[object, ...]:
+    """Return what tells models apart: name, revision, sizes, and the sample of weights where a trace has it."""
+    header = trace.header
+    sizes = (header.n_layers, header.heads, header.kv_heads, header.head_dim)
+    return header.model.id, header.model.revision, header.model.sha256, header.model.weights, *sizes
+
+
 def _require(trace: Trace, other: Trace) -> None:
     """Raise TraceError unless a trace has all heads of its model, which is that of `other`."""
     header = trace.header
@@ -101,5 +108,5 @@ def _require(trace: Trace, other: Trace) -> None:
             f"{trace.path} does not hold the same heads of every layer of its model, so no table of heads can be made",
             "Record all layers and heads, of a model whose layers have equally many heads.",
         )
-    if header.model.weights != other.header.model.weights:
+    if _model(trace) != _model(other):
         raise TraceError(f"{trace.path} and {other.path} are of different models", "Name traces of one model.")

@@ -36,7 +36,7 @@ def head_scores(file: str, n_layers: int, kv_heads: int) -> Tensor:
     UsageError
         If the file cannot be read, or is for a model of other sizes.
     """
-    table = _read(file)
+    table = _read(file, _changed(file))
     rows, columns = len(table), len(table[0])
     if rows != n_layers or columns % kv_heads:
         raise UsageError(
@@ -46,8 +46,17 @@ def head_scores(file: str, n_layers: int, kv_heads: int) -> Tensor:
     return torch.tensor(table, dtype=torch.float64).reshape(rows, kv_heads, -1).mean(-1)
 
 
+def _changed(file: str) -> tuple[int, int]:
+    """Return when a file was changed and its size, so that one that was written again is read again; 0 without it."""
+    try:
+        found = Path(file).stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
 @lru_cache(maxsize=8)
-def _read(file: str) -> tuple[tuple[float, ...], ...]:
+def _read(file: str, changed: tuple[int, int]) -> tuple[tuple[float, ...], ...]:
     """Return the table of a file: layers of heads, equally many in each."""
     try:
         text = Path(file).read_text(encoding="utf-8")
