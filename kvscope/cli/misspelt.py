@@ -65,8 +65,8 @@ def _command(error: typer.TyperException, commands: Iterable[str]) -> tuple[str,
     if not message.startswith("No such command "):
         return None
     name = message.removeprefix("No such command ").split("'")[1]
-    near = difflib.get_close_matches(name, list(commands), n=2, cutoff=0.5)
-    return f"unknown command {name}", f"Did you mean {' or '.join(near)}?" if near else help_hint(error)
+    near = difflib.get_close_matches(name, list(commands), n=1, cutoff=0.5)
+    return f"unknown command {name}", f"Did you mean {near[0]}?" if near else help_hint(error)
 
 
 def help_hint(error: typer.TyperException) -> str:

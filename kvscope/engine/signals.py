@@ -71,9 +71,11 @@ def require(trace: Trace, plan: EvictionPlan) -> None:
             "Use another policy; deepseek_v32 and glm_moe_dsa are models with an index.",
         )
     for name in plan.gates:
-        load_gate(name).require(name, **_sizes_for(trace, plan, "a gate"))
+        sizes = _sizes_for(trace, plan, "a gate")  # first: what the trace lacks needs no file
+        load_gate(name).require(name, **sizes)
     for name in plan.scorers:
-        load_scorers(name).require(name, **_sizes_for(trace, plan, "scorers"))
+        sizes = _sizes_for(trace, plan, "scorers")
+        load_scorers(name).require(name, **sizes)
     for name in plan.filters:
         _require_filters(trace, plan, name)
     for name in sorted(plan.needs - ROWS):

@@ -92,14 +92,16 @@ def test_options_are_in_panels(run: Run) -> None:
     assert "--dtype" in model and "--store" not in model
 
 
-def test_help_answers_in_half_a_second() -> None:
-    """Counted in processor time, which a busy machine stretches less than the clock on the wall."""
-    assert min(_seconds("--help") for _ in range(3)) < 0.5
+def test_help_takes_little_more_than_its_libraries() -> None:
+    """Beside importing Typer and Rich: a busy machine stretches both. `benchmarks/help.py` has the seconds."""
+    pairs = [(_seconds("-m", "kvscope", "--help"), _seconds("-c", "import typer, rich.table")) for _ in range(3)]
+    assert min(help_ for help_, _ in pairs) < 4 * min(libraries for _, libraries in pairs)
 
 
 def _seconds(*arguments: str) -> float:
+    """Return the processor seconds of a Python process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "kvscope", *arguments], check=True, capture_output=True)
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

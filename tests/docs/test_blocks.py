@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import typer
 
 from kvscope.cli.app import app
 from kvscope.cli.app import run as run_command
+from kvscope.core.registry import Registry
+from kvscope.metrics import METRICS
+from kvscope.policies import POLICIES
 from tests.docs.blocks import ROOT, Block, blocks, commands, expected_status, found, pages
 
+REGISTRIES: tuple[Registry[Any], ...] = (POLICIES, METRICS)
 RUN = ("sh", "python")
 SHOWN = ("yaml", "json", "toml", "bibtex")  # what a reader writes or gets; a file of it is written
 SHELL = set("|<>&;")
@@ -25,6 +30,15 @@ def forget_own_code() -> None:
     """Forget modules that users brought: each command of a real shell is a process of its own."""
     for name in [name for name in sys.modules if name.startswith("kvscope_user_")]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def _own_names() -> Iterator[None]:
+    """Forget the policies and metrics that a page registers, which no other test expects."""
+    before = [(registry, registry.names(), dict(registry._members), dict(registry._sources)) for registry in REGISTRIES]
+    yield
+    for registry, _, members, sources in before:
+        registry._members, registry._sources = members, sources
 
 
 class Page:
@@ -67,6 +81,7 @@ class Page:
         assert status == expected_status(command), f"{where}: {command}\n{err}"
 
 
+@pytest.mark.usefixtures("_own_names")
 @pytest.mark.parametrize(
     "name", [name for name in pages() if any(block.reason is None and block.language in RUN for block in blocks(name))]
 )

@@ -123,6 +123,6 @@ def test_aliases_that_grow_without_end_are_refused(tmp_path: Path) -> None:
 def test_the_example_of_the_documentation_is_read(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
     (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    assert block == describe.EXAMPLE and len(block.splitlines()) <= 10
+    assert block.removeprefix("# experiment.yaml\n") == describe.EXAMPLE and len(block.splitlines()) <= 10
     made = read(tmp_path, block)
     assert (len(made.tasks), len(made.lengths), len(made.budgets)) == (3, 2, 3) and len(made.policies) >= 5
