@@ -179,8 +179,10 @@ def _costs(name: str) -> Iterator[str]:
             f"- On a CPU: a replay of one budget takes {found['of_h2o']:.1f} times ({low:.1f} to {high:.1f}) as long "
             f"as one of `h2o`, {costs['trace']['tokens']} tokens ([benchmark](../../benchmarks/policy_costs.py))"
         )
-    else:
+    elif "not_replayed" in found:
         yield "- On a CPU: not measured, the benchmark's trace does not hold what it needs"
+    else:
+        yield "- On a CPU: not measured yet"
     steps = _results("operations")["policies"].get(name)
     if steps is None:
         yield "- On a GPU: not counted"

@@ -49,6 +49,13 @@ def test_every_page_is_reached_by_links_from_the_first() -> None:
     assert {*(ROOT / "docs").rglob("*.md"), *(ROOT / name for name in OUTSIDE)} - reached <= {home}
 
 
+def test_pages_link_to_no_folder() -> None:
+    """The site copies files: a link to a folder ends its build."""
+    for page in (ROOT / "docs").rglob("*.md"):
+        targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        assert [target for target in targets if "://" not in target and (page.parent / target).is_dir()] == [], page
+
+
 def test_the_site_is_built_with_warnings_as_errors_and_loads_nothing_from_the_network() -> None:
     made = settings()
     assert made["strict"] is True and made["theme"]["font"] is False
