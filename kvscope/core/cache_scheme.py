@@ -139,6 +139,11 @@ class CacheScheme:
         return f"{base}({shown})" if shown else base
 
 
+def scheme_parts(text: str | Iterable[str]) -> list[str]:
+    """Return the parts of a list of schemes; a comma within parentheses divides parameters."""
+    return [part for one in ([text] if isinstance(text, str) else text) for part in re.split(r",(?![^(]*\))", one)]
+
+
 def parse_caches(text: str | Iterable[str]) -> tuple[CacheScheme | None, ...]:
     """Return the schemes of a list such as ``16bit,int4:kivi(group=32,residual=64)``; None is a cache in 16 bit.
 
@@ -147,7 +152,7 @@ def parse_caches(text: str | Iterable[str]) -> tuple[CacheScheme | None, ...]:
     UsageError
         As `parse_cache`; if one is given twice.
     """
-    parts = [part for one in ([text] if isinstance(text, str) else text) for part in re.split(r",(?![^(]*\))", one)]
+    parts = scheme_parts(text)
     found = tuple(parse_cache(part) for part in parts)
     if len(set(found)) < len(found):
         raise UsageError(f"--cache {','.join(parts)} names a cache twice", "Name each once.")

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from kvscope.core.cache_scheme import CacheScheme
+from kvscope.core.cache_scheme import CacheScheme, scheme_parts
 from kvscope.core.errors import UsageError
 
 Kind = Literal["cam", "d2o", "kvmerger"]
@@ -88,7 +88,7 @@ def parse_merges(
     UsageError
         As `parse_merge`; if one is given twice; if some of `caches` are quantised, since codes cannot be added.
     """
-    parts = [part for one in ([text] if isinstance(text, str) else text) for part in re.split(r",(?![^(]*\))", one)]
+    parts = scheme_parts(text)
     found = tuple(parse_merge(part) for part in parts)
     if len(set(found)) < len(found):
         raise UsageError(f"--merge {','.join(parts)} names a rule twice", "Name each once.")

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from kvscope.core.errors import UsageError
-from kvscope.gates.sealed_file import FileKind
+from kvscope.gates.sealed_file import FileKind, same_weights
 
 KIND = FileKind("kvscope-filters", 1, "filters", "filters.safetensors", "Make the file: kvscope gate filters TRACE.")
 DIRECTIONS = "directions"  # the only tensor
-SAME = 0.01  # relative tolerance when weights of models are compared, above the error of rounding to 16 bit
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,7 @@ class KeyFilters:
                 "Make a file for this model: kvscope gate filters TRACE",
             )
         known, found = torch.tensor(self.facts.weights), torch.tensor(list(weights))
-        if (
-            len(known)
-            and len(found)
-            and bool((known - found).abs().gt(SAME * (known.abs() + known.abs().mean())).any())
-        ):
+        if len(known) and len(found) and not same_weights(known, found):
             raise UsageError(
                 f"filters {name} are for {self.facts.model}, and this model has other weights",
                 "Make a file for this model: kvscope gate filters TRACE",

@@ -19,9 +19,9 @@ from torch.nn import functional
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.output import replace_file
 from kvscope.gates.file import AGAIN, WEIGHTS, GateFacts, path_of, read_facts, require_tensors
+from kvscope.gates.sealed_file import same_weights
 
 OPEN = 1.0  # initial bias, so that untrained gates retain most keys
-SAME = 0.01  # relative tolerance when weights are compared, above the error of rounding to 16 bit
 
 
 class LayerGate(nn.Module):
@@ -105,8 +105,7 @@ class LearnedGate(nn.Module):
                 todo,
             )
         known, found = self.get_buffer(WEIGHTS).cpu(), torch.tensor(weights)
-        tolerance = SAME * (known.abs() + known.abs().mean())
-        if known.shape != found.shape or bool((known - found).abs().gt(tolerance).any()):
+        if not same_weights(known, found):
             raise UsageError(f"gate {name} is for {self.facts.model}, and this model has other weights", todo)
 
     def write(self, path: Path) -> None:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvscope.core.errors import UsageError
-from kvscope.gates.module import SAME
-from kvscope.gates.sealed_file import FileKind
+from kvscope.gates.sealed_file import FileKind, same_weights
 
 KIND = FileKind(
     "kvscope-scorers", 1, "scorers", "scorers.safetensors", "Make the file: kvscope gate scorers TRACE TRACE."
@@ -91,10 +90,7 @@ class KeyScorers(nn.Module):
                 ),
                 todo,
             )
-        known, found = torch.tensor(self.facts.weights), torch.tensor(list(weights))
-        if known.shape != found.shape or bool(
-            (known - found).abs().gt(SAME * (known.abs() + known.abs().mean())).any()
-        ):
+        if not same_weights(torch.tensor(self.facts.weights), torch.tensor(list(weights))):
             raise UsageError(f"scorers {name} are for {self.facts.model}, and this model has other weights", todo)
 
     def write(self, path: Path) -> None:

@@ -22,7 +22,15 @@ from kvscope.gates.file import DEMO, digest_of
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+SAME = 0.01  # relative tolerance when weights of models are compared, above the error of rounding to 16 bit
 Facts = TypeVar("Facts", bound="DataclassInstance")
+
+
+def same_weights(known: Tensor, found: Tensor) -> bool:
+    """Return whether two samples of weights, ``[n]``, are of one model, up to rounding to 16 bit."""
+    return known.shape == found.shape and bool(
+        (known - found).abs().le(SAME * (known.abs() + known.abs().mean())).all()
+    )
 
 
 @dataclass(frozen=True)

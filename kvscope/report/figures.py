@@ -72,9 +72,7 @@ def plot(
     """
     name = name.replace("-", "_")
     if name not in FIGURES:
-        raise UsageError(
-            f"no figure is called {name!r}", f"{nearest(name, FIGURES)} All: {', '.join(sorted(FIGURES))}."
-        )
+        raise UsageError(f"no figure is called {name!r}", nearest(name, FIGURES))
     source = report_input([replays] if isinstance(replays, Replay) else replays, traces or {})
     choice = replace(
         _choice(source, metric, run, layer), policies=tuple(policies), against=against, head=head, step=step, span=span

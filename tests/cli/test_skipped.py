@@ -16,7 +16,12 @@ WHY = {
     "kvzip": "kvzip needs reconstruction, which traces/a b does not hold",
     "snapkv": "snapkv is not defined for stream prefill",
 }
-TODO = {"keydiff": VECTORS, "quest(page=4)": VECTORS, "kvzip": "Record it again with --reread.", "snapkv": "Use full."}
+REMEDIES = {
+    "keydiff": VECTORS,
+    "quest(page=4)": VECTORS,
+    "kvzip": "Record it again with --reread.",
+    "snapkv": "Use full.",
+}
 
 
 class Terminal(io.StringIO):
@@ -25,16 +30,16 @@ class Terminal(io.StringIO):
 
 
 def test_names_are_grouped_and_flags_named_once() -> None:
-    assert skipped_line(WHY, TODO) == (
+    assert skipped_line(WHY, REMEDIES) == (
         "skipped: keydiff, quest (needs keys); kvzip (needs reconstruction); snapkv (is not defined for stream "
         "prefill). Record the trace again with --store maps+vectors --reread to include more of them."
     )
 
 
 def test_without_flags_the_line_ends_with_the_only_remedy_or_how_to_see_it() -> None:
-    assert skipped_line({"snapkv": WHY["snapkv"]}, TODO).endswith(" Use full.")
+    assert skipped_line({"snapkv": WHY["snapkv"]}, REMEDIES).endswith(" Use full.")
     two = {"snapkv": WHY["snapkv"], "mine": "mine is too large"}
-    assert skipped_line(two, TODO | {"mine": "Make it smaller."}).endswith("needs: --policy snapkv")
+    assert skipped_line(two, REMEDIES | {"mine": "Make it smaller."}).endswith("needs: --policy snapkv")
     assert skipped_line(two, {}, "Name one.").endswith(" Name one.")
 
 
@@ -51,7 +56,7 @@ def test_a_warning_is_broken_between_words_on_a_terminal_only(monkeypatch: pytes
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
-    text = skipped_line(WHY, TODO)
+    text = skipped_line(WHY, REMEDIES)
     for file, count in ((Terminal(), 3), (io.StringIO(), 1)):
         monkeypatch.setattr("sys.stderr", file)
         console.warn(text)
