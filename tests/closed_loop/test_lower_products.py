@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -31,3 +33,26 @@ def test_what_is_computed_stays_the_same() -> None:
         with LowerProducts():
             watched = model(input_ids=tokens(6)).logits
     assert torch.equal(plain, watched)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize(
+    ("dtype", "entries", "expected"),
+    [(torch.float32, 2, True), (torch.bfloat16, 2, True), (torch.float64, 2, False), (torch.float32, 1, False)],
+)
+def test_products_by_dtype_and_entries(mode: Any, dtype: torch.dtype, entries: int, expected: bool) -> None:
+    """A product over one entry, as rotary positions are made, adds nothing."""
+    one, other = torch.ones(3, entries, dtype=dtype), torch.ones(entries, 4, dtype=dtype)
+    bias = torch.ones(4, dtype=dtype)
+    products = [
+        lambda: one @ other,
+        lambda: one[None] @ other[None],
+        lambda: torch.nn.functional.linear(one, other.T),
+        lambda: torch.nn.functional.linear(one, other.T, bias),
+        lambda: torch.addmm(bias, one, other),
+        lambda: torch.baddbmm(bias, one[None], other[None]),
+    ]
+    for product in products:
+        with mode(), LowerProducts() as lower:
+            product()
+        assert lower.found is expected
