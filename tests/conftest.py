@@ -11,9 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import signal
 import socket
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.own_code import forget_members, forget_modules
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which `import torch` alone does not do
@@ -37,6 +40,14 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket.socket, "connect", within_the_machine)
+
+
+@pytest.fixture(autouse=True)
+def _no_code_of_users() -> Iterator[None]:
+    """Forget policies and metrics that a test took from a file: the lists of the next test do not name them."""
+    yield
+    if forget_modules():
+        forget_members()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

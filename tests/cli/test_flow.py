@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from kvscope.core.seal import sealed
+from kvscope.policies import POLICIES
 from tests.cli.conftest import LENGTH, PROMPT, Run, maps
+from tests.own_code import forget_members, forget_modules
 from tests.trace.layers import record as record_layers
 
 ROOT = Path(__file__).parent.parent.parent
@@ -241,3 +243,15 @@ def test_demo(run: Run) -> None:
     (sequence,) = trace["sequences"]
     assert sequence["prompt"] >= 512
     assert sequence["length"] - sequence["prompt"] == 128
+
+
+def test_a_policy_of_a_file_is_forgotten_between_tests(run: Run, small: Path) -> None:
+    imports = "from dataclasses import dataclass\nfrom kvscope import policy\nfrom kvscope.policies.h2o import H2O\n"
+    heading = '@policy("mine")\n@dataclass(frozen=True)\n'
+    Path("mine.py").write_text(f'{imports}{heading}class Mine(H2O):\n    """A policy of a test."""\n')
+    assert run("replay", "--policy", "mine.py:Mine", "--budget", "50%", "-o", "mine").status == 0
+    assert "mine" in POLICIES.names()
+    assert forget_modules()
+    forget_members()
+    assert "mine" not in POLICIES.names()
+    assert "h2o" in POLICIES.names()

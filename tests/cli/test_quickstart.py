@@ -3,14 +3,12 @@
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from kvscope.policies import POLICIES
 from tests.cli.conftest import Run
+from tests.own_code import forget_modules
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 START = (DOCS / "start.md").read_text(encoding="utf-8")
@@ -39,25 +37,12 @@ def expected_status(command: str) -> int:
     return int(stated[1]) if stated else 0
 
 
-@pytest.fixture
-def _new_interpreter() -> Iterator[None]:
-    """Forget user policies afterwards: each command of a real shell is a process of its own."""
-    yield
-    forget_user_policies()
-
-
-def forget_user_policies() -> None:
-    for name in [name for name in sys.modules if name.startswith("kvscope_user_")]:
-        del sys.modules[name]
-
-
-@pytest.mark.usefixtures("_new_interpreter")
 def test_the_quickstart(run: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     statuses = []
     for command in (command for block in blocks(START) for command in commands(block)):
         if command.startswith("kvscope "):
-            forget_user_policies()
+            forget_modules()
             done = run(*shlex.split(command, comments=True)[1:])
             statuses.append(done.status)
             assert done.status == expected_status(command), f"{command}: {done.err}"

@@ -15,32 +15,20 @@ import typer
 
 from kvscope.cli.app import app
 from kvscope.cli.app import run as run_command
-from kvscope.core.registry import Registry
-from kvscope.metrics import METRICS
-from kvscope.policies import POLICIES
 from tests.docs.blocks import ROOT, Block, blocks, commands, expected_status, found, pages
+from tests.own_code import forget_members, forget_modules
 
-REGISTRIES: tuple[Registry[Any], ...] = (POLICIES, METRICS)
 RUN = ("sh", "python")
 SHOWN = ("yaml", "json", "toml", "bibtex")  # what a reader writes or gets; a file of it is written
 SHELL = set("|<>&;")
 
 
-def forget_own_code() -> None:
-    """Forget modules that users brought: each command of a real shell is a process of its own."""
-    for name in [name for name in sys.modules if name.startswith("kvscope_user_")]:
-        del sys.modules[name]
-
-
 @pytest.fixture
 def _own_names() -> Iterator[None]:
     """Forget the policies and metrics that a page registers, which no other test expects."""
-    for registry in REGISTRIES:
-        registry.names()  # finds all that is there
-    before = [(registry, dict(registry._members), dict(registry._sources)) for registry in REGISTRIES]
     yield
-    for registry, members, sources in before:
-        registry._members, registry._sources = members, sources
+    forget_modules()
+    forget_members()
 
 
 class Page:
@@ -62,7 +50,7 @@ class Page:
             Path(block.file).parent.mkdir(parents=True, exist_ok=True)
             Path(block.file).write_text(block.text, encoding="utf-8")
         elif block.language == "python":
-            forget_own_code()
+            forget_modules()
             exec(compile(block.text, where, "exec"), self.scope)
         elif block.language == "sh":
             for command in commands(block.text):
@@ -73,7 +61,7 @@ class Page:
         self.capsys.readouterr()
         words = shlex.split(command, comments=True)
         if words[0] == "kvscope" and not any(set(word) <= SHELL for word in words):
-            forget_own_code()
+            forget_modules()
             status, err = run_command(words[1:]), self.capsys.readouterr().err
         else:
             shim = 'kvscope() { "$PYTHON" -m kvscope "$@"; }\npip() { false; }\nset -eu\n'
@@ -93,10 +81,7 @@ def test_a_page_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)
-    try:
-        Page(name, capsys).run()
-    finally:
-        forget_own_code()
+    Page(name, capsys).run()
 
 
 NOT_RUN = [(name, block) for name in pages() for block in blocks(name) if block.reason is not None]
