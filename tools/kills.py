@@ -9,15 +9,17 @@ part of that time, once into an empty folder and once over an older output with 
 - an interruption (SIGINT) must print two lines and no traceback;
 - the same command, run again, must succeed, and leave neither unfinished nor older output behind.
 
-Commands run in children of one process that has loaded torch, so that the moments lie in the work and not in imports;
-every tenth runs as a process of its own. The exit status is 1 if anything was accepted, lost or left behind.
+Commands run in children of one process that has loaded their libraries, so that the moments lie in the work and not in
+imports; every tenth runs as a process of its own. The exit status is 1 if anything was accepted, lost or left behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import pkgutil
 import random
 import shutil
 import signal
@@ -200,6 +202,16 @@ def _remove(output: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def preload() -> None:
+    """Import in this process what the commands import, so that their children need not."""
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+
+    for room in ("closed_loop", "model", "replay", "report", "training"):
+        package = importlib.import_module(f"kvscope.{room}")
+        for found in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"kvscope.{room}.{found.name}")
+
+
 def prepare() -> None:
     """Make prompt, text, a trace and two replays in the current folder."""
     from kvscope.cli.app import run
@@ -248,6 +260,7 @@ def main() -> int:
     out = given.out.resolve() if given.out else None
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
+        preload()
         prepare()
         found = campaign(given.seed, given.scale, Path(folder) / "stderr.txt")
         os.chdir(ROOT)
