@@ -94,6 +94,7 @@ def reproductions() -> list[Reproduction]:
 
 
 @cache
+@cache
 def generated() -> dict[str, str]:
     """Return the text of every generated file by its path."""
     return (
