@@ -53,6 +53,7 @@ class Registry(Generic[T]):
         self.package = package
         self._members: dict[str, T] = {}
         self._sources: dict[str, object] = {}
+        self._names: list[str] | None = None  # in order; None after a change
         self._discovered = False
         self.broken: dict[str, str] = {}
 
@@ -82,12 +83,14 @@ class Registry(Generic[T]):
             )
         self._members[name] = member
         self._sources[name] = definition
+        self._names = None
         note_module(str(getattr(definition, "__module__", "")), self.kind)
         return member
 
     def remove(self, name: str) -> None:
         """Forget the member called `name`: for tests and notebooks that define one for a while."""
         del self._members[name], self._sources[name]
+        self._names = None
 
     def get(self, name: str) -> T:
         """Return the member called `name`.
@@ -111,7 +114,9 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """Return every name, in the order that the class describes."""
         self._discover()
-        return self._ordered()
+        if self._names is None:
+            self._names = self._ordered()
+        return list(self._names)
 
     def items(self) -> list[tuple[str, T]]:
         """Return every name and member, in the order that the class describes."""

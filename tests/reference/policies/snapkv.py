@@ -36,17 +36,15 @@ def snapkv(
     `when` says at which steps keys go: at the end of the prompt alone, as published, if it is not given.
     """
     width = min(window, budget // 2)
-    past: list[
-        np.ndarray
-    ] = []  # of each step: rows of the heads, or the one that they were reduced to, [heads or 1, n]
+    past: list[list[list[float]]] = []  # of each step: rows of the heads, or the one that they were reduced to
 
     def score(t: int, visible: set[int], row: np.ndarray) -> list[float]:
         each = [live(rows[head : head + 1], t, visible) for head in range(len(rows))]
-        past.append(np.stack(each) if reduce == "votes" else row[None])
+        past.append([own.tolist() for own in each] if reduce == "votes" else [row.tolist()])
         older = [key for key in sorted(visible) if key <= t - width]
         voting = past[len(past) - width :]
         by_head = [
-            [sum(float(vote[head, key]) for vote in voting if key < vote.shape[1]) for key in older]
+            [sum(vote[head][key] for vote in voting if key < len(vote[head])) for key in older]
             for head in range(len(past[0]))
         ]
         reduced = REDUCE[group](np.array(by_head), axis=0) if reduce == "votes" else by_head[0]
