@@ -94,7 +94,7 @@ def test_options_are_in_panels(run: Run) -> None:
 
 
 def test_help_takes_little_more_than_its_libraries() -> None:
-    """Beside importing Typer and Rich: a busy machine stretches both of a pair. `benchmarks/help.py` has the seconds."""
+    """Beside importing Typer and Rich: a busy machine stretches both. `benchmarks/help.py` has the seconds."""
     pairs = [(_seconds("-m", "kvscope", "--help"), _seconds("-c", "import typer, rich.table")) for _ in range(7)]
     assert statistics.median(help_ / libraries for help_, libraries in pairs) < 3
 
