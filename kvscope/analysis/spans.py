@@ -134,7 +134,7 @@ def spans_of_prompt(trace: Trace, sequence: int) -> list[Span]:
         nth = seen[span.name]
         spans.append(Span(f"{span.name}-{nth}" if nth > 1 else span.name, span.start, span.stop))
     if not spans:
-        raise UsageError("no span is named", "Name one or more: --span question=120:140 --span fact=text:WORDS")
+        raise UsageError("no span is given", "Name one or more: --span question=120:140 --span fact=text:WORDS")
     return spans
 
 

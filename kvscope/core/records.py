@@ -120,7 +120,7 @@ class SourceRef:
 
     def __post_init__(self) -> None:
         if any(example.sequence >= len(self.sequences) for example in self.examples):
-            raise ValueError("`examples` has a sequence that the trace has not")
+            raise ValueError("`examples` has a sequence that the trace does not have")
         if self.near_copies and len(self.near_copies) != len(self.sequences):
             raise ValueError(f"clusters of {len(self.near_copies)} sequences of {len(self.sequences)}")
         if self.layer_heads and len(self.layer_heads) != len(self.layers):

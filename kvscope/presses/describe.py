@@ -23,7 +23,7 @@ kvscope verify presses --policy "kvpress:KeyDiffPress()"
 kvscope policies kvpress
 ```
 
-This is a replay of three of them, on the first 386 tokens of the bundled model's prompt and 32 tokens that it generated:
+This is a replay of three of them, on the first 386 tokens of the bundled model's prompt and 32 generated tokens:
 
 ```
 policy                                               budget  keys   held  retained mass  output error  ideal cosine

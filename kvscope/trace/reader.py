@@ -253,7 +253,7 @@ class Trace:
         missing = [position for position in checked if position % stride != stride - 1]
         if missing:
             raise TraceError(
-                f"trace {self.path} has every {stride}th row of attention, and not that of position {missing[0]}",
+                f"trace {self.path} has every {stride}th row of attention, but not that of position {missing[0]}",
                 "Read only rows in Trace.positions, one at a time, or record it again without --query-stride.",
             )
 
