@@ -26,7 +26,7 @@ from kvscope.policies.grouped_scores import GROUP_HELP, REDUCE_HELP, Reduce, acc
 @policy("a2sf")
 @dataclass(frozen=True)
 class A2SF(Policy):
-    """Retain the keys with the largest attention sum in which older rows count less and less.
+    """Retain the keys with the largest sum of attention, in which each older row counts less.
 
     ``A_t[j] = w_t[j] + alpha * A_{t-1}[j]``, with ``w_t`` the live row. ``alpha = 1`` is H2O's score, ``alpha = 0`` the
     newest row only. arXiv:2407.20485, section 3.3, equations 5 and 6; code Dirac-Notation/A2SF, ``utils_real_drop``.
@@ -62,7 +62,7 @@ class A2SF(Policy):
 
     alpha: float = parameter(
         0.2,
-        "forgetting factor: 0 is the newest row alone, 1 is a plain sum",
+        "forgetting factor: 0 uses only the newest row, 1 is a plain sum",
         search=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0),
     )
     recent: int = parameter(0, "newest keys that are never evicted")

@@ -14,7 +14,7 @@ from kvscope.policies.citation import Citation
 @policy("attention-gate")
 @dataclass(frozen=True)
 class AttentionGate(Policy):
-    """Evict the keys whose gates are closed: a learned flag for every key, layer and key/value head, without a budget.
+    """Evict the keys whose learned gates are closed; each layer and key/value head has its own, and there is no budget.
 
     A gate is ``g = sigmoid(W A(X) + b)``, with ``A`` a reduced multi-head attention over the layer's input ``X``. A key
     is retained if its gate exceeds the threshold of its training plus `margin`; the query at the same position sees it
@@ -53,7 +53,7 @@ class AttentionGate(Policy):
     )
     proven = "paper"
 
-    gate: str = parameter("demo", "file of the gate, or demo for that of the bundled model")
+    gate: str = parameter("demo", "file of the gate, or demo for the gate of the bundled model")
     decode: bool = parameter(False, "gate the tokens after the prompt too")
     margin: float = parameter(0.0, "number added to the threshold: above 0 evicts more keys, below 0 fewer")
 

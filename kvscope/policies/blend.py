@@ -36,7 +36,9 @@ class Blend(Members):
     paper = "combination of two policies"
     proven = "own rule"
 
-    weight: float = parameter(0.5, "weight of the first, from 0 to 1; the second has the rest", search=(0.3, 0.5, 0.7))
+    weight: float = parameter(
+        0.5, "weight of the first policy, from 0 to 1; the second gets the rest", search=(0.3, 0.5, 0.7)
+    )
     by: Literal["rank", "sum-to-one"] = parameter("rank", "how scores are made comparable: rank or sum-to-one")
 
     def __post_init__(self) -> None:

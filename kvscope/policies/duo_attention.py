@@ -58,8 +58,8 @@ class DuoAttention(Policy):
     heads: str = parameter(
         OBSERVED, "file of head scores (kvscope heads writes one), or observed: from the rows of the prompt"
     )
-    threshold: float = parameter(0.5, "score from which a head holds every key", search=(0.1, 0.3, 0.5))
-    sparsity: float | None = parameter(None, "share of streaming heads, from 0 to 1, in place of the threshold")
+    threshold: float = parameter(0.5, "smallest score with which a head holds every key", search=(0.1, 0.3, 0.5))
+    sparsity: float | None = parameter(None, "share of streaming heads, from 0 to 1, instead of the threshold")
     sinks: int = parameter(128, "first keys that streaming heads hold")
     recent: int = parameter(256, "newest keys that streaming heads hold")
     rows: int = parameter(32, "heads=observed: rows at the end of the prompt that are averaged")

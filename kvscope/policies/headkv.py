@@ -19,7 +19,7 @@ from kvscope.policies.snapkv import Pooling, SnapKV
 @policy("headkv")
 @dataclass(frozen=True)
 class HeadKV(SnapKV):
-    """Retain what the last rows of the prompt attend to; heads that retrieve get the budget of the others.
+    """Retain the keys that the last rows of the prompt attend to; retrieval heads get more budget than others.
 
     The score is SnapKV's with window 32 and max pooling over 7; the budget is allocated as by ``--allocate heads``: of
     ``b`` free keys of a head ``b // beta`` go to a pool that all heads of the model share in proportion to the scores
@@ -48,14 +48,14 @@ class HeadKV(SnapKV):
     proven: ClassVar[str] = "authors' code, read"
 
     window: int = parameter(
-        32, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
+        32, "last rows of the prompt, which give the scores; their keys are protected; at most half of the budget"
     )
     kernel: int = parameter(7, "width of the pooling over neighbouring keys, an odd number")
     pooling: Pooling = parameter("max", "kind of pooling: avg, max or none")
     heads: str = parameter(
         OBSERVED, "file of head scores (kvscope heads writes one), or observed: from the prompt's rows"
     )
-    beta: float = parameter(1.2, "each head gives its free keys divided by this to the pool", search=(1.2, 2, 5))
+    beta: float = parameter(1.2, "each head gives 1/beta of its free keys to the shared pool", search=(1.2, 2, 5))
 
     def __post_init__(self) -> None:
         super().__post_init__()

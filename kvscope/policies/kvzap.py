@@ -48,8 +48,8 @@ class KVzap(Policy):
     )
     proven = "kvpress's decisions"
 
-    scorers: str = parameter("demo", "file of the scorers, or demo for those of the bundled model")
-    threshold: float | None = parameter(None, "score below which a key is evicted, in place of a budget")
+    scorers: str = parameter("demo", "file of the scorers, or demo for the scorers of the bundled model")
+    threshold: float | None = parameter(None, "score below which a key is evicted, instead of a budget")
     window: int = parameter(128, "newest keys that are never evicted; under a budget at most half of it")
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from kvscope.policies.citation import Citation
 @policy("kvzip")
 @dataclass(frozen=True)
 class KVzip(Policy):
-    """Retain the keys that get the largest weights while the model reads the prompt again, in order to repeat it.
+    """Retain the keys with the largest weights while the model reads the prompt a second time in order to repeat it.
 
     Score of key ``j``: the largest weight that any query of the second reading gives it, over the query heads of a
     group. The trace must hold the scores: ``kvscope trace --reread``, which reads each prompt twice more, with the full

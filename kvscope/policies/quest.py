@@ -52,7 +52,7 @@ class Quest(Policy):
     proven = "authors' decisions"
 
     page_size: int = parameter(16, "number of keys in a page")
-    fewest_pages: int = parameter(3, "number of pages that are read whatever the budget")
+    fewest_pages: int = parameter(3, "smallest number of pages to read, whatever the budget")
     skip_layers: int = parameter(2, "first layers of the model, which read everything")
     group: GroupReduction = parameter("max", "how the bounds of a group's query heads are reduced: mean, max or sum")
 

@@ -21,7 +21,7 @@ Pooling = Literal["avg", "max", "none"]
 @policy("snapkv")
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """Retain the keys that the last rows of the prompt attend to, with their neighbours, and the last keys themselves.
+    """Retain the keys that the last rows of the prompt attend to, with their neighbours, and the last keys.
 
     Score of key ``j``: the sum of its weights over the last `window` rows, pooled over `kernel` neighbouring keys; the
     keys of the window are protected and not pooled. arXiv:2404.14469, section 4.2; code FasterDecoding/SnapKV, class
@@ -55,7 +55,7 @@ class SnapKV(Policy):
     proven: ClassVar[str] = "authors' decisions"
 
     window: int = parameter(
-        64, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
+        64, "last rows of the prompt, which give the scores; their keys are protected; at most half of the budget"
     )
     kernel: int = parameter(5, "width of the pooling over neighbouring keys, an odd number")
     pooling: Pooling = parameter("avg", "kind of pooling: avg, max or none")

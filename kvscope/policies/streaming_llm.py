@@ -13,7 +13,7 @@ from kvscope.policies.citation import Citation
 @policy("streaming-llm")
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
-    """Retain the first few keys, where surplus attention gathers, and the newest ones.
+    """Retain the first few keys, the attention sinks, and the newest keys.
 
     Score of key ``j``: its position ``j``; the first `sinks` keys are protected. arXiv:2309.17453, section 3.2;
     code mit-han-lab/streaming-llm, ``kv_cache.py``, whose ``start_size + recent_size`` is the budget here. That code

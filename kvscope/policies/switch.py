@@ -18,7 +18,7 @@ from kvscope.policies.members import Members
 @policy("switch")
 @dataclass(frozen=True)
 class Switch(Members):
-    """Retain the keys that policy `a` retains in the layers that are named, and those of `b` in the others.
+    """Retain the keys of policy `a` in the given layers, and those of policy `b` in the others.
 
     Layers are counted from 0 among those of the model that have attention: ``layers=0-3``, or in parentheses
     ``layers=(0-1,6)``. Where one of the two is ``full``, its layers hold every key, and the budget is that of each of

@@ -53,7 +53,7 @@ class TOVA(Policy):
     )
     proven = "authors' decisions"
 
-    scope: Scope = parameter("layer", "who decides: layer, all heads as one, or kv_head, each for itself")  # type: ignore[misc]
+    scope: Scope = parameter("layer", "layer: all heads retain the same keys; kv_head: each its own")  # type: ignore[misc]
     sinks: int = parameter(0, "first keys that are never evicted")
     group: GroupReduction = parameter("mean", "scope=kv_head: how a group's query heads are reduced: mean, max or sum")
     variant: str = variant_parameter()
