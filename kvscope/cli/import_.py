@@ -74,7 +74,7 @@ def import_maps(
     """Make a trace from attention maps; every row is checked first.
 
     Optional arrays: value_l1, value_l2, key_l2 [L, G, T]; keys, values, queries [L, G or H, T, D]; sink_mass [L, H, T],
-    the share of a learned sink in rows that sum to one; tokens; prompt_length; attention_mask, whose padding is
+    the share that a learned sink takes of rows that sum to one; tokens; prompt_length; attention_mask, whose padding is
     removed. The command prints its assumptions and stores them in the trace.
     """
     from kvscope.cli import console, places

@@ -210,9 +210,9 @@ def pairs(trace: Trace, *, verified: bool = False) -> list[tuple[str, str]]:
     if chunks:
         lines.insert(2, ("attends in chunks of", ", ".join(map(str, chunks))))
     if header.learned_sinks:
-        lines.insert(2, ("learned sinks", "yes: rows are stored without the sinks' share, and do not sum to one"))
+        lines.insert(2, ("learned sinks", "yes: the sinks' share is taken from the rows, which do not sum to one"))
     if header.sink_rows == "before":
-        lines.insert(2, ("learned sinks", "yes: rows include the sinks' share, and sum to one"))
+        lines.insert(2, ("learned sinks", "yes: the sinks' share is not taken from the rows, which sum to one"))
     if header.softcap is not None:
         lines.insert(2, ("soft cap", f"{header.softcap:g}"))
     return lines

@@ -284,10 +284,10 @@ def open_trace(path: Path | str, *, verify: bool = False, compare: bool = True) 
     path : Path or str
         Folder of the trace.
     verify : bool
-        Whether to compare the checksums of all files now. Otherwise that of a file is compared when it is first read;
-        sizes are always compared.
+        Whether to check the checksums of all files now. Otherwise each file is checked when it is first read. Sizes
+        are always checked.
     compare : bool
-        False compares no checksum of a file at all: for a disk that is too slow to read twice.
+        If False, no checksum is checked at all: for a disk that is too slow to read twice.
 
     Raises
     ------
