@@ -15,9 +15,9 @@ from kvscope.policies.snapkv import Pooling, SnapKV
 class AdaKV(SnapKV):
     """Retain the keys that the last rows of the prompt attend to; heads with concentrated attention get less budget.
 
-    The score is SnapKV's with the defaults of FFY0/AdaKV (window 32, max pooling over 7); the budget is allocated as by
-    ``--allocate ada``. arXiv:2407.11550, algorithm 1; code FFY0/AdaKV, which takes the mean over the window: it orders
-    keys as the sum does.
+    The score is SnapKV's with the defaults of FFY0/AdaKV (window 32, max pooling over 7); the budget is divided as by
+    ``--allocate ada``. arXiv:2407.11550, algorithm 1; code FFY0/AdaKV, which uses the mean over the window instead of
+    the sum. Both give the same order of keys.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]

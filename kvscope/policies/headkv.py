@@ -21,12 +21,12 @@ from kvscope.policies.snapkv import Pooling, SnapKV
 class HeadKV(SnapKV):
     """Retain the keys that the last rows of the prompt attend to; retrieval heads get more budget than others.
 
-    The score is SnapKV's with window 32 and max pooling over 7; the budget is allocated as by ``--allocate heads``: of
-    ``b`` free keys of a head ``b // beta`` go to a pool that all heads of the model share in proportion to the scores
-    of the heads. These are from a file (`heads`), as the authors publish them for two models: shares of needles that a
-    head attends to while the model repeats or uses them. ``heads=observed``, which is ours, takes them from the rows of
-    the prompt. arXiv:2410.19258; code FYYFU/HeadKV, ``ReasonSnapKVCluster``. That code allocates to and
-    selects for query heads; here their scores are averaged over those that share a key/value head.
+    The score is SnapKV's with window 32 and max pooling over 7. The budget is divided as by ``--allocate heads``: each
+    head gives ``b // beta`` of its ``b`` free keys to a pool, which all heads of the model share in proportion to their
+    head scores. Head scores come from a file (`heads`), such as the authors publish for two models: the share of
+    needles that a head attends to while the model repeats or uses them. ``heads=observed`` is ours and computes them
+    from the rows of the prompt. arXiv:2410.19258; code FYYFU/HeadKV, ``ReasonSnapKVCluster``. That code works per query
+    head; here scores are averaged over the query heads that share a key/value head.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]

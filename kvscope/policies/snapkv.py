@@ -27,8 +27,8 @@ class SnapKV(Policy):
     keys of the window are protected and not pooled. arXiv:2404.14469, section 4.2; code FasterDecoding/SnapKV, class
     ``SnapKVCluster`` and its defaults. That code scores query heads. Here a group is reduced as in
     Zefan-Cai/KVCache-Factory, ``_grouped_window_attn_cache``: the weights of each query head are summed over the
-    window, then the heads become one, then the votes are pooled. With ``reduce=rows`` each row is reduced before it is
-    summed, which differs for ``max`` alone. The window is at most half of the budget. Pooled scores tie often: here the
+    window, then the heads become one, then the sums are pooled. ``reduce=rows`` reduces each row before it is summed;
+    the result differs only for ``max``. The window is at most half of the budget. Pooled scores tie often: here the
     older key is evicted; in the code that depends on its sort.
 
     >>> from kvscope.replay.example import held
