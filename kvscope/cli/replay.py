@@ -85,9 +85,8 @@ def replay(
 ) -> None:
     """Replay any number of policies and budgets over a trace, in one pass.
 
-    The results go to reports/NAME. The open loop uses the recorded attention, so it does not include the effect of an
-    eviction on later layers and tokens. The closed loop (--perplexity) does. With --generate the model also answers the
-    prompts.
+    The results go to reports/NAME. The open loop uses the recorded attention, without the effect of an eviction on
+    later layers and tokens. The closed loop (--perplexity) includes it. With --generate the model also answers prompts.
     """
     from kvscope.cli import console, places
     from kvscope.cli.parameters import only_word, select

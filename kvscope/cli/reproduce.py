@@ -33,9 +33,7 @@ def reproduce(
     gate: Annotated[
         str | None, typer.Option("--gate", metavar="FILE", help="Gate of the model, for attention-gate.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what the command would do, and do nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what the command would do.")] = False,
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="NAME", help="Name of the results. Default: reproduce-NAME."),

@@ -27,14 +27,10 @@ LOCAL, RAY = "local", "ray"
 )
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Run this experiment: YAML, or TOML in a .toml file.")],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what the command would do, and do nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what the command would do.")] = False,
     output: Annotated[
         str | None,
-        typer.Option(
-            "-o", "--output", metavar="NAME", help="Name of the results under reports/. Default: the file's name."
-        ),
+        typer.Option("-o", "--output", metavar="NAME", help="Name of the results in reports/. Default: the file's."),
     ] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="Compute on cpu, cuda, cuda:1, mps. Default: as in the file.")

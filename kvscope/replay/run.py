@@ -68,8 +68,7 @@ def replay(
         See `OutputOptions`, `ReplayOptions` and `PlanOptions`; `cache` and `merge` as on the command line:
         ``"16bit,int4:kivi"``, ``"none,d2o"``.
     progress, announce : callable, optional
-        `progress` is called with the completed share, from 0 to 1. `announce` is called before the work begins, with
-        the largest `Footprint`.
+        `progress` gets the completed share, from 0 to 1; `announce` gets the largest `Footprint` before the work.
 
     Raises
     ------
