@@ -275,7 +275,7 @@ def test_a_policy_that_never_returns_can_be_interrupted(body: str, run: Run, tra
     assert process.returncode == 130, said
     assert said.splitlines()[-2:] == [
         "error: interrupted",
-        "Unfinished output was removed; older output is as it was.",
+        "Incomplete output was removed; older output is unchanged.",
     ]
     assert "Traceback" not in said and not list(Path("reports").glob("*"))
 

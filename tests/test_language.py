@@ -18,10 +18,9 @@ from kvscope.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kvscope"
-# docs/reproduce.md quotes the notes of measured results, whose files have a checksum.
 DOCUMENTS = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "traces/README.md", "reports/README.md"),
-    *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").rglob("*.md") if file.name != "reproduce.md"),
+    *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").rglob("*.md")),
 )
 COMMENTED = (
     "Makefile",

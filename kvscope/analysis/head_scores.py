@@ -77,7 +77,7 @@ def _needle(trace: Trace, sequence: int, given: Sequence[str]) -> list[Span]:
     """Return the spans of a sequence that are named, all within its prompt."""
     place, where = trace.sequences[sequence], f"sequence {sequence} of {trace.path}"
     if place.length <= place.prompt:
-        raise UsageError(f"nothing follows the prompt of {where}", "Record it with --max-new-tokens 8 or more.")
+        raise UsageError(f"no tokens follow the prompt of {where}", "Record it with --max-new-tokens 8 or more.")
     names = [item for item in given if "=" not in item] or ([] if given else [NEEDLE])
     recorded = trace.record.sequences[sequence].spans
     spans = [Span(one.name, one.start, one.stop) for one in recorded if one.name in names]

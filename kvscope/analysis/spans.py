@@ -134,18 +134,18 @@ def spans_of_prompt(trace: Trace, sequence: int) -> list[Span]:
         nth = seen[span.name]
         spans.append(Span(f"{span.name}-{nth}" if nth > 1 else span.name, span.start, span.stop))
     if not spans:
-        raise UsageError("no span is named", "Name one or more: --span question=120:140 --span fact=text:WORDS")
+        raise UsageError("no span is given", "Name one or more: --span question=120:140 --span fact=text:WORDS")
     return spans
 
 
 def spans_of(
     replay: Replay, spans: Sequence[Span], steps: Sequence[int], runs: Sequence[int] | None = None, sequence: int = 0
 ) -> SpanReport:
-    """Return how much of each span each run holds, or, for a sparse reader, reads.
+    """Return how much of each span each run holds; for a sparse reader, how much it reads.
 
-    At a step, of a layer and of all: ``held``, the share of the span's tokens that a head holds, the mean over heads;
-    ``whole``, the share of heads that hold all of them. Both are None before the span is complete. ``half_gone`` is the
-    first step from then on at which ``held`` is no more than a half; None if there is none.
+    At each step, for a layer and for all layers: ``held``, the share of the span's tokens that a head holds, the mean
+    over heads; ``whole``, the share of heads that hold all of its tokens. Both are None before the span is complete.
+    ``half_gone`` is the first step after that at which ``held`` is at most one half; None if there is none.
 
     Parameters
     ----------

@@ -9,7 +9,7 @@ import typer
 Generate = Annotated[
     bool,
     typer.Option(
-        "--generate", help="Let the model answer under each policy too, and score what it says; adds the closed loop."
+        "--generate", help="Let the model answer under each policy, and score the answers; adds the closed loop."
     ),
 ]
 AnswerTokens = Annotated[
@@ -26,6 +26,6 @@ AnswerScore = Annotated[
     typer.Option(
         "--score",
         metavar="NAME",
-        help="With --generate: exact, all, any, f1 or rouge-l. Default: as the dataset says.",
+        help="With --generate: score by exact, all, any, f1 or rouge-l. Default: as the dataset says.",
     ),
 ]

@@ -52,16 +52,16 @@ def _notes(rows: Iterable[tuple[RunSummary, TaskSummary]], replay: ReplayRecord)
     lines = []
     if "answer_score" in names:
         metrics = ", ".join(sorted({example.metric for example in examples}))
-        lines.append(f"Answer score: of what the model generates with evicted keys removed, by {metrics}.")
+        lines.append(f"Answer score: score of the text that the model generates after evictions, by {metrics}.")
     lines.append(
-        "Answer first: share of examples in which every token of the answer is the policy's first choice, after the "
-        "tokens of the trace; answer loss: their mean loss in nats."
+        "Answer first: share of examples in which every token of the right answer is the model's first choice under "
+        "the policy, given the tokens of the trace; answer loss: mean loss of these tokens in nats."
     )
     without = sum(not example.spans for example in examples)
     if without:
         lines.append(
-            f"{without} of {len(examples)} answers are not in the text after the prompt, so that they have no loss: "
-            "force them with a continuation to measure it."
+            f"{without} of {len(examples)} answers are not in the text after the prompt, so they have no loss: force "
+            f"them with a continuation to measure it."
         )
     other = len(replay.trace.sequences) - len(examples)
     if other:

@@ -107,7 +107,7 @@ def run(arguments: Sequence[str]) -> int:
         console.fail(*explained)
         return ExitStatus.error
     if status == ExitStatus.interrupted:
-        console.fail("interrupted", "Unfinished output was removed; older output is as it was.")
+        console.fail("interrupted", "Incomplete output was removed; older output is unchanged.")
     return status if isinstance(status, int) else ExitStatus.ok
 
 
@@ -116,24 +116,24 @@ _OS_ERRORS = {
     errno.EPERM: "Check the permissions, or work in a folder that you may write to.",
     errno.EROFS: "Work in another folder: this file system is read-only.",
     errno.ENOSPC: "Free some space, or write to another disk with -o.",
-    errno.EFBIG: "Write to another disk with -o: this one takes no larger file.",
+    errno.EFBIG: "Write to another disk with -o: this one allows no larger file.",
     errno.EDQUOT: "Free some space, or write to another disk with -o.",
-    errno.ENOTDIR: "A file is in the way of a folder: move the file, or write elsewhere with -o.",
-    errno.EEXIST: "A file is in the way of a folder: move the file, or write elsewhere with -o.",
+    errno.ENOTDIR: "A file has the name of a folder to make: move the file, or write elsewhere with -o.",
+    errno.EEXIST: "A file has the name of a folder to make: move the file, or write elsewhere with -o.",
     errno.EISDIR: "Name a file: this is a folder.",
     errno.ENOENT: "Check the path.",
     errno.ENAMETOOLONG: "Use a shorter name.",
     errno.ELOOP: "Use another path: this link points to itself.",
-    errno.EFBIG: "Raise the limit to the size of a file: ulimit -f unlimited",
-    errno.EMFILE: "Raise the limit to the number of open files: ulimit -n 4096",
+    errno.EFBIG: "Raise the limit of file sizes: ulimit -f unlimited",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",
     errno.ENFILE: "Close other programs: no more files can be opened on this machine.",
     errno.EIO: "Check the disk: it does not read or write this file.",
     errno.ESTALE: "Connect the network file system again.",
     errno.EBUSY: "Close the program that uses this file.",
     errno.ETXTBSY: "Close the program that uses this file.",
     errno.EXDEV: "Name a path on one disk.",
-    errno.EINVAL: "Use another path: this file system does not take it.",
-    errno.EILSEQ: "Use another name: this file system does not take it.",
+    errno.EINVAL: "Use another path: this file system does not accept it.",
+    errno.EILSEQ: "Use another name: this file system does not accept it.",
 }
 _OF_PACKAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # of a file of kvscope itself, they are a defect
 
@@ -142,7 +142,7 @@ def _explain(error: Exception | SystemExit) -> tuple[str, str] | None:
     """Return the two lines for an error of memory, of a user's code or of the file system; None for kvscope's own."""
     if is_library_too_large(error):
         return (
-            "memory does not suffice to load the libraries",
+            "there is too little memory to load the libraries",
             "Raise the limit: ulimit -v unlimited, or 4 GB and more.",
         )
     if is_out_of_memory(error):

@@ -45,10 +45,10 @@ def columns(found: Sequence[Best]) -> list[Column]:
 
 def notes(found: Sequence[Best]) -> list[str]:
     """Return the lines under the table."""
-    lines = ["Policies are ranked within a kind: others hold or read more keys at one budget."]
+    lines = ["Policies are ranked within a kind, because kinds hold and read different numbers of keys at one budget."]
     apart = [f"{best.budget} ({best.kind})" for best in found if not best.agree]
     if apart:
-        lines.append(f"The metrics disagree at {', '.join(apart)}: no policy is the best by all of them.")
+        lines.append(f"The metrics disagree at {', '.join(apart)}: no policy is the best by every metric.")
     return lines
 
 

@@ -11,8 +11,8 @@ Cache = Annotated[
     typer.Option(
         "--cache",
         metavar="SCHEME,...",
-        help="Quantise caches, with every policy: int4:kivi, int2:kivi(group=32,residual=64), int4:kvquant, "
-        "int4:quanto, fp8; 16bit to compare with.",
+        help="Quantise the cache, with every policy: int4:kivi, int2:kivi(group=32,residual=64), int4:kvquant, "
+        "int4:quanto, fp8; 16bit is not quantised.",
     ),
 ]
 Merge = Annotated[
@@ -20,6 +20,6 @@ Merge = Annotated[
     typer.Option(
         "--merge",
         metavar="RULE,...",
-        help="Merge evicted keys into those that stay, with every policy: cam, d2o, kvmerger; none to compare with.",
+        help="Merge evicted keys into retained ones, with every policy: cam, d2o, kvmerger; none does not merge.",
     ),
 ]

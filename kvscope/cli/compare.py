@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NOTE = (
     "B - A: mean over sequences, with its 95 % bootstrap interval, near-copies drawn together. p: exact sign test. "
-    "better: only where interval and test agree. By chance alone, one row in 20 has p <= 0.05."
+    "better: only if interval and test agree. By chance alone, one row in 20 has p <= 0.05."
 )
 
 
@@ -34,7 +34,7 @@ def compare(
         typer.Argument(
             metavar="REPLAY",
             autocompletion=replay_names,
-            help="Take both policies from one replay, or A and B from two of the same trace. Default: the newest.",
+            help="Compare two policies of one replay, or of two replays of the same trace. Default: the newest.",
             show_default=False,
         ),
     ] = None,
@@ -45,7 +45,7 @@ def compare(
             "-p",
             metavar="POLICY",
             autocompletion=policy_names,
-            help="Name A, then B, by label, name or run number. Once is enough for one policy in two replays.",
+            help="Name A, then B, by label, name or run number. For one policy in two replays, name it once.",
         ),
     ] = None,
     metric: Annotated[
@@ -53,7 +53,7 @@ def compare(
         typer.Option(
             metavar="NAME",
             autocompletion=metric_names,
-            help="Compare this metric. Repeatable. Default: all with a better direction.",
+            help="Compare this metric. Repeatable. Default: all that have a better direction.",
             show_default=False,
         ),
     ] = None,
@@ -62,8 +62,8 @@ def compare(
 ) -> None:
     """Compare two policies on the same sequences, at every budget that both ran under.
 
-    The sign test counts the sequences in which B is above A; nearly identical ones count as one. A warning is printed
-    where some are, or where they are too few for any claim.
+    The sign test counts the sequences in which B is above A; near-copies count as one. The command warns if it finds
+    near-copies, or if there are too few sequences for any claim.
     """
     from kvscope.analysis.compare import compare as run
     from kvscope.cli import console, places
@@ -71,7 +71,7 @@ def compare(
     from kvscope.results.store import open_replay
 
     if len(replays or ()) > 2:
-        raise UsageError(f"{len(replays or ())} replays are named", "Name one replay or two.")
+        raise UsageError(f"{len(replays or ())} replays are given", "Name one replay or two.")
     named: list[str | None] = [*replays] if replays else [None]
     opened = [open_replay(places.find_replay(name, quiet=quiet)) for name in named]
     chosen = _policies(opened, policy or [])
@@ -118,7 +118,7 @@ def _policies(replays: Sequence[Replay], given: Sequence[str]) -> tuple[str, str
     if len(given) == 2:
         return given[0], given[1]
     if len(given) > 2:
-        raise UsageError(f"{len(given)} policies are named", "Name two: --policy A --policy B")
+        raise UsageError(f"{len(given)} policies are given", "Name two: --policy A --policy B")
     if len(replays) == 2:
         known = [given or policies(replay) for replay in replays]
         if all(len(names) == 1 for names in known):
@@ -126,4 +126,6 @@ def _policies(replays: Sequence[Replay], given: Sequence[str]) -> tuple[str, str
     elif not given and len(names := policies(replays[0])) == 2:
         return names[0], names[1]
     known_names = list(dict.fromkeys(name for replay in replays for name in policies(replay)))
-    raise UsageError("two policies must be named", f"Name two of these with --policy: {', '.join(known_names)}")
+    raise UsageError(
+        "compare needs the names of two policies", f"Name two of these with --policy: {', '.join(known_names)}"
+    )

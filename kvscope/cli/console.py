@@ -128,7 +128,7 @@ def show_table(columns: Sequence[Column], *, title: str = "", notes: Sequence[st
         console.print(Text(printable(line), style="dim"))
     if dropped:
         names = ", ".join(column.header.replace("\n", " ") for column in dropped)
-        console.print(Text(f"Too narrow for: {names}. --json prints everything.", style="dim"))
+        console.print(Text(f"Columns that do not fit: {names}. --json prints everything.", style="dim"))
 
 
 def fit(columns: Sequence[Column], width: int) -> tuple[list[Column], list[Column]]:

@@ -60,7 +60,7 @@ def diff(
 
     allowed = parse_tolerance(tolerance or [])
     if update and is_remote(base):
-        raise UsageError(f"{shown(base)} is on another machine: it is not written", "Name a file here as BASE.")
+        raise UsageError(f"{shown(base)} is on another machine, so it cannot be written", "Name a file here as BASE.")
     if update and base.endswith(".json") and not Path(base).exists():
         source = places.find_replay(new, quiet=quiet)
         accept(source, Path(base))

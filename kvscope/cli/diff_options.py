@@ -26,12 +26,13 @@ AllowedChange = Annotated[
         "--tolerance",
         "-t",
         metavar="[METRIC=]AMOUNT",
-        help="Allow a metric to become worse by 0.01 or 1%; without METRIC, any of them. Repeatable. Default: 0.001.",
+        help="Allow a metric to become worse by 0.01 or 1%; without METRIC, allow it for all. Repeatable. Default: "
+        "0.001.",
         show_default=False,
     ),
 ]
 WithDecisions = Annotated[
-    bool, typer.Option("--decisions", help="Compare also which keys were evicted when; any difference fails.")
+    bool, typer.Option("--decisions", help="Also compare which keys were evicted, and when; any difference fails.")
 ]
 ListedChanges = Annotated[
     int, typer.Option("--first", metavar="N", help="With --decisions: list the first N differences of each run.", min=0)

@@ -155,7 +155,7 @@ def _notes(record: ExperimentRecord, rows: Sequence[PooledRun]) -> list[str]:
     parts = {(run.task, run.length) for run in record.runs if run.task is not None}
     lines = []
     if parts:
-        lines.append(f"Means over {len(parts)} tasks and lengths together; --json and the report have each of them.")
+        lines.append(f"Means over all {len(parts)} tasks and lengths; --json and the report show each of them.")
     copies = [run for run in rows if run.clusters < run.sequences]
     if copies:
         lines.append(f"{copies[0].sequences} sequences count as {copies[0].clusters}: the others are near-copies.")

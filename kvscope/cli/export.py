@@ -30,19 +30,19 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="Write csv, parquet or arrow (Feather); markdown or latex is the summary as one table, for a page or "
-            "paper, and is printed without -o FILE.",
+            help="Write csv, parquet or arrow (Feather); or print the summary as one table in markdown or latex, or "
+            "write it with -o FILE.",
         ),
     ] = ExportFormat.parquet,
     per: Annotated[
         ExportLevel,
         typer.Option(
             metavar="WHAT",
-            help="Write fidelity of each step, or means of each head, layer, sequence or run.",
+            help="Write one row of fidelity for each step, or means for each head, layer, sequence or run.",
         ),
     ] = ExportLevel.step,
     long: Annotated[
-        bool, typer.Option("--long", help="Give each metric a row of fidelity instead of a column.")
+        bool, typer.Option("--long", help="Write each metric of fidelity as a row instead of a column.")
     ] = False,
     to: ToTracker = None,
     force: Force = False,
@@ -51,15 +51,15 @@ def export(
 ) -> None:
     """Write runs, fidelity and residency as tables in which every row names its policy and budget: no join is needed.
 
-    Where right answers are known, examples.* has what the model says beside all metrics of the example, tasks.* means.
-    Large replays are written in pieces. export.json describes the columns.
+    If right answers are known, examples.* has the model's answer and all metrics of each example, and tasks.* has
+    means. Large replays are written in pieces. export.json describes the columns.
     """
     from kvscope.cli import console, places
     from kvscope.results.export import export as write
     from kvscope.results.store import open_replay
 
     if to is not None and (form is not ExportFormat.parquet or per is not ExportLevel.step or long):
-        raise UsageError("--format, --per and --long are for tables, not for --to", "Omit them, or export twice.")
+        raise UsageError("--format, --per and --long apply to tables, not to --to", "Omit them, or export twice.")
     opened = open_replay(places.find_replay(replay, quiet=quiet))
     if to is not None:
         export_to(opened, to, output, force=force, json=json, quiet=quiet)

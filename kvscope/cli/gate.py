@@ -62,12 +62,15 @@ Eviction = Annotated[
 Strength = Annotated[float, typer.Option("--strength", help="Weight of the eviction loss.")]
 Form = Annotated[
     GateForm,
-    typer.Option("--form", help="Let a gate attend to earlier tokens only, or the gates of a prompt to all of it."),
+    typer.Option(
+        "--form",
+        help="Let a gate attend to earlier tokens only (causal), or in a prompt to all of its tokens (bidirectional).",
+    ),
 ]
 Heads = Annotated[int, typer.Option("--heads", help="Number of attention heads in a gate.", min=1)]
 HeadSize = Annotated[int, typer.Option("--head-size", help="Size of each of these heads.", min=1)]
-Tau = Annotated[float, typer.Option("--tau", help="Retain a key whose gate, 0 to 1, is above this.")]
-Sinks = Annotated[int, typer.Option("--sinks", help="Always retain this many first tokens.", min=0)]
+Tau = Annotated[float, typer.Option("--tau", help="Retain a key if its gate, 0 to 1, is above this.")]
+Sinks = Annotated[int, typer.Option("--sinks", help="Always retain the first N tokens.", min=0)]
 Window = Annotated[
     int, typer.Option("--window", metavar="TOKENS", help="With --text: read sequences of this length.", min=2)
 ]
@@ -78,7 +81,7 @@ Every = Annotated[int, typer.Option("--every", help="Evaluate the gate and write
 Patience = Annotated[int, typer.Option("--patience", help="Stop after N checkpoints without improvement.", min=1)]
 Ramp = Annotated[float, typer.Option("--ramp", help="Lower the target from 100 % over this share of the steps.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of all random numbers.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint beside the output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint next to the output.")]
 
 
 @app.callback()
@@ -162,9 +165,9 @@ def train(
 ) -> None:
     """Train gates on texts, or on recorded attention; the model itself is not changed.
 
-    With --text the model runs with the gates: its own loss is minimised together with an eviction loss, which pulls the
-    share of retained keys to the target. With --distill the model does not run: gates learn which keys later queries
-    attended to most.
+    With --text the model runs with the gates. Training minimises the model's own loss and an eviction loss, which pulls
+    the share of retained keys towards the target. With --distill the model does not run: gates learn which keys later
+    queries attended to most.
     """
     from kvscope.cli import console
     from kvscope.cli.hints import replay_of
@@ -250,7 +253,7 @@ def _require_arguments(
 
     if bool(text) == bool(distill):
         raise UsageError(
-            "both texts and traces are named" if text else "neither texts nor traces are named",
+            "both texts and traces are given" if text else "neither texts nor traces are given",
             "Use --model M --text FILE, or --distill TRACE.",
         )
     if text and model is None:

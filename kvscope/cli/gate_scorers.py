@@ -33,7 +33,7 @@ def scorers(
         Path("scorers.safetensors")
     ),
     scorer_width: Annotated[
-        int, typer.Option("--width", help="Size of the hidden layer; 0: a linear scorer.", min=0)
+        int, typer.Option("--width", help="Size of the hidden layer; 0 trains a linear scorer.", min=0)
     ] = 512,
     tokens: Annotated[int, typer.Option("--tokens", help="Train on this many tokens of each prompt.", min=1)] = 500,
     epochs: Annotated[int, typer.Option("--epochs", help="Train for this many passes over the tokens.", min=1)] = 15,
@@ -44,9 +44,9 @@ def scorers(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the scorers of the policy kvzap on prompts that the model read again; the model does not run.
+    """Train the scorers of the policy kvzap on prompts that the model read twice; the model does not run.
 
-    Record the traces with --hidden and --reread. A scorer predicts the logarithm of the score that kvzip gives a key.
+    Record the traces with --hidden and --reread. A scorer predicts the logarithm of the kvzip score of a key.
     """
     from kvscope.cli import console
     from kvscope.cli.hints import replay_of

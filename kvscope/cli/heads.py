@@ -26,8 +26,8 @@ def heads(
             "--span",
             "-s",
             metavar="NAME[=WHAT]",
-            help="The needle: a span recorded with the prompts, or fact=text:WORDS, or fact=120:140 (140 excluded). "
-            "Repeatable. Default: needle, as kvscope tasks calls it.",
+            help="Name the needle: a span of the prompts, fact=text:WORDS, or fact=120:140 (140 excluded). "
+            "Repeatable. Default: needle, the name in prompts of kvscope tasks.",
             show_default=False,
         ),
     ] = None,
@@ -41,8 +41,8 @@ def heads(
 ) -> None:
     """Score the heads by how much they attend to a needle, and write the scores for duo-attention and headkv.
 
-    The score of a head is the attention mass on the needle in the rows from which the model makes its answer. Use the
-    file as a parameter: duo-attention:heads=heads.tsv, headkv:heads=heads.tsv.
+    The score of a head is its attention mass on the needle, in the rows that produce the answer. Use the file as a
+    parameter: duo-attention:heads=heads.tsv, headkv:heads=heads.tsv.
     """
     from kvscope.analysis.head_scores import as_json, as_table, head_scores
     from kvscope.cli import console, places

@@ -14,19 +14,19 @@ Maps = Annotated[
     Path,
     typer.Argument(
         metavar="MAPS",
-        help="Read attention [L, H, T, T] or [S, L, H, T, T], or attentions as transformers returns them, from this "
+        help="Read attention [L, H, T, T] or [S, L, H, T, T], or attentions in the form of transformers, from this "
         ".npz, .npy, .safetensors or .pt file.",
         show_default=False,
     ),
 ]
 PromptStored = Annotated[
-    str | None, typer.Option("--prompt", metavar="TEXT", help="Store this prompt: a text, or a file that holds it.")
+    str | None, typer.Option("--prompt", metavar="TEXT", help="Store this prompt: a text, or a file that contains it.")
 ]
 PromptTokens = Annotated[
     int | None,
     typer.Option(
         "--prompt-length",
-        help="Count this many tokens as prompt, padding included; without it, only --prefill stream can replay.",
+        help="Number of tokens of the prompt, padding included. Without it, replays need --prefill stream.",
         min=1,
     ),
 ]
@@ -35,7 +35,7 @@ Axes = Annotated[
     typer.Option(
         "--axes",
         metavar="LETTERS",
-        help="Name the axes of attention, as LBHTT: L layers, B sequences, H heads, T queries, T keys.",
+        help="Name the axes of attention: LBHTT has L layers, B sequences, H heads, T queries, T keys.",
         show_default=False,
     ),
 ]
@@ -43,7 +43,7 @@ KvHeads = Annotated[
     int | None,
     typer.Option(
         "--kv-heads",
-        help="Number of key/value heads of a layer. Default: that of keys and values, or of query heads.",
+        help="Number of key/value heads of a layer. Default: as in keys and values, or the number of query heads.",
         show_default=False,
         min=1,
     ),
@@ -71,11 +71,11 @@ def import_maps(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a trace of attention maps; every row is checked first.
+    """Make a trace from attention maps; every row is checked first.
 
     Optional arrays: value_l1, value_l2, key_l2 [L, G, T]; keys, values, queries [L, G or H, T, D]; sink_mass [L, H, T],
-    what a learned sink takes of rows that sum to one; tokens; prompt_length; attention_mask, whose padding is removed.
-    What is assumed is printed and stored in the trace.
+    the share that a learned sink takes of rows that sum to one; tokens; prompt_length; attention_mask, whose padding is
+    removed. The command prints its assumptions and stores them in the trace.
     """
     from kvscope.cli import console, places
     from kvscope.cli.hints import next_command

@@ -47,7 +47,9 @@ def info(
 
     if system:
         if trace is not None or verify:
-            raise UsageError("--system shows no trace", "Omit the trace and --verify, or omit --system.")
+            raise UsageError(
+                "--system cannot be combined with a trace or --verify", "Omit the trace and --verify, or omit --system."
+            )
         show_system(as_json=json)
         return
     from kvscope.results.store import open_replay
@@ -208,9 +210,9 @@ def pairs(trace: Trace, *, verified: bool = False) -> list[tuple[str, str]]:
     if chunks:
         lines.insert(2, ("attends in chunks of", ", ".join(map(str, chunks))))
     if header.learned_sinks:
-        lines.insert(2, ("learned sinks", "yes: rows are stored after the sinks' share, and do not sum to one"))
+        lines.insert(2, ("learned sinks", "yes: the sinks' share is taken from the rows, which do not sum to one"))
     if header.sink_rows == "before":
-        lines.insert(2, ("learned sinks", "yes: rows are stored before the sinks' share, and sum to one"))
+        lines.insert(2, ("learned sinks", "yes: the sinks' share is not taken from the rows, which sum to one"))
     if header.softcap is not None:
         lines.insert(2, ("soft cap", f"{header.softcap:g}"))
     return lines

@@ -72,7 +72,7 @@ def _facts(name: str, *, quiet: bool) -> ModelFacts:
 
 
 NOTES = [
-    "rows: recomputed from queries and keys, with all signals; module rows: as the model's modules return them.",
+    "rows: recomputed from queries and keys, with all signals; module rows: returned by the model's modules.",
     "Each type was tried with a tiny random model. kvscope models NAME describes one type or model.",
 ]
 

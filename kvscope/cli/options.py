@@ -55,7 +55,8 @@ Scope = Annotated[
     typer.Option(
         "--scope",
         metavar="WHO",
-        help="Let each kv_head decide, or the layer as one. Default: as published; with a latent cache, layer.",
+        help="Select keys for each kv_head, or once for the whole layer. Default: as published; layer with a latent "
+        "cache.",
     ),
 ]
 Accumulate = Annotated[
@@ -67,7 +68,7 @@ Metrics = Annotated[
         "--metric",
         metavar="NAME",
         autocompletion=metric_names,
-        help="Compute this metric. Repeatable. Default: all that the trace allows.",
+        help="Compute this metric. Repeatable. Default: all that the trace supports.",
         show_default=False,
     ),
 ]
@@ -82,7 +83,7 @@ ClosedLoop = Annotated[
 ]
 TracedModel = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="Load the model from here. Default: as recorded in the trace."),
+    typer.Option("--model", metavar="NAME", help="Load this model. Default: the model of the trace."),
 ]
 PositionsMode = Annotated[
     Positions,
@@ -122,14 +123,14 @@ Heads = Annotated[
     typer.Option(
         "--heads",
         metavar="LIST",
-        help="Record these query heads only: 0-3,8-11. Name all heads that share keys and values; policies that decide "
-        "per layer cannot replay such a trace.",
+        help="Record these query heads only: 0-3,8-11. Name all heads that share keys and values. Policies that "
+        "decide per layer need all heads.",
     ),
 ]
 QueryStride = Annotated[
     int,
     typer.Option(
-        "--query-stride", help="Record every n-th attention row only; such a trace cannot be replayed.", min=1
+        "--query-stride", help="Record only every N-th attention row; such a trace cannot be replayed.", min=1
     ),
 ]
 QueryBlock = Annotated[
@@ -147,17 +148,17 @@ Store = Annotated[
     str,
     typer.Option(
         "--store",
-        help="Store auto: maps+vectors if that takes at most 100 MB, otherwise maps; maps; maps+vectors: also every "
-        "query, key and value; qkv: these alone, for long prompts: rows are "
-        "recomputed when they are read; topk:K: the K heaviest keys of each row and sums of columns, lossy. The write "
-        "buffer holds at most 64 MB, or 16 MB for each thread that writes if that is more.",
+        help="What to store. maps: attention rows. maps+vectors: also queries, keys and values. qkv: only these, for "
+        "long prompts; rows are recomputed when read. topk:K: the K heaviest keys of each row and sums of columns, "
+        "lossy. auto: maps+vectors if that takes at most 100 MB, otherwise maps. The write buffer has at most 64 MB, "
+        "or 16 MB for each writing thread if that is more.",
     ),
 ]
 Hidden = Annotated[
     bool | None,
     typer.Option(
         "--hidden",
-        help="Record layer inputs, which gates need. Default: for models that come with a gate, as demo.",
+        help="Record layer inputs, which gates need. Default: only for models that come with a gate, such as demo.",
         show_default=False,
     ),
 ]
@@ -165,7 +166,9 @@ Outputs = Annotated[
     bool,
     typer.Option("--outputs", help="Record the norms of values after the output projection, which criticalkv needs."),
 ]
-Reread = Annotated[bool, typer.Option("--reread", help="Let the model read each prompt again, which kvzip needs.")]
+Reread = Annotated[
+    bool, typer.Option("--reread", help="Let the model read each prompt a second time, which kvzip needs.")
+]
 
 # What is read.
 TraceSource = Annotated[
@@ -204,7 +207,7 @@ RunBudget = Annotated[
         "--budget",
         "-b",
         metavar="LIST",
-        help="Select runs by budget, as it was given: 20%,256. Default: all.",
+        help="Select runs by budget, written as in the replay: 20%,256. Default: all.",
         show_default=False,
     ),
 ]
@@ -237,7 +240,8 @@ Window = Annotated[
     typer.Option(
         "--window",
         metavar="TOKENS",
-        help="Cut texts into windows of this many tokens. Default: 1024, or the context.",
+        help="Cut texts into windows of this many tokens. Default: 1024, or the context of the model if that is "
+        "smaller.",
         min=2,
     ),
 ]
@@ -250,14 +254,14 @@ PromptLength = Annotated[
     typer.Option(
         "--prompt-length",
         metavar="TOKENS",
-        help="Read this many tokens of each window with the full cache, unscored.",
+        help="Read the first N tokens of each window with the full cache, and do not score them.",
         min=1,
     ),
 ]
 # Of `verify`.
 DecodedTokens = Annotated[
     int | None,
-    typer.Option("--tokens", metavar="N", help="Decode at most N tokens of each sequence. Default: 128.", min=1),
+    typer.Option("--tokens", metavar="N", help="Decode at most N tokens of each sequence.", min=1),
 ]
 FirstSequences = Annotated[
     int, typer.Option("--sequences", metavar="N", help="Use the first N sequences of the trace.", min=1)

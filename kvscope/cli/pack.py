@@ -39,7 +39,7 @@ def pack(
 ) -> None:
     """Write a trace or a replay into one file with checksums; the same content gives the same bytes.
 
-    kvscope unpack makes a folder of it again, and every command reads it from s3://, hf:// or https://.
+    kvscope unpack restores the folder, and every command can read the file from s3://, hf:// or https://.
     """
     from kvscope.cli import console, places
     from kvscope.sharing.archive import ENDING, SUFFIX
@@ -52,8 +52,8 @@ def pack(
         made = write(folder, KINDS[noun], file, force=force, progress_callback=count)
     show(made, as_json=json)
     if file.suffix != ENDING:
-        console.note(f"to read it from an address, give it a name that ends in {ENDING}", quiet=quiet)
-    console.note(f"next: send {file}; whoever has it runs kvscope unpack {file.name}", quiet=quiet)
+        console.note(f"to read it from an address, give it a name ending in {ENDING}", quiet=quiet)
+    console.note(f"next: send {file}; the receiver runs kvscope unpack {file.name}", quiet=quiet)
 
 
 def show(made: Packed, *, as_json: bool) -> None:

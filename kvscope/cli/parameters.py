@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from kvscope.policies import Policy
 
 PARAMETERS = (
-    "Any other --NAME VALUE sets a parameter of every named policy that has it, as in --alpha 0.7; "
-    "'kvscope policies' lists them. --policy a2sf:alpha=0.7,recent=16 sets them for one policy."
+    "Any other --NAME VALUE sets a parameter, such as --alpha 0.7, for every selected policy that has it; 'kvscope "
+    "policies' lists the parameters. --policy a2sf:alpha=0.7,recent=16 sets parameters of one policy."
 )
 
 
@@ -57,7 +57,7 @@ def select(
     Raises
     ------
     UsageError
-        For an unknown name, parameter or budget, or if no policy is named.
+        For an unknown name, parameter or budget, or if no policy is given.
     """
     from kvscope.cli import places
     from kvscope.cli.console import note
@@ -78,7 +78,7 @@ def only_word(words: Sequence[str]) -> str | None:
     from kvscope.core.errors import UsageError
 
     if len(words) > 1:
-        raise UsageError(f"two traces are named: {words[0]} and {words[1]}", "Name one trace.")
+        raise UsageError(f"two traces are given: {words[0]} and {words[1]}", "Name one trace.")
     return words[0] if words else None
 
 
@@ -147,7 +147,7 @@ def named_policies(specs: Sequence[str], params: dict[str, str], flags: Sequence
     if not specs:
         _require_parameters(params)
         raise UsageError(
-            "no policy is named",
+            "no policy is given",
             f"Name one or more: --policy {' --policy '.join(POLICIES.names()[:2])}, or --policy all",
         )
     names = [name for spec in specs for name in (POLICIES.names() if spec == "all" else [spec])]

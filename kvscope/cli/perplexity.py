@@ -67,10 +67,10 @@ def perplexity(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what policies cost in perplexity on text files: language modelling under a cache limit.
+    """Measure the perplexity of text files under each policy: language modelling with a limited cache.
 
-    The closed loop scores every token while the cache is limited to the budget from the first token on. One pass of
-    the model evaluates many policies and budgets.
+    The closed loop scores every token, with the cache limited to the budget from the first token on. One pass of the
+    model evaluates many policies and budgets.
     """
     from kvscope.cli import console, places
     from kvscope.cli.parameters import select

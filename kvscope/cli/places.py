@@ -37,7 +37,7 @@ def find_trace(given: str | None, *, quiet: bool = False) -> Path:
     from kvscope.trace.newest import newest_trace
 
     path = newest_trace(TRACES)
-    note(f"trace: {path} (the newest; name another to use it instead)", quiet=quiet)
+    note(f"trace: {path} (the newest; name another one to use that)", quiet=quiet)
     return path
 
 
@@ -60,7 +60,7 @@ def find_replay(given: str | None, *, quiet: bool = False) -> Path:
     from kvscope.results.store import newest_replay
 
     path = newest_replay(REPORTS)
-    note(f"replay: {path} (the newest; name another to use it instead)", quiet=quiet)
+    note(f"replay: {path} (the newest; name another one to use that)", quiet=quiet)
     return path
 
 

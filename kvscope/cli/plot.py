@@ -25,18 +25,20 @@ FigureOutput = Annotated[
     ),
 ]
 MetricName = Annotated[
-    str | None, typer.Option(metavar="METRIC", help="Draw this metric. Default: the first with a better end.")
+    str | None, typer.Option(metavar="METRIC", help="Draw this metric. Default: the first that has a better direction.")
 ]
 AxisName = Annotated[
-    str, typer.Option(help="Axis of budget_curve: held, share, read, budget or bytes.", metavar="AXIS")
+    str, typer.Option(help="Draw budget_curve against held, share, read, budget or bytes.", metavar="AXIS")
 ]
 Layer = Annotated[int | None, typer.Option(metavar="N", help="Draw this layer. Default: the middle one.")]
 Head = Annotated[int | None, typer.Option(metavar="N", help="Draw this query head. Default: all.", min=0)]
 StepNumber = Annotated[int | None, typer.Option(metavar="N", help="Draw this step. Default: the last.", min=0)]
 SpanName = Annotated[str | None, typer.Option(metavar="NAME", help="Draw this span. Default: the first of the prompt.")]
-StyleName = Annotated[str, typer.Option(help="Look: paper (one column, without heading) or slides.")]
-Width = Annotated[float | None, typer.Option(metavar="INCHES", help="Width. Default: that of the style.")]
-Height = Annotated[float | None, typer.Option(metavar="INCHES", help="Height. Default: that of the style.")]
+StyleName = Annotated[str, typer.Option(help="Use this style: paper (one column, without heading) or slides.")]
+Width = Annotated[float | None, typer.Option(metavar="INCHES", help="Width of the figure. Default: that of the style.")]
+Height = Annotated[
+    float | None, typer.Option(metavar="INCHES", help="Height of the figure. Default: that of the style.")
+]
 FontSize = Annotated[float | None, typer.Option(metavar="POINTS", help="Size of all text. Default: that of the style.")]
 
 
@@ -67,8 +69,8 @@ def plot(
 ) -> None:
     """Write one panel of the report as a figure for a paper, and print its path.
 
-    Lines are those that the report shows first, or those of --policy. Maps show the first run that --policy and
-    --budget select.
+    A line plot shows the runs that the report shows first, or those of --policy. A map shows the first run that
+    --policy and --budget select.
     """
     from pathlib import Path
 

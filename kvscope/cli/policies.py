@@ -36,9 +36,7 @@ def policies(
     ] = None,
     cite: Annotated[
         bool,
-        typer.Option(
-            "--cite", help="Print the publications as BibTeX: of all policies, or of NAME, as in a2sf:alpha=0.7."
-        ),
+        typer.Option("--cite", help="Print the publications of all policies, or of NAME, as BibTeX."),
     ] = False,
     replay: Annotated[
         str | None,
@@ -46,7 +44,7 @@ def policies(
             "--replay",
             metavar="REPLAY",
             autocompletion=replay_names,
-            help="With --cite: of the policies in this replay.",
+            help="With --cite: print those of the policies in this replay.",
         ),
     ] = None,
     json: Json = False,
@@ -74,8 +72,8 @@ def policies(
         console.show_table(
             columns(rows),
             notes=[
-                "kvscope policies NAME describes one policy. Set a parameter with --NAME VALUE, as in --alpha 0.7.",
-                "Presses of kvpress are named as in Python: --policy 'kvpress:SnapKVPress(window_size=32)'. "
+                "kvscope policies NAME describes one policy. Set a parameter with --NAME VALUE, such as --alpha 0.7.",
+                "Write presses of kvpress as in Python: --policy 'kvpress:SnapKVPress(window_size=32)'. "
                 "kvscope policies kvpress lists them.",
             ],
         )
@@ -91,7 +89,9 @@ def _show_presses(names: Sequence[str], json: bool) -> None:
     from kvscope.presses.support import REFUSED, describe_presses
 
     if len(names) > 1:
-        raise UsageError(f"{PRESSES} is not described beside other policies", "Write: kvscope policies kvpress")
+        raise UsageError(
+            f"{PRESSES} cannot be described together with other policies", "Write: kvscope policies kvpress"
+        )
     rows = describe_presses()
     if json:
         refused = [{"press": name, "why": why, "instead": todo} for name, (why, todo) in REFUSED.items()]
@@ -101,9 +101,9 @@ def _show_presses(names: Sequence[str], json: bool) -> None:
     console.show_table(
         [console.Column(head, [row[head] for row in rows], wrap=34, keep=keep) for head, keep in heads],
         notes=[
-            "Write one as a policy: kvscope replay --policy 'kvpress:SnapKVPress(window_size=32)'. A ratio in it "
-            "takes the place of the budget.",
-            "It needs pip install 'kvscope[kvpress]', and the model of the trace. docs/kvpress.md has more.",
+            "Write one as a policy: kvscope replay --policy 'kvpress:SnapKVPress(window_size=32)'. A ratio in the "
+            "press replaces the budget.",
+            "Presses need pip install 'kvscope[kvpress]' and the model of the trace; see docs/kvpress.md.",
         ],
     )
     console.show_text("")
@@ -130,7 +130,7 @@ def _cite(names: Sequence[str], replay: str | None, json: bool) -> None:
         console.show_raw(bibtex(one.citation for one in sources if one.citation is not None))
     unknown = [one.policy for one in sources if not one.known]
     if unknown:
-        console.warn(f"not among the installed policies, and not cited: {', '.join(unknown)}")
+        console.warn(f"not cited, because they are not installed: {', '.join(unknown)}")
     without = [one.policy for one in sources if one.known and one.citation is None]
     if without:
         console.note(f"without a publication: {', '.join(without)}")
@@ -174,15 +174,15 @@ def _show_one(row: PolicyDescription) -> None:
     console.show_pairs(
         [
             ("rule", row["formula"] or "-"),
-            ("needs", ", ".join(row["needs"]) or "nothing but the length of the trace"),
+            ("needs", ", ".join(row["needs"]) or "only the length of the trace"),
             ("decides per", row["scope"].replace("_", " ")),
             ("evicts", _evicts(row)),
-            ("budget", "as given" if row["bounded"] else "ignored: it decides how many keys to retain"),
+            ("budget", "as given" if row["bounded"] else "ignored: the policy itself decides how many keys it retains"),
             ("allocation", row["allocate"]),
             ("prefill", ", ".join(row["prefills"])),
             ("variants", ", ".join(row["variants"]) or "none"),
             ("from", row["paper"]),
-            ("compared with", row["proven"] or "the contract that holds for every policy"),
+            ("compared with", row["proven"] or "the contract of every policy"),
         ]
     )
     if not row["parameters"]:

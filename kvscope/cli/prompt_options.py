@@ -11,9 +11,9 @@ Prompts = Annotated[
     list[str],
     typer.Argument(
         metavar="PROMPT",
-        help="Record these text files, or JSON, JSONL and Parquet files with a prompt or messages per object; gzip, "
-        "zstd; a folder of them; an address such as hf://, s3://, https://; - is standard input. Special tokens that "
-        "a text contains are read as such.",
+        help="Record these prompts: text files, or JSON, JSONL and Parquet files with a prompt or messages in each "
+        "object, also compressed with gzip or zstd; a folder of them; an address such as hf://, s3://, https://; - "
+        "for standard input. Special tokens in a text are read as special tokens.",
         show_default=False,
     ),
 ]
@@ -32,7 +32,7 @@ Template = Annotated[
     typer.Option(
         "--template",
         metavar="TEXT",
-        help="Make the prompt of JSON objects of their fields: '{context} Question: {input}'. Default: see --field.",
+        help="Build the prompt from the fields of JSON objects: '{context} Question: {input}'. Default: see --field.",
         show_default=False,
     ),
 ]
@@ -41,7 +41,7 @@ Answer = Annotated[
     typer.Option(
         "--answer",
         metavar="TEXT",
-        help="A right answer to the prompt, of which there is one. Repeatable.",
+        help="Give a right answer to the prompt; needs a single prompt. Repeatable.",
         show_default=False,
     ),
 ]
@@ -50,8 +50,8 @@ Image = Annotated[
     typer.Option(
         "--image",
         metavar="PATH",
-        help="An image of the prompt, of which there is one: a file, or an address such as https://... Repeatable, in "
-        "the order of the placeholders in the text.",
+        help="Give an image of the prompt, a file or an address such as https://...; needs a single prompt. "
+        "Repeatable, in the order of the placeholders in the text.",
         show_default=False,
     ),
 ]
@@ -60,7 +60,7 @@ Continuation = Annotated[
     typer.Option("--continuation", metavar="FILE", help="Force this text after the prompt instead of generating."),
 ]
 Chat = Annotated[
-    bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template, as messages always are.")
+    bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template; messages always are.")
 ]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="With --chat: add a system message.")]
 ChatOption = Annotated[
@@ -68,7 +68,7 @@ ChatOption = Annotated[
     typer.Option(
         "--chat-option",
         metavar="NAME=VALUE",
-        help="Pass this to the chat template, VALUE as JSON: enable_thinking=false. Repeatable.",
+        help="Pass this option to the chat template, with VALUE in JSON: enable_thinking=false. Repeatable.",
         show_default=False,
     ),
 ]

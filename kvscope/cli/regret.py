@@ -40,10 +40,10 @@ def regret(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the evictions that lost most attention: which key, when it was evicted, when it was missed most.
+    """List the evictions that lost most attention: which key, when it was evicted, and when queries missed it most.
 
-    For one run: its worst evictions, then the lost attention by token, by kind of token and by lag. For several runs:
-    one line each.
+    For one run, the command prints its worst evictions, then the lost attention by token, by kind of token and by lag.
+    For several runs, it prints one line each.
     """
     from kvscope.analysis.find_regrets import regrets
     from kvscope.cli import console, places
@@ -78,7 +78,7 @@ def _show_run(run: RunRegret, heading: str, *, several: bool) -> None:
     if run["spans"]:
         console.show_table(by_span(run["spans"]), title="spans of the prompts")
     console.show_table(by_lag(run["lags"]), title="lags")
-    console.show_text(f"{run['per_step']:.2%} of all attention at the scored steps was on evicted keys.")
+    console.show_text(f"{run['per_step']:.2%} of the attention mass at the scored steps falls on evicted keys.")
 
 
 def summary(runs: Sequence[RunRegret]) -> list[Column]:

@@ -86,7 +86,7 @@ def replay(
     """Replay any number of policies and budgets over a trace, in one pass.
 
     The results go to reports/NAME. The open loop uses the recorded attention, without the effect of an eviction on
-    later layers and tokens; the closed loop, with --perplexity, has it. With --generate the model also answers prompts.
+    later layers and tokens. The closed loop (--perplexity) includes it. With --generate the model also answers prompts.
     """
     from kvscope.cli import console, places
     from kvscope.cli.parameters import only_word, select
@@ -128,7 +128,7 @@ def _execute(job: ReplayJob, output: OutputOptions, table: TableOptions, *, as_j
     if job.skipped:
         console.warn(skipped_line(job.skipped, job.remedies))
     needs, tokens = job.footprint, sum(sequence.length for sequence in job.open.trace.sequences)
-    console.note(f"about {size(needs.bytes)} of memory, for {needs.layers} layers at a time", quiet=quiet)
+    console.note(f"needs about {size(needs.bytes)} of memory, for {needs.layers} layers at a time", quiet=quiet)
     with console.bar("replaying", tokens, "tokens", quiet=quiet) as update:
         made = job.execute(output, lambda share: update(share * tokens))
     show(made, as_json=as_json, table=table)
@@ -144,4 +144,4 @@ def _require_closed_loop(
     if closed != ClosedLoopOptions() and not perplexity:
         raise UsageError("--model, --dtype, --device-map and --positions need the closed loop", "Add --perplexity.")
     if answers != GenerateOptions() and not generate:
-        raise UsageError("--max-new-tokens and --score are about generated answers", "Add --generate.")
+        raise UsageError("--max-new-tokens and --score need generated answers", "Add --generate.")

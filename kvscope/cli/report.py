@@ -130,5 +130,5 @@ def traces_of(replays: Sequence[Replay], *, compare: bool = True) -> dict[str, T
         if trace.identity == source.identity:
             traces[trace.identity] = trace
         else:
-            warn(f"the report has no token text: {trace.path} is no longer the trace of {replay.path}")
+            warn(f"the report has no token text: {trace.path} is not the trace of {replay.path}")
     return traces

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 def reproduce(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Reproduce this paper. Default: list all.")] = None,
     model: Annotated[
-        str, typer.Option("-m", "--model", help="Run demo, an alias as the paper's llama2-7b, a Hub id or a folder.")
+        str, typer.Option("-m", "--model", help="Run demo, an alias such as llama2-7b, a Hub id or a folder.")
     ] = "demo",
     prompts: Annotated[
-        list[str] | None, typer.Option("--prompts", metavar="FILE", help="Take these prompts for the paper's texts.")
+        list[str] | None, typer.Option("--prompts", metavar="FILE", help="Use these prompts as the paper's texts.")
     ] = None,
     gate: Annotated[
         str | None, typer.Option("--gate", metavar="FILE", help="Gate of the model, for attention-gate.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do not do it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what the command would do.")] = False,
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", metavar="NAME", help="Name of the results. Default: reproduce- and the paper."),
+        typer.Option("-o", "--output", metavar="NAME", help="Name of the results. Default: reproduce-NAME."),
     ] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="Compute on cpu, cuda, cuda:1, mps. Default: a GPU if there is one.")
@@ -48,9 +48,9 @@ def reproduce(
 ) -> None:
     """Reproduce the claims of a paper: run its experiments, and compare the order of policies with the paper's.
 
-    With the bundled model this takes minutes and no network; the model is not the paper's, and texts are shorter. With
-    another model the settings are the paper's, and --prompts gives the texts that do not come with kvscope. What is
-    done is not done again. Results are reports/reproduce-NAME.json, and a page of each experiment.
+    With the bundled model this takes minutes and needs no network, but the model is not the paper's, and texts are
+    shorter. With another model the settings are the paper's, and --prompts gives the texts that do not come with
+    kvscope. Nothing is computed twice. The results are reports/reproduce-NAME.json and a page for each experiment.
     """
     from kvscope.cli import console, places
     from kvscope.cli.reproduce_table import show_papers, show_reproduction
@@ -63,7 +63,7 @@ def reproduce(
         show_papers(as_json=json)
         return
     if json and markdown:
-        raise UsageError("--json and --markdown are both given", "Give one of them.")
+        raise UsageError("--json and --markdown exclude each other", "Give one of them.")
     chosen = places.readable(output or f"reproduce-{name}")
     local = tuple(str(places.local_file(given, "prompts", quiet=quiet)) for given in prompts or [])
     prepared = prepare(read_paper(name), Choices(model, local, gate), chosen)

@@ -72,8 +72,8 @@ def show_reproduction(record: Reproduction, file: Path, *, as_json: bool, markdo
     ]
     notes = [
         claims_table.verdict(record),
-        "Values are of the setting that the paper calls better, then of the other one; here means over sequences.",
-        "An order is certain if a sign test (p <= 0.05) and the 95 % interval of the difference both say so.",
+        "Values: first the setting that the paper calls better, then the other one. here: means over sequences.",
+        "An order is certain if both the sign test (p <= 0.05) and the 95 % interval of the difference show it.",
         *record.notes,
         *claims_table.remarks(record, bundled=bundled),
     ]

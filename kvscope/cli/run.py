@@ -27,13 +27,13 @@ LOCAL, RAY = "local", "ray"
 )
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Run this experiment: YAML, or TOML in a .toml file.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do not do it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what the command would do.")] = False,
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", metavar="NAME", help="Name of the results under reports/. Default: the file's."),
+        typer.Option("-o", "--output", metavar="NAME", help="Name of the results in reports/. Default: the file's."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="Compute on cpu, cuda, cuda:1, mps. Default: as the file says.")
+        str | None, typer.Option("--device", help="Compute on cpu, cuda, cuda:1, mps. Default: as in the file.")
     ] = None,
     on: Annotated[
         str | None,
@@ -47,8 +47,8 @@ def run(
 ) -> None:
     """Run an experiment: models x tasks x policies x budgets, from prompts to one table and one report.
 
-    What is done is not done again: an interrupted experiment goes on where it was, and a changed line redoes only what
-    depends on it. Paths in the file are relative to the current folder. Results are reports/NAME.json and
+    Nothing is computed twice: an interrupted experiment continues, and after a change in the file only what depends on
+    it is computed again. Paths in the file are relative to the current folder. The results are reports/NAME.json and
     reports/NAME.html; traces and replays are in traces/cells and reports/cells.
     """
     from kvscope.cli import console, places

@@ -33,7 +33,8 @@ def chosen(replay: Replay, policies: Sequence[str] | None, budgets: Sequence[str
     if not runs:
         known = ", ".join(dict.fromkeys(str(run.budget) for run in replay.info.runs))
         raise UsageError(
-            f"{replay.path} has no such run at {', '.join(sorted(selected))}", f"Name one of its budgets: {known}."
+            f"{replay.path} has no such run at {', '.join(sorted(selected))}",
+            f"Name one of its budgets: {known}.",
         )
     return runs
 
@@ -64,7 +65,7 @@ def trace_of(replay: Replay, given: str | None, *, compare: bool = True) -> Trac
     source = replay.info.trace
     if source.path is None:
         raise ResultError(
-            f"{replay.path} was made from plain text, of which no attention is recorded",
+            f"{replay.path} was made from plain text, without recorded attention",
             "Record a trace of the text with kvscope trace, and replay that.",
         )
     if given is not None:

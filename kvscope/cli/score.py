@@ -37,10 +37,10 @@ def score(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compute metrics from the decisions of a replay and its trace, as the replay itself would have.
+    """Compute further metrics from the decisions of a replay and its trace.
 
-    They are written to a new replay, REPLAY-scored, with the same decisions. Runs of the closed loop are skipped: their
-    attention is not recorded.
+    The metrics go to a new replay, REPLAY-scored, with the same decisions. They equal those that the replay itself
+    would compute. Runs of the closed loop are skipped, because their attention is not recorded.
     """
     from kvscope.cli import console, places
     from kvscope.cli.runs import trace_of
@@ -54,7 +54,7 @@ def score(
     path = places.place(places.REPORTS, output, f"{opened.name}-scored", force=force)
     job = compile_score(opened, source, metric, device)
     if job.skipped_runs:
-        console.warn(f"{job.skipped_runs} runs of the closed loop are skipped: their attention is not recorded")
+        console.warn(f"{job.skipped_runs} runs of the closed loop are skipped, because their attention is not recorded")
     tokens = sum(sequence.length for sequence in source.sequences)
     with console.bar("scoring", tokens, "tokens", quiet=quiet) as update:
         made = job.execute(OutputOptions(path, force, command_line(ctx)), lambda share: update(share * tokens))

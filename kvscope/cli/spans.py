@@ -50,8 +50,8 @@ def spans(
 ) -> None:
     """Report how much of a span of tokens the heads hold, and when half of it had been evicted.
 
-    Without --span, the spans are those of the prompt: the facts and the question of kvscope tasks. A single run is
-    shown layer by layer, several runs on one line each.
+    Without --span, the command uses the spans of the prompt: the facts and the question of kvscope tasks. It shows a
+    single run layer by layer, and several runs with one line each.
     """
     from kvscope.analysis.spans import parse_spans, spans_of, spans_of_prompt
     from kvscope.cli import console, places
@@ -93,7 +93,7 @@ def _show(report: SpanReport, steps: Sequence[int], about: str) -> None:
 
     runs, notes = report["runs"], [about, NOTE]
     if any(run["reads"] for run in runs):
-        notes.append("Of a sparse reader, which holds every key: what it reads.")
+        notes.append("A sparse reader holds every key; the table shows what it reads.")
     single = len(runs) == 1
     heading = f"{report['replay']}: {title(runs[0])}" if single else report["replay"]
     console.show_table(columns(runs, steps, by_layer=single), title=heading, notes=notes)

@@ -183,13 +183,13 @@ def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
     lines += not_computed(replay.left_out)
     if len({_evicts(run) for run in runs} - {"never"}) > 1:
         lines.append(
-            "At one budget, policies that evict once or every few steps, or that only read less, hold more keys than "
-            "those that evict at every step: compare read and held as well."
+            "At one budget, policies that evict once or every few steps, and sparse readers, hold more keys than "
+            "policies that evict at every step: compare read and held too."
         )
     sums = {run.accumulate for run in runs if run.decisions_changed is not None}
     if sums:
         lines.append(
-            f"Decisions changed: evictions at another step than with sums in float32, due to {', '.join(sums)}."
+            f"Decisions changed: evictions at a different step than with sums in float32, due to {', '.join(sums)}."
         )
     full = [run.metrics["perplexity_full"].mean for run in runs if "perplexity_full" in run.metrics]
     if full:
@@ -199,12 +199,12 @@ def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
     if gaps:
         lines.append(
             f"Overlap of the keys held in open and closed loop: {min(gaps):.0%} (lowest policy) to {max(gaps):.0%} "
-            "(highest). The lower it is, the less the open loop predicts."
+            "(highest). The lower it is, the less the open loop predicts the closed one."
         )
     if any(run.scope == "kv_head" and _LATENT in run.metrics for run in runs):
         lines.append(
-            "Latent entries: the vectors that a layer must hold for its heads, the union of their keys. Where each "
-            "kv head decides, they are more than the keys that a head holds."
+            "Latent entries: the vectors that a layer must hold for its heads, the union of their keys. If each kv "
+            "head decides, a layer holds more entries than a head holds keys."
         )
     if any(_of_belady(run) is not None for run in runs):
         lines.append(_bounds(runs))
@@ -238,7 +238,7 @@ def _bounds(runs: Sequence[RunSummary]) -> str:
 def _protocol(trace: SourceRef) -> str:
     """Return which kind of text was scored, as a phrase."""
     words = {
-        "generated": " that the model generated itself, which flatters every policy",
+        "generated": " that the model generated itself, on which every policy looks too good",
         "forced": " of a given continuation",
         "text": f" of plain text in windows of {trace.window}",
     }

@@ -20,9 +20,9 @@ Sort = Annotated[
 ]
 Top = Annotated[int | None, typer.Option("--top", metavar="N", min=1, help="Print the first N rows of each budget.")]
 Columns = Annotated[
-    str | None, typer.Option("--columns", metavar="NAMES", help="Columns to print, as in read,held,retained_mass.")
+    str | None, typer.Option("--columns", metavar="NAMES", help="Print these columns: read,held,retained_mass.")
 ]
-Wide = Annotated[bool, typer.Option("--wide", help="Print every column, also beyond the width of the terminal.")]
+Wide = Annotated[bool, typer.Option("--wide", help="Print every column, even if the table is wider than the terminal.")]
 
 
 @dataclass(frozen=True)

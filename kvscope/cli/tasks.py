@@ -93,11 +93,15 @@ def make(
     length: Annotated[
         list[int],
         typer.Option(
-            "--length", "-l", metavar="N", help="Most tokens of a prompt, without the answer. Repeatable.", min=1
+            "--length",
+            "-l",
+            metavar="N",
+            help="Largest number of tokens in a prompt, without the answer. Repeatable.",
+            min=1,
         ),
     ],
     number: Annotated[
-        int, typer.Option("--number", "-n", metavar="N", help="Examples of each task and length.", min=1)
+        int, typer.Option("--number", "-n", metavar="N", help="Number of examples for each task and length.", min=1)
     ] = 10,
     model: Annotated[
         str | None,
@@ -107,7 +111,7 @@ def make(
     haystack: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plant facts in this text. Default: pieces of five novels.")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of all random numbers.")] = 0,
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", help="Write JSON lines to this file; - prints them.")
     ] = Path("tasks.jsonl"),

@@ -67,7 +67,7 @@ def trace(
 ) -> None:
     """Generate with a real model and record every attention row, or the vectors that determine it, in traces/NAME.
 
-    The estimated size is printed, and checked against free disk space, before it starts.
+    Before it starts, the command prints the estimated size and checks it against the free disk space.
     """
     from kvscope.cli import console
 
@@ -113,7 +113,7 @@ def announce(plan: RecordingPlan, quiet: bool) -> None:
     from kvscope.core.output import size
 
     others = ", ".join(f"{store}: {size(count)}" for store, count in plan.others.items())
-    note(f"{plan.path}: about {size(plan.bytes)} to write ({others}), {size(plan.free)} free on the disk", quiet=quiet)
+    note(f"{plan.path}: writes about {size(plan.bytes)} ({others}); {size(plan.free)} are free", quiet=quiet)
     if plan.automatic:
         note(_choice(plan.header.store, plan.others, plan.header.rows_from == "module"), quiet=quiet)
     for line in plan.notes:
@@ -129,11 +129,11 @@ def _choice(store: str, others: Mapping[str, int], from_modules: bool) -> str:
     from kvscope.core.output import size
 
     if store == "maps+vectors":
-        return "store: maps+vectors, since it is small: with what output_error and policies that read keys need"
+        return "store: maps+vectors, because the trace is small; output_error and policies that read keys need vectors"
     if from_modules or "maps+vectors" not in others:
-        return "store: maps, the only one that can be recorded of this model"
+        return "store: maps, the only one that this model supports"
     more = f"--store maps+vectors ({size(others['maps+vectors'])}) or qkv ({size(others['qkv'])})"
-    return f"store: maps, since the trace is large; for output_error and policies that read keys: {more}"
+    return f"store: maps, because the trace is large; for output_error and policies that read keys: {more}"
 
 
 def progress_callback(update: Update) -> Callable[[Progress], None]:

@@ -18,8 +18,8 @@ ToTracker = Annotated[
     typer.Option(
         "--to",
         metavar="TRACKER",
-        help="Write a run for each policy and budget for wandb (offline unless WANDB_MODE is set), mlflow "
-        "(MLFLOW_TRACKING_URI, or a file of SQLite) or tensorboard, instead of tables.",
+        help="Write a run for each policy and budget instead of tables, for wandb (offline unless WANDB_MODE is set), "
+        "mlflow (MLFLOW_TRACKING_URI, or an SQLite file) or tensorboard.",
         show_default=False,
     ),
 ]

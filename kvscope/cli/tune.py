@@ -55,7 +55,7 @@ def tune(
 ) -> None:
     """Search a policy's parameters on recorded attention, and measure the gain on held-out sequences.
 
-    Use the file with --policy a2sf:@tuned.toml. Without TRACE, the newest complete one under traces/ is used.
+    Use the resulting file with --policy a2sf:@tuned.toml. Without TRACE, the newest complete one under traces/ is used.
     """
     from kvscope.cli import console, places
     from kvscope.cli.hints import replay_of
@@ -106,7 +106,7 @@ def _grid(policy: str, given: list[str]) -> dict[str, list[str]]:
 def _name(policy: str) -> str:
     """Return the name of a policy without its parameters: ``a2sf``, or ``mine.py:Mine``."""
     found = re.match(r"\s*(.+?\.py:\w+|[\w-]+)", policy)
-    assert found is not None, f"{policy} has been tuned"
+    assert found is not None, f"{policy} was tuned"
     return found[1]
 
 

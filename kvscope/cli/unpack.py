@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 )
 def unpack(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Unpack this file of kvscope pack: a path, or an address.")
+        str, typer.Argument(metavar="FILE", help="Unpack this file, which kvscope pack wrote: a path or an address.")
     ],
     output: Annotated[
         str | None,
@@ -39,7 +39,7 @@ def unpack(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a trace under traces/ or a replay under reports/ of a packed file; every byte of it is checked."""
+    """Unpack a file into a trace under traces/ or a replay under reports/; every byte is checked."""
     from kvscope.cli import console, places
     from kvscope.sharing.fetch import name_of
     from kvscope.sharing.remote import is_remote, shown

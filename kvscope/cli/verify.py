@@ -60,10 +60,10 @@ def verify(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Decode token by token with a physically shortened cache, and compare with the closed loop.
+    """Decode token by token with a cache from which keys are removed, and compare with the closed loop.
 
     Both must hold the same keys at every step and give the same logits; then the perplexities of the closed loop are
-    those of real decoding. Any policy that evicts can be verified, also one from your own file.
+    those of real decoding. Any policy that evicts can be verified, including one from your own file.
     """
     from kvscope.cli import console, places
     from kvscope.cli.parameters import only_word, select
@@ -111,16 +111,17 @@ def _show(found: Sequence[Verdict], title: str, *, as_json: bool) -> None:
         Column("logits\ndiffer by", [f"{item.logit_difference:.1e}" for item in found], numeric=True),
         Column("verdict", [_verdict(item) for item in found]),
     ]
-    notes = ["The closed loop, compared with token-by-token decoding and a cache that evicted keys are removed from."]
+    notes = ["The closed loop, compared with token-by-token decoding in which evicted keys are removed from the cache."]
     if not all(item.decided for item in found):
         notes.append(
-            "Below float64, rounding can change a decision and those that follow: agreement is reported, not required."
+            "Below float64, rounding can change a decision and those that follow, so agreement is reported but not "
+            "required."
         )
     own = max((item.model_difference for item in found if item.model_differs), default=None)
     if own is not None:
         notes.append(
-            f"The model itself decodes with a full cache to logits that are {own:.1e} from those of one pass over the "
-            "text, so the perplexities of the closed loop are not those of its decoding."
+            f"With a full cache, the model's own decoding gives logits that differ by {own:.1e} from those of one "
+            f"pass over the text, so the perplexities of the closed loop are not those of its decoding."
         )
     show_table(columns, title=title, notes=notes)
 

@@ -155,7 +155,7 @@ def _require_room(sequence: TokenSequence, new: int, context: int | None) -> Non
     """Raise UsageError if nothing is to be generated after a prompt, or more than the model's context holds."""
     if new < 1:
         raise UsageError(
-            f"sequence {sequence.index} has no tokens after its prompt, so that no answer would be generated",
+            f"sequence {sequence.index} has no tokens after its prompt, so its answer would be empty",
             "Give the length of an answer: --max-new-tokens 32.",
         )
     if context is not None and sequence.prompt + new > context:

@@ -73,7 +73,7 @@ def require_merging(plan: EvictionPlan, merges: str | Sequence[str]) -> None:
     rule = next((rule for rule in parse_merges(merges) if rule is not None), None)
     if rule is not None and plan.policy.traits.reads:
         raise UsageError(
-            f"{plan.label} holds every key, so that {rule} has nothing to merge", "Use another policy, or omit --merge."
+            f"{plan.label} holds every key, so {rule} has nothing to merge", "Use another policy, or omit --merge."
         )
 
 
@@ -82,7 +82,7 @@ def require_decodable(plan: EvictionPlan) -> None:
     if plan.policy.traits.reads or "full_weights" in plan.needs:
         why = "reads" if plan.policy.traits.reads else "observes the attention on"
         raise UsageError(
-            f"{plan.policy.label} {why} keys that a shortened cache does not hold, so it cannot be decoded with one",
+            f"{plan.policy.label} {why} keys that a smaller cache does not hold, so it cannot decode with one",
             "Use another policy, or replay this one in the closed loop.",
         )
     unknown = {name for name in plan.needs - ROWS - SIGNALS if not name.startswith((GATE, FILTER, SCORER))}

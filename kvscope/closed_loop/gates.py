@@ -32,7 +32,8 @@ def require_gates(plan: EvictionPlan, model: CausalModel, kv_heads: Iterable[int
     counts = set(kv_heads)
     if len(counts) > 1:
         raise ModelError(
-            f"{plan.policy.label} uses a gate or scorers for equally many heads in every layer, and the layers of "
+            f"{plan.policy.label} uses a gate or scorers that need equally many heads in every layer, but the layers "
+            f"of "
             f"{type(model).__name__} differ in their heads",
             "Use policies without them.",
         )

@@ -212,7 +212,7 @@ class ForwardPass:
         if sorted(loop.layers) != self.job.layers:
             raise ReplayError(
                 f"attention was called in layers {sorted(loop.layers)}, not in {self.job.layers}",
-                "The closed loop needs one call for each layer: report the model as a bug.",
+                "The closed loop needs one call for each layer: please report the model.",
             )
         return logits
 
@@ -237,8 +237,8 @@ class ForwardPass:
         if difference > SAME[self.job.model.dtype]:
             raise ModelError(
                 f"the model's losses differ from those in the trace by {difference:.3g} nats per token",
-                "Give the model that was traced with --model, and its --dtype; kvscope verify measures whether a model "
-                "decodes to other losses than one pass gives.",
+                "Give the model that was traced with --model, and its --dtype; kvscope verify measures whether "
+                "decoding gives other losses than one pass.",
             )
 
     def _found(self, layer: int, number: int, simulation: CacheSimulation, series: MetricSeries) -> None:

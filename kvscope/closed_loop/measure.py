@@ -49,20 +49,20 @@ def perplexity(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Replay:
-    """Return what policies cost in perplexity on text files: language modelling under a cache limit.
+    """Return the perplexity of text files under each policy: language modelling with a limited cache.
 
     Parameters
     ----------
     model : str
         Name of a model, as of ``kvscope models``: a Hub id, a local folder, ``demo``.
     files : Path, str, or sequence of these
-        Files of text; each is divided into windows.
+        Text files; each is divided into windows.
     policies, budgets, output
-        As of `kvscope.replay`.
+        See `kvscope.replay`.
     prompt, window, max_windows, metrics, positions, params, compress, allocate, scope, cache, merge
-        As in `PerplexityOptions` and `PlanOptions`; `cache`, `merge` as on the command line: ``"16bit,int4"``.
+        See `PerplexityOptions` and `PlanOptions`; `cache` and `merge` as on the command line: ``"16bit,int4"``.
     dtype, device, revision
-        As in `ModelSource`.
+        See `ModelSource`.
     force : bool
         Whether an existing replay at `output` may be replaced.
     progress : callable, optional
@@ -107,7 +107,7 @@ def verify(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Verdict]:
-    """Return how the closed loop compares with token-by-token decoding and a cache that keys are removed from.
+    """Return a comparison of the closed loop with token-by-token decoding that removes evicted keys from the cache.
 
     Parameters
     ----------

@@ -103,7 +103,7 @@ def _readings(plans: Sequence[EvictionPlan], passages: Sequence[Passage]) -> dic
     reads = [plan for plan in plans if "reconstruction" in plan.needs]
     if reads and not (passages and all(passage.readings for passage in passages)):
         raise UsageError(
-            f"{reads[0].policy.label} needs a second reading of each prompt, and the tokens alone are given",
+            f"{reads[0].policy.label} needs a second reading of each prompt, but only the tokens are given",
             "Use kvscope perplexity, or record a trace with kvscope trace --reread and replay it.",
         )
     return {passage.sequence.index: passage.readings for passage in passages} if reads else {}
@@ -117,7 +117,7 @@ def _kinds(plans: Sequence[EvictionPlan], passages: Sequence[Passage]) -> dict[i
     found = {passage.sequence.index: passage.kinds for passage in passages if passage.kinds is not None}
     if not passages or len(found) < len(passages):
         raise UsageError(
-            f"{reads[0].policy.label} needs the classes of tokens, and the ids alone do not say which are special",
+            f"{reads[0].policy.label} needs the classes of tokens, but the ids do not show which tokens are special",
             "Record a trace with kvscope trace and replay it, or use kvscope perplexity with text files.",
         )
     return found
@@ -133,7 +133,7 @@ def _require_filters(model: CausalModel, plan: EvictionPlan, ids: Tensor) -> Non
     sizes = {(call.key.shape[1], call.key.shape[3]) for call in calls}
     if len(sizes) > 1:
         raise ModelError(
-            f"{plan.policy.label} uses filters, which are for the same heads of every layer, and the layers of "
+            f"{plan.policy.label} uses filters, which need the same heads in every layer, but the layers of "
             f"{type(model).__name__} differ in their heads",
             "Use policies without filters.",
         )
@@ -149,7 +149,7 @@ def _rotary(model: CausalModel, plan: EvictionPlan, token: Tensor) -> dict[int, 
     except ModelError as error:
         raise ModelError(
             f"{plan.policy.label} needs a rotary embedding with fixed frequencies, which a layer of "
-            f"{type(model).__name__} has not",
+            f"{type(model).__name__} does not have",
             "Use another policy for this model.",
         ) from error
     signals = {layer: torch.from_numpy(rotary_signal(record)) for record in found for layer in record.layers}

@@ -35,7 +35,7 @@ def _read(loaded: Loaded, passage: Passage, plan: EvictionPlan) -> Passage:
     """Return a passage with the second reading of its prompt, with the full cache."""
     if passage.images is not None:
         raise UsageError(
-            f"{plan.policy.label} needs a second reading, and a prompt with images cannot be repeated as tokens",
+            f"{plan.policy.label} needs a second reading, but a prompt with images cannot be repeated as tokens",
             "Use prompts without images, or another policy.",
         )
     prompt = passage.ids[: passage.sequence.prompt].tolist()

@@ -54,6 +54,6 @@ def self_check(model: CausalModel, ids: Tensor, prefill: Prefill) -> list[int]:
     if not difference <= CLOSE[model.dtype]:
         raise ReplayError(
             f"a cache that evicts nothing differs from {type(model).__name__}'s own attention by {difference:.3g} nats",
-            "Use --dtype float32; if that does not help, report the model as a bug.",
+            "Use --dtype float32; if that does not help, please report the model.",
         )
     return sorted(loop.layers)

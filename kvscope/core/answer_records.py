@@ -32,14 +32,17 @@ class ExampleRef:
     metric: Annotated[str, about("how an answer is scored: `exact`, `all`, `any`, `f1`, `rouge-l`")]
     spans: Annotated[
         tuple[AnswerSpan, ...],
-        about("answers in the text after the prompt, which the closed loop scores: of `all` every one, else the first"),
+        about(
+            "answers in the text after the prompt, which the closed loop scores: every answer for `all`, otherwise "
+            "the first"
+        ),
     ] = ()
     id: Annotated[str | None, about("its name in the dataset", omit=True)] = None
     task: Annotated[str | None, about("its task", omit=True)] = None
-    length: Annotated[Number | None, about("length that it was made for", omit=True)] = None
-    depth: Annotated[NotNegative | None, about("where its fact is in the prompt, 0 to 1", omit=True)] = None
+    length: Annotated[Number | None, about("length for which it was made", omit=True)] = None
+    depth: Annotated[NotNegative | None, about("depth of its fact in the prompt, 0 to 1", omit=True)] = None
     classes: Annotated[
-        tuple[str, ...], about("classes among which an answer is to choose, for the score `classification`", omit=True)
+        tuple[str, ...], about("classes from which an answer must choose, for the score `classification`", omit=True)
     ] = ()
 
     def __post_init__(self) -> None:

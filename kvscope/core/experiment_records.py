@@ -32,8 +32,8 @@ Step = Literal["replay", "closed-loop", "generate"]
 class CellSequence:
     """A sequence of the trace that was replayed."""
 
-    task: Annotated[str | None, about("its task; null where none is known")]
-    length: Annotated[Number | None, about("length that it was made for; null where that is not known")]
+    task: Annotated[str | None, about("its task; null if unknown")]
+    length: Annotated[Number | None, about("length for which it was made; null if unknown")]
     cluster: Annotated[Number, about("near-copies of one trace have the same number")]
 
 
@@ -41,19 +41,19 @@ class CellSequence:
 class CellRun:
     """One policy under one budget."""
 
-    key: Annotated[Checksum, about("SHA-256 of all that the run depends on")]
+    key: Annotated[Checksum, about("SHA-256 of everything that the run depends on")]
     policy: Annotated[str, about("policy with the parameters that differ from the defaults")]
     name: Annotated[str, about("name of the policy")]
     params: Annotated[Mapping[str, Plain], about("every parameter of the policy")]
-    budget: Annotated[str | None, about("budget; null for a policy that holds to none")]
-    clairvoyant: Annotated[bool, about("whether it is a bound, computed from later rows too")]
+    budget: Annotated[str | None, about("budget; null for a policy without one")]
+    clairvoyant: Annotated[bool, about("whether it is a bound, which uses later rows too")]
     reads: Annotated[bool, about("whether it is a sparse reader")]
     open_run: Annotated[Number, about("its number in the replay")]
-    closed_run: Annotated[Number | None, about("number of its closed run; null where there is none")]
-    values: Annotated[Mapping[str, tuple[Finite | None, ...]], about("of each metric, the mean of every sequence")]
+    closed_run: Annotated[Number | None, about("number of its closed run; null if there is none")]
+    values: Annotated[Mapping[str, tuple[Finite | None, ...]], about("for each metric, the mean of every sequence")]
     losses: Annotated[
         Mapping[str, tuple[NotNegative, ...]],
-        about("of a closed run: sums over the scored tokens of every sequence, and `tokens`, their number"),
+        about("of a closed run: sums over the scored tokens of each sequence, and `tokens`, their number"),
     ]
 
     def sums(self, sequence: int) -> list[float] | None:
@@ -73,10 +73,10 @@ class CellRecord:
     prefill: Annotated[Prefill, about("`full` or `stream`")]
     steps: Annotated[tuple[Step, ...], about("what was done for every run")]
     sequences: Annotated[tuple[CellSequence, ...], about("the sequences of the trace")]
-    metrics: Annotated[Mapping[str, MetricRecord], about("every metric, as it declares itself")]
+    metrics: Annotated[Mapping[str, MetricRecord], about("the declaration of every metric")]
     runs: Annotated[tuple[CellRun, ...], about("every policy under every budget")]
     tokens: Annotated[Positive, about("tokens of all sequences")]
-    seconds: Annotated[NotNegative, about("how long the replay took")]
+    seconds: Annotated[NotNegative, about("duration of the replay")]
 
     def __post_init__(self) -> None:
         count = len(self.sequences)
@@ -97,11 +97,11 @@ class PooledRun:
     task: Annotated[str | None, about("task; null for all of them together")]
     length: Annotated[Number | None, about("length of its examples; null for all of them together")]
     policy: Annotated[str, about("policy with the parameters that differ from the defaults")]
-    budget: Annotated[str | None, about("budget; null for a policy that holds to none")]
-    clairvoyant: Annotated[bool, about("whether it is a bound, computed from later rows too")]
+    budget: Annotated[str | None, about("budget; null for a policy without one")]
+    clairvoyant: Annotated[bool, about("whether it is a bound, which uses later rows too")]
     reads: Annotated[bool, about("whether it is a sparse reader")]
-    sequences: Annotated[Positive, about("sequences that the figures are of")]
-    clusters: Annotated[Positive, about("how many they are without near-copies")]
+    sequences: Annotated[Positive, about("number of sequences")]
+    clusters: Annotated[Positive, about("number of sequences, with near-copies counted as one")]
     metrics: Annotated[Mapping[str, MetricSummary], about("figures, by name; intervals over clusters")]
 
     def mean(self, metric: str) -> float | None:
@@ -118,13 +118,13 @@ class Verdict:
     prefill: Annotated[Prefill, about("`full` or `stream`")]
     budget: Annotated[str, about("budget")]
     metric: Annotated[str, about("metric by which policies are ranked")]
-    best: Annotated[tuple[str, ...], about("policies with the best mean: several where they are equal")]
+    best: Annotated[tuple[str, ...], about("policies with the best mean; several if they are equal")]
     value: Annotated[Finite, about("that mean")]
-    second: Annotated[str | None, about("the next policy; null where there is none")] = None
+    second: Annotated[str | None, about("the next policy; null if there is none")] = None
     difference: Annotated[Finite | None, about("mean of the best minus mean of the next")] = None
     low: Annotated[Finite | None, about("lower end of the 95 % interval of the difference over clusters")] = None
     high: Annotated[Finite | None, about("upper end")] = None
-    p: Annotated[NotNegative | None, about("of the sign test over clusters that the two are equal")] = None
+    p: Annotated[NotNegative | None, about("p-value of the sign test over clusters that the two are equal")] = None
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,11 @@ class ExperimentRecord:
     name: Annotated[str, about("name of the experiment")]
     spec: Annotated[Mapping[str, Plain], about("the experiment, with defaults and with every policy of its grids")]
     versions: Annotated[Mapping[str, str], about("version of kvscope")]
-    metrics: Annotated[Mapping[str, MetricRecord], about("every metric, as it declares itself")]
-    runs: Annotated[tuple[PooledRun, ...], about("figures of each task and length, then of all together")]
+    metrics: Annotated[Mapping[str, MetricRecord], about("the declaration of every metric")]
+    runs: Annotated[tuple[PooledRun, ...], about("figures for each task and length, then for all together")]
     verdicts: Annotated[tuple[Verdict, ...], about("the best policy at each budget by each of the main metrics")]
     replays: Annotated[tuple[str, ...], about("folders of the replays, in `reports/cells`")]
-    failed: Annotated[tuple[Failure, ...], about("what has no result, and why")] = ()
+    failed: Annotated[tuple[Failure, ...], about("cells without a result, and why")] = ()
     skipped: Annotated[Mapping[str, str], about("policies of `all` that cannot run, and why")] = field(
         default_factory=dict
     )

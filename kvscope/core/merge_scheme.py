@@ -96,7 +96,7 @@ def parse_merges(
     cache = next((one for one in caches if one is not None), None)
     if merge is not None and cache is not None:
         raise UsageError(
-            f"--merge {merge} cannot be combined with a cache in {cache}: the rule leaves open how codes are merged",
+            f"--merge {merge} cannot be combined with a cache in {cache}: the rule does not define how to merge codes",
             "Use --merge and --cache in two commands.",
         )
     return found

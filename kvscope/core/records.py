@@ -38,7 +38,8 @@ ALWAYS = frozenset(("residency.parquet", "fidelity.parquet", "summary.json"))  #
 LOSSES = "tokens.parquet"  # file of a replay with closed runs
 Phase = Annotated[str, Meta(pattern=r"^(step|prefill|none|every:\d+)$")]
 NearCopies = Annotated[
-    tuple[Number, ...], about("cluster of nearly identical sequences of each; empty if no two are", omit=True)
+    tuple[Number, ...],
+    about("cluster of near-copies to which each sequence belongs; empty if there are none", omit=True),
 ]
 
 
@@ -47,7 +48,7 @@ class SequenceRef:
     """A sequence of the trace, or a window of a text."""
 
     prompt: Annotated[Positive, about("tokens of the prompt, `P`")]
-    length: Annotated[Positive, about("tokens in all, `T`")]
+    length: Annotated[Positive, about("tokens in total, `T`")]
 
     def __post_init__(self) -> None:
         if self.prompt > self.length:
@@ -60,21 +61,24 @@ class TextRef:
 
     file: Annotated[str, about("its path")]
     sha256: Annotated[str, about("SHA-256 of its text")]
-    dropped: Annotated[Number, about("last tokens of it that are not scored: too few for a window", omit=True)] = 0
+    dropped: Annotated[
+        Number, about("number of last tokens that are not scored, because they are too few for a window", omit=True)
+    ] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceRef:
     """The trace that was replayed, as a summary names it."""
 
-    name: Annotated[str, about("name of its folder; of plain text, of the file")]
-    identity: Annotated[str, about("SHA-256 by which its content is known again")]
-    model: Annotated[str | None, about("name of the model, null where it is not known")]
+    name: Annotated[str, about("name of its folder; for plain text, name of the file")]
+    identity: Annotated[str, about("SHA-256 that identifies its content")]
+    model: Annotated[str | None, about("name of the model; null if unknown")]
     sequences: Annotated[tuple[SequenceRef, ...], about("its sequences, in order")]
     lossy: Annotated[
-        Mapping[str, Plain] | None, about("of a trace that stores a part of every row: how much is outside", omit=True)
+        Mapping[str, Plain] | None,
+        about("for a trace that stores a part of every row: the mass that is not stored", omit=True),
     ] = None
-    approximate: Annotated[tuple[str, ...], about("what about it is approximate, in sentences", omit=True)] = ()
+    approximate: Annotated[tuple[str, ...], about("its approximations, in sentences", omit=True)] = ()
     near_copies: NearCopies = ()
 
 
@@ -90,37 +94,38 @@ class HeadCounts:
 class SourceRef:
     """The trace or text that was replayed, as the replay itself names it."""
 
-    name: Annotated[str, about("name of its folder; of plain text, of the file")]
+    name: Annotated[str, about("name of its folder; for plain text, name of the file")]
     path: Annotated[str | None, about("where it was; absent for plain text", omit=True)] = None
     kind: Annotated[Literal["trace", "text"], about("`text` for plain text", omit=True)] = "trace"
-    identity: Annotated[str, about("SHA-256 by which its content is known again")]
-    model: Annotated[str | None, about("name of the model, null where it is not known")]
+    identity: Annotated[str, about("SHA-256 that identifies its content")]
+    model: Annotated[str | None, about("name of the model; null if unknown")]
     sequences: Annotated[tuple[SequenceRef, ...], about("its sequences, in order")]
     layers: Annotated[tuple[Number, ...], about("numbers of the layers that were replayed")]
-    heads: Annotated[Positive, about("query heads of a layer, `H`; the most where layers differ")]
-    kv_heads: Annotated[Positive, about("key/value heads of a layer, `G`; the most where layers differ")]
+    heads: Annotated[Positive, about("query heads of a layer, `H`; the largest number if layers differ")]
+    kv_heads: Annotated[Positive, about("key/value heads of a layer, `G`; the largest number if layers differ")]
     protocol: Annotated[str, about("`generated`, `forced`, `import`, or `text`")] = ""
-    window: Annotated[Positive | None, about("of plain text: tokens of a window", omit=True)] = None
-    texts: Annotated[tuple[TextRef, ...], about("of plain text: the files", omit=True)] = ()
+    window: Annotated[Positive | None, about("for plain text: tokens in a window", omit=True)] = None
+    texts: Annotated[tuple[TextRef, ...], about("for plain text: the files", omit=True)] = ()
     lossy: Annotated[
-        Mapping[str, Plain] | None, about("of a trace that stores a part of every row: how much is outside", omit=True)
+        Mapping[str, Plain] | None,
+        about("for a trace that stores a part of every row: the mass that is not stored", omit=True),
     ] = None
     latent_size: Annotated[
-        Positive | None, about("of a latent cache: numbers of the vector that the heads of a layer share", omit=True)
+        Positive | None, about("for a latent cache: size of the vector that the heads of a layer share", omit=True)
     ] = None
-    approximate: Annotated[tuple[str, ...], about("what about it is approximate, in sentences", omit=True)] = ()
+    approximate: Annotated[tuple[str, ...], about("its approximations, in sentences", omit=True)] = ()
     near_copies: NearCopies = ()
     layer_heads: Annotated[
-        tuple[HeadCounts, ...], about("heads of each of these layers, where layers differ; otherwise empty", omit=True)
+        tuple[HeadCounts, ...], about("heads of each of these layers, if layers differ; otherwise empty", omit=True)
     ] = ()
     shared_cache: Annotated[
-        Mapping[str, Number], about("for layers that read the cache of another: which", omit=True)
+        Mapping[str, Number], about("for each layer that reads the cache of another layer: that layer", omit=True)
     ] = field(default_factory=dict)
     examples: Annotated[tuple[ExampleRef, ...], about("sequences whose right answers are known", omit=True)] = ()
 
     def __post_init__(self) -> None:
         if any(example.sequence >= len(self.sequences) for example in self.examples):
-            raise ValueError("`examples` has a sequence that the trace has not")
+            raise ValueError("`examples` has a sequence that the trace does not have")
         if self.near_copies and len(self.near_copies) != len(self.sequences):
             raise ValueError(f"clusters of {len(self.near_copies)} sequences of {len(self.sequences)}")
         if self.layer_heads and len(self.layer_heads) != len(self.layers):
@@ -153,7 +158,9 @@ class MetricRecord:
         None,
         None,
     )
-    when_nothing_evicted: Annotated[Finite | None, about("its value where nothing was evicted; null is none")] = None
+    when_nothing_evicted: Annotated[Finite | None, about("its value if nothing was evicted; null if there is none")] = (
+        None
+    )
     unit: Annotated[str, about("unit of its values", omit=True)] = ""
     summary: Annotated[str, about("what it measures, in one line", omit=True)] = ""
 
@@ -163,7 +170,7 @@ class Certificate:
     """How near the schedule of a clairvoyant policy is to the best one."""
 
     exact: Annotated[bool, about("whether it is the best, up to rounding")]
-    gap: Annotated[NotNegative, about("mass for each step and head by which it may be worse")]
+    gap: Annotated[NotNegative, about("mass for each step and head by which it may fall short")]
 
 
 @dataclass(frozen=True)
@@ -184,39 +191,37 @@ class RunRecord:
     policy: Annotated[str, about("name of the policy")]
     label: Annotated[str, about("policy with the parameters and choices that differ from the defaults")]
     params: Annotated[Mapping[str, Plain], about("every parameter of the policy")]
-    budget: Annotated[str | None, about("budget as it was given; null for a policy that holds to none")]
+    budget: Annotated[str | None, about("budget as given; null for a policy without one")]
     budget_keys: Annotated[
-        Positive | tuple[Positive, ...], about("`B` in keys, of each sequence; one number where all agree")
+        Positive | tuple[Positive, ...], about("`B` in keys for each sequence; one number if all are equal")
     ]
     prefill: Annotated[Prefill, about("`full` or `stream`")]
     phase: Annotated[Phase, about("when it evicts: `step`, `prefill`, `every:N` or `none`")] = "step"
-    allocate: Annotated[str, about("how the budget is allocated to layers and heads")] = "uniform"
+    allocate: Annotated[str, about("how the budget is divided among layers and heads")] = "uniform"
     accumulate: Annotated[Precision, about("precision of live rows and sums")] = "float32"
     reads: Annotated[bool, about("whether it is a sparse reader: it holds every key and reads some")] = False
-    clairvoyant: Annotated[bool, about("whether it is a bound, computed from later rows too")] = False
+    clairvoyant: Annotated[bool, about("whether it is a bound, which uses later rows too")] = False
     bounded: Annotated[bool, about("whether it is held to its budget")] = True
     published: Annotated[bool, about("whether it reproduces a published code with its quirks")] = False
     loop: Annotated[Loop, about("`open` or `closed`")] = Loop.open
-    scope: Annotated[Scope, about("what decides: each `kv_head`, or the `layer` as one")] = "kv_head"
+    scope: Annotated[Scope, about("what selects keys: each `kv_head`, or the `layer` as a whole")] = "kv_head"
     lossy: Annotated[bool | None, about("whether it saw rows that were rebuilt approximately", omit=True)] = None
-    positions: Annotated[Positions | None, about("of a closed run: RoPE positions of the keys", omit=True)] = None
+    positions: Annotated[Positions | None, about("for a closed run: RoPE positions of the keys", omit=True)] = None
     open_run: Annotated[
-        Number | None, about("of a closed run: number of the open run of the same policy and budget", omit=True)
+        Number | None, about("for a closed run: number of the open run with the same policy and budget", omit=True)
     ] = None
     decisions: Annotated[
         str | None,
         about("SHA-256 of its residency: equal for two runs that held the same keys at all steps", omit=True),
     ] = None
     allocated_keys: Annotated[Number | None, about("keys allocated to all heads together", omit=True)] = None
-    uniform_keys: Annotated[
-        Number | None, about("keys that an equal share for every head would come to", omit=True)
-    ] = None
+    uniform_keys: Annotated[Number | None, about("keys allocated if every head had an equal share", omit=True)] = None
     decisions_changed: Annotated[
-        Number | None, about("evictions at another step than with sums in float32", omit=True)
+        Number | None, about("number of evictions at a different step than with sums in float32", omit=True)
     ] = None
-    certificate: Annotated[Certificate | None, about("of a schedule: how near it is to the best", omit=True)] = None
+    certificate: Annotated[Certificate | None, about("for a schedule: how close it is to the best", omit=True)] = None
     cache: Annotated[CacheText | None, about("how its cache is quantised; absent if it is not", omit=True)] = None
-    merge: Annotated[MergeText | None, about("how what it evicts is merged into what stays", omit=True)] = None
+    merge: Annotated[MergeText | None, about("how evicted keys are merged into retained ones", omit=True)] = None
 
     def keys(self, sequence: int) -> int:
         """Return ``B`` for a sequence."""
@@ -243,23 +248,25 @@ class ReplayRecord:
     trace: Annotated[SourceRef, about("the trace or text")]
     prefill: Annotated[Prefill, about("`full` or `stream`")]
     loop: Annotated[str, about("`open`, `closed`, or `open and closed`")]
-    metrics: Annotated[Mapping[str, MetricRecord], about("every metric, as it declares itself")]
+    metrics: Annotated[Mapping[str, MetricRecord], about("the declaration of every metric")]
     runs: Annotated[tuple[RunRecord, ...], about("every run: one policy under one budget")]
-    versions: Annotated[Mapping[str, str], about("versions of what computed it")] = field(default_factory=dict)
+    versions: Annotated[Mapping[str, str], about("versions of the software that computed it")] = field(
+        default_factory=dict
+    )
     command: Annotated[str | None, about("command line; null from Python")] = None
     left_out: Annotated[Mapping[str, str], about("metrics that were skipped, and why")] = field(default_factory=dict)
-    scored: Annotated[Scored | None, about("of `kvscope score`: the replay that was scored", omit=True)] = None
+    scored: Annotated[Scored | None, about("for `kvscope score`: the scored replay", omit=True)] = None
     device: Annotated[str | None, about("device that computed it", omit=True)] = None
     complete: Annotated[bool, about("whether it was written to its end", omit=True)] = False
     writer: Annotated[
         Mapping[str, Plain] | None, about("while it is written: the process that writes it", omit=True)
     ] = None
-    created: Annotated[str, about("when it was finished, in UTC", omit=True)] = ""
+    created: Annotated[str, about("end of its creation, in UTC", omit=True)] = ""
     sizes: Annotated[Mapping[str, Number], about("bytes of every file", omit=True)] = field(default_factory=dict)
     checksums: Annotated[Mapping[str, Checksum], about("SHA-256 of every file", omit=True)] = field(
         default_factory=dict
     )
-    seconds: Annotated[NotNegative | None, about("how long it took", omit=True)] = None
+    seconds: Annotated[NotNegative | None, about("duration", omit=True)] = None
 
     def __post_init__(self) -> None:
         numbers = [run.run for run in self.runs]

@@ -22,10 +22,10 @@ SUMMARY_FILE = "summary.json"
 class MetricSummary:
     """The mean of a metric over steps, then heads, layers and sequences."""
 
-    mean: Annotated[Finite | None, about("the mean; null where it has no value")]
+    mean: Annotated[Finite | None, about("the mean; null if it has no value")]
     low: Annotated[Finite | None, about("lower end of the 95 % bootstrap interval over sequences")] = None
     high: Annotated[Finite | None, about("upper end")] = None
-    count: Annotated[Number | None, about("values that it is the mean of")] = None
+    count: Annotated[Number | None, about("number of values in the mean")] = None
 
     def __post_init__(self) -> None:
         if self.low is not None and self.high is not None and self.low > self.high:
@@ -36,7 +36,7 @@ class MetricSummary:
 class StepPlace:
     """A step of a head."""
 
-    value: Annotated[Finite, about("value of the metric there")]
+    value: Annotated[Finite, about("value of the metric at this place")]
     sequence: Annotated[Number, about("number of the sequence")]
     layer: Annotated[Number, about("layer")]
     head: Annotated[Number, about("query head")]
@@ -56,9 +56,11 @@ class Tails:
     """What a mean hides of a metric."""
 
     share_below_half: Annotated[Share, about("share of the steps at which a head is below one half")]
-    worst_step: Annotated[Finite, about("least value of any step of a head, mean over heads, layers and sequences")]
-    worst_step_at: Annotated[StepPlace, about("where the least of all is")]
-    worst_head: Annotated[Finite, about("least mean of any head")]
+    worst_step: Annotated[
+        Finite, about("smallest value of any step of a head, as the mean over heads, layers and sequences")
+    ]
+    worst_step_at: Annotated[StepPlace, about("place of the smallest value")]
+    worst_head: Annotated[Finite, about("smallest mean of any head")]
     worst_head_at: Annotated[HeadPlace, about("which head that is")]
 
 
@@ -67,7 +69,7 @@ class BoundShares:
     """A run beside the best that any policy could do at its budget."""
 
     share_of_belady: Annotated[
-        float | None, about("its retained mass divided by that of `belady`; null where that was not run")
+        float | None, about("its retained mass divided by that of `belady`; null if `belady` was not run")
     ]
     belady_of_ideal: Annotated[Finite | None, about("retained mass of `belady` divided by that of `ideal`")]
 
@@ -79,7 +81,7 @@ class LoopGap:
     held_overlap: Annotated[
         Share, about("overlap of the keys that both hold, intersection over union, mean over layers")
     ]
-    held_overlap_by_layer: Annotated[Mapping[str, Share], about("the same of each layer")]
+    held_overlap_by_layer: Annotated[Mapping[str, Share], about("the same for each layer")]
     retained_mass: Annotated[Finite | None, about("retained mass of the closed run minus that of the open one")]
 
 
@@ -87,8 +89,8 @@ class LoopGap:
 class TaskSummary:
     """Figures of the examples of one task and length."""
 
-    task: Annotated[str | None, about("the task; null where the dataset names none")]
-    length: Annotated[Number | None, about("length that its examples were made for; null where that is not known")]
+    task: Annotated[str | None, about("the task; null if the dataset names none")]
+    length: Annotated[Number | None, about("length for which its examples were made; null if unknown")]
     metrics: Annotated[Mapping[str, MetricSummary], about("figures of its answers, by name; intervals over examples")]
 
 
@@ -97,11 +99,11 @@ class RunSummary(RunRecord):
     """A run with its figures."""
 
     metrics: Annotated[Mapping[str, MetricSummary], about("figures of every metric, by name")]
-    bounds: Annotated[BoundShares, about("the run beside the bounds")] = BoundShares(None, None)
+    bounds: Annotated[BoundShares, about("the run compared with the bounds")] = BoundShares(None, None)
     tails: Annotated[Mapping[str, Tails], about("tails of retained mass, by metric")] = field(default_factory=dict)
-    gap: Annotated[LoopGap | None, about("of a closed run: how it differs from its open run", omit=True)] = None
+    gap: Annotated[LoopGap | None, about("for a closed run: how it differs from its open run", omit=True)] = None
     tasks: Annotated[
-        tuple[TaskSummary, ...], about("of a closed run: figures of right answers, by task and length", omit=True)
+        tuple[TaskSummary, ...], about("for a closed run: figures of right answers, by task and length", omit=True)
     ] = ()
 
     def mean(self, metric: str) -> float | None:
@@ -120,7 +122,7 @@ class SummaryRecord:
     """The content of ``summary.json``."""
 
     trace: Annotated[TraceRef, about("the trace")]
-    metrics: Annotated[Mapping[str, MetricRecord], about("every metric, as it declares itself")]
+    metrics: Annotated[Mapping[str, MetricRecord], about("the declaration of every metric")]
     runs: Annotated[tuple[RunSummary, ...], about("every run, with its figures")]
 
     def __post_init__(self) -> None:

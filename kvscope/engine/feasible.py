@@ -49,7 +49,7 @@ def named_policies(policies: Named | Sequence[Named], params: Mapping[str, str] 
     several = [policies] if isinstance(policies, (str, Policy, type)) else policies
     chosen = parse_policies(several, params)
     if not chosen:
-        raise UsageError("no policy is named", "Name one or more: --policy h2o --policy tova")
+        raise UsageError("no policy is given", "Name one or more: --policy h2o --policy tova")
     return chosen
 
 

@@ -67,7 +67,8 @@ def require(trace: Trace, plan: EvictionPlan) -> None:
     _require_recorded(trace, plan)
     if "selection" in plan.needs and not trace.header.indexed:
         raise TraceError(
-            f"{plan.policy.label} needs a model that chooses the keys it reads, and that of {trace.path} has no index",
+            f"{plan.policy.label} needs a model that selects the keys it reads, but the model of {trace.path} has no "
+            f"index",
             "Use another policy; deepseek_v32 and glm_moe_dsa are models with an index.",
         )
     for name in plan.gates:
@@ -150,14 +151,14 @@ def _require_recorded(trace: Trace, plan: EvictionPlan) -> None:
     header = trace.header
     if header.query_stride > 1:
         raise TraceError(
-            f"{trace.path} holds every {header.query_stride}th row of attention, and policies need all of them",
+            f"{trace.path} holds every {header.query_stride}th row of attention, but policies need every row",
             "Record it again without --query-stride to replay it.",
         )
     absent = caches_of(header).keys() - set(header.layers)
     if absent:
         every = ",".join(map(str, sorted({*header.layers, *absent})))
         raise TraceError(
-            f"{trace.path} lacks layers {', '.join(map(str, sorted(absent)))}: others read their caches, they decide",
+            f"{trace.path} lacks layers {', '.join(map(str, sorted(absent)))}, whose caches other layers read",
             f"Record it again with --layers {every}",
         )
     across = plan.looks_across or ALLOCATORS.get(plan.allocate).spans == "heads"

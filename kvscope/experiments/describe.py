@@ -22,8 +22,8 @@ TEXT = """\
 
 Written by `python tools/docs.py`.
 
-An experiment answers: which policy, at which cache size, on which tasks, with which model, and is the difference
-real? It is one file in YAML, or in TOML if its name ends in `.toml`:
+An experiment compares policies, cache sizes, tasks and models, and tests whether the differences are real. It is one
+YAML file, or a TOML file if its name ends in `.toml`:
 
 ```yaml
 # experiment.yaml
@@ -35,42 +35,44 @@ kvscope run experiment.yaml --dry-run
 kvscope run experiment.yaml
 ```
 
-`--dry-run` prints how many traces and runs there are, which of them are done, how much space the traces take, and
-about how long the rest takes: it traces and replays a few short examples of each model to find out.
+`--dry-run` prints the number of traces and runs, which of them are done, the disk space that the traces need, and an
+estimate of the remaining time. For the estimate, it traces and replays a few short examples of each model.
 
-Every combination of model, task, length and seed is one trace in `traces/cells`. Every policy and budget is one run
-over each trace; runs that are made together are one replay in `reports/cells`. The name of a folder ends in a
-checksum of all that it depends on: the content of prompts, of a local model and of your own policies, every option,
-the version of kvscope. So:
+Each combination of model, task, length and seed gives one trace in `traces/cells`. Each policy and budget gives one
+run over each trace; runs that share their passes form one replay in `reports/cells`. A trace or replay is called a
+*cell*. The name of its folder ends in a checksum of everything that it depends on: the content of prompts, of a local
+model and of your own policies, all options, and the version of kvscope. Therefore:
 
-- What is done is not done again, in this experiment or another one. An interrupted experiment goes on where it was
-  when the same command is given again.
-- A changed line redoes only what depends on it: a new budget is replayed over the traces that are there.
-- A step that is added, as `generate`, is done for the runs that lack it.
+- kvscope never computes a cell twice, neither in this experiment nor in another. To continue an interrupted
+  experiment, run the same command again.
+- After you change a line, kvscope recomputes only what depends on it: a new budget is replayed over the existing
+  traces.
+- If you add a step, such as `generate`, kvscope computes it for the runs that lack it.
 
-Of weights above 10 MB, size and date count in place of the content. Whether a trace was recorded on a CPU or a GPU
-makes no difference to its name.
+For weights above 10 MB, the checksum covers size and date instead of the content. A trace has the same name whether
+it was recorded on a CPU or on a GPU.
 
-The results are `reports/NAME.json` and the page `reports/NAME.html`, where NAME is that of the file or of `-o`. Both
-name the best policy at each budget by answers, by perplexity and by retained mass, and say where these disagree.
-Whether the best differs from the next is tested on the sequences of both: a sign test and a 95 % interval of the
-difference, in which near-copies within a trace count as one. Bounds and policies that hold every key are not ranked.
-Policies may hold different numbers of keys at one budget, as `snapkv`, which retains all tokens after the prompt:
-compare by `held`.
+The results are `reports/NAME.json` and the page `reports/NAME.html`, where NAME is the name of the file, or the value
+of `-o`. Both name the best policy at each budget by answers, by perplexity and by retained mass, and say where these
+disagree. A sign test and a 95 % interval of the difference show whether the best policy differs from the next, on the
+sequences that both have; near-copies within a trace count as one sequence. Bounds and policies that hold every key
+are not ranked. Policies can hold different numbers of keys at one budget: `snapkv`, for example, retains all tokens
+after the prompt. So compare them by `held`.
 
-Means over several tasks give every sequence the same weight. Perplexity is that of all tokens together.
+Means over several tasks give every sequence the same weight. Perplexity is computed over all tokens together.
 
-What fails is named at the end with its reason, and the status is 1; everything else has a result. `all` among the
-policies is every policy that can run on the traces. A full disk ends the experiment; finished cells stay.
+If a cell fails, the command names it and the reason at the end, and exits with status 1; all other cells have
+results. A full disk ends the experiment; finished cells remain. `all` in `policies` selects every policy that can run
+on the traces.
 
-Each replay of a cell is a replay like any other: `kvscope report cells/FOLDER` draws it, `kvscope compare` compares
-two of its policies.
+The replay of a cell is a normal replay: `kvscope report cells/FOLDER` draws it, and `kvscope compare` compares two of
+its policies.
 
-`--on ray` makes many cells at the same time, on several GPUs or machines: see [clusters.md](clusters.md).
+`--on ray` computes many cells at the same time, on several GPUs or machines: see [clusters](clusters.md).
 
 ## Keys of the file
 
-Paths are relative to the folder in which the command runs. A value stands for a list of one.
+Paths are relative to the folder in which the command runs. A single value counts as a list with one element.
 
 {keys}
 
@@ -80,11 +82,12 @@ A model is a name, or a table with these keys:
 
 ## `reports/NAME.json`
 
-Its checksum is part of it. Version {version}: {history}.
+The file contains its own checksum. Version {version}: {history}.
 
 {summary}
 
-Beside every replay in `reports/cells` is a file of the same name with `.json`, from which experiments are pooled:
+Each replay in `reports/cells` has a file of the same name with `.json` beside it. Experiments are pooled from these
+files:
 
 {cell}
 """

@@ -16,7 +16,7 @@ TEXT = """\
 
 Written by `python tools/docs.py`.
 
-`kvscope reproduce` runs the experiments of five papers and says of each claim whether its order holds:
+`kvscope reproduce` runs the experiments of five papers and reports for each claim whether its order holds:
 
 <!-- not run: a paper takes minutes, and other models are downloaded -->
 ```sh
@@ -27,37 +27,37 @@ kvscope reproduce tova --model llama2-7b --prompts pg19.jsonl
 kvscope reproduce attention-gate --model llama2-7b --prompts piqa.jsonl --gate gate.safetensors
 ```
 
-Without `--model` it is the bundled model, which needs no network and takes one to three minutes for a paper on two
-cores. Its model is not the paper's, its texts are shorter and its tasks are others; each table says how. With any
-other model, budgets, lengths and parameters are the paper's as far as they are known, and `--prompts` gives the texts
-that do not come with kvscope: files as `kvscope trace` reads them, with `answers` where answers are scored. These
-settings have not been run on the papers' models: the tables below are of the bundled model.
+Without `--model`, it runs the bundled model, which needs no network and takes one to three minutes for a paper on two
+cores. Model, texts and tasks then differ from those of the paper; each table says how. With any other model, budgets,
+lengths and parameters are those of the paper, as far as we know them. `--prompts` then gives the texts that do not
+come with kvscope: files that `kvscope trace` reads, with `answers` if answers are scored. We have not run these
+settings on the papers' models; the tables below are for the bundled model.
 
-Each experiment of a paper is an experiment like any other: its traces and replays are shared with `kvscope run`, what
-is done is not done again, and its page is `reports/reproduce-NAME-PART.html`. What became of the claims is
+These are normal [experiments](experiments.md): they share traces and replays with `kvscope run`, and nothing is
+computed twice. The page of an experiment is `reports/reproduce-NAME-PART.html`. The result for each claim is in
 `reports/reproduce-NAME.json`; `--markdown` prints the tables of this page.
 
 {papers}
 
-How a claim is tested:
+kvscope tests a claim in this way:
 
-- It says that one setting, a policy under a budget, is better than another by a metric. *paper* and *here* have the
-  values of the setting that the paper calls better, then of the other one. Values here are means over sequences. A dash
-  in the place of the paper's values means that they were not available to us; then only the order is compared.
-- Both are compared on the same sequences. The order is certain if the sign test over sequences has p <= 0.05 and the
-  95 % interval of the mean difference, in brackets, excludes 0; near-copies count as one. It then *agrees* with the
-  paper or *differs*; else it is *not certain*.
-- *at equal held keys*, or read keys: in each sequence, the other policy is interpolated between the budgets at which it
-  has as many keys in the open loop. A sequence in which no budget has as many, or as few, is omitted, and counted.
-- Where the metric is not the paper's, the paper's is named beside it.
-- Under each table are the reasons, as far as they were measured, why the bundled model gives another order or none:
-  `python benchmarks/reproduce_reasons.py` measures them.
+- A claim says that one setting, a policy under a budget, is better than another by a metric. The columns *paper* and
+  *here* have the value of the setting that the paper calls better, then that of the other one. Values *here* are means
+  over sequences. A dash in *paper* means that the values were not available to us; then we compare only the order.
+- kvscope compares both settings on the same sequences. The order is certain if the sign test over sequences has
+  p <= 0.05 and the 95 % interval of the mean difference, in brackets, excludes 0; near-copies count as one sequence. A
+  certain order *agrees* with the paper or *differs* from it; otherwise it is *not certain*.
+- *at equal held keys* or *read keys*: in each sequence, the value of the other policy is interpolated between the
+  budgets at which it has as many keys in the open loop. Sequences that lie outside its budgets are omitted and counted.
+- If we use another metric than the paper, the metric of the paper is given in brackets.
+- Under each table are the reasons why the bundled model gives another order or no certain one, as far as we measured
+  them: `python benchmarks/reproduce_reasons.py`.
 
 {found}
 
-# `reports/reproduce-NAME.json`
+## `reports/reproduce-NAME.json`
 
-Its checksum is part of it. Version {version}: {history}.
+The file contains its own checksum. Version {version}: {history}.
 
 {fields}
 """

@@ -21,9 +21,9 @@ class ModelEntry:
     model: Annotated[str, about("`demo`, an alias, a Hub id or a folder")]
     revision: Annotated[str | None, about("branch, tag or commit of a Hub model", omit=True)] = None
     dtype: Annotated[str, about("`auto`, `float32`, `float64`, `float16` or `bfloat16`", omit=True)] = "auto"
-    device_map: Annotated[str | None, about("how accelerate places its parts", omit=True)] = None
+    device_map: Annotated[str | None, about("how accelerate places its layers on devices", omit=True)] = None
     quantize: Annotated[str | None, about("`4bit` or `8bit`", omit=True)] = None
-    trust_remote_code: Annotated[bool, about("whether code that comes with it may run", omit=True)] = False
+    trust_remote_code: Annotated[bool, about("whether the code of the model may run", omit=True)] = False
 
     @property
     def title(self) -> str:
@@ -40,43 +40,44 @@ class Experiment:
     models: Annotated[tuple[ModelEntry, ...], about("models; `model` names a single one")]
     policies: Annotated[
         tuple[str, ...],
-        about("policies as after `--policy`, or `{a2sf: {alpha: [0.3, 0.7]}}` for every combination of the values"),
+        about("policies as after `--policy`, or `{a2sf: {alpha: [0.3, 0.7]}}` for all combinations of the values"),
     ] = ()
-    budgets: Annotated[tuple[str, ...], about("cache sizes: keys, or shares as `20%`")] = ("20%",)
+    budgets: Annotated[tuple[str, ...], about("cache sizes: numbers of keys, or shares such as `20%`")] = ("20%",)
     prefill: Annotated[tuple[Prefill, ...], about("`full`, `stream` or both")] = (Prefill.full,)
     tasks: Annotated[tuple[str, ...], about("task families as for `kvscope tasks make`; they need `lengths`")] = ()
-    lengths: Annotated[tuple[Positive, ...], about("most tokens of the prompts of a task")] = ()
-    examples: Annotated[Positive, about("examples of each task, length and seed")] = 10
+    lengths: Annotated[tuple[Positive, ...], about("largest number of tokens in the prompts of a task")] = ()
+    examples: Annotated[Positive, about("number of examples for each task, length and seed")] = 10
     haystack: Annotated[str | None, about("text file for the haystacks of tasks")] = None
     prompts: Annotated[tuple[str, ...], about("files of prompts, as `kvscope trace` reads them")] = ()
-    field: Annotated[str | None, about("field of the prompt in files of JSON")] = None
+    field: Annotated[str | None, about("field of the prompt in JSON files")] = None
     template: Annotated[str | None, about("text of every prompt of a file, with `{name}` for its fields")] = None
     chat: Annotated[bool, about("whether prompts are wrapped in the chat template of the model")] = False
     system: Annotated[str | None, about("system message before each prompt; needs `chat`")] = None
-    seeds: Annotated[tuple[Number, ...], about("of tasks: each makes other examples")] = (0,)
-    max_new_tokens: Annotated[Positive, about("tokens after each prompt at most")] = 32
+    seeds: Annotated[tuple[Number, ...], about("seeds of tasks: each gives other examples")] = (0,)
+    max_new_tokens: Annotated[Positive, about("largest number of tokens after each prompt")] = 32
     store: Annotated[str, about("what traces store: `maps`, `maps+vectors`, `qkv` or `topk:K`")] = "maps"
     hidden: Annotated[
         bool | None,
-        about("whether traces have layer inputs, from which gates decide; by default those of models with a gate do"),
+        about("whether traces store layer inputs, from which gates decide; by default only for models with a gate"),
     ] = None
     steps: Annotated[
         tuple[StepName, ...],
         about(
-            "what is done, of `trace`, `replay`, `closed-loop`, `generate` and `report`; by default all, without "
-            "`generate` where there are prompts of files, which need not have answers"
+            "steps to compute, among `trace`, `replay`, `closed-loop`, `generate` and `report`; by default all, but "
+            "without `generate` if prompts come from files, which need not have answers"
         ),
     ] = ("trace", "replay", "closed-loop", "generate", "report")
     score: Annotated[str | None, about("score of answers; by default that of each task or dataset")] = None
     metrics: Annotated[tuple[str, ...] | None, about("metrics; by default all that the traces allow")] = None
     positions: Annotated[Positions, about("positions of the keys in the closed loop")] = Positions.original
     compress: Annotated[str | None, about("when to evict, as `--compress`")] = None
-    allocate: Annotated[str | None, about("how budgets are allocated, as `--allocate`")] = None
+    allocate: Annotated[str | None, about("how budgets are divided, as `--allocate`")] = None
     accumulate: Annotated[str | None, about("precision of sums, as `--accumulate`")] = None
-    scope: Annotated[str | None, about("what decides, as `--scope`")] = None
+    scope: Annotated[str | None, about("what selects the keys, as `--scope`")] = None
     device: Annotated[str, about("`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")] = "auto"
     ray: Annotated[
-        str | None, about("run on this Ray cluster: `HOST:PORT`, `auto` for that of this machine, `local` to start one")
+        str | None,
+        about("Ray cluster to run on: `HOST:PORT`, `auto` for the cluster of this machine, `local` to start one"),
     ] = None
 
     def __post_init__(self) -> None:

@@ -176,7 +176,7 @@ def _require_files(experiment: Experiment) -> None:
         prompts = read_prompts([Path(file)], None, experiment.field, experiment.template)
         if "generate" in experiment.steps and not any(prompt.answers for prompt in prompts):
             raise UsageError(
-                f"{file} has no right answers, so what a policy says cannot be scored",
+                f"{file} has no right answers, so answers under a policy cannot be scored",
                 "Add answers to its objects, or write steps: [trace, replay, closed-loop, report]",
             )
 

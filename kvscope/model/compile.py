@@ -224,7 +224,8 @@ def heads_of(
         (heads, kv_heads), *_ = counts
         same = [layer for layer in layers if layer in facts.sizes and _counts(facts, layer) == (heads, kv_heads)]
         raise UsageError(
-            f"the recorded layers of {loaded.name} differ in their heads, so that no numbers select heads of all",
+            f"the recorded layers of {loaded.name} differ in their heads, so head numbers cannot select heads in all "
+            f"of them",
             f"Record all heads, or only layers that have the same: --layers {_listed(same)}",
         )
     ((heads, kv_heads),) = counts

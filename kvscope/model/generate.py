@@ -53,7 +53,7 @@ def trace(
     progress: Callable[[Progress], None] | None = None,
     announce: Callable[[RecordingPlan], None] | None = None,
 ) -> Trace:
-    """Return the recorded trace of a model that reads prompts and continues them.
+    """Return a trace: the recorded attention of a model that reads prompts and continues them.
 
     Parameters
     ----------

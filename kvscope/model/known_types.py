@@ -64,22 +64,23 @@ def describe() -> str:
 
 _PAGE = """# Models
 
-Written by `python tools/docs.py` from the results of `python tools/models.py --write`. Every causal and every
-image-text type of transformers, {all} in all, was tried with a tiny random model: traced, compared with eager
-attention, replayed in both loops, and verified. All were tried on texts. Three have an image encoder of the package
-timm, which is empty in this table; with the encoder the results are the same. transformers 5.23 cannot build the two
-`gemma4` assistants, which are refused by their configuration. Multimodal models that the table says give
-`rows` also read images, if they have a processor and attend to images in order: Llava, Qwen2.5-VL, Qwen3-VL and
-Idefics3 were tried on images.
+Written by `python tools/docs.py` from the results of `python tools/models.py --write`.
 
-- trace: `rows` ({rows} types) are recomputed from queries and keys, with all signals; `module rows` ({modules}) are
-  what the model's attention modules return, without norms and vectors; {refused} types are `refused`, with the remark
-  as reason.
-- open and closed loop: whether policies can be replayed over the trace, and inside the model.
-- verify: whether real decoding with a shortened cache equals the closed loop in float64.
-- remark: why something does not work, and what is particular. Where layers share a cache, one decision holds for all of
-  them, and it counts once; sharing was tried with Gemma 3n, Gemma 4 and Mistral Large 4. Where heads share one latent
-  cache, the layer decides by default.
+The table lists all causal and image-text types of transformers, {all} in total. We tried each with a tiny random model:
+traced it on text, compared the rows with eager attention, replayed the trace in both loops, and ran `verify`. Three
+types have an image encoder from the package timm. The table used an empty encoder for them; with the real encoder the
+results are the same. transformers 5.23 cannot build the two `gemma4` assistants; kvscope refuses them by their
+configuration. A multimodal type with `rows` in the table also reads images, if it has a processor and attends to images
+in order. We tried Llava, Qwen2.5-VL, Qwen3-VL and Idefics3 on images.
+
+- *trace*: for `rows` ({rows} types), kvscope recomputes rows from queries and keys, and has all signals. For
+  `module rows` ({modules}), it records the rows that the model's attention modules return, without norms and vectors.
+  It refuses {refused} types for the reason in the remark (`refused`).
+- *open loop*, *closed loop*: whether policies can be replayed over the trace, and run inside the model.
+- *verify*: whether decoding with a smaller cache gives the same as the closed loop in float64.
+- *remark*: why something does not work, and what is special. Layers that share a cache share one decision, which counts
+  once; we tried this with Gemma 3n, Gemma 4 and Mistral Large 4. If heads share one latent cache, the default is one
+  decision for the layer.
 
 `kvscope models NAME` describes one type, or one model.
 

@@ -49,7 +49,7 @@ def require_type(config: ModelConfig) -> None:
     if getattr(config, "default_language", "") is None:
         languages = ", ".join(config.languages[:3]) + (", ..." if len(config.languages) > 3 else "")
         raise ModelError(
-            f"the configuration of this {kind} model does not say in which language the text is",
+            f"the configuration of this {kind} model does not give the language of the text",
             f"Set default_language in its config.json to one of its languages: {languages}",
         )
 

@@ -63,13 +63,13 @@ def record(
     generated: bool = True,
     force: bool = False,
 ) -> Iterator[Recording]:
-    """Record every text that a model reads and generates in a ``with`` block, whatever loop drives it.
+    """Record every text that a model reads and generates in a ``with`` block, whatever loop calls it.
 
-    Around ``model.generate(...)``, a pipeline of transformers, or a loop that calls the model. Tokens are collected in
-    the block; at its end the model reads each text once more, in one pass, and the trace is written from that pass. So
-    the loop keeps its speed, its caches and its batches, and the rows are those of the full cache up to rounding, also
-    where the loop shortens its cache. A batch gives one sequence for each of its texts; tokens that ``attention_mask``
-    hides are padding. If the block raises, nothing is written, and the model is as it was before in any case.
+    The block may contain ``model.generate(...)``, a pipeline of transformers, or a loop that calls the model. Within
+    the block only tokens are collected. At its end the model reads each text once more in one pass, and the trace is
+    written from that pass. So the loop keeps its speed, its caches and its batches, and the rows are those of the full
+    cache up to rounding, even if the loop evicts from its cache. A batch gives one sequence for each text; tokens that
+    ``attention_mask`` hides are padding. If the block raises, nothing is written. The model is restored in any case.
 
     Parameters
     ----------
@@ -78,21 +78,21 @@ def record(
     output : Path or str
         Folder of the trace.
     store, layers, heads, hidden, query_stride
-        As of `kvscope.trace`.
+        See `kvscope.trace`.
     generated : bool
-        Whether the model chose the tokens after the prompt; false if the loop feeds it a given text.
+        Whether the model chose the tokens after the prompt; False if the loop gives it a fixed text.
     force : bool
-        Whether an existing trace is replaced.
+        Whether to replace an existing trace.
 
     Yields
     ------
     Recording
-        Its `trace` is there after the block.
+        Its attribute `trace` is set after the block.
 
     Raises
     ------
     UsageError
-        If the model read no tokens in the block, or was given vectors in place of tokens.
+        If the model read no tokens in the block, or got vectors instead of tokens.
     ModelError, TraceError
         As of `kvscope.trace`.
 

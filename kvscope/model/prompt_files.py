@@ -94,7 +94,7 @@ def read_prompts(
     files = [file for given in prompts for file in visible_files(given)]
     found = [prompt for file in files for prompt in _prompts_of(file, forced, filled or field)]
     if not found:
-        raise UsageError("no prompt is named", "Name a text file: kvscope trace --model demo FILE")
+        raise UsageError("no prompt is given", "Name a text file: kvscope trace --model demo FILE")
     for prompt in found:
         if prompt.messages is None and not prompt.text.strip():
             raise UsageError(f"prompt {prompt.place} is empty", "Write some text into it.")

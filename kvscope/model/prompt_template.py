@@ -52,7 +52,7 @@ class PromptTemplate:
             If the object has not a field of the template, or has spans, which are places in another text.
         """
         if "spans" in entry:
-            raise UsageError(f"{place}: its spans are places in another prompt than --template makes", "Omit either.")
+            raise UsageError(f"{place}: its spans do not refer to the prompt that --template makes", "Omit either.")
         made = []
         for before, name in self.parts:
             made.append(before)

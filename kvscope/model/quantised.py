@@ -110,7 +110,5 @@ def finished(model: torch.nn.Module, source: str, dtype: str | torch.dtype) -> t
     if not getattr(model, "is_quantized", False):
         return model.to(dtype)
     if dtype is torch.float64:
-        raise ModelError(
-            f"the weights of {source} stay quantised, which do not compute in float64", "Use --dtype auto."
-        )
+        raise ModelError(f"the weights of {source} stay quantised, and do not compute in float64", "Use --dtype auto.")
     return model

@@ -105,10 +105,10 @@ def check_pickled(file: Path) -> None:
     except UnpicklingError as error:
         called = re.search(r"GLOBAL (\S+)", str(error))
         if called is None:
-            raise ModelError(f"{file} is damaged, or holds something else than tensors", AGAIN) from error
+            raise ModelError(f"{file} is damaged, or contains something other than tensors", AGAIN) from error
         raise ModelError(
             f"{file} is a pickle that calls {called[1]}, which could run code: it was not loaded",
-            "Get the model in safetensors from whoever published it.",
+            "Get the model in safetensors from its publisher.",
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise ModelError(f"{file} is damaged or truncated: {first_line(error)}", AGAIN) from error

@@ -26,17 +26,17 @@ from kvscope.policies.grouped_scores import GROUP_HELP, REDUCE_HELP, Reduce, acc
 @policy("a2sf")
 @dataclass(frozen=True)
 class A2SF(Policy):
-    """Retain the keys with the largest attention sum in which older rows count less and less.
+    """Retain the keys with the largest sum of attention, in which each older row counts less.
 
-    ``A_t[j] = w_t[j] + alpha * A_{t-1}[j]``, with ``w_t`` the live row. ``alpha = 1`` is H2O's score, ``alpha = 0`` the
-    newest row only. arXiv:2407.20485, section 3.3, equations 5 and 6; code Dirac-Notation/A2SF, ``utils_real_drop``.
-    No key is protected by default (section 4.1); that code's default protects the 128 newest. It scores query heads;
-    here `group` reduces the scores of a group's heads to one, or with ``reduce=rows`` each row before it is added,
-    which differs for ``max`` alone.
+    ``A_t[j] = w_t[j] + alpha * A_{t-1}[j]``, with ``w_t`` the live row. ``alpha = 1`` gives H2O's score, ``alpha = 0``
+    uses only the newest row. arXiv:2407.20485, section 3.3, equations 5 and 6; code Dirac-Notation/A2SF,
+    ``utils_real_drop``. By default no key is protected (section 4.1); that code protects the 128 newest by default. It
+    scores query heads. Here `group` reduces the scores of a group's heads to one; ``reduce=rows`` reduces each row
+    before it is added, and the result differs only for ``max``.
 
     ``normalise=lifetime`` divides ``A_t[j]`` by the number of rows since the key arrived, ``t - j + 1``. With
-    ``alpha = 1`` that is the mean attention since arrival, as kvpress (ObservedAttention) and OpenVINO rank keys. A
-    smaller `alpha` favours new keys, since old rows count in the divisor but hardly in the sum.
+    ``alpha = 1`` that is the mean attention since arrival, by which kvpress (ObservedAttention) and OpenVINO rank keys.
+    A smaller `alpha` favours new keys, because old rows count in the divisor but hardly in the sum.
 
     Example
     -------
@@ -62,7 +62,7 @@ class A2SF(Policy):
 
     alpha: float = parameter(
         0.2,
-        "forgetting factor: 0 is the newest row alone, 1 is a plain sum",
+        "forgetting factor: 0 uses only the newest row, 1 is a plain sum",
         search=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0),
     )
     recent: int = parameter(0, "newest keys that are never evicted")

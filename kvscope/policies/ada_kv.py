@@ -13,11 +13,11 @@ from kvscope.policies.snapkv import Pooling, SnapKV
 @policy("ada-kv")
 @dataclass(frozen=True)
 class AdaKV(SnapKV):
-    """Retain what the last rows of the prompt attend to; heads with concentrated attention give budget to the others.
+    """Retain the keys that the last rows of the prompt attend to; heads with concentrated attention get less budget.
 
-    The score is SnapKV's with the defaults of FFY0/AdaKV (window 32, max pooling over 7); the budget is allocated as by
-    ``--allocate ada``. arXiv:2407.11550, algorithm 1; code FFY0/AdaKV, which takes the mean over the window: it orders
-    keys as the sum does.
+    The score is SnapKV's with the defaults of FFY0/AdaKV (window 32, max pooling over 7); the budget is divided as by
+    ``--allocate ada``. arXiv:2407.11550, algorithm 1; code FFY0/AdaKV, which uses the mean over the window instead of
+    the sum. Both give the same order of keys.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]
@@ -41,7 +41,7 @@ class AdaKV(SnapKV):
     proven: ClassVar[str] = "authors' decisions"
 
     window: int = parameter(
-        32, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
+        32, "last rows of the prompt, which give the scores; their keys are protected; at most half of the budget"
     )
     kernel: int = parameter(7, "width of the pooling over neighbouring keys, an odd number")
     pooling: Pooling = parameter("max", "kind of pooling: avg, max or none")

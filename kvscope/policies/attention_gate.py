@@ -14,22 +14,21 @@ from kvscope.policies.citation import Citation
 @policy("attention-gate")
 @dataclass(frozen=True)
 class AttentionGate(Policy):
-    """Evict the keys whose gates are closed: a learned flag for every key, layer and key/value head, without a budget.
+    """Evict the keys whose learned gates are closed; each layer and key/value head has its own, and there is no budget.
 
     A gate is ``g = sigmoid(W A(X) + b)``, with ``A`` a reduced multi-head attention over the layer's input ``X``. A key
     is retained if its gate exceeds the threshold of its training plus `margin`; the query at the same position sees it
-    in any case. arXiv:2410.12876. There is no public code, and the full text was not available: what its abstract,
-    introduction and reviews do not define (form and sizes of ``A``, threshold, grouped heads, first tokens) is our
-    choice.
+    in any case. arXiv:2410.12876. There is no public code, and the full text was not available. So we chose what its
+    abstract, introduction and reviews do not define: form and sizes of ``A``, threshold, grouped heads, first tokens.
 
-    As published, only keys of the prompt are gated; ``decode=true`` gates later keys too, which is our extension. With
-    streaming prefill a key with a closed gate is seen only by the query at its position, also inside the prompt, as in
-    the paper's mask. With full prefill the prompt's queries see every key, and keys with closed gates are evicted at
-    its end.
+    As published, only keys of the prompt are gated; ``decode=true``, our extension, gates later keys too. With
+    streaming prefill only the query at its position sees a key with a closed gate, also inside the prompt, as in the
+    paper's mask. With full prefill the prompt's queries see every key, and keys with closed gates are evicted at the
+    end of the prompt.
 
-    Gates are trained for one model: ``kvscope gate train``. ``gate=demo`` is that of the bundled model. The trace must
-    hold layer inputs (``kvscope trace --hidden``); any gate of its model can then be replayed over it. There is no
-    budget: compare it with policies that hold as many keys on average, which the summary shows.
+    ``kvscope gate train`` trains a gate for one model; ``gate=demo`` is the gate of the bundled model. The trace must
+    contain layer inputs (``kvscope trace --hidden``); any gate of its model can then be replayed over it. There is no
+    budget: compare the policy with others that hold as many keys on average, which the summary shows.
 
     Example
     -------
@@ -53,7 +52,7 @@ class AttentionGate(Policy):
     )
     proven = "paper"
 
-    gate: str = parameter("demo", "file of the gate, or demo for that of the bundled model")
+    gate: str = parameter("demo", "file of the gate, or demo for the gate of the bundled model")
     decode: bool = parameter(False, "gate the tokens after the prompt too")
     margin: float = parameter(0.0, "number added to the threshold: above 0 evicts more keys, below 0 fewer")
 

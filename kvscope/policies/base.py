@@ -41,7 +41,7 @@ Phase = str  # "step", "prefill", "every:N" (N steps), "none"
 
 @dataclass(frozen=True)
 class Protection:
-    """Keys that are retained whatever their score.
+    """Keys that are never evicted, whatever their score.
 
     Attributes
     ----------
@@ -85,8 +85,8 @@ class Policy:
 
     A subclass is a frozen dataclass under ``@policy("name")``, or under ``@variant("name", "variant")`` where a
     published code differs from the plain rule. It never evicts, rounds a budget or protects a key itself, and keeps
-    nothing between sequences. The class attributes are what the bare name means; a policy whose parameters change one
-    of them overrides `traits`.
+    nothing between sequences. The class attributes hold for the default parameters; a policy whose parameters change
+    one of them overrides `traits`.
 
     Attributes
     ----------
@@ -106,12 +106,12 @@ class Policy:
     reads : bool
         Whether it is a sparse reader: it holds every key, and `read` returns which of them a query sees.
     clairvoyant : bool
-        Whether it is a bound that uses what no cache can have: later rows, or the row of the query that it selects keys
-        for.
+        Whether it is a bound that uses what no cache can know: later rows, or the row of the query for which it selects
+        keys.
     allocate : str
-        How the budget of the whole model is allocated to layers and heads by default.
+        How the budget of the model is divided among layers and heads by default.
     prefills : frozenset of str
-        Kinds of prefill that the rule is defined for.
+        Kinds of prefill for which the rule is defined.
     published : bool
         Whether it reproduces published code with its quirks instead of the plain rule.
     positional : tuple of str
@@ -120,16 +120,16 @@ class Policy:
         The rule in one line: the score ``S[j]`` of key ``j``, or what a reader reads; docs/policies/README.md names the
         symbols.
     marks : bool
-        Whether, under a budget, it evicts the keys that it scores ``-inf``, be they more or fewer than the budget says:
-        for rules that divide a budget in a way of their own.
+        Whether it evicts exactly the keys that it scores ``-inf``, even if the budget would evict more or fewer: for
+        rules that divide a budget in their own way.
     paper : str
         Source of the rule.
     citation : Citation or None
-        Its publication, for ``kvscope policies --cite``; None where the rule is from none. A class derived from another
-        has that of the other unless it names its own.
+        Its publication, for ``kvscope policies --cite``; None if there is none. A derived class inherits it unless it
+        sets its own.
     proven : str
-        What its decisions are compared with beside a plain loop of its rule: ``authors' decisions`` (their code was
-        run), ``authors' code, read``, the same of ``kvpress``, ``paper``, or ``own rule``.
+        What its decisions were compared with, besides a plain loop of its rule: ``authors' decisions`` (their code was
+        run), ``authors' code, read``, the same for ``kvpress``, ``paper``, or ``own rule``.
     """
 
     name: ClassVar[str] = ""
@@ -168,16 +168,16 @@ class Policy:
         return replace(_own_traits(self), **changes)
 
     def protect(self, budget: int) -> Protection:
-        """Return which keys are retained whatever their score, for a budget in keys; by default none."""
+        """Return which keys are never evicted, for a budget in keys; by default none."""
         return Protection()
 
     def fit(self, layers: Sequence[int], kv_heads: int, n_layers: int) -> None:
         """Raise UsageError if the policy is not defined for these layers of a model; by default it is."""
 
     def whole(self, place: int) -> bool:
-        """Return whether a layer holds every key, whatever the budget, which is then that of the other layers.
+        """Return whether a layer holds every key whatever the budget, which then applies to the other layers.
 
-        `place` is that of the layer among those of the model that have attention; by default no layer does.
+        `place` is the index of the layer among the layers with attention; by default no layer holds every key.
         """
         return False
 

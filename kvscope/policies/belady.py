@@ -13,7 +13,7 @@ from kvscope.policies.citation import Citation
 @policy("belady")
 @dataclass(frozen=True)
 class Belady(Policy):
-    """Evict so that later rows lose the least attention mass: the bound of every policy in which evicted keys are lost.
+    """Evict so that later rows lose the least attention mass: the bound for every policy that cannot restore keys.
 
     Score of key ``j``: the step after which the optimal schedule evicts it. The schedule is computed beforehand, as an
     exact assignment of keys to steps, from all full rows of the head (the mean of its query heads). No policy that
@@ -45,7 +45,7 @@ class Belady(Policy):
     )
     proven = "every schedule of up to 7 tokens, and scipy's assignment"
 
-    scope: Scope = parameter("kv_head", "who decides: kv_head, each for itself, or layer, all heads as one")  # type: ignore[misc]
+    scope: Scope = parameter("kv_head", "kv_head: each head selects its own keys; layer: all retain the same")  # type: ignore[misc]
 
     def observe(self, step: Step, score: Tensor) -> Tensor:
         return step.signals["schedule"].to(score.dtype)

@@ -20,8 +20,8 @@ class Blend(Members):
     Score of key ``j``: ``weight * s_a[j] + (1 - weight) * s_b[j]``, where ``s`` is made comparable among the keys that
     the head holds and that are not protected: with ``by=rank`` the place in the order of scores, from 0 for the lowest
     to 1 for the highest; with ``by=sum-to-one`` the score less the lowest, divided by the sum of these. Equal ranks do
-    not exist: of equal scores the older key has the lower rank. Protected are the larger numbers of both policies.
-    This is our rule, without a paper or code; what is published on its members is cited with it.
+    not exist: of equal scores the older key has the lower rank. The larger protection of both policies holds. This is
+    our rule, without a paper or code; it is cited with the publications of its members.
 
     Both must evict at the same time and hold to a budget. Write ``blend(h2o, tova, weight=0.7)`` or
     ``blend:a=a2sf(alpha=0.7),b=key-norm,by=sum-to-one``.
@@ -36,7 +36,9 @@ class Blend(Members):
     paper = "combination of two policies"
     proven = "own rule"
 
-    weight: float = parameter(0.5, "weight of the first, from 0 to 1; the second has the rest", search=(0.3, 0.5, 0.7))
+    weight: float = parameter(
+        0.5, "weight of the first policy, from 0 to 1; the second gets the rest", search=(0.3, 0.5, 0.7)
+    )
     by: Literal["rank", "sum-to-one"] = parameter("rank", "how scores are made comparable: rank or sum-to-one")
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from kvscope.policies.snapkv import Pooling, odd, pooled, voting
 @policy("cake")
 @dataclass(frozen=True)
 class CAKE(Policy):
-    """Retain the keys whose weight in the last rows of the prompt is large or varies; later those of the newest row.
+    """Retain the keys with a large or varying weight in the last rows of the prompt; later, in the newest row.
 
     At the end of the prompt ``mean + gamma * variance`` of the last `window` rows of each query head, afterwards the
     newest row, each pooled over `kernel` neighbours; then `group` reduces the query heads of a group to one (with
@@ -52,7 +52,7 @@ class CAKE(Policy):
     proven: ClassVar[str] = "authors' decisions"
 
     window: int = parameter(
-        32, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
+        32, "last rows of the prompt, which give the scores; their keys are protected; at most half of the budget"
     )
     gamma: float = parameter(200.0, "factor of the variance, which is added to the mean")
     kernel: int = parameter(5, "width of the pooling over neighbouring keys, an odd number")

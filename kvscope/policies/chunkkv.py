@@ -28,7 +28,7 @@ from kvscope.policies.snapkv import Pooling, odd, pooled, sum_of_newest, voting
 @policy("chunkkv")
 @dataclass(frozen=True)
 class ChunkKV(Policy):
-    """Retain the chunks of neighbouring keys that the last rows of the prompt attend to, and the last keys themselves.
+    """Retain the chunks of neighbouring keys that the last rows of the prompt attend to, and the last keys.
 
     Chunk ``i`` holds the keys at positions ``i * chunk`` to ``(i + 1) * chunk - 1``. A key's vote is the sum of its
     weights over the last `window` rows; the score of all keys of a chunk is the sum of their votes. The keys of the
@@ -64,11 +64,11 @@ class ChunkKV(Policy):
     )
     proven: ClassVar[str] = "kvpress's decisions"
 
-    scope: Scope = parameter("layer", "who decides: layer, all heads as one, or kv_head, each for itself")  # type: ignore[misc]
+    scope: Scope = parameter("layer", "layer: all heads retain the same keys; kv_head: each its own")  # type: ignore[misc]
     chunk: int = parameter(10, "neighbouring keys in a chunk", search=(5, 10, 20))
-    chunk_score: Literal["sum", "mean"] = parameter("sum", "what chunks are compared by: sum or mean of their votes")
+    chunk_score: Literal["sum", "mean"] = parameter("sum", "score of a chunk: sum or mean of its votes")
     window: int = parameter(
-        64, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
+        64, "last rows of the prompt, which give the scores; their keys are protected; at most half of the budget"
     )
     kernel: int = parameter(5, "width of the pooling over neighbouring keys, an odd number")
     pooling: Pooling = parameter("none", "kind of pooling of the votes before they are added: avg, max or none")

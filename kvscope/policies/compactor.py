@@ -21,7 +21,7 @@ JITTER = 0.01  # added to the diagonal that is inverted, as in the code
 @policy("compactor")
 @dataclass(frozen=True)
 class Compactor(Policy):
-    """Retain the keys with a high leverage score or much attention from the queries around them, later ones included.
+    """Retain the keys with a high leverage score, or with much attention from earlier and later queries nearby.
 
     Leverage: the keys as before their rotary embedding, minus their mean and times a random matrix of `sketch` columns,
     are ``X``; the score of key ``j`` is ``x_j (X'X)^-1 x_j``. Attention: the keys are divided into chunks of `chunk`;
@@ -62,7 +62,7 @@ class Compactor(Policy):
     recent: int = parameter(4, "newest keys, which are never evicted; at most a third of the budget")
     chunk: int = parameter(256, "keys of a chunk, whose queries attend to them")
     sketch: int = parameter(48, "columns of the random matrix")
-    blend: float | None = parameter(None, "factor of the leverage; none: the share of the keys that is evicted")
+    blend: float | None = parameter(None, "factor of the leverage; none: the share of evicted keys")
     seed: int = parameter(0, "seed of the random matrix")
 
     def __post_init__(self) -> None:

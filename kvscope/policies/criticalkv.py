@@ -17,7 +17,7 @@ from kvscope.policies.spec import parse_policy
 @policy("criticalkv")
 @dataclass(frozen=True)
 class CriticalKV(Policy):
-    """Retain the keys that the base policy scores highest, then those that also change the layer's output most.
+    """Retain the keys that the base policy scores highest, then those that also change the output of the layer most.
 
     A share `first` of the budget goes to the keys with the highest scores of the base, its protected keys among them.
     The rest goes by ``(score + epsilon) * |W_o v|``: the L1 norm of the key's value after the output projection, mean
@@ -48,8 +48,8 @@ class CriticalKV(Policy):
     )
     proven = "kvpress's decisions"
 
-    base: str = parameter("snapkv", "policy whose scores are used, as in a2sf(alpha=0.7)")
-    first: float = parameter(0.5, "share of the budget that goes by the base's scores alone")
+    base: str = parameter("snapkv", "policy whose scores are used, such as a2sf(alpha=0.7)")
+    first: float = parameter(0.5, "share of the budget that is filled by the base's scores alone")
     epsilon: float = parameter(0.0001, "added to a score before it is multiplied by the norm")
 
     def __post_init__(self) -> None:

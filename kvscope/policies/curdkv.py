@@ -50,8 +50,8 @@ class CurDKV(Policy):
     )
     proven = "kvpress's decisions"
 
-    combine: Combination = parameter("product", "what counts: product or mean of both, key or value alone")
-    window: int = parameter(16, "keys of a part, beside which a key is measured; 0: norms are not divided")
+    combine: Combination = parameter("product", "score: product or mean of both, or that of key or value alone")
+    window: int = parameter(16, "keys in a part, by whose norms a key's norm is divided; 0: no division")
     sinks: int = parameter(4, "first keys, which are never evicted")
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from kvscope.policies.citation import Citation
 @policy("dms")
 @dataclass(frozen=True)
 class DMS(Policy):
-    """Evict the keys whose gates are closed, each only when `window` newer keys exist; there is no budget.
+    """Evict the keys whose learned gates are closed, each after `window` newer keys; there is no budget.
 
     Dynamic memory sparsification: whether a key is evicted is decided when it arrives, and it leaves `window` steps
     later, so that the queries in between still see it. It applies to the keys of the prompt and to later ones.
@@ -44,8 +44,8 @@ class DMS(Policy):
     )
     proven = "kvpress's code, read"
 
-    gate: str = parameter("demo", "file of the gate, or demo for that of the bundled model")
-    window: int = parameter(128, "newer keys that exist when a rejected key is evicted")
+    gate: str = parameter("demo", "file of the gate, or demo for the gate of the bundled model")
+    window: int = parameter(128, "number of newer keys after which a rejected key is evicted")
     margin: float = parameter(0.0, "number added to the threshold: above 0 evicts more keys, below 0 fewer")
 
     def __post_init__(self) -> None:

@@ -24,10 +24,10 @@ class DuoAttention(Policy):
     The labels are from a file of scores (`heads`): a head whose score is at least `threshold` is a retrieval head; with
     `sparsity`, a head whose score is at least that quantile of all scores, so that this share of the heads are
     streaming heads. arXiv:2410.10819; code mit-han-lab/duo-attention, whose ``full_attention_heads.tsv`` for
-    published models are such files. How many keys are held follows from the labels, and the budget is ignored. That
-    code breaks ties of scores at random; here heads with equal scores have the same label.
+    published models are such files. The labels determine how many keys are held; the budget is ignored. That code
+    breaks ties of scores at random; here heads with equal scores have the same label.
 
-    Scores are learned there, for one model. ``heads=observed``, which is ours, makes them from the prompt instead: the
+    In that code, scores are learned for one model. ``heads=observed`` is ours and computes them from the prompt: the
     weight that the last `rows` rows of the prompt give to keys that are neither among the first `sinks` nor among the
     `recent` newest before their query, averaged over rows and the query heads of a group. The head of a file that
     holds scores of query heads has their mean. With ``observed``, `sparsity` is the share in each layer.
@@ -58,8 +58,8 @@ class DuoAttention(Policy):
     heads: str = parameter(
         OBSERVED, "file of head scores (kvscope heads writes one), or observed: from the rows of the prompt"
     )
-    threshold: float = parameter(0.5, "score from which a head holds every key", search=(0.1, 0.3, 0.5))
-    sparsity: float | None = parameter(None, "share of streaming heads, from 0 to 1, in place of the threshold")
+    threshold: float = parameter(0.5, "smallest score with which a head holds every key", search=(0.1, 0.3, 0.5))
+    sparsity: float | None = parameter(None, "share of streaming heads, from 0 to 1, instead of the threshold")
     sinks: int = parameter(128, "first keys that streaming heads hold")
     recent: int = parameter(256, "newest keys that streaming heads hold")
     rows: int = parameter(32, "heads=observed: rows at the end of the prompt that are averaged")

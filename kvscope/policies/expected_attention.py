@@ -18,7 +18,7 @@ from kvscope.policies.rotation import Rotation
 @policy("expected-attention")
 @dataclass(frozen=True)
 class ExpectedAttention(Policy):
-    """Retain the keys that future queries are expected to attend to, if these are distributed as the past ones.
+    """Retain the keys that future queries are expected to attend to, if their distribution is that of past queries.
 
     The past queries, before their rotary embedding and without those of the first `sinks` tokens, have a mean and a
     covariance, which the mean rotation of the next `future` positions turns: ``m`` and ``C``. Expected logit of key
@@ -52,7 +52,7 @@ class ExpectedAttention(Policy):
 
     future: int = parameter(512, "positions after the newest one, over which the rotation is averaged")
     sinks: int = parameter(4, "first keys, which are never evicted and whose queries do not count")
-    covariance: bool = parameter(True, "whether the covariance of the queries counts, and not only their mean")
+    covariance: bool = parameter(True, "whether to use the covariance of the queries too, not only their mean")
     epsilon: float = parameter(0.0, "added to the expected attention before it is multiplied by the value's norm")
     values: bool = parameter(True, "whether the expected attention is multiplied by the norm of the value")
 

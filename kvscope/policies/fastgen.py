@@ -20,7 +20,7 @@ RULES = ("special", "punctuation", "frequent", "local", "full")  # each retains 
 @policy("fastgen")
 @dataclass(frozen=True)
 class FastGen(Policy):
-    """Retain in each head what one of five rules says: the first that recovers the attention of the prompt.
+    """Retain the keys of one of five rules in each head: the first rule that recovers the attention of the prompt.
 
     The rules: special tokens; also punctuation; also the most attended of the other keys, a share `frequent` of all
     keys so far; also the newest keys, a share `local`; every key. At the end of the prompt a head takes the first rule

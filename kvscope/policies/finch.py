@@ -18,7 +18,7 @@ from kvscope.policies.snapkv import sum_of_newest, voting
 @policy("finch")
 @dataclass(frozen=True)
 class Finch(Policy):
-    """Retain the keys that the question attends to, of every chunk of the context the same share.
+    """Retain the keys that the question attends to, with the same share of every chunk of the context.
 
     The question is the last `window` tokens of the prompt, whose keys are protected. Score of key ``j``: the sum of its
     weights over the rows of the question, each multiplied by the number of keys before the query (`normalise`), since
@@ -59,7 +59,9 @@ class Finch(Policy):
         32, "tokens of the question at the end of the prompt, which are protected; at most half of the budget"
     )
     normalise: bool = parameter(True, "whether each row is multiplied by the number of keys before its query")
-    chunk: int | None = parameter(None, "neighbouring keys in a chunk that retains its share; none: all compete")
+    chunk: int | None = parameter(
+        None, "neighbouring keys in a chunk, each of which retains its share; none: all keys compete"
+    )
     group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
 
     def __post_init__(self) -> None:

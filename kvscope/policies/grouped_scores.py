@@ -14,7 +14,7 @@ Reduce = Literal["scores", "rows"]
 Add = Callable[[Tensor, Tensor], Tensor]
 
 GROUP_HELP = "how the query heads of a group are reduced to one: mean, max or sum"
-REDUCE_HELP = "what of a group's heads is reduced: scores, of all rows, or rows, each before it counts"
+REDUCE_HELP = "what is reduced over a group's heads: the scores, or each row before it is scored"
 
 
 def accumulated(

@@ -27,10 +27,10 @@ class H2O(Policy):
     """Retain the keys with the largest sum of attention since they arrived, and the newest half.
 
     ``S_t[j] = S_{t-1}[j] + w_t[j]``, with ``w_t`` the live row. arXiv:2306.14048, algorithm 1; code FMInference/H2O,
-    ``utils_real_drop``: keys are physically dropped, and the current key is not counted in the budget. That code keeps
-    scores per query head and assumes one key/value head each. With grouped heads `group` reduces the scores of a
-    group's query heads to one, as Zefan-Cai/KVCache-Factory does; with ``reduce=rows`` it reduces each row before it
-    is added, which differs for ``max`` alone. The two other rules of H2O's code are the variants.
+    ``utils_real_drop``: it removes keys from the cache, and does not count the current key in the budget. That code has
+    scores per query head, each with its own key/value head. With grouped heads, `group` reduces the scores of a group's
+    query heads to one, as Zefan-Cai/KVCache-Factory does. ``reduce=rows`` reduces each row before it is added; the
+    result differs only for ``max``. The variants are the two other rules of H2O's code.
 
     Example
     -------

@@ -19,14 +19,14 @@ from kvscope.policies.snapkv import Pooling, SnapKV
 @policy("headkv")
 @dataclass(frozen=True)
 class HeadKV(SnapKV):
-    """Retain what the last rows of the prompt attend to; heads that retrieve get the budget of the others.
+    """Retain the keys that the last rows of the prompt attend to; retrieval heads get more budget than others.
 
-    The score is SnapKV's with window 32 and max pooling over 7; the budget is allocated as by ``--allocate heads``: of
-    ``b`` free keys of a head ``b // beta`` go to a pool that all heads of the model share in proportion to the scores
-    of the heads. These are from a file (`heads`), as the authors publish them for two models: shares of needles that a
-    head attends to while the model repeats or uses them. ``heads=observed``, which is ours, takes them from the rows of
-    the prompt. arXiv:2410.19258; code FYYFU/HeadKV, ``ReasonSnapKVCluster``. That code allocates to and
-    selects for query heads; here their scores are averaged over those that share a key/value head.
+    The score is SnapKV's with window 32 and max pooling over 7. The budget is divided as by ``--allocate heads``: each
+    head gives ``b // beta`` of its ``b`` free keys to a pool, which all heads of the model share in proportion to their
+    head scores. Head scores come from a file (`heads`), such as the authors publish for two models: the share of
+    needles that a head attends to while the model repeats or uses them. ``heads=observed`` is ours and computes them
+    from the rows of the prompt. arXiv:2410.19258; code FYYFU/HeadKV, ``ReasonSnapKVCluster``. That code works per query
+    head; here scores are averaged over the query heads that share a key/value head.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]
@@ -48,14 +48,14 @@ class HeadKV(SnapKV):
     proven: ClassVar[str] = "authors' code, read"
 
     window: int = parameter(
-        32, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
+        32, "last rows of the prompt, which give the scores; their keys are protected; at most half of the budget"
     )
     kernel: int = parameter(7, "width of the pooling over neighbouring keys, an odd number")
     pooling: Pooling = parameter("max", "kind of pooling: avg, max or none")
     heads: str = parameter(
         OBSERVED, "file of head scores (kvscope heads writes one), or observed: from the prompt's rows"
     )
-    beta: float = parameter(1.2, "each head gives its free keys divided by this to the pool", search=(1.2, 2, 5))
+    beta: float = parameter(1.2, "each head gives 1/beta of its free keys to the shared pool", search=(1.2, 2, 5))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ from kvscope.policies.base import Policy, Step, policy
 @policy("ideal")
 @dataclass(frozen=True)
 class Ideal(Policy):
-    """Read the current key and the ``B`` heaviest others of every row: the bound of every policy of this budget.
+    """Read the current key and the ``B`` heaviest others in each row: the bound for every policy with this budget.
 
     The keys are selected anew at each step, from the row of that step, so a key that was not selected before can be
     selected now: no cache can do that. Shares of the row are averaged over the query heads of a group; of equal ones

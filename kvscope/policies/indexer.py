@@ -14,7 +14,7 @@ from kvscope.policies.citation import Citation
 @policy("indexer")
 @dataclass(frozen=True)
 class Indexer(Policy):
-    """Read the keys that the model's own learned index chooses for the query, as it was recorded; hold all keys.
+    """Read the keys that the model's own learned index selects for the query, as recorded; hold all keys.
 
     DeepSeek-V3.2 and models like it have a small indexer in a layer, which scores every key for a query, and attend to
     the keys with the highest scores alone: the recorded rows have no weight on others. How many that is, the model

@@ -43,7 +43,7 @@ class KeyNorm(Policy):
     variant: str = variant_parameter()
     # Used by the variant only; declared here so that all runs of the policy are stored with the same parameters.
     keep_ratio: float = parameter(0.9, "l2compress: share of the keys that is retained when some are evicted")
-    prune_after: int = parameter(2048, "l2compress: number of keys from which on some are evicted")
+    prune_after: int = parameter(2048, "l2compress: number of keys from which some are evicted")
     skip_layers: int = parameter(0, "l2compress: first layers of the model, which retain everything")
 
     def __post_init__(self) -> None:

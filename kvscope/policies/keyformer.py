@@ -31,12 +31,11 @@ class Keyformer(Policy):
     newest ``int(recent_ratio * B)`` keys are protected. arXiv:2403.09054; code d-matrix-ai/keyformer-llm, GPT-J.
 
     As in that code, the key tokens are selected once, when the first key is evicted; every later key is evicted when it
-    is no longer in the recent window. There the budget counts the keys that a query sees, the current one included.
-    Here, as for `h2o`, it counts the keys held after the step, so a query sees one key more: the one that the window no
-    longer contains. The retained keys are the same. The code has no grouped heads; here `group` reduces the scores
-    of a group's heads, or with ``reduce=rows`` each noisy row. Its
-    budget of 60 % of the prompt is the user's choice here. A budget under 4 has no recent window; the code then evicts
-    nothing.
+    leaves the recent window. In that code the budget counts the keys that a query sees, the current one included. Here,
+    as for `h2o`, it counts the keys held after the step, so a query sees one key more, which has just left the window.
+    The retained keys are the same. The code has no grouped heads; here `group` reduces the scores of a group's heads,
+    or with ``reduce=rows`` each noisy row. The code's budget is 60 % of the prompt; here the user chooses it. A budget
+    under 4 has no recent window; the code then evicts nothing.
 
     Example: at a very high temperature all weights are equal, and an older key has a larger sum. Budget 4,
     ``recent_ratio=0.5``, prompt 4: keys 0 and 1 are the key tokens, and later keys are retained while they are recent.

@@ -16,16 +16,16 @@ from kvscope.policies.citation import Citation
 class KVzap(Policy):
     """Retain the keys with the highest predicted scores of ``kvzip``, without a second reading of the prompt.
 
-    For each layer a linear map, or one with a hidden layer, predicts the logarithm of the score of ``kvzip`` from the
-    input of the layer's attention, for every key/value head. ``kvscope gate scorers TRACE TRACE`` trains them on
-    prompts that were read again (``kvscope trace --reread --hidden``); ``scorers=demo`` are those of the bundled model.
+    In each layer a scorer, linear or with one hidden layer, predicts the logarithm of the ``kvzip`` score for every
+    key/value head from the input of the layer's attention. ``kvscope gate scorers TRACE TRACE`` trains scorers on
+    prompts that were read twice (``kvscope trace --reread --hidden``); ``scorers=demo`` are those of the bundled model.
     arXiv:2601.07891; code NVIDIA/kvpress, ``kvzap_press.py``, ``dms_press.py`` and ``kvzap/train.py``.
 
     As published there is no budget: with a `threshold`, such as -4, a key with a lower score is evicted when `window`
-    newer keys exist. Without one, which is the scorer of that code alone and for comparison at equal budgets, the keys
-    with the highest scores are retained, and the newest. Ours: the target of the training is kvzip's weight itself,
-    and not that weight times the norm of the projected value over the norm of the query's input; at most half of the
-    budget is protected.
+    newer keys exist. Without a threshold, the keys with the highest scores and the newest keys are retained; this is
+    the scorer of that code alone, for comparison at equal budgets. We differ in two points: scorers are trained on
+    kvzip's weight itself, not on that weight times the norm of the projected value over the norm of the query's input,
+    and at most half of the budget is protected.
 
     Example: budget 2; the predicted scores are -1, -5, -2 and -3.
 
@@ -48,8 +48,8 @@ class KVzap(Policy):
     )
     proven = "kvpress's decisions"
 
-    scorers: str = parameter("demo", "file of the scorers, or demo for those of the bundled model")
-    threshold: float | None = parameter(None, "score below which a key is evicted, in place of a budget")
+    scorers: str = parameter("demo", "file of the scorers, or demo for the scorers of the bundled model")
+    threshold: float | None = parameter(None, "score below which a key is evicted, instead of a budget")
     window: int = parameter(128, "newest keys that are never evicted; under a budget at most half of it")
 
     def __post_init__(self) -> None:

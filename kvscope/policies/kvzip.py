@@ -14,14 +14,14 @@ from kvscope.policies.citation import Citation
 @policy("kvzip")
 @dataclass(frozen=True)
 class KVzip(Policy):
-    """Retain the keys that get the largest weights while the model reads the prompt again, in order to repeat it.
+    """Retain the keys with the largest weights while the model reads the prompt a second time in order to repeat it.
 
     Score of key ``j``: the largest weight that any query of the second reading gives it, over the query heads of a
-    group. The trace must hold the scores: ``kvscope trace --reread``, which reads each prompt twice more, with the full
-    cache. Without a trace that holds them, the closed loop reads the prompts again itself (``kvscope perplexity``). It
-    evicts once, at the end of the prompt; if it is to evict later as well, keys after the prompt, of which the second
-    reading says nothing, are evicted last. arXiv:2505.23416; code snu-mllab/KVzip, ``score.py``, and NVIDIA/kvpress,
-    ``kvzip_press.py``, whose first keys are never evicted. Ours: every head has the same budget, as in that code's
+    group. The trace must contain the scores: ``kvscope trace --reread`` reads each prompt twice more, with the full
+    cache. Without such a trace, the closed loop reads the prompts again itself (``kvscope perplexity``). The policy
+    evicts once, at the end of the prompt. If it must evict later too, it evicts the keys after the prompt last, because
+    the second reading does not score them. arXiv:2505.23416; code snu-mllab/KVzip, ``score.py``, and NVIDIA/kvpress,
+    ``kvzip_press.py``, whose first keys are never evicted. Here every head has the same budget, as in that code's
     uniform variant, unless ``--allocate`` says otherwise; prompts in a chat template are repeated with it.
 
     Example: the largest weights of the second reading are .9, .1, .3 and .2.

@@ -18,7 +18,7 @@ from kvscope.policies.citation import Citation
 @policy("lacache")
 @dataclass(frozen=True)
 class LaCache(Policy):
-    """Retain the first keys and the newest ones; the keys between them are thinned out, other ones in each layer.
+    """Retain the first and the newest keys, and some keys in between, which differ from layer to layer.
 
     With ``L`` layers, ``before = 1 + ceil((L - span) / (span - overlap))`` neighbouring keys of the cache become
     ``after = ceil(span / (span - overlap))``, at most ``before - 1``: those from the ``i``-th on in layer ``i``,

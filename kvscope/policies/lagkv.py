@@ -16,7 +16,7 @@ from kvscope.policies.citation import Citation
 @policy("lagkv")
 @dataclass(frozen=True)
 class LagKV(Policy):
-    """Retain, in every part of the prompt, the keys that vary most when scaled by the next part; no weights are read.
+    """Retain the keys of each part of the prompt that vary most when scaled by the next part; no weights are read.
 
     After the sinks the prompt is cut into parts of `lag` keys. Every dimension of a part's keys is scaled by the
     minimum and maximum of the next part; the standard deviation over the dimensions of each key, as a softmax over the

@@ -14,11 +14,12 @@ from kvscope.policies.grouped_scores import GROUP_HELP, REDUCE_HELP, Reduce, hea
 @policy("lru")
 @dataclass(frozen=True)
 class LRU(Policy):
-    """Retain the keys that were used most recently; a key is used by a row that gives it at least its even share.
+    """Retain the most recently used keys; a row uses a key if it gives the key at least its even share.
 
     Score of key ``j``: the last step ``t`` with ``w_t[j] >= mean of w_t over V_t``, which is ``1 / |V_t|`` for a row
-    that sums to one. Its arrival counts as a use. This is a baseline without a paper: the classical replacement
-    rule, applied to attention. With ``reduce=scores`` each query head has its own last uses, and `group` reduces those.
+    that sums to one. The arrival of a key counts as a use. This is a baseline without a paper: the classical
+    replacement rule, applied to attention. With ``reduce=scores`` each query head has its own last uses, and `group`
+    reduces those.
 
     Example
     -------

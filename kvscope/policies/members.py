@@ -30,7 +30,7 @@ class Members(Policy):
 
     positional: ClassVar[tuple[str, ...]] = ("a", "b")
 
-    a: str = parameter("h2o", "first policy, as in a2sf(alpha=0.7)")
+    a: str = parameter("h2o", "first policy, such as a2sf(alpha=0.7)")
     b: str = parameter("tova", "second policy")
 
     def __post_init__(self) -> None:

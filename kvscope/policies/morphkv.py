@@ -51,7 +51,7 @@ class MorphKV(Policy):
     )
     proven = "authors' decisions"
 
-    window: int = parameter(200, "queries before the current one whose rows count, at most half of the budget")
+    window: int = parameter(200, "number of earlier queries whose rows count, at most half of the budget")
     fuse: Literal["max", "sum"] = parameter("max", "how their rows are reduced to one: max or sum")
 
     def __post_init__(self) -> None:

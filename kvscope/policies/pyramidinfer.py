@@ -17,7 +17,7 @@ from kvscope.policies.snapkv import voting
 @policy("pyramidinfer")
 @dataclass(frozen=True)
 class PyramidInfer(Policy):
-    """Retain the keys that the recent rows of the prompt attend to, in deeper layers fewer, and recent and first keys.
+    """Retain recent and first keys, and those that recent rows of the prompt attend to; fewer in deeper layers.
 
     Score of key ``j``: the sum of its weights over the recent rows, averaged over the query heads of the layer; of
     ``m`` rows the oldest counts once, the newest `distance` times, those between in equal steps. Recent keys, a share
@@ -51,8 +51,8 @@ class PyramidInfer(Policy):
     )
     proven: ClassVar[str] = "authors' code, read"
 
-    recent: float = parameter(0.2, "share of the budget that is for recent keys, whose rows vote, up to 0.5")
-    distance: float = parameter(1.2, "how often the newest row counts, the oldest recent one counting once")
+    recent: float = parameter(0.2, "share of the budget for recent keys, whose rows are summed; at most 0.5")
+    distance: float = parameter(1.2, "weight of the newest row; the oldest recent row has weight 1")
     sinks: int = parameter(4, "first keys that are never evicted, at most a quarter of the budget")
 
     def __post_init__(self) -> None:

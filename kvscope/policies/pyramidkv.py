@@ -13,7 +13,7 @@ from kvscope.policies.snapkv import SnapKV
 @policy("pyramidkv")
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
-    """Retain what the last rows of the prompt attend to; the budget shrinks from layer to layer.
+    """Retain the keys that the last rows of the prompt attend to; the budget shrinks from layer to layer.
 
     The score is SnapKV's. The budget is allocated as by ``--allocate pyramid``: in addition to the window, from about
     twice the mean in the first layer to a twentieth in the last. arXiv:2406.02069, section 4.2; code

@@ -13,7 +13,7 @@ from kvscope.policies.citation import Citation
 @policy("q-filters")
 @dataclass(frozen=True)
 class QFilters(Policy):
-    """Retain the keys with the largest dot product with the filter of their head, and the newest; weights are not read.
+    """Retain the newest keys, and those with the largest dot product with their head's filter; no weights are read.
 
     A filter is the principal direction of a model's queries, computed once: the first right singular vector of the
     queries of a query head, with the sign that most of them have, averaged over the query heads of a group.
@@ -45,7 +45,7 @@ class QFilters(Policy):
     )
     proven = "kvpress's decisions"
 
-    filters: str = parameter("demo", "file of the filters, or demo for those of the bundled model")
+    filters: str = parameter("demo", "file of the filters, or demo for the filters of the bundled model")
     recent: int = parameter(64, "newest keys that are never evicted, at most half of the budget")
 
     def __post_init__(self) -> None:

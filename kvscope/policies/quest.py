@@ -19,14 +19,14 @@ class Quest(Policy):
 
     Bound of a page for a query head: ``sum_d max(q_d * low_d, q_d * high_d)``, with ``low`` and ``high`` the smallest
     and largest value of each dimension among the page's keys (after rotary embedding). The
-    ``max(fewest_pages, B // page_size)`` pages with the largest bounds are read; of equal ones the newer. Everything is
-    read in the prompt, in the first `skip_layers` layers, and at a step whose keys fit the budget. The last page may be
-    shorter than the others.
+    ``max(fewest_pages, B // page_size)`` pages with the largest bounds are read; of equal bounds, the newer page. All
+    keys are read in the prompt, in the first `skip_layers` layers, and at a step whose keys fit the budget. The last
+    page may be shorter than the others.
 
-    arXiv:2406.10774, section 3.3; code mit-han-lab/Quest, ``evaluation/quest_attention.py``. That code chooses for
-    every query head; here a key/value head decides, with the bounds of its query heads reduced by `group`. There the
-    current key is read only if its page is selected; here always, if necessary without its page. With a budget below
-    ``fewest_pages`` pages more keys than the budget are read.
+    arXiv:2406.10774, section 3.3; code mit-han-lab/Quest, ``evaluation/quest_attention.py``. That code selects pages
+    for every query head; here a key/value head selects them, with the bounds of its query heads reduced by `group`.
+    That code reads the current key only if its page is selected; here it is always read, if necessary without its
+    page. If the budget is below ``fewest_pages`` pages, more keys than the budget are read.
 
     Example: two pages of one key each are read. Keys 0 and 2 have the query's direction, key 1 the opposite one.
 
@@ -52,7 +52,7 @@ class Quest(Policy):
     proven = "authors' decisions"
 
     page_size: int = parameter(16, "number of keys in a page")
-    fewest_pages: int = parameter(3, "number of pages that are read whatever the budget")
+    fewest_pages: int = parameter(3, "smallest number of pages to read, whatever the budget")
     skip_layers: int = parameter(2, "first layers of the model, which read everything")
     group: GroupReduction = parameter("max", "how the bounds of a group's query heads are reduced: mean, max or sum")
 

@@ -16,7 +16,7 @@ from kvscope.policies.citation import Citation
 @policy("raas")
 @dataclass(frozen=True)
 class RaaS(Policy):
-    """Retain the prompt, and of what follows the pages that a query used last.
+    """Retain the prompt, and the most recently used pages of the later keys.
 
     Page ``i`` holds the keys at positions ``i * page`` to ``(i + 1) * page - 1``, and has the largest weight of its
     keys. A query uses the pages whose weight exceeds `alpha`, or with `share` this share of the visible pages, those
@@ -52,10 +52,8 @@ class RaaS(Policy):
 
     page: int = parameter(16, "number of keys in a page", search=(1, 16))
     alpha: float = parameter(0.0001, "weight above which a page is used", search=(0.0001, 0.001, 0.01))
-    share: float | None = parameter(
-        None, "share of the visible pages that a query uses, from 0 to 1, in place of alpha"
-    )
-    keep_prompt: bool = parameter(True, "whether the prompt is retained where it leaves room in the budget")
+    share: float | None = parameter(None, "share of the visible pages that a query uses, from 0 to 1, instead of alpha")
+    keep_prompt: bool = parameter(True, "whether the prompt is retained if it is smaller than the budget")
     group: GroupReduction = parameter("mean", "how the query heads of a group are reduced to one: mean, max or sum")
 
     def __post_init__(self) -> None:

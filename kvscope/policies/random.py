@@ -12,12 +12,11 @@ from kvscope.policies.base import Policy, Recurrence, Step, parameter, policy
 @policy("random")
 @dataclass(frozen=True)
 class Random(Policy):
-    """Retain keys by a random draw made once for each key, when it arrives.
+    """Retain the keys with the highest random scores, drawn once for each key when it arrives.
 
-    Score of key ``j``: one seeded uniform number per key/value head. It depends on the seed, the sequence, the layer,
-    the head and the position only, so that neither budgets nor the other policies of a replay change it. As in
-    NVIDIA/kvpress, ``random_press.py``, which draws once, at the end of the prompt. This is a baseline without a
-    paper.
+    Score of key ``j``: one seeded uniform number per key/value head. It depends only on the seed, the sequence, the
+    layer, the head and the position, so neither budgets nor other policies of a replay change it. NVIDIA/kvpress,
+    ``random_press.py``, has the same rule but draws once, at the end of the prompt. This is a baseline without a paper.
 
     Example: the first four draws are .47, .65, .02 and .60.
 

@@ -19,7 +19,7 @@ Schedule = Literal["fixed", "dynamic"]
 @policy("recycled-attention")
 @dataclass(frozen=True)
 class RecycledAttention(Policy):
-    """Read the keys with the largest weights in the last full row and those generated since; all every `stride` steps.
+    """Read the heaviest keys of the last full row and all later keys; read all keys every `stride` steps.
 
     A full step sees every key. The ``K = B`` keys with the largest weights in its row (query heads of a group reduced
     by `group`, then max-pooled) are the recycled set. A partial step sees that set and the current key. Then the
@@ -148,7 +148,7 @@ class RecycledAttention(Policy):
 @policy("refreshkv")
 @dataclass(frozen=True)
 class RefreshKV(RecycledAttention):
-    """Read as Recycled Attention does, but pool the full row and compare queries to decide when to read all keys.
+    """Read as Recycled Attention does, but pool the full row, and compare queries to decide when to read all keys.
 
     The rule of `RecycledAttention` with max-pooling 7 of the full row and ``schedule=dynamic``: every 10th step, a
     cosine of at most .85 makes the step full. The paper uses .85 for Llama-3.1-8B and .95 for Qwen2-7B, and compares

@@ -26,7 +26,7 @@ NEWEST = 1e9  # deviation beyond any weight's: of the newest keys
 @policy("roco")
 @dataclass(frozen=True)
 class RoCo(Policy):
-    """Evict the key with the smallest mean weight, but none of those whose weight has varied most.
+    """Evict the key with the smallest mean weight, except for the keys whose weight has varied most.
 
     Over the rows that saw key ``j``: mean ``m[j]`` and standard deviation ``s[j]`` of its weight. With ``w =
     int(std_ratio * B)``, the ``w + 1`` visible keys with the largest ``s`` are out of reach, and of the others (at a

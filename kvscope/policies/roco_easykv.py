@@ -16,7 +16,7 @@ UNKNOWN = 2e9  # deviation above that of the newest keys: where rounding left no
 @variant("roco", "easykv")
 @dataclass(frozen=True)
 class RoCoEasyKV(RoCo):
-    """Reproduce the decoding mode of DRSY/EasyKV, ``easykv.py``: the prompt is retained and has no part in the rule.
+    """Reproduce the decoding mode of DRSY/EasyKV, ``easykv.py``: it retains the prompt, which the rule ignores.
 
     ``B`` is the prompt plus that code's budget ``b``, and ``w`` comes from ``b``. The newest 10 count as varying most
     instead of being protected, so with ``b`` under 30 some of them may be evicted, and a variance that rounds below

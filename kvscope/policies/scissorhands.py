@@ -25,7 +25,7 @@ from kvscope.policies.lru import even_share
 @policy("scissorhands")
 @dataclass(frozen=True)
 class Scissorhands(Policy):
-    """Evict the key that was least often pivotal in the last rows: most of them gave it less than its even share.
+    """Evict the key that got less than its even share of attention in most of the last rows.
 
     Score of key ``j``: minus the number of rows ``q`` among the last `history` with ``w_q[j] < mean of w_q over V_q``,
     which is ``1 / |V_q|`` for a row that sums to one. arXiv:2305.17118, algorithms 1 and 2, with one key evicted at a
@@ -66,9 +66,11 @@ class Scissorhands(Policy):
     reduce: Reduce = parameter("rows", REDUCE_HELP)
     variant: str = variant_parameter()
     # Read by the variant alone; stored with every replay of the policy, by which runs are compared.
-    lru_window: int = parameter(100, "released: rows of which one must mark a key for it to be seen")
-    position_window: int = parameter(10, "released: keys before a query that it always sees")
-    start: int = parameter(100, "released: first row that is cut")
+    lru_window: int = parameter(
+        100, "released: number of earlier rows, any of which can make a key visible by marking it"
+    )
+    position_window: int = parameter(10, "released: newest keys that a query always sees")
+    start: int = parameter(100, "released: first row to which the threshold applies")
 
     def __post_init__(self) -> None:
         at_least("history", self.history, 1)

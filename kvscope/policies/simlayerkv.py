@@ -19,14 +19,15 @@ class SimLayerKV(Policy):
     """Retain the first and the newest keys of the prompt in lazy layers, and everything in the others.
 
     A layer is lazy if its last `rows` rows of the prompt give more than `threshold` of their weight to the first
-    `sinks` and the last `recent` keys of the prompt, on average over rows and query heads. It decides once, at the end
-    of the prompt; what is generated stays. How many keys are held follows from the text, and the budget is ignored.
+    `sinks` and the last `recent` keys of the prompt, on average over rows and query heads. The policy decides once, at
+    the end of the prompt, and retains everything that is generated. The text determines how many keys are held; the
+    budget is ignored.
     arXiv:2410.13846 (in the prompt); code sail-sg/SimLayerKV. The thresholds there are 0.9 for Llama 3,
     0.65 for Llama 2, 0.8 for Mistral and 0.85 for Qwen.
 
-    The code's other form (in decoding) looks at the row of the first generated token alone and then cuts the same way:
-    ``rows=1`` is the row before it. NVIDIA/kvpress, ``SimLayerKVPress``, leaves the rows' own keys out of the weight
-    that it compares, and retains as many recent keys fewer.
+    The code's other form (in decoding) uses only the row of the first generated token and then evicts the same keys;
+    ``rows=1`` uses the row before it. NVIDIA/kvpress, ``SimLayerKVPress``, does not count the rows' own keys in the
+    weight that it compares, and retains that many fewer recent keys.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.6, .1, .1, .2]]

@@ -21,14 +21,14 @@ Pooling = Literal["avg", "max", "none"]
 @policy("snapkv")
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """Retain the keys that the last rows of the prompt attend to, with their neighbours, and the last keys themselves.
+    """Retain the keys that the last rows of the prompt attend to, with their neighbours, and the last keys.
 
     Score of key ``j``: the sum of its weights over the last `window` rows, pooled over `kernel` neighbouring keys; the
     keys of the window are protected and not pooled. arXiv:2404.14469, section 4.2; code FasterDecoding/SnapKV, class
     ``SnapKVCluster`` and its defaults. That code scores query heads. Here a group is reduced as in
     Zefan-Cai/KVCache-Factory, ``_grouped_window_attn_cache``: the weights of each query head are summed over the
-    window, then the heads become one, then the votes are pooled. With ``reduce=rows`` each row is reduced before it is
-    summed, which differs for ``max`` alone. The window is at most half of the budget. Pooled scores tie often: here the
+    window, then the heads become one, then the sums are pooled. ``reduce=rows`` reduces each row before it is summed;
+    the result differs only for ``max``. The window is at most half of the budget. Pooled scores tie often: here the
     older key is evicted; in the code that depends on its sort.
 
     >>> from kvscope.replay.example import held
@@ -55,7 +55,7 @@ class SnapKV(Policy):
     proven: ClassVar[str] = "authors' decisions"
 
     window: int = parameter(
-        64, "rows at the end of the prompt that vote, and keys that are protected; at most half of the budget"
+        64, "last rows of the prompt, which give the scores; their keys are protected; at most half of the budget"
     )
     kernel: int = parameter(5, "width of the pooling over neighbouring keys, an odd number")
     pooling: Pooling = parameter("avg", "kind of pooling: avg, max or none")

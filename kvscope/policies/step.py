@@ -18,7 +18,7 @@ GroupReduction = Literal["mean", "max", "sum"]
 
 @dataclass
 class Step:
-    """The data that a policy observes when query `t` has attended.
+    """The data that a policy observes after query `t` has attended.
 
     A policy that is not part of kvscope gets copies of all tensors: other policies share the originals.
 
@@ -31,13 +31,13 @@ class Step:
     sequence : int
         Number of the sequence.
     kv_heads : int
-        ``G``; 1 where the plan, not the policy, lets all heads of the layer decide as one.
+        ``G``; 1 if the plan, not the policy, makes one decision for all heads of the layer.
     layers : Tensor
         int64 ``[L]``, the numbers of the layers.
     places : tuple of int
-        Place of each of them among the layers that share a budget, which are those of the model that have attention.
+        Index of each of them among the layers that share a budget, which are the layers of the model with attention.
     n_layers : int
-        How many layers share a budget.
+        Number of layers that share a budget.
     budget : Tensor
         int64 ``[R, L, S]``: number of keys that each deciding head may hold.
     budgets : list of int
@@ -45,13 +45,13 @@ class Step:
     compresses : bool
         Whether keys are evicted at the end of this step.
     most_visible : int
-        The largest number of keys that a head may see. Like `exceeds` it follows from the budgets, so that a policy
-        need not wait for a GPU to count its keys; it can only be too large, where a sliding window removes keys.
+        The largest number of keys that a head may see. Like `exceeds` it follows from the budgets, so a policy need not
+        wait for a GPU to count its keys. If a sliding window removes keys, it can be too large.
     exceeds : bool
         Whether a head may hold more keys than its budget.
     one_by_one : bool
-        Whether runs that differ in size are computed faster one by one, as on a CPU, than padded to one size, as on a
-        GPU, where the operations count. It may decide nothing.
+        Whether runs of different sizes are computed faster one by one, as on a CPU, than padded to one size, as on a
+        GPU. Decisions must not depend on it.
     visible : Tensor
         bool ``[R, L, S, n]``: the keys that the query sees (``V_t``). ``S`` is ``G``, or 1 with layer scope.
     signals : dict of str to Tensor

@@ -13,12 +13,12 @@ from kvscope.policies.citation import Citation
 @policy("streaming-llm")
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
-    """Retain the first few keys, where surplus attention gathers, and the newest ones.
+    """Retain the first few keys, the attention sinks, and the newest keys.
 
     Score of key ``j``: its position ``j``; the first `sinks` keys are protected. arXiv:2309.17453, section 3.2;
     code mit-han-lab/streaming-llm, ``kv_cache.py``, whose ``start_size + recent_size`` is the budget here. That code
-    also renumbers positions inside the cache; an open-loop replay keeps the weights that were recorded at the original
-    positions.
+    also renumbers positions inside the cache. An open-loop replay uses the weights recorded at the original positions;
+    in the closed loop ``--positions compacted`` renumbers them.
 
     Example: budget 3, one sink.
 

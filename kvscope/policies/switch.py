@@ -18,13 +18,13 @@ from kvscope.policies.members import Members
 @policy("switch")
 @dataclass(frozen=True)
 class Switch(Members):
-    """Retain the keys that policy `a` retains in the layers that are named, and those of `b` in the others.
+    """Retain the keys of policy `a` in the given layers, and those of policy `b` in the others.
 
     Layers are counted from 0 among those of the model that have attention: ``layers=0-3``, or in parentheses
-    ``layers=(0-1,6)``. Where one of the two is ``full``, its layers hold every key, and the budget is that of each of
-    the other layers, as in papers whose first layers are left as they are. Otherwise the budget is that of all layers.
-    Protected are the larger numbers of both policies, in all layers. This is our rule, without a paper or code; what
-    is published on its members is cited with it.
+    ``layers=(0-1,6)``. If one of the two is ``full``, its layers hold every key, and the budget applies to each of the
+    other layers, as in papers that do not compress the first layers. Otherwise the budget applies to all layers. In all
+    layers the larger protection of both policies holds. This is our rule, without a paper or code; it is cited with
+    the publications of its members.
 
     Both must evict at the same time and hold to a budget. Write ``switch(full, h2o, layers=0-1)`` or
     ``switch:a=streaming-llm,b=tova,layers=(0,2-3)``.

@@ -27,11 +27,11 @@ class TOVA(Policy):
     """Retain the keys that the newest query attends to most.
 
     Score of key ``j``: its weight in row ``t``, averaged over all query heads; one decision per layer.
-    arXiv:2401.06104, section 4.2 and algorithm 1; code schwartz-lab-NLP/TOVA, ``tova_cache.py``. Nothing is protected:
-    even the current key can be evicted. As in that code, keys of a prompt that exceeds the budget are evicted once, at
-    its end; the paper's evaluation (appendix E) uses streaming prefill. Its compressed positions for long texts are not
-    reproduced. Its ablations let each head decide (``scope=kv_head``; with grouped heads that is EasyKV's rule in
-    decoding) and protect the first keys (`sinks`).
+    arXiv:2401.06104, section 4.2 and algorithm 1; code schwartz-lab-NLP/TOVA, ``tova_cache.py``. No key is protected:
+    even the current one can be evicted. As in that code, a prompt that exceeds the budget is evicted from once, at its
+    end; the paper's evaluation (appendix E) uses streaming prefill. We do not reproduce its compressed positions for
+    long texts. In its ablations each head decides (``scope=kv_head``; with grouped heads that is EasyKV's rule in
+    decoding), or the first keys are protected (`sinks`).
 
     Example
     -------
@@ -53,7 +53,7 @@ class TOVA(Policy):
     )
     proven = "authors' decisions"
 
-    scope: Scope = parameter("layer", "who decides: layer, all heads as one, or kv_head, each for itself")  # type: ignore[misc]
+    scope: Scope = parameter("layer", "layer: all heads retain the same keys; kv_head: each its own")  # type: ignore[misc]
     sinks: int = parameter(0, "first keys that are never evicted")
     group: GroupReduction = parameter("mean", "scope=kv_head: how a group's query heads are reduced: mean, max or sum")
     variant: str = variant_parameter()

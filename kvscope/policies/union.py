@@ -16,11 +16,11 @@ from kvscope.policies.members import Members, ranked
 class Union(Members):
     """Retain the keys that either of two policies would retain with about half of the budget.
 
-    The policies `a` and `b` choose in turn, `a` first: each the key with its highest score that was not yet chosen by
-    itself, until the budget is full; a key that both choose takes one place, so that what they agree on leaves room
-    for more. Score of key ``j``: with ``r_a`` and ``r_b`` its places in the orders of both, 0 for the highest score,
-    minus the smaller of ``2 r_a`` and ``2 r_b + 1``. Protected keys, the larger numbers of both policies, are in no
-    order. This is our rule, without a paper or code; what is published on its members is cited with it.
+    The policies `a` and `b` choose in turn, `a` first, until the budget is full. Each chooses the key with its highest
+    score among the keys that it has not chosen. A key that both choose counts once, so agreement makes room for more
+    keys. Score of key ``j``: minus the smaller of ``2 r_a`` and ``2 r_b + 1``, where ``r_a`` and ``r_b`` are its ranks
+    in the orders of both policies, 0 for the highest score. The larger protection of both policies holds; protected
+    keys have no rank. This is our rule, without a paper or code; it is cited with the publications of its members.
 
     Both must evict at the same time and hold to a budget. Write ``union(h2o, tova)`` or
     ``union:a=a2sf(alpha=0.7),b=window``.

@@ -28,7 +28,7 @@ from kvscope.policies.spec import parse_policy
 @policy("vatp")
 @dataclass(frozen=True)
 class VATP(Policy):
-    """Retain the keys that the base policy retains if every weight is multiplied by the norm of its key's value.
+    """Retain the keys that the base policy retains when each weight is multiplied by the norm of the key's value.
 
     The base policy observes ``w_t[j] * |v_j|`` in place of ``w_t[j]``; `base` is any policy that reads weights, with
     parameters in parentheses. Phase and scope are those of the base. The keys that it protects are protected, and so
@@ -60,8 +60,8 @@ class VATP(Policy):
     )
     proven = "paper"
 
-    base: str = parameter("h2o", "policy whose weights are multiplied, as in a2sf(alpha=0.7)")
-    norm: Literal["l1", "l2", "none"] = parameter("l1", "norm of a value; none: the weights as they are")
+    base: str = parameter("h2o", "policy whose weights are multiplied, such as a2sf(alpha=0.7)")
+    norm: Literal["l1", "l2", "none"] = parameter("l1", "norm of a value; none: unchanged weights")
     sinks: int = parameter(20, "first keys that are never evicted, at most a quarter of the budget")
     variant: str = variant_parameter()
 

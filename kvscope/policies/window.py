@@ -13,7 +13,7 @@ from kvscope.policies.tova import TOVA
 @policy("window")
 @dataclass(frozen=True)
 class Window(Policy):
-    """Retain the newest keys, the same in all heads and layers.
+    """Retain the newest keys, in all heads and layers the same.
 
     Score of key ``j``: its position ``j``. Baseline of TOVA (arXiv:2401.06104, section 5.1) and, as "Local", of
     A2SF (arXiv:2407.20485, section 4.1); code FMInference/H2O with no heavy keys, whose budget counts the current key,

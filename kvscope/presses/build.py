@@ -46,7 +46,7 @@ def kvpress() -> ModuleType:
     if not found.startswith(tuple(f"{known}." for known in VERSIONS)):
         raise UsageError(
             f"kvpress {found} is installed, and its presses were not compared with those of {VERSIONS[0]}",
-            "Install the version that was: pip install 'kvscope[kvpress]'",
+            "Install the compared version: pip install 'kvscope[kvpress]'",
         )
     from kvscope.model.foreign_hooks import attention_functions_as_before  # loads transformers
 

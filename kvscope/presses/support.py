@@ -77,14 +77,14 @@ SUPPORTED: dict[str, Support] = {
         "SimLayerKVPress(lazy_threshold=0.3, n_recent=16)",
     ),
 }
-_DECODES = "evicts while tokens are generated, and what a press retains is read at the end of the prompt"
+_DECODES = "evicts while tokens are generated, but kvscope reads the retained keys at the end of the prompt"
 _LOADS = "loads weights or data that were made for one model from the network"
 _READS_AGAIN = "runs the model over the prompt again to score it"
 _INSIDE = "Use the press inside it"
 _OTHER = "Use another press; docs/kvpress.md lists those that can be followed"
 # name -> why it cannot be followed, and what to do instead
 REFUSED: dict[str, tuple[str, str]] = {
-    "CAMPress": ("adds the values of evicted keys to others, while tokens are generated", _OTHER),
+    "CAMPress": ("adds the values of evicted keys to others while tokens are generated", _OTHER),
     "CompressionRatioDecodingPress": (_DECODES, f"{_INSIDE} for the prompt"),
     "DecodingPress": (_DECODES, f"{_INSIDE} for the prompt"),
     "DuoAttentionPress": (_LOADS, _OTHER),
@@ -92,14 +92,14 @@ REFUSED: dict[str, tuple[str, str]] = {
     "FastKVzipPress": (_LOADS, _OTHER),
     "FinchPress": ("adds a token to the tokenizer and the model to mark where a question begins", "Use SnapKVPress"),
     "KVComposePress": (
-        "is given the tokens of a context by its own pipeline, and evicts after the pass over it",
+        "gets the tokens of a context from its own pipeline, and evicts after the pass over them",
         _OTHER,
     ),
     "KVgradPress": (_READS_AGAIN, _OTHER),
     "KVzapPress": (_LOADS, _OTHER),
     "KVzipPress": (_READS_AGAIN, _OTHER),
     "KeyRerotationPress": (
-        "rotates the keys that it retains to other positions; which it retains is the choice of the press inside",
+        "rotates the retained keys to other positions; the press inside it selects them",
         _INSIDE,
     ),
     "LUKVPress": (_LOADS, _OTHER),
@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "PrefillDecodingPress": (_DECODES, "Use its prefilling_press"),
     "QFilterPress": (_LOADS, _OTHER),
     "RestoreKVPress": (_LOADS, _OTHER),
-    "ThinKPress": ("removes channels of keys, and retains every key", _OTHER),
+    "ThinKPress": ("removes channels of keys and retains every key", _OTHER),
 }
 
 

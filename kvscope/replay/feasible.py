@@ -45,6 +45,6 @@ def require_answers(trace: Trace, options: ReplayOptions) -> None:
         raise UsageError("answers are generated in the closed loop, which is off", "Give ReplayOptions.closed too.")
     if not any(sequence.answers for sequence in trace.record.sequences):
         raise UsageError(
-            f"{trace.path} has no right answers, so what a policy says cannot be scored",
+            f"{trace.path} has no right answers, so answers under a policy cannot be scored",
             "Record it again with --answer, or from a dataset with answers.",
         )

@@ -73,7 +73,7 @@ def require_quantisable_plan(plan: EvictionPlan, schemes: Sequence[CacheScheme |
         return
     if plan.policy.traits.clairvoyant:
         raise UsageError(
-            f"{plan.label} is a bound on what keys in 16 bit retain, so it cannot run with a cache in {scheme}",
+            f"{plan.label} is a bound for keys in 16 bits, so it cannot run with a cache in {scheme}",
             "Replay it without --cache.",
         )
     if plan.accumulate is not None:

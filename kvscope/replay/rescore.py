@@ -190,9 +190,10 @@ def rescore(
     command: str | None = None,
     force: bool = False,
 ) -> Replay:
-    """Return a new replay with the same decisions and other metrics, equal to those of a replay with these metrics.
+    """Return a new replay with the same decisions and other metrics.
 
-    Closed runs are skipped because their attention is not recorded.
+    The metrics equal those that a replay with these metrics would compute. Closed runs are skipped, because their
+    attention is not recorded.
 
     Parameters
     ----------

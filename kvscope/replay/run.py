@@ -50,7 +50,7 @@ def replay(
     command: str | None = None,
     force: bool = False,
 ) -> Replay:
-    """Return the replay of policies over a trace: which keys they would have kept, and the metrics of that.
+    """Return the replay of policies over a trace: which keys each policy retains, and what that costs in each metric.
 
     Parameters
     ----------
@@ -61,14 +61,14 @@ def replay(
     budgets : str, int, float, Budget, or sequence of these
         ``"20%,256"``; every policy runs under every budget. ``256`` is a number of keys, ``0.2`` is ``"20%"``.
     output : Path or str, optional
-        Folder to write. If omitted, the replay is in a temporary folder, which is removed with the returned object.
+        Folder to write. If omitted, the replay is in a temporary folder that is removed with the returned object.
     metrics : sequence of str, Metric or function, optional
-        Names of metrics, or functions under ``@kvscope.metric``; all metrics by default.
+        Names of metrics, or functions with the decorator ``@kvscope.metric``; all metrics by default.
     command, force, prefill, closed, generate, device, params, compress, allocate, accumulate, scope, cache, merge
-        As in `OutputOptions`, `ReplayOptions` and `PlanOptions`; `cache` and `merge` as on the command line:
+        See `OutputOptions`, `ReplayOptions` and `PlanOptions`; `cache` and `merge` as on the command line:
         ``"16bit,int4:kivi"``, ``"none,d2o"``.
     progress, announce : callable, optional
-        Called with the completed share, from 0 to 1; with the largest `Footprint` before the work begins.
+        `progress` gets the completed share, from 0 to 1; `announce` gets the largest `Footprint` before the work.
 
     Raises
     ------

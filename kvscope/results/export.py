@@ -63,7 +63,7 @@ def export(
     long: bool = False,
     force: bool = False,
 ) -> Path:
-    """Return the folder with the tables of a replay; large ones are written in pieces.
+    """Return the folder to which the tables of a replay are written; large tables are written in pieces.
 
     ``runs`` has a row for each policy and budget with the means of the summary. ``fidelity`` has the metrics,
     ``residency`` the residency intervals, ``tokens`` the losses of a closed loop; of right answers see `answer_tables`.
@@ -71,11 +71,11 @@ def export(
     Parameters
     ----------
     replay : Replay
-        What to export.
+        The replay to export.
     output : Path
         Folder to write.
     form : {"parquet", "csv", "arrow"}
-        Of the files; ``arrow`` is the IPC file format, also called Feather.
+        Format of the files; ``arrow`` is the IPC file format, also called Feather.
     per : {"step", "head", "layer", "sequence", "run"}
         What a row of ``fidelity`` is: a step of a head as it was recorded, or a mean over steps, then heads, ...
     long : bool
@@ -87,9 +87,9 @@ def export(
     Raises
     ------
     UsageError
-        If the format or what a row is has an unknown name.
+        If `form` or `per` is unknown.
     OutputExists
-        If there is one and `force` is off.
+        If the output exists and `force` is False.
     ResultError
         If the output holds something else, or cannot be written; if the replay cannot be read.
     """

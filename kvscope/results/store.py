@@ -248,7 +248,7 @@ def open_replay(path: Path | str, *, verify: bool = False) -> Replay:
     path : Path or str
         Its folder.
     verify : bool
-        Whether to compare the checksum of every file now; otherwise that of a file is compared when it is first read.
+        Whether to check the checksums of all files now; otherwise each file is checked when it is first read.
 
     Raises
     ------

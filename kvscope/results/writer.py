@@ -139,7 +139,7 @@ class ReplayWriter:
             if np.isinf(array).any():
                 raise ResultError(
                     f"metric {name} is infinite: run {run}, sequence {sequence}, layer {layer}",
-                    "Look for rows or values of zeros in the trace, or leave the metric out.",
+                    "Look for rows or values of zeros in the trace, or omit the metric.",
                 )
         heads, count = stored[self.metrics[0]].shape
         columns: dict[str, Any] = {

@@ -46,7 +46,7 @@ class Fetched:
 
 
 def fetch(url: str, kind: Kind | None = None, *, progress_callback: Progress = no_progress) -> Fetched:
-    """Return a local copy of what is at an address: a folder, a file of `kvscope pack`, or a ``summary.json``.
+    """Return a local copy of the folder, packed file or ``summary.json`` at an address.
 
     Parameters
     ----------
@@ -54,14 +54,14 @@ def fetch(url: str, kind: Kind | None = None, *, progress_callback: Progress = n
         A folder that has ``trace.json`` or ``run.json``, a file whose name ends in ``.tar``, or for replays one that
         ends in ``.json``.
     kind : Kind, optional
-        What must be there; without it, a trace or a replay.
+        The kind that is required; without it, a trace or a replay.
     progress_callback : callable
         Called with the number of bytes fetched since its last call.
 
     Raises
     ------
     ShareError
-        If there is nothing, or something else; if it cannot be read, is damaged, or cannot be kept.
+        If the address has nothing, or something of another kind; if it cannot be read or stored, or is damaged.
     KvscopeError
         If its header is damaged, or of a version that cannot be read.
     """

@@ -65,7 +65,7 @@ def require_address(url: str) -> None:
     except ValueError:
         valid = False
     if not valid:
-        raise ShareError(f"{url} is not an address", f"Write the whole of it: {scheme_of(url)}://PLACE/PATH")
+        raise ShareError(f"{url} is not an address", f"Write the full address: {scheme_of(url)}://PLACE/PATH")
 
 
 class RemoteFile:

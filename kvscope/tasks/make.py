@@ -90,7 +90,7 @@ def _longest(family: Family, drafts: _Drafts, lengths: Lengths) -> Draft:
     if not fits(family.least):
         least = lengths.count(drafts.of(family.least).prompt)
         raise UsageError(
-            f"{family.name}: the shortest prompt has {least} {lengths.unit}, and {lengths.longest} are asked for",
+            f"{family.name}: the shortest prompt has {least} {lengths.unit}, but {lengths.longest} are requested",
             f"Ask for at least {least}, or change the parameters of the task.",
         )
     low, high = family.least, min(max(2 * family.least, 8), family.most)

@@ -1,4 +1,4 @@
-"""Needles in a haystack: numbers are planted in a text, and one or some of them are asked for."""
+"""Needles in a haystack: numbers are planted in a text, and the question asks for one or some of them."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class NeedleMultiKey(Needles):
 @task("needle-multivalue")
 @dataclass(frozen=True)
 class NeedleMultiValue(Needles):
-    """Several numbers of one key are planted, and all are asked for. RULER's MV-NIAH."""
+    """Several numbers of one key are planted, and the question asks for all of them. RULER's MV-NIAH."""
 
     needles: int = parameter(4, "numbers of the key")
 
@@ -150,9 +150,9 @@ class NeedleMultiValue(Needles):
 @task("needle-multiquery")
 @dataclass(frozen=True)
 class NeedleMultiQuery(Needles):
-    """Numbers of several keys are planted, and all are asked for. RULER's MQ-NIAH."""
+    """Numbers of several keys are planted, and the question asks for all of them. RULER's MQ-NIAH."""
 
-    needles: int = parameter(4, "keys that are asked for")
+    needles: int = parameter(4, "keys that the question asks for")
 
     def __post_init__(self) -> None:
         super().__post_init__()

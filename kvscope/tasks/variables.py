@@ -12,7 +12,7 @@ from kvscope.tasks.planting import planted
 @task("variable-tracking")
 @dataclass(frozen=True)
 class VariableTracking(Family):
-    """A chain of assignments is planted, each of the value of the name before, and all its names are asked for.
+    """A chain of assignments is planted, each of the previous name's value; the question asks for all its names.
 
     RULER's VT: assignments are in the order of the chain; other chains distract. Names are coined words; the haystack
     is prose, not a repeated sentence.

@@ -14,7 +14,7 @@ AGGREGATION = "arXiv:2404.06654 section 3.3"
 @task("common-words")
 @dataclass(frozen=True)
 class CommonWords(Family):
-    """A shuffled list has a few words many times and many words a few times; the common ones are asked for.
+    """A shuffled list has few words many times and many words few times; the question asks for the common ones.
 
     RULER's CWE: ten common words, 30 times each, the others three times; fewer times fit a shorter prompt.
     """
@@ -54,7 +54,7 @@ class CommonWords(Family):
 @task("frequent-words")
 @dataclass(frozen=True)
 class FrequentWords(Family):
-    """A text of coined words whose frequencies fall as a power of their rank; the most frequent are asked for.
+    """A text of coined words whose frequencies fall as a power of their rank; the question asks for the most frequent.
 
     RULER's FWE: the k-th word comes in proportion to ``k ** -alpha``, alpha 2, and the three most frequent are asked
     for. Counts are the rounded expectation and not a draw, so that the answer is never a tie.
@@ -64,7 +64,7 @@ class FrequentWords(Family):
     paper = AGGREGATION
     least = 16
 
-    asked: int = parameter(3, "words that are asked for")
+    asked: int = parameter(3, "words that the question asks for")
     alpha: float = parameter(2.0, "exponent of the frequencies")
 
     def __post_init__(self) -> None:

@@ -180,7 +180,7 @@ def _ordered(array: Array, axes: str, target: str, name: str) -> Array:
     """Return an array with its axes in the order of `target`, and axes of length 1 for those that it lacks."""
     if array.ndim != len(axes):
         readable = axes.replace("Q", "T").replace("K", "T")
-        raise UsageError(f"{name} has the shape {list(array.shape)}", f"Its axes are to be {readable}. {EXAMPLE}")
+        raise UsageError(f"{name} has the shape {list(array.shape)}", f"Its axes must be {readable}. {EXAMPLE}")
     ordered = array.transpose([axes.index(letter) for letter in target if letter in axes])
     return np.expand_dims(ordered, [place for place, letter in enumerate(target) if letter not in axes])
 

@@ -43,24 +43,24 @@ def import_cache(
     kv_heads: int | None = None,
     force: bool = False,
 ) -> Trace:
-    """Return a trace of an activation cache.
+    """Return a trace made from an activation cache of TransformerLens or nnsight.
 
     Parameters
     ----------
     cache : mapping
-        Either the cache of TransformerLens, as ``run_with_cache`` returns it, or a dict with its names:
+        Either the cache that ``run_with_cache`` of TransformerLens returns, or a dict with the same names:
         ``blocks.N.attn.hook_pattern`` ``[B, H, T, T]``, and optionally ``hook_q``, ``hook_k`` and ``hook_v``
-        ``[B, T, H or G, D]``, of which ``hook_rot_q`` and ``hook_rot_k`` are taken where a model rotates them. Or
-        attention ``[B, H, T, T]`` by layer, as saved with nnsight: a number, or a name with one number, as
-        ``model.layers.3.self_attn``. Arrays and tensors of torch are read; neither package is imported.
+        ``[B, T, H or G, D]``; if a model rotates them, ``hook_rot_q`` and ``hook_rot_k`` are used. Or attention
+        ``[B, H, T, T]`` by layer, as saved with nnsight: the key is a number, or a name with one number, such as
+        ``model.layers.3.self_attn``. Values are arrays or torch tensors; neither package is imported.
     output : Path
         Folder of the trace.
     tokens : array, optional
         Ids or texts of the tokens ``[B, T]`` or ``[T]``.
     prompt, prompt_length, kv_heads, force
-        As of `kvscope.import_maps`.
+        See `kvscope.import_maps`.
     attention_mask : array, optional
-        ``[B, T]``: zero where a token is padding, which is removed.
+        ``[B, T]``: zero for padding, which is removed.
 
     Raises
     ------

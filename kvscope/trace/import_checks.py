@@ -50,7 +50,8 @@ def _check_shapes(arrays: Mapping[str, Array], kv_heads: int | None) -> int:
                 )
             if not (np.abs(arrays[name].astype(np.float64)) <= LARGEST).all():  # NaN too
                 raise UsageError(
-                    f"{name} contains values that are not finite in 32 bit", "Save it without NaN, infinity and above."
+                    f"{name} contains values that are not finite in 32 bit",
+                    "Save it without NaN, infinity and larger numbers.",
                 )
             if name in PER_KEY and (arrays[name] < 0).any():
                 raise UsageError(f"{name} contains a negative norm", "Save norms, which are zero or more.")

@@ -40,7 +40,7 @@ def import_maps(
     learned_sinks: bool = False,
     force: bool = False,
 ) -> Trace:
-    """Return a trace of the arrays in a file.
+    """Return a trace made from the attention arrays in a file.
 
     Parameters
     ----------
@@ -58,11 +58,11 @@ def import_maps(
         ``P``. Without it, and without an array of that name, the whole sequence is the prompt, and the trace can be
         replayed only with streaming prefill.
     axes : str, optional
-        Axes of attention, as ``LBHTT``: see `kvscope.trace.import_axes.arrange`.
+        Axes of attention, such as ``LBHTT``: see `kvscope.trace.import_axes.arrange`.
     kv_heads : int, optional
-        ``G``, where no array has it; by default every query head has its own keys and values.
+        ``G``, if no array shows it; by default every query head has its own keys and values.
     learned_sinks : bool
-        Whether the model has learned sinks. Rows that sum to one are then those before a sink takes its share.
+        Whether the model has learned sinks. Rows that sum to one are then rows before a sink takes its share.
     force : bool
         Whether to replace an existing trace.
 

@@ -21,7 +21,9 @@ class LayerAttention:
 
     scaling: Annotated[Finite, about("factor of the logits")]
     softcap: Annotated[Finite | None, about("cap of the scaled logits: softcap * tanh(logits / softcap)")] = None
-    sliding_window: Annotated[Positive | None, about("most keys that a query sees, its own included")] = None
+    sliding_window: Annotated[Positive | None, about("largest number of keys that a query sees, its own included")] = (
+        None
+    )
     sinks: Annotated[list[float] | None, about("learned sink logit of each query head")] = None
     mask: Annotated[str, about("`causal`: a query sees itself and earlier keys, within the window")] = "causal"
 
@@ -33,7 +35,7 @@ class LayerHeads:
     heads: Annotated[Positive, about("query heads that were recorded, H")]
     kv_heads: Annotated[Positive, about("key/value heads that were recorded, G")]
     head_dim: Annotated[Number, about("size of a query and of a key, D")]
-    value_dim: Annotated[Number | None, about("size of a value, where it is not D", omit=True)] = None
+    value_dim: Annotated[Number | None, about("size of a value, if it is not D", omit=True)] = None
 
     @property
     def value_size(self) -> int:

@@ -16,10 +16,10 @@ class ExampleRecord:
     id: Annotated[str | None, about("its name", omit=True)] = None
     task: Annotated[str | None, about("its task", omit=True)] = None
     metric: Annotated[str | None, about("how an answer is scored: `exact`, `all`, `any`, `f1`, ...", omit=True)] = None
-    length: Annotated[Number | None, about("length that it was made for", omit=True)] = None
-    depth: Annotated[NotNegative | None, about("where its fact is in the prompt, 0 to 1", omit=True)] = None
+    length: Annotated[Number | None, about("length for which it was made", omit=True)] = None
+    depth: Annotated[NotNegative | None, about("depth of its fact in the prompt, 0 to 1", omit=True)] = None
     classes: Annotated[
-        tuple[str, ...], about("classes among which an answer is to choose, for the score `classification`", omit=True)
+        tuple[str, ...], about("classes from which an answer must choose, for the score `classification`", omit=True)
     ] = ()
 
 

@@ -253,7 +253,7 @@ class Trace:
         missing = [position for position in checked if position % stride != stride - 1]
         if missing:
             raise TraceError(
-                f"trace {self.path} has every {stride}th row of attention, and not that of position {missing[0]}",
+                f"trace {self.path} has every {stride}th row of attention, but not that of position {missing[0]}",
                 "Read only rows in Trace.positions, one at a time, or record it again without --query-stride.",
             )
 
@@ -284,10 +284,10 @@ def open_trace(path: Path | str, *, verify: bool = False, compare: bool = True) 
     path : Path or str
         Folder of the trace.
     verify : bool
-        Whether to compare the checksums of all files now. Otherwise that of a file is compared when it is first read;
-        sizes are always compared.
+        Whether to check the checksums of all files now. Otherwise each file is checked when it is first read. Sizes
+        are always checked.
     compare : bool
-        False compares no checksum of a file at all: for a disk that is too slow to read twice.
+        If False, no checksum is checked at all: for a disk that is too slow to read twice.
 
     Raises
     ------

@@ -74,7 +74,9 @@ def address(store: str | Path) -> str:
         return store
     path = store.resolve()
     if set("?#%") & set(str(path)):
-        raise UsageError(f"{path} has a sign that an address of SQLite cannot have", "Name a file without ?, # and %.")
+        raise UsageError(
+            f"{path} has a character that an SQLite address cannot have", "Name a file without ?, # and %."
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

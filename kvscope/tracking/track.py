@@ -16,7 +16,7 @@ from kvscope.tracking.wandb import write_wandb
 def track(
     replay: Replay, to: str, output: str | Path, *, force: bool = False, progress: Done | None = None
 ) -> list[str]:
-    """Return the names of the runs of a replay that were written for a tracker: one for each policy and budget.
+    """Return the names of the runs that were written for a tracker: one for each policy and budget of a replay.
 
     A run has the policy, its parameters, budget, model and trace; every metric of the summary with its interval; and
     every metric over the steps, as ``by_step/NAME``. Its group or experiment is the name of the replay.
@@ -24,22 +24,22 @@ def track(
     Parameters
     ----------
     replay : Replay
-        What to export.
+        The replay to export.
     to : {"wandb", "mlflow", "tensorboard"}
         The tracker; its package is an extra of kvscope.
     output : str or Path
-        Folder to write. For MLflow a Path is a file of SQLite, and a str the address of a store: ``http://...``.
+        Folder to write. For MLflow a Path is an SQLite file, and a str is the address of a store: ``http://...``.
     force : bool
         Whether to replace an earlier export of this replay.
     progress : callable, optional
-        Called with the number of runs that are written.
+        Called with the number of runs written so far.
 
     Raises
     ------
     UsageError
         If the tracker is unknown.
     OutputExists
-        If the folder exists and `force` is off.
+        If the folder exists and `force` is False.
     ResultError
         If the package is not installed, the output cannot be written, or MLflow has the runs already.
     """

@@ -133,7 +133,7 @@ def train_on_traces(
         As `train_on_texts`.
     """
     if not traces:
-        raise UsageError("no trace is named", "Name one or more traces that were recorded with --hidden.")
+        raise UsageError("no trace is given", "Name one or more traces that were recorded with --hidden.")
     _require_equal_heads(traces[0].name, map(traces[0].heads_of, traces[0].layers))
     place = torch_device(device)
     task = RecordedMass(traces, settings.target_keep, design.form, seed, str(place))
@@ -187,8 +187,8 @@ def _require_equal_heads(name: str, layers: Iterable[LayerHeads]) -> None:
     counts = sorted({own.kv_heads for own in layers})
     if len(counts) > 1:
         raise ModelError(
-            f"the layers of {name} have {' or '.join(map(str, counts))} key/value heads, and a gate has equally many "
-            "in every layer",
+            f"the layers of {name} have {' or '.join(map(str, counts))} key/value heads, but a gate needs "
+            "equally many in every layer",
             "Train a gate for a model whose layers have the same heads.",
         )
 
@@ -226,7 +226,7 @@ class _Windows:
         held_out = [one[cut:] for one, cut in zip(ids, cuts, strict=True) if len(one) - cut >= size]
         if not self._trained or not held_out:
             raise UsageError(
-                f"the last tenth of no text has a window of {window} tokens for evaluation",
+                f"no text has a window of {window} tokens for evaluation in its last tenth",
                 "Name longer texts, or lower --window.",
             )
         starts = [(one, start) for one in held_out for start in range(0, len(one) - size + 1, size)]

@@ -115,7 +115,7 @@ def test_models_are_not_mixed(changes: dict[str, object]) -> None:
 
 
 def test_a_prompt_that_nothing_follows_has_no_answer() -> None:
-    with pytest.raises(UsageError, match="nothing follows the prompt of sequence 0 of made"):
+    with pytest.raises(UsageError, match="no tokens follow the prompt of sequence 0 of made"):
         head_scores([made(prompt=5)])
 
 

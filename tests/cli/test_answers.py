@@ -38,13 +38,13 @@ def test_answers_are_generated_scored_and_printed(run: Run, notes: Path) -> None
 
 def test_options_of_answers_need_generate(run: Run, notes: Path) -> None:
     what, todo = run("replay", "notes", "-p", "window", "-b", "8", "--max-new-tokens", "3").two_lines()
-    assert (what, todo) == ("--max-new-tokens and --score are about generated answers", "Add --generate.")
+    assert (what, todo) == ("--max-new-tokens and --score need generated answers", "Add --generate.")
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("-p", "recycled-attention"), "keys that a shortened cache does not hold"),
+        (("-p", "recycled-attention"), "keys that a smaller cache does not hold"),
         (("-p", "ideal"), "cannot run in the closed loop"),
         (("-p", "window", "--score", "exakt"), "no score is called 'exakt'"),
     ],
@@ -57,5 +57,5 @@ def test_what_cannot_be_generated_is_refused(run: Run, notes: Path, options: tup
 
 def test_a_trace_without_answers_is_refused(run: Run, small: Path) -> None:
     what, todo = run("replay", "small", "-p", "window", "-b", "8", "--generate").two_lines()
-    assert what == "traces/small has no right answers, so what a policy says cannot be scored"
+    assert what == "traces/small has no right answers, so answers under a policy cannot be scored"
     assert todo == "Record it again with --answer, or from a dataset with answers."

@@ -36,7 +36,7 @@ def test_exactly_the_policies_of_a_replay(run: Run, small: Path) -> None:
     done = run("policies", "--cite", "--replay", "mine")
     assert done.status == 0, done.err
     assert set(parse(done.out)) == {"zhang2023h2o", "jo2024a2sf"}
-    assert "not among the installed policies, and not cited: Oldest" in done.err
+    assert "not cited, because they are not installed: Oldest" in done.err
     assert run("replay", "-p", "tova", "--allocate", "pyramid", "-o", "shared", "-q").status == 0
     done = run("policies", "--cite", "--replay", "reports/shared")
     assert set(parse(done.out)) == {"oren2024tova", "cai2024pyramidkv"}, "the rule of the allocation is in the label"

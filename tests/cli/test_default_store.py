@@ -24,8 +24,8 @@ def prompt(run: Run) -> None:
 def test_a_small_trace_has_vectors_and_says_so(run: Run) -> None:
     done = run(*TRACE, "a")
     assert done.status == 0, done.err
-    assert "store: maps+vectors, since it is small" in done.err
-    announced = float(re.findall(r"about ([\d.]+) kB to write", done.err)[0])
+    assert "store: maps+vectors, because the trace is small" in done.err
+    announced = float(re.findall(r"writes about ([\d.]+) kB", done.err)[0])
     assert announced * 1e3 <= compile_module.SMALL
     assert sum(file.stat().st_size for file in Path("traces/a").rglob("*.parquet")) < 2 * announced * 1e3
     assert open_trace(Path("traces/a")).header.store == "maps+vectors"
@@ -38,7 +38,9 @@ def test_a_large_trace_has_rows_alone_and_names_the_other_stores(run: Run, monke
     monkeypatch.setattr(compile_module, "SMALL", 1000)
     done = run(*TRACE, "a")
     assert done.status == 0, done.err
-    assert re.search(r"store: maps, since the trace is large; .*--store maps\+vectors \(\d.* kB\) or qkv \(", done.err)
+    assert re.search(
+        r"store: maps, because the trace is large; .*--store maps\+vectors \(\d.* kB\) or qkv \(", done.err
+    )
     made, named = (open_trace(Path("traces") / name, verify=True) for name in ("a", "named"))
     assert made.header.stored == named.header.stored and made.header.rotary == named.header.rotary == []
     assert {file.name for file in made.path.rglob("*")} == {file.name for file in named.path.rglob("*")}
@@ -51,7 +53,7 @@ def test_where_only_rows_can_be_recorded_these_are(run: Run, tmp_path: Path) -> 
     Path("words.txt").write_text(" ".join(f"w{(7 * number) % 101 + 3}" for number in range(14)))
     done = run("trace", "--model", tmp_path / "model", "words.txt", "--max-new-tokens", "3", "-o", "rows")
     assert done.status == 0, done.err
-    assert "store: maps, the only one that can be recorded of this model" in done.err
+    assert "store: maps, the only one that this model supports" in done.err
     strided = run(*TRACE, "strided", "--query-stride", "2")
     assert strided.status == 0, strided.err
     assert open_trace(Path("traces/strided")).header.store == "maps" and "store: " not in strided.err

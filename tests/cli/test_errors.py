@@ -271,7 +271,7 @@ def test_a_replay_cut_in_half(run: Run, small: Path) -> None:
         (errno.ENOSPC, "space"),
         (errno.EACCES, "permissions"),
         (errno.EROFS, "read-only"),
-        (errno.ENOTDIR, "file is in the way"),
+        (errno.ENOTDIR, "A file has the name of a folder"),
     ],
 )
 def test_what_the_file_system_refuses(

@@ -111,7 +111,7 @@ def test_too_few_sequences_are_said(run: Run, small: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "what", "todo"),
     [
-        (["-p", "h2o"], "two policies must be named", "h2o, tova"),
+        (["-p", "h2o"], "compare needs the names of two policies", "h2o, tova"),
         (["-p", "h2o", "-p", "h20"], "'h20'", "h2o"),
         (["-p", "h2o", "-p", "tova", "-p", "h2o"], "3 policies", "--policy A --policy B"),
         (["--metric", "retained_mas"], "'retained_mas'", "retained_mass"),
@@ -157,9 +157,9 @@ def test_a_table_for_a_paper(everything: Run) -> None:
     ("arguments", "what", "todo"),
     [
         (["--to", "comet"], "'comet'", "kvscope export --help"),
-        (["--to", "wandb", "--format", "csv"], "--format, --per and --long are for tables", "Omit them"),
-        (["--to", "mlflow", "--per", "head"], "--format, --per and --long are for tables", "Omit them"),
-        (["--to", "tensorboard", "--long"], "--format, --per and --long are for tables", "Omit them"),
+        (["--to", "wandb", "--format", "csv"], "--format, --per and --long apply to tables", "Omit them"),
+        (["--to", "mlflow", "--per", "head"], "--format, --per and --long apply to tables", "Omit them"),
+        (["--to", "tensorboard", "--long"], "--format, --per and --long apply to tables", "Omit them"),
         (["--to", "tensorboard", "-o", ""], "-o is empty", "-o NAME"),
     ],
 )

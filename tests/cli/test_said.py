@@ -80,7 +80,7 @@ def test_spans_of_a_prompt_without_any(tmp_path: Path, capsys: pytest.CaptureFix
     assert run(["replay", "t", "-p", "h2o", "--budget", "20%", "-o", "r", "-q"]) == 0
     capsys.readouterr()
     assert run(["spans", "r"]) == 2
-    assert "no span is named" in capsys.readouterr().err
+    assert "no span is given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_pack_a_replay(run: Run, small: Path) -> None:
         (("info", "nosuch://x"), "nosuch://x/trace.json has an unknown protocol, nosuch"),
         (("report", "https://"), "https:// is not an address"),
         (("unpack", "file:///nowhere/x.tar"), "there is no file:///nowhere/x.tar"),
-        (("diff", "file:///nowhere/x.json", "file:///nowhere/y", "--update"), "it is not written"),
+        (("diff", "file:///nowhere/x.json", "file:///nowhere/y", "--update"), "so it cannot be written"),
     ],
 )
 def test_errors_have_two_lines(run: Run, small: Path, arguments: tuple[str, ...], what: str) -> None:

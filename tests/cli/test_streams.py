@@ -133,4 +133,4 @@ def test_a_limit_of_memory_that_libraries_exceed_is_two_lines(tmp_path: Path, ki
     assert "Traceback" not in done.stderr
     if done.returncode:  # without numba, 2 GB suffice
         assert done.returncode == 1
-        assert done.stderr.splitlines()[-2] == "error: memory does not suffice to load the libraries"
+        assert done.stderr.splitlines()[-2] == "error: there is too little memory to load the libraries"

@@ -67,7 +67,7 @@ def test_wide_prints_every_column(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("COLUMNS", "80")
     narrow = run("replay", str(EXAMPLE), "--policy", "h2o", "--budget", "10%")
     wide = run("replay", str(EXAMPLE), "--policy", "h2o", "--budget", "10%", "--wide", "--force")
-    assert "Too narrow for" in narrow.out and "Too narrow for" not in wide.out
+    assert "Columns that do not fit" in narrow.out and "Columns that do not fit" not in wide.out
     assert max(map(len, wide.out.splitlines())) > 100
 
 

@@ -113,7 +113,7 @@ def test_no_line_is_wider_than_the_terminal(
     assert max(map(len, out.splitlines())) <= width
     assert "streaming-llm" in out
     assert "…" not in out, "a cell was cut: a column should have gone instead"
-    assert "Too narrow for: " in out
+    assert "Columns that do not fit: " in out
     shown = {text for text in ("retained", "cosine", "recall") if text in out}
     assert shown == {"retained", "cosine", "recall"}, "never one score alone"
 

@@ -90,7 +90,7 @@ def test_a_compiled_verification_checks_nothing(example: Trace, no_more_checks: 
 @pytest.mark.parametrize(
     ("policies", "budgets", "options", "why"),
     [
-        ([], "20%", {}, "no policy is named"),
+        ([], "20%", {}, "no policy is given"),
         (["belady"], "20%", {}, "cannot run in the closed loop"),
         (["quest"], "20%", {"positions": Positions.compacted}, "nothing to compact"),
         (["h2o"], "none", {}, "not a number"),
@@ -126,8 +126,8 @@ def test_texts_and_models_that_do_not_exist(text: Path) -> None:
 @pytest.mark.parametrize(
     ("policies", "budgets", "error", "why"),
     [
-        ([], "20%", UsageError, "no policy is named"),
-        (["quest"], "20%", UsageError, "keys that a shortened cache does not hold"),
+        ([], "20%", UsageError, "no policy is given"),
+        (["quest"], "20%", UsageError, "keys that a smaller cache does not hold"),
         (["ideal"], "20%", UsageError, "cannot run in the closed loop"),
         (["streaming-llm"], "3", UsageError, "more than the budget of 3"),
     ],

@@ -370,7 +370,7 @@ def test_a_batch_of_one_is_one_sequence() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"spec": "quest"}, "reads keys that a shortened cache does not hold"),
+        ({"spec": "quest"}, "reads keys that a smaller cache does not hold"),
         ({"spec": "scissorhands:variant=released", "prefill": "stream"}, "observes the attention on keys"),
         ({"positions": "renamed"}, "positions 'renamed' is unknown"),
         ({"prompt": LENGTH + 1}, "cannot be decoded"),

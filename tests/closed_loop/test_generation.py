@@ -153,7 +153,7 @@ def refused(trace: Trace, policy: str, **options: object) -> str:
 
 
 def test_what_cannot_be_generated_is_refused(trace: Trace) -> None:
-    assert "keys that a shortened cache does not hold" in refused(trace, "recycled-attention")
+    assert "keys that a smaller cache does not hold" in refused(trace, "recycled-attention")
     assert "belady" in refused(trace, "belady")
     assert "the closed loop, which is off" in refused(trace, "window", closed=None)
     assert "no score is called 'exat'" in refused(trace, "window", generate=GenerateOptions(metric="exat"))

@@ -161,7 +161,7 @@ def test_compacted_positions_are_refused() -> None:
 
 
 def test_policies_that_hold_every_key_are_refused() -> None:
-    with pytest.raises(UsageError, match="quest holds every key, so that cam has nothing to merge"):
+    with pytest.raises(UsageError, match="quest holds every key, so cam has nothing to merge"):
         compile_closed_loop(build("llama"), [passage()], runs("quest", "cam"), [], Prefill.full)
 
 

@@ -130,7 +130,7 @@ def test_traces_that_cannot_be_learned_from_are_refused(recorded: Trace, tmp_pat
             assert RecordedMass([made], 0.5, "causal", 0), "rows that follow from vectors are as good"
     with pytest.raises(UsageError, match="one sequence is too few"):
         RecordedMass([record(tmp_path, [[1, 2, 3]])], 0.5, "causal", 0)
-    with pytest.raises(UsageError, match="no trace is named"):
+    with pytest.raises(UsageError, match="no trace is given"):
         train_on_traces([], tmp_path / "g")
 
 

@@ -109,7 +109,7 @@ def test_a_template_is_for_objects_without_spans(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--template: .*p.txt is one text without fields"):
         read_prompts([tmp_path / "p.txt"], None, template="{input}")
     spans = {"prompt": "abc", "spans": [{"name": "fact", "start": 0, "stop": 1}]}
-    with pytest.raises(UsageError, match="its spans are places in another prompt"):
+    with pytest.raises(UsageError, match="its spans do not refer to the prompt that --template makes"):
         read_prompts([lines(tmp_path / "p.jsonl", spans)], None, template="Say {prompt}")
     with pytest.raises(UsageError, match="both given"):
         read_prompts([lines(tmp_path / "p.jsonl", spans)], None, field="prompt", template="Say {prompt}")

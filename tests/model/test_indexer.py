@@ -84,7 +84,7 @@ def test_the_policy_reads_what_the_index_chose(name: str, tmp_path: Path) -> Non
 def test_other_models_and_the_closed_loop_have_no_choice(tmp_path: Path) -> None:
     trace = recorded(saved(tmp_path / "model", "llama"), tmp_path / "llama")
     assert not trace.header.indexed
-    with pytest.raises(TraceError, match="indexer needs a model that chooses the keys it reads"):
+    with pytest.raises(TraceError, match="indexer needs a model that selects the keys it reads"):
         compile_replay(trace, ["indexer"], "8")
     job = compile_replay(trace, ["indexer", "h2o"], "8", ReplayOptions(skip_unsupported=True))
     assert list(job.skipped) == ["indexer"]

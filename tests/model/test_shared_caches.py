@@ -180,7 +180,7 @@ def test_decoding_agrees_with_the_closed_loop(trace: Trace, prefill: Prefill, po
 
 def test_a_trace_without_the_owner_says_what_to_record(folder: Path, tmp_path: Path) -> None:
     trace = recorded(folder, tmp_path, (0, 3))
-    with pytest.raises(TraceError, match=r"lacks layers 1: others read their caches, they decide\n.*--layers 0,1,3"):
+    with pytest.raises(TraceError, match=r"lacks layers 1, whose caches other layers read\n.*--layers 0,1,3"):
         compile_replay(trace, ["h2o"], "9")
     again = recorded(folder, tmp_path / "again", (0, 1, 3))
     made = compile_replay(again, ["h2o"], "9").execute(OutputOptions(tmp_path / "replay"))

@@ -174,7 +174,7 @@ def test_pickled_weights_that_are_cut_short(tmp_path: Path, size: int) -> None:
 def test_a_pickle_of_something_else(tmp_path: Path) -> None:
     file = saved(tmp_path / "m", safe=False) / PICKLED
     file.write_bytes(b"\x80\x04\x95nothing")
-    assert f"{file} is damaged, or holds something else than tensors" in refused(file.parent)
+    assert f"{file} is damaged, or contains something other than tensors" in refused(file.parent)
 
 
 def test_a_cached_model_with_pickled_weights(

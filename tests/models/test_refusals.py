@@ -56,7 +56,7 @@ def test_a_model_that_does_not_say_its_language(tmp_path: Path) -> None:
     known = json.loads((folder / "config.json").read_text())
     config = {**known, "default_language": None, "languages": ["en_XX", "de_DE", "fr_XX", "it_IT"]}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="does not say in which language") as caught:
+    with pytest.raises(ModelError, match="does not give the language") as caught:
         load(ModelSource(str(folder)))
     found = re.fullmatch(r"Set (\w+) in its config.json to one of its languages: (\w+), .*, \.\.\.", caught.value.todo)
     assert found is not None

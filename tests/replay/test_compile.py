@@ -103,7 +103,7 @@ def test_nothing_is_checked_twice_and_nothing_after(example: Trace, calls: Count
 @pytest.mark.parametrize(
     ("policies", "budgets", "options", "error", "why"),
     [
-        ([], "20%", {}, UsageError, "no policy is named"),
+        ([], "20%", {}, UsageError, "no policy is given"),
         (["h2"], "20%", {}, UsageError, "no policy is called 'h2'"),
         (["h2o"], "0", {}, UsageError, "not above zero"),
         (["h2o"], "2", {"plan": PlanOptions({"recent": "3"})}, UsageError, "more than the budget of 2"),

@@ -79,7 +79,7 @@ def test_what_the_open_loop_lacks_is_named(example: Trace, tmp_path: Path) -> No
         kvscope.replay(open_trace(tmp_path / "small"), "h2o", "2", cache="int4")
     with pytest.raises(UsageError, match="keys after rotation only"):
         kvscope.replay(example, "h2o", "20%", cache="int4:kvquant")
-    with pytest.raises(UsageError, match="is a bound on what keys in 16 bit retain"):
+    with pytest.raises(UsageError, match="is a bound for keys in 16 bits"):
         kvscope.replay(example, "belady", "20%", cache="int4")
     with pytest.raises(UsageError, match="--accumulate compares with sums in float32"):
         kvscope.replay(example, "h2o", "20%", cache="int4", accumulate="float16")

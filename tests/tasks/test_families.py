@@ -133,7 +133,7 @@ def test_what_is_no_task(spec: str, message: str) -> None:
 
 
 def test_a_length_that_nothing_fits_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"the shortest prompt has \d+ words, and 10 are asked for"):
+    with pytest.raises(UsageError, match=r"the shortest prompt has \d+ words, but 10 are requested"):
         made("needle", 10)
 
 
