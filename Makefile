@@ -36,6 +36,8 @@ demo: $(VENV)/.installed
 
 # One thread for each test process: more threads than cores would slow down all of them.
 test check test-trackers test-ray test-kvpress: export OMP_NUM_THREADS ?= 1
+# Tests start many processes, each of which would compile all modules again.
+test check test-trackers test-ray test-kvpress: export PYTHONDONTWRITEBYTECODE :=
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n $(JOBS)
