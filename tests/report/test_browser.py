@@ -236,7 +236,9 @@ def test_the_first_screen_is_shown_before_what_takes_long(browser: Any, rich_pag
 
 ORDER = """window.order = [];
 new MutationObserver((changes) => {
-  for (const { target } of changes) if (target.matches('.panel:not(.waiting)') && !order.includes(target.id)) order.push(target.id);
+  for (const { target } of changes) {
+    if (target.matches('.panel:not(.waiting)') && !order.includes(target.id)) order.push(target.id);
+  }
 }).observe(document, { subtree: true, attributes: true, attributeFilter: ['class'] });"""
 
 
@@ -260,14 +262,14 @@ def test_panels_near_the_window_are_drawn_first_and_all_are_drawn(
 SET_EARLY = """new MutationObserver((_, self) => {
   if (!document.documentElement.dataset.shown) return;
   self.disconnect();
-  kvscope.state.set({ layer: 0 });
+  kvscope.state.set({ step: 5 });
   window.early = location.hash;
 }).observe(document, { subtree: true, attributes: true });"""
 
 
 def test_a_choice_keeps_what_the_address_says_of_panels_that_are_not_drawn_yet(browser: Any, rich_page: Path) -> None:
     tab = Tab(browser, rich_page, "#overview?view=2.12.10.20&lines=0", before=SET_EARLY)
-    assert "view=2.12.10.20" in tab.run("early") and "lines=0" in tab.run("early") and "layer=0" in tab.run("early")
+    assert "view=2.12.10.20" in tab.run("early") and "lines=0" in tab.run("early") and "step=5" in tab.run("early")
     assert tab.run("kvscope.state.get('view')") == "2.12.10.20"
     tab.context.close()
 

@@ -54,7 +54,8 @@ def test_nothing_is_wider_than_its_panel(tab: Tab) -> None:
         """(() => {
           const scrolls = it => it.closest('.scroll, .text, .lines, .unseen');
           const over = it => it.getBoundingClientRect().right > it.closest('.panel').getBoundingClientRect().right + 1;
-          return [...document.querySelectorAll('.panel .body *')].filter(it => it.checkVisibility() && !scrolls(it) && over(it))
+          return [...document.querySelectorAll('.panel .body *')]
+            .filter(it => it.checkVisibility() && !scrolls(it) && over(it))
             .map(it => `${it.closest('.panel').id}: ${it.outerHTML.slice(0, 90)}`);
         })()"""
     )
@@ -82,8 +83,10 @@ def test_buttons_and_legends_cover_no_plot(tab: Tab) -> None:
     found = tab.run(
         """[...document.querySelectorAll('.plot')].filter(it => it.checkVisibility() && it.data).map(it => {
           const rect = one => it.querySelector(one).getBoundingClientRect();
-          const drawn = [...it.querySelectorAll('.xy .plot, .xy2 .plot, .nsewdrag')].map(one => one.getBoundingClientRect().top);
-          return [it.closest('.panel').id, rect('.modebar').bottom - Math.min(...drawn), it.querySelectorAll('.legend .traces').length];
+          const drawn = [...it.querySelectorAll('.xy .plot, .xy2 .plot, .nsewdrag')];
+          const top = Math.min(...drawn.map(one => one.getBoundingClientRect().top));
+          const legend = it.querySelectorAll('.legend .traces').length;
+          return [it.closest('.panel').id, rect('.modebar').bottom - top, legend];
         })"""
     )
     assert len(found) >= 7
@@ -95,9 +98,14 @@ def test_axes_have_words_that_are_not_cut(tab: Tab) -> None:
     found = tab.run(
         """[...document.querySelectorAll('.plot')].filter(it => it.checkVisibility() && it.data).flatMap(it => {
           const box = it.getBoundingClientRect();
-          const inside = word => { const one = word.getBoundingClientRect(); return one.left >= box.left - 1 && one.right <= box.right + 1 && one.bottom <= box.bottom + 1 && one.top >= box.top - 1; };
+          const inside = word => {
+            const one = word.getBoundingClientRect();
+            return one.left >= box.left - 1 && one.right <= box.right + 1
+              && one.bottom <= box.bottom + 1 && one.top >= box.top - 1;
+          };
           const words = [...it.querySelectorAll('.xtitle, .ytitle, .x2title, .y2title')];
-          return [[it.closest('.panel').id, words.length >= 2 && words.every(word => word.textContent), words.every(inside)]];
+          const both = words.length >= 2 && words.every(word => word.textContent);
+          return [[it.closest('.panel').id, both, words.every(inside)]];
         })"""
     )
     assert len(found) >= 7
@@ -108,11 +116,19 @@ def test_titles_do_not_overlap(tab: Tab) -> None:
     """Texts of headings, of the control that saves figures, and of the lines of legends."""
     found = tab.run(
         """(() => {
-          const rects = it => { const range = document.createRange(); range.selectNodeContents(it); return [...range.getClientRects()].filter(one => one.width); };
-          const apart = (a, b) => a.right <= b.left + 1 || b.right <= a.left + 1 || a.bottom <= b.top + 1 || b.bottom <= a.top + 1;
+          const rects = it => {
+            const range = document.createRange();
+            range.selectNodeContents(it);
+            return [...range.getClientRects()].filter(one => one.width);
+          };
+          const beside = (a, b) => a.right <= b.left + 1 || b.right <= a.left + 1;
+          const above = (a, b) => a.bottom <= b.top + 1 || b.bottom <= a.top + 1;
+          const meet = (x, y) => x.some(one => y.some(two => !beside(one, two) && !above(one, two)));
           return [...document.querySelectorAll('.panel')].flatMap(panel => {
-            const all = [...panel.querySelectorAll('h2, h3, .save summary, .legend > span, .how > summary')].filter(it => it.checkVisibility()).map(it => [it.textContent, rects(it)]);
-            return all.flatMap(([a, x], at) => all.slice(at + 1).filter(([, y]) => x.some(one => y.some(two => !apart(one, two)))).map(([b]) => [panel.id, a, b]));
+            const all = [...panel.querySelectorAll('h2, h3, .save summary, .legend > span, .how > summary')]
+              .filter(it => it.checkVisibility()).map(it => [it.textContent, rects(it)]);
+            return all.flatMap(([a, x], at) => all.slice(at + 1)
+              .filter(([, y]) => meet(x, y)).map(([b]) => [panel.id, a, b]));
           });
         })()"""
     )
