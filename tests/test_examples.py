@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal, assert_series_equal
 
+from kvscope.cli.report import spans_of
 from kvscope.core.options import ClosedLoopOptions
 from kvscope.core.summary_records import RunSummary
 from kvscope.replay.run import replay
@@ -22,6 +23,7 @@ from kvscope.report.encoding import unpacked
 from kvscope.report.page import report
 from kvscope.results.store import Replay, open_replay
 from kvscope.trace.reader import Trace, open_trace
+from tools.examples import SPANS
 
 ROOT = Path(__file__).resolve().parent.parent
 MEGABYTE = 1_000_000
@@ -161,10 +163,17 @@ def assert_same(made: Any, kept: Any, where: str) -> None:
 def test_the_report_is_that_of_the_example(trace: Trace, committed: Replay, tmp_path: Path) -> None:
     page = ROOT / "reports" / "example.html"
     assert page.stat().st_size < 3.6 * MEGABYTE
-    made = report([committed], {trace.identity: trace}, tmp_path / "example.html")
+    traces = {trace.identity: trace}
+    spans = spans_of([committed], traces, SPANS)
+    made = report([committed], traces, tmp_path / "example.html", spans=spans)
     (data, rest), (kept_data, kept_rest) = readable(made), readable(page)
     assert len(rest) > 90_000
     assert_same(data, kept_data, "reports/example.html")
+    panel = next(panel for panel in kept_data["panels"] if panel["name"] == "spans")
+    shown = panel["data"]["parts"]["0.0"]["spans"]
+    tokens = kept_data["parts"]["0.0"]["tokens"]
+    texts = {span["name"]: "".join(tokens[span["start"] : span["stop"]]).replace("␣", " ").strip() for span in shown}
+    assert texts == {name: words.removeprefix("text:") for name, words in (span.split("=", 1) for span in SPANS)}
     assert rest == kept_rest, "style or scripts are no longer those of reports/example.html"
 
 

@@ -22,6 +22,8 @@ text{font:13px sans-serif;fill:#1c2733}.small{font-size:11px;fill:#5a6675}.bold{
 ROW = (0.24, 0.02, 0.01, 0.02, 0.05, 0.03, 0.16, 0.02, 0.09, 0.06, 0.12, 0.18)
 HELD, BUDGET = (0, 1, 8, 9, 10, 11), 5  # the current key is visible beside the budget
 LATE = (4, 6, 8)  # keys that the head had not attended to for more than 64 steps
+# Values of the twelve keys, of head size 2, so that outputs can be drawn in a plane.
+VALUES = tuple(zip((9, 2, 5, 1, 8, 3, 1, 6, 7, 2, 8, 4), (2, 7, 1, 5, 3, 6, 9, 2, 1, 8, 4, 6), strict=True))
 BAR, GAP, HEIGHT, LEFT = 30, 8, 120, 20
 # metric -> what the picture marks, and the words beside the value
 PICTURED = {
@@ -40,6 +42,7 @@ def pages() -> dict[str, str]:
     """Return the text of each figure by its path."""
     made = {f"{FOLDER}/{name.replace('_', '-')}.svg": metric(name) for name in PICTURED}
     drawn = {"flow": flow(), "prefill": prefill(), "loops": loops()}
+    made[f"{FOLDER}/output-error.svg"] = output_error()
     return made | {f"{FOLDER}/{name}.svg": text for name, text in drawn.items()}
 
 
@@ -51,8 +54,46 @@ def values() -> dict[str, float]:
     mask = mask.reshape(1, 1, 1, 1, -1)
     last = torch.full((1, 1, 1, 12), 11)
     last[..., list(LATE)] = 11 - 65  # not attended to for 65 steps
-    rows = Rows(full, mask, mask, torch.tensor([BUDGET]), torch.tensor([11]), signals={"last_attended": last})
-    return {name: float(METRICS.get(name).compute(rows)) for name in PICTURED}
+    rows = Rows(
+        full,
+        mask,
+        mask,
+        torch.tensor([BUDGET]),
+        torch.tensor([11]),
+        signals={"last_attended": last, "values": _values()},
+    )
+    return {name: float(METRICS.get(name).compute(rows)) for name in (*PICTURED, "output_error")}
+
+
+def _values() -> torch.Tensor:
+    return torch.tensor(VALUES, dtype=torch.float32)[None, None]  # [L, G, n, D]
+
+
+def output_error() -> str:
+    """Return the picture of the output error: the outputs over all keys and over the dark ones."""
+    row = torch.tensor(ROW)
+    live = torch.where(torch.tensor([key in HELD for key in range(len(ROW))]), row, 0.0)
+    over_all, over_held = (weights / weights.sum() @ _values()[0, 0] for weights in (row, live))
+    scale, x0, y0 = 34, LEFT + 40, 200
+
+    def at(point: torch.Tensor) -> tuple[float, float]:
+        return x0 + scale * float(point[0]), y0 - scale * float(point[1])
+
+    (x1, y1), (x2, y2) = at(over_all), at(over_held)
+    value = f"{METRICS.get('output_error').name} = {values()['output_error']:.3f}"
+    words = "the dashed line, as a share of the length of the full output"
+    parts = [
+        f'<path class="line" d="M{x0} 20V{y0}H{x0 + 320}"/>',
+        f'<path class="best" d="M{x0} {y0}L{x1:.1f} {y1:.1f}"/>',
+        f'<path class="line" stroke-width="3" d="M{x0} {y0}L{x2:.1f} {y2:.1f}"/>',
+        f'<path class="best" stroke-dasharray="4 3" d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}"/>',
+        f'<text x="{x1:.1f}" y="{y1 - 10:.1f}" text-anchor="end">output over all keys</text>',
+        f'<text x="{x2 + 10:.1f}" y="{y2:.1f}">output over the keys in the cache</text>',
+        f'<text class="small" x="{x0}" y="{y0 + 16}">the two numbers of each output, as a place</text>',
+        f'<text class="bold" x="{LEFT}" y="{y0 + 40}">{escape(value)}</text>',
+        f'<text x="{LEFT}" y="{y0 + 58}">{escape(words)}</text>',
+    ]
+    return _svg(LEFT * 2 + 12 * (BAR + GAP), y0 + 70, f"{value}: {words}", parts)
 
 
 def metric(name: str) -> str:

@@ -2,10 +2,10 @@
 
 python tools/examples.py
 
-traces/example.txt is recorded as traces/example and replayed as reports/example and reports/example.html. The replay of
-.github/workflows/fidelity.yml becomes tests/data/baseline.json. All are made with the ordinary commands in the root of
-the repository, so that they contain no absolute path. bfloat16 halves the size of the vectors, most of a trace
-this short; the closed loop runs in float32. Pictures of the report: tools/screenshots.py
+traces/example.txt is recorded as traces/example and replayed as reports/example and reports/example.html; the page has
+the spans in SPANS. The replay of .github/workflows/fidelity.yml becomes tests/data/baseline.json. All are made with the
+ordinary commands in the root of the repository, so that they contain no absolute path. bfloat16 halves the size of the
+vectors, most of a trace this short; the closed loop runs in float32. Pictures of the report: tools/screenshots.py
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ import yaml
 from kvscope.cli.app import run
 
 ROOT = Path(__file__).resolve().parent.parent
+SPANS = (
+    "fact=text:Note: Clara holds 583.",
+    "other fact=text:Note: Victor keeps 264.",
+    "question=text:what holds Clara?",
+)
 EXAMPLES = (
     "trace --model demo traces/example.txt --output example --max-new-tokens 16 --store maps+vectors --dtype bfloat16"
     " --force",
     "replay example --policy all --budget 20%,40% --perplexity --dtype float32 --output example --force",
-    "report example --output example --force",
+    f"report example --output example --force {shlex.join(f'--span={span}' for span in SPANS)}",
 )
 
 

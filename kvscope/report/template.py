@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 
@@ -19,6 +20,8 @@ INERT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\
 COMMON = ("core.js", "numbers.js", "state.js", "plot.js", "heat.js", "figure.js", "sections.js")
 REPLAYS = (*COMMON, "raster.js", "raster_view.js", "page.js")
 EXPERIMENT = (*COMMON, "experiment.js")
+
+CHARTS = re.compile(r"(\w+)\.register\(\[((?:\w+\(\),){20,}\w+\(\))\]\)")  # the list of chart types in Plotly's script
 
 DOCUMENT = """<!DOCTYPE html>
 <html lang="en">
@@ -59,7 +62,7 @@ def document(page: JsonDict, scripts: Sequence[str], files: Sequence[str] = REPL
     # slow to import, and only a page needs it
     from plotly.offline import get_plotlyjs
 
-    plotly = get_plotlyjs()
+    plotly = charts_on_demand(get_plotlyjs())
     code = element_text("\n".join(["'use strict';", *map(asset, files), *scripts, "kvscope.show();"]))
     return DOCUMENT.format(
         policy=security_policy([plotly, code]),
@@ -70,6 +73,16 @@ def document(page: JsonDict, scripts: Sequence[str], files: Sequence[str] = REPL
         plotly=deflated_text(plotly),
         code=code,
     )
+
+
+def charts_on_demand(plotly: str) -> str:
+    """Return Plotly's script so that it prepares its chart types when ``Plotly.registerCharts()`` is called.
+
+    The page draws lines and points, which its core draws. To prepare the about 50 other types takes most of the time in
+    which the script starts; plot.js asks for them when the first other trace is drawn. A script without the one list of
+    chart types is returned as it is, and prepares them when it starts.
+    """
+    return CHARTS.sub(r"\1.registerCharts=()=>\1.register([\2])", plotly, count=1)
 
 
 def inert_json(value: Json) -> str:

@@ -234,6 +234,59 @@ def test_the_first_screen_is_shown_before_what_takes_long(browser: Any, rich_pag
     tab.context.close()
 
 
+ORDER = """window.order = [];
+new MutationObserver((changes) => {
+  for (const { target } of changes) {
+    if (target.matches('.panel:not(.waiting)') && !order.includes(target.id)) order.push(target.id);
+  }
+}).observe(document, { subtree: true, attributes: true, attributeFilter: ['class'] });"""
+
+
+def test_panels_near_the_window_are_drawn_first_and_all_are_drawn(
+    browser: Any, rich_page: Path, rich: ReportInput
+) -> None:
+    names = [panel["name"] for panel in page_data(rich)["panels"]]
+    top = Tab(browser, rich_page, before=ORDER, viewport={"width": 1280, "height": 700})
+    assert sorted(top.run("order")) == sorted(names) and top.run("order")[0] == names[0]
+    assert top.count(".panel.waiting") == 0
+    top.context.close()
+    view = f"view=2.12.10.20&metric=output_error&lines={len(names) % 3}"
+    late = Tab(browser, rich_page, f"#queries?{view}", before=ORDER, viewport={"width": 1280, "height": 700})
+    order = late.run("order")
+    assert order[0] == "queries" and order.index("over-time") > 2
+    assert sorted(order) == sorted(names)
+    assert late.said == []
+    late.context.close()
+
+
+SET_EARLY = """new MutationObserver((_, self) => {
+  if (!document.documentElement.dataset.shown) return;
+  self.disconnect();
+  kvscope.state.set({ step: 5 });
+  window.early = location.hash;
+}).observe(document, { subtree: true, attributes: true });"""
+
+
+def test_a_choice_keeps_what_the_address_says_of_panels_that_are_not_drawn_yet(browser: Any, rich_page: Path) -> None:
+    tab = Tab(browser, rich_page, "#overview?view=2.12.10.20&lines=0", before=SET_EARLY)
+    assert "view=2.12.10.20" in tab.run("early") and "lines=0" in tab.run("early") and "step=5" in tab.run("early")
+    assert tab.run("kvscope.state.get('view')") == "2.12.10.20"
+    tab.context.close()
+
+
+def test_other_kinds_of_charts_are_prepared_when_one_is_drawn(browser: Any, rich_page: Path) -> None:
+    tab = Tab(browser, rich_page)
+    assert tab.run("typeof Plotly.registerCharts") == "function", "the panels have lines and points alone"
+    tab.run(
+        "(async () => { const box = document.createElement('div'); document.querySelector('main').append(box);"
+        " await kvscope.plot(box, [{ type: 'bar', x: [1, 2], y: [3, 4] }], {}); window.drawn = box; })()"
+    )
+    assert tab.run("drawn.querySelectorAll('.bars .point').length") == 2
+    assert tab.run("typeof Plotly.registerCharts") == "undefined"
+    assert tab.said == []
+    tab.context.close()
+
+
 CLICKED_EARLY = """new MutationObserver((_, self) => {
   const link = document.querySelectorAll('nav a')[9];
   if (link) { self.disconnect(); link.click(); }

@@ -22,7 +22,7 @@ from kvscope.report.limits import Limits
 from kvscope.report.page import ordered_panels, page_data, report, report_data
 from kvscope.report.panel import PANELS, panel
 from kvscope.report.source import ReportInput
-from kvscope.report.template import asset, document, element_text, inert_json
+from kvscope.report.template import asset, charts_on_demand, document, element_text, inert_json
 from kvscope.results.store import Replay, open_replay
 from kvscope.trace.reader import Trace
 from tests.report.make import make_replay, make_trace
@@ -149,6 +149,14 @@ def test_own_scripts_fetch_nothing_and_make_no_html(page: Path) -> None:
     assert "showSendToCloud: false" in code, "the plot library offers an upload of the chart unless told not to"
 
 
+def test_only_the_call_that_prepares_all_charts_is_changed_in_the_script_of_plotly() -> None:
+    original = get_plotlyjs()
+    changed = charts_on_demand(original)
+    assert changed != original and changed.count(".registerCharts=()=>") == 1
+    assert re.sub(r"(\w+)\.registerCharts=\(\)=>\1\.register", r"\1.register", changed) == original
+    assert charts_on_demand("x.register([a(),b()])") == "x.register([a(),b()])", "no list of all charts"
+
+
 def test_security_policy_allows_these_scripts_and_no_network(page: Path) -> None:
     reader = read(page)
     policy = next(
@@ -159,7 +167,7 @@ def test_security_policy_allows_these_scripts_and_no_network(page: Path) -> None
     rules = {rule.split()[0]: rule.split()[1:] for rule in policy.split(";")}
     _, plotly, code = (text for tag, text in reader.texts if tag == "script")
     scripts = [zlib.decompress(base64.b64decode(plotly)).decode(), code]
-    assert scripts[0] == get_plotlyjs()
+    assert scripts[0] == charts_on_demand(get_plotlyjs())
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     assert rules["default-src"] == rules["connect-src"] == rules["base-uri"] == rules["form-action"] == ["'none'"]
     assert rules["script-src"] == [f"'sha256-{digest}'" for digest in digests]

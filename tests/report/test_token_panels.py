@@ -26,7 +26,7 @@ from kvscope.report.panels.queries import queries
 from kvscope.report.panels.regrets import regrets
 from kvscope.report.panels.residency_raster import residency_raster
 from kvscope.report.panels.text_view import text_view
-from kvscope.report.parts import spread
+from kvscope.report.parts import NamedSpan, spread
 from kvscope.report.regret import worst_evictions
 from kvscope.report.residency import packed_intervals
 from kvscope.report.source import ReportInput
@@ -332,6 +332,8 @@ def test_the_regret_of_the_page_is_that_of_the_command(rich: ReportInput) -> Non
     data = regrets(rich)
     assert data is not None
     assert data["parts"]["0.0"]["spans"] == [["needle", 2, 5]]
+    given = regrets(replace(rich, spans={f"{trace.identity}/0": [NamedSpan("end", 20, 22)]}))
+    assert given is not None and given["parts"]["0.0"]["spans"] == [["needle", 2, 5], ["end", 20, 22]]
     (of_command,) = kvscope.regrets(replay, trace, [run.number], top=20)["runs"]
     shown = data["parts"]["0.0"]["worst"][run.id][:20]
     assert len(shown) == len(of_command["worst"]) == 20

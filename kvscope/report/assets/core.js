@@ -95,6 +95,16 @@ const kvscope = (() => {
   const unique = (values) => [...new Set(values)];
   const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
+  /* A sentence above an area that is wider than its place, as long as it is; it is hidden in print. */
+  function scrollHint(area, columns = "every column") {
+    const hint = element("p", { class: "hint", hidden: true }, `Scroll sideways to see ${columns} →`);
+    area.dataset.hinted = "yes";
+    area.before(hint);
+    const sizes = new ResizeObserver(() => { hint.hidden = area.scrollWidth <= area.clientWidth + 1; });
+    for (const each of [area, area.firstElementChild]) sizes.observe(each);
+    return hint;
+  }
+
   /* A table of the values of a plot, closed at first; its rows are made when it is opened. */
   function tableBehind(summary, headers, rows) {
     const body = element("tbody");
@@ -103,6 +113,7 @@ const kvscope = (() => {
     const made = element("details", { class: "behind" }, element("summary", {}, summary),
       element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": summary },
         element("table", {}, element("thead", {}, element("tr", {}, headers.map((text) => element("th", { scope: "col" }, text)))), body)));
+    scrollHint(made.querySelector(".scroll"));
     made.addEventListener("toggle", () => { if (made.open && !body.firstChild) fill(); });
     return made;
   }
@@ -154,5 +165,5 @@ const kvscope = (() => {
   function redrawAll() { for (const redraw of redraws) redraw(); }
   function drawing(name, draw) { drawings[name] = draw; }
 
-  return { button, checkbox, clamp, colour, drawing, drawings, element, explained, isDark, latest, lineStyle, number, onTheme, options, percent, redrawAll, select, settled, slider, tableBehind, unique };
+  return { button, checkbox, clamp, colour, drawing, drawings, element, explained, isDark, latest, lineStyle, number, onTheme, options, percent, redrawAll, scrollHint, select, settled, slider, tableBehind, unique };
 })();

@@ -40,12 +40,12 @@ Object.assign(kvscope, (() => {
     const head = element("tr", {}, element("th", { scope: "col", class: "corner" }, corner),
       columns.map((name) => element("th", { scope: "col", class: upright ? "upright" : null }, element("bdi", {}, name))));
     const body = rows.map((name, r) => element("tr", {}, element("th", { scope: "row" }, element("bdi", {}, name)), cells[r]));
-    const table = element("table", { class: `heat${roomy ? "" : " tight"}${full ? " full" : ""}${full && columns.length > 16 ? " many" : ""}${click ? " live" : ""}`, role: "grid", "aria-label": label }, element("thead", {}, head), element("tbody", {}, body));
+    const table = element("table", { class: `heat${roomy ? "" : " tight"}${full ? " full" : ""}${full && columns.length > 16 ? " many" : ""}${click ? " live" : ""}${rows.some((name) => name.length > 16) ? " long" : ""}`, role: "grid", "aria-label": label }, element("thead", {}, head), element("tbody", {}, body));
+    if (!full) table.style.width = `min(100%, ${corner.length / 2 + 4 + columns.length * (roomy ? 6 : 2)}em)`; // no wider than can be read across
     const focused = box.contains(document.activeElement) && document.activeElement.tagName === "TD";
     const scrolled = element("div", { class: "scroll plain" }, table);
-    const hint = element("p", { class: "small hint", hidden: true }, `Scroll sideways to see all ${columns.length} columns →`);
-    box.replaceChildren(hint, scrolled);
-    new ResizeObserver(() => { hint.hidden = scrolled.scrollWidth <= scrolled.clientWidth + 1; }).observe(scrolled);
+    box.replaceChildren(scrolled);
+    kvscope.scrollHint(scrolled, `all ${columns.length} columns`);
 
     let at = [0, 0];
     rows.forEach((_, r) => columns.forEach((_name, c) => { if (chosen(r, c)) at = [r, c]; }));

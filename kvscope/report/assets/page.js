@@ -24,6 +24,11 @@ kvscope.show = (() => {
     const layers = () => (page.part() ? page.part().layers : [0]);
     state.declare("layer", () => (page.part() ? page.part().layer : 0), oneOf(layers)); // the one in the page, if it has only one
     state.declare("head", () => "all", (value) => (value === "all" ? value : whole(() => 0, () => (page.part() ? page.headsOf().heads - 1 : 0))(value)));
+    /* The lines of the budget curves, which other panels show too. */
+    const curves = page.panels.find((panel) => panel.name === "budget-curve");
+    const lines = (curves && curves.data && curves.data.lines) || [];
+    const usual = lines.length ? curves.data.usual.join(".") : "";
+    state.declare("lines", () => usual, (text) => (text === "" || String(text).split(".").every((at) => Object.hasOwn(lines, at)) ? String(text) : undefined));
     const last = () => (page.part() ? page.part().length - 1 : 0);
     state.declare("step", last, whole(() => 0, last));
     state.declare("token", () => -1, whole(() => -1, last));

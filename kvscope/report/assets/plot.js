@@ -23,6 +23,10 @@ Object.assign(kvscope, (() => {
 
   async function plot(box, traces, layout) {
     await library();
+    if (Plotly.registerCharts && traces.some(({ type }) => type && type !== "scatter")) { // see template.py
+      Plotly.registerCharts();
+      delete Plotly.registerCharts;
+    }
     const { colour } = kvscope;
     const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true };
     const axes = Object.fromEntries(Object.entries(layout).filter(([name]) => /^[xy]axis/.test(name)).map(([name, own]) => [name, { ...axis, ...own }]));
@@ -30,7 +34,7 @@ Object.assign(kvscope, (() => {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("text") },
-      margin: { l: 64, r: 16, t: 30, b: 52 },
+      margin: { l: 64, r: 16, t: 38, b: 52 },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("accent") },
       hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("line"), font: { color: colour("text") } },
       xaxis: axis,
@@ -49,7 +53,13 @@ Object.assign(kvscope, (() => {
     return plain(metric.title) + (metric.direction === "none" ? "" : ` (${metric.direction} is better)`);
   }
 
-  const GLYPHS = { circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", "triangle-down": "▼", cross: "✚", x: "✖", star: "★" };
+  const GLYPHS = { circle: "●", square: "■", diamond: "◆", "triangle-up": "▲", "triangle-down": "▼", cross: "✚", x: "✖", star: "★", "circle-open": "○", "x-thin-open": "×", "line-ew-open": "–" };
+
+  /* The kinds of points of a plot, above it: the legend of Plotly would lie under the buttons where the page is narrow. */
+  function pointLegend(traces) {
+    const { element } = kvscope;
+    return traces.filter((trace) => trace.name).map(({ name, marker }) => element("span", {}, sample({ symbol: marker.symbol, color: marker.color, dash: "solid" }), element("bdi", {}, name)));
+  }
 
   /* A line as it is drawn, for lists beside a plot: its dash, its marker, its colour. */
   function sample(style, marker = true) {
@@ -66,5 +76,5 @@ Object.assign(kvscope, (() => {
     return made;
   }
 
-  return { GLYPHS, axisTitle, plain, plot, sample };
+  return { GLYPHS, axisTitle, plain, plot, pointLegend, sample };
 })());

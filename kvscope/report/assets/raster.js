@@ -66,29 +66,41 @@ kvscope.raster = (() => {
   function rgb(hex) {
     return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
   }
-  function paint(context, width, height, mix) {
+  /* `mix(at, weights)` sets the weight of each colour in a pixel; false for one that stays transparent. */
+  function paint(context, width, height, colours, mix) {
     const made = context.createImageData(width, height);
+    const { data } = made;
+    const channels = colours.map(rgb);
+    const weights = new Float32Array(colours.length);
     for (let at = 0; at < width * height; at += 1) {
-      const parts = mix(at);
-      if (!parts) continue;
-      for (const [weight, colour] of parts) for (let c = 0; c < 3; c += 1) made.data[4 * at + c] += weight * colour[c];
-      made.data[4 * at + 3] = 255;
+      if (!mix(at, weights)) continue;
+      for (let c = 0; c < 3; c += 1) {
+        let sum = 0;
+        for (let one = 0; one < weights.length; one += 1) sum += weights[one] * channels[one][c];
+        data[4 * at + c] = sum;
+      }
+      data[4 * at + 3] = 255;
     }
     return made;
   }
 
   /* `kept` where all keys of a pixel are held, `missing` where none is held, transparent where none exists. */
   function image(context, share, width, height, kept, missing) {
-    const [full, none] = [rgb(kept), rgb(missing)];
-    return paint(context, width, height, (at) => (share[at] < 0 ? null : [[share[at], full], [1 - share[at], none]]));
+    return paint(context, width, height, [kept, missing], (at, weights) => {
+      weights[0] = share[at];
+      weights[1] = 1 - share[at];
+      return share[at] >= 0;
+    });
   }
   /* Who holds more: `mine`, `only` the other, `both` or `neither`. */
   function difference(context, one, other, width, height, colours) {
-    const [mine, only, both, neither] = colours.map(rgb);
-    return paint(context, width, height, (at) => {
-      if (one[at] < 0) return null;
+    return paint(context, width, height, colours, (at, weights) => {
       const [a, b] = [one[at], other[at]];
-      return [[Math.max(a - b, 0), mine], [Math.max(b - a, 0), only], [Math.min(a, b), both], [1 - Math.max(a, b), neither]];
+      weights[0] = Math.max(a - b, 0);
+      weights[1] = Math.max(b - a, 0);
+      weights[2] = Math.min(a, b);
+      weights[3] = 1 - Math.max(a, b);
+      return a >= 0;
     });
   }
 

@@ -6,6 +6,7 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
   let sets = []; // [run, intervals] of one run, or of two to be compared
   let gutter = 150;
   let tall = 600;
+  let drawn = 0; // width in which it is drawn
 
   const canvas = element("canvas", { tabindex: "0", role: "img", "aria-describedby": describedBy });
   const band = element("div", { class: "band", hidden: true });
@@ -27,7 +28,8 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
   function draw() {
     if (!sets.length || !plane.clientWidth) return;
     const ratio = window.devicePixelRatio || 1;
-    const wide = Math.max(280, plane.clientWidth);
+    drawn = plane.clientWidth;
+    const wide = Math.max(280, drawn);
     gutter = wide < 520 ? 96 : 150;
     tall = FOOT + clamp(page.part().length, 380, 680);
     canvas.style.height = `${tall}px`;
@@ -182,8 +184,7 @@ kvscope.rasterView = ({ page, view, zoom, zoomBy, whole, point, words, looked, c
     else return;
     event.preventDefault();
   });
-  let drawn = 0;
-  new ResizeObserver(() => { if (plane.clientWidth !== drawn) { drawn = plane.clientWidth; draw(); } }).observe(plane);
+  new ResizeObserver(() => { if (plane.clientWidth !== drawn) draw(); }).observe(plane);
 
   return { frame, note, show };
 };

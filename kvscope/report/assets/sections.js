@@ -33,6 +33,7 @@ kvscope.sections = (() => {
       try {
         await kvscope.drawings[panel.name](box, panel.data, page);
         save.show();
+        for (const area of box.querySelectorAll(".scroll:not([data-hinted])")) kvscope.scrollHint(area);
       } catch (error) {
         box.append(element("p", { class: "failed", role: "alert" }, `This panel cannot be drawn: ${error.message}`));
         throw error;
@@ -100,9 +101,16 @@ kvscope.sections = (() => {
   }
 
   /*
-   * Draws the panels in order. The page is marked as shown when the first screen is drawn, and has been painted before the next
-   * panel begins, which may take long; and as ready when it is complete: tests wait for that.
+   * Draws the panels: first the one that was jumped to, then those in the window, those within a window of it, and the others in order while nothing else is
+   * to do, so that the page answers meanwhile. All are drawn without scrolling: search and print need them.
+   * The page is marked as shown when the first screen is drawn, and has been painted before the next panel begins, which may take
+   * long; and as ready when it is complete: tests wait for that.
    */
+  const idle = () => new Promise((go) => { if (window.requestIdleCallback) requestIdleCallback(go, { timeout: 1000 }); else setTimeout(go, 50); });
+  const within = (each, windows) => {
+    const { top, bottom } = each.made.getBoundingClientRect();
+    return bottom > -windows * window.innerHeight && top < (1 + windows) * window.innerHeight;
+  };
   const painted = () => new Promise((go) => { requestAnimationFrame(() => requestAnimationFrame(go)); });
   async function drawAll(page, sections, named) {
     watchTheme();
@@ -110,15 +118,20 @@ kvscope.sections = (() => {
     if (named) land(named);
     const root = document.documentElement;
     let faults = 0;
-    const shown = (place) => place === sections.length || sections[place].made.getBoundingClientRect().top >= window.innerHeight;
-    for (const [place, each] of sections.entries()) {
+    const waiting = [...sections];
+    for (const each of waiting) each.made.classList.add("waiting");
+    while (waiting.length) {
+      if (!waiting.some((one) => within(one, 1))) await idle(); // and see then where the reader is
+      const each = waiting.find((one) => one.panel.name === landed) || waiting.find((one) => within(one, 0)) || waiting.find((one) => within(one, 1)) || waiting[0];
+      waiting.splice(waiting.indexOf(each), 1);
       try {
         await each.draw(page);
       } catch (error) {
         faults += 1;
         console.error(error);
       }
-      if (!("shown" in root.dataset) && shown(place + 1)) {
+      each.made.classList.remove("waiting");
+      if (!("shown" in root.dataset) && !waiting.some((one) => within(one, 0))) {
         await painted();
         root.dataset.shown = "yes";
       }

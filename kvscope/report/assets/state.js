@@ -31,6 +31,7 @@ kvscope.state = (() => {
   function write() {
     const parts = new URLSearchParams();
     for (const name of rules.keys()) if (values.get(name) !== rules.get(name).usual()) parts.set(name, String(values.get(name)));
+    for (const [name, value] of given) if (!rules.has(name)) parts.set(name, value); // of panels that are not drawn yet
     const query = String(parts);
     const hash = `#${panel}${query ? `?${query}` : ""}`;
     if (hash === (location.hash || "#")) return;

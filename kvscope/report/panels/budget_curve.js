@@ -9,7 +9,6 @@ kvscope.drawing("budget-curve", async (box, data, page) => {
   state.declare("curve", () => usable[0].name, state.oneOf(() => usable.map((metric) => metric.name)));
   state.declare("axis", () => (axes.includes("bytes") ? "bytes" : axes[0]), state.oneOf(() => axes));
   const usual = data.usual.join(".");
-  state.declare("lines", () => usual, (text) => (text === "" || String(text).split(".").every((at) => Object.hasOwn(data.lines, at)) ? String(text) : undefined));
   const chosen = () => new Set(state.get("lines").split(".").filter(Boolean).map(Number));
 
   const area = element("div", { class: "plot curve" });

@@ -13,6 +13,7 @@ kvscope.drawing("inspector", async (box, data, page) => {
   const area = element("div", { class: "plot inspect" });
   const said = element("p", { class: "small", role: "status" });
   const facts = element("p");
+  const legend = element("div", { class: "legend points" });
   const body = element("tbody");
   const table = element("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": "Heaviest keys of the row" },
     element("table", {}, element("thead", {}, element("tr", {}, ["Token", "Position", "Full weight", "Live weight", "Seen", "Ideal", "Mark"].map((text, at) => element("th", { scope: "col", class: at ? "number" : null }, text)))), body));
@@ -39,7 +40,7 @@ kvscope.drawing("inspector", async (box, data, page) => {
   const draw = kvscope.latest(async () => {
     const row = nearest();
     const layers = [...new Set((data.parts[state.get("part")] || { rows: [] }).rows.map((each) => each.layer))].sort((a, b) => a - b);
-    table.hidden = area.hidden = !row;
+    table.hidden = area.hidden = legend.hidden = !row;
     facts.textContent = "";
     if (!row) { said.textContent = `No row of layer ${state.get("layer")}${state.get("head") === "all" ? "" : `, query head ${state.get("head")}`} is in this page. Layers with rows: ${layers.join(", ") || "none"}.`; return; }
     const weights = await numbers(row.weights);
@@ -69,13 +70,14 @@ kvscope.drawing("inspector", async (box, data, page) => {
         text: mine.map((key) => plain(`${key} ${page.token(key)} ${mark(key)}`)), hovertemplate: "%{text}<br>weight %{y:.3g}<extra></extra>",
       };
     }).filter((trace) => trace.x.length && (seen || trace.name === "neither"));
-    const marked = points.filter((key) => mark(key));
-    traces.push({ type: "scatter", mode: "text", x: marked, y: marked.map((key) => weights[key]), text: marked.map(mark), textposition: "top center", textfont: { size: 11, color: colour("text") }, hoverinfo: "skip", showlegend: false });
+    legend.replaceChildren(...kvscope.pointLegend(traces));
+    const marked = points.filter((key) => mark(key)); // an invisible marker of the size of a point lifts the letter above it
+    traces.push({ type: "scatter", mode: "markers+text", x: marked, y: marked.map((key) => weights[key]), marker: { size: 8, opacity: 0 }, text: marked.map(mark), textposition: "top center", textfont: { size: 11, color: colour("text") }, hoverinfo: "skip" });
     const token = state.get("token");
     await plot(area, traces, {
       xaxis: { title: { text: "position of the key" }, range: [-weights.length * 0.015, weights.length * 1.015] },
-      yaxis: { title: { text: "attention weight" }, type: "log", dtick: 1, tickformat: "~g" },
-      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
+      yaxis: { title: { text: "attention weight" }, type: "log", dtick: 1, exponentformat: "power" },
+      showlegend: false,
       shapes: token >= 0 && token < weights.length ? [{ type: "line", xref: "x", yref: "paper", x0: token, x1: token, y0: 0, y1: 1, line: { width: 1, dash: "dot", color: colour("text") } }] : [],
     });
   });
@@ -87,7 +89,7 @@ kvscope.drawing("inspector", async (box, data, page) => {
     return row && key <= step ? (await numbers(row.weights))[key] : null;
   };
 
-  box.append(said, facts, area, element("h3", {}, "Heaviest keys of this row"), table);
+  box.append(said, facts, legend, area, element("h3", {}, "Heaviest keys of this row"), table);
   state.on(["run", "part", "layer", "head", "step", "token"], draw);
   kvscope.onTheme(draw);
   await draw();

@@ -5,12 +5,13 @@ kvscope.drawing("norms", async (box, data, page) => {
   const residency = page.panels.find((panel) => panel.name === "residency");
   const area = element("div", { class: "plot scatter" });
   const said = element("p", { class: "small", role: "status" });
+  const legend = element("div", { class: "legend points" });
   const behind = element("div");
 
   const draw = kvscope.latest(async () => {
     const layers = data.parts[state.get("part")] || {};
     const found = layers[state.get("layer")];
-    area.hidden = behind.hidden = !found;
+    area.hidden = legend.hidden = behind.hidden = !found;
     if (!found) { said.textContent = `Layer ${state.get("layer")} is not in this page; layers in this page: ${Object.keys(layers).join(", ") || "none"}.`; return; }
     const { length } = page.part();
     const head = state.get("head") === "all" ? 0 : Math.floor(state.get("head") / page.headsOf().group);
@@ -36,13 +37,14 @@ kvscope.drawing("norms", async (box, data, page) => {
     }).filter((trace) => trace.x.length);
     behind.replaceChildren(kvscope.tableBehind("The numbers behind this plot", ["Token", "Position", "Attention received", "L1 norm of the value"],
       () => keys.map((key) => [page.token(key) || key, key, received[head * length + key].toPrecision(3), norm[head * length + key].toPrecision(3)])));
+    legend.replaceChildren(...kvscope.pointLegend(traces));
     await plot(area, traces, {
       xaxis: { title: { text: "attention received, sum over all queries" }, type: "log", dtick: 1, tickformat: "~g" },
       yaxis: { title: { text: "L1 norm of the value" }, type: "log" },
-      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
+      showlegend: false,
     });
   });
-  box.append(said, area, behind);
+  box.append(said, legend, area, behind);
   state.on(["run", "part", "layer", "head", "step", "token"], draw);
   kvscope.onTheme(draw);
   await draw();

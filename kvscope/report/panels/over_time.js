@@ -57,7 +57,7 @@ kvscope.drawing("over-time", async (box, data, page) => {
       xaxis: { title: { text: "step" }, anchor: "y2" },
       yaxis: { title: { text: plain(metric.title) }, domain: [0.38, 1], ...(wide ? { type: "log", tickformat: "~g", nticks: 6 } : {}) },
       yaxis2: { title: { text: "keys held" }, domain: [0, 0.28], rangemode: "tozero" },
-      margin: { l: 72, r: 16, t: 10, b: 48 },
+      margin: { l: 72, r: 16, t: 38, b: 48 },
       shapes: at >= edges[0] ? [{ type: "line", xref: "x", yref: "paper", x0: at, x1: at, y0: 0, y1: 1, line: { width: 1, dash: "dot", color: kvscope.colour("text") } }] : [],
     });
   });

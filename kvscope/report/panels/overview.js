@@ -22,6 +22,7 @@ kvscope.drawing("overview", (box, data, page) => {
   const differs = ([name]) => new Set(data.rows.map((row) => runs[row.run][name])).size > 1;
   const [varying, common] = [parts.filter(differs), parts.filter((part) => !differs(part))];
   const protocol = (run, chosen) => chosen.map(([, text]) => text(run));
+  const ofGroup = (run) => run.marks.filter((text) => /^(cache in|merges by) /.test(text)); // such runs are ranked among themselves
   const chips = (texts) => texts.map((text) => element("span", { class: "chip" }, text));
 
   function bestTable() {
@@ -42,7 +43,7 @@ kvscope.drawing("overview", (box, data, page) => {
       last = `${run.budget} ${run.loop} ${run.prefill} ${run.replay}`;
       return element("tr", { class: first ? "starts" : null },
         element("th", { scope: "row", class: "budget" }, first ? [budgetText(run), several ? element("small", { class: "below" }, element("bdi", {}, run.replay)) : null, apart.length ? element("div", {}, chips(protocol(run, apart))) : null] : element("span", { class: "unseen" }, run.budget)),
-        element("td", {}, kindChip(run.kind), element("small", {}, line.of > 1 ? `best of ${line.of}` : "the only one"),
+        element("td", {}, kindChip(run.kind), chips(ofGroup(run)), element("small", {}, line.of > 1 ? `best of ${line.of}` : "the only one"),
           line.agree ? null : [" ", element("small", { class: "apart", title: "no policy is the best by all of these metrics" }, "they disagree")]),
         shown.map((name) => element("td", { class: "winner" }, winner(line.best[name]))),
         ideal ? element("td", { class: "number spare" }, line.ideal === null ? "–" : line.ideal.toFixed(3)) : null,

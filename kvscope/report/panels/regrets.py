@@ -53,9 +53,10 @@ def regrets(source: ReportInput) -> JsonDict | None:
 
 
 def _spans(source: ReportInput, part: Part) -> list[Json]:
-    """Return name, first token and token after the last one of every span that was recorded with the prompt."""
-    trace = source.traces[part.identity]
-    return [[span.name, span.start, span.stop] for span in trace.record.sequences[part.number].spans]
+    """Return name, first token and token after the last one of every span: those of the prompt, then those given."""
+    recorded = source.traces[part.identity].record.sequences[part.number].spans
+    given = source.spans.get(f"{part.identity}/{part.number}", ())
+    return [[span.name, span.start, span.stop] for span in (*recorded, *given)]
 
 
 def _by_token(source: ReportInput, part: Part, layers: list[int], run: str) -> NDArray[np.float64]:
