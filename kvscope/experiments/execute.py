@@ -19,6 +19,7 @@ from kvscope.core.memory import is_out_of_memory, out_of_memory
 from kvscope.core.options import ModelSource, OutputOptions, ReplayOptions
 from kvscope.core.output import replace_file
 from kvscope.core.own_code import own_place
+from kvscope.core.progress import Progress, part_of
 from kvscope.core.recording_options import StoreOptions, TextOptions
 from kvscope.core.text_files import read_text
 from kvscope.experiments.cell_record import cell_record
@@ -34,8 +35,6 @@ from kvscope.tasks.dataset import as_lines
 from kvscope.tasks.haystack import Haystack
 from kvscope.tasks.make import Lengths
 from kvscope.trace.reader import Trace, open_trace
-
-Progress = Callable[[float], None]
 
 
 @dataclass
@@ -193,7 +192,7 @@ def _replay(unit: ReplayUnit, result: UnitResult, progress_callback: Progress | 
     groups = _groups(possible)
     for number, group in enumerate(groups):
         tried = UnitResult()
-        callback = _part(progress_callback, number, len(groups))
+        callback = part_of(progress_callback, number, number + 1, len(groups))
         if tried.attempt(_name(unit, group), lambda: _pass(unit, trace, options, group, result, callback)):  # noqa: B023
             continue
         specs = list(dict.fromkeys(one.spec for one in group))
@@ -260,7 +259,3 @@ def _pass(
     record = cell_record(made, unit, job.runs, keys)
     replace_file(unit.store.record_file(path.name), CELL.text(record).encode())
     result.replays.append(path.name)
-
-
-def _part(callback: Progress | None, number: int, count: int) -> Progress | None:
-    return None if callback is None else lambda share: callback((number + share) / count)
