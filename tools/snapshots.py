@@ -49,7 +49,7 @@ HELP = {
 
 NOTES = """The captain looked at the sea. It was late, and the ship had not come.
 Note: Clara holds 583.
-He walked along the wall, and thought of the letter.
+He walked along the wall, and thought of the letter that he had read in the morning.
 
 Question: what holds Clara? Answer: Clara holds"""
 MINE = '''from dataclasses import dataclass
