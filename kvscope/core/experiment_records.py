@@ -48,7 +48,9 @@ class CellRun:
     budget: Annotated[str | None, about("budget; null for a policy that holds to none")]
     clairvoyant: Annotated[bool, about("whether it is a bound, computed from later rows too")]
     reads: Annotated[bool, about("whether it is a sparse reader")]
-    open_run: Annotated[Number, about("its number in the replay")]
+    open_run: Annotated[
+        Number, about("its number in the replay; of one that runs in the closed loop alone, that of its closed run")
+    ]
     closed_run: Annotated[Number | None, about("number of its closed run; null where there is none")]
     values: Annotated[Mapping[str, tuple[Finite | None, ...]], about("of each metric, the mean of every sequence")]
     losses: Annotated[

@@ -60,6 +60,12 @@ compare by `held`.
 
 Means over several tasks give every sequence the same weight. Perplexity is that of all tokens together.
 
+`cache: [16bit, int4:kivi]` runs every policy under every budget with a cache in 16 bit and in 4 bit, and
+`merge: [none, cam]` with and without merging of what is evicted: rows are then called `h2o + int4:kivi` or
+`h2o + cam`. See [quantised caches](quantised_caches.md) and [merging](merging.md). Merging, and quantised caches over
+traces of maps alone, run in the closed loop only: their figures are of the attention in the model. A figure
+`cache_bytes` is then there for every cache: a quantised one holds more keys in the same bytes.
+
 What fails is named at the end with its reason, and the status is 1; everything else has a result. `all` among the
 policies is every policy that can run on the traces. A full disk ends the experiment; finished cells stay.
 
