@@ -64,6 +64,7 @@ TESTS = (
     "tests/trace/test_derive.py",
     "tests/engine/test_golden.py",
     "tests/model/test_qkv.py",
+    "tests/cli/test_snapshots.py",
 )
 Digests = dict[str, str]  # what was replayed -> digest of its decisions
 

@@ -1,6 +1,10 @@
-"""Write the output of the quickstart into README.md: what its commands print in a terminal of 100 columns.
+"""Write the output of commands into README.md: what they print in a terminal of 100 columns.
 
 python tools/readme_output.py
+
+Blocks of shell below ``<!-- these blocks are run by the tests -->`` are run one after another in an empty folder. Each
+block of text below ``<!-- output of kvscope COMMAND, ... -->`` is what the last such command above it printed on
+stdout; with ``last N lines``, without the lines before, as those of ``trace`` with its time and checksum.
 """
 
 from __future__ import annotations
@@ -14,45 +18,53 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = 100
+RUN = r"<!-- these blocks are run by the tests -->\n```sh\n(?P<script>.*?)```"
+OF = r"output of kvscope (?P<command>\w+)(, last (?P<last>\d+) lines)?,[^\n]*"
+SHOWN = rf"(?P<before><!-- {OF} -->\n```text\n)(?P<output>.*?)```"
+BLOCK = re.compile(f"{RUN}|{SHOWN}", re.DOTALL)
 
 
 def main() -> int:
     """Return 0 when README.md is written."""
     page = ROOT / "README.md"
     text = page.read_text(encoding="utf-8")
-    block, command, _ = parts(text)
     with tempfile.TemporaryDirectory() as folder:
-        printed = run(block, command, Path(folder))
-    page.write_text(with_output(text, printed), encoding="utf-8")
-    print(printed)
+        written = with_outputs(text, Path(folder))
+    page.write_text(written, encoding="utf-8")
     return 0
 
 
-def parts(text: str) -> tuple[str, str, str]:
-    """Return the block of the quickstart, the command whose output is shown, and this output."""
-    block = re.search(r"<!-- these blocks are run by the tests -->\n```sh\n(.*?)```", text, re.DOTALL)
-    shown = re.search(r"<!-- output of kvscope (\w+), .*? -->\n```text\n(.*?)```", text, re.DOTALL)
-    assert block is not None and shown is not None, "README.md has a quickstart and the output of one of its commands"
-    return block[1], shown[1], shown[2]
+def outputs(text: str) -> list[tuple[str, str]]:
+    """Return each command whose output a page shows, and this output."""
+    return [(found["command"], found["output"]) for found in BLOCK.finditer(text) if found["command"]]
 
 
-def with_output(text: str, printed: str) -> str:
-    """Return the text of README.md with this output."""
-    return re.sub(
-        r"(<!-- output of kvscope \w+, .*? -->\n```text\n).*?(```)",
-        lambda match: match[1] + printed + match[2],
-        text,
-        flags=re.DOTALL,
-    )
+def with_outputs(text: str, folder: Path) -> str:
+    """Return a page with the outputs that its blocks have now, run in an empty folder."""
+
+    def written(found: re.Match[str]) -> str:
+        if found["script"] is not None:
+            run(found["script"], folder)
+            return found[0]
+        return f"{found['before']}{printed(found['command'], folder, int(found['last'] or 0))}```"
+
+    return BLOCK.sub(written, text)
 
 
-def run(block: str, command: str, folder: Path) -> str:
-    """Return what a command of a block prints, run in this folder after those before it."""
+def run(script: str, folder: Path) -> None:
+    """Run a block of shell; what each of its commands prints on stdout is left in ``COMMAND.out``.
+
+    A command may exit with status 3: it found a difference.
+    """
     environment = os.environ | {"COLUMNS": str(COLUMNS), "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
-    script = f'kvscope() {{ "$PYTHON" -m kvscope "$@" > "$1.out"; }}\nset -eu\n{block}'
-    subprocess.run(["bash", "-c", script], cwd=folder, env=environment, check=True)
+    command = 'kvscope() { "$PYTHON" -m kvscope "$@" > "$1.out" || [ $? = 3 ]; }'
+    subprocess.run(["bash", "-c", f"{command}\nset -eu\n{script}"], cwd=folder, env=environment, check=True)
+
+
+def printed(command: str, folder: Path, last: int = 0) -> str:
+    """Return the `last` lines of what the last command of a name has printed, or all of them."""
     lines = (folder / f"{command}.out").read_text(encoding="utf-8").splitlines()
-    return "".join(f"{line.rstrip()}\n" for line in lines)
+    return "".join(f"{line.rstrip()}\n" for line in lines[-last:])
 
 
 if __name__ == "__main__":

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from kvscope.cli.console import ALWAYS, Column, show_table
+from kvscope.cli.console import GAP, Column, show_table, stdout
 
 if TYPE_CHECKING:
     from kvscope.core.summary_records import SummaryRecord
     from kvscope.results.ranking import Best
 
-# Metric: header, and `Column.keep`.
 HEADERS = {
-    "answer_score": ("answers", ALWAYS),
-    "perplexity_ratio": ("perplexity,\nratio to full", ALWAYS),
-    "output_error": ("output\nerror", 90),
-    "late_mass_retained": ("late\nmass", 80),
-    "retained_mass": ("retained\nmass", ALWAYS),
+    "answer_score": "answers",
+    "perplexity_ratio": "perplexity,\nratio to full",
+    "output_error": "output\nerror",
+    "late_mass_retained": "late\nmass",
+    "retained_mass": "retained\nmass",
 }
+MIN_LABEL = 12  # characters of a label that are on one line at least
 MOST = 2  # labels in a cell; of more the number is given
 
 
@@ -28,19 +29,46 @@ def show_best(summary: SummaryRecord) -> None:
 
     found = best_of(summary.runs, summary.metrics)
     if found:
-        show_table(columns(found), title="best policy", notes=notes(found))
+        across, width = columns(found), stdout().width
+        fits = sum(column.width() for column in across) - GAP <= width
+        show_table(across if fits else lines(found, width), title="best policy", notes=notes(found))
 
 
 def columns(found: Sequence[Best]) -> list[Column]:
     """Return the columns: budget, kind, number of policies, and the best by each metric that any line has."""
-    named = {name: about for name, about in HEADERS.items() if any(name in best.winners for best in found)}
     return [
         Column("budget", [best.budget for best in found], numeric=True),
         Column("kind", [best.kind for best in found], wrap=10),
         Column("of", [str(best.count) for best in found], numeric=True),
-        # Not wrapped: a line that begins with a part of a label could be a command of a CI system.
-        *(Column(header, [_cell(best, name) for best in found], keep) for name, (header, keep) in named.items()),
+        *(Column(HEADERS[name], [" ".join(_cell(best, name)).rstrip() for best in found]) for name in _metrics(found)),
     ]
+
+
+def lines(found: Sequence[Best], width: int) -> list[Column]:
+    """Return the columns of a table for a narrow terminal, with a line for each metric.
+
+    A line never begins with a part of a label, which could be a command of a CI system.
+    """
+    metrics = _metrics(found)
+    cells = [_cell(best, name) for best in found for name in metrics]
+    table = [
+        Column("budget", _first(metrics, [best.budget for best in found]), numeric=True),
+        Column("kind", _first(metrics, [best.kind for best in found])),
+        Column("of", _first(metrics, [str(best.count) for best in found]), numeric=True),
+        Column("by", [HEADERS[name].replace("\n", " ") for name in metrics] * len(found)),
+        Column("best", [value for value, _ in cells], numeric=True),
+    ]
+    room = max(MIN_LABEL, width - sum(column.width() for column in table))
+    return [*table, Column("policy", ["\n".join(wrap(who, room, subsequent_indent="… ")) for _, who in cells])]
+
+
+def _metrics(found: Sequence[Best]) -> list[str]:
+    return [name for name in HEADERS if any(name in best.winners for best in found)]
+
+
+def _first(metrics: Sequence[str], values: Sequence[str]) -> list[str]:
+    """Return the cells of a column whose values are shown in the first of the lines for the metrics."""
+    return [value if name == metrics[0] else "" for value in values for name in metrics]
 
 
 def notes(found: Sequence[Best]) -> list[str]:
@@ -52,10 +80,10 @@ def notes(found: Sequence[Best]) -> list[str]:
     return lines
 
 
-def _cell(best: Best, name: str) -> str:
+def _cell(best: Best, name: str) -> tuple[str, str]:
     """Return the value and who has it; ``-`` where the metric does not tell the policies apart."""
     if name not in best.winners:
-        return "-"
+        return "-", ""
     value, labels = best.winners[name]
     who = ", ".join(labels) if len(labels) <= MOST else f"{len(labels)} policies"
-    return f"{value:.3f} {who}"
+    return f"{value:.3f}", who

@@ -50,8 +50,8 @@ def demo(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
         output = OutputOptions(places.place(places.REPORTS, None, path.name, force=False), command=command_line(ctx))
         made = job.execute(output, lambda share: update(share * tokens))
     page = places.place(places.REPORTS, None, made.path.name, force=False, suffix=".html")
-    with console.working("drawing", quiet=quiet):
-        write([made], {trace.identity: trace}, page)
+    with console.bar("drawing", 100, "%", quiet=quiet) as update:
+        write([made], {trace.identity: trace}, page, progress=lambda share: update(100 * share))
     if json:
         console.show_json(
             {"trace": str(trace.path), "replay": str(made.path), "report": str(page), "summary": made.summary}

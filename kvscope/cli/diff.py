@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,12 +110,22 @@ def columns(rows: Sequence[DiffRow]) -> list[Column]:
     return [
         Column("run", names, wrap=20),
         Column("metric", [row.metric for row in rows], dim=same),
-        Column("base", [number(row.base) for row in rows], keep=50, numeric=True, dim=same),
+        Column("base", [number(row.base) for row in rows], keep=49, numeric=True, dim=same),
         Column("new", [number(row.new) for row in rows], keep=50, numeric=True, dim=same),
         Column("change", [number(row.change, sign=True) for row in rows], numeric=True, dim=same),
         Column("tolerance", [row.stated for row in rows], keep=20, numeric=True, dim=same),
         Column("verdict", [row.verdict for row in rows], keep=ALWAYS, dim=same),
     ]
+
+
+def with_lost_runs_joined(rows: Sequence[DiffRow]) -> list[DiffRow]:
+    """Return rows in which a run that only one side has, with several metrics, is a single row."""
+    found: list[DiffRow] = []
+    for _, same_run in groupby(rows, lambda row: row.run):
+        own = list(same_run)
+        one_side = len({row.verdict for row in own} & {"missing", "new"}) == len({row.verdict for row in own}) == 1
+        found += [replace(own[0], metric=f"all {len(own)}", base=None, new=None)] if one_side and own[1:] else own
+    return found
 
 
 def _show_tables(found: Diff, everything: bool) -> None:
@@ -122,7 +134,9 @@ def _show_tables(found: Diff, everything: bool) -> None:
 
     shown = found.shown(everything)
     if shown:
-        console.show_table(columns(shown), title=f"{found.base} -> {found.new}")
+        console.show_table(
+            columns(shown if everything else with_lost_runs_joined(shown)), title=f"{found.base} -> {found.new}"
+        )
     for run in found.changed_decisions:
         if run.first:
             cells = zip(*map(change_cells, run.first), strict=True)

@@ -97,9 +97,10 @@ def _show_presses(names: Sequence[str], json: bool) -> None:
         refused = [{"press": name, "why": why, "instead": todo} for name, (why, todo) in REFUSED.items()]
         console.show_json({"followed": rows, "refused": refused})
         return
-    heads = (("press", 20), ("kind", 10), ("budget", 15), ("example", 18))
+    heads = (("press", 20), ("kind", 10), ("budget", 15))
+    columns = [console.Column(head, [row[head] for row in rows], wrap=34, keep=keep) for head, keep in heads]
     console.show_table(
-        [console.Column(head, [row[head] for row in rows], wrap=34, keep=keep) for head, keep in heads],
+        [*columns, console.Column("example", [in_lines(row["example"], 48) for row in rows], keep=18)],
         notes=[
             "Write one as a policy: kvscope replay --policy 'kvpress:SnapKVPress(window_size=32)'. A ratio in the "
             "press replaces the budget.",
@@ -114,6 +115,16 @@ def _show_presses(names: Sequence[str], json: bool) -> None:
             console.Column("instead", [todo for _, todo in REFUSED.values()], wrap=40),
         ]
     )
+
+
+def in_lines(call: str, width: int) -> str:
+    """Return a call of Python in lines of a width, broken after ``(``, ``[`` and commas alone."""
+    lines = [""]
+    for part in re.findall(r"[^(\[,]*(?:[(\[,] ?|$)", call):
+        if len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _cite(names: Sequence[str], replay: str | None, json: bool) -> None:

@@ -62,10 +62,13 @@ def report(
     write, suffix = (report_data, ".json") if data_only else (page, ".html")
     given = output or (f"{places.readable(name)}{suffix}" if force else None)
     path = places.place(places.REPORTS, given, name, force=force, suffix=suffix)
-    with console.working("drawing", quiet=quiet):
+    with console.working("reading the traces", quiet=quiet):
         traces = traces_of(found, compare=not no_verify)
         spans = spans_of(found, traces, span or [])
-        made = write(found, traces, path, force=force, title=title, spans=spans)
+    with console.bar("drawing", 100, "%", quiet=quiet) as update:
+        made = write(
+            found, traces, path, force=force, title=title, spans=spans, progress=lambda share: update(100 * share)
+        )
     if json:
         console.show_json({"report": str(made), "replays": [str(replay.path) for replay in found]})
     else:

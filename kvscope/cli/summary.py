@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 _METRICS = (
     ("retained_mass", "retained\nmass", ALWAYS),
     ("retained_mass_no_sinks", "without\nsinks", 90),
-    ("late_mass_retained", "late\nmass", 89),
-    ("output_error", "output\nerror", 88),
+    ("late_mass_retained", "late\nmass", 96),
+    ("output_error", "output\nerror", 97),
     ("ideal_mass", "ideal\nmass", 80),
     ("ideal_cosine", "ideal\ncosine", ALWAYS),
     ("full_cosine", "full\ncosine", 50),
     ("mask_cosine", "mask\ncosine", 40),
-    ("ideal_recall", "ideal\nrecall", 95),
+    ("ideal_recall", "ideal\nrecall", 85),
 )
 _LATENT = "latent_entries"
 _SIZE = "cache_bytes"  # of a key/value head, where caches were quantised

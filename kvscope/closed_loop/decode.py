@@ -25,6 +25,7 @@ from kvscope.closed_loop.survey import surveyed_shares
 from kvscope.core.errors import ModelError, UsageError
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Positions, Prefill, choice
+from kvscope.core.progress import Progress
 from kvscope.engine.plan import EvictionPlan, require_room
 from kvscope.engine.rows import Shape, own_counts
 from kvscope.engine.signal_axes import BEFOREHAND, time_axis
@@ -111,11 +112,11 @@ class DecodeJob:
     changes: CacheChanges = field(default_factory=CacheChanges)
 
     @torch.no_grad()
-    def execute(self) -> Decoded:
+    def execute(self, progress: Progress | None = None) -> Decoded:
         """Decode under a single budget; raises ReplayError if a policy evicted nothing although it had to."""
         assert len(self.budgets) == 1, "what is decoded along given tokens has one result"
         decoder, simulations = self._begun()
-        logits = decoder.run()
+        logits = decoder.run(progress)
         leave: dict[int, Tensor] = {}
         for simulation in simulations:
             simulation.check()
@@ -125,14 +126,16 @@ class DecodeJob:
         return Decoded(logits, [leave[owner] for owner in owners], decoder.held)
 
     @torch.no_grad()
-    def generate(self, stops: Collection[int], read: PromptPass | None = None) -> list[list[int]]:
+    def generate(
+        self, stops: Collection[int], read: PromptPass | None = None, progress: Progress | None = None
+    ) -> list[list[int]]:
         """Return for each budget the tokens generated greedily after the prompt, as many as `ids` has room for.
 
         Raises as `execute`. A token of `stops` ends the text, and is not returned. What `ids` has after the prompt is
         overwritten. `read` is shared by jobs with the same prompt, of which only the first then runs the model over it.
         """
         decoder, simulations = self._begun(read)
-        made = decoder.generate(stops)
+        made = decoder.generate(stops, progress)
         for simulation in simulations:
             simulation.check()
         return made
@@ -191,11 +194,8 @@ class DecodeJob:
         Its signals are zero until the decoder fills them in token by token.
         """
         facts, length, order = self.facts, self.ids.shape[1], self._owners
-        runs, layers, made = (
-            len(self.budgets),
-            len(numbers),
-            {"dtype": exact_dtype(self.model), "device": self.model.device},
-        )
+        runs, layers = len(self.budgets), len(numbers)
+        made = {"dtype": exact_dtype(self.model), "device": self.model.device}
         shape = Shape(
             layers=tuple(numbers),
             heads=own.heads,

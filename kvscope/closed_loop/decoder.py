@@ -15,6 +15,7 @@ from kvscope.closed_loop.like_layers import LikeLayers
 from kvscope.closed_loop.model_signals import ModelSignals
 from kvscope.closed_loop.prompt_pass import PromptPass
 from kvscope.core.model_types import CausalModel, KeyValueCache
+from kvscope.core.progress import Progress
 from kvscope.engine.plan import GATE, SCORER
 from kvscope.engine.signal_axes import per_token, time_axis
 from kvscope.engine.simulation import CacheSimulation
@@ -67,7 +68,7 @@ class Decoder:
         self._calls: list[Call] = []  # the calls of the prompt, one for each layer
         self._hidden: dict[int, list[Tensor]] = {}  # inputs of each layer so far, for gates
 
-    def run(self) -> Tensor:
+    def run(self, progress: Progress | None = None) -> Tensor:
         """Return the logits ``[T, V]`` of a single budget.
 
         Raises ReplayError if a policy retains a key that is not in the cache.
@@ -75,12 +76,12 @@ class Decoder:
         prompt = self._read_at_once
         logits = [self._read_prompt()] if prompt else []
         with replace_attention(self.model, self._attend):
-            logits += [self._step(t) for t in range(prompt, self.ids.shape[1])]
+            logits += [self._step(t, progress) for t in range(prompt, self.ids.shape[1])]
         self._check()
         self.held = [prompt] * (prompt - 1) + torch.stack(self._longest).tolist()
         return torch.cat(logits, 1)[0].to(self.exact)
 
-    def generate(self, stops: Collection[int]) -> list[list[int]]:
+    def generate(self, stops: Collection[int], progress: Progress | None = None) -> list[list[int]]:
         """Return the tokens that the model generates greedily after the prompt under each budget.
 
         There are as many as `ids` has room for. The room in `ids` after the prompt is filled in. A token of `stops`
@@ -97,7 +98,7 @@ class Decoder:
         ended = [False] * len(made)
         with replace_attention(self.model, self._attend):
             for t in range(self._read_at_once, prompt):
-                logits = self._step(t)
+                logits = self._step(t, progress)
             for t in range(prompt, room):
                 chosen = logits[:, -1].argmax(-1).expand(len(made))
                 for run, token in enumerate(chosen.tolist()):
@@ -108,7 +109,7 @@ class Decoder:
                     break
                 self.ids[:, t] = chosen
                 if t + 1 < room:  # what would follow the last token is not asked for
-                    logits = self._step(t)
+                    logits = self._step(t, progress)
         self._check()
         return made
 
@@ -136,7 +137,7 @@ class Decoder:
         self._observe_prompt(prompt)
         return logits
 
-    def _step(self, t: int) -> Tensor:
+    def _step(self, t: int, progress: Progress | None = None) -> Tensor:
         """Decode the tokens at a position, let the policy evict, and return the logits ``[R, 1, V]``."""
         if not self._group_of:
             self._group_layers()
@@ -148,6 +149,9 @@ class Decoder:
         for part, step in zip(self._parts, steps, strict=True):
             part.complete(step, part.row)
         self._cut(t)
+        if progress is not None:
+            read = self._read_at_once
+            progress((t + 1 - read) / (self.ids.shape[1] - read))
         return logits
 
     def _check(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -17,6 +17,7 @@ from kvscope.closed_loop.prompt_pass import PromptPass
 from kvscope.core.answer_records import ExampleRef
 from kvscope.core.memory import memory_explained
 from kvscope.core.model_types import Tokenizer
+from kvscope.core.progress import Progress, part_of
 from kvscope.core.records import SourceRef
 from kvscope.engine.examples import examples_of
 from kvscope.engine.runs import RunSpec, by_plan
@@ -66,7 +67,7 @@ class GenerateJob:
         """Return the entry of the trace in ``run.json``, with the metrics by which answers are scored here."""
         return replace(source, examples=tuple(self.examples))
 
-    def execute(self, sink: AnswerSink, progress_callback: Callable[[float], None] | None = None) -> None:
+    def execute(self, sink: AnswerSink, progress_callback: Progress | None = None) -> None:
         """Generate greedily after every prompt under every run; `sink` gets the texts and scores.
 
         Raises
@@ -81,15 +82,16 @@ class GenerateJob:
             passage, read = self.closed.passages[example.sequence], PromptPass()
             for together in self._batches(passage):
                 what = f" with {together[0].label}"
+                part = part_of(progress_callback, done, done + len(together), len(runs) * len(self.examples))
                 with memory_explained(what, "Use --device cpu, --dtype float32, fewer budgets, or shorter prompts."):
-                    texts = self.generated(passage, together, read)
+                    texts = self.generated(passage, together, read, part)
                 for run, made in zip(together, texts, strict=True):
                     text = self._text(passage, made)
                     right = score(example.metric, text, example.answers, example.classes)
                     sink.answer(run.number, example.sequence, text, len(made), right)
                 done += len(together)
-                if progress_callback is not None:
-                    progress_callback(done / (len(runs) * len(self.examples)))
+                if part is not None:
+                    part(1)
 
     def most_tokens(self, sequence: int) -> int:
         """Return how many tokens are generated after the prompt of a sequence at most."""
@@ -107,12 +109,18 @@ class GenerateJob:
             return [[run] for run in self.closed.runs]
         return plans
 
-    def generated(self, passage: Passage, runs: Sequence[RunSpec], read: PromptPass | None = None) -> list[list[int]]:
+    def generated(
+        self,
+        passage: Passage,
+        runs: Sequence[RunSpec],
+        read: PromptPass | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[int]]:
         """Return the tokens that runs of one plan generate after the prompt of a text, as one batch.
 
         A token that ends the text is not among them. The budget is that of the closed run: a share of the prompt, or
         with streaming prefill of the traced sequence. `read` is shared by the runs of one text, so that the model reads
-        its prompt once.
+        its prompt once. `progress` is called after every token.
         """
         job, sequence = self.closed, passage.sequence
         prompt = sequence.prompt
@@ -125,7 +133,7 @@ class GenerateJob:
         about = prompt, job.prefill, index, self.facts, job.rotary, passage, given
         changes = CacheChanges.of(runs[0], job.unrotated)
         decoding = DecodeJob(job.model, ids, runs[0].plan, keys, *about, changes)
-        return decoding.generate(self.stops, read)
+        return decoding.generate(self.stops, read, progress)
 
     @cached_property
     def _kinds_of_ids(self) -> torch.Tensor:

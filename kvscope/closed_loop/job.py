@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -21,6 +21,7 @@ from kvscope.closed_loop.survey import surveyed
 from kvscope.core.errors import ModelError, ReplayError
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Prefill
+from kvscope.core.progress import Progress, part_of
 from kvscope.engine.parts import RunParts
 from kvscope.engine.runs import LayerResult, RunSpec, Sink, Tally, by_plan
 from kvscope.engine.scoring import MetricSeries
@@ -30,7 +31,6 @@ from kvscope.model.attention_hook import replace_attention
 from kvscope.model.derotation import Derotation
 
 Array = NDArray[np.generic]
-Progress = Callable[[float], None]
 PASS_BYTES = 2 * 2**30  # limit for the logits of one pass
 # Largest mean difference, in nats per token, between losses of the same model.
 SAME = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.3}
@@ -102,7 +102,7 @@ class ClosedLoopJob:
         tally, parts = Tally(), RunParts()
         passes = [(passage, part) for passage in self.passages for part in self._parts(passage)]
         for number, (passage, part) in enumerate(passes):
-            share = None if progress_callback is None else _share(progress_callback, number, len(passes))
+            share = part_of(progress_callback, number, number + 1, len(passes))
             for result in parts.results(part, partial(self._scored, passage, share)):
                 result.write(sink, passage.sequence.index)
                 tally.add(result.counts)
@@ -254,8 +254,3 @@ class ForwardPass:
         self._done += 1
         if self._progress is not None:
             self._progress(self._done / (len(self.runs) * len(self.job.layers)))
-
-
-def _share(progress: Progress, number: int, count: int) -> Progress:
-    """Return a progress callback for part `number` of `count`."""
-    return lambda done: progress((number + done) / count)

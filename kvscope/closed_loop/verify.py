@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from kvscope.closed_loop.passage import Passage
 from kvscope.core.errors import UsageError
 from kvscope.core.memory import memory_explained
 from kvscope.core.options import Loop, Prefill
+from kvscope.core.progress import Progress, part_of
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import RunSpec
 from kvscope.model.selfcheck import AttentionFacts
@@ -28,6 +29,7 @@ TOLERANCE = 1e-9  # for logits in float64, where both computations differ only i
 # Some models compute a part in float32 whatever their dtype, such as a softmax or the choice of experts. What this
 # changes is measured where nothing is evicted; an eviction makes it larger, since fewer keys average it out.
 LARGER = 16
+ALONE = 2  # decodings of a sequence in which nothing is evicted
 IN_FLOAT64 = 1e-12  # where all of a model is computed in float64, its logits differ by less than this
 SAME = 1e-4  # above this a difference where nothing is evicted is no rounding of float32
 
@@ -110,8 +112,10 @@ class VerifyJob:
         return self.closed.runs
 
     @torch.inference_mode()
-    def execute(self, progress_callback: Callable[[float], None] | None = None) -> list[Verdict]:
+    def execute(self, progress_callback: Progress | None = None) -> list[Verdict]:
         """Execute the job and return a verdict for each sequence and run.
+
+        The progress is that of decoding: of each sequence `ALONE` times with a full cache, and once for each run.
 
         Raises
         ------
@@ -120,18 +124,23 @@ class VerifyJob:
         ReplayError
             If a policy evicted nothing although it had to.
         """
-        pairs = [(passage, run) for passage in self.closed.passages for run in self.closed.runs]
+        runs, done = self.closed.runs, 0
         verdicts: list[Verdict] = []
-        for passage, run in pairs:
-            with memory_explained(f" with {run.label}", "Use --device cpu, --dtype float32, or fewer --tokens."):
-                if run is self.closed.runs[0]:
-                    rounding, own = self._rounding(passage)
-                verdicts.append(replace(self._compare(passage, run), rounding=rounding, model_difference=own))
-            if progress_callback is not None:
-                progress_callback(len(verdicts) / len(pairs))
+        decodings = len(self.closed.passages) * (ALONE + len(runs))
+        for passage in self.closed.passages:
+            for run in runs:
+                with memory_explained(f" with {run.label}", "Use --device cpu, --dtype float32, or fewer --tokens."):
+                    if run is runs[0]:
+                        full = part_of(progress_callback, done, done + ALONE, decodings)
+                        rounding, own = self._rounding(passage, full)
+                        done += ALONE
+                    part = part_of(progress_callback, done, done + 1, decodings)
+                    verdict = self._compare(passage, run, part)
+                    verdicts.append(replace(verdict, rounding=rounding, model_difference=own))
+                    done += 1
         return verdicts
 
-    def _rounding(self, passage: Passage) -> tuple[float, float]:
+    def _rounding(self, passage: Passage, progress: Progress | None = None) -> tuple[float, float]:
         """Return the largest differences of logits where nothing is evicted: of all computations, and of the model's.
 
         The computations are the model's pass over the text and its cached decoding, and both with the attention that
@@ -144,8 +153,8 @@ class VerifyJob:
         plain, closed = forward.logits()
         prompt = sequence.prompt if job.prefill == "full" else 0
         with LowerProducts() as lower:
-            cached = decoded_alone(job.model, passage, prompt)[forward.scored - 1]
-        shortened = self._decoded(passage, full).logits[forward.scored - 1]
+            cached = decoded_alone(job.model, passage, prompt, part_of(progress, 0, 1, ALONE))[forward.scored - 1]
+        shortened = self._decoded(passage, full, part_of(progress, 1, 2, ALONE)).logits[forward.scored - 1]
 
         def apart(one: Tensor, other: Tensor) -> float:
             return float((one.to(closed.dtype) - other.to(closed.dtype)).abs().max())
@@ -157,21 +166,21 @@ class VerifyJob:
             rounding = max(rounding, eps * float(plain.abs().max()))
         return rounding, own
 
-    def _decoded(self, passage: Passage, run: RunSpec) -> Decoded:
+    def _decoded(self, passage: Passage, run: RunSpec, progress: Progress | None = None) -> Decoded:
         """Return what decoding with a shortened cache computes."""
         job, sequence = self.closed, passage.sequence
         ids = passage.ids[None].to(job.model.get_input_embeddings().weight.device)
         keys, facts = run.keys(sequence, job.prefill), self.facts
         about = sequence.prompt, job.prefill, sequence.index, facts, job.rotary, passage, job.given
         changes = CacheChanges.of(run, job.unrotated)
-        return DecodeJob(job.model, ids, run.plan, [keys], *about, changes).execute()
+        return DecodeJob(job.model, ids, run.plan, [keys], *about, changes).execute(progress)
 
-    def _compare(self, passage: Passage, run: RunSpec) -> Verdict:
+    def _compare(self, passage: Passage, run: RunSpec, progress: Progress | None = None) -> Verdict:
         sequence, job = passage.sequence, self.closed
         forward = ForwardPass(job, passage, [run])
         closed = forward.logits()[1]
         keys = run.keys(sequence, job.prefill)
-        real = self._decoded(passage, run)
+        real = self._decoded(passage, run, progress)
         by_layer = {result.layer: result.intervals.eviction_steps for result in forward.results[0].layers}
         owners = [layer for layer in sorted(by_layer) if layer not in job.shared]  # a shared cache counts once
         simulated = np.concatenate([by_layer[layer] for layer in owners])  # [sum of G, times T]

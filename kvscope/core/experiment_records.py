@@ -48,7 +48,9 @@ class CellRun:
     budget: Annotated[str | None, about("budget; null for a policy without one")]
     clairvoyant: Annotated[bool, about("whether it is a bound, which uses later rows too")]
     reads: Annotated[bool, about("whether it is a sparse reader")]
-    open_run: Annotated[Number, about("its number in the replay")]
+    open_run: Annotated[
+        Number, about("its number in the replay; for a run that only the closed loop has, the number of its closed run")
+    ]
     closed_run: Annotated[Number | None, about("number of its closed run; null if there is none")]
     values: Annotated[Mapping[str, tuple[Finite | None, ...]], about("for each metric, the mean of every sequence")]
     losses: Annotated[

@@ -34,8 +34,11 @@ def cell_record(
         Key of each policy and budget.
     """
     info = made.info
-    closed = {run.open_run: run.number for run in runs if run.loop is Loop.closed}
-    opened = [run for run in runs if run.loop is Loop.open]
+    closed: dict[int | None, int] = {}
+    closed |= {run.open_run: run.number for run in runs if run.loop is Loop.closed and run.open_run is not None}
+    # A run of the closed loop alone stands for its open run: its figures are of the attention in the model.
+    opened = [run for run in runs if run.loop is Loop.open or run.open_run is None]
+    closed |= {run.number: run.number for run in opened if run.loop is Loop.closed}
     figures = _figures(made, [run.number for run in opened], closed)
     cell_runs = []
     for run in opened:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kvscope.core.experiment_records import CELL, CellRecord, CellRun, Step
 from kvscope.core.json import JsonDict
-from kvscope.core.options import Prefill
+from kvscope.core.options import PlanOptions, Prefill
 from kvscope.core.output import checksum
 from kvscope.core.records import RUN_FILE
 from kvscope.core.version import __version__, versions
@@ -193,8 +193,18 @@ def content(path: Path) -> str:
     return digest({str(file.relative_to(path)): checksum(file) for file in sorted(path.rglob("*")) if file.is_file()})
 
 
-def run_key(experiment: Experiment, cell: TraceCell, prefill: Prefill, policy: Policy, budget: str | None) -> str:
-    """Return the SHA-256 of all that one run depends on, besides the steps that are done for it."""
+def run_key(
+    experiment: Experiment,
+    cell: TraceCell,
+    prefill: Prefill,
+    policy: Policy,
+    budget: str | None,
+    options: PlanOptions | None = None,
+) -> str:
+    """Return the SHA-256 of all that one run depends on, besides the steps that are done for it.
+
+    Its options are those of the experiment unless they are given.
+    """
     return digest(
         {
             "trace": cell.address,
@@ -204,7 +214,7 @@ def run_key(experiment: Experiment, cell: TraceCell, prefill: Prefill, policy: P
             "metrics": None if experiment.metrics is None else list(experiment.metrics),
             "score": experiment.score,
             "positions": experiment.positions,
-            **{name: value for name, value in asdict(experiment.plan).items() if name != "params"},
+            **{name: value for name, value in asdict(options or experiment.plan).items() if name != "params"},
         }
     )
 

@@ -61,6 +61,12 @@ after the prompt. So compare them by `held`.
 
 Means over several tasks give every sequence the same weight. Perplexity is computed over all tokens together.
 
+`cache: [16bit, int4:kivi]` runs every policy under every budget, once with a cache in 16 bit and once in 4 bit.
+`merge: [none, cam]` runs it without and with merging of evicted keys. The rows are then called `h2o + int4:kivi` or
+`h2o + cam`. See [quantised caches](quantised_caches.md) and [merging](merging.md). Merging runs only in the closed
+loop, and so do quantised caches over traces that have only maps: their metrics come from the attention inside the
+model. With `cache`, every row has the metric `cache_bytes`: a quantised cache holds more keys in the same bytes.
+
 If a cell fails, the command names it and the reason at the end, and exits with status 1; all other cells have
 results. A full disk ends the experiment; finished cells remain. `all` in `policies` selects every policy that can run
 on the traces.

@@ -19,6 +19,7 @@ from kvscope.core.memory import is_out_of_memory, out_of_memory
 from kvscope.core.options import ModelSource, OutputOptions, ReplayOptions
 from kvscope.core.output import replace_file
 from kvscope.core.own_code import own_place
+from kvscope.core.progress import Progress, part_of
 from kvscope.core.recording_options import StoreOptions, TextOptions
 from kvscope.core.text_files import read_text
 from kvscope.experiments.cell_record import cell_record
@@ -34,8 +35,6 @@ from kvscope.tasks.dataset import as_lines
 from kvscope.tasks.haystack import Haystack
 from kvscope.tasks.make import Lengths
 from kvscope.trace.reader import Trace, open_trace
-
-Progress = Callable[[float], None]
 
 
 @dataclass
@@ -193,7 +192,7 @@ def _replay(unit: ReplayUnit, result: UnitResult, progress_callback: Progress | 
     groups = _groups(possible)
     for number, group in enumerate(groups):
         tried = UnitResult()
-        callback = _part(progress_callback, number, len(groups))
+        callback = part_of(progress_callback, number, number + 1, len(groups))
         if tried.attempt(_name(unit, group), lambda: _pass(unit, trace, options, group, result, callback)):  # noqa: B023
             continue
         specs = list(dict.fromkeys(one.spec for one in group))
@@ -209,7 +208,7 @@ def _possible(trace: Trace, unit: ReplayUnit, options: ReplayOptions, result: Un
     found = []
     for one in unit.requests:
         budget = None if one.budget is None else Budget.parse(one.budget)
-        error = unsupported(trace, parse_policy(one.spec), budget, options)
+        error = unsupported(trace, parse_policy(one.spec), budget, _with(options, unit, one))
         if error is None:
             found.append(one)
         elif one.optional:
@@ -217,6 +216,11 @@ def _possible(trace: Trace, unit: ReplayUnit, options: ReplayOptions, result: Un
         else:
             result.failed.append(Failure(_name(unit, [one]), error.what, error.todo))
     return found
+
+
+def _with(options: ReplayOptions, unit: ReplayUnit, one: RunRequest) -> ReplayOptions:
+    """Return the options of a replay, with the cache and the merging rule of a run."""
+    return replace(options, plan=one.options(unit.experiment))
 
 
 def _name(unit: ReplayUnit, requests: Sequence[RunRequest]) -> str:
@@ -227,6 +231,14 @@ def _name(unit: ReplayUnit, requests: Sequence[RunRequest]) -> str:
 
 
 def _groups(requests: Sequence[RunRequest]) -> list[list[RunRequest]]:
+    """Return the requests in groups with one cache and merging rule, and policies that have the same budgets."""
+    variants: dict[tuple[str | None, str | None], list[RunRequest]] = defaultdict(list)
+    for one in requests:
+        variants[one.cache, one.merge].append(one)
+    return [group for own in variants.values() for group in _groups_by_budgets(own)]
+
+
+def _groups_by_budgets(requests: Sequence[RunRequest]) -> list[list[RunRequest]]:
     """Return the requests in groups of policies that have the same budgets; those without a budget join the first."""
     budgets: dict[str, list[str | None]] = defaultdict(list)
     for one in requests:
@@ -248,9 +260,10 @@ def _pass(
     result: UnitResult,
     progress_callback: Progress | None = None,
 ) -> None:
-    """Replay policies that have the same budgets, write the record of the cell beside the replay, and note its name."""
+    """Replay policies with the same budgets, cache and merging rule; write the record beside it and note its name."""
     policies = {spec: parse_policy(spec) for spec in dict.fromkeys(one.spec for one in group)}
     budgets = list(dict.fromkeys(one.budget for one in group if one.budget is not None)) or ["100%"]
+    options = _with(options, unit, group[0])
     if all(policy.traits.clairvoyant for policy in policies.values()):
         options = replace(options, closed=None, generate=None)  # bounds run in the open loop alone
     job = compile_replay(trace, list(policies.values()), budgets, options)
@@ -260,7 +273,3 @@ def _pass(
     record = cell_record(made, unit, job.runs, keys)
     replace_file(unit.store.record_file(path.name), CELL.text(record).encode())
     result.replays.append(path.name)
-
-
-def _part(callback: Progress | None, number: int, count: int) -> Progress | None:
-    return None if callback is None else lambda share: callback((number + share) / count)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from kvscope.core.budget import Budget
+from kvscope.core.cache_scheme import parse_caches
 from kvscope.core.errors import UsageError
 from kvscope.core.experiment_records import Step
 from kvscope.core.json_records import Number, Positive, about, plain
+from kvscope.core.merge_scheme import parse_merges
 from kvscope.core.options import ClosedLoopOptions, GenerateOptions, PlanOptions, Positions, Prefill, ReplayOptions
 
+if TYPE_CHECKING:
+    from kvscope.policies.base import Traits
+
+Schemes = TypeVar("Schemes")
+SIXTEEN_BIT = "16bit"
 StepName = Literal["trace", "replay", "closed-loop", "generate", "report"]
 
 
@@ -74,6 +82,21 @@ class Experiment:
     allocate: Annotated[str | None, about("how budgets are divided, as `--allocate`")] = None
     accumulate: Annotated[str | None, about("precision of sums, as `--accumulate`")] = None
     scope: Annotated[str | None, about("what selects the keys, as `--scope`")] = None
+    cache: Annotated[
+        tuple[str, ...],
+        about(
+            "how caches are quantised, as `--cache`: `[16bit, int4:kivi]`; each policy and budget runs with each",
+            omit=True,
+        ),
+    ] = ()
+    merge: Annotated[
+        tuple[str, ...],
+        about(
+            "how evicted keys are merged into those that stay, as `--merge`: `[none, cam]`; each policy that evicts "
+            "runs with each; needs the closed loop, and a cache in 16 bit",
+            omit=True,
+        ),
+    ] = ()
     device: Annotated[str, about("`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")] = "auto"
     ray: Annotated[
         str | None,
@@ -93,6 +116,24 @@ class Experiment:
             raise UsageError("the experiment names no policy", "Write policies: [h2o, tova]")
         for budget in self.budgets:
             Budget.parse(budget)
+        self._require_schemes()
+
+    def _require_schemes(self) -> None:
+        """Raise UsageError for an unknown cache or merging rule, one that is given twice, or both at once."""
+        caches = _parsed("cache", lambda: parse_caches(self.cache))
+        merges = _parsed("merge", lambda: parse_merges(self.merge))
+        quantised, merging = (next(filter(None, found), None) for found in (caches, merges))
+        if quantised and merging:
+            raise UsageError(
+                f"merge: {merging} cannot be combined with a cache in {quantised}: the rule leaves open how codes are "
+                "merged",
+                "Write two experiments, one with cache and one with merge.",
+            )
+        if merging and "closed-loop" not in self.loop_steps:
+            raise UsageError(
+                f"merge: {merging} runs in the closed loop alone, which is not among the steps",
+                "Add closed-loop to steps.",
+            )
 
     @property
     def replays(self) -> bool:
@@ -108,8 +149,19 @@ class Experiment:
 
     @property
     def plan(self) -> PlanOptions:
-        """Choices for every policy."""
+        """Choices for every policy; caches and merging rules are those of each run."""
         return PlanOptions(compress=self.compress, allocate=self.allocate, accumulate=self.accumulate, scope=self.scope)
+
+    def variants(self, traits: Traits) -> list[tuple[str | None, str | None]]:
+        """Return the caches and merging rules that a policy runs with; None is what it runs with by default.
+
+        A policy that holds every key has nothing to merge, and a bound is of a cache that is not changed.
+        """
+        caches = [None if traits.clairvoyant else str(each or SIXTEEN_BIT) for each in parse_caches(self.cache)]
+        merges = [None if each is None else str(each) for each in parse_merges(self.merge)]
+        if traits.clairvoyant or traits.reads or traits.phase == "none":
+            merges = []
+        return list(dict.fromkeys((cache, merge) for cache in caches or [None] for merge in merges or [None]))
 
     def replay_options(self, model: ModelEntry, prefill: Prefill, device: str) -> ReplayOptions:
         """Return the options of a replay of a model's traces."""
@@ -122,3 +174,11 @@ class Experiment:
             generate=GenerateOptions(None, self.score) if "generate" in self.loop_steps else None,
             device=device,
         )
+
+
+def _parsed(key: str, parse: Callable[[], Schemes]) -> Schemes:
+    """Return what is parsed; an error names the key of the file in place of the option."""
+    try:
+        return parse()
+    except UsageError as error:
+        raise UsageError(f"{key}: {error.what.removeprefix(f'--{key} ')}", error.todo) from error

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvscope.core.budget import parse_budgets
 from kvscope.core.errors import UsageError
 from kvscope.core.experiment_records import CellRecord, CellRun
-from kvscope.core.options import Prefill
+from kvscope.core.options import PlanOptions, Prefill
 from kvscope.experiments.cells import SHORT, Done, Store, TraceCell, digest, readable, run_key, trace_cells
-from kvscope.experiments.experiment import Experiment
+from kvscope.experiments.experiment import SIXTEEN_BIT, Experiment
 from kvscope.experiments.spec import policy_specs
 from kvscope.model.prompt_files import read_prompts
 from kvscope.policies.spec import parse_policy
@@ -34,6 +34,8 @@ class RunRequest:
         SHA-256 of all that the run depends on.
     optional : bool
         Whether it comes from ``all``: if it cannot run it is skipped.
+    cache, merge : str or None
+        How its cache is quantised, and how what it evicts is merged; None is what a policy runs with by default.
     """
 
     spec: str
@@ -41,6 +43,13 @@ class RunRequest:
     budget: str | None
     key: str
     optional: bool
+    cache: str | None = None
+    merge: str | None = None
+
+    def options(self, experiment: Experiment) -> PlanOptions:
+        """Return the options of the experiment, with the cache and the merging rule of this run."""
+        caches, merges = ((each,) if each else () for each in (self.cache, self.merge))
+        return replace(experiment.plan, caches=caches, merges=merges)
 
 
 @dataclass(frozen=True)
@@ -182,10 +191,16 @@ def _require_files(experiment: Experiment) -> None:
 
 
 def _requests(experiment: Experiment, cell: TraceCell, prefill: Prefill) -> Iterator[RunRequest]:
-    """Yield the runs of a trace: each policy under each budget, a policy that holds to none once."""
+    """Yield the runs of a trace: each policy under each budget with each cache and merging rule.
+
+    A policy that holds to no budget has one run with each cache and rule.
+    """
     for spec, optional in policy_specs(experiment.policies):
         policy = parse_policy(spec)
         budgets = [str(budget) for budget in parse_budgets(experiment.budgets)] if policy.traits.bounded else [None]
-        for budget in budgets:
-            key = run_key(experiment, cell, prefill, policy, budget)
-            yield RunRequest(spec, policy.label, budget, key, optional)
+        for cache, merge in experiment.variants(policy.traits):
+            label = " + ".join([policy.label, *(each for each in (cache, merge) if each not in (None, SIXTEEN_BIT))])
+            for budget in budgets:
+                one = RunRequest(spec, label, budget, "", optional, cache, merge)
+                key = run_key(experiment, cell, prefill, policy, budget, one.options(experiment))
+                yield replace(one, key=key)

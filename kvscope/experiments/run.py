@@ -8,9 +8,10 @@ from pathlib import Path
 from kvscope.core.experiment_records import EXPERIMENT, NO_TRACE, ExperimentRecord, Failure
 from kvscope.core.json_records import plain
 from kvscope.core.output import replace_file, require_free
+from kvscope.core.progress import Progress
 from kvscope.core.version import __version__
 from kvscope.experiments.cells import Done
-from kvscope.experiments.execute import Progress, UnitResult, run_unit
+from kvscope.experiments.execute import UnitResult, run_unit
 from kvscope.experiments.plan import ExperimentPlan, ReplayUnit, Unit
 from kvscope.experiments.workload import weight
 from kvscope.kernels.device import torch_device

@@ -22,7 +22,7 @@ from kvscope.tasks import parse_task
 
 KEYS = {each.name for each in fields(Experiment)}
 MODEL_KEYS = {each.name for each in fields(ModelEntry)}
-LISTS = ("policies", "budgets", "prefill", "tasks", "lengths", "prompts", "seeds", "steps", "metrics")
+LISTS = ("policies", "budgets", "prefill", "tasks", "lengths", "prompts", "seeds", "steps", "metrics", "cache", "merge")
 ALL = "all"  # every policy; those that cannot run are skipped
 DOCUMENTED = "docs/experiments.md lists every key."
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from kvscope.core.cache_scheme import parse_caches
 from kvscope.core.errors import KvscopeError, TraceError, UsageError
 from kvscope.core.merge_scheme import parse_merges
 from kvscope.core.options import OutputOptions, ReplayOptions
+from kvscope.core.progress import Progress, part_of
 from kvscope.engine.cache_size import with_size
 from kvscope.engine.feasible import make_plan, named_policies
 from kvscope.engine.plan import EvictionPlan
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 OPEN_SHARE = 0.3  # share of the progress bar that the open loop takes in a replay with a closed loop
 CLOSED_SHARE = 0.5  # where the closed loop ends in a replay that generates answers too
-Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,16 @@ class ReplayJob:
             str(self.open.device),
         )
         with ReplayWriter(output.path, record, force=output.force) as writer:
-            part = _part(progress_callback, 0, share)
+            part = part_of(progress_callback, 0, share)
             coded = any(run.cache is not None for run in self.open.runs)
             tally = self._opened(writer, part) if coded else step_through(self.open, writer, progress=part)
             counted = {run.number: tally.of(run.number) for run in self.open.runs}
             if self.closed is not None:
                 end = 1.0 if self.generate is None else CLOSED_SHARE
-                tally = self.closed.execute(writer, _part(progress_callback, share, end))
+                tally = self.closed.execute(writer, part_of(progress_callback, share, end))
                 counted |= {run.number: tally.of(run.number) for run in self.closed.runs}
             if self.generate is not None:
-                self.generate.execute(writer, _part(progress_callback, CLOSED_SHARE, 1))
+                self.generate.execute(writer, part_of(progress_callback, CLOSED_SHARE, 1))
             return writer.finish(counted, seconds=round(time.monotonic() - started, 3))
 
     def _opened(self, writer: ReplayWriter, progress: Progress | None) -> Tally:
@@ -153,9 +153,9 @@ class ReplayJob:
         coded = [run for run in self.open.runs if run.cache is not None]
         share, tally = len(plain) / max(1, len(self.open.runs)), Tally()
         if plain:
-            tally.add(step_through(replace(self.open, runs=plain), writer, progress=_part(progress, 0, share)))
+            tally.add(step_through(replace(self.open, runs=plain), writer, progress=part_of(progress, 0, share)))
         if coded:
-            tally.add(step_quantised(replace(self.open, runs=coded), writer, _part(progress, share, 1)))
+            tally.add(step_quantised(replace(self.open, runs=coded), writer, part_of(progress, share, 1)))
         return tally
 
 
@@ -259,8 +259,3 @@ def _plan(trace: Trace, policy: Policy, budgets: Sequence[Budget], options: Repl
         if options.generate is not None:
             require_decodable(plan)
     return plan
-
-
-def _part(callback: Progress | None, low: float, high: float) -> Progress | None:
-    """Return a progress callback for the part of the work between the shares `low` and `high`."""
-    return None if callback is None else lambda share: callback(low + share * (high - low))

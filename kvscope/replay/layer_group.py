@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvscope.bounds.schedules import Schedules, schedules
+from kvscope.core.progress import Progress, part_of
 from kvscope.engine.layers import RecordedLayers, cache_groups, owners_first
 from kvscope.engine.parts import MEMORY_ERRORS, RunParts
 from kvscope.engine.plan import EvictionPlan
@@ -183,7 +184,7 @@ def step_through(
     sink: Sink,
     *,
     sequences: Sequence[TokenSequence] | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Tally:
     """Step all runs through a trace, and return their counts.
 
@@ -205,7 +206,7 @@ def step_through(
     runs = [run for of_plan in by_plan(work.runs) for run in of_plan]
     with BlockReader(work.trace, groups, work.device) as reader:
         for number, group in enumerate(groups):
-            share = None if progress is None else _share(progress, number, len(groups))
+            share = part_of(progress, number, number + 1, len(groups))
             waiting = list(runs)
             while waiting:
                 part = replace(work, runs=parts.next_part(waiting))
@@ -247,7 +248,7 @@ def _stepped(
     spec: GroupSpec,
     read: Iterator[HostBlock],
     parts: RunParts,
-    progress: Callable[[float], None] | None,
+    progress: Progress | None,
 ) -> Iterator[RunResult]:
     """Yield the results of runs over a group of layers; where memory is exceeded, of some or none, and tell `parts`."""
     try:
@@ -262,8 +263,3 @@ def _stepped(
         yield from group.results()
     except MEMORY_ERRORS as error:
         parts.divide(work.runs, error)
-
-
-def _share(progress: Callable[[float], None], number: int, count: int) -> Callable[[float], None]:
-    """Return a progress callback for part `number` of `count`."""
-    return lambda done: progress((number + done) / count)

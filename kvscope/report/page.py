@@ -8,6 +8,7 @@ from pathlib import Path
 from kvscope.core.errors import REPLAY_COMMAND, ResultError
 from kvscope.core.json import Json, JsonDict
 from kvscope.core.output import replace_file, require_free
+from kvscope.core.progress import Progress
 from kvscope.core.records import HeadCounts, SourceRef
 from kvscope.core.summary_records import MetricSummary
 from kvscope.core.version import __version__
@@ -33,6 +34,7 @@ def report(
     title: str | None = None,
     limits: Limits | None = None,
     spans: Mapping[str, Sequence[NamedSpan]] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Return the path of one self-contained HTML page that shows replays.
 
@@ -54,6 +56,8 @@ def report(
         How much data the page may contain.
     spans : mapping of str to sequence of NamedSpan, optional
         Spans to show beside those of the prompts, by ``identity/number`` of a trace and its sequence.
+    progress : callable, optional
+        Called after every panel with the share of the panels that are made, 0 to 1.
 
     Raises
     ------
@@ -64,7 +68,8 @@ def report(
     _require_free(output, force)
     source = report_input(replays, traces, limits, spans)
     panels = ordered_panels()
-    text = document(page_data(source, title, panels), [each.script.read_text(encoding="utf-8") for each in panels])
+    data = page_data(source, title, panels, progress)
+    text = document(data, [each.script.read_text(encoding="utf-8") for each in panels])
     return write_bytes(output, text.encode("utf-8"), force)
 
 
@@ -77,6 +82,7 @@ def report_data(
     title: str | None = None,
     limits: Limits | None = None,
     spans: Mapping[str, Sequence[NamedSpan]] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Return the path of a JSON file with everything that `report` would show; parameters and errors are the same.
 
@@ -85,7 +91,7 @@ def report_data(
     """
     output = Path(output)
     _require_free(output, force)
-    data = page_data(report_input(replays, traces, limits, spans), title)
+    data = page_data(report_input(replays, traces, limits, spans), title, progress=progress)
     return write_bytes(output, (inert_json(data) + "\n").encode("ascii"), force)
 
 
@@ -112,11 +118,20 @@ def ordered_panels() -> list[Panel]:
     return sorted((each for _, each in PANELS.items()), key=lambda each: (each.order, each.name))
 
 
-def page_data(source: ReportInput, title: str | None = None, panels: Sequence[Panel] | None = None) -> JsonDict:
+def page_data(
+    source: ReportInput,
+    title: str | None = None,
+    panels: Sequence[Panel] | None = None,
+    progress: Progress | None = None,
+) -> JsonDict:
     """Return everything the page shows as JSON data, without invisible characters."""
     selected = ordered_panels() if panels is None else panels
     fitting = [each for each in selected if each.needs <= source.offers]
-    built = [_panel_data(each, source) for each in fitting]
+    built = []
+    for done, each in enumerate(fitting, 1):
+        built.append(_panel_data(each, source))
+        if progress is not None:
+            progress(done / len(fitting))
     page: JsonDict = {
         "title": title or f"KV-cache eviction: {', '.join(source.names)}",
         "generator": f"kvscope {__version__}",

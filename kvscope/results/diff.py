@@ -30,7 +30,7 @@ ALIGNED = (
     "merge",
     "accumulate",
 )  # equal for runs that are compared
-FEW = 50  # number of rows up to which unchanged values are shown too
+FEW = 15  # rows that are all shown, whether they changed or not: as many as one run has
 NOTHING_COMMON = "The two have no run in common; to compare two policies, use: kvscope compare"
 FIRST = 10  # differences that are listed for each run
 

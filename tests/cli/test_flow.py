@@ -132,6 +132,17 @@ def test_diff_finds_a_regression(run: Run, small: Path) -> None:
     assert [row["metric"] for row in told["rows"] if row["verdict"] == "worse"] == ["retained_mass"]
 
 
+def test_diff_names_a_run_that_one_side_lacks_in_one_line(run: Run, small: Path) -> None:
+    assert run("replay", "--policy", "h2o", "--policy", "window", "--budget", "50%", "-o", "two", "-q").status == 0
+    assert run("replay", "--policy", "h2o", "--budget", "50%", "-o", "one", "-q").status == 0
+    for pair, verdict in ((("two", "one"), "missing"), (("one", "two"), "new")):
+        short, whole = run("diff", *pair).out, run("diff", *pair, "--all").out
+        (line,) = [line for line in short.splitlines() if line.rstrip().endswith(f" {verdict}")]
+        listed = [line for line in whole.splitlines() if line.rstrip().endswith(f" {verdict}")]
+        assert line.split()[:2] == ["window", "50%"] and f" all {len(listed)} " in line and len(listed) > 5
+        assert whole.count("retained_mass ") == 2, "of both runs"
+
+
 def test_diff_of_different_traces_is_an_error(run: Run, small: Path) -> None:
     np.savez("other.npz", attention=maps(seed=1))
     assert run("import", "other.npz", "--prompt-length", str(PROMPT), "-q").status == 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 import kvscope
+from kvscope.cli.best import HEADERS, show_best
 from kvscope.cli.summary import COLUMNS, columns, selected
 from kvscope.cli.table_rows import arranged
+from kvscope.results.ranking import best_of
 from kvscope.results.store import Replay
 from tests.cli.conftest import Run
 
@@ -61,6 +64,36 @@ def test_read_and_held_are_shown_where_kinds_are_mixed(run: Run, width: int, mon
     assert " read " in head and " held " in head
     assert "best policy" in shown.out and "reads a part" not in shown.out, "quest is alone in its kind"
     assert "The metrics disagree at 10% (every step)" in shown.out.replace("\n", " ").replace("  ", " ")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_best_by_every_metric_is_shown_at_every_width(
+    replay: Replay, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    show_best(replay.summary)
+    shown = capsys.readouterr().out
+    assert "Too narrow" not in shown and max(map(len, shown.splitlines())) <= width
+    for best in best_of(replay.summary.runs, replay.summary.metrics):
+        assert {"output_error", "late_mass_retained", "retained_mass"} <= set(best.winners)
+        for name, (value, who) in best.winners.items():
+            (line,) = [line for line in shown.splitlines() if f"{value:.3f} " in line]
+            assert ", ".join(who) in line
+            if width == 60:
+                assert HEADERS[name].replace("\n", " ") in line
+
+
+def test_no_line_of_the_best_begins_with_a_label(
+    replay: Replay, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    summary = replay.summary
+    runs = [dataclasses.replace(run, label=f"::error::{run.label}-{'x' * 30}") for run in summary.runs]
+    show_best(dataclasses.replace(summary, runs=runs))
+    shown = capsys.readouterr().out
+    assert shown.count(r":\:error::") == shown.count("… xxx") == 6
+    assert max(map(len, shown.splitlines())) <= 80
+    assert not any(line.lstrip().startswith(("::", "x")) for line in shown.splitlines())
 
 
 def test_wide_prints_every_column(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from kvscope.cli import console
 from kvscope.cli.console import ALWAYS, Column, fit, show_json, show_table
+from kvscope.cli.policies import in_lines
 from kvscope.cli.summary import columns, notes
 from kvscope.core.output import size
 from kvscope.core.records import MetricRecord
@@ -204,3 +205,12 @@ def test_a_bar_shows_elapsed_time_first_and_the_time_left_from_the_first_part_on
 )
 def test_time_left(seconds: float, done: float, total: float | None, text: str) -> None:
     assert console._left(seconds, done, total) == text
+
+
+def test_calls_are_broken_where_python_may_break_them() -> None:
+    call = "ComposedPress(presses=[KnormPress(compression_ratio=0.2), KeyDiffPress(compression_ratio=0.2)])"
+    lines = in_lines(call, 38).split("\n")
+    assert len(lines) > 2 and max(map(len, lines)) <= 38
+    assert all(line.endswith(("(", "[", ",")) for line in lines[:-1]), lines
+    assert "".join(lines).replace(" ", "") == call.replace(" ", "")
+    assert in_lines("KnormPress()", 38) == "KnormPress()"

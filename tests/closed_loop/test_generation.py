@@ -1,6 +1,7 @@
 """Answers under a policy: what is generated with evicted keys removed says what the closed loop foresees."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,20 @@ def test_the_full_cache_says_what_was_recorded(trace: Trace, generated: Replay) 
         (row,) = said[said["sequence"] == number].itertuples()
         assert row.text == "".join(texts[sequence.prompt :])
         assert row.answer_score == score("exact", row.text, trace.record.sequences[number].answers or [])
+
+
+def test_progress_is_told_after_every_generated_token(trace: Trace) -> None:
+    options = ReplayOptions(closed=ClosedLoopOptions(), generate=GenerateOptions())
+    job = compile_replay(trace, ["window", "h2o"], "20%,50%", options).generate
+    assert job is not None
+
+    class Sink:
+        def answer(self, run: int, sequence: int, text: str, tokens: int, score: float) -> None:
+            assert tokens == 4
+
+    told: list[float] = []
+    replace(job, examples=job.examples[:1], max_new_tokens=4, stops=frozenset()).execute(Sink(), told.append)
+    assert told == [eighth / 8 for eighth in range(1, 9)], "both budgets of a policy are one batch, of four tokens"
 
 
 def test_what_the_summary_says_of_answers(generated: Replay) -> None:

@@ -14,7 +14,7 @@ from kvscope.closed_loop.passage import Passage
 from kvscope.closed_loop.verify import TOLERANCE, Verdict, VerifyJob
 from kvscope.core.budget import parse_budgets
 from kvscope.core.errors import UsageError
-from kvscope.core.options import Prefill
+from kvscope.core.options import Loop, Prefill
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.runs import runs_of
 from kvscope.policies import POLICIES
@@ -120,6 +120,19 @@ def test_a_policy_without_a_budget() -> None:
     for prefill in ("full", "stream"):
         found = compared(build("llama").double(), plan, prefill)
         assert found.agrees and found.largest_cache < LENGTH, found
+
+
+def test_progress_is_told_after_every_decoded_token() -> None:
+    model, told = build("llama"), list[float]()
+    runs = runs_of([EvictionPlan.published(parse_policy("h2o"))], parse_budgets("5,7"), loop=Loop.closed)
+    passage = Passage(TokenSequence(0, PROMPT, LENGTH), tokens(LENGTH)[0])
+    job = compile_closed_loop(model, [passage], runs, [], Prefill.full)
+    VerifyJob(job, attention_facts(model, passage.ids[None])).execute(told.append)
+    assert told == sorted(told) and told[-1] == 1
+    decoded = LENGTH - PROMPT
+    assert len(told) == 4 * decoded + 1, "the model alone, which also reads its prompt, a full cache, and two budgets"
+    for decoding in range(4):
+        assert sum(decoding / 4 < share <= (decoding + 1) / 4 for share in told) == decoded + (decoding == 0)
 
 
 def test_the_cache_is_physically_short() -> None:

@@ -1,28 +1,50 @@
-"""The output that README.md shows is what its commands print."""
+"""The outputs that README.md shows are what its commands print."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.docs.blocks import ROOT
+from tools import readme_output
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+AGAIN = "run: python tools/readme_output.py"
 
 
-def test_the_output_in_the_readme_is_real(tmp_path: Path) -> None:
-    found = importlib.util.spec_from_file_location("readme_output", ROOT / "tools" / "readme_output.py")
-    assert found is not None and found.loader is not None
-    tool = importlib.util.module_from_spec(found)
-    found.loader.exec_module(tool)
-    block, command, shown = tool.parts((ROOT / "README.md").read_text(encoding="utf-8"))
-    printed = tool.run(block, command, tmp_path)
-    again = "run: python tools/readme_output.py"
-    assert NUMBER.sub("N", printed).split() == NUMBER.sub("N", shown).split(), again
-    # another processor may round the last digit in another way
-    expected = [float(number) for number in NUMBER.findall(shown)]
-    assert [float(number) for number in NUMBER.findall(printed)] == pytest.approx(expected, abs=0.01), again
-    assert len(expected) > 10
+def test_the_outputs_in_the_readme_are_real(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    now = readme_output.outputs(readme_output.with_outputs(text, tmp_path))
+    kept = readme_output.outputs(text)
+    assert [command for command, _ in kept] == ["trace", "replay", "report", "diff"], "the four lines"
+    for (command, printed), (_, shown) in zip(now, kept, strict=True):
+        assert shown.strip(), command
+        assert NUMBER.sub("N", printed).split() == NUMBER.sub("N", shown).split(), AGAIN
+        # another processor may round the last digit in another way
+        expected = [float(number) for number in NUMBER.findall(shown)]
+        assert [float(number) for number in NUMBER.findall(printed)] == pytest.approx(expected, abs=0.01), AGAIN
+
+
+def test_an_output_is_that_of_the_command_above_it(tmp_path: Path) -> None:
+    page = """<!-- these blocks are run by the tests -->
+```sh
+kvscope --version
+```
+<!-- output of kvscope policies, written by a tool -->
+```text
+old
+```
+<!-- these blocks are run by the tests -->
+```sh
+kvscope policies h2o
+```
+<!-- output of kvscope policies, last 2 lines, written by a tool -->
+```text
+```
+"""
+    (tmp_path / "policies.out").write_text("first\nsecond  \n", encoding="utf-8")
+    (first, second) = readme_output.outputs(readme_output.with_outputs(page, tmp_path))
+    assert first == ("policies", "first\nsecond\n")
+    assert second[0] == "policies" and second[1].count("\n") == 2 and "first" not in second[1]

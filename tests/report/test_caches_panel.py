@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import kvscope
+from kvscope.core.options import ClosedLoopOptions, OutputOptions, PlanOptions, ReplayOptions
+from kvscope.replay.compile import compile_replay
 from kvscope.report.page import page_data
 from kvscope.report.panels.budget_curve import budget_curve
-from kvscope.report.panels.caches import caches
+from kvscope.report.panels.caches import _policy, caches
 from kvscope.report.source import ReportInput
 from kvscope.results.store import Replay, open_replay
 
@@ -67,3 +70,35 @@ def test_the_curve_is_over_bytes_with_a_line_of_the_full_cache(quantised: Replay
 
 def test_one_cache_needs_no_table(replay: Replay) -> None:
     assert caches(ReportInput((replay,))) is None
+
+
+def test_runs_that_merge_have_a_row_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("Note: Clara holds 583. It was late, and the ship had not come. Clara holds")
+    trace = kvscope.trace("demo", [tmp_path / "p.txt"], output=tmp_path / "t", max_new_tokens=4)
+
+    def replayed(name: str, policies: list[str], **plan: tuple[str, ...]) -> Replay:
+        options = ReplayOptions(plan=PlanOptions(**plan), closed=ClosedLoopOptions())
+        return compile_replay(trace, policies, "50%", options).execute(OutputOptions(tmp_path / name))
+
+    policy = "h2o:recent=3"
+    coded = replayed("coded", [policy, "full"], caches=tuple(FORMATS[:2]))
+    merged = replayed("merged", [policy], caches=("16bit",), merges=("none", "cam", "d2o(beta=0.3)"))
+    data = caches(ReportInput((coded, merged), {trace.identity: trace}))
+    assert data is not None and data["caches"] == FORMATS[:2]
+    label = next(run.label for run in merged.summary.runs if run.merge is None)
+    rows = {row["policy"]: [cell is not None for cell in row["cells"]] for row in data["rows"]}
+    assert rows == {
+        "full": [True, True],
+        label: [True, True],
+        f"{label} + cam": [True, False],
+        f"{label} + d2o(beta=0.3)": [True, False],
+    }
+
+
+def test_the_policy_of_a_label_with_a_cache_and_a_rule(quantised: Replay) -> None:
+    (run,) = [run for run in ReportInput((quantised,)).ranking if run.label == f"h2o + {FORMATS[1]}"][:1]
+    both = replace(run.info, label=f"h2o + {FORMATS[1]} + cam", merge="cam(tokens=16,chance=mean,seed=0)")
+    assert _policy(run) == "h2o"
+    assert _policy(replace(run, info=both)) == "h2o + cam"
+    odd = replace(run.info, label=f"a + b + {FORMATS[1]}")
+    assert _policy(replace(run, info=odd)) == "a + b"

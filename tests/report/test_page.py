@@ -107,6 +107,15 @@ def test_page_carries_every_panel_with_its_help(page: Path, source: ReportInput)
     assert data == json.loads(inert_json(page_data(source)))
 
 
+def test_progress_is_told_after_every_panel(replay: Replay, trace: Trace, source: ReportInput, empty: Path) -> None:
+    made = [panel for panel in ordered_panels() if panel.needs <= source.offers]
+    expected = [number / len(made) for number in range(1, len(made) + 1)]
+    for write in (report, report_data):
+        told: list[float] = []
+        write([replay], {trace.identity: trace}, empty, force=True, progress=told.append)
+        assert told == expected
+
+
 def test_every_panel_explains_itself_in_a_few_sentences(rich: ReportInput, gated: ReportInput) -> None:
     quantised = ReportInput((open_replay(Path(__file__).parents[2] / "reports" / "example-quantised"),))
     panels = [panel for source in (rich, gated, quantised) for panel in page_data(source)["panels"]]

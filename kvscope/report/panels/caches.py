@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from kvscope.core.cache_scheme import parse_cache
 from kvscope.core.json import Json, JsonDict
+from kvscope.core.merge_scheme import parse_merge
 from kvscope.report.encoding import rounded
 from kvscope.report.panel import panel
 from kvscope.report.panels.budget_curve import SIZE
@@ -52,8 +54,11 @@ def caches(source: ReportInput) -> JsonDict | None:
 
 
 def _policy(run: RunView) -> str:
-    """Return the label without the cache."""
-    return run.label if run.info.cache is None else run.label.rpartition(" + ")[0]
+    """Return the label without the cache, which is its last part but for a merging rule."""
+    if run.info.cache is None:
+        return run.label
+    rule = "" if run.info.merge is None else f" + {parse_merge(run.info.merge)}"
+    return run.label.removesuffix(rule).removesuffix(f" + {parse_cache(run.info.cache)}") + rule
 
 
 def _bytes(run: RunView) -> float:
