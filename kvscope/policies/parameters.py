@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from kvscope.core.errors import UsageError
 from kvscope.policies.base import POLICIES, VARIANTS, Policy
+
+
+# The types of a class's attributes by name: they are compiled from text, which takes a millisecond.
+_types_of: Callable[..., Mapping[str, object]] = cache(get_type_hints)
 
 
 class Parameter(NamedTuple):
@@ -51,12 +55,6 @@ def parameters_of(cls: type[Policy]) -> dict[str, Parameter]:
     if "variant" in known and not known["variant"].field.init:
         known["variant"] = Parameter(known["variant"].field, Literal[tuple(rules_of(cls))])
     return known
-
-
-@cache
-def _types_of(cls: type[Policy]) -> dict[str, object]:
-    """Return the types of a class's attributes by name, which are compiled from text: that takes a millisecond."""
-    return get_type_hints(cls)
 
 
 def all_parameters_of(cls: type[Policy]) -> dict[str, Parameter]:
