@@ -29,18 +29,21 @@ JOBS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo docs test test-portable test-trackers test-ray test-kvpress campaign check check-models format clean
+.PHONY: demo docs test test-slow test-portable test-trackers test-ray test-kvpress campaign check check-models format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvscope demo
 
 # One thread for each test process: more threads than cores would slow down all of them.
-test check test-trackers test-ray test-kvpress: export OMP_NUM_THREADS ?= 1
+test test-slow check test-trackers test-ray test-kvpress: export OMP_NUM_THREADS ?= 1
 # Tests start many processes, each of which would compile all modules again.
-test check test-trackers test-ray test-kvpress: export PYTHONDONTWRITEBYTECODE :=
+test test-slow check test-trackers test-ray test-kvpress: export PYTHONDONTWRITEBYTECODE :=
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow'
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -n $(JOBS) -m slow
 
 test-portable: $(VENV)/.installed-dev
 	$(BIN)/python tools/portable.py

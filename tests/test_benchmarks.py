@@ -21,6 +21,7 @@ def figures_of(out: Path, *more: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_section_is_measured(tmp_path: Path) -> None:
     found = figures_of(tmp_path / "gpu.json")
     assert found["complete"] and found["skipped"] == found["failed"] == []

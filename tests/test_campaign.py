@@ -13,6 +13,7 @@ from tools.campaign_subjects import make_subjects
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_a_sample_of_damaged_files_is_refused_or_read_as_before() -> None:
     found = campaign.campaign(150, seed=7)
     assert len(found) == 150

@@ -12,6 +12,7 @@ from tools import damaged_files
 from tools.campaign import BAD
 
 
+@pytest.mark.slow
 def test_a_sample_of_damaged_files() -> None:
     found, wrong = damaged_files.campaign(300, seed=7)
     assert wrong == []

@@ -211,6 +211,7 @@ def replayed(run: Run, trace: Path, *policies: str, budget: str = "5") -> dict[s
 SHARED = ("live", "kept", "through NumPy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "budget"), [(name, "5") for name in WRITES] + [(name, "5,8") for name in WRITES if name not in SHARED]
 )
@@ -258,6 +259,7 @@ def test_a_policy_with_a_fault_is_two_lines(body: str, run: Run, trace: Path) ->
     assert not list(Path("reports").glob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", ["while True: pass", "time.sleep(1000)", "while True: torch.ones(9).sum()"])
 def test_a_policy_that_never_returns_can_be_interrupted(body: str, run: Run, trace: Path) -> None:  # noqa: F811
     name = own(f"open('begun', 'w').close()\n{body}")

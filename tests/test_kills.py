@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_stopped_commands_do_no_harm(tmp_path: Path) -> None:
     out = tmp_path / "kills.json"
     done = subprocess.run(

@@ -59,6 +59,7 @@ def ordered(frame: pd.DataFrame, order: Sequence[int]) -> pd.DataFrame:
     return named.sort_values(keys).reset_index(drop=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 def test_permuting_sequences_permutes_results(prefill: str, run: Run) -> None:  # noqa: F811
     found = []

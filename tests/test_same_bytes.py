@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("numba", "triton", "accelerate", "rouge_score", "hypothesis", "duckdb", "polars", "playwright")
 SETTINGS: dict[str, dict[str, str]] = {
@@ -89,6 +91,7 @@ def digests(folder: Path, setting: dict[str, str]) -> tuple[list[str], int, dict
     return used, threads, files
 
 
+@pytest.mark.slow
 def test_the_same_bytes_whatever_the_setting(tmp_path: Path) -> None:
     found = {}
     for number, (name, setting) in enumerate(SETTINGS.items()):

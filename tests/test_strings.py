@@ -52,6 +52,7 @@ def test_a_string_is_text_wherever_it_is_printed(kind: str, text: str, tmp_path:
     assert sum(each.outcome == "shown" for each in found) > 15
 
 
+@pytest.mark.slow
 def test_strings_are_text_in_a_page(browser: strings.Browser, tmp_path: Path) -> None:
     given = [(kind, forms[0]) for kind, forms in strings.KINDS.items()][: strings.ON_A_PAGE]
     for number, (_, text) in enumerate(given):

@@ -14,6 +14,7 @@ from tools import surroundings
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_written(tmp_path: Path) -> None:
     out = tmp_path / "surroundings.json"
     sample = ["--seed", "7", "--scale", "0.05", "--only", "largest file", "--out", str(out)]

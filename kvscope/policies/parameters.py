@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 from kvscope.core.errors import UsageError
 from kvscope.policies.base import POLICIES, VARIANTS, Policy
 
-
 # The types of a class's attributes by name: they are compiled from text, which takes a millisecond.
 _types_of: Callable[..., Mapping[str, object]] = cache(get_type_hints)
 

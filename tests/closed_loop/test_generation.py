@@ -230,6 +230,7 @@ BATCHED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefill", list(Prefill))
 @pytest.mark.parametrize(("name", "positions"), BATCHED)
 def test_budgets_that_generate_as_a_batch_say_what_each_says_alone(name: str, positions: str, prefill: Prefill) -> None:

@@ -91,6 +91,7 @@ def test_equal_to_decoding_with_a_merged_cache(spec: str, prefill: str) -> None:
         assert found.largest_cache < LENGTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "qwen3", "gpt_neox", "phi3", "gpt_oss"])
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 def test_other_architectures(name: str, prefill: str) -> None:

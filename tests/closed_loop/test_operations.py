@@ -68,6 +68,7 @@ def test_every_policy_is_recorded() -> None:
     assert len(DECODED) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", STEPPED)
 def test_a_token_that_torch_steps_costs_the_same_at_any_length(spec: str) -> None:
     model = operations.model_of(spec)
@@ -102,6 +103,7 @@ def test_no_step_at_compacted_positions_waits(spec: str) -> None:
     assert not long.waits - short.waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["h2o", "tova", "snapkv", "cake", "keyformer", "r-kv", "full", operations.GATED])
 def test_decoding_costs_less_than_three_plain_generations(spec: str) -> None:
     """In operations, of which a GPU can start so many a second; and no number of the host is waited for."""

@@ -71,6 +71,7 @@ class Page:
         assert status == expected_status(command), f"{where}: {command}\n{err}"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_own_names")
 @pytest.mark.parametrize(
     "name", [name for name in pages() if any(block.reason is None and block.language in RUN for block in blocks(name))]

@@ -31,6 +31,7 @@ def test_a_notebook_is_committed_without_outputs(tool: ModuleType, name: str) ->
     assert file.read_text(encoding="utf-8") == tool.plain(file), "run: python tools/notebooks.py"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs(tool: ModuleType, name: str) -> None:

@@ -122,6 +122,7 @@ def test_an_interrupted_experiment_goes_on(made: tuple[Path, ExperimentRecord], 
     assert EXPERIMENT.text(summarise(plan, run_here(plan))) == EXPERIMENT.text(record)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cells", [0, 1])
 def test_a_killed_experiment_goes_on_to_the_same_bytes(
     made: tuple[Path, ExperimentRecord], tmp_path: Path, cells: int

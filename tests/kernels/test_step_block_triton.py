@@ -107,6 +107,7 @@ def test_the_same_keys_are_evicted(
     same(*(stepped(plan, rows, blocks, most, **how) for most in (most_keys, None)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most_keys", [REGISTERS, TILES])
 @pytest.mark.parametrize("prefill", ["full", "stream"])
 @pytest.mark.parametrize("spec", ["h2o", "vatp"])
@@ -119,6 +120,7 @@ def test_windows_sinks_and_rows_of_their_own(spec: str, prefill: str, most_keys:
     same(*(stepped(plan, rows, [13], most, windows=(None, 9), **how) for most in (most_keys, None)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most_keys", [REGISTERS, TILES])
 @pytest.mark.parametrize("compress", ["prefill", "every:3"])
 def test_phases_evict_several_keys_at_once(compress: str, most_keys: int) -> None:

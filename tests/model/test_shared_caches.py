@@ -165,6 +165,7 @@ def test_groups_of_few_layers_decide_the_same(trace: Trace, tmp_path: Path, monk
     assert not np.array_equal(whole.resident(reading, 0, 1), whole.resident(reading, 0, 3)), "nothing is evicted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [Positions.original, Positions.compacted])
 @pytest.mark.parametrize("prefill", [Prefill.full, Prefill.stream])
 def test_decoding_agrees_with_the_closed_loop(trace: Trace, prefill: Prefill, positions: Positions) -> None:

@@ -107,6 +107,7 @@ def irreversible() -> list[EvictionPlan]:
     return plans
 
 
+@pytest.mark.slow
 @given(
     plan=st.sampled_from(irreversible()), seed=st.integers(0, 10_000), kind=KINDS, prefill=st.sampled_from(PREFILLS),
     prompt=st.integers(10, 24), budget=st.integers(5, 26),

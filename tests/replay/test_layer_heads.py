@@ -72,6 +72,7 @@ def test_layers_are_grouped_by_their_heads_and_sizes(mixed: Trace) -> None:
     assert head_groups(mixed) == [[0, 2], [1, 3], [4], [5]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("store", "prefill"), [("maps+vectors", "full"), ("maps+vectors", "stream"), ("qkv", "full")])
 def test_decisions_and_metrics_of_every_policy_equal_those_of_like_layers_alone(
     tmp_path: Path, store: str, prefill: str

@@ -58,6 +58,7 @@ def replayed(trace: Trace, output: Path) -> Replay:
     return replay(trace, POLICIES, "20%,40%,60%", output=output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "calls"),
     [

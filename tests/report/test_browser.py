@@ -92,6 +92,7 @@ def test_every_panel_draws_in_silence_and_fits(browser: Any, rich_page: Path, ri
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_hostile_text_is_shown_and_does_nothing(browser: Any, hostile_page: Path) -> None:
     tab = Tab(browser, hostile_page, "#text?token=1&shade=held")
     assert tab.said == []
@@ -114,6 +115,7 @@ def test_hostile_text_is_shown_and_does_nothing(browser: Any, hostile_page: Path
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_the_policy_of_the_page_lets_nothing_out(tab: Tab) -> None:
     fetched = "fetch('https://example.org/').then(() => 'let out', () => 'refused')"
     assert tab.run(fetched) == "refused"
@@ -126,6 +128,7 @@ def test_the_policy_of_the_page_lets_nothing_out(tab: Tab) -> None:
     tab.said.clear()
 
 
+@pytest.mark.slow
 def test_numbers_arrive_as_they_were_packed(tab: Tab) -> None:
     cases = {
         "integers": packed(np.array([-3, 0, 70_000])),
@@ -143,6 +146,7 @@ def test_numbers_arrive_as_they_were_packed(tab: Tab) -> None:
     assert found["halves"] == np.array([0, 6e-8, 1e-5, 0.1, 1, 65504], np.float16).astype(np.float64).tolist()
 
 
+@pytest.mark.slow
 def test_a_choice_in_the_bar_reaches_the_panels_and_the_address(tab: Tab, rich: ReportInput) -> None:
     tab.choose("Policy", "window · open loop · open")
     tab.choose("Budget", "8")
@@ -157,6 +161,7 @@ def test_a_choice_in_the_bar_reaches_the_panels_and_the_address(tab: Tab, rich: 
     assert (tab.address()["layer"], tab.address()["head"]) == ("1", "3")
 
 
+@pytest.mark.slow
 def test_the_slider_moves_text_and_address(tab: Tab) -> None:
     slider = tab.page.locator(".choice input[type=range]")
     slider.focus()
@@ -171,6 +176,7 @@ def test_the_slider_moves_text_and_address(tab: Tab) -> None:
     assert tab.page.locator("#text .now").get_attribute("data-at") == "12"
 
 
+@pytest.mark.slow
 def test_the_address_brings_back_the_whole_choice(browser: Any, rich_page: Path, rich: ReportInput) -> None:
     run, other = run_of(rich, "tova", "8").id, run_of(rich, "window", "8").id
     fragment = f"#residency?run={run}&other={other}&layer=0&head=2&step=15&token=9"
@@ -192,6 +198,7 @@ def test_the_address_brings_back_the_whole_choice(browser: Any, rich_page: Path,
     tab.context.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fragment",
     [
@@ -208,6 +215,7 @@ def test_a_wrong_address_is_as_good_as_none(browser: Any, rich_page: Path, rich:
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_numbers_of_the_first_sentence_are_explained_by_pointer_and_keyboard(tab: Tab) -> None:
     words = tab.page.locator(".answer .explained", has_text="keys held")
     tip = tab.page.locator(".answer .tip").first
@@ -223,6 +231,7 @@ def test_numbers_of_the_first_sentence_are_explained_by_pointer_and_keyboard(tab
     assert not tip.is_visible()
 
 
+@pytest.mark.slow
 def test_the_first_screen_is_shown_before_what_takes_long(browser: Any, rich_page: Path) -> None:
     """The library of plots takes most of the time, and nothing on the first screen needs it."""
     watch = (
@@ -242,6 +251,7 @@ new MutationObserver((changes) => {
 }).observe(document, { subtree: true, attributes: true, attributeFilter: ['class'] });"""
 
 
+@pytest.mark.slow
 def test_panels_near_the_window_are_drawn_first_and_all_are_drawn(
     browser: Any, rich_page: Path, rich: ReportInput
 ) -> None:
@@ -267,6 +277,7 @@ SET_EARLY = """new MutationObserver((_, self) => {
 }).observe(document, { subtree: true, attributes: true });"""
 
 
+@pytest.mark.slow
 def test_a_choice_keeps_what_the_address_says_of_panels_that_are_not_drawn_yet(browser: Any, rich_page: Path) -> None:
     tab = Tab(browser, rich_page, "#overview?view=2.12.10.20&lines=0", before=SET_EARLY)
     assert "view=2.12.10.20" in tab.run("early") and "lines=0" in tab.run("early") and "step=5" in tab.run("early")
@@ -274,6 +285,7 @@ def test_a_choice_keeps_what_the_address_says_of_panels_that_are_not_drawn_yet(b
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_other_kinds_of_charts_are_prepared_when_one_is_drawn(browser: Any, rich_page: Path) -> None:
     tab = Tab(browser, rich_page)
     assert tab.run("typeof Plotly.registerCharts") == "function", "the panels have lines and points alone"
@@ -293,6 +305,7 @@ CLICKED_EARLY = """new MutationObserver((_, self) => {
 }).observe(document, { subtree: true, childList: true });"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [{}, {"viewport": {"width": 420, "height": 800}}], ids=["wide", "phone"])
 def test_a_jump_before_all_panels_are_drawn_ends_at_its_panel(browser: Any, rich_page: Path, context: Any) -> None:
     tab = Tab(browser, rich_page, before=CLICKED_EARLY, **context)
@@ -303,6 +316,7 @@ def test_a_jump_before_all_panels_are_drawn_ends_at_its_panel(browser: Any, rich
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_the_table_sorts_and_warns_of_kinds(tab: Tab) -> None:
     first = "document.querySelector('#overview .summary tbody tr').dataset.run"
     header = tab.page.locator("#overview .summary th", has_text="retained mass")
@@ -320,6 +334,7 @@ def test_the_table_sorts_and_warns_of_kinds(tab: Tab) -> None:
     assert tab.count("#overview .bounds tr") == 0
 
 
+@pytest.mark.slow
 def test_bounds_stand_apart(tab: Tab) -> None:
     rows = tab.run("[...document.querySelectorAll('#overview .bounds tr')].map(it => it.textContent)")
     assert rows[0].startswith("Bounds: these use the future")
@@ -327,6 +342,7 @@ def test_bounds_stand_apart(tab: Tab) -> None:
     assert all("belady" in row for row in rows[1:])
 
 
+@pytest.mark.slow
 def test_lines_are_found_and_chosen(tab: Tab) -> None:
     drawn = "document.querySelector('#budget-curve .plot').data.map(it => it.name)"
     before = tab.run(drawn)
@@ -343,6 +359,7 @@ def test_lines_are_found_and_chosen(tab: Tab) -> None:
     assert tab.run(drawn) == before
 
 
+@pytest.mark.slow
 def test_readers_that_hold_every_key_have_a_strip(browser: Any, trace: Trace, tmp_path: Path) -> None:
     replay = make_replay(tmp_path / "r", trace, mass={"h2o": {"2": 0.5, "4": 0.6}, "quest": {"2": 0.5, "4": 0.6}})
     for number in (2, 3):
@@ -364,6 +381,7 @@ def test_readers_that_hold_every_key_have_a_strip(browser: Any, trace: Trace, tm
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_a_cell_of_the_map_chooses_its_head_with_mouse_and_keyboard(tab: Tab) -> None:
     cells = tab.page.locator("#head-map [role=gridcell]")
     cells.nth(2).click()
@@ -374,6 +392,7 @@ def test_a_cell_of_the_map_chooses_its_head_with_mouse_and_keyboard(tab: Tab) ->
     assert (tab.chosen("Layer"), tab.chosen("Query head")) == ("1", "3")
 
 
+@pytest.mark.slow
 def test_the_raster_says_why_a_key_went(tab: Tab, rich: ReportInput) -> None:
     def said(policy: str, token: int, step: int) -> str:
         run = run_of(rich, policy, "4").id
@@ -391,6 +410,7 @@ def test_the_raster_says_why_a_key_went(tab: Tab, rich: ReportInput) -> None:
     assert "the best schedule for the following rows" in said("belady", 12, 22)
 
 
+@pytest.mark.slow
 def test_the_raster_is_walked_with_the_keyboard(tab: Tab) -> None:
     canvas = tab.page.locator("#residency canvas").first
     canvas.focus()
@@ -404,6 +424,7 @@ def test_the_raster_is_walked_with_the_keyboard(tab: Tab) -> None:
     assert tab.address()["view"] == "0.24.0.24"
 
 
+@pytest.mark.slow
 def test_dragging_zooms_and_a_click_chooses(tab: Tab) -> None:
     canvas = tab.page.locator("#residency canvas").first
     canvas.scroll_into_view_if_needed()
@@ -420,6 +441,7 @@ def test_dragging_zooms_and_a_click_chooses(tab: Tab) -> None:
     assert k0 <= int(tab.address()["token"]) < k1
 
 
+@pytest.mark.slow
 def test_two_runs_stand_side_by_side_or_as_difference(tab: Tab) -> None:
     tab.choose("Compare with", "window · open loop · open")
     assert tab.count("#residency canvas") == 2
@@ -428,6 +450,7 @@ def test_two_runs_stand_side_by_side_or_as_difference(tab: Tab) -> None:
     assert tab.text("#residency .legend:visible").count("only ") == 2
 
 
+@pytest.mark.slow
 def test_a_token_shows_its_life(tab: Tab) -> None:
     tab.page.locator("#text [data-at='9']").click()
     assert tab.text("#text .life h3").startswith("Token 9 “␣king”: held by")
@@ -436,6 +459,7 @@ def test_a_token_shows_its_life(tab: Tab) -> None:
     assert tab.address()["token"] == "10"
 
 
+@pytest.mark.slow
 def test_images_are_marked_and_listed(browser: Any, tmp_path: Path) -> None:
     images = [ImageRecord("cat.png", "d" * 64, 40, 24, 1, 2, 1), ImageRecord(HOSTILE[1], "d" * 64, 8, 9, 2, 3, 1)]
     trace = make_trace(tmp_path / "trace", images=images)
@@ -452,6 +476,7 @@ def test_images_are_marked_and_listed(browser: Any, tmp_path: Path) -> None:
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_text_can_be_shaded_by_loss_and_regret(tab: Tab, rich: ReportInput) -> None:
     tab.run("id => kvscope.state.set({ run: id })", run_of(rich, "tova", "4", "closed").id)
     shades = tab.page.locator("#text").get_by_label("Shade by")
@@ -461,6 +486,7 @@ def test_text_can_be_shaded_by_loss_and_regret(tab: Tab, rich: ReportInput) -> N
         assert tab.count("#text [class*=loss-]") > 3
 
 
+@pytest.mark.slow
 def test_a_regret_leads_to_the_row_that_missed_it(tab: Tab) -> None:
     row = tab.page.locator("#regrets tbody tr").first
     layer, missed = row.locator("td").nth(1).inner_text(), row.locator("td").nth(5).inner_text()
@@ -475,6 +501,7 @@ def test_a_regret_leads_to_the_row_that_missed_it(tab: Tab) -> None:
     assert "attention of query head" in tab.text("#residency .readout"), "the raster knows the row too"
 
 
+@pytest.mark.slow
 def test_a_cell_of_a_span_leads_to_residency_and_text(tab: Tab, rich: ReportInput) -> None:
     tab.run(f"kvscope.state.set({{ run: '{run_of(rich, 'window', '4').id}' }})")
     panel = tab.page.locator("#spans")
@@ -495,12 +522,14 @@ def test_a_cell_of_a_span_leads_to_residency_and_text(tab: Tab, rich: ReportInpu
     assert tab.page.locator("#text .text .picked").get_attribute("data-at") == "2"
 
 
+@pytest.mark.slow
 def test_the_matrix_chooses_what_to_compare(tab: Tab) -> None:
     tab.page.locator("#agreement [role=gridcell]").nth(1).click()
     assert "other" in tab.address()
     assert tab.count("#residency canvas") == 2
 
 
+@pytest.mark.slow
 def test_the_matrix_has_numbers_everywhere_and_no_colour_on_its_diagonal(tab: Tab) -> None:
     cell = "[...document.querySelectorAll('#agreement table.full tbody tr')].map((row, r) => [...row.cells].slice(1)"
     texts = tab.run(f"{cell}.map(it => it.textContent))")
@@ -516,6 +545,7 @@ def test_the_matrix_has_numbers_everywhere_and_no_colour_on_its_diagonal(tab: Ta
     assert tab.run(f"{table} > 0.97 * document.querySelector('#agreement .body').clientWidth"), "the full width"
 
 
+@pytest.mark.slow
 def test_axes_of_the_raster_have_words(tab: Tab) -> None:
     tab.run(
         "const write = CanvasRenderingContext2D.prototype.fillText; window.drawn = [];"
@@ -527,6 +557,7 @@ def test_axes_of_the_raster_have_words(tab: Tab) -> None:
     assert words.count("␣king") >= 2, "of a row and of a column"
 
 
+@pytest.mark.slow
 def test_a_map_that_is_cut_off_says_that_it_scrolls(browser: Any, rich_page: Path) -> None:
     for width, shown in ((1280, False), (420, True)):
         tab = Tab(browser, rich_page, viewport={"width": width, "height": 900})
@@ -537,6 +568,7 @@ def test_a_map_that_is_cut_off_says_that_it_scrolls(browser: Any, rich_page: Pat
         tab.context.close()
 
 
+@pytest.mark.slow
 def test_every_plot_has_its_numbers_in_a_table(tab: Tab) -> None:
     panels = tab.run("[...document.querySelectorAll('.panel:has(.plot):not(#inspector)')].map(it => it.id)")
     assert len(panels) >= 5
@@ -547,6 +579,7 @@ def test_every_plot_has_its_numbers_in_a_table(tab: Tab) -> None:
         details.locator("summary").click()
 
 
+@pytest.mark.slow
 def test_every_control_has_a_name(tab: Tab) -> None:
     wanted = "[...document.querySelectorAll('select, input, button, canvas, [role=grid], [tabindex=\"0\"]')]"
     named = "(it.labels && it.labels.length) || it.getAttribute('aria-label') || it.textContent.trim()"
@@ -555,6 +588,7 @@ def test_every_control_has_a_name(tab: Tab) -> None:
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("panel", "holds"), [("budget-curve", "tova"), ("head-map", "rect"), ("residency", "<image")])
 def test_figures_are_saved_as_svg_in_inches_and_points(
     browser: Any, rich_page: Path, tmp_path: Path, panel: str, holds: str
@@ -579,6 +613,7 @@ def test_figures_are_saved_as_svg_in_inches_and_points(
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_the_keyboard_reaches_every_control_and_shows_where_it_is(browser: Any, rich_page: Path) -> None:
     tab = Tab(browser, rich_page)
     tab.run(
@@ -607,6 +642,7 @@ def test_the_keyboard_reaches_every_control_and_shows_where_it_is(browser: Any, 
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_the_theme_can_be_chosen(tab: Tab) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     light = tab.run(ground)
@@ -616,6 +652,7 @@ def test_the_theme_can_be_chosen(tab: Tab) -> None:
     assert tab.run(ground) == light
 
 
+@pytest.mark.slow
 def test_it_prints_in_light_without_what_only_a_screen_needs(browser: Any, rich_page: Path) -> None:
     tab = Tab(browser, rich_page, color_scheme="dark")
     assert len(tab.page.pdf()) > 50_000
@@ -629,6 +666,7 @@ def test_it_prints_in_light_without_what_only_a_screen_needs(browser: Any, rich_
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_panels_name_what_the_page_does_not_contain(browser: Any, rich: ReportInput, tmp_path: Path) -> None:
     few = Limits(raster_bytes=300, share_bytes=200, map_bytes=200, line_bytes=300, row_bytes=200, weights=1400)
     page = report(rich.replays, rich.traces, tmp_path / "few.html", limits=few)
@@ -643,6 +681,7 @@ def test_panels_name_what_the_page_does_not_contain(browser: Any, rich: ReportIn
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_a_page_without_trace_draws_what_is_left(browser: Any, rich: ReportInput, tmp_path: Path) -> None:
     page = report(rich.replays, {}, tmp_path / "bare.html")
     tab = Tab(browser, page)
@@ -655,6 +694,7 @@ def test_a_page_without_trace_draws_what_is_left(browser: Any, rich: ReportInput
     tab.context.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 420])
 def test_keys_by_depth_draw_and_choose_a_run(browser: Any, gated: ReportInput, tmp_path: Path, width: int) -> None:
     page = report(list(gated.replays), gated.traces, tmp_path / "page.html")
@@ -668,6 +708,7 @@ def test_keys_by_depth_draw_and_choose_a_run(browser: Any, gated: ReportInput, t
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_what_was_tuned_and_what_both_loops_hold_is_drawn(browser: Any, trace: Trace, tmp_path: Path) -> None:
     settings = [{"alpha": 0.1}, {"alpha": 0.9}]
     tuned = {"settings": settings, "layers": [0, 1], "choice": [[0, 1], [1, 1]]}
@@ -683,6 +724,7 @@ def test_what_was_tuned_and_what_both_loops_hold_is_drawn(browser: Any, trace: T
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_layers_that_differ_in_their_heads_show_those_that_they_have(browser: Any, tmp_path: Path) -> None:
     trace = record_layers(
         tmp_path / "t"

@@ -90,6 +90,7 @@ def test_the_same_summary_gives_the_same_bytes(tmp_path: Path) -> None:
     assert one == two
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize(
     "context",

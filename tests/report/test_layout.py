@@ -48,6 +48,7 @@ def tab(request: Any, browser: Any, crowded: ReportInput, tmp_path_factory: pyte
     opened.context.close()
 
 
+@pytest.mark.slow
 def test_nothing_is_wider_than_its_panel(tab: Tab) -> None:
     """But for what is in an area that scrolls."""
     wide = tab.run(
@@ -63,6 +64,7 @@ def test_nothing_is_wider_than_its_panel(tab: Tab) -> None:
     assert tab.run("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+@pytest.mark.slow
 def test_a_table_that_is_cut_has_a_hint(tab: Tab) -> None:
     tab.run("document.querySelectorAll('.behind').forEach(it => { it.open = true; })")
     tab.page.wait_for_timeout(200)  # the sizes are observed
@@ -79,6 +81,7 @@ def test_a_table_that_is_cut_has_a_hint(tab: Tab) -> None:
     tab.run("document.querySelectorAll('.behind').forEach(it => { it.open = false; })")
 
 
+@pytest.mark.slow
 def test_buttons_and_legends_cover_no_plot(tab: Tab) -> None:
     found = tab.run(
         """[...document.querySelectorAll('.plot')].filter(it => it.checkVisibility() && it.data).map(it => {
@@ -94,6 +97,7 @@ def test_buttons_and_legends_cover_no_plot(tab: Tab) -> None:
     assert [each for each in found if each[2]] == [], "the legend of Plotly is not used"
 
 
+@pytest.mark.slow
 def test_axes_have_words_that_are_not_cut(tab: Tab) -> None:
     found = tab.run(
         """[...document.querySelectorAll('.plot')].filter(it => it.checkVisibility() && it.data).flatMap(it => {
@@ -112,6 +116,7 @@ def test_axes_have_words_that_are_not_cut(tab: Tab) -> None:
     assert [each for each in found if not (each[1] and each[2])] == []
 
 
+@pytest.mark.slow
 def test_titles_do_not_overlap(tab: Tab) -> None:
     """Texts of headings, of the control that saves figures, and of the lines of legends."""
     found = tab.run(
@@ -135,6 +140,7 @@ def test_titles_do_not_overlap(tab: Tab) -> None:
     assert found == []
 
 
+@pytest.mark.slow
 def test_tips_stay_in_the_window(tab: Tab) -> None:
     inside = "(it => it.left >= 0 && it.right <= window.innerWidth)"
     for words in tab.page.locator(".answer .explained").all():
@@ -151,6 +157,7 @@ def test_tips_stay_in_the_window(tab: Tab) -> None:
     tab.page.mouse.move(0, 0)
 
 
+@pytest.mark.slow
 def test_maps_take_the_room_that_they_can_use(tab: Tab) -> None:
     """A map of few columns is not stretched over the page, and one of many uses all of it."""
     shares = tab.run(

@@ -98,6 +98,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_bombs_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
     """In a process of its own: its largest resident memory, after an ordinary file, stays what it is."""
     np.savez(tmp_path / "ordinary.npz", attention=rows_of(0, 1, 4)[None])

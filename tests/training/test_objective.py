@@ -63,6 +63,7 @@ def soft(model: Any, flags: list[Tensor]) -> Tensor:
     return language_loss(logits, given.ids, given.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_the_straight_through_gradient_is_that_of_the_soft_form(name: str) -> None:
     """Finite differences of the loss in every flag, at the hard decisions, handed on to the gates as their slope."""

@@ -44,6 +44,7 @@ def keeps(settings: TrainingSettings, path: Path, **more: Any) -> float:
     return min(log, key=lambda evaluation: evaluation.total).keep
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
 @pytest.mark.parametrize("kind", ["one-sided", "absolute", "square"])
 def test_the_target_is_met(kind: Any, target: float, tmp_path: Path) -> None:

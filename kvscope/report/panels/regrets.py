@@ -56,9 +56,8 @@ def _spans(source: ReportInput, part: Part) -> list[Json]:
     """Return name, first token and token after the last one of every span: those of the prompt, then those given."""
     recorded = source.traces[part.identity].record.sequences[part.number].spans
     given = source.spans.get(f"{part.identity}/{part.number}", ())
-    return [[span.name, span.start, span.stop] for span in recorded] + [
-        [span.name, span.start, span.stop] for span in given
-    ]
+    spans: list[Json] = [[span.name, span.start, span.stop] for span in recorded]
+    return spans + [[span.name, span.start, span.stop] for span in given]
 
 
 def _by_token(source: ReportInput, part: Part, layers: list[int], run: str) -> NDArray[np.float64]:
