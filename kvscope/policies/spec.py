@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import sys
@@ -32,6 +31,7 @@ from kvscope.policies.tuned import read_tuned
 # name:setting=... or name(setting=...), as labels have it; a setting may hold the path of a file, a name may not
 _NAMED = re.compile(r"^\s*(?P<name>[\w-]+)\s*(?::(?P<rest>\s*[\w-]+\s*=.*)|\((?P<inside>.*)\)\s*)$")
 _TUNED = re.compile(r"^\s*(?P<name>[\w-]+|.+\.py:[A-Za-z_]\w*)\s*:\s*@(?P<file>.+?)\s*$")
+_SOURCE = "__kvscope_source__"  # attribute of the module of a file: the bytes that were run
 Named = str | Policy | type[Policy]  # what a function takes for a policy
 _FILE = re.compile(r"^(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)(?::(?P<rest>.*)|\((?P<inside>.*)\)\s*)?$")
 
@@ -91,7 +91,7 @@ def _parsed(spec: Named) -> tuple[type[Policy], dict[str, str]] | Policy:
 
 
 def load_class(file: Path, name: str) -> type[Policy]:
-    """Return the policy class `name` of a Python file; the file is run once.
+    """Return the policy class `name` of a Python file; the file is run once, and again after a change of its content.
 
     Raises
     ------
@@ -100,20 +100,11 @@ def load_class(file: Path, name: str) -> type[Policy]:
     """
     if not file.is_file():
         raise UsageError(f"no file {file}", "Give the path of a Python file and a class: path/to/file.py:MyPolicy")
+    source = file.read_bytes()
     module_name = USER_FILE + hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:12]
     module = sys.modules.get(module_name)
-    if module is None:
-        module_spec = importlib.util.spec_from_file_location(module_name, file)
-        assert module_spec is not None and module_spec.loader is not None, f"{file} ends in .py"
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[module_name] = module
-        try:
-            module_spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            del sys.modules[module_name]
-            raise UsageError(
-                f"{file} fails: {type(error).__name__}: {error}", "Correct the file, then try again."
-            ) from error
+    if module is None or vars(module)[_SOURCE] != source:
+        module = _run(file, source, module_name)
     cls = getattr(module, name, None)
     if cls is None:
         known = [
@@ -121,6 +112,25 @@ def load_class(file: Path, name: str) -> type[Policy]:
         ]
         raise UsageError(f"{file} has no class {name}", nearest(name, known) if known else "It defines no policy.")
     return _named_class(cls, f"{name} in {file}")
+
+
+def _run(file: Path, source: bytes, name: str) -> types.ModuleType:
+    """Return a new module of that name after the source was run in it.
+
+    The compiled file that Python's own import keeps is not used: it is taken for that of another source of the same
+    size and time, so an edit within one second would be overlooked.
+    """
+    module = types.ModuleType(name)
+    vars(module).update({"__file__": str(file), _SOURCE: source})
+    sys.modules[name] = module
+    try:
+        exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise UsageError(
+            f"{file} fails: {type(error).__name__}: {error}", "Correct the file, then try again."
+        ) from error
+    return module
 
 
 def _named_class(cls: object, what: str) -> type[Policy]:

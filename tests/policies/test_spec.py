@@ -1,6 +1,7 @@
 """Words on the command line: whatever is mistyped is said, never ignored."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from kvscope.core.errors import UsageError
 from kvscope.policies import POLICIES, Policy, policy
 from kvscope.policies.describe import describe
 from kvscope.policies.spec import parse_policies, parse_policy
+from tests.own_code import forget_members, forget_modules
 
 USER = """
 from dataclasses import dataclass
@@ -86,6 +88,24 @@ def test_a_class_in_a_file(tmp_path: Path) -> None:
     broken.write_text("1/0")
     with pytest.raises(UsageError, match="ZeroDivisionError"):
         parse_policies([f"{broken}:X"])
+
+
+@pytest.mark.parametrize("forget", [True, False])  # as a new process does, or in one notebook
+def test_an_edited_file_is_run_again(forget: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if size and time of the file are as before, by which Python's import takes a compiled file for current."""
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    file = tmp_path / "mine.py"
+    source = USER.replace("kvscope.policies import", "kvscope import policy,").replace(
+        "@data", '@policy("mine")\n@data'
+    )
+    for value in (1, 2):
+        file.write_text(source.replace("parameter(0", f"parameter({value}"))
+        os.utime(file, (10**9, 10**9))
+        assert parse_policy(f"{file}:Oldest").parameters()["shift"] == value
+        if forget:
+            forget_modules()
+            forget_members()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"], "nothing is written beside the file"
 
 
 @pytest.mark.parametrize(
