@@ -116,7 +116,6 @@ _OS_ERRORS = {
     errno.EPERM: "Check the permissions, or work in a folder that you may write to.",
     errno.EROFS: "Work in another folder: this file system is read-only.",
     errno.ENOSPC: "Free some space, or write to another disk with -o.",
-    errno.EFBIG: "Write to another disk with -o: this one allows no larger file.",
     errno.EDQUOT: "Free some space, or write to another disk with -o.",
     errno.ENOTDIR: "A file has the name of a folder to make: move the file, or write elsewhere with -o.",
     errno.EEXIST: "A file has the name of a folder to make: move the file, or write elsewhere with -o.",
