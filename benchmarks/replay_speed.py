@@ -110,15 +110,15 @@ def of_length(length: int, folder: Path, runs: int) -> dict[str, Any]:
     }
 
 
-def record(length: int, folder: Path, store: Any) -> Trace:
-    """Return a trace of so many tokens of held-out text."""
+def record(length: int, folder: Path, store: Any, **more: Any) -> Trace:
+    """Return a trace of so many tokens of held-out text; `more` goes to `kvscope.trace`."""
     folder.mkdir(exist_ok=True)
     text = " ".join(json.loads(DATA.read_text())["passages"])[: 8 * length]  # more than enough
     tokenizer = load(ModelSource("demo")).tokenizer
     ids = tokenizer(text)["input_ids"][: length - 40]  # words may be cut into other tokens the second time
     prompt = folder / f"{store}.txt"
     prompt.write_text(tokenizer.decode(ids[1:]))
-    return kvscope.trace("demo", [prompt], output=folder / f"trace-{store}", store=store, max_new_tokens=32)
+    return kvscope.trace("demo", [prompt], output=folder / f"trace-{store}", store=store, max_new_tokens=32, **more)
 
 
 def all_rows(trace: Trace) -> list[torch.Tensor]:

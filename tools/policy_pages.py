@@ -175,12 +175,13 @@ def _costs(name: str) -> Iterator[str]:
     found = costs["policies"].get(name, {})
     if "of_h2o" in found:
         low, high = found["range"]
+        what = f"{found.get('tokens', costs['trace']['tokens'])} tokens" + (
+            f" of a {found['model']} model" if "model" in found else ""
+        )
         yield (
             f"- On a CPU: a replay of one budget takes {found['of_h2o']:.1f} times ({low:.1f} to {high:.1f}) as long "
-            f"as one of `h2o`, {costs['trace']['tokens']} tokens ([benchmark](../../benchmarks/policy_costs.py))"
+            f"as one of `h2o`, {what} ([benchmark](../../benchmarks/policy_costs.py))"
         )
-    elif "not_replayed" in found:
-        yield "- On a CPU: not measured, the benchmark's trace does not hold what it needs"
     else:
         yield "- On a CPU: not measured yet"
     steps = _results("operations")["policies"].get(name)
