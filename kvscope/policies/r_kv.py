@@ -30,10 +30,11 @@ class RKV(Policy):
 
     It evicts at the end of the prompt and then every 128 steps; in between the cache grows beyond its budget. The
     window is at most half of the budget. arXiv:2505.24133, section 3; code Zefan-Cai/R-KV, ``r1_kv.py``. If a key
-    resembles no other, that code excludes ``c_i0``; here nothing is excluded. Its schedule was read, not run
-    (``modeling.py``): it counts all tokens, those of the prompt included, and evicts after the query at position 128,
-    256 and so on; here the 128 steps are counted from the end of the prompt. As in that code, the logits equal the
-    model's only if the model scales by the root of the head size.
+    resembles no other, that code excludes ``c_i0``; here nothing is excluded. It counts all tokens, those of the
+    prompt included, and evicts after the query at position 128, 256 and so on; here the 128 steps are counted from
+    the end of the prompt, so decisions are the same only where the prompt has 1, 129, 257 ... tokens. After its first
+    eviction it stores keys in order of their score, so it pools over other neighbours; here keys stay in order of
+    position. As in that code, the logits equal the model's only if the model scales by the root of the head size.
 
     Example: budget 3, so a window of one key. Keys 0 and 1 are equal, so each makes the other redundant; key 2
     resembles only key 3, which is not counted. Of keys 0 and 1 the older is evicted.
