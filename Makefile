@@ -14,6 +14,8 @@
 #              install with Ray, then run experiments on clusters of this machine, with workers that are killed
 # make test-kvpress
 #              install with kvpress and the transformers that it needs, then compare its presses with their live runs
+# make test-lens
+#              install TransformerLens and nnsight, then import their caches as the documentation does
 # make docs    install the generator, then build the documentation site into build/site; a warning is an error
 # make check   install, then format, lint, types, tests and docs: a change must pass all of them
 # make format  rewrite the code in the project's format
@@ -24,20 +26,21 @@ BIN := $(VENV)/bin
 TRACKERS := .venv-trackers
 RAY := .venv-ray
 KVPRESS := .venv-kvpress
+LENS := .venv-lens
 DOCS := .venv-docs
 JOBS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo docs test test-slow test-portable test-trackers test-ray test-kvpress campaign check check-models format clean
+.PHONY: demo docs test test-slow test-portable test-trackers test-ray test-kvpress test-lens campaign check check-models format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvscope demo
 
 # One thread for each test process: more threads than cores would slow down all of them.
-test test-slow check test-trackers test-ray test-kvpress: export OMP_NUM_THREADS ?= 1
+test test-slow check test-trackers test-ray test-kvpress test-lens: export OMP_NUM_THREADS ?= 1
 # Tests start many processes, each of which would compile all modules again.
-test test-slow check test-trackers test-ray test-kvpress: export PYTHONDONTWRITEBYTECODE :=
+test test-slow check test-trackers test-ray test-kvpress test-lens: export PYTHONDONTWRITEBYTECODE :=
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow'
@@ -59,6 +62,12 @@ test-ray: $(RAY)/.installed
 test-kvpress: $(KVPRESS)/.installed
 	$(KVPRESS)/bin/python -c 'from kvscope.presses.build import kvpress; kvpress()'  # without it the tests are skipped
 	$(KVPRESS)/bin/python -m pytest -q tests/presses
+
+test-lens: export WANDB_MODE ?= disabled
+test-lens: export HF_HUB_OFFLINE ?= 1
+test-lens: $(LENS)/.installed
+	$(LENS)/bin/python -c 'import nnsight, transformer_lens'  # without them the tests are skipped
+	$(LENS)/bin/python -m pytest -q tests/trace/test_lens_caches.py
 
 # The message that it switches off is about a future version of the generator, which constraints.txt does not allow.
 docs: export NO_MKDOCS_2_WARNING ?= 1
@@ -87,7 +96,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(TRACKERS) $(RAY) $(KVPRESS) $(DOCS) build/site
+	rm -rf $(VENV) $(TRACKERS) $(RAY) $(KVPRESS) $(LENS) $(DOCS) build/site
 
 # torch is installed first, by its exact version, so that pip uses a wheel that is already in its cache.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -115,6 +124,14 @@ $(RAY)/.installed: $(VENV)/.installed-dev
 	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	$(BIN)/python -c "$$site" > "$$($(RAY)/bin/python -c "$$site")/dev.pth"
 	$(RAY)/bin/python -m pip install --quiet -c constraints.txt -e ".[ray]"
+	touch $@
+
+# Likewise: TransformerLens and nnsight bring 40 packages. kvscope imports neither.
+$(LENS)/.installed: $(VENV)/.installed-dev
+	test -x $(LENS)/bin/python || $(BIN)/python -m venv $(LENS)
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(BIN)/python -c "$$site" > "$$($(LENS)/bin/python -c "$$site")/dev.pth"
+	$(LENS)/bin/python -m pip install --quiet -c constraints.txt transformer-lens nnsight
 	touch $@
 
 # kvpress needs an older transformers than the other tests, and with it older versions of what both need: an environment
