@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from torch import Tensor
 
@@ -14,6 +15,7 @@ import kvscope
 from kvscope.metrics.base import METRICS
 from kvscope.policies.h2o import H2O
 from kvscope.policies.vatp import VATP
+from kvscope.results.frames import averaged
 
 EXAMPLE = Path(__file__).parent.parent / "traces" / "example"
 
@@ -60,6 +62,12 @@ def test_fidelity_is_averaged_per_head(replay: kvscope.Replay) -> None:
     rows = replay.fidelity(run=3, layer=2).query("head == 5")["retained_mass"]
     assert one == pytest.approx(rows.mean(), rel=1e-6)
     assert len(replay.frame("fidelity", per="run")) == 4
+
+
+def test_means_of_both_loops_are_apart() -> None:
+    runs = {"policy": "h2o", "budget": "20%", "loop": ["open", "closed"], "sequence": 0, "layer": 0, "head": 0}
+    frame = pd.DataFrame({**runs, "step": 5, "retained_mass": [0.25, 0.75]})
+    assert averaged(frame, "head")[["loop", "retained_mass"]].values.tolist() == [["open", 0.25], ["closed", 0.75]]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import pytest
 
 import kvscope
 from kvscope.cli.best import HEADERS, show_best
+from kvscope.cli.best import columns as best_columns
 from kvscope.cli.summary import COLUMNS, columns, selected
 from kvscope.cli.table_rows import arranged
-from kvscope.results.ranking import best_of
+from kvscope.core.summary_records import MetricSummary
+from kvscope.results.ranking import Best, best_of
 from kvscope.results.store import Replay
 from tests.cli.conftest import Run
 
@@ -40,6 +42,30 @@ def test_rows_are_sorted_within_each_budget(replay: Replay) -> None:
         assert labels(replay, metric) == expected
     assert labels(replay) == labels(replay, "retained-mass")
     assert len(labels(replay, top=1)) == 2
+
+
+def test_policies_are_in_the_order_of_their_closed_runs(replay: Replay) -> None:
+    summary = replay.summary
+    first, second = [run for run in summary.runs if run.budget == "10%"][:2]
+    means = [0.9, 0.1, 0.2, 0.8]  # the two open runs, then the two closed runs
+    closed = [dataclasses.replace(run, run=90 + run.run, open_run=run.run, loop="closed") for run in (first, second)]
+    runs = [
+        dataclasses.replace(run, metrics={"retained_mass": MetricSummary(mean, count=3)})
+        for run, mean in zip([first, second, *closed], means, strict=True)
+    ]
+    order = arranged(runs, summary.metrics, None, None)
+    assert [(run.label, run.loop) for run in order] == [
+        *((second.label, "open"), (second.label, "closed")),
+        *((first.label, "open"), (first.label, "closed")),
+    ]
+
+
+@pytest.mark.parametrize("metric", ["retained_mass", "output_error"])
+def test_runs_without_a_value_are_last(replay: Replay, metric: str) -> None:
+    summary = replay.summary
+    first, *others = [run for run in summary.runs if run.budget == "10%"]
+    order = arranged([dataclasses.replace(first, metrics={}), *others], summary.metrics, metric, None)
+    assert order[-1].label == first.label
 
 
 def test_columns_that_are_named(replay: Replay) -> None:
@@ -81,6 +107,12 @@ def test_the_best_by_every_metric_is_shown_at_every_width(
             assert ", ".join(who) in line
             if width == 60:
                 assert HEADERS[name].replace("\n", " ") in line
+
+
+@pytest.mark.parametrize(("count", "who"), [(1, "a"), (2, "a, b"), (3, "3 policies"), (4, "4 policies")])
+def test_of_more_than_two_that_share_the_place_the_number_is_shown(count: int, who: str) -> None:
+    best = Best("30%", "every step", "open", "full", 5, {"retained_mass": (0.9, tuple("abcd"[:count]))})
+    assert best_columns([best])[-1].cells == [f"0.900 {who}"]
 
 
 def test_no_line_of_the_best_begins_with_a_label(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 from transformers import DynamicCache
 
 import kvscope
+from kvscope.core.errors import OutputExists
 from kvscope.core.options import ModelSource
 from kvscope.model.loading import load
 
@@ -174,3 +176,30 @@ def test_what_cannot_be_recorded(pair: tuple[Any, Any], tmp_path: Path) -> None:
         kvscope.record(model, tokenizer, tmp_path / "mine"),
     ):
         model(ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+def test_a_trace_that_exists_is_refused_before_the_block_runs(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = pair
+    with kvscope.record(model, tokenizer, tmp_path / "mine"):
+        model(encoded(tokenizer, WORDS[0]))
+    ran = []
+    with (
+        pytest.raises(OutputExists),
+        kvscope.record(model, tokenizer, tmp_path / "mine"),
+    ):
+        ran.append(True)
+    assert not ran
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_the_model_is_as_it_was_after_the_block(pair: tuple[Any, Any], tmp_path: Path, raises: bool) -> None:
+    model, tokenizer = pair
+    before, hooks = set(vars(model)), dict(model._forward_pre_hooks)
+    assert "generate" not in before
+    with suppress(KeyError), kvscope.record(model, tokenizer, tmp_path / "mine"):
+        assert "generate" in vars(model)
+        model(encoded(tokenizer, WORDS[0]))
+        if raises:
+            raise KeyError("of the loop")
+    assert set(vars(model)) == before and dict(model._forward_pre_hooks) == hooks
+    assert (tmp_path / "mine").exists() is not raises

@@ -8,6 +8,7 @@ from itertools import combinations
 
 import pytest
 
+from kvscope.report.colours import PALETTE, line_style
 from kvscope.report.template import asset
 from tests.reference.colour_vision import VISION, XYZ, distance, linear
 
@@ -77,3 +78,11 @@ def test_lines_and_texts_can_be_seen_on_their_ground(theme: str) -> None:
     for text in ("text", "muted", "accent"):
         for ground in ("raised", "page", "best", "note"):
             assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+
+
+def test_lines_of_one_colour_differ_in_marker_and_dash() -> None:
+    count = len(PALETTE)
+    for place in range(count):
+        lines = [line_style(place + turn * count, way) for turn in range(3) for way in range(2)]
+        assert {line["color"] for line in lines} == {PALETTE[place]}
+        assert len({line["dash"] for line in lines}) == 6 and len({line["symbol"] for line in lines}) == 3

@@ -30,6 +30,7 @@ def test_every_kind_has_its_best_by_each_metric(summary: SummaryRecord) -> None:
         figures(snapkv, 0.9, 0.1, phase="prefill"),  # alone in its kind
         figures(quest, 0.95, 0.05, reads=True),
         figures(belady, 0.99, 0.01, clairvoyant=True),
+        figures(belady, 0.98, 0.02, clairvoyant=True),  # two bounds, and yet no best of them
         figures(h2o, 0.8, 0.2, budget="60%"),
         figures(tova, 0.9, 0.1, budget="60%"),
     ]
