@@ -21,7 +21,21 @@ SAME_COST = 0.01  # relative difference of keys held that is not reported
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One metric of both policies under one budget; `better` is ``A``, ``B``, or empty if neither is."""
+    """One metric of both policies under one budget.
+
+    Attributes
+    ----------
+    budget : str
+        The budget as it was given: ``20%``, ``256``.
+    loop : str
+        ``open`` or ``closed``.
+    metric, direction : str
+        The metric, and which way is better: ``higher``, ``lower`` or ``none``.
+    paired : Paired
+        Means of both, their difference with its interval, and the tests, over the sequences that both have.
+    better : str
+        ``A`` or ``B`` if the difference is significant; empty if it is not, or if the metric has no better direction.
+    """
 
     budget: str
     loop: str
@@ -38,7 +52,17 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two compared policies; `warnings` lists what limits the comparison."""
+    """Two compared policies.
+
+    Attributes
+    ----------
+    a, b : str
+        Labels of the policies.
+    rows : list of ComparisonRow
+        One for each common budget and metric.
+    warnings : list of str
+        What limits the comparison: few sequences, near copies, or different costs, such as numbers of keys held.
+    """
 
     a: str
     b: str
@@ -58,17 +82,18 @@ class Comparison:
 
 
 def compare(a: tuple[Replay, str], b: tuple[Replay, str], metrics: Sequence[str] | None = None) -> Comparison:
-    """Return how policy B differs from policy A, at every budget that both ran under.
+    """Return how policy B differs from policy A, at every budget that both have.
 
-    The value of a sequence is the mean over steps, then heads, then layers, as in the summary.
+    Policies are compared sequence by sequence. The value of a sequence is the mean over steps, then heads, then layers,
+    as in the summary.
 
     Parameters
     ----------
     a, b : (Replay, str)
-        A replay and one of its policies: the label, the name if no other policy has it, or the number of a run. A
-        policy without a budget is compared with every run of the other.
+        A replay and one of its policies: its label, its name if no other policy has the same, or the number of a run.
+        A policy without a budget is compared with every run of the other.
     metrics : sequence of str, optional
-        By default all with a better direction and a value.
+        Names of metrics; by default all that have a better direction and a value.
 
     Raises
     ------
@@ -76,6 +101,12 @@ def compare(a: tuple[Replay, str], b: tuple[Replay, str], metrics: Sequence[str]
         If traces, protocols or metric definitions of the replays differ.
     UsageError
         If a policy or metric does not exist, or the policies have no budget in common.
+
+    Example
+    -------
+    >>> comparison = kvscope.compare((replay, "h2o"), (replay, "tova"), ["output_error"])  # doctest: +SKIP
+    >>> [(row.budget, row.better) for row in comparison.rows]  # doctest: +SKIP
+    [('20%', 'B')]
     """
     require_same_origin(a[0].summary, b[0].summary)
     declared = {**a[0].info.metrics, **a[0].summary.metrics}  # in the order of the replay

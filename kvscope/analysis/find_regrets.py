@@ -50,18 +50,23 @@ def regrets(
 ) -> RegretReport:
     """Return the regret of runs of a replay: the attention that their evicted keys would still have received.
 
+    It is the sum of the full-cache weights of later queries on evicted keys, averaged over the query heads of a group.
+
     Parameters
     ----------
-    replay : Replay
-        Residency intervals of the runs; for a closed run too, the attention is that of the full cache.
-    trace : Trace
-        The trace of the replay.
+    replay, trace : Replay, Trace
+        The replay and its trace. For closed runs too, the attention is that of the full cache.
     runs : sequence of int, optional
-        Numbers of the runs; all by default.
+        Numbers of the runs; by default all.
     top : int
-        Number of evictions and tokens to list for each run.
+        Number of evictions and of tokens to list for each run.
     progress : callable, optional
-        Called with the finished share.
+        Called with the completed share, from 0 to 1.
+
+    Returns
+    -------
+    RegretReport
+        A dict: ``runs`` has for each run the total ``mass``, the ``worst`` evictions and more.
 
     Raises
     ------

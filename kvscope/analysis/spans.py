@@ -23,7 +23,7 @@ _RANGE = re.compile(r"(?P<start>\d+):(?P<stop>\d+)")
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens `start` to `stop` - 1 of a sequence, under a name."""
+    """A named range of tokens of a sequence: `start` to `stop` - 1, counted from 0."""
 
     name: str
     start: int
@@ -39,7 +39,7 @@ class SpanAtStep(TypedDict):
 
 
 class SpanInLayer(TypedDict):
-    """A span in one layer, or in all; `half_gone` is the first step after which no more than half of it is held."""
+    """A span in one layer, or in all; `half_gone` is the first step after which at most half of it is held."""
 
     layer: int | Literal["all"]
     at: list[SpanAtStep]
@@ -143,9 +143,10 @@ def spans_of(
 ) -> SpanReport:
     """Return how much of each span each run holds; for a sparse reader, how much it reads.
 
-    At each step, for a layer and for all layers: ``held``, the share of the span's tokens that a head holds, the mean
-    over heads; ``whole``, the share of heads that hold all of its tokens. Both are None before the span is complete.
-    ``half_gone`` is the first step after that at which ``held`` is at most one half; None if there is none.
+    For each step, each layer and all layers together, ``held`` is the share of the span's tokens that a key/value head
+    holds, averaged over heads, and ``whole`` is the share of heads that hold all of its tokens. Both are None at steps
+    before the last token of the span. ``half_gone`` is the first step after it at which ``held`` is at most one half;
+    None if there is none.
 
     Parameters
     ----------

@@ -49,14 +49,14 @@ def perplexity(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Replay:
-    """Return the perplexity of text files under each policy: language modelling with a limited cache.
+    """Return the perplexity of text files under each policy, which evicts inside the model's attention.
 
     Parameters
     ----------
     model : str
         Name of a model, as of ``kvscope models``: a Hub id, a local folder, ``demo``.
     files : Path, str, or sequence of these
-        Text files; each is divided into windows.
+        Text files; each is divided into windows, and each window is one sequence of the result.
     policies, budgets, output
         See `kvscope.replay`.
     prompt, window, max_windows, metrics, positions, params, compress, allocate, scope, cache, merge
@@ -107,14 +107,14 @@ def verify(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Verdict]:
-    """Return a comparison of the closed loop with token-by-token decoding that removes evicted keys from the cache.
+    """Return how the closed loop agrees with token-by-token decoding that removes evicted keys from the cache.
 
     Parameters
     ----------
     trace : Trace
         A trace of a model; its tokens are decoded.
     policies, budgets
-        As of `kvscope.replay`.
+        See `kvscope.replay`.
     prefill, tokens, sequences, params, compress, allocate, scope, cache, merge, device
         As in `VerifyOptions` and `PlanOptions`.
     positions, model, dtype

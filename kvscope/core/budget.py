@@ -14,14 +14,19 @@ _TODO = "Write a whole number of keys (256) or a share with a percent sign (20%)
 
 @dataclass(frozen=True)
 class Budget:
-    """A number of keys per key/value head, or a share of the sequence.
+    """A number of keys per key/value head, or a share of the sequence; `Budget.parse` makes one from ``"20%"``.
 
     Parameters
     ----------
     amount : Decimal
-        Keys, or percent of the sequence.
+        Number of keys, or percentage of the sequence.
     is_share : bool
         Whether `amount` is a percentage.
+
+    Example
+    -------
+    >>> Budget.parse("20%").keys(prompt=91, length=107, prefill=Prefill.full)
+    19
     """
 
     amount: Decimal
@@ -29,10 +34,10 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | float | Budget) -> Budget:
-        """Return the budget that `text` names: ``256`` keys, or ``20%`` of the sequence.
+        """Return the budget that a text or number stands for: ``256`` keys, or ``20%`` of the sequence.
 
-        A float between 0 and 1 is a share: ``0.2`` is ``20%``. A whole float is a number of keys, because 1 and 1.0
-        must not mean different things.
+        A float between 0 and 1 is a share: ``0.2`` is ``20%``. A whole float is a number of keys: 1.0 means the same
+        as 1.
 
         Raises
         ------
@@ -65,7 +70,8 @@ class Budget:
     def keys(self, *, prompt: int, length: int, prefill: Prefill) -> int:
         """Return the budget in keys per key/value head, at least 1.
 
-        A share is ``ceil(share * P)`` with full prefill and ``ceil(share * T)`` with streaming prefill.
+        A share is ``ceil(share * P)`` with full prefill and ``ceil(share * T)`` with streaming prefill, where ``P`` is
+        the number of tokens of the prompt (`prompt`) and ``T`` that of the sequence (`length`).
         """
         if not self.is_share:
             return int(self.amount)

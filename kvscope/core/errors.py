@@ -29,7 +29,7 @@ class ExitStatus(IntEnum):
 
 
 class KvscopeError(Exception):
-    """An error with one line that says what is wrong and one line that says what to do.
+    """An error that a user's input causes: one line says what is wrong, and one line what to do.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class KvscopeError(Exception):
 
 
 class UsageError(KvscopeError):
-    """An unknown name, a bad parameter, a bad budget: exit status 2."""
+    """An input that cannot be used: an unknown name, an invalid parameter or budget. Exit status 2."""
 
     exit_status = ExitStatus.usage
 
@@ -61,7 +61,7 @@ class TraceError(KvscopeError):
 
 
 class ModelError(KvscopeError):
-    """A model that cannot be found, loaded or observed."""
+    """A model that cannot be found or loaded, or whose attention cannot be recorded."""
 
 
 class ReplayError(KvscopeError):

@@ -27,35 +27,39 @@ NOWHERE = 2**31 - 1  # rank of a key that has none: beyond any budget
 
 @dataclass
 class Rows:
-    """A block of steps of one policy; quantities that several metrics use are computed once.
+    """A block of steps of one policy: attention rows, and which keys were visible and held.
+
+    What several metrics use, such as `live`, is computed at its first use and then stored. In the shapes, ``R`` is
+    the number of runs (the budgets of the policy), ``L`` of layers, ``H`` of query heads, ``G`` of key/value heads,
+    ``b`` of steps, ``n`` of keys and ``D`` the head size.
 
     Attributes
     ----------
     full : Tensor
-        ``p``: full-cache attention, ``[L, H, b, n]`` for ``b`` steps and ``n`` keys, zero above the diagonal; in the
-        closed loop each run has its own, ``[R, L, H, b, n]``, and so `missing`.
+        Full-cache attention, ``[L, H, b, n]``, zero for keys after the query. In the closed loop each run has its own
+        rows, ``[R, L, H, b, n]``.
     visible : Tensor
-        ``V``: bool ``[R, L, G, b, n]``.
+        bool ``[R, L, G, b, n]``: the keys that the query can attend to (``V_t``).
     held : Tensor
-        ``R``: bool ``[R, L, G, b, n]``.
+        bool ``[R, L, G, b, n]``: the keys in the cache after the eviction of the step (``R_t``).
     budget : Tensor
-        int ``[R]``: ``B`` of each run.
+        int ``[R]``: number of keys that a key/value head of each run may hold on average (``B``).
     steps : Tensor
         int ``[b]``: positions of the queries.
     missing : Tensor or None
-        ``[L, H, b]``: mass that a learned sink takes.
+        ``[L, H, b]``: attention mass that a learned sink takes; with a leading ``R`` where `full` has one.
     signals : mapping of str to Tensor
-        Those that the metric names in ``needs``, each with a leading ``R`` where the rows have one. ``values``:
+        The signals that the metric names in ``needs``, each with a leading ``R`` where `full` has one. ``values``:
         ``[L, G, n, D]``. ``last_attended``: int ``[L, H, b, n]``, the last step before the query at which the key's
-        weight was above ``1/n`` in its row of ``n`` keys; its own position where there is none. ``prompt_rank``: int
-        ``[L, H, b, n]``, rank of each key in the row of the last prompt query, 0 for the heaviest; `NOWHERE` for
-        later keys, and for all of them at steps of the prompt.
+        weight was above ``1/n`` in a row of ``n`` keys; if there is none, the position of the key. ``prompt_rank``: int
+        ``[L, H, b, n]``, the rank of each key in the row of the last prompt query, 0 for the heaviest. Keys after the
+        prompt have the rank `NOWHERE`, and at steps of the prompt all keys have it.
     shared : dict
-        Quantities that depend on the rows and budgets alone, computed once for all policies with these budgets: `once`.
+        Quantities that depend on rows and budgets alone. `once` computes them once for all policies with these budgets.
     budgets : tuple of int
-        The numbers of `budget`, so that a device need not be asked for them; by default they are read from it.
+        The numbers of `budget`, so that they need not be copied from a device; by default they are read from it.
     coded : CodedRows or None
-        Of a quantised cache: live rows and their output, which do not follow from the full rows.
+        For a quantised cache: its live rows and their output, which cannot be computed from the full rows.
     key_bytes : int
         Bytes of a key and its value in 16 bit.
     """
@@ -87,12 +91,15 @@ class Rows:
         return cast(T, self.shared[key])
 
     def heaviest(self, skip: int = 0) -> Tensor:
-        """Return a mask of the ``B`` heaviest keys but the current and the first `skip`, bool ``[R, L, H, b, n]``."""
+        """Return a mask of the ``B`` heaviest keys, bool ``[R, L, H, b, n]``.
+
+        The current key and the first `skip` keys are not among them.
+        """
         return self.once(f"heaviest {skip}", lambda: self._heaviest(skip))
 
     @cached_property
     def seen(self) -> Tensor:
-        """``V`` for query heads, bool ``[R, L, H, b, n]``."""
+        """The visible keys of each query head, bool ``[R, L, H, b, n]``: `visible` of its key/value head."""
         return self._per_query_head(self.visible)
 
     @cached_property
@@ -122,14 +129,17 @@ class Rows:
 
     @cached_property
     def live(self) -> Tensor:
-        """Live rows: full rows on ``V``, divided by their sum, ``[R, L, H, b, n]``; of a quantised cache its own."""
+        """Live rows ``[R, L, H, b, n]``: full rows on the visible keys, divided by their sum.
+
+        Those of a quantised cache are computed from its codes.
+        """
         if self.coded is not None:
             return self.coded.live
         return self._share(self.full * self.seen)
 
     @cached_property
     def whole(self) -> Tensor:
-        """Full rows divided by their sum, as live rows are; recorded in 16 bit, they do not sum to one exactly."""
+        """Full rows divided by their sum, as live rows are; recorded in 16 bit, they do not sum to exactly one."""
         return self.once("whole", lambda: self._share(self.full))
 
     @cached_property
@@ -139,7 +149,7 @@ class Rows:
 
     @cached_property
     def past(self) -> Tensor:
-        """Keys that exist at each step, bool ``[b, n]``."""
+        """Where a key exists at a step, bool ``[b, n]``."""
         return torch.arange(self.full.shape[-1], device=self.full.device) <= self.steps[:, None]
 
     @cached_property
@@ -165,7 +175,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Metric:
-    """A named metric and its properties.
+    """A metric: its name, its properties and the function that computes it.
 
     Attributes
     ----------
@@ -174,20 +184,20 @@ class Metric:
     direction : {"higher", "lower", "none"}
         Which way is better.
     range : tuple
-        Smallest and largest value; None where there is no bound.
+        Smallest and largest possible value; None where there is no bound.
     when_nothing_evicted : float or None
-        Its value when the policy evicted nothing; None where that depends on the sequence.
+        Its value when every key is retained; None if that depends on the sequence.
     unit : str
-        Of its values; ``1`` for ratios.
+        Unit of its values; ``1`` for ratios.
     needs : frozenset of str
-        What it reads from `Rows.signals`, of `SIGNALS`.
+        The signals that it reads from `Rows.signals`: ``values``, ``last_attended``, ``prompt_rank``.
     compute : callable
-        From `Rows` to ``[R, L, H, b]``; with `pooled`, to ``[R, L, H, b, 3]``.
+        Returns the values ``[R, L, H, b]`` of `Rows`; with `pooled`, ``[R, L, H, b, 3]``.
     pooled : bool
-        Whether the steps of a head are pooled before the value is formed: ``compute`` gives the terms
-        ``x·y, x·x, y·y`` of a cosine over all steps, and every step of the head has that one cosine.
+        Whether the value is one cosine over all steps of a head. Then ``compute`` returns the terms ``x·y``, ``x·x``
+        and ``y·y`` of each step; they are summed over the steps, and every step of the head has the same value.
     summary : str
-        First line of the function's docstring.
+        First line of the function's docstring, which results and reports show.
     """
 
     name: str
@@ -201,7 +211,7 @@ class Metric:
     needs: frozenset[str] = frozenset()
 
     def declaration(self) -> MetricRecord:
-        """Return the properties as they are written into results."""
+        """Return the properties in the form in which results store them."""
         return MetricRecord(self.direction, self.range, self.when_nothing_evicted, self.unit, self.summary)
 
 
@@ -234,12 +244,21 @@ def metric(
     unit: str = "1",
     needs: Iterable[str] = (),
 ) -> Callable[[Callable[[Rows], Tensor]], Callable[[Rows], Tensor]]:
-    """Return a decorator that registers a function from `Rows` to values as a metric; see `Metric` for each property.
+    """Return a decorator that registers a function from `Rows` to values as a metric.
+
+    The first line of the function's docstring is the description that results and reports show.
+
+    Parameters
+    ----------
+    name : str
+        Name of the metric in options and tables.
+    direction, range, when_nothing_evicted, pooled, unit, needs
+        Properties of the metric; `Metric` describes each.
 
     Raises
     ------
     UsageError
-        If it needs an unknown signal.
+        If `needs` contains an unknown signal, or the name is taken.
     """
     signals = frozenset(needs)
     if not signals <= SIGNALS:

@@ -10,10 +10,10 @@ from kvscope.metrics.base import Rows, metric
 
 @metric("ideal_cosine", direction="higher", range=(0.0, 1.0), when_nothing_evicted=None)
 def ideal_cosine(rows: Rows) -> Tensor:
-    """Cosine of the live row and the ideal row (arXiv:2407.20485, section 4.3), step by step.
+    """Cosine of the live row and the ideal row, at each step (A2SF, arXiv:2407.20485, section 4.3).
 
-    The ideal row is the full row on the current key and the ``B`` heaviest others, divided by its sum. A row without
-    mass has cosine 0.
+    The live row is the attention over the visible keys, divided by its sum. The ideal row is the full row on the
+    current key and the ``B`` heaviest others, divided by its sum. A row without mass has cosine 0.
     """
     if rows.coded is not None:
         return cosine(_product(rows, rows.ideal_mask), _squares(rows), rows.best.squares)
@@ -22,7 +22,11 @@ def ideal_cosine(rows: Rows) -> Tensor:
 
 @metric("ideal_cosine_flattened", direction="higher", range=(0.0, 1.0), when_nothing_evicted=None, pooled=True)
 def ideal_cosine_flattened(rows: Rows) -> Tensor:
-    """The same with all steps of a head as one long vector; the paper leaves open which of the two it reports."""
+    """Cosine of a head's live and ideal rows, with the rows of all steps joined into one long vector.
+
+    The rows are those of `ideal_cosine`. A2SF (arXiv:2407.20485) does not say which of the two it reports. Every step
+    of a head has the same value; a head whose rows have no mass has cosine 0.
+    """
     live, ideal = rows.norm(rows.kept), rows.norm(rows.best)
     if rows.coded is not None:
         ideal = rows.norm(rows.best)
@@ -34,7 +38,10 @@ def ideal_cosine_flattened(rows: Rows) -> Tensor:
 
 @metric("full_cosine", direction="higher", range=(0.0, 1.0), when_nothing_evicted=1.0)
 def full_cosine(rows: Rows) -> Tensor:
-    """Cosine of the live row and the full row."""
+    """Cosine of the live row and the full row.
+
+    The live row is the attention over the visible keys, divided by its sum. A row without mass has cosine 0.
+    """
     if rows.coded is not None:
         return cosine(_product(rows), _squares(rows), rows.all.squares)
     return cosine(rows.kept.squares, rows.kept.squares, rows.all.squares)

@@ -1,4 +1,4 @@
-"""Attention on keys that were not attended to for long: a small share of all mass, and what recalling a fact needs."""
+"""Attention on keys that were not attended to for long: a small share of the mass, which recalling a fact needs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ LEAST = 0.1  # share of a row
 
 @metric("late_mass_retained", direction="higher", range=(0.0, 1.0), when_nothing_evicted=1.0, needs={"last_attended"})
 def late_mass_retained(rows: Rows) -> Tensor:
-    """Share of the full row's mass on keys last attended to more than 64 steps before that falls on visible keys.
+    """Visible share of the mass on keys that the head had not attended to for more than 64 steps.
 
-    A head attends to a key at a step at which its weight is above ``1/n`` in a row of ``n`` keys, and at the key's
-    arrival. So sinks, which are attended to all the time, have no part in it. A row with no more than a tenth of its
-    mass on such keys has no value. LazyEviction, arXiv:2506.15969, describes tokens that recur after hundreds of steps.
+    A head attends to a key at the step of its arrival, and at each step at which its weight is above ``1/n`` in a row
+    of ``n`` keys. Sinks are attended to at nearly every step, so they are not counted. A row with at most a tenth of
+    its mass on such keys has no value. LazyEviction, arXiv:2506.15969, describes tokens that are attended to again
+    after hundreds of steps.
     """
     late, all_late = rows.once("late", lambda: _late(rows))
     kept = moments(late, rows.visible, rows.steps).mass

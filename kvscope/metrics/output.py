@@ -1,4 +1,4 @@
-"""How far the output of attention is from what it would have been."""
+"""The error of the output of attention: its distance from the output over all keys."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from kvscope.metrics.base import Rows, metric
 
 @metric("output_error", direction="lower", range=(0.0, None), when_nothing_evicted=0.0, needs={"values"})
 def output_error(rows: Rows) -> Tensor:
-    """Relative error of a head's output, ``||o_live - o_full|| / ||o_full||``, where ``o`` is the row times the values.
+    """Relative error of a head's output, ``||o_live - o_full|| / ||o_full||``; ``o`` is the row times the values.
 
-    Mass says how much attention was lost, this metric whether that changes the output: values differ in size, and the
-    visible ones may point the same way as a lost one. Full rows are divided by their sum, as live rows are. A head
-    whose full output is zero has no value; a live row without mass gives 1.
+    Attention mass measures how much attention is lost; this metric measures how much that changes the output. The two
+    differ because values differ in size, and because visible values may have the direction of an evicted one. Full rows
+    are divided by their sum, as live rows are. A head whose full output is zero has no value. A live row without mass
+    gives 1.
     """
     values = rows.signals["values"]  # [., L, G, n, D]
     full = rows.once("output", lambda: _output(rows.whole, values))

@@ -72,7 +72,7 @@ class Past:
 def last_attended(full: Tensor, start: int, last: Tensor) -> Tensor:
     """Return the last step before each row at which each key was attended to, int32 ``[.., b + 1, n]``.
 
-    The last one is what the step after the block begins with. The number of operations does not depend on that of the
+    The additional last entry is for the step after the block. The number of operations does not depend on that of the
     rows, which matters on a GPU; on a CPU a loop over them is faster.
 
     Parameters

@@ -53,27 +53,27 @@ def trace(
     progress: Callable[[Progress], None] | None = None,
     announce: Callable[[RecordingPlan], None] | None = None,
 ) -> Trace:
-    """Return a trace: the recorded attention of a model that reads prompts and continues them.
+    """Record the attention of a model that reads prompts and continues them, and return the trace.
 
     Parameters
     ----------
-    prompts, images, output : files of texts, JSON or JSON lines, as `kvscope.model.prompt_files.read_prompts` describes
-        them; files of images of a single prompt; folder of the trace, ``traces/PROMPT-MODEL`` by default
+    model : str or (model, tokenizer)
+        A Hub id, a local folder or ``demo``; or a loaded model with its tokenizer.
+    prompts, images, output
+        Files of texts, as `kvscope.model.prompt_files.read_prompts` describes them; files of images, for one prompt;
+        folder of the trace, by default ``traces/PROMPT-MODEL``.
     progress, announce : callable, optional
         Called with `Progress` after every forward pass; with the `RecordingPlan` before the first one.
-    other parameters : fields of the records below, which document them; errors as of `compile_recording` and its plan
+    other parameters
+        Fields of `ModelSource`, `TextOptions`, `StoreOptions`, `Sampling` and `BlockOptions`, which describe them.
     """
-    given = _given(answers, images)
     source = ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize)
-    plan = compile_recording(
-        source,
-        prompts,
-        OutputOptions(default_output(source, prompts) if output is None else Path(output), force, command),
-        text=TextOptions(continuation, chat, max_new_tokens, seed, field, system, chat_options or {}, *given),
-        store=StoreOptions(store, _numbers(layers), _numbers(heads), query_stride, hidden, outputs, reread),
-        sampling=Sampling(do_sample, temperature, top_p, top_k),
-        blocks=BlockOptions(query_block, prefill_chunk),
-    )
+    place = OutputOptions(default_output(source, prompts) if output is None else Path(output), force, command)
+    given = _given(answers, images)
+    text = TextOptions(continuation, chat, max_new_tokens, seed, field, system, chat_options or {}, *given)
+    kept = StoreOptions(store, _numbers(layers), _numbers(heads), query_stride, hidden, outputs, reread)
+    sampling, blocks = Sampling(do_sample, temperature, top_p, top_k), BlockOptions(query_block, prefill_chunk)
+    plan = compile_recording(source, prompts, place, text=text, store=kept, sampling=sampling, blocks=blocks)
     return _executed(plan, progress, announce)
 
 

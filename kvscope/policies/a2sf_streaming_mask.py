@@ -14,9 +14,9 @@ from kvscope.policies.base import variant
 class A2SFStreamingMask(A2SF):
     """Reproduce the paper's mask evaluation, ``utils_lm_eval`` at fd63e32.
 
-    It evicts inside the prompt as well, hence streaming prefill, and scores per query head. Its decisions are those of
-    the plain rule with streaming prefill; the code has a special case for ``alpha = 0`` only because its evicted keys
-    have infinite sums.
+    That evaluation evicts inside the prompt too, hence streaming prefill, and it has scores for each query head. Its
+    decisions are those of the plain rule with streaming prefill. The code treats ``alpha = 0`` as a special case only
+    because the sums of evicted keys are infinite there.
 
     >>> from kvscope.replay.example import held
     >>> held("a2sf:variant=streaming-mask", [[1], [0.6, 0.4], [0.1, 0.2, 0.7]], 2, prefill="stream")

@@ -81,7 +81,7 @@ class Traits:
 
 @dataclass(frozen=True)
 class Policy:
-    """An eviction policy: parameters as fields, a score for every visible key at every step.
+    """An eviction policy: its parameters are fields, and it gives every visible key a score at every step.
 
     A subclass is a frozen dataclass under ``@policy("name")``, or under ``@variant("name", "variant")`` where a
     published code differs from the plain rule. It never evicts, rounds a budget or protects a key itself, and keeps
@@ -241,7 +241,7 @@ P = TypeVar("P", bound=Policy)
 
 
 def policy(name: str) -> Callable[[type[P]], type[P]]:
-    """Return a decorator that registers a policy class under `name`."""
+    """Return a decorator that registers a policy class under a name, by which commands and `replay` find it."""
 
     def register(cls: type[P]) -> type[P]:
         cls.name = name
@@ -286,7 +286,7 @@ def variant_parameter(plain: str = "plain") -> Any:
 
 
 def parameter(default: object, help: str, search: Sequence[object] = ()) -> Any:
-    """Return a dataclass field with a default, a line of help, and the default values for ``kvscope tune``."""
+    """Return a field for a parameter of a policy: its default, a line of help, and values for ``kvscope tune``."""
     return field(default=default, metadata={"help": help, "search": tuple(search)})
 
 

@@ -15,13 +15,13 @@ from kvscope.policies.citation import Citation
 class Belady(Policy):
     """Evict so that later rows lose the least attention mass: the bound for every policy that cannot restore keys.
 
-    Score of key ``j``: the step after which the optimal schedule evicts it. The schedule is computed beforehand, as an
-    exact assignment of keys to steps, from all full rows of the head (the mean of its query heads). No policy that
-    holds as many keys at every step retains more mass in any head; with ``scope=layer``, none that decides per layer.
-    This is the optimal replacement of L. A. Belady (IBM Systems Journal 5(2), 1966, doi:10.1147/sj.52.0078) for keys
-    that have weights and do not return. It is a bound and cannot be deployed, since it uses later rows.
+    Score of key ``j``: the step after which the optimal schedule evicts it. The schedule is computed in advance from
+    all full rows of the head, each the mean of its query heads; it is an exact assignment of keys to steps. No policy
+    that holds as many keys at every step retains more mass in any head. With ``scope=layer`` this holds for policies
+    that decide per layer.
 
-    Key 0 has the least weight in row 2 and is retained, since row 3 attends to it:
+    This is the optimal replacement of L. A. Belady (IBM Systems Journal 5(2), 1966, doi:10.1147/sj.52.0078), for keys
+    that have weights and do not return. It is a bound and cannot be deployed, because it uses later rows.
 
     >>> from kvscope.replay.example import held
     >>> held("belady", [[1], [.5, .5], [.1, .6, .3], [.7, .0, .2, .1]], budget=2)[:3]

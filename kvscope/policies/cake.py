@@ -20,13 +20,15 @@ from kvscope.policies.snapkv import Pooling, odd, pooled, voting
 class CAKE(Policy):
     """Retain the keys with a large or varying weight in the last rows of the prompt; later, in the newest row.
 
-    At the end of the prompt ``mean + gamma * variance`` of the last `window` rows of each query head, afterwards the
-    newest row, each pooled over `kernel` neighbours; then `group` reduces the query heads of a group to one (with
-    ``reduce=rows`` their rows, before all that). The newest `window` keys are protected (at most half of the budget).
-    The budget is allocated as by ``--allocate cake``. arXiv:2503.12491, sections 4.1 and 4.2; code antgroup/cakekv,
-    whose variance divides by one row less. That code evicts nothing from a prompt of up to ``B + window`` keys; here
-    the budget is `B`. After the prompt it pools over keys in the order in which it stores them, by score; here
-    neighbours are those in the text.
+    At the end of the prompt each query head scores key ``j`` by ``mean + gamma * variance`` of its weights in the last
+    `window` rows. At later steps the score is the weight in the newest row. Scores are pooled over `kernel` neighbours,
+    and `group` reduces those of the query heads of a group to one. With ``reduce=rows`` the rows of the query heads are
+    reduced before anything else. The newest `window` keys are protected (at most half of the budget). The budget is
+    allocated as by ``--allocate cake``.
+
+    arXiv:2503.12491, sections 4.1 and 4.2; code antgroup/cakekv. As in that code, the variance divides by one row less.
+    That code evicts nothing from a prompt of up to ``B + window`` keys; here the budget is `B`. After the prompt it
+    pools over keys in the order in which it stores them, by score; here neighbours are those in the text.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.3, .3, .4], [.3, .1, .5, .1], [.3, .4, .1, .1, .1]]

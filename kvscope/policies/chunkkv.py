@@ -30,16 +30,19 @@ from kvscope.policies.snapkv import Pooling, odd, pooled, sum_of_newest, voting
 class ChunkKV(Policy):
     """Retain the chunks of neighbouring keys that the last rows of the prompt attend to, and the last keys.
 
-    Chunk ``i`` holds the keys at positions ``i * chunk`` to ``(i + 1) * chunk - 1``. A key's vote is the sum of its
-    weights over the last `window` rows; the score of all keys of a chunk is the sum of their votes. The keys of the
-    window are protected and vote for no chunk: they can shorten the last one, as the end of the prompt can.
-    arXiv:2502.00299, which takes ``B / chunk`` chunks. Here the budget is exact: of the chunk that it cuts
-    the newest keys stay, which the paper leaves open. The reuse of indices in several layers is not reproduced.
+    Chunk ``i`` holds the keys at positions ``i * chunk`` to ``(i + 1) * chunk - 1``. The vote of a key is the sum of
+    its weights over the last `window` rows. Every key of a chunk has the same score: the sum of the votes of all its
+    keys. The keys of the window are protected, and their votes count for no chunk. So the window can shorten the last
+    chunk, as the end of the prompt can.
+
+    arXiv:2502.00299. The paper retains ``B / chunk`` chunks. Here the budget is exact: of the chunk that only fits in
+    part, the newest keys are retained, which the paper does not define. The paper's reuse of indices in several layers
+    is not reproduced.
 
     As in the code, NVIDIA/kvpress, ``ChunkKVPress``, one decision holds for a layer. That code pools the votes where
-    its base does (``pooling=avg``), counts a chunk of the window in whole, compares means (``chunk_score=mean``) so
-    that a short last chunk is not behind, and retains whole chunks only, so that it holds up to one chunk less than
-    the budget. Its default is 20 keys; the paper's is 10. The window is at most half of the budget.
+    its base does (``pooling=avg``). It counts a chunk with keys of the window in whole. It compares means
+    (``chunk_score=mean``), so that a short last chunk has no disadvantage. It retains whole chunks only, so it holds up
+    to one chunk less than the budget. Its default is 20 keys, the paper's 10. The window is at most half of the budget.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.4, .3, .3], [.4, .1, .2, .3], [.4, .1, .3, .1, .1]]

@@ -23,19 +23,24 @@ JITTER = 0.01  # added to the diagonal that is inverted, as in the code
 class Compactor(Policy):
     """Retain the keys with a high leverage score, or with much attention from earlier and later queries nearby.
 
-    Leverage: the keys as before their rotary embedding, minus their mean and times a random matrix of `sketch` columns,
-    are ``X``; the score of key ``j`` is ``x_j (X'X)^-1 x_j``. Attention: the keys are divided into chunks of `chunk`;
-    the weights of all queries of a chunk on all its keys are added up, without a mask and without a factor of the
-    logits, averaged over the query heads of a group, multiplied by the norm of the value, and averaged over three
-    neighbours. Both are scaled to mean 0 and deviation 1 over the heads of a layer, and `blend` times the leverage plus
-    the attention is the score. The first `sinks` keys (at most two thirds of the budget) and the newest `recent` (a
-    third) are protected and take no part. It evicts once, at the end of the prompt; if it is to evict later as well,
-    retained keys and their queries take part. arXiv:2507.08143; code NVIDIA/kvpress,
-    ``compactor_press.py``, where `blend` is the share that is evicted, as here, and the last chunk is filled with
-    zeros, which attend and are attended to. Ours: one random matrix for all heads.
+    Leverage: ``X`` is the matrix of the keys before their rotary embedding, minus their mean, times a random matrix of
+    `sketch` columns. The leverage of key ``j`` is ``x_j (X'X)^-1 x_j``.
 
-    Example: no rotation, and one chunk. All queries look in the direction of keys 1 and 3, and key 0 is alone in
-    another, but is not seen: with blend=0 it is evicted.
+    Attention: the keys are divided into chunks of `chunk`. In each chunk the weights of all its queries on all its keys
+    are added up, without a causal mask and without a factor of the logits. The sums are averaged over the query heads
+    of a group, multiplied by the norm of the value, and averaged over three neighbours.
+
+    Both are scaled to mean 0 and deviation 1 over the heads of a layer. The score is `blend` times the leverage, plus
+    the attention. The first `sinks` keys (at most two thirds of the budget) and the newest `recent` (at most a third)
+    are protected, and have no part in either. It evicts once, at the end of the prompt. If it must evict later too, the
+    retained keys and their queries have a part.
+
+    arXiv:2507.08143; code NVIDIA/kvpress, ``compactor_press.py``. As in that code, `blend` is by default the share of
+    the keys that is evicted, and the last chunk is filled with zeros, which attend and are attended to. Ours: one
+    random matrix for all heads.
+
+    Example: no rotation, and one chunk. All queries have the direction of keys 1 and 3. Key 0 is the only one with
+    another direction, but no query attends to it: with ``blend=0`` it is evicted.
 
     >>> from kvscope.replay.example import held
     >>> keys, still = [[0.0, 3.0], [1.0, 0.0], [0.1, 0.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]

@@ -19,13 +19,14 @@ from kvscope.policies.spec import parse_policy
 class CriticalKV(Policy):
     """Retain the keys that the base policy scores highest, then those that also change the output of the layer most.
 
-    A share `first` of the budget goes to the keys with the highest scores of the base, its protected keys among them.
-    The rest goes by ``(score + epsilon) * |W_o v|``: the L1 norm of the key's value after the output projection, mean
-    over the query heads of a group. `base` is any policy that evicts to a budget, with parameters in parentheses;
-    phase, scope, protection and allocation are those of the base. arXiv:2502.03805; code
-    NVIDIA/kvpress, ``criticalkv_press.py``. Ours: where a base has scores below zero, they are shifted to start at
-    zero; where one decision holds for a layer, the norms of its heads are averaged. The trace must hold the norms:
-    ``kvscope trace --outputs``.
+    A share `first` of the budget is for the keys with the highest scores of the base, its protected keys among them.
+    The rest is for the keys with the largest ``(score + epsilon) * |W_o v|``, where ``|W_o v|`` is the L1 norm of the
+    key's value after the output projection, averaged over the query heads of a group. `base` is any policy that evicts
+    to a budget, with parameters in parentheses. Phase, scope, protection and allocation are those of the base.
+
+    arXiv:2502.03805; code NVIDIA/kvpress, ``criticalkv_press.py``. Ours: scores of a base that are below zero are
+    shifted so that they start at zero; where one decision holds for a layer, the norms of its heads are averaged. The
+    trace must contain the norms: ``kvscope trace --outputs``.
 
     Example: budget 2 of 3 keys. Key 0 has the largest weight. Of the others key 1 has the larger weight, and key 2 the
     larger product, .2 times 3.

@@ -21,14 +21,16 @@ Combination = Literal["product", "mean", "key", "value"]
 class CurDKV(Policy):
     """Retain the keys with the highest approximate leverage scores of key and value; no weights are read.
 
-    Score of key ``j``: ``|k_j|^2 |v_j|^2``, each divided by the sum over the `window` neighbours that it is in a part
-    with, counted from the first key of the cache; with ``window=0`` they are not divided. It evicts once, at the end of
-    the prompt; if it is to evict later as well, the retained keys are divided into parts anew. arXiv:2509.15038;
-    code NVIDIA/kvpress, ``cur_press.py``. As by default in that code, keys and values are not
+    The keys of the cache are divided into parts of `window` neighbours, counted from the first key. Score of key ``j``:
+    ``|k_j|^2 |v_j|^2``, where each of the two factors is divided by its sum over the part that the key is in. With
+    ``window=0`` they are not divided. It evicts once, at the end of the prompt. If it must evict later too, the
+    retained keys are divided into parts anew.
+
+    arXiv:2509.15038; code NVIDIA/kvpress, ``cur_press.py``. As in that code by default, keys and values are not
     projected on random directions first.
 
-    Example: parts of two keys and no sinks. Key 0 has half of what its part has of both, key 1 too; of the other part
-    key 3 has nearly all.
+    Example: parts of two keys and no sinks. Keys 0 and 1 each have half of both sums of their part. In the other part
+    key 3 has nearly all of both sums.
 
     >>> from kvscope.replay.example import held
     >>> states = [[2.0, 0.0], [0.0, 2.0], [0.1, 0.1], [1.0, 0.0]]

@@ -20,7 +20,7 @@ class ParameterDescription(TypedDict):
 
 
 class PolicyDescription(TypedDict):
-    """One policy. The entries from `needs` on are its traits with the default parameters; see `Policy`."""
+    """One policy. The entries from ``needs`` on are its traits with the default parameters; see `Policy`."""
 
     name: str
     summary: str
@@ -42,10 +42,29 @@ class PolicyDescription(TypedDict):
 
 
 def describe(name: str | None = None) -> list[PolicyDescription]:
-    """Return the description of one policy, or of all.
+    """Return the descriptions of all policies, or of one, as plain data.
 
-    ``variants`` holds the choices of the parameter ``variant``, if there is one; ``doc`` and ``proven`` include those
+    Each is a dict with the rule (``summary``, ``doc``, ``formula``), the ``parameters`` with defaults and help, the
+    source (``paper``), what decisions were compared with (``proven``), and the traits with the default parameters.
+    ``variants`` lists the choices of the parameter ``variant``, if there is one; ``doc`` and ``proven`` include those
     of each variant.
+
+    Parameters
+    ----------
+    name : str, optional
+        Name of a policy; by default all are described.
+
+    Raises
+    ------
+    UsageError
+        If there is no policy of that name.
+
+    Example
+    -------
+    >>> import kvscope
+    >>> (tova,) = kvscope.policies("tova")
+    >>> tova["scope"], tova["phase"], tova["paper"]
+    ('layer', 'step', 'arXiv:2401.06104 section 4.2')
     """
     classes = [POLICIES.get(name)] if name else [cls for _, cls in POLICIES.items()]
     return [_description(cls) for cls in classes]

@@ -16,12 +16,14 @@ from kvscope.policies.citation import Citation
 class DMS(Policy):
     """Evict the keys whose learned gates are closed, each after `window` newer keys; there is no budget.
 
-    Dynamic memory sparsification: whether a key is evicted is decided when it arrives, and it leaves `window` steps
-    later, so that the queries in between still see it. It applies to the keys of the prompt and to later ones.
-    arXiv:2506.05345; the rule of delay is also that of the code NVIDIA/kvpress, ``dms_press.py``, and its
-    `window` the default. The paper trains the model itself to decide. Ours: the decisions are those of a gate that
-    ``kvscope gate train`` made, for a model that stays as it is; with ``--distill`` it learns from recorded attention.
-    A key is retained if its gate exceeds the threshold of its training plus `margin`. Traces need ``--hidden``.
+    Dynamic memory sparsification decides when a key arrives whether it is evicted, but evicts it `window` steps later,
+    so that the queries in between still see it. This holds for the keys of the prompt and for later ones. A key is
+    retained if its gate exceeds the threshold of its training plus `margin`.
+
+    arXiv:2506.05345; code NVIDIA/kvpress, ``dms_press.py``, which has the same delay and the same default of `window`.
+    The paper trains the model itself to decide. Ours: the decisions are those of a gate that ``kvscope gate train``
+    made, for a model that does not change; with ``--distill`` the gate learns from recorded attention. The trace must
+    contain layer inputs: ``kvscope trace --hidden``.
 
     Example: the gates of keys 0 and 1 are closed; each is evicted when two newer keys exist.
 

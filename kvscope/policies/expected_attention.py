@@ -20,15 +20,18 @@ from kvscope.policies.rotation import Rotation
 class ExpectedAttention(Policy):
     """Retain the keys that future queries are expected to attend to, if their distribution is that of past queries.
 
-    The past queries, before their rotary embedding and without those of the first `sinks` tokens, have a mean and a
-    covariance, which the mean rotation of the next `future` positions turns: ``m`` and ``C``. Expected logit of key
-    ``k``: ``k m / sqrt(D) + k C k / (2 D)``. A softmax over the keys after the sinks, the mean over the query heads
-    of a group, plus `epsilon`, times the L2 norm of the key's value is the score. It evicts once, at the end of the
-    prompt; if it is to evict later as well, all queries so far count. arXiv:2510.00636; code by its
-    authors, NVIDIA/kvpress, ``expected_attention_press.py``. A model needs a rotary embedding with fixed
-    frequencies; a rotation of some dimensions only is followed. As in that code, logits are divided by ``sqrt(D)``.
+    The past queries are taken before their rotary embedding, without those of the first `sinks` tokens. Their mean and
+    covariance are turned by the mean rotation of the next `future` positions; the results are ``m`` and ``C``. The
+    expected logit of key ``k`` is ``k m / sqrt(D) + k C k / (2 D)``. A softmax over the keys after the sinks gives
+    weights, which are averaged over the query heads of a group. Score of a key: this weight plus `epsilon`, times the
+    L2 norm of its value. It evicts once, at the end of the prompt. If it must evict later too, all queries so far
+    count.
 
-    Example: no rotation (frequencies 0), every query is (0, 2): key 1 points the other way and is evicted.
+    arXiv:2510.00636; code by its authors, NVIDIA/kvpress, ``expected_attention_press.py``. As in that code, logits are
+    divided by ``sqrt(D)``. The model must have a rotary embedding with fixed frequencies, which may rotate only some of
+    the dimensions.
+
+    Example: no rotation (frequencies 0), and every query is (0, 2). Key 1 has the opposite direction and is evicted.
 
     >>> from kvscope.replay.example import held
     >>> keys, still = [[0.0, 1.0], [0.0, -1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]

@@ -22,21 +22,21 @@ RULES = ("special", "punctuation", "frequent", "local", "full")  # each retains 
 class FastGen(Policy):
     """Retain the keys of one of five rules in each head: the first rule that recovers the attention of the prompt.
 
-    The rules: special tokens; also punctuation; also the most attended of the other keys, a share `frequent` of all
-    keys so far; also the newest keys, a share `local`; every key. At the end of the prompt a head takes the first rule
-    under which the keys that are retained have at least `recover` of the attention mass of the prompt's rows, on
-    average; for the newest keys, those of each row. It follows that rule to the end. A key that the rule no longer
-    retains is evicted, the current one too, once its query has attended. There is no budget: compare it with policies
-    that hold as many keys on average, which the summary shows.
+    The rules retain more and more keys: special tokens; also punctuation; also the most attended of the other keys, a
+    share `frequent` of all keys so far; also the newest keys, a share `local`; every key. At the end of the prompt each
+    head selects the first rule whose keys have at least `recover` of the attention mass of the prompt's rows, on
+    average; the newest keys are then those of each row. The head follows this rule to the end. A key that the rule no
+    longer retains is evicted; the current key too, once its query has attended. There is no budget: compare the policy
+    with others that hold as many keys on average, which the summary shows.
 
-    arXiv:2310.01801. Its full text was not available. The authors' repository, machilusZ/FastGen, has no code and names
-    AnswerDotAI/cold-compress, whose ``KVCacheHybrid`` and ``fastgen.yaml`` were read: the five rules, the test, 0.3 and
-    0.3 are from there. Ours: shares are of the keys so far, there of the longest text that the cache has room for; keys
-    are ordered by the sum of their weights, there by a mean over 400 rows; a group decides from the mean of its query
-    heads; no first keys are retained, there four (``global_tokens``).
+    arXiv:2310.01801. Its full text was not available. The authors' repository, machilusZ/FastGen, has no code and
+    refers to AnswerDotAI/cold-compress, whose ``KVCacheHybrid`` and ``fastgen.yaml`` were read: the five rules, the
+    test, 0.3 and 0.3 are from there. Ours: shares are of the keys so far; there, of the longest text for which the
+    cache has room. Keys are ordered by the sum of their weights; there, by a mean over 400 rows. A group decides from
+    the mean of its query heads. No first keys are retained; there, four (``global_tokens``).
 
-    Special are the tokens that the tokenizer calls so, and no others; punctuation are those without letters and digits.
-    A trace says which: `special_tokens` in ``trace.json``; imported ones do not.
+    Special tokens are those that the tokenizer marks as special; punctuation are tokens without letters and digits. A
+    trace records which tokens are special (`special_tokens` in ``trace.json``); imported traces do not.
 
     Example
     -------

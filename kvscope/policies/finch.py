@@ -20,17 +20,19 @@ from kvscope.policies.snapkv import sum_of_newest, voting
 class Finch(Policy):
     """Retain the keys that the question attends to, with the same share of every chunk of the context.
 
-    The question is the last `window` tokens of the prompt, whose keys are protected. Score of key ``j``: the sum of its
-    weights over the rows of the question, each multiplied by the number of keys before the query (`normalise`), since
-    a row over more keys has smaller weights. With `chunk` the keys are cut into chunks of so many neighbours; the
-    score is then the key's rank among those of its chunk, as a share of their number, so that chunks retain equal
-    shares, the question counting in the last one. Without it all keys compete. arXiv:2408.00167; code
-    NVIDIA/kvpress, ``FinchPress``, whose delimiter in the prompt says how long the question is: set `window` to that.
+    The question is the last `window` tokens of the prompt; its keys are protected. Score of key ``j``: the sum of its
+    weights over the rows of the question. Each weight is multiplied by the number of keys before the query
+    (`normalise`), because weights are smaller in a row over more keys. With `chunk` the keys are divided into chunks of
+    that many neighbours. The score is then the rank of the key in its chunk, as a share of the number of keys there, so
+    that all chunks retain equal shares; the question counts as a part of the last chunk. Without `chunk` all keys
+    compete.
 
-    The paper reads one chunk after the other, each with the question behind it and the retained keys of earlier chunks
-    before it; here, as in that code, the prompt is read once. That code rounds the share of each chunk down; here the
-    budget is exact, and of equal shares the older key is evicted. It also rotates the keys to the positions of a
-    shorter text: ``--positions compacted`` in the closed loop. The window is at most half of the budget.
+    arXiv:2408.00167; code NVIDIA/kvpress, ``FinchPress``. There a delimiter in the prompt gives the length of the
+    question; here set `window` to it. The paper reads one chunk after the other, each with the question after it and
+    the retained keys of earlier chunks before it. Here, as in that code, the prompt is read once. That code rounds the
+    share of each chunk down; here the budget is exact, and of equal shares the older key is evicted. That code also
+    rotates the keys to the positions of a shorter text; in the closed loop ``--positions compacted`` does this. The
+    window is at most half of the budget.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .2, .5, .2], [.1, .2, .4, .1, .2]]

@@ -17,8 +17,8 @@ from kvscope.policies.h2o import H2O
 class H2OFlexGen(H2O):
     """Reproduce ``h2o_flexgen`` of FMInference/H2O: ``(B + 1) // 2`` heavy keys and one fewer of the newest.
 
-    That code cannot hold an even number of keys. At the end of the prompt every older key competes; at each later step
-    the key that has just become too old for the newest ones does not.
+    That code cannot hold an even number of keys. At the end of the prompt, all keys that are older than the newest ones
+    compete. At each later step, the key that has just become too old for the newest ones does not compete.
 
     Example
     -------

@@ -18,9 +18,9 @@ from kvscope.policies.history import wider
 class H2OMask(H2O):
     """Reproduce ``utils_hh`` of FMInference/H2O, the simulation that most papers compare with.
 
-    The budget includes the current key. A key that is no longer one of the newest is hidden for one step while it
-    competes with the heavy ones, and may then become visible again. A cache of exactly the budget is not reduced yet.
-    Nothing is dropped, so this is a sparse reader.
+    The budget includes the current key. A key that is no longer one of the newest competes with the heavy keys. It is
+    hidden for the one step in which it competes, and may then become visible again. A cache of exactly the budget is
+    not reduced yet. Nothing is evicted, so this is a sparse reader.
 
     Example
     -------

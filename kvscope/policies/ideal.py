@@ -16,10 +16,10 @@ from kvscope.policies.base import Policy, Step, policy
 class Ideal(Policy):
     """Read the current key and the ``B`` heaviest others in each row: the bound for every policy with this budget.
 
-    The keys are selected anew at each step, from the row of that step, so a key that was not selected before can be
-    selected now: no cache can do that. Shares of the row are averaged over the query heads of a group; of equal ones
-    the newer key is selected. With one query head per key/value head this is the set of the metrics
-    ``ideal_mass`` and ``ideal_cosine`` (A2SF, arXiv:2407.20485, section 4.3), which choose for each query head.
+    The keys are selected anew at each step, from the row of that step. So a key that was not selected before can be
+    selected now, which no cache can do. Shares of the row are averaged over the query heads of a group; of equal shares
+    the newer key is selected. With one query head per key/value head, this is the set of the metrics `ideal_mass` and
+    `ideal_cosine` (A2SF, arXiv:2407.20485, section 4.3), which select keys for each query head.
 
     >>> from kvscope.replay.example import held
     >>> held("ideal", [[1], [.5, .5], [.1, .8, .1], [.7, .1, .1, .1]], budget=1)

@@ -16,12 +16,13 @@ from kvscope.policies.citation import Citation
 class Indexer(Policy):
     """Read the keys that the model's own learned index selects for the query, as recorded; hold all keys.
 
-    DeepSeek-V3.2 and models like it have a small indexer in a layer, which scores every key for a query, and attend to
-    the keys with the highest scores alone: the recorded rows have no weight on others. How many that is, the model
-    says; a budget has no effect. The current key counts as read even where it is not chosen. Only a trace of such a
-    model has the choice. Its rows are those over the chosen keys, so the mass that it retains is 1, and that of other
-    policies is the share of what the model itself reads. DeepSeek-V3.2, arXiv:2512.02556, section 2.1; the choice is
-    that of the model's code in transformers.
+    In DeepSeek-V3.2 and similar models, a small indexer in a layer scores every key for a query, and the query attends
+    only to the keys with the highest scores: the recorded rows have no weight on others. The model defines how many
+    keys it selects, so a budget has no effect. The current key counts as read even if it is not selected.
+
+    Only a trace of such a model contains the selection. Its rows are over the selected keys, so the retained mass of
+    this policy is 1, and that of other policies is the share of what the model itself reads. DeepSeek-V3.2,
+    arXiv:2512.02556, section 2.1; the selection is that of the model's code in transformers.
 
     >>> from kvscope.replay.example import held
     >>> held("indexer", [[1], [0.5, 0.5], [0.4, 0, 0.6], [0, 0.3, 0.7, 0]], budget=4, prompt=1)

@@ -16,12 +16,12 @@ from kvscope.policies.key_norm import KeyNorm
 class KeyNormL2Compress(KeyNorm):
     """Reproduce alessiodevoto/l2compress, ``cache.py``, which has no budget.
 
-    Whenever a head holds `prune_after` keys or more, it retains the ``ceil(keep_ratio * held)`` with the smallest
-    norms, so the number of keys rises and falls repeatedly. Of equal norms the older key is retained; in the code the
-    choice is undefined. The code retains every key by default (``keep_ratio=1``); the default here is the 0.9 of its
-    first example.
+    When a head holds `prune_after` keys or more, it retains the ``ceil(keep_ratio * held)`` keys with the smallest
+    norms. So the number of keys rises and falls repeatedly. Of equal norms the older key is retained; the code does not
+    define which. The code retains every key by default (``keep_ratio=1``); the default here is the 0.9 of its first
+    example.
 
-    Example: half of the keys at four or more: of the norms 3, 1, 2 and 5 the two smallest.
+    Example: of four or more keys half are retained, here those with the two smallest of the norms 3, 1, 2 and 5.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1.0], [0.5] * 2, [0.3] * 3, [0.25] * 4]

@@ -17,13 +17,15 @@ from kvscope.policies.citation import Citation
 class KeyDiff(Policy):
     """Retain the keys whose direction differs most from the mean direction of all retained keys.
 
-    Score of key ``j``: ``-cos(k_j, m)`` with ``m`` the mean of ``k_i / |k_i|`` over the visible keys ``i``; no weights
-    are read and nothing is protected. arXiv:2504.15364, section 3; code NVIDIA/kvpress, ``keydiff_press.py``, which
-    evicts once, at the end of the prompt; the paper's blocks are a wrapper there. Here the keys are scored anew at
-    every step that evicts. Two keys are always equally close to their mean: with a budget of one, rounding decides.
+    Score of key ``j``: ``-cos(k_j, m)``, where ``m`` is the mean of ``k_i / |k_i|`` over the visible keys ``i``. No
+    weights are read, and nothing is protected. Keys are scored anew at every step that evicts. Two keys are always
+    equally close to their mean, so with a budget of one key rounding decides.
 
-    Example: budget 2; keys 0 and 1 have the same direction, key 2 is orthogonal: of the two equal ones the older is
-    evicted. The direction of key 3 is close to the mean of the two retained keys, and it is evicted at once.
+    arXiv:2504.15364, section 3; code NVIDIA/kvpress, ``keydiff_press.py``, which evicts once, at the end of the prompt.
+    The paper evicts after each block of the prompt, for which that code has a wrapper.
+
+    Example: budget 2. Keys 0 and 1 have the same direction, and key 2 is orthogonal to both: of the two equal ones the
+    older is evicted. The direction of key 3 is close to the mean of the two retained keys, so it is evicted at once.
 
     >>> from kvscope.replay.example import held
     >>> keys = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]

@@ -20,18 +20,20 @@ from kvscope.policies.citation import Citation
 class LaCache(Policy):
     """Retain the first and the newest keys, and some keys in between, which differ from layer to layer.
 
-    With ``L`` layers, ``before = 1 + ceil((L - span) / (span - overlap))`` neighbouring keys of the cache become
-    ``after = ceil(span / (span - overlap))``, at most ``before - 1``: those from the ``i``-th on in layer ``i``,
-    counted modulo ``before - after + 1``. So a key is held by about `span` layers and its neighbours by the next ones:
-    a ladder. A cursor goes through the cache, ``after`` keys at a time, from the `sinks` to the newest ``L`` keys; when
-    it has arrived there it starts again, and thins out what is left. arXiv:2507.14204; code
-    GATECH-EIC/LaCache, ``kv_cache.py``, whose `span` of 16 is half of 32 layers, as here by default.
+    With ``L`` layers, each ``before = 1 + ceil((L - span) / (span - overlap))`` neighbouring keys of the cache are
+    reduced to ``after = ceil(span / (span - overlap))``, at most ``before - 1``. Layer ``i`` retains those from the
+    ``i``-th on, counted modulo ``before - after + 1``. So a key is held by about `span` layers, and its neighbours by
+    the next ones: a ladder. A cursor moves through the cache, ``after`` keys at a time, from the `sinks` to the newest
+    ``L`` keys. When it arrives there, it starts again and reduces what is left.
 
-    That code evicts ``before - after`` keys at once when its cache exceeds the budget, and lets it grow again; here
-    they are evicted one at a time, so that the budget is kept exactly and both hold the same keys whenever that code's
-    cache is full. It thins out a long prompt in one pass with wider steps; here the prompt's keys are evicted as if
-    they had arrived one by one. Sinks are at most a quarter, the newest keys at most half of the budget. With a budget
-    of its own for each layer, the order of evictions is that for their mean. The rule reads no signal.
+    arXiv:2507.14204; code GATECH-EIC/LaCache, ``kv_cache.py``, whose `span` of 16 is half of 32 layers; here half of
+    the layers is the default. That code evicts ``before - after`` keys at once when its cache exceeds the budget, and
+    lets the cache grow again. Here keys are evicted one at a time, so that the budget is kept exactly; both hold the
+    same keys whenever that code's cache is full. That code reduces a long prompt in one pass with wider steps. Here the
+    keys of the prompt are evicted as if they had arrived one by one.
+
+    Sinks are at most a quarter of the budget, the newest keys at most half. If each layer has its own budget, the order
+    of evictions is that for their mean. The rule reads no signal.
 
     >>> from kvscope.replay.example import held
     >>> held("lacache:sinks=1", [[1 / n] * n for n in range(1, 9)], budget=5)[-3:]  # of 1, 2 goes 2; of 3, 4 goes 4

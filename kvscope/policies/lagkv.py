@@ -18,18 +18,18 @@ from kvscope.policies.citation import Citation
 class LagKV(Policy):
     """Retain the keys of each part of the prompt that vary most when scaled by the next part; no weights are read.
 
-    After the sinks the prompt is cut into parts of `lag` keys. Every dimension of a part's keys is scaled by the
-    minimum and maximum of the next part; the standard deviation over the dimensions of each key, as a softmax over the
-    part, is its key score. Values are scored in the same way, and both scores are averaged. The final score of a key is
-    its rank in its part, the lowest being 0. The last whole part and the remainder, which have no next part, rank above
-    the others, the newest highest; with fewer than two whole parts this holds for all keys. It evicts once, at the end
-    of the prompt; if it is to evict later as well, the retained keys are divided into parts anew.
+    After the sinks the prompt is divided into parts of `lag` keys. Every dimension of the keys of a part is scaled by
+    its minimum and maximum in the next part. The standard deviation of a key over its dimensions, passed through a
+    softmax over the part, is its key score. Values are scored in the same way, and the two scores are averaged. The
+    final score of a key is its rank in its part, 0 for the lowest. The last whole part and the remainder have no next
+    part: they rank above all others, the newest key highest. With fewer than two whole parts this holds for all keys.
+    It evicts once, at the end of the prompt. If it must evict later too, the retained keys are divided into parts anew.
 
-    arXiv:2504.04704; code NVIDIA/kvpress, ``lagkv_press.py``. That code retains a share of the prompt, here it is `B`
-    keys. Equal ranks, and the keys at the end, are ties that it breaks arbitrarily; here the oldest key is evicted
-    first. A dimension that is constant in the next part, a division by zero there, is not scaled.
+    arXiv:2504.04704; code NVIDIA/kvpress, ``lagkv_press.py``. That code retains a share of the prompt; here it is `B`
+    keys. That code breaks ties arbitrarily, among equal ranks and among the keys at the end; here the oldest key is
+    evicted first. A dimension that is constant in the next part is not scaled; that code divides by zero there.
 
-    Example: parts of two keys and no sinks. Of keys 0 and 1 the second varies more over its dimensions.
+    Example: parts of two keys and no sinks. Of keys 0 and 1, key 1 varies more over its dimensions.
 
     >>> from kvscope.replay.example import held
     >>> states = [[0.5, 0.5], [0.1, 0.9], [0.0, 0.0], [1.0, 1.0]]

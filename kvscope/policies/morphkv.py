@@ -19,19 +19,19 @@ from kvscope.policies.history import History
 class MorphKV(Policy):
     """Retain the older keys that any of the last `window` queries attends to most, and the newest ones.
 
-    With ``W = min(window, B // 2)``: the rows of the ``W`` queries before the current one are taken over the keys older
-    than the newest ``W + 1`` and normalised to sum to one; a key's score is the largest (``fuse=max``) or the sum
-    (``fuse=sum``) of its weights in them. The newest ``W + 1`` keys are protected. Of grouped heads the logits are
-    added, so their probabilities are multiplied. arXiv:2503.00979; code ghadiaravi13/MorphKV, ``patch_llama.py``.
+    With ``W = min(window, B // 2)``, the newest ``W + 1`` keys are protected. The rows of the ``W`` queries before the
+    current one are restricted to the older keys and divided by their sum. The score of a key is the largest
+    (``fuse=max``) or the sum (``fuse=sum``) of its weights in these rows. For grouped heads the logits of the query
+    heads are added, so their probabilities are multiplied.
 
-    That code keeps ``CAP + 1`` keys, the current one included, so ``B = CAP + 1``. It evicts before the current query
-    attends, which changes no decision, so here a query sees one key more; and it first evicts from the prompt at the
-    first decoding step, whereas here that is at the prompt's end. Not reproduced: its ``evict_after``, which lets
-    the cache grow past its budget, and its masks per query head, which grouped heads have there in the step that
-    evicts.
+    arXiv:2503.00979; code ghadiaravi13/MorphKV, ``patch_llama.py``. That code retains ``CAP + 1`` keys, the current one
+    included, so ``B = CAP + 1``. It evicts before the current query attends, which changes no decision, so here a query
+    sees one key more. It first evicts from the prompt at the first decoding step; here this is at the end of the
+    prompt. Two things are not reproduced: its ``evict_after``, which lets the cache grow beyond its budget, and its
+    masks per query head, which grouped heads have there in the step that evicts.
 
-    Example: budget 3, ``window=1``. At row 3 the keys beyond the newest two are 0 and 1; row 2 has .1 and .6 for them,
-    so key 0 is evicted, whatever row 3 has.
+    Example: budget 3, ``window=1``. At row 3 the keys older than the newest two are 0 and 1. Row 2 gives them .1 and
+    .6, so key 0 is evicted, whatever row 3 is.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1.0], [0.5, 0.5], [0.1, 0.6, 0.3], [0.7, 0.1, 0.1, 0.1]]

@@ -19,15 +19,15 @@ from kvscope.policies.snapkv import voting
 class PyramidInfer(Policy):
     """Retain recent and first keys, and those that recent rows of the prompt attend to; fewer in deeper layers.
 
-    Score of key ``j``: the sum of its weights over the recent rows, averaged over the query heads of the layer; of
-    ``m`` rows the oldest counts once, the newest `distance` times, those between in equal steps. Recent keys, a share
-    `recent` of the budget and one more, and the first `sinks` are protected. The budget is allocated as by
-    ``--allocate decay``. arXiv:2405.12532; code mutonix/pyramidinfer, with the settings of its
-    ``llama2_7b.json``.
+    Score of key ``j``: a weighted sum of its weights over the recent rows, averaged over the query heads of the layer.
+    The oldest row counts once, the newest `distance` times, and those between in equal steps. The recent keys, which
+    are a share `recent` of the budget and one more, and the first `sinks` are protected. The budget is allocated as by
+    ``--allocate decay``.
 
-    In that code `recent` is a share of the prompt, and a token that leaves the cache of a layer is not computed in the
-    later ones; here each layer chooses among all keys of the prompt. What it evicts after the prompt, 16 tokens at a
-    time, is not reproduced: what is generated stays. Recent keys are at most half, sinks a quarter of the budget.
+    arXiv:2405.12532; code mutonix/pyramidinfer, with the settings of its ``llama2_7b.json``. In that code `recent` is a
+    share of the prompt, and a token that is evicted in one layer is not computed in the later ones. Here each layer
+    selects among all keys of the prompt. That code also evicts after the prompt, 16 tokens at a time. This is not
+    reproduced: what is generated is retained. Recent keys are at most half of the budget, sinks at most a quarter.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .3, .4, .2]]

@@ -15,10 +15,10 @@ from kvscope.policies.snapkv import SnapKV
 class PyramidKV(SnapKV):
     """Retain the keys that the last rows of the prompt attend to; the budget shrinks from layer to layer.
 
-    The score is SnapKV's. The budget is allocated as by ``--allocate pyramid``: in addition to the window, from about
-    twice the mean in the first layer to a twentieth in the last. arXiv:2406.02069, section 4.2; code
-    Zefan-Cai/KVCache-Factory, ``PyramidKVCluster``. That code decreases by whole keys and so uses up to one key per
-    layer more; here the total is that of the uniform allocation.
+    The score is SnapKV's. The budget is allocated as by ``--allocate pyramid``: in addition to the window, a layer gets
+    from about twice the mean (the first) to a twentieth of it (the last). arXiv:2406.02069, section 4.2; code
+    Zefan-Cai/KVCache-Factory, ``PyramidKVCluster``. In that code the budget decreases by whole keys from layer to
+    layer, so it uses up to one key per layer more. Here the total is that of the uniform allocation.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.6, .1, .3], [.1, .5, .2, .2]]

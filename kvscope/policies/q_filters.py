@@ -15,13 +15,15 @@ from kvscope.policies.citation import Citation
 class QFilters(Policy):
     """Retain the newest keys, and those with the largest dot product with their head's filter; no weights are read.
 
-    A filter is the principal direction of a model's queries, computed once: the first right singular vector of the
-    queries of a query head, with the sign that most of them have, averaged over the query heads of a group.
+    A filter is the principal direction of a model's queries, computed once. It is the first right singular vector of
+    the queries of a query head, with the sign that most of them have, averaged over the query heads of a group.
     ``kvscope gate filters TRACE`` makes the file from a trace with vectors; ``filters=demo`` are those of the bundled
-    model. arXiv:2503.02812; code NathanGodey/qfilters, ``make_filters.py`` and ``hf_cache.py``, which
-    evicts at every step and retains the newest keys; NVIDIA/kvpress, ``qfilter_press.py``, evicts once and protects
-    none: ``recent=0`` and ``--compress prefill``. Both files of filters have the other sign. A model is known by its
-    sizes, and by a sample of its weights where both traces have it (``--hidden``).
+    model.
+
+    arXiv:2503.02812; code NathanGodey/qfilters, ``make_filters.py`` and ``hf_cache.py``, which evicts at every step and
+    retains the newest keys. NVIDIA/kvpress, ``qfilter_press.py``, evicts once and protects none: ``recent=0`` and
+    ``--compress prefill``. The files of filters of both have the opposite sign. A model is identified by its sizes, and
+    by a sample of its weights where both traces contain it (``--hidden``).
 
     Example: budget 2; the products of the keys with the filter are 2, -1, 1 and 0.5.
 

@@ -22,21 +22,25 @@ BLOCK = 2**24  # numbers in one block of cosines between keys
 class RKV(Policy):
     """Retain the keys that the last queries attend to and that no other key resembles, and the newest `window`.
 
-    ``score = mix_lambda * attention - (1 - mix_lambda) * redundancy``. Attention: for each of the last `window`
-    queries the logits of the keys before the window (the largest of the query heads of a group, divided by the root of
-    the head size) through a softmax, averaged over the queries and max-pooled over `pooling` retained
-    neighbours. Redundancy: the cosines ``c_ij`` of all retained keys, without ``c_ii`` and, for each ``i``,
-    without the newest ``j`` with ``c_ij > similar``; the mean over ``i``, through a softmax over ``j``.
+    ``score = mix_lambda * attention - (1 - mix_lambda) * redundancy``.
+
+    Attention: each of the last `window` queries has logits on the keys before the window, divided by the root of the
+    head size; of the query heads of a group, the largest logit counts. A softmax turns them into weights, which are
+    averaged over the queries and max-pooled over `pooling` retained neighbours.
+
+    Redundancy: ``c_ij`` are the cosines of all retained keys. ``c_ii`` is excluded, and for each ``i`` the newest ``j``
+    with ``c_ij > similar``. The mean of the others over ``i``, passed through a softmax over ``j``, is the redundancy
+    of key ``j``.
 
     It evicts at the end of the prompt and then every 128 steps; in between the cache grows beyond its budget. The
     window is at most half of the budget. arXiv:2505.24133, section 3; code Zefan-Cai/R-KV, ``r1_kv.py``. If a key
-    resembles no other, that code excludes ``c_i0``; here nothing is excluded. It counts all tokens, those of the
-    prompt included, and evicts after the query at position 128, 256 and so on; here the 128 steps are counted from
-    the end of the prompt, so decisions are the same only where the prompt has 1, 129, 257 ... tokens. After its first
-    eviction it stores keys in order of their score, so it pools over other neighbours; here keys stay in order of
-    position. As in that code, the logits equal the model's only if the model scales by the root of the head size.
+    resembles no other, that code excludes ``c_i0``; here nothing is excluded. It counts all tokens, those of the prompt
+    included, and evicts after the query at position 128, 256 and so on. Here the 128 steps are counted from the end of
+    the prompt, so decisions are the same only if the prompt has 1, 129, 257 ... tokens. After its first eviction it
+    stores keys in the order of their scores, so it pools over other neighbours; here keys remain in the order of their
+    positions. As in that code, the logits equal the model's only if the model scales by the root of the head size.
 
-    Example: budget 3, so a window of one key. Keys 0 and 1 are equal, so each makes the other redundant; key 2
+    Example: budget 3, so a window of one key. Keys 0 and 1 are equal, so each makes the other redundant. Key 2
     resembles only key 3, which is not counted. Of keys 0 and 1 the older is evicted.
 
     >>> from kvscope.replay.example import held

@@ -18,15 +18,16 @@ from kvscope.policies.citation import Citation
 class RaaS(Policy):
     """Retain the prompt, and the most recently used pages of the later keys.
 
-    Page ``i`` holds the keys at positions ``i * page`` to ``(i + 1) * page - 1``, and has the largest weight of its
-    keys. A query uses the pages whose weight exceeds `alpha`, or with `share` this share of the visible pages, those
-    with the largest weights, rounded up; a page also counts as used when a key arrives. Score of a key: the last step
-    at which its page was used. arXiv:2502.11147, whose pages have 16 keys; the authors' code is not public.
+    Page ``i`` holds the keys at positions ``i * page`` to ``(i + 1) * page - 1``; its weight is the largest weight of
+    its keys. A query uses the pages whose weight exceeds `alpha`. With `share` it uses that share of the visible pages
+    instead, those with the largest weights, rounded up. A page also counts as used when a key arrives in it. Score of a
+    key: the last step at which its page was used.
 
-    There the weight of a page is estimated from a representative key, as in Quest; here it is the largest true one,
-    and of a page the oldest keys are evicted first, so that the budget is kept exactly. The prompt counts in the
-    budget. Where it leaves no room for a generated key, the paper has no rule: then keys of the prompt are ranked as
-    the others are, by the rows of the prompt too. With ``keep_prompt=False`` they always are.
+    arXiv:2502.11147, whose pages have 16 keys; the authors' code is not public. In the paper the weight of a page is
+    estimated from a representative key, as in Quest; here it is the largest true weight. Of a page the oldest keys are
+    evicted first, so that the budget is kept exactly. The prompt counts in the budget. The paper has no rule for a
+    prompt that leaves no room for a generated key. Then keys of the prompt are ranked like all others, and the rows of
+    the prompt count as well. With ``keep_prompt=False`` this is always so.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [.5, .5], [.4, .3, .3], [.3, .1, .4, .2], [.2, .1, .1, .4, .2]]

@@ -21,23 +21,24 @@ Schedule = Literal["fixed", "dynamic"]
 class RecycledAttention(Policy):
     """Read the heaviest keys of the last full row and all later keys; read all keys every `stride` steps.
 
-    A full step sees every key. The ``K = B`` keys with the largest weights in its row (query heads of a group reduced
-    by `group`, then max-pooled) are the recycled set. A partial step sees that set and the current key. Then the
-    current key is added to the set, and while the set has more than ``K`` keys, the one with the lowest weight in that
-    full row is removed. Keys generated since that row are removed last, the oldest first. Of equal weights the older
-    key is removed first.
+    A full step sees every key. The ``K = B`` keys with the largest weights in its row are the recycled set; `group`
+    reduces the rows of the query heads of a group, which are then max-pooled. A partial step sees that set and the
+    current key. Then the current key is added to the set, and while the set has more than ``K`` keys, the one with the
+    lowest weight in that full row is removed. Keys generated since that row are removed last, the oldest first. Of
+    equal weights the older key is removed first.
 
-    The end of the prompt is a full step (with streaming prefill: step 0). ``schedule=fixed``: so is every `stride`-th
-    step after it. ``schedule=dynamic``: at every `compare_every`-th step after it each layer compares its query,
-    averaged over query heads, with that of its last full step; a cosine above `threshold` makes the step partial.
-    Steps in between are partial. The paper does not define whether queries are compared before or after the rotary
-    embedding; here it is after.
+    The end of the prompt is a full step (with streaming prefill: step 0). With ``schedule=fixed``, every `stride`-th
+    step after it is full too. With ``schedule=dynamic``, each layer compares its query, averaged over query heads, with
+    that of its last full step at every `compare_every`-th step after it; the step is partial if their cosine is above
+    `threshold`, and full otherwise. Steps in between are partial. The paper does not define whether queries are
+    compared before or after the rotary embedding; here it is after.
 
-    arXiv:2411.05787; no code is public. A set smaller than ``K`` grows before a key is removed, whereas the paper's
-    pseudocode always removes one. There keys are lost if the stride exceeds ``K``; here a sparse reader holds all keys.
+    arXiv:2411.05787; no code is public. Here a set smaller than ``K`` grows before a key is removed; the paper's
+    pseudocode always removes one. In the paper keys are lost if the stride exceeds ``K``; here a sparse reader holds
+    all keys.
 
-    Example: budget 2, a full row (.5 .2 .3) at the end of the prompt. Step 3 reads keys 0, 2 and 3, then key 2 is
-    removed from the set; step 4 reads keys 0, 3 and 4, then key 0 is removed.
+    Example: budget 2, and a full row (.5 .2 .3) at the end of the prompt. Step 3 reads keys 0, 2 and 3; then key 2 is
+    removed from the set. Step 4 reads keys 0, 3 and 4; then key 0 is removed.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1.0], [0.5, 0.5], [0.5, 0.2, 0.3], [0.1, 0.7, 0.1, 0.1], [0.2] * 5, [0.1, 0.5, 0.1, 0.1, 0.1, 0.1]]
@@ -150,11 +151,12 @@ class RecycledAttention(Policy):
 class RefreshKV(RecycledAttention):
     """Read as Recycled Attention does, but pool the full row, and compare queries to decide when to read all keys.
 
-    The rule of `RecycledAttention` with max-pooling 7 of the full row and ``schedule=dynamic``: every 10th step, a
-    cosine of at most .85 makes the step full. The paper uses .85 for Llama-3.1-8B and .95 for Qwen2-7B, and compares
-    every 5 or 10 steps. RefreshKV, ACL 2025 (arXiv:2411.05787), figure 2 and section 2.2; no code is public.
+    The rule is that of `RecycledAttention`, where the full row is max-pooled over 7 keys, and ``schedule=dynamic``:
+    queries are compared at every 10th step, and a cosine of at most .85 makes the step full. The paper uses .85 for
+    Llama-3.1-8B and .95 for Qwen2-7B, and compares every 5 or 10 steps. RefreshKV, ACL 2025 (arXiv:2411.05787), figure
+    2 and section 2.2; no code is public.
 
-    Example: with ``compare_every=1`` the query turns at step 4, which therefore reads everything.
+    Example: with ``compare_every=1`` the query changes its direction at step 4, which therefore reads every key.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1.0], [0.5, 0.5], [0.5, 0.2, 0.3], [0.1, 0.7, 0.1, 0.1], [0.2] * 5]

@@ -28,18 +28,20 @@ NEWEST = 1e9  # deviation beyond any weight's: of the newest keys
 class RoCo(Policy):
     """Evict the key with the smallest mean weight, except for the keys whose weight has varied most.
 
-    Over the rows that saw key ``j``: mean ``m[j]`` and standard deviation ``s[j]`` of its weight. With ``w =
-    int(std_ratio * B)``, the ``w + 1`` visible keys with the largest ``s`` are out of reach, and of the others (at a
+    Over the rows that saw key ``j``, its weight has the mean ``m[j]`` and the standard deviation ``s[j]``. With
+    ``w = int(std_ratio * B)``, the ``w + 1`` visible keys with the largest ``s`` are not evicted. Of the others (at a
     step that evicts one, the ``B - w`` with the smallest ``s``) the one with the smallest ``m`` is evicted. The newest
-    `recent` keys are protected, at most half of the budget. Where several keys are evicted at once, as at the end of a
-    prompt, that many of the smallest ``m`` are, which is how the authors' code thins out a prompt in chunks. That code
-    averages the rows of a group's query heads first; with ``reduce=scores`` `group` reduces the means and the variances
-    of the heads. Of equal deviations the older key counts as the smaller, where that code leaves the choice open.
+    `recent` keys are protected, at most half of the budget.
 
-    Ren and Zhu, arXiv:2402.06262; code DRSY/EasyKV, ``easykv.py``, whose decoding mode is the variant.
+    Ren and Zhu, arXiv:2402.06262; code DRSY/EasyKV, ``easykv.py``, whose decoding mode is the variant. If several keys
+    are evicted at once, as at the end of a prompt, they are those with the smallest ``m``; the authors' code reduces a
+    prompt in chunks in the same way. That code averages the rows of a group's query heads first. With
+    ``reduce=scores``, `group` reduces the means and the variances of the heads instead. Of equal deviations the older
+    key counts as the smaller; that code does not define it.
 
     Example: budget 3, ``std_ratio=0.4`` (``w = 1``), ``recent=1``. After row 3 the means of keys 0 to 2 are .65, .2 and
-    .275, the deviations .23, .28 and .03. Key 1 has varied most and key 3 is the newest: key 2 is evicted, not key 1.
+    .275, and the deviations .23, .28 and .03. Key 1 has varied most and key 3 is the newest. So key 2 is evicted, not
+    key 1.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1.0], [0.4, 0.6], [0.7, 0.0, 0.3], [0.5, 0.0, 0.25, 0.25]]

@@ -18,9 +18,9 @@ UNKNOWN = 2e9  # deviation above that of the newest keys: where rounding left no
 class RoCoEasyKV(RoCo):
     """Reproduce the decoding mode of DRSY/EasyKV, ``easykv.py``: it retains the prompt, which the rule ignores.
 
-    ``B`` is the prompt plus that code's budget ``b``, and ``w`` comes from ``b``. The newest 10 count as varying most
-    instead of being protected, so with ``b`` under 30 some of them may be evicted, and a variance that rounds below
-    zero counts as the largest of all.
+    ``B`` is the number of prompt keys plus that code's budget ``b``, and ``w`` is computed from ``b``. The newest 10
+    keys are not protected but count as those that vary most; with ``b`` under 30 some of them may therefore be evicted.
+    A variance that rounds below zero counts as the largest of all.
 
     Example: a prompt of one key, and two more. Key 1 has varied most and key 3 is the newest: key 2 is evicted.
 

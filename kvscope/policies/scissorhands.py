@@ -27,11 +27,13 @@ from kvscope.policies.lru import even_share
 class Scissorhands(Policy):
     """Evict the key that got less than its even share of attention in most of the last rows.
 
-    Score of key ``j``: minus the number of rows ``q`` among the last `history` with ``w_q[j] < mean of w_q over V_q``,
-    which is ``1 / |V_q|`` for a row that sums to one. arXiv:2305.17118, algorithms 1 and 2, with one key evicted at a
-    time; the newest `recent` keys are protected, at most half of the budget. With
-    ``reduce=scores`` each query head counts its own rows, and `group` reduces the scores: ``max`` retains a key that
-    any head would retain. The paper has no grouped heads. The authors' code has another rule, the variant.
+    Score of key ``j``: minus the number of rows ``q`` among the last `history` with ``w_q[j] < mean of w_q over V_q``.
+    This mean is ``1 / |V_q|`` for a row that sums to one. The newest `recent` keys are protected, at most half of the
+    budget. With ``reduce=scores`` each query head counts its own rows, and `group` reduces the scores: ``max`` retains
+    a key that any head would retain.
+
+    arXiv:2305.17118, algorithms 1 and 2; here one key is evicted at a time. The paper has no grouped heads. The
+    authors' code has another rule, which is the variant.
 
     Example
     -------

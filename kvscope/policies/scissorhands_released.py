@@ -18,11 +18,11 @@ from kvscope.policies.scissorhands import Scissorhands
 class ScissorhandsReleased(Scissorhands):
     """Reproduce lzcemma/Scissorhands, ``hf_opt_dropkv.py``: no budget, but a threshold.
 
-    Row ``q`` marks the keys above its own 90th percentile, taken over the whole row with the zeros of the future (``T``
-    numbers, so it depends on the length of the text) before anything is evicted. From row `start` on a query sees the
-    keys marked by any of the `lru_window` rows before it, and the `position_window` keys before it. Prompt and later
-    text are treated in the same way, hence streaming prefill. The code evicts nothing in the first five layers; here
-    all layers are treated in the same way. `history` and `recent` are not used.
+    Row ``q`` marks the keys above its own 90th percentile, before anything is evicted. The percentile is taken over the
+    whole row with zeros for future keys: ``T`` numbers, so it depends on the length of the text. From row `start` on a
+    query sees the keys that any of the `lru_window` rows before it marked, and the `position_window` keys before it.
+    Prompt and later text are treated in the same way, hence streaming prefill. The code evicts nothing in the first
+    five layers; here all layers are treated in the same way. `history` and `recent` are not used.
 
     Example
     -------

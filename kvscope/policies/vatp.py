@@ -30,12 +30,12 @@ from kvscope.policies.spec import parse_policy
 class VATP(Policy):
     """Retain the keys that the base policy retains when each weight is multiplied by the norm of the key's value.
 
-    The base policy observes ``w_t[j] * |v_j|`` in place of ``w_t[j]``; `base` is any policy that reads weights, with
-    parameters in parentheses. Phase and scope are those of the base. The keys that it protects are protected, and so
-    are the first `sinks` keys (at most a quarter of the budget). Guo et al., arXiv:2406.12335; code guozhiyu/vatp,
+    The base policy observes ``w_t[j] * |v_j|`` in place of ``w_t[j]``. `base` is any policy that reads weights, with
+    parameters in parentheses. Phase and scope are those of the base. The keys that the base protects are protected, and
+    also the first `sinks` keys (at most a quarter of the budget). Guo et al., arXiv:2406.12335; code guozhiyu/vatp,
     ``modify_llama.py``, which is the variant.
 
-    Example: budget 1, row 1 is (.6 .4), and the values' norms are 1 and 2: the scores are .6 and .8, so key 0 is
+    Example: budget 1. Row 1 is (.6 .4), and the norms of the values are 1 and 2. The scores are .6 and .8, so key 0 is
     evicted.
 
     >>> from kvscope.replay.example import held

@@ -19,14 +19,16 @@ HISTORY, LAST = 400, 10  # over scissorhands: rows of the prompt that count, and
 class VATPMask(VATP):
     """Reproduce guozhiyu/vatp, ``modify_llama.py``, with base ``h2o`` or ``scissorhands``.
 
-    Keys are hidden, never dropped, and a query sees ``heavy + recent = B`` keys and the current one. With base ``h2o``
-    each is half of ``B``. With base ``scissorhands``, ``recent`` is 10, and the score is not a count: the sum of the
-    prompt's last 400 rows divided by 400, to which every later row is added undivided. The first `sinks` scores are set
-    to the largest number at the end of the prompt, so sinks beyond ``heavy`` are lost. Of equal scores the older key is
-    shown; in the code the choice is undefined. So a hidden key that scores 0, like a visible one, can become visible
-    again. The code without VATP is ``norm=none,sinks=0``. It has no grouped heads; here their mean is used.
+    Keys are hidden, never evicted. A query sees ``heavy + recent = B`` keys and the current one. With base ``h2o`` each
+    of the two is half of ``B``. With base ``scissorhands``, ``recent`` is 10, and the score is not a count: it is the
+    sum of the prompt's last 400 rows divided by 400, to which every later row is added undivided. At the end of the
+    prompt the first `sinks` scores are set to the largest number, so sinks beyond ``heavy`` are lost. Of equal scores
+    the older key is shown; the code does not define which. So a hidden key can become visible again if it scores 0 and
+    a visible one does too. The code without VATP is ``norm=none,sinks=0``. It has no grouped heads; here their mean is
+    used.
 
-    Example: budget 2, so one heavy and one recent key. With the norms of the values key 1 has 1.5 and key 0 has 2.1.
+    Example: budget 2, so one heavy and one recent key. With the norms of the values, key 1 has a score of 1.5 and key 0
+    of 2.1.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [0.6, 0.4], [0.5, 0.3, 0.2], [0.1, 0.1, 0.2, 0.6]]

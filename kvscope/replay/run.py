@@ -57,9 +57,9 @@ def replay(
     trace : Trace
         Recorded attention.
     policies : str, Policy, class of a policy, or sequence of these
-        Names as on the command line (``a2sf:alpha=0.7``), policy objects, or classes with their default parameters.
+        Names as on the command line (``a2sf:alpha=0.7``), policy objects, or classes, which have default parameters.
     budgets : str, int, float, Budget, or sequence of these
-        ``"20%,256"``; every policy runs under every budget. ``256`` is a number of keys, ``0.2`` is ``"20%"``.
+        ``256`` keys per key/value head; ``"20%"`` or ``0.2`` of the prompt, with streaming prefill of the sequence.
     output : Path or str, optional
         Folder to write. If omitted, the replay is in a temporary folder that is removed with the returned object.
     metrics : sequence of str, Metric or function, optional

@@ -38,22 +38,22 @@ def plot(
     step: int | None = None,
     span: str | None = None,
 ) -> Figure:
-    """Return a Plotly figure of a replay, or of several.
+    """Return one panel of the report as a Plotly figure, of a replay or of several.
 
     Parameters
     ----------
     replays : Replay or sequence of Replay
-        What to show.
+        The replays to show.
     name : str
         A panel of the page. Lines: ``budget_curve``, ``over_time``, ``depth``, ``outcome``, ``answers``, ``sweep``,
         ``queries``, ``norms``, ``inspector``. Maps: ``head_map``, ``residency``, ``agreement``, ``spans``.
     metric : str, optional
-        By default the first metric with a better direction.
+        Name of the metric to show; by default the first one with a better direction.
     run : int, optional
         Number of a run of the first replay: the one that maps show, and the one whose budget ``over_time`` and
         ``agreement`` show. By default the run that the page shows first.
     traces : mapping of str to Trace, optional
-        As for `report`.
+        Traces of the replays by identity, as for `report`.
     policies : sequence of str
         Labels of the policies whose lines are shown. By default those that the page shows first; others are hidden in
         the legend.
@@ -66,7 +66,7 @@ def plot(
     Raises
     ------
     UsageError
-        Unknown figure, metric, run, axis, layer or span.
+        If the figure, metric, run, axis, layer or span is unknown.
     ResultError
         If the metric has no value to show.
     """

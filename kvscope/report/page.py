@@ -36,16 +36,16 @@ def report(
     spans: Mapping[str, Sequence[NamedSpan]] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Return the path of one self-contained HTML page that shows replays.
+    """Write one self-contained HTML page that shows replays, and return its path.
 
-    The same input gives the same bytes. The page fetches nothing.
+    The page loads nothing from the network. The same input gives the same bytes.
 
     Parameters
     ----------
     replays : sequence of Replay
-        One or more.
+        The replays to show, at least one.
     traces : mapping of str to Trace
-        Their traces by identity, as far as they are available.
+        Their traces by identity, as far as they are available: ``{trace.identity: trace}``.
     output : Path
         File to write.
     force : bool
@@ -57,7 +57,7 @@ def report(
     spans : mapping of str to sequence of NamedSpan, optional
         Spans to show beside those of the prompts, by ``identity/number`` of a trace and its sequence.
     progress : callable, optional
-        Called after every panel with the share of the panels that are made, 0 to 1.
+        Called after every panel with the completed share, from 0 to 1.
 
     Raises
     ------

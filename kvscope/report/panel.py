@@ -66,7 +66,10 @@ PANELS: Registry[Panel] = Registry("panel", "kvscope.panels", "kvscope.report.pa
 def panel(
     name: str, *, title: str, order: int, needs: Iterable[str] = ("summary",), help: str, detail: bool = False
 ) -> Callable[[Builder], Builder]:
-    """Return a decorator that registers a function from `ReportInput` to plain data as a panel.
+    """Return a decorator that registers a function from `ReportInput` to plain data as a panel of the report.
+
+    The parameters are attributes of `Panel`, which describes each. The script that draws the data is in a file beside
+    the module, with the same name and the suffix ``.js``.
 
     Raises
     ------

@@ -58,13 +58,23 @@ class DiffRow:
 
     @property
     def fails(self) -> bool:
-        """Whether it fails a CI regression check."""
+        """Whether the row makes a CI regression check fail."""
         return self.verdict in REGRESSIONS
 
 
 @dataclass(frozen=True)
 class Diff:
-    """The comparison of two summaries; `decisions` is None where they were not compared."""
+    """The comparison of two summaries, as a CI regression check uses it.
+
+    Attributes
+    ----------
+    base, new : str
+        Where the summaries are from.
+    rows : list of DiffRow
+        One for each run and metric.
+    decisions : list of Decisions or None
+        For each run, where its evictions differ; None if decisions were not compared.
+    """
 
     base: str
     new: str
@@ -73,12 +83,12 @@ class Diff:
 
     @property
     def regressions(self) -> list[DiffRow]:
-        """Rows that fail a CI regression check: worse, missing."""
+        """The rows that make a CI regression check fail: those that are ``worse`` or ``missing``."""
         return [row for row in self.rows if row.fails]
 
     @property
     def changed_decisions(self) -> list[Decisions]:
-        """Runs whose decisions differ, which fails a CI regression check too."""
+        """The runs whose decisions differ, which also makes a CI regression check fail."""
         return [run for run in self.decisions or () if not run.equal]
 
     @property
@@ -87,7 +97,7 @@ class Diff:
         return bool(self.regressions or self.changed_decisions)
 
     def shown(self, everything: bool = False) -> list[DiffRow]:
-        """Return the rows to show: all if they are few, otherwise those that changed."""
+        """Return the rows to show: all if `everything` or if they are few, otherwise those that changed."""
         if everything or len(self.rows) <= FEW:
             return self.rows
         return [row for row in self.rows if row.verdict != "same"]
@@ -124,14 +134,15 @@ def diff(
     first: int = FIRST,
     sources: tuple[str, str] = ("base", "new"),
 ) -> Diff:
-    """Return how `new` differs from `base`, run by run and metric by metric.
+    """Return how the summary of one replay differs from that of another, by run and metric.
 
     Parameters
     ----------
     base, new : SummaryRecord
-        Summaries, as `load_summary` gives them.
+        The summaries: ``replay.summary``, or what `load_summary` reads from a file.
     tolerance : float, Tolerance, or mapping of str to these
-        How much a metric may become worse; in a mapping, ``""`` is for metrics without an entry.
+        How much a metric may become worse: one for all metrics, or a mapping from their names, in which ``""`` is for
+        metrics without an entry.
     decisions : bool
         Whether to compare also at which step each key was evicted.
     first : int

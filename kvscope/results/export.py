@@ -63,10 +63,10 @@ def export(
     long: bool = False,
     force: bool = False,
 ) -> Path:
-    """Return the folder to which the tables of a replay are written; large tables are written in pieces.
+    """Write a replay as tables that need no join, and return their folder; large tables are written in pieces.
 
     ``runs`` has a row for each policy and budget with the means of the summary. ``fidelity`` has the metrics,
-    ``residency`` the residency intervals, ``tokens`` the losses of a closed loop; of right answers see `answer_tables`.
+    ``residency`` the residency intervals, ``tokens`` the losses of a closed loop; of answers see `answer_tables`.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def export(
     form : {"parquet", "csv", "arrow"}
         Format of the files; ``arrow`` is the IPC file format, also called Feather.
     per : {"step", "head", "layer", "sequence", "run"}
-        What a row of ``fidelity`` is: a step of a head as it was recorded, or a mean over steps, then heads, ...
+        What a row of ``fidelity`` is: one step of one head, or a mean over steps, then heads, then layers, and so on.
     long : bool
         Whether ``fidelity`` has a row for each metric (``metric``, ``value``) rather than a column; rows without a
         value are omitted.

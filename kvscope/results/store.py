@@ -34,14 +34,14 @@ UNREADABLE = (OSError, pa.ArrowException, MemoryError, ValueError, OverflowError
 
 
 class Replay:
-    """A complete replay on disk. Open one with `open_replay`.
+    """A complete replay on disk: `replay` makes one, `open_replay` opens one.
 
     Attributes
     ----------
     path : Path
         Its folder.
     info : ReplayRecord
-        All of ``run.json``.
+        The content of ``run.json``: runs, metrics, and how the replay was made.
     """
 
     def __init__(self, path: Path, info: ReplayRecord) -> None:
@@ -85,7 +85,7 @@ class Replay:
         table : {"summary", "fidelity", "residency", "tokens", "answers"}
             ``summary`` has a row for each policy and budget with the mean of every metric; the others are files.
         per : {"row", "step", "head", "layer", "sequence", "run"}
-            For ``fidelity``: what keeps a row of its own; its metrics are averaged over the rest.
+            For ``fidelity``: what has a row of its own; metrics are averaged over everything below it.
 
         Raises
         ------
@@ -135,7 +135,7 @@ class Replay:
         return self._frame("tokens", run, sequence, None)
 
     def answers(self, run: int | None = None, sequence: int | None = None) -> pd.DataFrame:
-        """Return what closed-loop runs say after each prompt, and its score: the columns of ``answers.parquet``.
+        """Return what closed-loop runs generate after each prompt, and its score: the columns of ``answers.parquet``.
 
         Raises
         ------
@@ -149,7 +149,7 @@ class Replay:
         return self._frame("answers", run, sequence, None)
 
     def resident(self, run: int, sequence: int, layer: int) -> NDArray[np.bool_]:
-        """Return ``R_t`` for every step, bool ``[G, T, T]``: whether key ``k`` is held after step ``t``.
+        """Return which keys are held after each step, bool ``[G, T, T]``: ``[g, t, k]`` for key ``k`` after step ``t``.
 
         Raises
         ------
@@ -159,7 +159,7 @@ class Replay:
         return self._mask(run, sequence, layer, 0)
 
     def visible(self, run: int, sequence: int, layer: int) -> NDArray[np.bool_]:
-        """Return ``V_t`` for every step, bool ``[G, T, T]``: what was held after ``t - 1``, and key ``t``."""
+        """Return which keys each query can attend to, bool ``[G, T, T]``: those held after ``t - 1``, and ``t``."""
         return self._mask(run, sequence, layer, 1)
 
     def _mask(self, run: int, sequence: int, layer: int, shift: int) -> NDArray[np.bool_]:

@@ -1,9 +1,9 @@
 """Fetch a trace, a replay or a summary from another machine, once: what is fetched is kept in a cache.
 
-What is at an address is known by its content: the header of a folder, or the list of a packed file, has the checksums
-of everything else. It is read each time and decides which copy is used: what was changed is fetched anew, whether or
-not a server tells when. Fetched files are compared with their checksums before they get a name, and again when they
-are used.
+A copy is identified by its content: the header of a folder, or the list of a packed file, contains the checksums of
+everything else. The header is read each time and determines which copy is used. So what has changed is fetched anew,
+even if a server does not report when it changed. Fetched files are compared with their checksums before they get a
+name, and again when they are used.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Fetched:
 
 
 def fetch(url: str, kind: Kind | None = None, *, progress_callback: Progress = no_progress) -> Fetched:
-    """Return a local copy of the folder, packed file or ``summary.json`` at an address.
+    """Return a local copy of the folder, packed file or ``summary.json`` at an address; it is copied only once.
 
     Parameters
     ----------

@@ -43,7 +43,7 @@ def import_cache(
     kv_heads: int | None = None,
     force: bool = False,
 ) -> Trace:
-    """Return a trace made from an activation cache of TransformerLens or nnsight.
+    """Write a trace from an activation cache of TransformerLens or nnsight, and return it.
 
     Parameters
     ----------

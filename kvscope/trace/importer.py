@@ -40,7 +40,7 @@ def import_maps(
     learned_sinks: bool = False,
     force: bool = False,
 ) -> Trace:
-    """Return a trace made from the attention arrays in a file.
+    """Write a trace from the attention arrays in a file, and return it.
 
     Parameters
     ----------

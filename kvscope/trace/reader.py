@@ -44,10 +44,10 @@ class States(NamedTuple):
 
 
 class Trace:
-    """A complete trace on disk. Open one with `open_trace`.
+    """A complete trace on disk: `trace` records one, `open_trace` (``kvscope.open``) opens one.
 
-    The methods are the same for every store: signals that are not stored are recomputed from stored vectors. To compute
-    rows on a device instead, read `vectors` in blocks; ``header.attention`` defines how they become weights.
+    All methods work for every store: what is not stored is recomputed from stored vectors. To compute rows on a device
+    instead, read `vectors` in blocks; ``header.attention`` defines how weights are computed from them.
 
     Attributes
     ----------
@@ -91,17 +91,17 @@ class Trace:
 
     @property
     def heads(self) -> int:
-        """``H``, query heads of a layer; the most where layers differ (see `heads_of`)."""
+        """``H``, the number of query heads of a layer; the largest if layers differ (see `heads_of`)."""
         return self.header.heads
 
     @property
     def kv_heads(self) -> int:
-        """``G``, key/value heads of a layer; the most where layers differ."""
+        """``G``, the number of key/value heads of a layer; the largest if layers differ."""
         return self.header.kv_heads
 
     @property
     def head_dim(self) -> int:
-        """``D``, size of a head; the largest where layers differ."""
+        """``D``, the size of a head; the largest if layers differ."""
         return self.header.head_dim
 
     def heads_of(self, layer: int) -> LayerHeads:
@@ -122,13 +122,13 @@ class Trace:
 
     @property
     def storage_error(self) -> StorageError | None:
-        """How far rebuilt rows of store ``topk`` can be from the recorded ones; None if the rows are exact."""
+        """The largest error of rebuilt rows of store ``topk``; None if the rows are exact."""
         error = self.record.storage_error
         return error if error is not None and error.worst else None
 
     @property
     def approximate(self) -> list[str]:
-        """Sentences on what the trace lacks: exact rows (store ``topk``), some heads, some rows; empty if nothing."""
+        """Sentences that state what the trace lacks: exact rows (store ``topk``), heads or rows; empty if nothing."""
         return approximate(self.header, self.storage_error)
 
     @property
@@ -160,7 +160,7 @@ class Trace:
         return self._stored.attention(sequence, layer, start, stop)
 
     def stored_rows(self, sequence: int, layer: int, start: int, stop: int) -> StoredRows:
-        """Return the rows that `attention` returns as they are stored; only where rows are: `holds_rows`."""
+        """Return the rows of `attention` in the stored precision; only if whole rows are stored (`holds_rows`)."""
         self._require_rows(start, stop)
         return self._stored.rows(sequence, layer, start, stop)
 
@@ -211,7 +211,7 @@ class Trace:
         sequence, layer : int
             Number of the sequence; layer of the model.
         which : {"queries", "keys", "values"}
-            Which of them; as passed to attention, after rotary embedding, exactly.
+            Which of them, exactly as passed to attention: after the rotary embedding.
         start, stop : int
             Range of positions; `stop` is by default the end of the sequence.
         """
@@ -225,7 +225,7 @@ class Trace:
         return self._stored.hidden(sequence, layer)
 
     def require_whole(self, *, verify: bool = False) -> None:
-        """Raise TraceError unless every file is there, and the tokens are those of the sequences.
+        """Raise TraceError unless every file exists, and the tokens are those of the sequences.
 
         Parameters
         ----------

@@ -16,10 +16,10 @@ from kvscope.tracking.wandb import write_wandb
 def track(
     replay: Replay, to: str, output: str | Path, *, force: bool = False, progress: Done | None = None
 ) -> list[str]:
-    """Return the names of the runs that were written for a tracker: one for each policy and budget of a replay.
+    """Write a replay for an experiment tracker, one run for each policy and budget, and return the names of the runs.
 
-    A run has the policy, its parameters, budget, model and trace; every metric of the summary with its interval; and
-    every metric over the steps, as ``by_step/NAME``. Its group or experiment is the name of the replay.
+    A run contains the policy, its parameters, budget, model and trace; every metric of the summary with its interval;
+    and every metric over the steps, as ``by_step/NAME``. Its group or experiment is the name of the replay.
 
     Parameters
     ----------
