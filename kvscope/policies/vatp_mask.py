@@ -27,8 +27,8 @@ class VATPMask(VATP):
     a visible one does too. The code without VATP is ``norm=none,sinks=0``. It has no grouped heads; here their mean is
     used.
 
-    Example: budget 2, so one heavy and one recent key. With the norms of the values, key 1 has a score of 1.5 and key 0
-    of 2.1.
+    Example: budget 2, so one heavy and one recent key. With value norms of 1, 4, 1 and 1, key 1 has a score of 2.8 and
+    key 0 of 2.1.
 
     >>> from kvscope.replay.example import held
     >>> rows = [[1], [0.6, 0.4], [0.5, 0.3, 0.2], [0.1, 0.1, 0.2, 0.6]]
