@@ -14,11 +14,11 @@ REDUCE: dict[str, Callable[..., np.ndarray]] = {"mean": np.mean, "max": np.max, 
 
 def live(rows: Rows, t: int, visible: set[int], group: str = "mean") -> np.ndarray:
     """Return row `t` of every head over the visible keys, divided by its sum, then the heads as one."""
-    shown = []
-    for weights in rows[:, t].tolist():  # numbers of a list are read several times faster than those of an array
-        total = sum(weights[key] for key in sorted(visible))
-        shown.append([weights[key] / total if key in visible else 0.0 for key in range(t + 1)])
-    return np.array(shown[0]) if len(shown) == 1 else REDUCE[group](np.array(shown), axis=0)
+    keys = sorted(visible)
+    seen = rows[:, t, keys]  # [heads, keys]
+    shown = np.zeros((len(rows), t + 1))
+    shown[:, keys] = seen / seen.cumsum(-1)[:, -1:]  # added one after another, where `sum` adds in pairs
+    return shown[0] if len(shown) == 1 else REDUCE[group](shown, axis=0)
 
 
 def of_heads(rows: Rows, make: Callable[[], Score], group: str) -> Score:

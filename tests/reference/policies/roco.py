@@ -9,15 +9,17 @@ import numpy as np
 from tests.reference.policies.evict import REDUCE, Rows, Sets, live, loop
 
 
-def moments(weights: list[list[float]], group: str) -> tuple[float, float]:
-    """Return mean and deviation of one key from its weights in each head; of several heads their variances are one."""
-    means = [sum(head) / len(head) for head in weights]
-    variances = [
-        sum((weight - mean) ** 2 for weight in head) / len(head) for mean, head in zip(means, weights, strict=True)
-    ]
-    if len(weights) == 1:  # of one head nothing is to be reduced
-        return means[0], math.sqrt(variances[0])
-    return float(REDUCE[group](np.array(means))), math.sqrt(REDUCE[group](np.array(variances)))
+def moments(weights: np.ndarray, keys: list[int], group: str) -> tuple[dict[int, float], dict[int, float]]:
+    """Return mean and deviation of each key from its weights [heads, steps, T]; of several heads variances are one."""
+    steps = weights.shape[1]
+    there = np.arange(steps)[:, None] >= np.array(keys)  # [steps, keys]: a key has weights from its own step on
+    count, own = there.sum(0), weights[:, :, keys]
+    means = own.sum(1) / count  # [heads, keys]
+    variances = (np.where(there, own - means[:, None], 0.0) ** 2).sum(1) / count
+    if len(weights) > 1:  # of one head nothing is to be reduced
+        means, variances = (REDUCE[group](values, axis=0)[None] for values in (means, variances))
+    mean, deviation = (dict(zip(keys, values[0].tolist(), strict=True)) for values in (means, np.sqrt(variances)))
+    return mean, deviation
 
 
 def plain(
@@ -32,18 +34,17 @@ def plain(
     reduce: str = "rows",
 ) -> tuple[Sets, Sets]:
     """All but the ``int(ratio * B) + 1`` largest deviations are within reach; the protected ones count as largest."""
-    seen: dict[int, list[list[float]]] = {}
+    length = rows.shape[-1]
+    past = np.zeros((1 if reduce == "rows" else len(rows), length, length))  # [heads, steps, keys]
     recent = min(recent, budget // 2)
 
     def score(t: int, visible: set[int], row: np.ndarray) -> list[float]:
         shown = [row] if reduce == "rows" else [live(rows[h : h + 1], t, visible) for h in range(len(rows))]
-        for key in visible:
-            for own, head in zip(seen.setdefault(key, [[] for _ in shown]), shown, strict=True):
-                own.append(float(head[key]))
-        of_key = {key: moments(seen[key], group) for key in visible}
-        free = sorted((key for key in visible if key <= t - recent), key=lambda key: (of_key[key][1], key))
+        past[:, t, : t + 1] = shown
+        mean, deviation = moments(past[:, : t + 1], sorted(visible), group)
+        free = sorted((key for key in visible if key <= t - recent), key=lambda key: (deviation[key], key))
         feasible = free[: len(visible) - int(ratio * budget) - 1]
-        return [of_key[key][0] if key in feasible else math.inf for key in range(t + 1)]
+        return [mean[key] if key in feasible else math.inf for key in range(t + 1)]
 
     return loop(rows, score, budget, prompt, prefill, recent=recent, group=group)
 

@@ -36,11 +36,14 @@ def snapkv(
     `when` says at which steps keys go: at the end of the prompt alone, as published, if it is not given.
     """
     width = min(window, budget // 2)
+    once = (lambda t: t == prompt - 1) if when is None else when
     past: list[list[list[float]]] = []  # of each step: rows of the heads, or the one that they were reduced to
 
     def score(t: int, visible: set[int], row: np.ndarray) -> list[float]:
         each = [live(rows[head : head + 1], t, visible) for head in range(len(rows))]
         past.append([own.tolist() for own in each] if reduce == "votes" else [row.tolist()])
+        if not once(t):
+            return [0.0] * (t + 1)  # no key goes
         older = [key for key in sorted(visible) if key <= t - width]
         voting = past[len(past) - width :]
         by_head = [
@@ -53,7 +56,6 @@ def snapkv(
         return [by_key.get(key, 0.0) for key in range(t + 1)]
 
     holds = budget if capacity is None else capacity
-    once = (lambda t: t == prompt - 1) if when is None else when
     return loop(rows, score, holds, prompt, "full", recent=width, group=group, when=once)
 
 
