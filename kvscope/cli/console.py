@@ -230,6 +230,15 @@ def counted(title: str, *, total: float | None = None, quiet: bool = False) -> I
 
 
 @contextmanager
+def loading(title: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show a bar while a model may be loaded: it moves, and shows the time left, from the first weight on."""
+    from kvscope.core.progress import weights_shown
+
+    with bar(title, None, "%", quiet=quiet) as update, weights_shown(lambda share: update(100 * share, total=100)):
+        yield
+
+
+@contextmanager
 def working(title: str, *, quiet: bool = False) -> Iterator[None]:
     """Show a spinner while something of unknown length runs, unless `quiet` or stderr is not a terminal."""
     console = stderr()

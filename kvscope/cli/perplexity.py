@@ -92,7 +92,7 @@ def perplexity(
     )
     stems = places.joined([text_name(text) for text in texts], most=1)
     path = places.place(places.REPORTS, output, f"{stems}-{selected.name}", force=force)
-    with console.working(f"loading {model}", quiet=quiet):
+    with console.loading(f"loading {model}", quiet=quiet):
         job = compile_perplexity(source, texts, selected.policies, selected.budgets, options)
     for line in job.notes:
         console.warn(line)

@@ -110,7 +110,7 @@ def replay(
         skip_unsupported=selected.everything,
     )
     path = places.place(places.REPORTS, output, f"{trace.name}-{selected.name}", force=force)
-    with console.working("checking the replay", quiet=quiet):
+    with console.loading("checking the replay", quiet=quiet):
         job = compile_replay(trace, selected.policies, selected.budgets, options)
     _execute(job, OutputOptions(path, force, command_line(ctx)), table, as_json=json, quiet=quiet)
 

@@ -73,7 +73,7 @@ def trace(
 
     (files, path), given = _place(output, prompts, model, force, quiet), _given(chat_option, answer, image, template)
     compile_recording = _compiler(quiet)
-    with console.bar(f"tracing {model}", None, "tokens", quiet=quiet) as update:
+    with console.loading(f"loading {model}", quiet=quiet):
         plan = compile_recording(
             ModelSource(model, revision, dtype, device, device_map, trust_remote_code, quantize),
             files,
@@ -83,7 +83,8 @@ def trace(
             sampling=Sampling(do_sample, temperature, top_p, top_k),
             blocks=BlockOptions(query_block, prefill_chunk),
         )
-        announce(plan, quiet)
+    announce(plan, quiet)
+    with console.bar(f"tracing {model}", None, "tokens", quiet=quiet) as update:
         made = plan.execute(progress_callback(update))
     _show(made, as_json=json, quiet=quiet)
 

@@ -82,7 +82,7 @@ def verify(
         sequences=sequences,
         device=device,
     )
-    with console.working("loading the model", quiet=quiet):
+    with console.loading("loading the model", quiet=quiet):
         job = compile_verify(trace, selected.policies, selected.budgets, options)
     with console.bar("decoding", 100, "%", quiet=quiet) as update:
         found = job.execute(lambda share: update(share * 100))

@@ -32,6 +32,7 @@ from kvscope.model.quantised import (
 )
 from kvscope.model.read_weights import loader_of, read_model
 from kvscope.model.weight_files import require_files
+from kvscope.model.weights_progress import weights_followed
 
 DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
@@ -211,7 +212,7 @@ def _load_model(name: str, source: str, how: ModelSource, *, offline: bool) -> L
         numbers = as_numbers() if gguf is not None else {}
         options = {"dtype": dtype, "device_map": how.device_map, **experts, **own, **numbers, **common}
         options |= quantize_arguments(how.quantize, device)
-        with without_bars(gguf), packages_explained(source, quantization):
+        with weights_followed(), without_bars(gguf), packages_explained(source, quantization):
             model = read_model(place, loader_of(config), safe, options)
         if not own and obstacle(model):
             model.set_attn_implementation("eager")  # whose modules return rows

@@ -44,3 +44,17 @@ def test_bars_move_with_decoded_tokens_and_panels(run: Run, bars: Bars) -> None:
         shares = bars[title]
         assert shares == sorted(shares) and shares[-1] == pytest.approx(1), title
         assert len({share for share in shares if share < 1}) >= least, title
+
+
+def test_bars_move_while_weights_are_loaded(run: Run, bars: Bars) -> None:
+    Path("p.txt").write_text("Note: Clara holds 583. What holds Clara?", encoding="utf-8")
+    model, dtype = ("--model", "demo"), ("--dtype", "float64")
+    limited = ("--policy", "window", "--budget", "50%", *dtype)
+    assert run("trace", *model, "p.txt", "-o", "t", "--max-new-tokens", "2", "-q").status == 0
+    assert run("verify", "t", *limited, "-q").status == 0
+    assert run("replay", "t", *limited, "--perplexity", "-o", "r", "-q").status == 0
+    for title in ("loading demo", "loading the model", "checking the replay"):
+        shares = bars[title]
+        assert len(set(shares)) > 20, title
+        first = shares[: shares.index(1) + 1]
+        assert first == sorted(first) and first[0] == 0, title
