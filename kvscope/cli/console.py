@@ -88,6 +88,8 @@ class Column:
         Rows whose cell is dimmed.
     wrap : int
         Smallest width to which cells may be wrapped; 0 if they may not be.
+    note : str
+        Line under the table that explains the column; not printed where the column is dropped.
     """
 
     header: str
@@ -96,6 +98,7 @@ class Column:
     numeric: bool = False
     dim: set[int] = field(default_factory=set)
     wrap: int = 0
+    note: str = ""
 
     def width(self) -> int:
         """Return the smallest width in characters, the gap included."""
@@ -103,8 +106,18 @@ class Column:
         return (min(longest, self.wrap) if self.wrap else longest) + GAP
 
 
-def show_table(columns: Sequence[Column], *, title: str = "", notes: Sequence[str] = (), whole: bool = False) -> None:
-    """Print a table on stdout; columns that do not fit are dropped and listed under the table, unless `whole`."""
+def show_table(
+    columns: Sequence[Column],
+    *,
+    title: str = "",
+    notes: Sequence[str] = (),
+    whole: bool = False,
+    options: str = "--json prints everything",
+) -> None:
+    """Print a table on stdout; columns that do not fit are dropped and listed under the table, unless `whole`.
+
+    `options` says which options of the command print the dropped columns.
+    """
     console = stdout()
     if whole:
         console.width = max(console.width, sum(column.width() for column in columns))
@@ -124,11 +137,11 @@ def show_table(columns: Sequence[Column], *, title: str = "", notes: Sequence[st
     if title:
         console.print(Text(printable(title), style="bold"))
     console.print(table)
-    for line in notes:
+    for line in (*notes, *(column.note for column in shown if column.note)):
         console.print(Text(printable(line), style="dim"))
     if dropped:
         names = ", ".join(column.header.replace("\n", " ") for column in dropped)
-        console.print(Text(f"Columns that do not fit: {names}. --json prints everything.", style="dim"))
+        console.print(Text(f"Columns that do not fit: {names}. {options}.", style="dim"))
 
 
 def fit(columns: Sequence[Column], width: int) -> tuple[list[Column], list[Column]]:

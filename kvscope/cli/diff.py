@@ -110,8 +110,8 @@ def columns(rows: Sequence[DiffRow]) -> list[Column]:
     return [
         Column("run", names, wrap=20),
         Column("metric", [row.metric for row in rows], dim=same),
-        Column("base", [number(row.base) for row in rows], keep=49, numeric=True, dim=same),
-        Column("new", [number(row.new) for row in rows], keep=50, numeric=True, dim=same),
+        Column("base", [number(row.base) for row in rows], numeric=True, dim=same),
+        Column("new", [number(row.new) for row in rows], numeric=True, dim=same),
         Column("change", [number(row.change, sign=True) for row in rows], numeric=True, dim=same),
         Column("tolerance", [row.stated for row in rows], keep=20, numeric=True, dim=same),
         Column("verdict", [row.verdict for row in rows], keep=ALWAYS, dim=same),

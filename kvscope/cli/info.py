@@ -243,5 +243,5 @@ def _shape(header: TraceHeader) -> str:
 
 def _sequences(sequences: Sequence[TokenSequence]) -> str:
     shown = [f"{item.prompt} + {item.length - item.prompt}" for item in sequences[:4]]
-    more = f" and {len(sequences) - 4} more" if len(sequences) > 4 else ""
-    return f"{len(sequences)} of prompt + continuation: {', '.join(shown)}{more} tokens"
+    more = f"; {len(sequences) - 4} more sequences" if len(sequences) > 4 else ""
+    return f"{len(sequences)} of prompt + continuation: {', '.join(shown)} tokens{more}"

@@ -23,6 +23,10 @@ NOTE = (
     "mass: full-cache attention that the key would have received after its eviction, mean over the query heads of its "
     "group. lag: steps from the eviction to its peak missed attention."
 )
+SUMMARY_NOTE = (
+    "lost: share of the full-cache attention on keys that had been evicted, mean over steps and heads. to: of this, "
+    "the share by kind of token. lag: of this, what was missed so many steps after the eviction."
+)
 
 
 @command("regret", order=70)
@@ -47,7 +51,7 @@ def regret(
     """
     from kvscope.analysis.find_regrets import regrets
     from kvscope.cli import console, places
-    from kvscope.cli.runs import chosen, title, trace_of
+    from kvscope.cli.runs import chosen, how_to_name_one, title, trace_of
     from kvscope.results.store import open_replay
 
     opened = open_replay(places.find_replay(replay, quiet=quiet))
@@ -62,8 +66,8 @@ def regret(
     elif len(found["runs"]) == 1:
         _show_run(found["runs"][0], f"{opened.path}: {title(found['runs'][0])}", several=len(source.sequences) > 1)
     else:
-        hint = "Name one run with --policy and --budget for its worst evictions."
-        console.show_table(summary(found["runs"]), title=str(opened.path), notes=[NOTE, hint])
+        hint = f"Name one run for its worst evictions: {how_to_name_one(runs)}."
+        console.show_table(summary(found["runs"]), title=str(opened.path), notes=[SUMMARY_NOTE, hint])
 
 
 def _show_run(run: RunRegret, heading: str, *, several: bool) -> None:

@@ -76,6 +76,13 @@ def trace_of(replay: Replay, given: str | None, *, compare: bool = True) -> Trac
         raise TraceError(error.what, "Name its new path with --trace.") from error
 
 
+def how_to_name_one(runs: Sequence[RunRecord]) -> str:
+    """Return which options name one of several runs: by its number where policy and budget name more than one."""
+    if len({(run.label, run.budget) for run in runs}) > 1:
+        return "--policy and --budget"
+    return " or ".join(f"--policy {run.run} ({run.loop} loop)" for run in runs)
+
+
 def title(run: Mapping[str, object]) -> str:
     """Return the name of a run of an analysis in a table: label, budget and loop."""
     return f"{run['label']} {run['budget'] or 'full cache'} {run['loop']}"

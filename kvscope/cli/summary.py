@@ -24,7 +24,7 @@ _METRICS = (
     ("late_mass_retained", "late\nmass", 96),
     ("output_error", "output\nerror", 97),
     ("ideal_mass", "ideal\nmass", 80),
-    ("ideal_cosine", "ideal\ncosine", ALWAYS),
+    ("ideal_cosine", "ideal\ncosine", 95),
     ("full_cosine", "full\ncosine", 50),
     ("mask_cosine", "mask\ncosine", 40),
     ("ideal_recall", "ideal\nrecall", 85),
@@ -61,7 +61,8 @@ def show(replay: Replay, *, as_json: bool = False, table: TableOptions = TableOp
     lines = notes(runs, replay.info)
     if len(runs) < len(summary.runs):
         lines.append(f"{len(runs)} of {len(summary.runs)} rows; --json prints all.")
-    show_table(shown, title=str(replay.path), notes=lines, whole=table.wide)
+    more = "--wide or --json prints everything"
+    show_table(shown, title=str(replay.path), notes=lines, whole=table.wide, options=more)
     show_tasks(runs, replay.info)
 
 
@@ -111,11 +112,12 @@ def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) ->
         Column("budget", [str(run.budget or "-") for run in runs], numeric=True),
         Column("keys", [_keys(run.budget_keys) for run in runs], keep=60, numeric=True),
         *_differing(runs),
-        Column("read", [_number(run, "read_keys", 1) for run in runs], keep=ALWAYS if mixed else 70, numeric=True),
-        Column("held", [_number(run, "held_keys", 1) for run in runs], keep=ALWAYS if mixed else 65, numeric=True),
+        Column("read", [_mean(run, "read_keys") for run in runs], keep=ALWAYS if mixed else 70, numeric=True),
+        Column("held", [_mean(run, "held_keys") for run in runs], keep=ALWAYS if mixed else 65, numeric=True),
     ]
     if any(_LATENT in run.metrics for run in runs):
-        table.append(Column("latent\nentries", [_number(run, _LATENT, 1) for run in runs], keep=92, numeric=True))
+        entries = [_mean(run, _LATENT) for run in runs]
+        table.append(Column("latent\nentries", entries, keep=92, numeric=True, note=_latent(runs)))
         table.append(Column("latent\nbytes", [_bytes(run) for run in runs], keep=58, numeric=True))
     if any(_SIZE in run.metrics for run in runs):
         table.append(Column("cache\nbytes", [_bytes(run, _SIZE) for run in runs], keep=93, numeric=True))
@@ -126,11 +128,12 @@ def columns(runs: Sequence[RunSummary], declared: Mapping[str, MetricRecord]) ->
             _declared(declared.get(name)) if row in without_evictions else _number(run, name, 3)
             for row, run in enumerate(runs)
         ]
-        table.append(Column(header, cells, keep=keep, numeric=True, dim=without_evictions))
+        measured = any(run.mean(name) is not None for run in runs)
+        table.append(Column(header, cells, keep=keep if measured else 0, numeric=True, dim=without_evictions))
         if name == "retained_mass" and any(_of_belady(run) is not None for run in runs):
             shares = [_of_belady(run) for run in runs]
             cells = ["-" if share is None else f"{share:.3f}" for share in shares]
-            table.append(Column("of\nbelady", cells, keep=88, numeric=True))
+            table.append(Column("of\nbelady", cells, keep=88, numeric=True, note=_bounds(runs)))
     if any(run.tails for run in runs):
         table.append(Column("steps below\nhalf", [_below_half(run) for run in runs], keep=45, numeric=True))
     for name, header, digits, keep in _OUTCOMES:
@@ -156,7 +159,9 @@ def _differing(runs: Sequence[RunSummary]) -> list[Column]:
         found.append(Column("decides", [run.scope.replace("_", " ") for run in runs], keep=91))
     if any(run.decisions_changed is not None for run in runs):
         cells = ["-" if run.decisions_changed is None else f"{run.decisions_changed:,}" for run in runs]
-        found.append(Column("decisions\nchanged", cells, keep=93, numeric=True))
+        sums = {run.accumulate for run in runs if run.decisions_changed is not None}
+        line = f"Decisions changed: evictions at a different step than with sums in float32, due to {', '.join(sums)}."
+        found.append(Column("decisions\nchanged", cells, keep=93, numeric=True, note=line))
     return found
 
 
@@ -186,11 +191,6 @@ def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
             "At one budget, policies that evict once or every few steps, and sparse readers, hold more keys than "
             "policies that evict at every step: compare read and held too."
         )
-    sums = {run.accumulate for run in runs if run.decisions_changed is not None}
-    if sums:
-        lines.append(
-            f"Decisions changed: evictions at a different step than with sums in float32, due to {', '.join(sums)}."
-        )
     full = [run.metrics["perplexity_full"].mean for run in runs if "perplexity_full" in run.metrics]
     if full:
         scored = max(run.count("perplexity") for run in runs)
@@ -201,13 +201,6 @@ def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
             f"Overlap of the keys held in open and closed loop: {min(gaps):.0%} (lowest policy) to {max(gaps):.0%} "
             "(highest). The lower it is, the less the open loop predicts the closed one."
         )
-    if any(run.scope == "kv_head" and _LATENT in run.metrics for run in runs):
-        lines.append(
-            "Latent entries: the vectors that a layer must hold for its heads, the union of their keys. If each kv "
-            "head decides, a layer holds more entries than a head holds keys."
-        )
-    if any(_of_belady(run) is not None for run in runs):
-        lines.append(_bounds(runs))
     if any(_count(run) == 0 for run in runs):
         lines.append("Dimmed: nothing was evicted; these are the declared values of a full cache, not measurements.")
     if any(value.low is not None for run in runs for name, value in run.metrics.items() if name == "retained_mass"):
@@ -220,6 +213,16 @@ def notes(runs: Sequence[RunSummary], replay: ReplayRecord) -> list[str]:
 def _of_belady(run: RunSummary) -> float | None:
     """Return the retained mass divided by that of the best eviction schedule, where that is known."""
     return run.bounds.share_of_belady
+
+
+def _latent(runs: Sequence[RunSummary]) -> str:
+    """Return the note about latent entries, where each head decides."""
+    if not any(run.scope == "kv_head" and _LATENT in run.metrics for run in runs):
+        return ""
+    return (
+        "Latent entries: the vectors that a layer must hold for its heads, the union of their keys. If each kv head "
+        "decides, a layer holds more entries than a head holds keys."
+    )
 
 
 def _bounds(runs: Sequence[RunSummary]) -> str:
@@ -262,6 +265,12 @@ def _keys(keys: int | Sequence[int]) -> str:
 
 def _number(run: RunSummary, name: str, digits: int) -> str:
     return cell(run.metrics.get(name), digits)
+
+
+def _mean(run: RunSummary, name: str) -> str:
+    """Return a mean number of keys; its interval tells the lengths of the sequences, and is not shown."""
+    mean = run.mean(name)
+    return "-" if mean is None else f"{mean:.1f}"
 
 
 def _bytes(run: RunSummary, metric: str = "latent_bytes") -> str:

@@ -142,7 +142,8 @@ def make(
         console.show_raw(as_lines(examples))
         return
     replace_file(output, as_lines(examples).encode(), force=force)
-    console.note(f"{output}: {len(examples)} examples. Next: kvscope trace --model MODEL {output}", quiet=quiet)
+    console.note(f"{output}: {len(examples)} examples", quiet=quiet)
+    console.note(f"next: kvscope trace --model {model or 'MODEL'} {output}", quiet=quiet)
 
 
 def _lengths(model: str | None, revision: str | None, quiet: bool) -> Callable[[int], Lengths]:

@@ -149,10 +149,10 @@ def _show(found: Tuning, output: Path, *, as_json: bool) -> None:
 def _verdict(gain: Paired) -> list[str]:
     """Return the lines about the gain on the held-out sequences, and how certain it is."""
     difference = gain.difference or 0.0
-    verdict = "better" if difference > 0 else "not better"
+    verdict = "scores higher" if difference > 0 else "does not score higher"
     spread = "" if gain.low is None else f", 95 % interval {gain.low:+.4f} to {gain.high:+.4f}"
     lines = [
-        f"Held out, tuned is {verdict} than the best single setting: gain {difference:+.4f}{spread}, p = {gain.p:.2g}."
+        f"Held out, tuned {verdict} than the best single setting: gain {difference:+.4f}{spread}, p = {gain.p:.2g}."
     ]
     if gain.warning:
         lines.append(gain.warning[0].upper() + gain.warning[1:] + ".")

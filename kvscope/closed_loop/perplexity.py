@@ -169,6 +169,8 @@ def _window(loaded: Loaded, window: int | None, prompt: int) -> int:
     size = window or min(DEFAULT_WINDOW, context or DEFAULT_WINDOW)
     if context is not None and size > context:
         raise UsageError(f"a window of {size} tokens is more than the model's context of {context}", "Lower --window.")
+    if size <= FEWEST:
+        raise UsageError(f"a window of {size} tokens is too short", f"Give --window more than {FEWEST} tokens.")
     if not 1 <= prompt < size:
         raise UsageError(f"a prompt of {prompt} tokens fills a window of {size}", "Lower --prompt-length.")
     return size

@@ -1,5 +1,6 @@
 """``kvscope score``, ``regret`` and ``spans``, as a user types them."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 
 from kvscope.analysis.regret import TokenInContext
 from kvscope.cli.regret import in_context
+from kvscope.cli.runs import how_to_name_one
 from kvscope.metrics import METRICS
+from kvscope.results.store import open_replay
 from kvscope.trace.reader import open_trace
 from tests.cli.conftest import Run
 
@@ -62,6 +65,14 @@ def test_regret_of_one_run_lists_evictions(run: Run, example: None) -> None:
     (only,) = found["runs"]
     assert (only["policy"], only["budget"], len(only["worst"])) == ("window", "20%", 20)
     assert sum(each["share"] for each in only["lags"]) == pytest.approx(1)
+
+
+def test_one_of_both_loops_is_named_by_its_number(run: Run, example: None) -> None:
+    runs = open_replay(Path("reports/two")).info.runs
+    assert how_to_name_one(runs) == "--policy and --budget"
+    both = [runs[0], dataclasses.replace(runs[0], run=7, loop="closed")]
+    assert how_to_name_one(both) == "--policy 0 (open loop) or --policy 7 (closed loop)"
+    assert "worst evictions: --policy and --budget." in run("regret", "two").out
 
 
 def test_regret_of_several_runs_is_a_line_each(run: Run, example: None) -> None:

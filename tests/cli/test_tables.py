@@ -76,19 +76,52 @@ def test_a_run_that_evicted_nothing_shows_declared_values_dimmed() -> None:
     assert not any("nothing was evicted" in line for line in notes(runs[:1], RECORD))
 
 
+def note_of_belady(runs: list[RunSummary]) -> str:
+    return next(column.note for column in columns(runs, DECLARED) if column.header == "of\nbelady")
+
+
 def test_the_share_of_the_best_schedule_is_shown_where_it_is_known() -> None:
     known = {"share_of_belady": 0.84, "belady_of_ideal": 0.9}
     unknown = {"share_of_belady": None, "belady_of_ideal": None}
     runs = [a_run(bounds=known), a_run("ideal", bounds=known | {"share_of_belady": 1.1}, clairvoyant=True)]
     runs.append(a_run("full", count=0, budget=None, bounds=unknown))
     assert cells(columns(runs, DECLARED), "of belady") == ["0.840", "1.100", "-"]
-    (line,) = (line for line in notes(runs, RECORD) if "belady" in line.lower())
+    line = note_of_belady(runs)
     assert "0.900 times the mass of the ideal set" in line and "above 1" not in line
     runs.append(a_run("snapkv", bounds={"share_of_belady": 1.01, "belady_of_ideal": 0.95}))
-    assert any("0.900 to 0.950" in line and "above 1" in line for line in notes(runs, RECORD))
+    line = note_of_belady(runs)
+    assert "0.900 to 0.950" in line and "above 1" in line
     for without in ([a_run()], [a_run(bounds=unknown)]):
         assert not any(column.header == "of\nbelady" for column in columns(without, DECLARED))
         assert not any("belady" in line for line in notes(without, RECORD))
+
+
+@pytest.mark.parametrize("width", [45, 200])
+def test_a_note_is_shown_with_its_column_only(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    table = columns([a_run(bounds={"share_of_belady": 0.84, "belady_of_ideal": 0.9})], DECLARED)
+    show_table(table, notes=["open loop."])
+    out = capsys.readouterr().out
+    head, _, under = out.partition("open loop.")
+    assert ("belady" in head) == ("Of belady: " in under) == (width == 200)
+
+
+def test_a_column_without_measured_values_is_dropped_first() -> None:
+    runs = [a_run(), a_run("full", count=0, budget=None)]
+    none = replace(runs[0].metrics["ideal_recall"], mean=None, count=0)
+    runs[0] = replace(runs[0], metrics={**runs[0].metrics, "late_mass_retained": none})
+    table = columns(runs, DECLARED)
+    width = sum(column.width() for column in table) - console.GAP
+    assert [column.header for column in fit(table, width - 1)[1]] == ["late\nmass"]
+
+
+def test_intervals_of_lengths_are_not_shown() -> None:
+    run = a_run()
+    both = {name: replace(run.metrics[name], low=0.9, high=0.99) for name in ("read_keys", "held_keys")}
+    table = columns([replace(run, metrics={**run.metrics, **both})], DECLARED)
+    assert cells(table, "read") == cells(table, "held") == ["1.0"]
 
 
 def test_intervals_are_shown_where_there_are_any() -> None:

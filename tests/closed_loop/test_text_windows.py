@@ -71,3 +71,12 @@ def test_tokens_that_are_not_scored_are_named() -> None:
 def test_a_short_text_after_a_long_one_is_refused() -> None:
     with pytest.raises(UsageError, match="text b has too few tokens"):
         passages_of_texts(loaded("none"), {Path("a"): TEXT, Path("b"): "Once"}, PerplexityOptions(window=16))
+
+
+@pytest.mark.parametrize("window", [1, 8])
+def test_a_window_that_is_too_short_is_named(window: int) -> None:
+    options = PerplexityOptions(window=window)
+    with pytest.raises(UsageError, match=f"a window of {window} tokens is too short") as refused:
+        passages_of_texts(loaded("none"), {Path("a"): TEXT}, options)
+    assert "--window more than 8" in str(refused.value.todo)
+    assert passages_of_texts(loaded("none"), {Path("a"): TEXT}, PerplexityOptions(window=9)).passages
