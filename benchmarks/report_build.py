@@ -14,16 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from chromium import appeared, launch
 from machine import machine
 from playwright.sync_api import sync_playwright
 
+from kvscope.core.records import REPLAY, ReplayRecord
 from kvscope.core.residency import ResidencyIntervals
 from kvscope.report.page import page_data, report, report_input
 from kvscope.results.store import Replay
@@ -76,17 +77,9 @@ def measure(folder: Path, length: int) -> dict[str, Any]:
 def opened(page: Path) -> dict[str, float]:
     """Return seconds from navigation to the first paint, to the overview, and to the last panel."""
     with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = launch(started)
         tab = browser.new_page(viewport={"width": 1400, "height": 900})
-        tab.add_init_script(
-            "window.seen = {}; const watch = () => { for (const [name, where] of [['overview', '#overview tbody tr'], "
-            "['all', 'html[data-ready]']]) if (!seen[name] && document.querySelector(where)) "
-            "seen[name] = performance.now(); }; new MutationObserver(watch).observe(document, "
-            "{ subtree: true, childList: true, attributes: true });"
-        )
-        tab.goto(page.as_uri())
-        tab.wait_for_selector("html[data-ready=yes]", state="attached", timeout=120_000)
-        seen = tab.evaluate("seen")
+        seen = appeared(tab, page, {"overview": "#overview tbody tr", "all": "html[data-ready]"})
         seen["paint"] = tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
         browser.close()
     return {name: round(seen[name] / 1000, 2) for name in ("paint", "overview", "all")}
@@ -160,7 +153,8 @@ def synthetic_replay(path: Path, trace: Trace, length: int) -> Replay:
     }
     info = {"trace": about, "prefill": "full", "loop": "open", "metrics": declared, "runs": runs, "versions": {}}
     random = np.random.default_rng(1)
-    with ReplayWriter(path, {**info, "command": None}) as writer:
+    record = REPLAY.decode({**info, "command": None}, path, ReplayRecord)
+    with ReplayWriter(path, record) as writer:
         for run in runs:
             budget = int(run["budget_keys"][0])
             for layer in range(LAYERS):

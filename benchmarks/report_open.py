@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from chromium import appeared, launch
 from machine import machine
 from playwright.sync_api import Browser, sync_playwright
 
@@ -82,7 +82,7 @@ def make(folder: Path, tokens: int) -> dict[str, Any]:
 def measure(page: Path, times: int) -> dict[str, Any]:
     """Return the size of a page, and the median of what `opened` measures."""
     with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = launch(started)
         seen = [opened(browser, page) for _ in range(times)]
         browser.close()
     return {
@@ -100,14 +100,7 @@ def opened(browser: Browser, page: Path) -> dict[str, float]:
     costs = tab.context.new_cdp_session(tab)
     costs.send("Performance.enable")
     marks = {"first_table": "#overview tbody tr", "first_screen": "html[data-shown]", "every_panel": "html[data-ready]"}
-    tab.add_init_script(
-        f"window.seen = {{}}; const marks = {json.dumps(marks)}; new MutationObserver(() => {{"
-        " for (const [name, where] of Object.entries(marks)) if (!seen[name] && document.querySelector(where))"
-        " seen[name] = performance.now(); }).observe(document, { subtree: true, childList: true, attributes: true });"
-    )
-    tab.goto(page.as_uri())
-    tab.wait_for_selector("html[data-ready=yes]", state="attached", timeout=120_000)
-    seen = tab.evaluate("seen")
+    seen = appeared(tab, page, marks)
     spent = {each["name"]: each["value"] for each in costs.send("Performance.getMetrics")["metrics"]}
     tab.close()
     found = {name: round(seen[name] / 1000, 2) for name in marks}
