@@ -28,6 +28,7 @@ from scipy.stats import spearmanr
 
 import kvscope
 from kvscope.core.options import ClosedLoopOptions, ModelSource, OutputOptions, Prefill, ReplayOptions
+from kvscope.core.summary_records import RunSummary
 from kvscope.model.loading import load
 from kvscope.policies import POLICIES
 from kvscope.replay.compile import compile_replay
@@ -37,6 +38,7 @@ from kvscope.trace.reader import Trace
 DATA = Path(__file__).parents[1] / "tests" / "data" / "demo_heldout.json"
 BUDGETS = "10%,20%,40%,80%"
 OUTCOMES = ("perplexity", "perplexity_full", "perplexity_ratio", "token_kl", "top1_agreement")
+TAILS = ("share_below_half", "worst_step", "worst_head")
 SHOWN = ("retained_mass", "late_mass_retained", "output_error", "ideal_cosine", "read_keys", "held_keys")
 
 
@@ -106,9 +108,9 @@ def compared(text: Replay, recall: Replay, distances: Sequence[int]) -> dict[str
     for run in text.summary.runs:
         if run.loop != "closed":
             continue
-        cheap = opened[run.open_run]["metrics"]
+        cheap = opened[run.open_run].metrics
         other = runs[run.label, run.budget]
-        right, loss = answers(recall, other["run"], distances)
+        right, loss = answers(recall, other.run, distances)
         rows.append(
             {
                 "policy": run.label,
@@ -118,12 +120,12 @@ def compared(text: Replay, recall: Replay, distances: Sequence[int]) -> dict[str
                 "low": rounded(run.metrics["perplexity_ratio"].low),
                 "high": rounded(run.metrics["perplexity_ratio"].high),
                 "held_overlap": rounded(run.gap.held_overlap),
-                **{name: rounded(cheap[name]["mean"]) for name in SHOWN},
+                **{name: rounded(cheap[name].mean) for name in SHOWN},
                 "answer_perplexity": rounded(np.exp(loss)),
                 "recall": right,
             }
         )
-        values, own = cheap_metrics(opened[run.open_run]), cheap_metrics(asked[other["open_run"]])
+        values, own = cheap_metrics(opened[run.open_run]), cheap_metrics(asked[other.open_run])
         if run.budget is not None and None not in (values["retained_mass"], values["ideal_cosine"]):
             for name in values.keys() & own.keys():
                 table[name].append((values[name], own[name], run.metrics["perplexity_ratio"].mean, right["all"]))
@@ -160,18 +162,17 @@ def within_a_budget(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, di
     return found
 
 
-def cheap_metrics(run: Mapping[str, Any]) -> dict[str, float | None]:
+def cheap_metrics(run: RunSummary) -> dict[str, float | None]:
     """Return every metric of an open run, and its tails as ``metric.tail``."""
-    tails = {f"{name}.{tail}": value for name, of in run.tails.items() for tail, value in of.items()}
-    return {name: value["mean"] for name, value in run.metrics.items()} | {
-        name: value for name, value in tails.items() if not isinstance(value, dict)
-    }
+    means = {name: value.mean for name, value in run.metrics.items()}
+    tails = {f"{name}.{tail}": getattr(of, tail) for name, of in run.tails.items() for tail in TAILS}
+    return {**means, **tails}
 
 
 def answers(replay: Replay, run: int, distances: Sequence[int]) -> tuple[dict[str, float], float]:
     """Return the share of questions whose every answer token is right, by distance and in all, and the mean loss."""
     tokens = replay.tokens(run)
-    prompts = [one["prompt"] for one in replay.info.trace.sequences]
+    prompts = [one.prompt for one in replay.info.trace.sequences]
     tokens = tokens[tokens["position"] >= tokens["sequence"].map(dict(enumerate(prompts)))]
     right = tokens.groupby("sequence")["top1_correct"].all().reindex(range(len(distances))).to_numpy(bool)
     shares = {str(d): rounded(right[np.array(distances) == d].mean()) for d in sorted(set(distances))}

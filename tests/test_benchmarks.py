@@ -1,6 +1,7 @@
-"""The benchmark of a GPU runs whole on a small model, and keeps the figures of a run that is cut or fails."""
+"""Benchmarks run with the package as it is; that of a GPU keeps the figures of a run that is cut or fails."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt-get install chromium")
 SMALL = ["--device", "cpu", "--shape", "tiny", "--tokens", "16,48", "--traced", "24,4", "--rounds", "1"]
 
 
@@ -96,3 +98,24 @@ def test_a_failure_is_recorded_and_the_rest_is_measured(tmp_path: Path, monkeypa
     assert found["sections"][1]["error"] == "RuntimeError: CUDA error"
     assert found["sections"][3]["figures"] == {"value": 1} and found["complete"] and found["about"] == 1
     assert not list(tmp_path.glob("*.incomplete"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("belady", ["--runs", "1", "--longest", "256"]),
+        ("gates", ["demo", "--questions", "1", "--passages", "1"]),
+        ("outcomes", ["--questions", "1", "--passages", "2", "--policies", "h2o", "tova", "window"]),
+        ("policy_costs", ["--runs", "1", "--policy", "tova"]),
+        ("replay_runs", ["--policies", "3", "--runs", "1"]),
+        ("replay_speed", ["--runs", "1", "--lengths", "128"]),
+        pytest.param("report_build", ["--lengths", "256"], marks=needs_chromium),
+    ],
+)
+def test_other_benchmarks_run_with_the_package_as_it_is(script: str, arguments: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments, "--output", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(out.read_text())["machine"]
