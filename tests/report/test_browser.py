@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -267,6 +268,33 @@ def test_panels_near_the_window_are_drawn_first_and_all_are_drawn(
     assert sorted(order) == sorted(names)
     assert late.said == []
     late.context.close()
+
+
+STEPS = """window.steps = [];
+const inside = (panel, windows) => {
+  const { top, bottom } = panel.getBoundingClientRect();
+  return bottom > -windows * innerHeight && top < (1 + windows) * innerHeight;
+};
+new MutationObserver((changes) => {
+  for (const { target } of changes) {
+    if (!target.matches('.panel:not(.waiting)') || steps.some(([id]) => id === target.id)) continue;
+    const waiting = [...document.querySelectorAll('.panel.waiting')];
+    const ids = (windows) => waiting.filter((panel) => inside(panel, windows)).map((panel) => panel.id);
+    steps.push([target.id, ids(0), ids(1)]);
+  }
+}).observe(document, { subtree: true, attributes: true, attributeFilter: ['class'] });"""
+
+
+@pytest.mark.slow
+def test_panels_in_the_window_are_drawn_before_those_above_it(browser: Any, rich_page: Path) -> None:
+    told = 0
+    for name in ("heads", "regrets", "queries"):
+        tab = Tab(browser, rich_page, f"#{name}", before=STEPS, viewport={"width": 1280, "height": 1400})
+        for (_, inside, near), (following, *_) in pairwise(tab.run("steps")):
+            assert not inside or following in inside
+            told += bool(inside) and near[0] not in inside
+        tab.context.close()
+    assert told, "a panel in the window waited while one above it did"
 
 
 SET_EARLY = """new MutationObserver((_, self) => {
