@@ -91,7 +91,10 @@ def _names(runs: Sequence[RunView]) -> list[Json]:
 
 
 def _value(source: ReportInput, group: Sequence[RunView], name: str, found: tuple[float | None, list[RunView]]) -> Json:
-    """Return the words of the best mean, with what the metric is, the interval, and who else is inside it."""
+    """Return the words of the best mean, with what the metric is, the interval, and who else is inside it.
+
+    The mean of a run without competitors is neither the highest nor the lowest.
+    """
     words, form = WORDS[name]
     value, best = found
     metric = MetricFacts.of(name, source.metrics[name])
@@ -106,9 +109,9 @@ def _value(source: ReportInput, group: Sequence[RunView], name: str, found: tupl
     ordered = sorted(rest, key=lambda one: (one[0] or 0.0) * (-1 if metric.direction == "higher" else 1))
     if ordered:
         how.append(f"Second: {ordered[0][1]} with {form.format(ordered[0][0])}.")
-    return _piece(
-        f"the {ENDS[metric.direction]} {words} ({form.format(value)})", " ".join(part for part in how if part)
-    )
+    number, end = form.format(value), ENDS[metric.direction]
+    text = f"the {end} {words} ({number})" if len(group) > 1 else f"{words} {number}"
+    return _piece(text, " ".join(part for part in how if part))
 
 
 def _held(group: Sequence[RunView]) -> list[Json]:
@@ -139,15 +142,19 @@ def _range(values: Sequence[int]) -> str:
 
 
 def shown_groups(source: ReportInput) -> list[list[RunView]]:
-    """Return groups by trace and prefill, then budget and kind; without bounds, nor open groups with a closed one."""
+    """Return groups by trace and prefill, then budget and kind; without bounds, nor open groups with a closed one.
+
+    Traces are in the order of their replays.
+    """
     groups = [group for group in source.groups.values() if group[0].kind != "bound"]
     closed = {_apart_from_loop(group[0]) for group in groups if group[0].protocol[1] == "closed"}
     shown = [group for group in groups if group[0].protocol[1] != "open" or _apart_from_loop(group[0]) not in closed]
     kinds = list(KINDS)
+    traces = list(dict.fromkeys(run.protocol[0] for run in source.runs))
 
-    def place(group: Sequence[RunView]) -> tuple[str, str, float | None, str, int, str]:
+    def place(group: Sequence[RunView]) -> tuple[int, str, float | None, str, int, str]:
         identity, loop, prefill = group[0].protocol
-        return identity, prefill, group[0].budget_keys, loop, kinds.index(group[0].kind), group[0].phase
+        return traces.index(identity), prefill, group[0].budget_keys, loop, kinds.index(group[0].kind), group[0].phase
 
     return sorted(shown, key=place)
 

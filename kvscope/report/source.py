@@ -142,12 +142,16 @@ class ReportInput:
 
     @cached_property
     def first(self) -> RunView:
-        """The run that a page shows at first: the best that evicts at every step, under the middle budget."""
+        """The run that a page shows at first: the best that evicts at every step, under the middle budget.
+
+        It has competitors, if any such run has.
+        """
         stepping = [run for run in self.ranking if run.kind == "every step" and run.budget is not None]
         for runs in (stepping, [run for run in self.ranking if run.budget is not None], list(self.ranking)):
-            budgets = list(dict.fromkeys(run.budget for run in runs))
+            ranked = [run for run in runs if len(self.groups.get(run.comparable or (), ())) > 1] or runs
+            budgets = list(dict.fromkeys(run.budget for run in ranked))
             if budgets:
-                return next(run for run in runs if run.budget == budgets[(len(budgets) - 1) // 2])
+                return next(run for run in ranked if run.budget == budgets[(len(budgets) - 1) // 2])
         raise ValueError("a replay has at least one run")
 
     @cached_property

@@ -167,3 +167,14 @@ def test_maps_take_the_room_that_they_can_use(tab: Tab) -> None:
     (columns, wide, room), (_, full, place) = shares
     assert min(room, 60 * (columns - 1)) - 1 <= wide <= 120 * (columns - 1)
     assert full >= place - 1
+
+
+@pytest.mark.slow
+def test_cells_of_a_row_have_one_height(tab: Tab) -> None:
+    apart = tab.run(
+        """[...document.querySelectorAll('.panel table tr')].filter(row => row.checkVisibility()).flatMap(row =>
+          [...row.cells].filter(cell => cell.rowSpan === 1 && cell.checkVisibility()
+            && Math.abs(cell.getBoundingClientRect().height - row.getBoundingClientRect().height) > 1.5)
+            .map(cell => `${cell.closest('.panel').id}: ${cell.outerHTML.slice(0, 60)}`))"""
+    )
+    assert apart == []

@@ -176,6 +176,34 @@ def test_the_page_begins_with_the_best_by_every_metric(
     assert headline(ReportInput((alone,))) == []
 
 
+def test_a_run_without_competitors_is_neither_the_best_nor_the_worst(trace: Trace, tmp_path: Path) -> None:
+    alone = ReportInput((make_replay(tmp_path / "alone", trace, mass={"h2o": {"2": 0.5}}),))
+    (pieces,) = headline(alone)
+    assert sentence(pieces) == "At budget 2, 2 of 5 keys held: h2o has output error 0.500 and retained mass 0.500."
+
+
+def test_the_run_shown_first_has_competitors_if_any_has(trace: Trace, tmp_path: Path) -> None:
+    replay = make_replay(tmp_path / "r", trace, mass={"h2o": {"2": 0.9}, "tova": {"2": 0.6}, "window": {"2": 0.4}})
+    assert ReportInput((replay,)).first.label == "h2o"
+    info = replay.info
+    coded = [replace(info.runs[0], cache="int4:kivi"), *info.runs[1:]]
+    other = Replay(replay.path, replace(info, runs=coded))
+    summary = replay.summary
+    other.__dict__["summary"] = replace(summary, runs=[replace(summary.runs[0], cache="int4:kivi"), *summary.runs[1:]])
+    source = ReportInput((other,))
+    assert source.first.label == "tova"
+    assert sentence(headline(source)[0]).startswith("At budget 2, 2 of 5 keys held: of 2 policies")
+
+
+def test_sentences_are_in_the_order_of_the_replays(tmp_path: Path) -> None:
+    traces = [make_trace(tmp_path / word, texts=[word, " king", "\n", " said", " 7", "!"]) for word in ("one", "two")]
+    mass = {"h2o": {"2": 0.9}, "tova": {"2": 0.6}}
+    replays = [make_replay(tmp_path / f"of-{trace.name}", trace, mass=mass) for trace in traces]
+    for order in (replays, replays[::-1]):
+        said = [sentence(pieces) for pieces in headline(ReportInput(tuple(order)))]
+        assert [words.partition(":")[0] for words in said] == [replay.path.name for replay in order]
+
+
 def test_numbers_of_the_first_sentence_are_explained(source: ReportInput) -> None:
     (pieces,) = headline(source)
     how = {piece["text"]: piece["how"] for piece in pieces if "how" in piece}
