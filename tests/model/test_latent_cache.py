@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvscope.cli.summary import columns, notes
+from kvscope.cli.summary import columns
 from kvscope.closed_loop.compile import compile_perplexity, compile_verify
 from kvscope.core.errors import UsageError
 from kvscope.core.options import (
@@ -136,10 +136,12 @@ def test_decoding_agrees_with_the_closed_loop(trace: Trace, prefill: Prefill) ->
 
 def test_entries_are_in_the_table_the_report_and_comparisons(trace: Trace, tmp_path: Path) -> None:
     made = replayed(trace, tmp_path / "r", ["h2o", "keydiff"])
-    shown = {column.header: column.cells for column in columns(made.summary.runs, made.summary.metrics)}
+    table = columns(made.summary.runs, made.summary.metrics)
+    shown = {column.header: column.cells for column in table}
     assert shown["latent\nentries"] == [f"{entries(made, 0):.1f}", f"{entries(made, 1):.1f}"]
     assert shown["decides"] == ["layer", "kv head"] and shown["latent\nbytes"][0].endswith(" bytes")
-    assert any(line.startswith("Latent entries: the vectors") for line in notes(made.summary.runs, made.info))
+    (note,) = [column.note for column in table if column.header == "latent\nentries"]
+    assert note.startswith("Latent entries: the vectors")
     assert SUMMARY.plain(made.summary)["runs"][0]["metrics"]["latent_entries"]["mean"] == entries(made, 0)
     found = by_sequence(made, [0, 1], ["latent_entries", "latent_bytes"])
     assert found[1, "latent_entries"] == {0: pytest.approx(entries(made, 1))}
