@@ -78,7 +78,8 @@ def base_of(folder: Path) -> tuple[str, str | None]:
         raise ModelError(f"adapter {folder} has no weights, neither {' nor '.join(FILES)}", AGAIN)
     FILES[found[0]](folder / found[0])
     beside = folder / base
-    return (str(beside) if not Path(base).is_dir() and beside.is_dir() else base), revision
+    here = (Path(base) / "config.json").is_file()  # a folder of that name may be anything
+    return (str(beside) if not here and beside.is_dir() else base), revision
 
 
 def require_peft(source: str) -> None:

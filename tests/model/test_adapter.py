@@ -71,7 +71,10 @@ def test_an_adapter_changes_its_base(folder: Path, base: Path) -> None:
     assert load(ModelSource(str(folder), dtype="float64")).model.dtype == torch.float64
 
 
-def test_a_base_beside_the_adapter(folder: Path) -> None:
+def test_a_base_beside_the_adapter(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "base").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere" / "work")  # where ../base is there too, and no model
     assert difference(named(folder, "../base")) < 1e-6
 
 
