@@ -66,7 +66,7 @@ def regret(
     elif len(found["runs"]) == 1:
         _show_run(found["runs"][0], f"{opened.path}: {title(found['runs'][0])}", several=len(source.sequences) > 1)
     else:
-        hint = f"Name one run for its worst evictions: {how_to_name_one(runs)}."
+        hint = f"For the worst evictions of one run, name it with {how_to_name_one(runs)}."
         console.show_table(summary(found["runs"]), title=str(opened.path), notes=[SUMMARY_NOTE, hint])
 
 

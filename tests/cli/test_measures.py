@@ -72,7 +72,7 @@ def test_one_of_both_loops_is_named_by_its_number(run: Run, example: None) -> No
     assert how_to_name_one(runs) == "--policy and --budget"
     both = [runs[0], dataclasses.replace(runs[0], run=7, loop="closed")]
     assert how_to_name_one(both) == "--policy 0 (open loop) or --policy 7 (closed loop)"
-    assert "worst evictions: --policy and --budget." in run("regret", "two").out
+    assert "name it with --policy and --budget." in run("regret", "two").out
 
 
 def test_regret_of_several_runs_is_a_line_each(run: Run, example: None) -> None:
