@@ -13,7 +13,7 @@ import pytest
 import kvscope
 from kvscope.core.records import Certificate, TextRef
 from kvscope.core.summary_records import BoundShares, HeadPlace, LoopGap, MetricSummary, StepPlace, Tails
-from kvscope.report.headline import headline
+from kvscope.report.headline import headline, shown_groups
 from kvscope.report.limits import Limits
 from kvscope.report.page import page_data
 from kvscope.report.panels.budget_curve import budget_curve, curve_lines
@@ -197,11 +197,13 @@ def test_the_run_shown_first_has_competitors_if_any_has(trace: Trace, tmp_path: 
 
 def test_sentences_are_in_the_order_of_the_replays(tmp_path: Path) -> None:
     traces = [make_trace(tmp_path / word, texts=[word, " king", "\n", " said", " 7", "!"]) for word in ("one", "two")]
-    mass = {"h2o": {"2": 0.9}, "tova": {"2": 0.6}}
+    mass = {"h2o": {"2": 0.9, "4": 0.95}, "tova": {"2": 0.6, "4": 0.7}}
     replays = [make_replay(tmp_path / f"of-{trace.name}", trace, mass=mass) for trace in traces]
     for order in (replays, replays[::-1]):
-        said = [sentence(pieces) for pieces in headline(ReportInput(tuple(order)))]
-        assert [words.partition(":")[0] for words in said] == [replay.path.name for replay in order]
+        names, source = [replay.path.name for replay in order], ReportInput(tuple(order))
+        assert [sentence(pieces).partition(":")[0] for pieces in headline(source)] == names
+        groups = [(group[0].source, group[0].budget) for group in shown_groups(source)]
+        assert groups == [(name, budget) for name in names for budget in ("2", "4")]
 
 
 def test_numbers_of_the_first_sentence_are_explained(source: ReportInput) -> None:
