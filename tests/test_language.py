@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from kvscope.cli.app import app
+from kvscope.cli.app import program
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kvscope"
@@ -94,7 +94,7 @@ def documents() -> Iterator[tuple[str, str]]:
 
 def helps() -> Iterator[tuple[str, str]]:
     """Yield the help of every command, of every group, and of their options and arguments."""
-    waiting = [("kvscope", typer.main.get_command(app))]
+    waiting = [("kvscope", typer.main.get_command(program()))]
     while waiting:
         name, command = waiting.pop()
         yield name, f"{command.help or ''} {command.epilog or ''}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from kvscope.cli.app import app
+from kvscope.cli.app import program
 
 PAGE = "docs/commands.md"
 HEAD = """\
@@ -38,7 +38,7 @@ def pages() -> dict[str, str]:
 
 def commands() -> Iterator[tuple[str, Any]]:
     """Yield every command with its name, in the order of the help; the commands of a group follow one another."""
-    for name, command in _members(typer.main.get_command(app)):
+    for name, command in _members(typer.main.get_command(program())):
         if hasattr(command, "commands"):
             yield from ((f"{name} {each}", part) for each, part in _members(command))
         else:

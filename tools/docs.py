@@ -19,7 +19,7 @@ from typing import Any
 import typer
 
 from kvscope import __version__
-from kvscope.cli.app import app
+from kvscope.cli.app import program
 from kvscope.core.claim_records import REPRODUCTION, Reproduction
 from kvscope.experiments import describe as experiments
 from kvscope.experiments import describe_papers as papers
@@ -396,7 +396,7 @@ def _commands(text: str) -> Iterator[str]:
     quoted = [line for line in re.findall(r"`(kvscope [^`]*)`", text) if not line.endswith("=")]
     # parameters of classes that the page itself defines
     own = {name.replace("_", "-") for name in re.findall(r"^    (\w+): .* = parameter\(", text, re.MULTILINE)}
-    known: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    known: dict[str, Any] = typer.main.get_command(program()).commands  # type: ignore[attr-defined]
     parameters = {item["name"].replace("_", "-") for row in describe() for item in row["parameters"]}
     for line in [*(line for line in blocks if line.startswith("kvscope ")), *quoted]:
         words = shlex.split(line, comments=True)

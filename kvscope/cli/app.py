@@ -26,18 +26,6 @@ from kvscope.core.memory import is_library_too_large, is_out_of_memory, out_of_m
 from kvscope.core.own_code import own_place
 from kvscope.core.version import __version__
 
-app = typer.Typer(
-    name="kvscope",
-    help="Record a model's attention, replay KV-cache eviction policies over it, see what each one loses.",
-    epilog="First steps: kvscope demo. Then, with any text file: kvscope trace --model demo FILE",
-    no_args_is_help=True,
-    cls=HelpGroup,
-    rich_markup_mode=None,  # `kvscope.cli.help_page` draws the help
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-add_commands(app)
-
 
 def _version(requested: bool) -> None:
     if requested:
@@ -45,8 +33,31 @@ def _version(requested: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def options(
+def program(words: Sequence[str] | None = None) -> typer.Typer:
+    """Return the program with all its commands.
+
+    Parameters
+    ----------
+    words : sequence of str, optional
+        The words of a command line: only a command that is among them has its options, since to read those of every
+        command takes as long as the rest of ``kvscope --help``. Without them, every command has its options.
+    """
+    app = typer.Typer(
+        name="kvscope",
+        help="Record a model's attention, replay KV-cache eviction policies over it, see what each one loses.",
+        epilog="First steps: kvscope demo. Then, with any text file: kvscope trace --model demo FILE",
+        no_args_is_help=True,
+        cls=HelpGroup,
+        rich_markup_mode=None,  # `kvscope.cli.help_page` draws the help
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    add_commands(app, words)
+    return app
+
+
+def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -86,6 +97,7 @@ def run(arguments: Sequence[str]) -> int:
         console.fail("the current folder was deleted", "Change to a folder that exists: cd")
         return ExitStatus.error
     try:
+        app = program(None if "_KVSCOPE_COMPLETE" in os.environ else arguments)
         status = app(args=list(arguments), prog_name="kvscope", standalone_mode=False, obj=list(arguments))
         sys.stdout.flush()
     except KvscopeError as error:

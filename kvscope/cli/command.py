@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -90,17 +90,31 @@ def command_group(name: str, *, order: int, help: str) -> typer.Typer:
     return group
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Add every command of this package to `app`, sorted by `Command.order`."""
+def add_commands(app: typer.Typer, words: Sequence[str] | None = None) -> None:
+    """Add every command of this package to `app`, sorted by `Command.order`.
+
+    With `words`, a command that is not among them has its help, but none of its options, and a group no commands.
+    """
     for each in sorted((member for _, member in COMMANDS.items()), key=lambda member: member.order):
+        typed = words is None or each.name in words
         if isinstance(each.run, typer.Typer):
-            app.add_typer(each.run, name=each.name)
+            app.add_typer(each.run if typed else _empty(each.run), name=each.name)
         else:
             extra = {"ignore_unknown_options": True, "allow_extra_args": True} if each.extra_arguments else None
             app.command(
                 each.name,
                 cls=OpenCommand if each.extra_arguments else HelpCommand,
+                help=each.run.__doc__,
                 epilog=each.epilog,
                 options_metavar=each.options_metavar,
                 context_settings=extra,
-            )(each.run)
+            )(each.run if typed else _nothing)
+
+
+def _empty(group: typer.Typer) -> typer.Typer:
+    """Return a group with the help of another one and no commands."""
+    return typer.Typer(cls=HelpGroup, help=group.info.help, rich_markup_mode=None)
+
+
+def _nothing() -> None:
+    """Stand for a command that is not called."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from kvscope.cli.places import HEADER, REPORTS, TRACES
-
 PACKAGE = Path(__file__).parent.parent
 
 
@@ -26,17 +24,17 @@ def metric_names(incomplete: str) -> list[str]:
 
 def trace_names(incomplete: str) -> list[str]:
     """Return the complete traces under ``traces/`` whose names begin with `incomplete`."""
-    return _starting(_complete(TRACES), incomplete)
+    return _starting(_complete("traces"), incomplete)
 
 
 def replay_names(incomplete: str) -> list[str]:
     """Return the complete replays under ``reports/`` whose names begin with `incomplete`."""
-    return _starting(_complete(REPORTS), incomplete)
+    return _starting(_complete("reports"), incomplete)
 
 
 def either_names(incomplete: str) -> list[str]:
     """Return the complete traces and replays whose names begin with `incomplete`."""
-    return _starting([*_complete(TRACES), *_complete(REPORTS)], incomplete)
+    return _starting([*_complete("traces"), *_complete("reports")], incomplete)
 
 
 def _registered(kind: str, room: str) -> list[str]:
@@ -45,8 +43,10 @@ def _registered(kind: str, room: str) -> list[str]:
     return [name for path in (PACKAGE / room).glob("*.py") for name in line.findall(path.read_text("utf-8"))]
 
 
-def _complete(folder: Path) -> list[str]:
-    return [path.parent.name for path in folder.glob(f"*/{HEADER[folder]}")]
+def _complete(folder: str) -> list[str]:
+    from kvscope.cli.places import HEADER  # here, since every command imports this module
+
+    return [path.parent.name for path in Path(folder).glob(f"*/{HEADER[Path(folder)]}")]
 
 
 def _starting(names: list[str], start: str) -> list[str]:

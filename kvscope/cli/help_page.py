@@ -115,4 +115,4 @@ def _table(rows: list[tuple[Text, Text]]) -> Table:
 
 
 def _panel(title: str, body: Table | Text) -> Panel:
-    return Panel(body, box=ROUNDED, title=title, title_align="left", border_style="dim")
+    return Panel(body, box=ROUNDED, title=Text(title), title_align="left", border_style="dim")

@@ -13,13 +13,13 @@ import pytest
 import typer
 
 from kvscope import __version__
-from kvscope.cli.app import app
+from kvscope.cli.app import program
 from kvscope.cli.help_page import WIDEST, examples_of, takes
 from kvscope.cli.panels import ALONE, PANELS
 from tests.cli.conftest import Run
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = typer.main.get_command(program()).commands  # type: ignore[attr-defined]
 GROUPS = {name: one for name, one in COMMANDS.items() if hasattr(one, "commands")}
 EVERY = {name: one for name, one in COMMANDS.items() if name not in GROUPS} | {
     f"{group} {name}": one for group, of in GROUPS.items() for name, one in of.commands.items()
@@ -38,6 +38,21 @@ def test_every_command_explains_itself(name: str, run: Run) -> None:
             assert max(parameter.opts, key=len) in done.out
             assert parameter.help, f"{name} {parameter.opts} has no help"
     assert len(COMMANDS[name].help) > 40
+
+
+def test_only_the_options_of_the_typed_command_are_read() -> None:
+    """To read those of all takes as long as the rest of ``kvscope --help``; everything else is as with them."""
+    typed = typer.main.get_command(program(["gate", "trace", "x.txt"])).commands  # type: ignore[attr-defined]
+    assert list(typed) == list(COMMANDS)
+    for name, one in typed.items():
+        full = COMMANDS[name]
+        assert (one.help, one.epilog, one.hidden, type(one)) == (full.help, full.epilog, full.hidden, type(full))
+        if name == "gate":
+            assert list(one.commands) == list(full.commands)
+        elif name == "trace":
+            assert [each.opts for each in one.params] == [each.opts for each in full.params]
+        else:
+            assert not one.params and not getattr(one, "commands", {})
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from kvscope.cli.app import app
+from kvscope.cli.app import program
 from kvscope.cli.options import command_line
 from tests.cli.conftest import Run
 
@@ -141,7 +141,7 @@ def test_results_do_not_depend_on_where_a_trace_is(run: Run, far: str, tmp_path:
 
 def test_secrets_of_addresses_are_not_stored() -> None:
     typed = ["replay", "https://me:pw@host/story?X-Amz-Signature=secret", "-p", "h2o"]
-    context = typer.Context(typer.main.get_command(app), obj=typed)
+    context = typer.Context(typer.main.get_command(program()), obj=typed)
     assert command_line(context) == "kvscope replay https://host/story -p h2o"
 
 

@@ -91,7 +91,7 @@ def test_an_interruption_that_python_cannot_raise_is_not_lost() -> None:
         "    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
         "def work(**_):\n"
         "    Slow(); time.sleep(5); return 0\n"
-        "app.prepare_process(); app.app = work; raise SystemExit(app.run([]))"
+        "app.prepare_process(); app.program = lambda words: work; raise SystemExit(app.run([]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 130

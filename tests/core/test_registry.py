@@ -33,7 +33,7 @@ LIST = {
     "policies": "from kvscope.policies import POLICIES as r; print(*[n for n, c in r.items() if ours(c)])",
     "metrics": "from kvscope.metrics import METRICS as r; print(*[n for n, m in r.items() if ours(m.compute)])",
     "panels": "from kvscope.report.page import ordered_panels as r; print(*[p.name for p in r() if ours(p.build)])",
-    "commands": "import typer; from kvscope.cli.app import app; print(*typer.main.get_command(app).commands)",
+    "commands": "import typer; from kvscope.cli.app import program; print(*typer.main.get_command(program()).commands)",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer
 
-from kvscope.cli.app import app
+from kvscope.cli.app import program
 from kvscope.cli.app import run as run_command
 from tests.docs.blocks import ROOT, Block, blocks, commands, expected_status, found, pages
 from tests.own_code import forget_members, forget_modules
@@ -102,7 +102,7 @@ def test_what_is_not_run_has_a_reason_and_parses(name: str, block: Block) -> Non
 
 def parse(words: list[str]) -> None:
     """Parse the arguments of a command without running it; a wrong one raises."""
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(program())
     while hasattr(command, "commands"):
         command = command.commands[words[0]]
         words = words[1:]

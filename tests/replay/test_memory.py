@@ -194,7 +194,7 @@ def test_any_command_ends_in_two_lines(
     def exceeded(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(app, "app", exceeded)
+    monkeypatch.setattr(app, "program", lambda words: exceeded)
     assert app.run(["info"]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 2 and "out of memory" in lines[0] and "--device cpu" in lines[1]
