@@ -14,6 +14,7 @@ from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call
 from kvscope.model.call_parts import Heads, is_causal, own_vectors, placed, refuse_other_masks
 from kvscope.model.copies import HostCopies
+from kvscope.model.key_cosines import KeyCosines
 from kvscope.model.outputs import OutputProjection
 from kvscope.model.packed_rows import PackedRows
 from kvscope.model.packing import VECTOR_DTYPES, Packer, copied_vectors, fits
@@ -31,7 +32,7 @@ class _Layer:
     """State of one layer in the current sequence: tokens seen, and decoding steps that wait to be written together."""
 
     seen: int = 0
-    directions: Tensor | None = None  # unit keys [G, seen, D], in a buffer that grows by doubling
+    cosines: KeyCosines = field(default_factory=KeyCosines)
     queries: list[Tensor] = field(default_factory=list)  # of the waiting steps, [1, H, 1, D] each
     hidden: list[Tensor] = field(default_factory=list)  # layer inputs of the waiting steps, [1, 1, hidden] each
     newest: Call | None = None  # the last waiting call; its keys include those of the others
@@ -220,7 +221,7 @@ class Recorder:
         key, value = (tensor.float() for tensor in own_vectors(part, start, stop))
         signals = {"value_l1": value.abs().sum(-1), "value_l2": value.norm(dim=-1), "key_l2": key.norm(dim=-1)}
         if "similarity" in self._stored:
-            cosines = _cosines(state, key, signals["key_l2"], position)
+            cosines = state.cosines.of(part, key, signals["key_l2"], position, state.seen)
             signals["cosines"] = self._packer.packed(cosines, range(position, position + key.shape[1]))
         self._put(("keys", call.layer), partial(self.writer.keys, call.layer, self._sequence, position), signals)
         mean = {"mean_query": call.query[0, :, start:stop].float().mean(0)}
@@ -273,22 +274,3 @@ class Recorder:
 
 def _write_now(key: Hashable, write: Write, tensors: Mapping[str, Tensor]) -> None:
     write(**HostCopies().start(tensors).wait())
-
-
-def _cosines(state: _Layer, key: Tensor, norm: Tensor, first: int) -> Tensor:
-    """Return the cosines of new keys ``[G, n, D]`` with all keys so far, float16 ``[G, n, first + n]``."""
-    unit = key / norm.clamp(min=torch.finfo(norm.dtype).tiny)[..., None]
-    last = first + key.shape[1]
-    state.directions = _grown(state.directions, unit, last)
-    state.directions[:, first:last] = unit
-    return (unit @ state.directions[:, :last].transpose(1, 2)).clamp_(-1, 1).half()
-
-
-def _grown(buffer: Tensor | None, like: Tensor, size: int) -> Tensor:
-    """Return the buffer, enlarged if necessary to hold `size` positions."""
-    if buffer is not None and buffer.shape[1] >= size:
-        return buffer
-    grown = like.new_zeros(like.shape[0], max(size, 2 * (0 if buffer is None else buffer.shape[1]), 256), like.shape[2])
-    if buffer is not None:
-        grown[:, : buffer.shape[1]] = buffer
-    return grown

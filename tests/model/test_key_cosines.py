@@ -1,0 +1,93 @@
+"""Cosines of keys: those of the whole sequence, whatever a cache holds, without a second copy of the cache."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvscope import trace
+from kvscope.core.errors import ModelError
+from kvscope.model.attention_hook import Call
+from kvscope.model.key_cosines import KeyCosines
+from tests.model.tiny import WINDOW, saved
+
+GROUPS, SIZE, LENGTH = 2, 8, 40
+
+
+@pytest.fixture
+def keys() -> Tensor:
+    """``[G, T, D]``; one of them is zero."""
+    found = torch.randn(GROUPS, LENGTH, SIZE, generator=torch.Generator().manual_seed(4))
+    found[1, 7] = 0
+    return found
+
+
+def expected(keys: Tensor) -> np.ndarray:
+    """Return the cosines in double ``[G, T, T]``."""
+    unit = keys.double().numpy()
+    length = np.linalg.norm(unit, axis=-1, keepdims=True)
+    unit = np.divide(unit, length, out=np.zeros_like(unit), where=length > 0)
+    return unit @ unit.swapaxes(1, 2)
+
+
+def call_of(keys: Tensor, count: int, window: int | None = None, chunk: int | None = None) -> Call:
+    """Return a call with `count` new queries whose cache holds these keys ``[G, k, D]``."""
+    query = torch.zeros(1, GROUPS, count, SIZE)
+    return Call(3, query, keys[None], keys[None], None, 1.0, sliding_window=window, chunk=chunk)
+
+
+def found(keys: Tensor, blocks: list[int], held: int | None = None, **limits: int) -> tuple[list[np.ndarray], int]:
+    """Return the cosines of blocks of keys, and the most bytes kept after one; the cache drops all but `held` keys."""
+    cosines, first, parts, kept = KeyCosines(), 0, [], 0
+    for count in blocks:
+        last = first + count
+        start = 0 if held is None or first == 0 else max(0, last - max(held, count))
+        key = keys[:, first:last]
+        call = call_of(keys[:, start:last], count, **limits)
+        parts.append(cosines.of(call, key.float(), key.float().norm(dim=-1), first, last).float().numpy())
+        kept = max(kept, sum(each.nbytes for each in vars(cosines).values() if each is not None))
+        first = last
+    return parts, kept
+
+
+BLOCKS = [11, 1, 1, 20, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("limits", [{}, {"window": 6, "held": 5}, {"chunk": 6, "held": 5}, {"window": 50}], ids=str)
+def test_they_are_those_of_all_earlier_keys(keys: Tensor, limits: dict[str, int], dtype: torch.dtype) -> None:
+    keys = keys.to(dtype)
+    parts, _ = found(keys, BLOCKS, **limits)
+    whole, first = expected(keys), 0
+    for part, count in zip(parts, BLOCKS, strict=True):
+        assert part.shape == (GROUPS, count, first + count)
+        assert np.allclose(part, whole[:, first : first + count, : first + count], atol=2**-11)
+        first += count
+
+
+def test_only_lengths_are_kept_where_the_cache_has_the_keys(keys: Tensor) -> None:
+    """Directions in 32 bit would be as large as the keys and values of a 16-bit model together."""
+    _, kept = found(keys, BLOCKS)
+    assert kept == GROUPS * 256 * 4  # a buffer of 256 positions
+    _, kept = found(keys, BLOCKS, window=6, held=5)
+    assert kept == GROUPS * 256 * 4 * (1 + SIZE)
+
+
+def test_dropped_keys_of_a_layer_without_a_window_are_an_error(keys: Tensor) -> None:
+    with pytest.raises(ModelError, match="layer 3 dropped keys") as raised:
+        found(keys, [11, 1], held=5)
+    assert "--store qkv" in raised.value.todo
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss"])
+def test_a_trace_has_those_of_all_keys_of_a_model(name: str, tmp_path: Path) -> None:
+    """The prompt is longer than the window, and the model generates; vectors have every key as it came."""
+    prompt, folder = tmp_path / "p.txt", str(saved(tmp_path / name, name))
+    prompt.write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9")
+    made = trace(folder, [prompt], output=tmp_path / "t", max_new_tokens=9, store="maps+vectors")
+    assert made.sequences[0].length > 9 + WINDOW
+    for layer in (0, 1):
+        whole = expected(torch.from_numpy(made.states(0, layer).keys))
+        assert np.allclose(made.similarity(0, layer), whole, atol=2**-11)
