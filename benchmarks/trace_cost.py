@@ -213,7 +213,7 @@ def recorded(
         with Pipeline(threads_for(loaded.device)) as pipeline:
             recorder = Recorder(writer, layers, store=store, vector_dtype=facts.vector_dtype, pipeline=pipeline)
             recorder.begin(0, prompt)
-            with observe_attention(loaded.model, recorder):
+            with observe_attention(loaded.model, recorder, inputs=recorder.reads_inputs):
                 decode(loaded, prompt, new)
             recorder.end()
         length = prompt + new - 1  # the last token is chosen, but not run through the model

@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from kvscope.core.errors import ModelError
 from kvscope.core.model_types import ModelConfig
-from kvscope.model.attention_kernels import function_of, is_causal
+from kvscope.model.attention_kernels import function_of, is_causal, layer_and_chunk
 from kvscope.model.obstacles import language_model, require_registry
 
 PREFIX = "kvscope-watch-"
@@ -52,7 +52,7 @@ class Call:
     sliding_window : int or None
         Largest number of keys that a query sees, including its own.
     hidden : Tensor or None
-        ``[batch, q, hidden]``, the input of the layer's attention module.
+        ``[batch, q, hidden]``, the input of the layer's attention module, where it is observed.
     chunk : int or None
         Size of the chunks in which the layer attends: a query sees the earlier keys of its own chunk.
     """
@@ -151,8 +151,10 @@ AttentionFunction = Callable[[Call, Kernel], Tensor]
 
 
 @contextmanager
-def observe_attention(model: nn.Module, observer: Observer) -> Iterator[None]:
+def observe_attention(model: nn.Module, observer: Observer, *, inputs: bool = True) -> Iterator[None]:
     """Pass every attention call of the model to `observer`; the output of the model does not change.
+
+    Without `inputs`, calls have no `hidden`, and each takes less time.
 
     Raises
     ------
@@ -164,16 +166,16 @@ def observe_attention(model: nn.Module, observer: Observer) -> Iterator[None]:
         observer(call)
         return kernel()
 
-    with replace_attention(model, attention):
+    with replace_attention(model, attention, inputs=inputs):
         yield
 
 
 @contextmanager
-def replace_attention(model: nn.Module, attention: AttentionFunction) -> Iterator[None]:
+def replace_attention(model: nn.Module, attention: AttentionFunction, *, inputs: bool = True) -> Iterator[None]:
     """Let ``attention(call, kernel)`` compute the output ``[batch, q, H, D]`` of every attention call of the model.
 
     ``kernel()`` returns the output of the original kernel, ``kernel(n)`` that of the first ``n`` entries of the batch.
-    On exit, also after an error, the model and the registry are as before.
+    On exit, also after an error, the model and the registry are as before. `inputs` as in `observe_attention`.
 
     Raises
     ------
@@ -192,11 +194,12 @@ def replace_attention(model: nn.Module, attention: AttentionFunction) -> Iterato
             f"Load the model with one of: {', '.join(KERNELS)}.",
         )
     inside = {id(module) for module in language.modules()}
-    inputs: dict[int, Tensor] = {}  # id of an attention module -> its input, until its kernel is called
-    hooks = [module.register_forward_pre_hook(_store_input(inputs), with_kwargs=True) for module in _numbered(language)]
+    read: dict[int, Tensor] = {}  # id of an attention module -> its input, until its kernel is called
+    hooked = _numbered(language) if inputs else []
+    hooks = [module.register_forward_pre_hook(_store_input(read), with_kwargs=True) for module in hooked]
     try:
         for kernel in kernels:
-            AttentionInterface.register(PREFIX + kernel, _interface(kernel, attention, inputs, inside))
+            AttentionInterface.register(PREFIX + kernel, _interface(kernel, attention, read, inside))
             AttentionMaskInterface.register(PREFIX + kernel, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
         for config, kernel in before:
             config._attn_implementation_internal = PREFIX + kernel
@@ -241,13 +244,6 @@ def _store_input(inputs: dict[int, Tensor]) -> Callable[[nn.Module, tuple[object
     return store
 
 
-def chunk_of(config: ModelConfig | None, layer: int) -> int | None:
-    """Return the size of the chunks in which a layer attends, as a configuration has it; None if it does not."""
-    types = getattr(config, "layer_types", None) or []
-    chunked = layer < len(types) and types[layer] == "chunked_attention"
-    return getattr(config, "attention_chunk_size", None) if chunked else None
-
-
 def _interface(
     kernel: str, attention: AttentionFunction, inputs: dict[int, Tensor], inside: set[int]
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -255,6 +251,7 @@ def _interface(
 
     Modules whose id is not in `inside` belong to an image encoder with the configuration of the language model.
     """
+    places: dict[int, tuple[int, int | None]] = {}  # id of a module -> its layer and chunk; a configuration is slow
 
     def replaced(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -273,8 +270,11 @@ def _interface(
             )
         sinks = kwargs.get("s_aux")
         scaling = kwargs.get("scaling")
+        if id(module) not in places:
+            places[id(module)] = layer_and_chunk(module)
+        layer, chunk = places[id(module)]
         call = Call(
-            layer=int(module.layer_idx),  # type: ignore[arg-type]
+            layer=layer,
             query=query,
             key=key,
             value=value,
@@ -284,13 +284,15 @@ def _interface(
             sinks=sinks,
             sliding_window=kwargs.get("sliding_window"),
             hidden=inputs.pop(id(module), None),
-            chunk=chunk_of(getattr(module, "config", None), int(module.layer_idx)),  # type: ignore[arg-type]
+            chunk=chunk,
         )
 
         def original(rows: int | None = None) -> Tensor:
+            function = function_of(kernel, module)
+            if rows is None:
+                return function(module, query, key, value, attention_mask, **kwargs)[0]
             mask = attention_mask if attention_mask is None or len(attention_mask) == 1 else attention_mask[:rows]
-            output, _ = function_of(kernel, module)(module, query[:rows], key[:rows], value[:rows], mask, **kwargs)
-            return output
+            return function(module, query[:rows], key[:rows], value[:rows], mask, **kwargs)[0]
 
         return attention(call, original), None
 

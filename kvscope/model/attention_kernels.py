@@ -1,4 +1,4 @@
-"""The attention functions of transformers that a hook calls in its place."""
+"""The attention functions of transformers that a hook calls in its place, and what their modules are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvscope.core.model_types import ModelConfig
 
 
 def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -21,3 +23,16 @@ def function_of(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, T
     if kernel == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]  # of a model
     return ALL_ATTENTION_FUNCTIONS[kernel]  # type: ignore[no-any-return]
+
+
+def layer_and_chunk(module: nn.Module) -> tuple[int, int | None]:
+    """Return the number of the layer of an attention module, and the size of the chunks in which it attends, if any."""
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    return layer, chunk_of(getattr(module, "config", None), layer)
+
+
+def chunk_of(config: ModelConfig | None, layer: int) -> int | None:
+    """Return the size of the chunks in which a layer attends, as a configuration has it; None if it does not."""
+    types = getattr(config, "layer_types", None) or []
+    chunked = layer < len(types) and types[layer] == "chunked_attention"
+    return getattr(config, "attention_chunk_size", None) if chunked else None

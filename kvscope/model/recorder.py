@@ -94,6 +94,11 @@ class Recorder:
         self._layers: dict[int, _Layer] = {}
         self._sequence = self._prompt = 0
 
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether calls must have `Call.hidden`."""
+        return self._inputs
+
     def begin(self, sequence: int, prompt: int = 0) -> None:
         """Start a sequence with `prompt` tokens of prompt; call `end` for the previous sequence first."""
         self._sequence, self._prompt = sequence, prompt

@@ -109,7 +109,7 @@ class RecordingRun:
             found = sources(self.loaded.model, torch.tensor([prompt.ids[:PROBE]], device=self.loaded.device))
             return observe_modules(found, self.recorder)
         recorder = self.recorder if prompt.inputs is None else require_causal(self.loaded, prompt, self.recorder)
-        return observe_attention(self.loaded.model, recorder)
+        return observe_attention(self.loaded.model, recorder, inputs=self.recorder.reads_inputs)
 
     def _forced(self, prompt: Prompt) -> tuple[list[int], list[Score]]:
         ids = prompt.ids + (prompt.forced or [])

@@ -216,3 +216,20 @@ def test_the_self_check_finds_a_kernel_that_is_not_reached(monkeypatch: pytest.M
         monkeypatch.setattr(layer.self_attn, "forward", lambda hidden_states, **_: (hidden_states, None))
     with pytest.raises(ModelError, match="no attention of LlamaForCausalLM was seen"):
         self_check(model, tokens(5))
+
+
+def test_inputs_of_modules_are_observed_only_where_they_are_read() -> None:
+    model, calls = build("llama"), []
+    with observe_attention(model, calls.append, inputs=False):
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        model(input_ids=tokens(3))
+    assert [call.hidden for call in calls] == [None, None]
+    with observe_attention(model, calls.append):
+        model(input_ids=tokens(3))
+    assert [call.hidden is None for call in calls] == [True, True, False, False]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_recording_asks_for_inputs_only_to_store_them(hidden: bool) -> None:
+    assert Recorder(Collector(), [0], hidden=hidden).reads_inputs is hidden
