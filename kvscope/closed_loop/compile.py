@@ -15,7 +15,7 @@ from kvscope.closed_loop.generation import GenerateJob, examples_to_generate
 from kvscope.closed_loop.job import ClosedLoopJob, TokenSink
 from kvscope.closed_loop.model_limits import require_mergeable, require_positions, require_quantisable, unrotated_of
 from kvscope.closed_loop.model_signals import ModelSignals
-from kvscope.closed_loop.passage import Passage, require_decodable_images
+from kvscope.closed_loop.passage import Passage, probe_of, require_decodable_images
 from kvscope.closed_loop.perplexity import PerplexityJob, describe_texts, passages_of_texts
 from kvscope.closed_loop.press_choices import with_choices
 from kvscope.closed_loop.readings import with_readings
@@ -49,7 +49,7 @@ from kvscope.model.derotation import derotations
 from kvscope.model.loading import Loaded, load
 from kvscope.model.obstacles import require_registry
 from kvscope.model.run import stop_ids
-from kvscope.model.selfcheck import kv_head_counts, layer_count, shared_caches
+from kvscope.model.selfcheck import LayerCaches, layer_caches, layer_count
 from kvscope.policies.spec import Named
 from kvscope.trace.reader import TokenSequence, Trace
 
@@ -63,8 +63,9 @@ def compile_closed_loop(
     runs: Sequence[RunSpec],
     metrics: Sequence[Metric],
     prefill: Prefill,
+    caches: LayerCaches | None = None,
 ) -> ClosedLoopJob:
-    """Check the model and return the job of runs that have been checked against the passages.
+    """Check the model and return the job of runs that have been checked against the passages; `caches` if known.
 
     Raises
     ------
@@ -77,22 +78,21 @@ def compile_closed_loop(
     """
     with torch.inference_mode():
         require_registry(model)
-        probe = passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
-        counts = kv_head_counts(model, probe)
+        probe = probe_of(model, passages)
+        caches = caches or layer_caches(model, probe)
+        kv_heads, shared = caches.kv_heads, caches.shared
         for plan in _plans_of(runs):
-            require_gates(plan, model, counts.values())
+            require_gates(plan, model, kv_heads.values())
         require_positions(passages, runs)
         require_quantisable(model, passages, runs)
         require_mergeable(model, passages, runs)
-        shared = shared_caches(model, probe)
-        layers = self_check(model, passages[0].text_ids, prefill)
-        token = passages[0].ids[None, :1].to(model.get_input_embeddings().weight.device)
+        layers, token = self_check(model, probe[0], prefill), probe[:, :1]
         rotary = derotations(model, token) if runs[0].positions == Positions.compacted else None
         given = ModelSignals.of(model, _plans_of(runs), probe, passages)
         unrotated = unrotated_of(model, token, runs)
     runs = with_choices(model, passages, runs, prefill)
-    kv_heads_of = own_counts(counts[layer] for layer in layers)
-    return ClosedLoopJob(model, passages, runs, metrics, prefill, layers, rotary, kv_heads_of, shared, given, unrotated)
+    heads = own_counts(kv_heads[layer] for layer in layers)
+    return ClosedLoopJob(model, passages, runs, metrics, prefill, layers, rotary, heads, shared, given, unrotated)
 
 
 def compile_trace_loop(
@@ -284,15 +284,15 @@ def evaluate(
         As `compile_closed_loop` and `ClosedLoopJob.execute`.
     """
     with torch.inference_mode():
-        counts = kv_head_counts(model, passages[0].text_ids[None].to(model.get_input_embeddings().weight.device))
-    layers, number = tuple(sorted(counts)), layer_count(model.config.get_text_config(decoder=True))
-    kv_heads = tuple(counts[layer] for layer in layers)
+        caches = layer_caches(model, probe_of(model, passages))
+    layers, number = tuple(sorted(caches.kv_heads)), layer_count(model.config.get_text_config(decoder=True))
+    kv_heads = tuple(caches.kv_heads[layer] for layer in layers)
     workload = Workload([passage.sequence for passage in passages], prefill, layers, kv_heads, number)
     for plan in _plans_of(runs):
         plan_runs = [run for run in runs if run.plan == plan]
         require_closed(plan, plan_runs[0].positions)
         require_feasible(plan, [run.budget for run in plan_runs if run.budget is not None], workload)
-    return compile_closed_loop(model, passages, runs, metrics, prefill).execute(sink, progress)
+    return compile_closed_loop(model, passages, runs, metrics, prefill, caches).execute(sink, progress)
 
 
 def _plans_of(runs: Sequence[RunSpec]) -> list[EvictionPlan]:

@@ -75,7 +75,7 @@ class Decoder:
         """
         prompt = self._read_at_once
         logits = [self._read_prompt()] if prompt else []
-        with replace_attention(self.model, self._attend):
+        with replace_attention(self.model, self._attend, inputs=self._inputs.plan.reads_inputs):
             logits += [self._step(t, progress) for t in range(prompt, self.ids.shape[1])]
         self._check()
         self.held = [prompt] * (prompt - 1) + torch.stack(self._longest).tolist()
@@ -96,7 +96,7 @@ class Decoder:
         logits = self._read_prompt() if self._read_at_once else torch.empty(0)
         made: list[list[int]] = [[] for _ in self._inputs.budgets]
         ended = [False] * len(made)
-        with replace_attention(self.model, self._attend):
+        with replace_attention(self.model, self._attend, inputs=self._inputs.plan.reads_inputs):
             for t in range(self._read_at_once, prompt):
                 logits = self._step(t, progress)
             for t in range(prompt, room):
@@ -129,7 +129,7 @@ class Decoder:
                 self._calls.append(call)
             logits = read.logits
         else:
-            with replace_attention(self.model, self._prefill):
+            with replace_attention(self.model, self._prefill, inputs=self._inputs.plan.reads_inputs):
                 logits = self._forward(self.ids[:1, :prompt], self._beside)
             if read is not None and not self._beside and all(type(each) is ShortLayer for each in self.cache.layers):
                 read.logits, read.calls = logits, list(self._calls)

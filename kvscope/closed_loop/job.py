@@ -206,7 +206,8 @@ class ForwardPass:
         """Return logits ``[1 + R, S, V]`` for the scored tokens, row 0 with the full cache, and fill in `results`."""
         rows = 1 + sum(map(len, self.runs))
         loop = ClosedLoop(self.batches, self.text, self.job.metrics, self._found, self.job.rotary, self.job.unrotated)
-        with replace_attention(self.job.model, loop):
+        inputs = any(batch.plan.reads_inputs for batch in self.batches)
+        with replace_attention(self.job.model, loop, inputs=inputs):
             keep, beside = slice(self.scored[0] - 1, self.scored[-1]), self.passage.beside(len(self.ids))
             logits = logits_of(self.job.model, self.ids.expand(rows, -1), keep, beside)
         if sorted(loop.layers) != self.job.layers:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kvscope.closed_loop.feasible import require_merging
-from kvscope.closed_loop.passage import Passage
+from kvscope.closed_loop.passage import Passage, probe_of
 from kvscope.core.errors import UsageError
 from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Positions
@@ -26,8 +26,7 @@ def require_quantisable(model: CausalModel, passages: Sequence[Passage], runs: S
             f"positions cannot be compacted with a cache in {schemes[0]}: its keys are quantised at their positions",
             "Use --positions original, or --cache 16bit.",
         )
-    probe = passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
-    if self_check(model, probe).latent_size is not None:
+    if self_check(model, probe_of(model, passages)).latent_size is not None:
         raise UsageError(
             f"{type(model).__name__} caches latent vectors, from which keys and values are computed: {schemes[0]} is "
             "defined for keys and values",
@@ -54,8 +53,7 @@ def require_mergeable(model: CausalModel, passages: Sequence[Passage], runs: Seq
         )
     for run in runs:
         require_merging(run.plan, () if run.merge is None else str(run.merge))
-    probe = passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
-    name, facts = type(model).__name__, self_check(model, probe)
+    name, facts = type(model).__name__, self_check(model, probe_of(model, passages))
     if facts.latent_size is not None:
         raise UsageError(
             f"{name} caches latent vectors, from which keys and values are computed: {rule} is defined for keys",

@@ -58,7 +58,8 @@ class PassShape:
 
     def deciding(self, plan: EvictionPlan) -> tuple[int, ...]:
         """Return the layers that decide: those that own a cache; of a sparse reader, which evicts nothing, all."""
-        return tuple(layer for layer in self.layers if plan.policy.traits.reads or layer not in self.shared)
+        reads = plan.policy.traits.reads
+        return tuple(layer for layer in self.layers if reads or layer not in self.shared)
 
     def deciding_heads(self, plan: EvictionPlan) -> tuple[int, ...]:
         """Return ``G`` of each layer that decides, where these differ; otherwise nothing."""

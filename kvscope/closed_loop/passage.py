@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvscope.core.errors import UsageError
+from kvscope.core.model_types import CausalModel
 from kvscope.core.options import Prefill
 from kvscope.model.image_prompts import ImageInputs
 from kvscope.trace.reader import TokenSequence
@@ -42,6 +43,11 @@ class Passage:
     def beside(self, count: int) -> dict[str, Tensor]:
         """Return the model's inputs beside the first `count` ids, which contain the prompt."""
         return {} if self.images is None else self.images.for_tokens(count)
+
+
+def probe_of(model: CausalModel, passages: Sequence[Passage]) -> Tensor:
+    """Return the text of the first passage, with which a model is checked, int64 ``[1, n]`` on its device."""
+    return passages[0].text_ids[None].to(model.get_input_embeddings().weight.device)
 
 
 def scored_tokens(passage: Passage, prefill: Prefill) -> NDArray[np.int64]:

@@ -16,7 +16,6 @@ from kvscope.model.attention_hook import replace_attention
 from kvscope.model.obstacles import require_registry
 from kvscope.model.selfcheck import layers_without_attention
 from kvscope.policies.full import Full
-from kvscope.policies.window import Window
 
 PROBE = 128  # tokens
 # Largest mean KL, in nats, between the model's own kernel and a run that evicts nothing. A model in float64 may make
@@ -38,12 +37,9 @@ def self_check(model: CausalModel, ids: Tensor, prefill: Prefill) -> list[int]:
     ids = ids[:PROBE].to(model.get_input_embeddings().weight.device)
     count = len(ids)
     text = PassShape(max(1, count // 2), count, 0, (), prefill)
-    batches = [RunBatch(EvictionPlan.published(Full()), [count])]
-    if count > 2:
-        batches.append(RunBatch(EvictionPlan.published(Window()), [max(1, count // 4)]))
-    loop = ClosedLoop(batches, text, [], lambda *_: None)
-    with replace_attention(model, loop):
-        logits = logits_of(model, ids.expand(1 + len(batches), -1), slice(None))
+    loop = ClosedLoop([RunBatch(EvictionPlan.published(Full()), [count])], text, [], lambda *_: None)
+    with replace_attention(model, loop, inputs=False):
+        logits = logits_of(model, ids.expand(2, -1), slice(None))
     if not loop.layers or len(set(loop.layers)) < len(loop.layers):
         raise ModelError(
             f"attention of {type(model).__name__} was called in layers {loop.layers}, not once in each that has it",

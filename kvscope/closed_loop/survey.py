@@ -43,7 +43,7 @@ def surveyed_shares(
             requests[call.layer] = _request_of(rows_of(call, 0, 1), batch, prompt)
         return kernel()
 
-    with replace_attention(model, answer):
+    with replace_attention(model, answer, inputs=batch.plan.reads_inputs):
         logits_of(model, ids[None, : text.prompt], slice(-1, None), beside)
     found = shares(ALLOCATORS.get(batch.plan.allocate)(), list(requests.values()))
     return {layer: Given(share) for layer, share in zip(requests, found, strict=True)}

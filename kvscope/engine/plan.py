@@ -108,6 +108,11 @@ class EvictionPlan:
         return [name.removeprefix(SCORER) for name in sorted(self.needs) if name.startswith(SCORER)]
 
     @property
+    def reads_inputs(self) -> bool:
+        """Whether it reads the inputs of layers, through a gate or scorers."""
+        return any(name.startswith((GATE, SCORER)) for name in self.needs)
+
+    @property
     def looks_across(self) -> bool:
         """Whether all layers must be stepped together."""
         return ALLOCATORS.get(self.allocate).looks_across

@@ -9,7 +9,7 @@ would not be causal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,7 +184,8 @@ def replace_attention(model: nn.Module, attention: AttentionFunction, *, inputs:
     """
     require_registry(model)
     language = language_model(model)
-    configs = _configs(language)
+    modules = list(language.modules())  # once: a walk over a large model takes milliseconds
+    configs = _configs(modules)
     before = [(config, config._attn_implementation) for config in configs]
     kernels = {name for _, name in before}
     unknown = kernels - set(KERNELS)
@@ -193,9 +194,9 @@ def replace_attention(model: nn.Module, attention: AttentionFunction, *, inputs:
             f"the attention kernel {sorted(unknown)[0]!r} cannot be observed",
             f"Load the model with one of: {', '.join(KERNELS)}.",
         )
-    inside = {id(module) for module in language.modules()}
+    inside = {id(module) for module in modules}
     read: dict[int, Tensor] = {}  # id of an attention module -> its input, until its kernel is called
-    hooked = _numbered(language) if inputs else []
+    hooked = _numbered(modules) if inputs else []
     hooks = [module.register_forward_pre_hook(_store_input(read), with_kwargs=True) for module in hooked]
     try:
         for kernel in kernels:
@@ -215,22 +216,20 @@ def replace_attention(model: nn.Module, attention: AttentionFunction, *, inputs:
             AttentionMaskInterface._global_mapping.pop(PREFIX + kernel, None)
 
 
-def _configs(model: nn.Module) -> list[ModelConfig]:
+def _configs(modules: Sequence[nn.Module]) -> list[ModelConfig]:
     found: dict[int, ModelConfig] = {}
-    for module in model.modules():
+    for module in modules:
         config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
+        if config is not None and id(config) not in found and hasattr(config, "_attn_implementation_internal"):
             found[id(config)] = config
     return list(found.values())
 
 
-def _numbered(model: nn.Module) -> list[nn.Module]:
+def _numbered(modules: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the innermost modules that have a layer number; the attention modules are among them."""
-    return [
-        module
-        for module in model.modules()
-        if hasattr(module, "layer_idx") and sum(hasattr(part, "layer_idx") for part in module.modules()) == 1
-    ]
+    numbered = [module for module in modules if hasattr(module, "layer_idx")]
+    known = set(map(id, numbered))
+    return [module for module in numbered if sum(id(part) in known for part in module.modules()) == 1]
 
 
 def _store_input(inputs: dict[int, Tensor]) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:

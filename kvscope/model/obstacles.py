@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -95,7 +96,8 @@ def obstacle(model: CausalModel) -> str:
     would silently run dense attention here.
     """
     name = type(model).__name__
-    sources = {sys.modules[type(part).__module__] for part in model.modules()}
+    parts = list(model.modules())  # once: a walk over a large model takes milliseconds
+    sources = {sys.modules[kind.__module__] for kind in set(map(type, parts))}
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in OWN_CODE or not any(hasattr(source, "ALL_ATTENTION_FUNCTIONS") for source in sources):
         return f"{name} does not use transformers' attention registry but code of its own"
@@ -104,17 +106,18 @@ def obstacle(model: CausalModel) -> str:
         return f"{name} reads its cache through a learned index"
     if getattr(config, "rel_extent", None) is not None:
         return f"{name} adds a position bias to its logits"
-    if any(getattr(part, "layer_idx", 0) in (None, -1) for part in _attention_modules(model, config)):
+    language = language_model(model)
+    inner = parts if language is model else list(language.modules())
+    if any(getattr(part, "layer_idx", 0) in (None, -1) for part in _attention_modules(inner, config)):
         return f"{name} shares its attention modules between layers"
     if getattr(config, "model_type", None) in SEVERAL_CALLS:
         return f"{name} calls attention several times in a layer"
     return ""
 
 
-def _attention_modules(model: CausalModel, config: ModelConfig) -> list[CausalModel]:
-    """Return the attention modules of a language model; not those of an encoder, and not other numbered modules."""
-    parts = language_model(model).modules()
-    return [part for part in parts if getattr(part, "config", None) is config and hasattr(part, "is_causal")]
+def _attention_modules(parts: Sequence[nn.Module], config: ModelConfig) -> list[nn.Module]:
+    """Return the attention modules among those of a language model; other modules may have a number too."""
+    return [part for part in parts if hasattr(part, "is_causal") and getattr(part, "config", None) is config]
 
 
 def is_indexed(model: CausalModel) -> bool:

@@ -176,23 +176,28 @@ def latent_size(model: CausalModel, ids: Tensor, kv_heads: Mapping[int, int]) ->
     return max(sizes, default=None)
 
 
-def kv_head_counts(model: CausalModel, ids: Tensor) -> dict[int, int]:
-    """Return ``G`` of each layer with attention, from one pass over the first tokens of ids ``[1, n]``."""
-    counts: dict[int, int] = {}
-    with observe_attention(model, lambda call: counts.update({call.layer: call.key.shape[1]})):
-        model(input_ids=ids[:, :2], use_cache=False)
-    return counts
+@dataclass(frozen=True)
+class LayerCaches:
+    """The caches of the layers with attention.
 
-
-def shared_caches(model: CausalModel, ids: Tensor) -> dict[int, int]:
-    """Return, for each layer that caches nothing but reads the keys and values of an earlier one, that layer.
-
-    `ids` are the tokens of a text, ``[1, n]``.
+    Attributes
+    ----------
+    kv_heads : dict of int to int
+        ``G`` of each layer.
+    shared : dict of int to int
+        For each layer that caches nothing but reads the keys and values of an earlier one, that layer.
     """
+
+    kv_heads: dict[int, int]
+    shared: dict[int, int]
+
+
+def layer_caches(model: CausalModel, ids: Tensor) -> LayerCaches:
+    """Return the caches of a model's layers, from one pass over the first tokens of ids ``[1, n]``."""
     calls: list[Call] = []
-    with observe_attention(model, calls.append):
+    with observe_attention(model, calls.append, inputs=False):
         model(input_ids=ids[:, :PROBE], use_cache=False)
-    return _shared(calls)
+    return LayerCaches({call.layer: call.key.shape[1] for call in calls}, _shared(calls))
 
 
 def _shared(calls: list[Call]) -> dict[int, int]:

@@ -219,7 +219,15 @@ class Policy:
 
 
 def _own_traits(policy: Policy) -> Traits:
-    return Traits(**{item.name: getattr(policy, item.name) for item in fields(Traits)})
+    """Return the traits of a policy's class, read once for each policy: the engine asks for them at every step."""
+    found: Traits | None = policy.__dict__.get(_TRAITS)
+    if found is None:
+        found = Traits(**{item.name: getattr(policy, item.name) for item in fields(Traits)})
+        object.__setattr__(policy, _TRAITS, found)  # no field: it takes no part in comparisons
+    return found
+
+
+_TRAITS = "_traits_of_class"
 
 
 def recurrence_of(policy: Policy) -> Recurrence | None:

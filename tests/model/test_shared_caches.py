@@ -24,7 +24,7 @@ from kvscope.core.options import (
 )
 from kvscope.core.recording_options import StoreOptions, TextOptions
 from kvscope.model.compile import compile_recording
-from kvscope.model.selfcheck import self_check, shared_caches
+from kvscope.model.selfcheck import layer_caches, self_check
 from kvscope.replay import footprint
 from kvscope.replay.compile import compile_replay
 from kvscope.report.page import page_data
@@ -88,7 +88,10 @@ def test_the_trace_says_which_layers_share(folder: Path, trace: Trace) -> None:
     assert caches_of(trace.header) == {0: [0], 1: [1, 3], 2: [2, 4]}
     assert any(line.startswith("Shared caches: layers 3, 4 read") for line in trace.approximate)
     with torch.inference_mode():
-        assert shared_caches(AutoModelForCausalLM.from_pretrained(folder).eval(), torch.arange(3, 20)[None]) == READERS
+        assert (
+            layer_caches(AutoModelForCausalLM.from_pretrained(folder).eval(), torch.arange(3, 20)[None]).shared
+            == READERS
+        )
 
 
 @pytest.mark.parametrize("allocate", [None, "pyramid", "cake"])
