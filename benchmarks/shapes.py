@@ -37,6 +37,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 16000,
         "max_position_embeddings": 8192,
     },
+    "thin": {  # as many layers as 7B has, and next to nothing to compute
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 64,
+        "max_position_embeddings": 4096,
+    },
     "tiny": {  # to try a benchmark out: its figures mean nothing
         "hidden_size": 32,
         "intermediate_size": 64,

@@ -106,6 +106,7 @@ def test_a_failure_is_recorded_and_the_rest_is_measured(tmp_path: Path, monkeypa
     [
         ("belady", ["--runs", "1", "--longest", "256"]),
         ("gates", ["demo", "--questions", "1", "--passages", "1"]),
+        ("host_time", ["--rounds", "1", "--tokens", "33"]),
         ("outcomes", ["--questions", "1", "--passages", "2", "--policies", "h2o", "tova", "window"]),
         ("policy_costs", ["--runs", "1", "--policy", "tova"]),
         ("replay_runs", ["--policies", "3", "--runs", "1"]),
