@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from kvscope.core.budget import NO_BUDGET
 from kvscope.core.errors import UsageError
 from kvscope.core.near_copies import copies_note
 from kvscope.core.records import RunRecord
@@ -184,11 +185,11 @@ def _pairs(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> list[tuple[RunReco
 
 
 def _names(runs: Sequence[RunRecord]) -> str:
-    return ", ".join(dict.fromkeys(f"{run.budget or 'full cache'} ({run.loop} loop)" for run in runs))
+    return ", ".join(dict.fromkeys(f"{run.budget or NO_BUDGET} ({run.loop} loop)" for run in runs))
 
 
 def _budget(one: RunRecord, other: RunRecord) -> str:
-    budgets = [str(run.budget or "full cache") for run in (one, other)]
+    budgets = [str(run.budget or NO_BUDGET) for run in (one, other)]
     return budgets[0] if budgets[0] == budgets[1] else f"{budgets[0]} and {budgets[1]}"
 
 

@@ -31,10 +31,10 @@ def chosen(replay: Replay, policies: Sequence[str] | None, budgets: Sequence[str
         if (not policies or run.run in numbers) and (not selected or str(run.budget) in selected)
     ]
     if not runs:
-        known = ", ".join(dict.fromkeys(str(run.budget) for run in replay.info.runs))
+        known = ", ".join(dict.fromkeys(str(run.budget) for run in replay.info.runs if run.budget is not None))
         raise UsageError(
             f"{replay.path} has no such run at {', '.join(sorted(selected))}",
-            f"Name one of its budgets: {known}.",
+            f"Name one of its budgets: {known}." if known else "Omit --budget: these policies have no budget.",
         )
     return runs
 
@@ -85,4 +85,6 @@ def how_to_name_one(runs: Sequence[RunRecord]) -> str:
 
 def title(run: Mapping[str, object]) -> str:
     """Return the name of a run of an analysis in a table: label, budget and loop."""
-    return f"{run['label']} {run['budget'] or 'full cache'} {run['loop']}"
+    from kvscope.core.budget import NO_BUDGET
+
+    return f"{run['label']} {run['budget'] or NO_BUDGET} {run['loop']}"

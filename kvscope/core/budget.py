@@ -9,6 +9,7 @@ from decimal import ROUND_CEILING, Decimal, InvalidOperation
 from kvscope.core.errors import UsageError
 from kvscope.core.options import Prefill
 
+NO_BUDGET = "no budget"  # in names of runs: of the full cache, and of policies that choose the size of their cache
 _TODO = "Write a whole number of keys (256) or a share with a percent sign (20%)."
 
 

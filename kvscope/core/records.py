@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from kvscope.core.answer_records import ANSWERS, ExampleRef
+from kvscope.core.budget import NO_BUDGET
 from kvscope.core.cache_scheme import CacheText
 from kvscope.core.errors import REPLAY_COMMAND, ResultError
 from kvscope.core.json_records import Checksum, Finite, Format, NotNegative, Number, Plain, Positive, about
@@ -230,7 +231,7 @@ class RunRecord:
     @property
     def title(self) -> str:
         """What the run is called in a table: label, budget and loop."""
-        return f"{self.label} {self.budget or 'full cache'} {self.loop}"
+        return f"{self.label} {self.budget or NO_BUDGET} {self.loop}"
 
 
 @dataclass(frozen=True)

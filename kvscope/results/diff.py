@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+from kvscope.core.budget import NO_BUDGET
 from kvscope.core.errors import ResultError, UsageError
 from kvscope.core.records import Direction, MetricRecord
 from kvscope.core.registry import nearest
@@ -244,7 +245,7 @@ def _row(
 
 
 def _label(run: RunSummary) -> str:
-    return f"{run.label} {run.budget or 'full cache'} {run.prefill} {run.loop}"
+    return f"{run.label} {run.budget or NO_BUDGET} {run.prefill} {run.loop}"
 
 
 def _mean(run: RunSummary | None, name: str) -> float | None:
@@ -259,7 +260,7 @@ def _each_once(summary: SummaryRecord, source: str) -> list[RunSummary]:
         key = json.dumps([getattr(run, name) for name in (*ALIGNED, "params")], sort_keys=True)
         if key in found:
             raise ResultError(
-                f"{source} has two runs of {run.label} at {run.budget or 'full cache'}",
+                f"{source} has two runs of {run.label} at {run.budget or NO_BUDGET}",
                 "Replay each policy and budget once, so that runs can be paired.",
             )
         found.add(key)

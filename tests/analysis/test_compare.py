@@ -87,8 +87,8 @@ def test_every_common_budget_and_no_other(tmp_path: Path) -> None:
     budgets = {row.budget for row in compare((replay, "h2o"), (replay, "tova")).rows}
     assert budgets == {"20%"}
     assert [row.budget for row in compare((replay, "h2o"), (replay, "quest"), ["retained_mass"]).rows] == [
-        "10% and full cache",
-        "20% and full cache",
+        "10% and no budget",
+        "20% and no budget",
     ]
     assert [row.budget for row in compare((replay, "0"), (replay, "3"), ["retained_mass"]).rows] == ["10% and 40%"]
     with pytest.raises(UsageError, match=r"no budget in common: h2o at 10% \(open loop\), 20%.* and a2sf at 80%"):

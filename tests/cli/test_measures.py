@@ -155,3 +155,15 @@ def test_a_trace_that_has_moved(run: Run, example: None) -> None:
 def test_a_token_in_context_is_one_line() -> None:
     token: TokenInContext = {"text": " b", "kind": "other", "before": "a\n", "after": "\nc"}
     assert "\n" not in in_context(token) and " b" in in_context(token)
+
+
+def test_runs_without_a_budget_are_called_so(run: Run, example: None) -> None:
+    """Those of the full cache, and of policies that choose the size of their cache."""
+    done = run("replay", "example", "-p", "full", "-p", "attention-gate", "-o", "free", "-q")
+    assert done.status == 0, done.err
+    found = json.loads(run("regret", "free", "--json").out)
+    assert [item["budget"] for item in found["runs"]] == [None, None]
+    shown = run("regret", "free").out
+    assert "full no budget open" in shown and "attention-gate no budget open" in shown
+    what, todo = run("regret", "free", "--budget", "30%").two_lines()
+    assert "no such run at 30%" in what and todo == "Omit --budget: these policies have no budget."

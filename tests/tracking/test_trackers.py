@@ -218,7 +218,7 @@ def test_the_command(run: Run, small: Path, monkeypatch: pytest.MonkeyPatch, tra
     assert (told["export"], told["to"]) == (place, tracker)
     policies, budgets = ("h2o", "a2sf(alpha=0.7)"), ("25%", "50%")
     names = [f"{policy} {budget} open" for policy in policies for budget in budgets]
-    assert sorted(told["runs"]) == sorted([*names, "full full cache open"])
+    assert sorted(told["runs"]) == sorted([*names, "full no budget open"])
     again = run("export", "mine", "--to", tracker)
     assert again.status == 1 and "--force" in again.two_lines()[1]
     done = run("export", "mine", "--to", tracker, "--force")
