@@ -219,15 +219,10 @@ class Policy:
 
 
 def _own_traits(policy: Policy) -> Traits:
-    """Return the traits of a policy's class, read once for each policy: the engine asks for them at every step."""
-    found: Traits | None = policy.__dict__.get(_TRAITS)
-    if found is None:
-        found = Traits(**{item.name: getattr(policy, item.name) for item in fields(Traits)})
-        object.__setattr__(policy, _TRAITS, found)  # no field: it takes no part in comparisons
-    return found
-
-
-_TRAITS = "_traits_of_class"
+    if "_traits" not in policy.__dict__:  # read once, since the engine asks at every step; no field, so never compared
+        traits = Traits(**{item.name: getattr(policy, item.name) for item in fields(Traits)})
+        object.__setattr__(policy, "_traits", traits)
+    return policy.__dict__["_traits"]  # type: ignore[no-any-return]
 
 
 def recurrence_of(policy: Policy) -> Recurrence | None:
