@@ -76,6 +76,7 @@ def golden_rows(length: int = GOLDEN["tokens"]) -> torch.Tensor:
     return torch.softmax(torch.where(k <= q, z.double(), -torch.inf), -1)[None]
 
 
+@torch.inference_mode()
 def golden_simulation(
     policy: str | Policy, budget: int, prefill: str, length: int = GOLDEN["tokens"]
 ) -> CacheSimulation:

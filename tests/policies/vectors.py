@@ -26,6 +26,7 @@ def vectors(seed: int, shape: Shape, size: int = 4) -> dict[str, Tensor]:
     return made | {"mean_query": queries.mean(1)}
 
 
+@torch.inference_mode()
 def simulated(
     policy: Policy | EvictionPlan,
     budgets: list[int],
