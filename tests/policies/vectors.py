@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 
@@ -46,4 +48,4 @@ def simulated(
 
 def sets(masks: Tensor) -> list[set[int]]:
     """Return the key sets of every step, from ``[steps, n]``."""
-    return [set(mask.nonzero().flatten().tolist()) for mask in masks]
+    return [set(compress(range(len(row)), row)) for row in masks.tolist()]
