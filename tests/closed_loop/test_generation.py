@@ -222,7 +222,9 @@ def test_one_pass_over_a_prompt_serves_every_run(name: str, positions: str) -> N
 
 
 def test_a_trace_of_prompts_alone_needs_a_length(tmp_path: Path) -> None:
-    prompts = kvscope.trace("demo", [needles(tmp_path, number=1, lengths=(20, 30))], output=tmp_path / "t", max_new_tokens=0)
+    prompts = kvscope.trace(
+        "demo", [needles(tmp_path, number=1, lengths=(20, 30))], output=tmp_path / "t", max_new_tokens=0
+    )
     assert "no tokens after its prompt" in refused(prompts, "window", prefill=Prefill.stream)
     options = {"generate": GenerateOptions(max_new_tokens=NEW), "prefill": Prefill.stream}
     made = replayed(prompts, tmp_path / "r", ["full"], **options)
