@@ -111,7 +111,7 @@ class DecodeJob:
     given: ModelSignals = field(default_factory=ModelSignals)
     changes: CacheChanges = field(default_factory=CacheChanges)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def execute(self, progress: Progress | None = None) -> Decoded:
         """Decode under a single budget; raises ReplayError if a policy evicted nothing although it had to."""
         assert len(self.budgets) == 1, "what is decoded along given tokens has one result"
@@ -125,7 +125,7 @@ class DecodeJob:
         owners = [self.facts.shared.get(layer, layer) for layer in self.facts.windows]
         return Decoded(logits, [leave[owner] for owner in owners], decoder.held)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self, stops: Collection[int], read: PromptPass | None = None, progress: Progress | None = None
     ) -> list[list[int]]:
@@ -276,7 +276,7 @@ def decode(
         )
     plan.require(how)
     require_room(plan.policy, budget, prompt)
-    with torch.no_grad():
+    with torch.inference_mode():
         facts = attention_facts(model, ids)
         require_gates(plan, model, [own.kv_heads for own in facts.sizes.values()])
         rotary = derotations(model, ids[:, :1]) if placing is Positions.compacted else None

@@ -96,7 +96,7 @@ class CacheState:
 
     def append(self, t: int) -> None:
         """Add key `t` to every cache, and remove what the model can no longer attend to: see `windows` and `chunks`."""
-        self.alive[..., t].fill_(True)  # an assignment would copy the number from the host
+        self.alive.select(-1, t).fill_(True)  # an assignment would copy the number from the host
         self.n_alive += 1
         for window, layers in self._windowed:
             if window <= t:
@@ -126,9 +126,7 @@ class CacheState:
 
     def evictable(self, n: int) -> Tensor:
         """Return which of the first `n` keys are in the cache and not protected, bool ``[R, L, S, n]``."""
-        key = torch.arange(n, device=self.alive.device)
-        sinks, recent = self._protected
-        return self.alive[..., :n] & (key >= sinks) & (key < n - recent)
+        return self.alive.narrow(-1, 0, n) & (self._protected_until.narrow(-1, 0, n) < n)
 
     def visible(self, start: int, stop: int) -> Tensor:
         """Return ``V_t`` for steps `start` to `stop` - 1, bool ``[R, L, S, stop - start, stop]``."""
@@ -139,9 +137,12 @@ class CacheState:
         return self._mask(start, stop, shift=1)
 
     @cached_property
-    def _protected(self) -> tuple[Tensor, Tensor]:
-        """`sinks` and `recent` as ``[R, 1, 1, 1]``, cached because every step reads them."""
-        return self.sinks[:, None, None, None], self.recent[:, None, None, None]
+    def _protected_until(self) -> Tensor:
+        """Number of keys in the sequence up to which each key is protected, int64 ``[R, 1, 1, T]``."""
+        keys = self.alive.shape[-1]
+        key = torch.arange(keys, device=self.alive.device)
+        until = torch.where(key >= self.sinks[:, None], key + self.recent[:, None], keys)  # [R, T]
+        return until[:, None, None, :]
 
     @cached_property
     def _windowed(self) -> list[tuple[int, Tensor]]:

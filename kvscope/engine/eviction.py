@@ -28,7 +28,7 @@ class Evictor:
     def evict(self, t: int) -> None:
         """Evict at the end of step `t`."""
         state, n = self._state, t + 1
-        score = state.score[..., :n]
+        score = state.score.narrow(-1, 0, n)
         state.nan_scores |= torch.isnan(score).any()
         if not self._bounded:
             self._evict_marked(state.alive[..., :n] & (score == -torch.inf), t)
@@ -42,19 +42,21 @@ class Evictor:
         """Evict the `surplus` lowest-scoring evictable keys of each head ``[R, L, S]``; no surplus exceeds `most`."""
         state, n = self._state, t + 1
         ranked = torch.where(state.evictable(n), score.clamp(max=torch.finfo(score.dtype).max), torch.inf)
+        surplus = surplus.unsqueeze(-1)  # [R, L, S, 1]
         if most == 1:
             lowest = ranked.argmin(-1, keepdim=True)  # of equal scores the first, so the oldest
+            evicted = surplus > 0
         else:
             lowest = ranked.sort(dim=-1, stable=True).indices[..., :most]  # stable: the same rule for ties
-        evicted = torch.arange(most, device=lowest.device) < surplus[..., None]  # also false where surplus is negative
-        alive, leave = state.alive[..., :n], state.leave[..., :n]
-        alive.scatter_(-1, lowest, alive.gather(-1, lowest) & ~evicted)
-        leave.scatter_(-1, lowest, torch.where(evicted, t, leave.gather(-1, lowest)))
+            evicted = torch.arange(most, device=lowest.device) < surplus  # also false where surplus is negative
+        alive, leave = state.alive, state.leave
+        alive.scatter_(-1, lowest, alive.gather(-1, lowest) > evicted)  # false where it is evicted
+        leave.scatter_(-1, lowest, leave.gather(-1, lowest).masked_fill_(evicted, t))
         self._count(evicted.sum(-1))
 
     def _evict_marked(self, marked: Tensor, t: int) -> None:
-        self._state.alive[..., : t + 1] &= ~marked
-        self._state.leave[..., : t + 1].masked_fill_(marked, t)
+        self._state.alive.narrow(-1, 0, t + 1).masked_fill_(marked, False)
+        self._state.leave.narrow(-1, 0, t + 1).masked_fill_(marked, t)
         self._count(marked.sum(-1))
 
     def _count(self, evicted: Tensor) -> None:

@@ -94,7 +94,7 @@ class TorchStepper:
             most_visible=self.occupancy.most,
             exceeds=self.occupancy.surplus > 0,
             one_by_one=self._one_by_one,
-            visible=state.alive[..., : t + 1],
+            visible=state.alive.narrow(-1, 0, t + 1),
             signals={name: up_to(name, signal, t) for name, signal in inputs.signals.items()},
             live=None,
             memory=self._memory,
@@ -121,7 +121,6 @@ class TorchStepper:
         normalised : Tensor, optional
             The live row, if nothing has been evicted yet and the caller has computed it.
         """
-        n = step.t + 1
         row = row if row.ndim == 4 else row[None]
         if "weights" in self._needs:
             runs = len(self._inputs.budgets)
@@ -129,18 +128,21 @@ class TorchStepper:
             step.live = self._rounded(live)
         if "full_weights" in self._needs:
             step.signals["full_weights"] = row
-        self._state.score[..., :n] = step.rounded(self._observe(step, self._state.score[..., :n]))
+        score = self._state.score.narrow(-1, 0, step.t + 1)
+        score.copy_(step.rounded(self._observe(step, score)))
         self._sharing.observe(step, self._state)
         if step.compresses and self._reader is None:
             self._evictor.evict(step.t)
 
     def _live_row(self, step: Step, row: Tensor) -> Tensor:
         """Return the row on the visible keys, divided by its sum, ``[R, L, H, n]``."""
-        missing, total_heads = self._inputs.missing_mass, self._inputs.shape.heads
-        missing = None if missing is None else missing[..., step.t : step.t + 1]
-        runs, layers, heads, n = self._state.alive[..., : step.t + 1].shape
-        kept = row.view(-1, layers, heads, total_heads // heads, n) * step.visible[:, :, :, None, :]
-        return renormalise(kept.expand(runs, -1, -1, -1, -1).reshape(runs, layers, total_heads, n), missing)
+        missing, total_heads, n = self._inputs.missing_mass, self._inputs.shape.heads, step.t + 1
+        missing = None if missing is None else missing.narrow(-1, step.t, 1)
+        runs, layers, heads, _ = self._state.alive.shape
+        kept = row.view(-1, layers, heads, total_heads // heads, n) * step.visible.unsqueeze(3)
+        if len(kept) < runs:
+            kept = kept.expand(runs, -1, -1, -1, -1)
+        return renormalise(kept.reshape(runs, layers, total_heads, n), missing)
 
     def _rounded(self, values: Tensor) -> Tensor:
         precision = self._inputs.plan.accumulate

@@ -16,5 +16,5 @@ def row_totals(rows: Tensor) -> Tensor:
     """Return the sum over the last axis in float64, ``[..., 1]``."""
     if rows.dtype != torch.float64:
         return rows.sum(-1, keepdim=True, dtype=torch.float64)
-    upper = rows + SPLIT - SPLIT
-    return upper.sum(-1, keepdim=True) + (rows - upper).sum(-1, keepdim=True)
+    upper = (rows + SPLIT).sub_(SPLIT)
+    return upper.sum(-1, keepdim=True).add_((rows - upper).sum(-1, keepdim=True))

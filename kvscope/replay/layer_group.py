@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from kvscope.bounds.schedules import Schedules, schedules
 from kvscope.core.progress import Progress, part_of
@@ -179,6 +180,7 @@ class LayerGroup:
         )
 
 
+@torch.inference_mode()
 def step_through(
     work: OpenLoop,
     sink: Sink,

@@ -198,6 +198,7 @@ class StoredAttention:
         return torch.softmax(logits, -1)[..., :stop].to(torch.float32)
 
 
+@torch.inference_mode()
 def step_quantised(work: OpenLoop, sink: Sink, progress: Callable[[float], None] | None = None) -> Tally:
     """Step runs with quantised caches through a trace, layer by layer, and return their counts.
 

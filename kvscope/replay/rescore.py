@@ -106,6 +106,7 @@ class ScoreJob:
     skipped_metrics: Mapping[str, str]
     device: torch.device
 
+    @torch.inference_mode()
     def execute(self, output: OutputOptions, progress_callback: Callable[[float], None] | None = None) -> Replay:
         """Execute the job and return a new replay with the same decisions; raises as `ReplayWriter`."""
         started, old = time.monotonic(), self.replay

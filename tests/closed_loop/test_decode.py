@@ -69,7 +69,7 @@ def _made(name: str, layers: int) -> Any:
 
 def text(name: str = "llama") -> Tensor:
     if name == "demo":
-        return torch.randint(1, 1024, (200,), generator=torch.Generator().manual_seed(3))
+        return torch.randint(1, 1024, (100,), generator=torch.Generator().manual_seed(3))
     return tiny.tokens(LENGTH)[0]
 
 
@@ -282,8 +282,8 @@ def test_the_first_layer_decides_as_in_an_open_loop(spec: str, prefill: str) -> 
     calls: list[Call] = []
     with observe_attention(model("demo"), calls.append):
         forward("demo", text("demo"))
-    found = decode(model("demo"), text("demo"), plan(spec), BUDGET, prompt=100, prefill=prefill)
-    simulation = again(plan(spec), calls[:1], 100, prefill, ModelSignals())
+    found = decode(model("demo"), text("demo"), plan(spec), BUDGET, prompt=50, prefill=prefill)
+    simulation = again(plan(spec), calls[:1], 50, prefill, ModelSignals())
     assert torch.equal(found.leave[0], simulation.state.leave[0, 0].expand(found.leave[0].shape))
 
 

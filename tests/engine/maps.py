@@ -32,6 +32,7 @@ def attention(seed: int, layers: int, heads: int, length: int, kind: str = "smoo
 KINDS = st.sampled_from(["smooth", "ties", "sparse", "half"])
 
 
+@torch.inference_mode()
 def run(
     policy: Policy | EvictionPlan,
     rows: Tensor,

@@ -112,7 +112,8 @@ def test_keys_that_slide_out_of_a_window_do_not_count_as_evictions() -> None:
 
 
 def test_draws_are_uniform_and_reproducible() -> None:
-    many = torch.stack([Draws(0, torch.arange(4), 2000).of_key(1, 8, position) for position in range(2000)])
+    drawn = Draws(0, torch.arange(4), 2000)
+    many = torch.stack([drawn.of_key(1, 8, position) for position in range(2000)])
     assert many.min() >= 0 and many.max() < 1
     assert abs(many.mean().item() - 0.5) < 0.005
     assert torch.equal(

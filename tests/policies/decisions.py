@@ -25,7 +25,7 @@ PROMPTS_BUDGETS = [(1, 5), (4, 9), (9, 9), (17, 6), (LENGTH - 1, 1), (12, 2), (2
 
 def sets(mask: torch.Tensor) -> Sets:
     """Return the keys of each step, from ``[t, n]``."""
-    return [set(row.nonzero().flatten().tolist()) for row in mask]
+    return [set(itertools.compress(range(len(row)), row)) for row in mask.tolist()]
 
 
 def simulations(
@@ -38,10 +38,10 @@ def simulations(
         simulation = run(policy, rows, [budget], kv_heads=groups, prompt=prompt, prefill=prefill)
         whole = policy.traits.scope == "layer"
         per = heads // groups
+        visible, held = simulation.visible(0, LENGTH)[0], simulation.held(0, LENGTH)[0]
         for layer, group in itertools.product(range(2), range(groups)):
             shared = rows[layer] if whole else rows[layer, group * per : (group + 1) * per]
-            visible, held = simulation.visible(0, LENGTH)[0, layer, group], simulation.held(0, LENGTH)[0, layer, group]
-            yield shared.numpy(), sets(visible), sets(held), prompt, budget
+            yield shared.numpy(), sets(visible[layer, group]), sets(held[layer, group]), prompt, budget
 
 
 def groups(
@@ -76,6 +76,7 @@ def golden_rows(length: int = GOLDEN["tokens"]) -> torch.Tensor:
     return torch.softmax(torch.where(k <= q, z.double(), -torch.inf), -1)[None]
 
 
+@torch.inference_mode()
 def golden_simulation(
     policy: str | Policy, budget: int, prefill: str, length: int = GOLDEN["tokens"]
 ) -> CacheSimulation:

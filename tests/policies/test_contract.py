@@ -4,16 +4,19 @@ A new policy is tested by being registered; a `variant` or `schedule` with choic
 """
 
 from collections.abc import Iterator
+from functools import cache, lru_cache
 from itertools import product
 from typing import get_args
 
 import pytest
 import torch
+from torch import Tensor
 
 from kvscope.core.errors import UsageError
 from kvscope.engine.allocation import ALLOCATORS
 from kvscope.engine.plan import EvictionPlan
 from kvscope.engine.signal_axes import WITHOUT_HEADS
+from kvscope.engine.simulation import CacheSimulation
 from kvscope.policies import POLICIES
 from kvscope.policies.base import Policy
 from kvscope.policies.describe import describe
@@ -59,6 +62,23 @@ def goes(made: EvictionPlan, prefill: str) -> bool:
     return True
 
 
+def over(made: EvictionPlan, rows: Tensor, keys: list[int], prefill: str) -> CacheSimulation:
+    return run(made, rows, keys, kv_heads=2, prompt=PROMPT, prefill=prefill)
+
+
+@cache
+def simulated(spec: str, prefill: str, keys: int = 0) -> CacheSimulation:
+    """Return the simulation of a policy over `ROWS`, under its usual budget if `keys` is 0; no test changes it."""
+    return over(plan(spec), ROWS, [keys or budget(spec)], prefill)
+
+
+@lru_cache(maxsize=8)
+def of_three_layers(made: EvictionPlan, keys: int) -> CacheSimulation:
+    """Return the simulation of a plan, the same for all choices that make the same plan."""
+    return over(made, attention(10, 3, 4, LENGTH), [keys], "full" if goes(made, "full") else "stream")
+
+
+ROWS = attention(1, 2, 4, LENGTH)
 SPECS = list(specs())
 PAIRS = [(spec, prefill) for spec, prefill in product(SPECS, PREFILLS) if goes(plan(spec), prefill)]
 BOUNDED = [(s, p) for s, p in PAIRS if plan(s).policy.traits.bounded and not plan(s).policy.traits.reads]
@@ -74,7 +94,7 @@ def test_every_policy_runs_under_some_prefill() -> None:
 
 @pytest.mark.parametrize(("spec", "prefill"), EVERY_STEP)
 def test_budget_is_kept_at_every_step(spec: str, prefill: str) -> None:
-    simulation = run(plan(spec), attention(1, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    simulation = simulated(spec, prefill)
     held = simulation.held(0, LENGTH).sum(-1)
     first = PROMPT - 1 if prefill == "full" else 0
     assert held[..., first:].max() == budget(spec)
@@ -83,8 +103,7 @@ def test_budget_is_kept_at_every_step(spec: str, prefill: str) -> None:
 
 @pytest.mark.parametrize(("spec", "prefill"), BOUNDED)
 def test_budget_is_kept_where_the_phase_says_so(spec: str, prefill: str) -> None:
-    made = plan(spec)
-    simulation = run(made, attention(1, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    made, simulation = plan(spec), simulated(spec, prefill)
     held = simulation.held(0, LENGTH).sum(-1)  # [R, L, G, T]
     for t in range(LENGTH):
         before = held[..., t - 1] if t else torch.zeros_like(held[..., 0])
@@ -106,8 +125,7 @@ def test_a_reader_holds_everything_and_reads_its_budget(spec: str, prefill: str)
 
 @pytest.mark.parametrize(("spec", "prefill"), [pair for pair in PAIRS if pair not in READERS])
 def test_nothing_comes_back(spec: str, prefill: str) -> None:
-    simulation = run(plan(spec), attention(2, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    held = simulation.held(0, LENGTH)
+    held = simulated(spec, prefill).held(0, LENGTH)
     before, after = held[..., :-1, :], held[..., 1:, :]
     new = after & ~before
     keys = new.nonzero()
@@ -117,10 +135,9 @@ def test_nothing_comes_back(spec: str, prefill: str) -> None:
 @pytest.mark.parametrize(("spec", "prefill"), BOUNDED)
 def test_protected_keys_stay(spec: str, prefill: str) -> None:
     made = plan(spec)
-    simulation = run(made, attention(3, 2, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
     protection = made.policy.protect(budget(spec))
     sinks = PROMPT if protection.prompt else protection.sinks
-    held = simulation.held(0, LENGTH)
+    held = simulated(spec, prefill).held(0, LENGTH)
     for t in range(LENGTH):
         assert held[..., t, : min(sinks, t + 1)].all()
         if made.compresses(t, PROMPT, prefill):
@@ -129,9 +146,8 @@ def test_protected_keys_stay(spec: str, prefill: str) -> None:
 
 @pytest.mark.parametrize(("spec", "prefill"), [p for p in PAIRS if plan(p[0]).policy.traits.bounded])
 def test_a_budget_of_the_whole_length_is_the_full_cache(spec: str, prefill: str) -> None:
-    rows = attention(4, 2, 4, LENGTH)
-    simulation = run(plan(spec), rows, [LENGTH, LENGTH + 6], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    full = run(plan("full"), rows, [LENGTH], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    simulation = over(plan(spec), ROWS, [LENGTH, LENGTH + 6], prefill)
+    full = simulated("full", prefill, LENGTH)
     assert torch.equal(simulation.visible(0, LENGTH)[:1], full.visible(0, LENGTH))
     assert (simulation.state.evictions == 0).all()
 
@@ -140,44 +156,35 @@ def test_a_budget_of_the_whole_length_is_the_full_cache(spec: str, prefill: str)
 def test_the_future_changes_nothing_before_it(spec: str, prefill: str) -> None:
     if "released" in spec:
         pytest.fail("decided by the length of the text") if prefill == "full" else None
-    rows = attention(5, 2, 4, LENGTH)
     cut = 33
-    whole = run(plan(spec), rows, [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    part = run(plan(spec), rows[..., :cut, :cut], [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    assert torch.equal(whole.visible(0, cut), part.visible(0, cut))
+    part = over(plan(spec), ROWS[..., :cut, :cut], [budget(spec)], prefill)
+    assert torch.equal(simulated(spec, prefill).visible(0, cut), part.visible(0, cut))
 
 
 @pytest.mark.parametrize(("spec", "prefill"), PAIRS)
 def test_what_a_query_sees_is_settled_before_its_row(spec: str, prefill: str) -> None:
     """With other rows from `cut` on, what queries up to `cut` see is the same; for a bound it must not be."""
-    rows, cut = attention(5, 2, 4, LENGTH), 33
-    other = rows.clone()
+    cut = 33
+    other = ROWS.clone()
     other[..., cut:, :] = attention(12, 2, 4, LENGTH)[..., cut:, :]
-    one, changed = (
-        run(plan(spec), these, [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill).visible(0, cut + 1)
-        for these in (rows, other)
-    )
-    assert torch.equal(one, changed) != ((spec, prefill) in BOUNDS)
+    one, changed = simulated(spec, prefill), over(plan(spec), other, [budget(spec)], prefill)
+    assert torch.equal(one.visible(0, cut + 1), changed.visible(0, cut + 1)) != ((spec, prefill) in BOUNDS)
 
 
 @pytest.mark.parametrize(("spec", "prefill"), PAIRS)
 def test_the_same_twice_and_alone(spec: str, prefill: str) -> None:
     """State that leaks from one sequence to the next would change the second run."""
     made = plan(spec)
-    other, rows = attention(6, 2, 4, LENGTH), attention(7, 2, 4, LENGTH)
-    alone = run(plan(spec), rows, [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    run(made, other, [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    after = run(made, rows, [budget(spec)], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    assert torch.equal(alone.visible(0, LENGTH), after.visible(0, LENGTH))
+    over(made, attention(6, 2, 4, LENGTH), [budget(spec)], prefill)
+    after = over(made, ROWS, [budget(spec)], prefill)
+    assert torch.equal(simulated(spec, prefill).visible(0, LENGTH), after.visible(0, LENGTH))
 
 
 @pytest.mark.parametrize(("spec", "prefill"), PAIRS)
 def test_budgets_side_by_side_do_not_mix(spec: str, prefill: str) -> None:
-    rows = attention(9, 2, 4, LENGTH)
     more = budget(spec) + 6
-    both = run(plan(spec), rows, [budget(spec), more], kv_heads=2, prompt=PROMPT, prefill=prefill)
-    for index, keys in enumerate([budget(spec), more]):
-        alone = run(plan(spec), rows, [keys], kv_heads=2, prompt=PROMPT, prefill=prefill)
+    both = over(plan(spec), ROWS, [budget(spec), more], prefill)
+    for index, alone in enumerate([simulated(spec, prefill), over(plan(spec), ROWS, [more], prefill)]):
         assert torch.equal(both.visible(0, LENGTH)[index], alone.visible(0, LENGTH)[0])
 
 
@@ -210,11 +217,7 @@ def test_every_phase_and_allocation_runs_or_says_why_not(spec: str, phase: str, 
             EvictionPlan.make(policy, phase, allocate)
         return
     made = EvictionPlan.make(policy, phase, allocate)
-    simulation = (
-        run(made, attention(10, 3, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill="full")
-        if goes(made, "full")
-        else run(made, attention(10, 3, 4, LENGTH), [budget(spec)], kv_heads=2, prompt=PROMPT, prefill="stream")
-    )
+    simulation = of_three_layers(made, budget(spec))
     shares = simulation.state.budget
     assert int(shares.sum()) == budget(spec) * shares.numel(), "the total is conserved"
     held = simulation.held(0, LENGTH).sum(-1)  # [R, L, G, T]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ def vectors(seed: int, shape: Shape, size: int = 4) -> dict[str, Tensor]:
     return made | {"mean_query": queries.mean(1)}
 
 
+@torch.inference_mode()
 def simulated(
     policy: Policy | EvictionPlan,
     budgets: list[int],
@@ -45,4 +48,4 @@ def simulated(
 
 def sets(masks: Tensor) -> list[set[int]]:
     """Return the key sets of every step, from ``[steps, n]``."""
-    return [set(mask.nonzero().flatten().tolist()) for mask in masks]
+    return [set(compress(range(len(row)), row)) for row in masks.tolist()]

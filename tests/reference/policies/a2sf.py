@@ -24,13 +24,17 @@ def drop(
 ) -> tuple[Sets, Sets]:
     """Equation 5, summed anew at every step from all rows since the key arrived."""
 
-    def make() -> Score:
-        seen: list[np.ndarray] = []
+    length = rows.shape[-1]
+    powers = np.array([alpha**age for age in range(length)])
 
-        def score(t: int, visible: set[int], row: np.ndarray) -> list[float]:
-            seen.append(row)
-            sums = [sum(alpha ** (t - q) * seen[q][key] for q in range(key, t + 1)) for key in range(t + 1)]
-            return [total / len(range(key, t + 1)) for key, total in enumerate(sums)] if lifetime else sums
+    def make() -> Score:
+        seen = np.zeros((length, length))  # the row of each query; zero for keys after it
+
+        def score(t: int, visible: set[int], row: np.ndarray) -> np.ndarray:
+            seen[t, : t + 1] = row
+            terms = powers[t::-1, None] * seen[: t + 1, : t + 1]
+            sums = terms.cumsum(0)[-1]  # added one after another, where `sum` may add in pairs
+            return sums / np.arange(t + 1, 0, -1) if lifetime else sums
 
         return score
 
