@@ -24,18 +24,25 @@ class Heads:
 
     def of(self, call: Call) -> Call:
         """Return the call with these heads only."""
-        group, device = call.query.shape[1] // call.key.shape[1], call.query.device
+        heads, kv_heads = self._on(call.query.shape[1] // call.key.shape[1], call.query.device)
+        mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask.index_select(1, heads)
+        sinks = None if call.sinks is None else call.sinks.index_select(0, heads)
+        key, value = call.key.index_select(1, kv_heads), call.value.index_select(1, kv_heads)
+        return replace(call, query=call.query.index_select(1, heads), key=key, value=value, mask=mask, sinks=sinks)
+
+    def keys(self, key: Tensor, group: int) -> Tensor:
+        """Return the keys ``[batch, ., k, D]`` that these heads read of those of all, which `group` heads share."""
+        return key.index_select(1, self._on(group, key.device)[1])
+
+    def _on(self, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the query heads and the key/value heads, where `group` query heads share one."""
         if (group, device) not in self._indices:
             groups = sorted({head // group for head in self._heads})
             self._indices[group, device] = (
                 torch.tensor(self._heads, device=device),
                 torch.tensor(groups, device=device),
             )
-        heads, kv_heads = self._indices[group, device]
-        mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask.index_select(1, heads)
-        sinks = None if call.sinks is None else call.sinks.index_select(0, heads)
-        key, value = call.key.index_select(1, kv_heads), call.value.index_select(1, kv_heads)
-        return replace(call, query=call.query.index_select(1, heads), key=key, value=value, mask=mask, sinks=sinks)
+        return self._indices[group, device]
 
 
 def own_vectors(call: Call, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -5,20 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call
+from kvscope.model.call_parts import Heads
 
 
 class KeyCosines:
     """The cosines of one layer in the current sequence.
 
     Directions are computed anew for each block from the keys in the cache: to keep them in 32 bit would take as much
-    memory as the whole cache of a 16-bit model. They are kept where a cache drops keys, as that of a window does.
+    memory as the whole cache of a 16-bit model. They are kept from the first call on whose cache has dropped keys, as
+    that of a window does.
+
+    Parameters
+    ----------
+    heads : Heads or None
+        The heads to which calls are restricted; None for all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heads: Heads | None = None) -> None:
+        self._heads = heads
         self._norms: Tensor | None = None  # [G, seen], in a buffer that grows by doubling
-        self._directions: Tensor | None = None  # [G, seen, D] likewise, if the cache drops keys
+        self._directions: Tensor | None = None  # [G, seen, D] likewise, if the cache has dropped keys
+        self._whole: tuple[Tensor, int] | None = None  # keys of the last call that had all, and heads that share one
+
+    def hold(self, call: Call, seen: int) -> None:
+        """Hold the keys of a call if they are all `seen` so far; of all heads, so that the memory is that of the cache.
+
+        It must be told of every call, since the keys of an older one are no longer in the cache.
+        """
+        if self._directions is None and call.key.shape[2] == seen:
+            self._whole = call.key, call.query.shape[1] // call.key.shape[1]
 
     def of(self, call: Call, key: Tensor, norm: Tensor, first: int, seen: int) -> Tensor:
         """Return the cosines of new keys with all keys so far, float16 ``[G, n, first + n]``.
@@ -26,34 +42,34 @@ class KeyCosines:
         Parameters
         ----------
         call : Call
-            The call that brought the keys.
+            The call that brought the keys, with the heads that count.
         key, norm : Tensor
             The new keys, float32 ``[G, n, D]``, and their lengths ``[G, n]``.
         first : int
             Position of the first of them.
         seen : int
             Number of tokens up to the end of the call.
-
-        Raises
-        ------
-        ModelError
-            If the cache of a layer without a window dropped keys.
         """
-        last, whole = first + key.shape[1], call.key.shape[2] == seen
+        last = first + key.shape[1]
         self._norms = _grown(self._norms, norm, last)
         self._norms[:, first:last] = norm
-        if whole and call.sliding_window is None and call.chunk is None:
+        if self._directions is None and call.key.shape[2] == seen:
             directions = _directions(call.key[0, :, :last].float(), self._norms[:, :last])
-        elif first > 0 and self._directions is None:
-            raise ModelError(
-                f"the cache of layer {call.layer} dropped keys, although the layer names no sliding window",
-                "Record what does not need earlier keys: --store qkv.",
-            )
         else:
+            if self._directions is None and first:
+                self._directions = _directions(self._earlier(first), self._norms[:, :first])
+                self._whole = None
             self._directions = _grown(self._directions, key, last)
             self._directions[:, first:last] = _directions(key, norm)
             directions = self._directions[:, :last]
         return (directions[:, first:] @ directions.transpose(1, 2)).clamp_(-1, 1).half()
+
+    def _earlier(self, count: int) -> Tensor:
+        """Return the first keys, float32 ``[G, count, D]``, from the last call that had them."""
+        assert self._whole is not None, "the first call of a sequence has all keys"
+        key, together = self._whole
+        own = key if self._heads is None else self._heads.keys(key, together)
+        return own[0, :, :count].float()
 
 
 def _directions(key: Tensor, norm: Tensor) -> Tensor:

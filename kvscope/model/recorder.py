@@ -31,8 +31,8 @@ HELD_STEPS = 32  # decoding steps of a layer that are recomputed and written as 
 class _Layer:
     """State of one layer in the current sequence: tokens seen, and decoding steps that wait to be written together."""
 
+    cosines: KeyCosines
     seen: int = 0
-    cosines: KeyCosines = field(default_factory=KeyCosines)
     queries: list[Tensor] = field(default_factory=list)  # of the waiting steps, [1, H, 1, D] each
     hidden: list[Tensor] = field(default_factory=list)  # layer inputs of the waiting steps, [1, 1, hidden] each
     newest: Call | None = None  # the last waiting call; its keys include those of the others
@@ -102,7 +102,7 @@ class Recorder:
     def begin(self, sequence: int, prompt: int = 0) -> None:
         """Start a sequence with `prompt` tokens of prompt; call `end` for the previous sequence first."""
         self._sequence, self._prompt = sequence, prompt
-        self._layers = {layer: _Layer() for layer in self._selected}
+        self._layers = {layer: _Layer(KeyCosines(self._heads)) for layer in self._selected}
 
     def end(self) -> None:
         """Write the waiting steps and column sums of the sequence."""
@@ -127,6 +127,8 @@ class Recorder:
             state.queries.append(call.query)
             state.hidden += [] if call.hidden is None else [call.hidden]
             state.newest = call
+            if "similarity" in self._stored:
+                state.cosines.hold(call, state.seen + len(state.queries))
             if len(state.queries) >= min(HELD_STEPS, self.query_block):
                 self._flush(state)
             return
@@ -144,6 +146,8 @@ class Recorder:
         first, count = state.seen, call.query.shape[2]
         state.seen += count
         part = call if self._heads is None else self._heads.of(call)
+        if "similarity" in self._stored:
+            state.cosines.hold(call, state.seen)
         for start, stop in self._blocks(first, count, part):
             if "maps" in self._stored:
                 self._write_rows(part, first, start, stop)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kvscope import trace
-from kvscope.core.errors import ModelError
 from kvscope.model.attention_hook import Call
+from kvscope.model.call_parts import Heads
 from kvscope.model.key_cosines import KeyCosines
 from tests.model.tiny import WINDOW, saved
 
@@ -32,53 +32,68 @@ def expected(keys: Tensor) -> np.ndarray:
     return unit @ unit.swapaxes(1, 2)
 
 
-def call_of(keys: Tensor, count: int, window: int | None = None, chunk: int | None = None) -> Call:
-    """Return a call with `count` new queries whose cache holds these keys ``[G, k, D]``."""
-    query = torch.zeros(1, GROUPS, count, SIZE)
-    return Call(3, query, keys[None], keys[None], None, 1.0, sliding_window=window, chunk=chunk)
+def call_of(keys: Tensor, count: int) -> Call:
+    """Return a call with `count` new queries whose cache holds these keys ``[G, k, D]``; two heads share a key."""
+    return Call(3, torch.zeros(1, 2 * GROUPS, count, SIZE), keys[None], keys[None], None, 1.0)
 
 
-def found(keys: Tensor, blocks: list[int], held: int | None = None, **limits: int) -> tuple[list[np.ndarray], int]:
+def found(keys: Tensor, blocks: list[int], held: int, heads: Heads | None = None) -> tuple[list[np.ndarray], int]:
     """Return the cosines of blocks of keys, and the most bytes kept after one; the cache drops all but `held` keys."""
-    cosines, first, parts, kept = KeyCosines(), 0, [], 0
+    cosines, first, parts, kept = KeyCosines(heads), 0, [], 0
     for count in blocks:
         last = first + count
-        start = 0 if held is None or first == 0 else max(0, last - max(held, count))
-        key = keys[:, first:last]
-        call = call_of(keys[:, start:last], count, **limits)
-        parts.append(cosines.of(call, key.float(), key.float().norm(dim=-1), first, last).float().numpy())
-        kept = max(kept, sum(each.nbytes for each in vars(cosines).values() if each is not None))
+        call = call_of(keys[:, max(0, min(first, last - held)) : last], count)
+        part = call if heads is None else heads.of(call)
+        key = part.key[0, :, -count:].float()
+        cosines.hold(call, last)
+        parts.append(cosines.of(part, key, key.norm(dim=-1), first, last).float().numpy())
+        kept = max(kept, sum(each.nbytes for each in vars(cosines).values() if isinstance(each, Tensor)))
         first = last
     return parts, kept
 
 
 BLOCKS = [11, 1, 1, 20, 7]
+HELD = {
+    "all": LENGTH,
+    "a window from the prompt on": 5,
+    "a window from the fourth call on": 20,
+    "all but one": LENGTH - 1,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("limits", [{}, {"window": 6, "held": 5}, {"chunk": 6, "held": 5}, {"window": 50}], ids=str)
-def test_they_are_those_of_all_earlier_keys(keys: Tensor, limits: dict[str, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("heads", [None, [2, 3]], ids=["all heads", "some heads"])
+@pytest.mark.parametrize("held", HELD.values(), ids=HELD)
+def test_they_are_those_of_all_earlier_keys(
+    keys: Tensor, held: int, heads: list[int] | None, dtype: torch.dtype
+) -> None:
     keys = keys.to(dtype)
-    parts, _ = found(keys, BLOCKS, **limits)
+    parts, _ = found(keys, BLOCKS, held, None if heads is None else Heads(heads))
     whole, first = expected(keys), 0
+    whole = whole if heads is None else whole[1:]
     for part, count in zip(parts, BLOCKS, strict=True):
-        assert part.shape == (GROUPS, count, first + count)
+        assert part.shape == (len(whole), count, first + count)
         assert np.allclose(part, whole[:, first : first + count, : first + count], atol=2**-11)
         first += count
 
 
 def test_only_lengths_are_kept_where_the_cache_has_the_keys(keys: Tensor) -> None:
     """Directions in 32 bit would be as large as the keys and values of a 16-bit model together."""
-    _, kept = found(keys, BLOCKS)
+    _, kept = found(keys, BLOCKS, LENGTH)
     assert kept == GROUPS * 256 * 4  # a buffer of 256 positions
-    _, kept = found(keys, BLOCKS, window=6, held=5)
+    _, kept = found(keys, BLOCKS, 5)
     assert kept == GROUPS * 256 * 4 * (1 + SIZE)
 
 
-def test_dropped_keys_of_a_layer_without_a_window_are_an_error(keys: Tensor) -> None:
-    with pytest.raises(ModelError, match="layer 3 dropped keys") as raised:
-        found(keys, [11, 1], held=5)
-    assert "--store qkv" in raised.value.todo
+def test_held_keys_are_those_of_the_cache_and_of_the_newest_call(keys: Tensor) -> None:
+    """They take no memory of their own, and the first call that lacks some ends that."""
+    cosines = KeyCosines()
+    for last in (11, 12, 13):
+        call = call_of(keys[:, :last], 1)
+        cosines.hold(call, last)
+        assert cosines._whole is not None and cosines._whole[0] is call.key
+    cosines.hold(call_of(keys[:, 9:14], 1), 14)
+    assert cosines._whole is not None and cosines._whole[0].shape[2] == 13
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss"])
