@@ -54,15 +54,21 @@ def run(
     from kvscope.cli import console, places
     from kvscope.cli.experiment_table import report_failures, show_experiment, show_plan
 
-    with console.working("loading torch and transformers", quiet=quiet):
+    _require_place(on)
+    with console.working("loading torch", quiet=quiet):
+        from kvscope.experiments.ray_package import load_ray
+        from kvscope.experiments.spec import read_experiment
+
+    experiment = read_experiment(file)
+    place = on or (RAY if experiment.ray else LOCAL)
+    with console.working("loading transformers", quiet=quiet):
+        if place == RAY and not dry_run:
+            load_ray()  # a package that is missing is named before the slow imports
         from kvscope.experiments.cells import Store
         from kvscope.experiments.plan import make_plan
         from kvscope.experiments.run import require_output, summarise, write_summary
-        from kvscope.experiments.spec import read_experiment
         from kvscope.report.experiment import write_page
 
-    experiment = read_experiment(file)
-    place = _place(on, RAY if experiment.ray else LOCAL)
     local = [str(places.local_file(given, "prompts", quiet=quiet)) for given in experiment.prompts]
     name = places.readable(output or experiment.name)
     experiment = replace(experiment, name=name, prompts=tuple(local))
@@ -85,11 +91,10 @@ def run(
         raise typer.Exit(ExitStatus.error)
 
 
-def _place(given: str | None, default: str) -> str:
-    """Return where to run; raises UsageError if there is no such place."""
+def _require_place(given: str | None) -> None:
+    """Raise UsageError if there is no such place to run at."""
     if given not in (None, LOCAL, RAY):
         raise UsageError(f"an experiment cannot run on {given!r}", nearest(given, [LOCAL, RAY]))
-    return given or default
 
 
 def _made(plan: ExperimentPlan, place: str, quiet: bool) -> UnitResult:
