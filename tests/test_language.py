@@ -110,13 +110,13 @@ def messages(source: str) -> Iterator[tuple[int, str]]:
 
     Errors, notes, warnings, help of parameters, notes of panels and descriptions of fields are all such strings.
     """
-    tree = ast.parse(source)
+    nodes = list(ast.walk(ast.parse(source)))
     no_message = {
-        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        id(node.value) for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
-    quoted = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Citation"]
+    quoted = [node for node in nodes if isinstance(node, ast.Call) and is_named(node.func, "Citation")]
     no_message |= {id(part) for call in quoted for part in ast.walk(call)}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.JoinedStr):
             no_message |= {id(part) for part in node.values}
             text = "".join(part.value if isinstance(part, ast.Constant) else "`code`" for part in node.values)
@@ -126,6 +126,11 @@ def messages(source: str) -> Iterator[tuple[int, str]]:
             continue
         if re.search(r"\s", text.strip()):
             yield node.lineno, text
+
+
+def is_named(node: ast.expr, name: str) -> bool:
+    """Return whether an expression is this name."""
+    return isinstance(node, ast.Name) and node.id == name
 
 
 def docstrings(source: str) -> Iterator[tuple[int, str]]:

@@ -94,7 +94,6 @@ def reproductions() -> list[Reproduction]:
 
 
 @cache
-@cache
 def generated() -> dict[str, str]:
     """Return the text of every generated file by its path."""
     return (
@@ -390,14 +389,20 @@ def _keys(row: dict[str, Any] | None, name: str) -> str:
     return "-" if row is None else f"{row[name]:.0f}"
 
 
+@cache
+def _known() -> tuple[dict[str, Any], set[str]]:
+    """Return every command and group by name, and the names of all parameters of policies."""
+    commands: dict[str, Any] = typer.main.get_command(program()).commands  # type: ignore[attr-defined]
+    return commands, {item["name"].replace("_", "-") for row in describe() for item in row["parameters"]}
+
+
 def _commands(text: str) -> Iterator[str]:
     """Yield unknown commands and options in code blocks and in backticks."""
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
     quoted = [line for line in re.findall(r"`(kvscope [^`]*)`", text) if not line.endswith("=")]
     # parameters of classes that the page itself defines
     own = {name.replace("_", "-") for name in re.findall(r"^    (\w+): .* = parameter\(", text, re.MULTILINE)}
-    known: dict[str, Any] = typer.main.get_command(program()).commands  # type: ignore[attr-defined]
-    parameters = {item["name"].replace("_", "-") for row in describe() for item in row["parameters"]}
+    known, parameters = _known()
     for line in [*(line for line in blocks if line.startswith("kvscope ")), *quoted]:
         words = shlex.split(line, comments=True)
         if len(words) < 2:

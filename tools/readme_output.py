@@ -9,14 +9,24 @@ stdout; with ``last N lines``, without the lines before, as those of ``trace`` w
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from kvscope.cli.app import run as run_command  # noqa: E402
+from tests.docs.blocks import commands  # noqa: E402
+
 COLUMNS = 100
 RUN = r"<!-- these blocks are run by the tests -->\n```sh\n(?P<script>.*?)```"
 OF = r"output of kvscope (?P<command>\w+)(, last (?P<last>\d+) lines)?,[^\n]*"
@@ -52,13 +62,35 @@ def with_outputs(text: str, folder: Path) -> str:
 
 
 def run(script: str, folder: Path) -> None:
-    """Run a block of shell; what each of its commands prints on stdout is left in ``COMMAND.out``.
+    """Run a block of shell; what each command of kvscope prints on stdout is left in ``COMMAND.out``.
 
-    A command may exit with status 3: it found a difference.
+    Commands of kvscope run in this process, so that the libraries are loaded once for all of them. They may exit with
+    status 3: it found a difference.
     """
-    environment = os.environ | {"COLUMNS": str(COLUMNS), "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
-    command = 'kvscope() { "$PYTHON" -m kvscope "$@" > "$1.out" || [ $? = 3 ]; }'
-    subprocess.run(["bash", "-c", f"{command}\nset -eu\n{script}"], cwd=folder, env=environment, check=True)
+    for command in commands(script):
+        words = shlex.split(command, comments=True)
+        if words[0] != "kvscope":
+            subprocess.run(["bash", "-euc", command], cwd=folder, check=True)
+            continue
+        with contextlib.chdir(folder), _columns(), contextlib.redirect_stdout(io.StringIO()) as stream:
+            status = run_command(words[1:])
+        (folder / f"{words[1]}.out").write_text(stream.getvalue(), encoding="utf-8")
+        if status not in (0, 3):
+            raise RuntimeError(f"{command}: status {status}")
+
+
+@contextlib.contextmanager
+def _columns() -> Iterator[None]:
+    """Give terminals `COLUMNS` columns."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(COLUMNS)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def printed(command: str, folder: Path, last: int = 0) -> str:

@@ -15,6 +15,7 @@ from kvscope.core.registry import nearest
 
 if TYPE_CHECKING:
     from kvscope.experiments.execute import UnitResult
+    from kvscope.experiments.experiment import Experiment
     from kvscope.experiments.plan import ExperimentPlan
 
 LOCAL, RAY = "local", "ray"
@@ -54,18 +55,15 @@ def run(
     from kvscope.cli import console, places
     from kvscope.cli.experiment_table import report_failures, show_experiment, show_plan
 
-    with console.working("loading torch and transformers", quiet=quiet):
+    experiment, place = _read(file, on, dry_run=dry_run, quiet=quiet)
+    with console.working("loading transformers", quiet=quiet):
         from kvscope.experiments.cells import Store
         from kvscope.experiments.plan import make_plan
         from kvscope.experiments.run import require_output, summarise, write_summary
-        from kvscope.experiments.spec import read_experiment
         from kvscope.report.experiment import write_page
 
-    experiment = read_experiment(file)
-    place = _place(on, RAY if experiment.ray else LOCAL)
-    local = [str(places.local_file(given, "prompts", quiet=quiet)) for given in experiment.prompts]
-    name = places.readable(output or experiment.name)
-    experiment = replace(experiment, name=name, prompts=tuple(local))
+    local = tuple(str(places.local_file(given, "prompts", quiet=quiet)) for given in experiment.prompts)
+    experiment = replace(experiment, name=(name := places.readable(output or experiment.name)), prompts=local)
     plan = make_plan(experiment, Store.under(places.TRACES, places.REPORTS), device or experiment.device)
     if dry_run:
         show_plan(plan, as_json=json, quiet=quiet)
@@ -85,11 +83,21 @@ def run(
         raise typer.Exit(ExitStatus.error)
 
 
-def _place(given: str | None, default: str) -> str:
-    """Return where to run; raises UsageError if there is no such place."""
-    if given not in (None, LOCAL, RAY):
-        raise UsageError(f"an experiment cannot run on {given!r}", nearest(given, [LOCAL, RAY]))
-    return given or default
+def _read(file: Path, on: str | None, *, dry_run: bool, quiet: bool) -> tuple[Experiment, str]:
+    """Return the experiment and where it runs; a wrong place, or a missing Ray, is named before the slow imports."""
+    from kvscope.cli import console
+
+    if on not in (None, LOCAL, RAY):
+        raise UsageError(f"an experiment cannot run on {on!r}", nearest(on, [LOCAL, RAY]))
+    with console.working("loading torch", quiet=quiet):
+        from kvscope.experiments.ray_package import load_ray
+        from kvscope.experiments.spec import read_experiment
+
+    experiment = read_experiment(file)
+    place = on or (RAY if experiment.ray else LOCAL)
+    if place == RAY and not dry_run:
+        load_ray()
+    return experiment, place
 
 
 def _made(plan: ExperimentPlan, place: str, quiet: bool) -> UnitResult:

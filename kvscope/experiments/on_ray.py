@@ -11,7 +11,6 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +20,7 @@ from kvscope.core.registry import nearest
 from kvscope.experiments.cells import Store
 from kvscope.experiments.execute import UnitResult
 from kvscope.experiments.plan import ExperimentPlan, TraceUnit, Unit
+from kvscope.experiments.ray_package import load_ray
 from kvscope.experiments.ray_pool import RayPool, Slots
 from kvscope.experiments.run import Update, in_order
 from kvscope.experiments.schedule import work_off
@@ -60,7 +60,7 @@ def run_on_ray(
     KvscopeError, OSError, Exception
         If there is no cluster, no worker can start or see the current folder; and as `run_unit`. Finished cells stay.
     """
-    ray = _ray()
+    ray = load_ray()
     units = in_order(plan)
     if not units:
         return UnitResult()
@@ -73,15 +73,6 @@ def run_on_ray(
             result = work_off(units, pool, update, warn)
     _await_results(plan.store, result)
     return result
-
-
-def _ray() -> ModuleType:
-    try:
-        return import_module("ray")
-    except ImportError as error:
-        raise UsageError(
-            f"an experiment on Ray needs the package {error.name}", "Install it: pip install 'kvscope[ray]'"
-        ) from error
 
 
 def _most_at_once(units: Sequence[Unit]) -> int:

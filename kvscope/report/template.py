@@ -8,6 +8,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import resources
 
 from kvscope.core.json import Json, JsonDict
@@ -21,7 +22,10 @@ COMMON = ("core.js", "numbers.js", "state.js", "plot.js", "heat.js", "figure.js"
 REPLAYS = (*COMMON, "raster.js", "raster_view.js", "page.js")
 EXPERIMENT = (*COMMON, "experiment.js")
 
-CHARTS = re.compile(r"(\w+)\.register\(\[((?:\w+\(\),){20,}\w+\(\))\]\)")  # the list of chart types in Plotly's script
+LONGEST_NAME = 100  # of a variable in Plotly's script
+# The list of chart types in Plotly's script, behind the name of its core. The name is read backwards from here: a
+# pattern that began with it would be tried at every letter of the script.
+CHARTS = re.compile(r"\.register\(\[((?:\w+\(\),){20,}\w+\(\))\]\)")
 
 DOCUMENT = """<!DOCTYPE html>
 <html lang="en">
@@ -62,15 +66,15 @@ def document(page: JsonDict, scripts: Sequence[str], files: Sequence[str] = REPL
     # slow to import, and only a page needs it
     from plotly.offline import get_plotlyjs
 
-    plotly = charts_on_demand(get_plotlyjs())
+    digest, plotly = _prepared(get_plotlyjs())
     code = element_text("\n".join(["'use strict';", *map(asset, files), *scripts, "kvscope.show();"]))
     return DOCUMENT.format(
-        policy=security_policy([plotly, code]),
+        policy=security_policy([digest, _digest(code)]),
         generator=html.escape(str(page["generator"])),
         title=html.escape(str(page["title"])),
         style=asset("page.css"),
         data=inert_json(page),
-        plotly=deflated_text(plotly),
+        plotly=plotly,
         code=code,
     )
 
@@ -82,7 +86,19 @@ def charts_on_demand(plotly: str) -> str:
     which the script starts; plot.js asks for them when the first other trace is drawn. A script without the one list of
     chart types is returned as it is, and prepares them when it starts.
     """
-    return CHARTS.sub(r"\1.registerCharts=()=>\1.register([\2])", plotly, count=1)
+    for found in CHARTS.finditer(plotly):
+        before, after = plotly[: found.start()], plotly[found.end() :]
+        core = re.split(r"\W", before[-LONGEST_NAME:])[-1]
+        if core:
+            return f"{before}.registerCharts=()=>{core}.register([{found[1]}]){after}"
+    return plotly
+
+
+@lru_cache(maxsize=1)
+def _prepared(plotly: str) -> tuple[str, str]:
+    """Return the digest of Plotly's script as a page runs it, and the script deflated: once for all pages."""
+    script = charts_on_demand(plotly)
+    return _digest(script), deflated_text(script)
 
 
 def inert_json(value: Json) -> str:
@@ -93,9 +109,9 @@ def inert_json(value: Json) -> str:
     return text
 
 
-def security_policy(scripts: Sequence[str]) -> str:
-    """Return a content security policy under which nothing is fetched and only these scripts run."""
-    hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+def security_policy(digests: Sequence[str]) -> str:
+    """Return a content security policy under which nothing is fetched and only scripts with these digests run."""
+    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
         "connect-src 'none'; base-uri 'none'; form-action 'none'"
@@ -124,4 +140,5 @@ def asset(name: str) -> str:
 
 
 def _digest(script: str) -> str:
+    """Return the SHA-256 of a script in base64."""
     return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")

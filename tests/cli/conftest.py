@@ -58,6 +58,11 @@ def maps(length: int = LENGTH, layers: int = 2, heads: int = 4, seed: int = 0) -
     return weights / weights.sum(-1, keepdims=True)
 
 
+def quietly(*arguments: str | Path) -> None:
+    """Run a command that must succeed, for what several tests use."""
+    assert run_command([*(str(argument) for argument in arguments), "--quiet"]) == 0, arguments
+
+
 @pytest.fixture
 def npz(tmp_path: Path) -> Path:
     """Attention maps captured elsewhere."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,33 @@ from kvscope.cli.completion import either_names, metric_names, policy_names, rep
 from kvscope.metrics import METRICS
 from kvscope.policies import POLICIES
 from tests.cli.conftest import Run
+from tests.forks import Forks
 
 HEAVY = ("torch", "numpy", "transformers", "pyarrow", "numba")
-LISTED = f"import sys; from kvscope.cli.app import main; import atexit; atexit.register(lambda: print(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)); main()"  # fmt: skip  # noqa: E501
+LISTED = f"""
+import sys
+from kvscope.cli.app import main
+try:
+    main()
+finally:
+    print(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+"""
+Completed = Callable[[str], list[str]]
 
 
-def completed(words: str, folder: Path) -> list[str]:
-    """Return what bash offers for the last word of a line; a line that ends with a space begins a new word."""
-    count = len(words.split()) - (0 if words.endswith(" ") else 1)
-    asked = {"_KVSCOPE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}
-    path = {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
-    made = subprocess.run(
-        [sys.executable, "-c", LISTED], env={**os.environ, **asked, **path}, cwd=folder, capture_output=True, text=True
-    )
-    assert made.stderr.strip() == "", "a heavy library was loaded, or an error printed"
-    return made.stdout.split()
+@pytest.fixture(scope="module")
+def completed() -> Iterator[Completed]:
+    """A function that returns what bash offers for the last word of a line, which is empty after a space."""
+
+    def offered(words: str) -> list[str]:
+        count = len(words.split()) - (0 if words.endswith(" ") else 1)
+        asked = {"_KVSCOPE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}
+        made = forks.run(LISTED, environment=asked)
+        assert made.stderr.strip() == "", "a heavy library was loaded, or an error printed"
+        return made.stdout.split()
+
+    with Forks("typer") as forks:
+        yield offered
 
 
 def test_names_are_those_of_the_registries() -> None:
@@ -62,8 +75,8 @@ def test_traces_and_replays_are_those_that_are_complete(run: Run, small: Path) -
         ("kvscope gate tr", ["train"]),
     ],
 )
-def test_what_a_shell_offers(words: str, offered: list[str], run: Run, small: Path) -> None:
-    assert completed(words, Path.cwd()) == offered
+def test_what_a_shell_offers(words: str, offered: list[str], completed: Completed, small: Path) -> None:
+    assert completed(words) == offered
 
 
 def test_the_script_of_a_shell_is_printed(run: Run) -> None:

@@ -1,5 +1,6 @@
 """``kvscope score``, ``regret`` and ``spans``, as a user types them."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -13,19 +14,27 @@ from kvscope.cli.runs import how_to_name_one
 from kvscope.metrics import METRICS
 from kvscope.results.store import open_replay
 from kvscope.trace.reader import open_trace
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, quietly
 
 ROOT = Path(__file__).parent.parent.parent
 (SEQUENCE,) = open_trace(ROOT / "traces" / "example").sequences
 LAST = SEQUENCE.length - 1
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the committed trace, and a replay of two policies under two budgets."""
+    folder = tmp_path_factory.mktemp("measures")
+    shutil.copytree(ROOT / "traces" / "example", folder / "traces" / "example")
+    with contextlib.chdir(folder):
+        quietly("replay", "example", "-p", "window", "-p", "tova", "-b", "20%,40%", "-o", "two")
+    return folder
+
+
 @pytest.fixture
-def example(run: Run) -> None:
-    """The committed trace, and a replay of two policies under two budgets."""
-    shutil.copytree(ROOT / "traces" / "example", "traces/example")
-    done = run("replay", "example", "-p", "window", "-p", "tova", "-b", "20%,40%", "-o", "two", "-q")
-    assert done.status == 0, done.err
+def example(run: Run, made: Path) -> None:
+    """The current folder is a copy of that folder."""
+    shutil.copytree(made, Path.cwd(), dirs_exist_ok=True)
 
 
 def test_score_writes_another_replay(run: Run, example: None) -> None:

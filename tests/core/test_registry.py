@@ -1,13 +1,14 @@
 """Discovery: a new member is one new file, and the listed order does not depend on what was imported first."""
 
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kvscope.core.errors import UsageError
 from kvscope.core.registry import Registry
+from tests.forks import Forks
 
 POLICIES = (
     "a2sf snapkv ada-kv attention-gate belady blend cake chunkkv compactor criticalkv curdkv dms duo-attention "
@@ -37,12 +38,19 @@ LIST = {
 }
 
 
-def fresh(code: str) -> str:
-    """Return what `code` prints in a fresh interpreter."""
-    own = "def ours(thing): return thing.__module__.startswith('kvscope.')\n"
-    done = subprocess.run([sys.executable, "-c", own + code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Callable[[str], str]]:
+    """A function that returns what code prints in an interpreter that has not loaded kvscope."""
+    own = "import sys\nassert not any(name.startswith('kvscope') for name in sys.modules)\n"
+    own += "def ours(thing): return thing.__module__.startswith('kvscope.')\n"
+
+    def printed(code: str) -> str:
+        done = forks.run(own + code)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with Forks("torch", "pandas", "typer", "rich.table") as forks:
+        yield printed
 
 
 @pytest.mark.parametrize(
@@ -59,11 +67,13 @@ def fresh(code: str) -> str:
         ("kvscope.cli.score", "commands", COMMANDS),
     ],
 )
-def test_the_order_is_the_same_whatever_was_imported_first(first: str, what: str, expected: list[str]) -> None:
+def test_the_order_is_the_same_whatever_was_imported_first(
+    first: str, what: str, expected: list[str], fresh: Callable[[str], str]
+) -> None:
     assert fresh(f"import {first}\n{LIST[what]}").split() == expected
 
 
-def test_commands_are_all_there_when_they_are_looked_up_before_the_app_is_built() -> None:
+def test_commands_are_all_there_when_they_are_looked_up_before_the_app_is_built(fresh: Callable[[str], str]) -> None:
     look_up = "from kvscope.cli.command import COMMANDS; COMMANDS.names()\n"
     assert fresh(look_up + LIST["commands"]).split() == COMMANDS
 
@@ -117,7 +127,9 @@ def fade() -> None:
         ("kvscope.cli", "commands", COMMAND, 0),
     ],
 )
-def test_a_new_member_is_one_new_file(package: str, what: str, text: str, place: int, tmp_path: Path) -> None:
+def test_a_new_member_is_one_new_file(
+    package: str, what: str, text: str, place: int, tmp_path: Path, fresh: Callable[[str], str]
+) -> None:
     (tmp_path / "fade.py").write_text(text)
     (tmp_path / "fade.js").write_text("")  # what draws a panel
     listed = fresh(f"import {package}\n{package}.__path__.append({str(tmp_path)!r})\n{LIST[what]}").split()
