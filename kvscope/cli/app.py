@@ -22,7 +22,7 @@ from kvscope.cli.misspelt import help_hint, misspelt
 from kvscope.cli.streams import discard_stdout, open_streams
 from kvscope.cli.typer_classes import HelpGroup
 from kvscope.core.errors import ExitStatus, KvscopeError
-from kvscope.core.memory import is_library_too_large, is_out_of_memory, out_of_memory
+from kvscope.core.memory import LimitedImports, is_library_too_large, is_out_of_memory, out_of_memory
 from kvscope.core.own_code import own_place
 from kvscope.core.version import __version__
 
@@ -74,9 +74,10 @@ def main() -> None:
 
 
 def prepare_process() -> None:
-    """Make the streams of this process usable, and its interruptions certain."""
+    """Make the streams of this process usable, its interruptions certain, and a lack of memory for torch an error."""
     open_streams()
     sys.unraisablehook = _interrupt_again
+    sys.meta_path.insert(0, LimitedImports())
 
 
 def _interrupt_again(found: sys.UnraisableHookArgs) -> None:

@@ -19,6 +19,7 @@ _SIGNS = ("out of memory", "not enough memory", "allocate memory", "bad alloc", 
 # What the loader of shared libraries says where a limit of this process leaves no addresses for them.
 _NOT_LOADED = ("failed to map segment", "cannot allocate memory")
 _NO_THREAD = "failed to launch worker thread"  # pyarrow, of an error of no class of its own
+TORCH_BYTES = 800 * 10**6  # of addresses, of which torch needs 640 MB while it is loaded
 ADVICE = "Use --device cpu, fewer policies or budgets at a time, or shorter texts."
 
 
@@ -62,6 +63,18 @@ def require_addresses(needed: int, library: str) -> None:
     used = int(pages.read_text().split()[0]) * resource.getpagesize()
     if limit - used < needed:
         raise ImportError(f"cannot allocate memory for {library}: {needed} bytes, {limit - used} are left")
+
+
+class LimitedImports:
+    """A finder of modules that finds none, but raises ImportError where a limit leaves torch too few addresses.
+
+    Where torch finds too few while it is loaded, it ends the process.
+    """
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Raise ImportError if torch is to be imported and cannot be."""
+        if name == "torch":
+            require_addresses(TORCH_BYTES, name)
 
 
 def out_of_memory(error: BaseException, work: str = "", todo: str = ADVICE) -> OutOfMemory:

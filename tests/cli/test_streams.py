@@ -134,7 +134,7 @@ def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     assert sorted(item.name for item in (folder / "reports").iterdir()) == ["arrow", "csv", "r.html", "r\xe9", "t\xe9"]
 
 
-@pytest.mark.parametrize("kilobytes", [1_000_000, 2_000_000])
+@pytest.mark.parametrize("kilobytes", [500_000, 700_000, 1_000_000, 2_000_000])
 def test_a_limit_of_memory_that_libraries_exceed_is_two_lines(tmp_path: Path, kilobytes: int) -> None:
     shutil.copytree(ROOT / "traces" / "example", tmp_path / "traces" / "e")
     done = shell(f"ulimit -v {kilobytes}; {KVSCOPE} replay e -p h2o --budget 20% -q", tmp_path)
