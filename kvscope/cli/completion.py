@@ -24,17 +24,17 @@ def metric_names(incomplete: str) -> list[str]:
 
 def trace_names(incomplete: str) -> list[str]:
     """Return the complete traces under ``traces/`` whose names begin with `incomplete`."""
-    return _starting(_complete("traces"), incomplete)
+    return _starting(_complete("TRACES"), incomplete)
 
 
 def replay_names(incomplete: str) -> list[str]:
     """Return the complete replays under ``reports/`` whose names begin with `incomplete`."""
-    return _starting(_complete("reports"), incomplete)
+    return _starting(_complete("REPORTS"), incomplete)
 
 
 def either_names(incomplete: str) -> list[str]:
     """Return the complete traces and replays whose names begin with `incomplete`."""
-    return _starting([*_complete("traces"), *_complete("reports")], incomplete)
+    return _starting([*_complete("TRACES"), *_complete("REPORTS")], incomplete)
 
 
 def _registered(kind: str, room: str) -> list[str]:
@@ -43,10 +43,12 @@ def _registered(kind: str, room: str) -> list[str]:
     return [name for path in (PACKAGE / room).glob("*.py") for name in line.findall(path.read_text("utf-8"))]
 
 
-def _complete(folder: str) -> list[str]:
-    from kvscope.cli.places import HEADER  # here, since every command imports this module
+def _complete(name: str) -> list[str]:
+    """Return what is complete in the folder that `kvscope.cli.places` calls so."""
+    from kvscope.cli import places  # here, since every command imports this module
 
-    return [path.parent.name for path in Path(folder).glob(f"*/{HEADER[Path(folder)]}")]
+    folder: Path = getattr(places, name)
+    return [path.parent.name for path in folder.glob(f"*/{places.HEADER[folder]}")]
 
 
 def _starting(names: list[str], start: str) -> list[str]:

@@ -15,7 +15,7 @@ from kvscope.engine.plan import EvictionPlan
 from kvscope.model.attention_hook import replace_attention
 from kvscope.model.obstacles import require_registry
 from kvscope.model.selfcheck import layers_without_attention
-from kvscope.policies.full import Full
+from kvscope.policies.window import Window
 
 PROBE = 128  # tokens
 # Largest mean KL, in nats, between the model's own kernel and a run that evicts nothing. A model in float64 may make
@@ -37,9 +37,10 @@ def self_check(model: CausalModel, ids: Tensor, prefill: Prefill) -> list[int]:
     ids = ids[:PROBE].to(model.get_input_embeddings().weight.device)
     count = len(ids)
     text = PassShape(max(1, count // 2), count, 0, (), prefill)
-    loop = ClosedLoop([RunBatch(EvictionPlan.published(Full()), [count])], text, [], lambda *_: None)
+    budgets = [count, max(1, count // 4)] if count > 2 else [count]  # the first evicts nothing, the second does
+    loop = ClosedLoop([RunBatch(EvictionPlan.published(Window()), budgets)], text, [], lambda *_: None)
     with replace_attention(model, loop, inputs=False):
-        logits = logits_of(model, ids.expand(2, -1), slice(None))
+        logits = logits_of(model, ids.expand(1 + len(budgets), -1), slice(None))
     if not loop.layers or len(set(loop.layers)) < len(loop.layers):
         raise ModelError(
             f"attention of {type(model).__name__} was called in layers {loop.layers}, not once in each that has it",

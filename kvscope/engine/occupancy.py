@@ -96,18 +96,14 @@ class Occupancy:
     @property
     def surplus(self) -> int:
         """By how many keys a cache exceeds its budget at most; 0 or less if none does."""
-        if len(self.equal) == 1:  # most models: read at every step
-            return self._equal[0].surplus(self._n)
-        return max(caches.surplus(self._n) for caches in self._equal)
+        return max(caches.surplus(self._n) for caches in self.equal)
 
     @property
     def most(self) -> int:
         """How many keys a cache holds at most."""
         if not self._bounded:
             return self._n
-        if len(self.equal) == 1:
-            return self._equal[0].most(self._n)
-        return max(caches.most(self._n) for caches in self._equal)
+        return max(caches.most(self._n) for caches in self.equal)
 
     def most_of(self, caches: EqualCaches) -> int:
         """Return how many keys a cache of some layers holds at most; only for policies with a budget."""

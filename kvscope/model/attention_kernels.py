@@ -28,11 +28,7 @@ def function_of(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, T
 def layer_and_chunk(module: nn.Module) -> tuple[int, int | None]:
     """Return the number of the layer of an attention module, and the size of the chunks in which it attends, if any."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    return layer, chunk_of(getattr(module, "config", None), layer)
-
-
-def chunk_of(config: ModelConfig | None, layer: int) -> int | None:
-    """Return the size of the chunks in which a layer attends, as a configuration has it; None if it does not."""
+    config: ModelConfig | None = getattr(module, "config", None)
     types = getattr(config, "layer_types", None) or []
     chunked = layer < len(types) and types[layer] == "chunked_attention"
-    return getattr(config, "attention_chunk_size", None) if chunked else None
+    return layer, getattr(config, "attention_chunk_size", None) if chunked else None
