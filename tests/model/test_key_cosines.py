@@ -1,6 +1,8 @@
 """Cosines of keys: those of the whole sequence, whatever a cache holds, without a second copy of the cache."""
 
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from kvscope import trace
 from kvscope.model.attention_hook import Call
 from kvscope.model.call_parts import Heads
 from kvscope.model.key_cosines import KeyCosines
+from kvscope.model.pipeline import Pipeline, Write
+from kvscope.model.recorder import Recorder
 from tests.model.tiny import WINDOW, saved
 
 GROUPS, SIZE, LENGTH = 2, 8, 40
@@ -106,3 +110,27 @@ def test_a_trace_has_those_of_all_keys_of_a_model(name: str, tmp_path: Path) -> 
     for layer in (0, 1):
         whole = expected(torch.from_numpy(made.states(0, layer).keys))
         assert np.allclose(made.similarity(0, layer), whole, atol=2**-11)
+
+
+def test_a_recorder_reads_keys_before_a_cache_drops_them(keys: Tensor) -> None:
+    """It holds those of the newest call alone, also while steps wait to be written together."""
+
+    class Kept(Pipeline):
+        def put(self, key: Hashable, write: Write, tensors: Mapping[str, Tensor]) -> None:
+            if "cosines" in tensors:
+                packed.append(tensors["cosines"].float())
+
+    packed: list[Tensor] = []
+    recorder = Recorder(Mock(), [3], pipeline=Kept())
+    recorder.begin(0, 4)
+    for first, last in ((0, 4), (0, 5), (0, 6), (0, 7), (4, 8), (5, 9)):  # the cache drops keys from the fifth call on
+        call = call_of(keys[:, first:last], 4 if last == 4 else 1)
+        recorder(call)
+        held = recorder._layers[3].cosines._whole
+        assert held is None if first else held is not None and held[0] is call.key, (
+            "older keys take memory of their own"
+        )
+    recorder.end()
+    whole = expected(keys)[:, :9, :9]
+    rows = np.concatenate([whole[:, position, :position] for position in range(9)], 1)  # without itself
+    assert np.allclose(torch.cat(packed, 1), rows, atol=2**-11)
