@@ -18,11 +18,14 @@ import torch
 import triton
 from torch import Tensor
 
+from kvscope.kernels.triton_bounds import bound_scores, step_by_bounds
 from kvscope.kernels.triton_common import MAX, MEAN, NONE, SUM
 from kvscope.kernels.triton_registers import step_in_registers
 from kvscope.kernels.triton_tiles import step_in_tiles
 
 MOST_KEYS = 8192  # keys whose state is held in registers
+FEWEST_HEADS = 8  # query heads that decide together, from which bounds are less work than all scores
+STEPS_BY_BOUNDS = 64  # steps for which bounds are computed at once; they are lower, the more keys leave within them
 WEIGHTS_AT_ONCE = 16384  # weights, of query heads times keys, that are in registers at once
 REDUCTIONS = {"none": NONE, "mean": MEAN, "max": MAX, "sum": SUM}
 
@@ -52,11 +55,12 @@ def step_block(
     missing: Tensor | None = None,
     scale: Tensor | None = None,
     fixed: Tensor | None = None,
+    newest_alone: bool = False,
     most_keys: int = MOST_KEYS,
 ) -> Tensor:
-    """Step caches through a block of rows, and return which heads had a score that is not a number.
+    """Step caches through a block of rows; return which had a score that is not a number, uint8 ``[R, L, S]``.
 
-    The result is uint8 ``[R, L, S]``. Nothing waits for the device.
+    Nothing waits for the device.
 
     Parameters
     ----------
@@ -78,27 +82,95 @@ def step_block(
         ``[R or 1, L, S, T]``: what each weight is multiplied by.
     fixed : Tensor or None
         ``[R or 1, L, S, b]``, in the precision of the scores: the scores of the keys of these steps.
+    newest_alone : bool
+        Whether scores are unscaled weights of the newest row alone, keys are evicted at every step, and no window drops
+        keys: where many query heads decide together, `triton_bounds` then computes few of the scores.
     most_keys : int
         Keys whose state may be held in registers.
     """
-    runs, layers, heads, length = state.leave.shape
-    together = rows.shape[2] // heads
-    bad = torch.zeros((runs, layers, heads), dtype=torch.uint8, device=rows.device)
+    together = rows.shape[2] // state.n_alive.shape[2]
+    bad = torch.zeros(state.n_alive.shape, dtype=torch.uint8, device=rows.device)
     kernel, block_heads, keys = _kernel(start + rows.shape[3], together, most_keys)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    given = [rows[:1] if part is None else part.contiguous() for part in (missing, scale, fixed)]
-    run_stride, layer_stride, head_stride, step_stride, _ = rows.stride()
+    if newest_alone and kernel is step_in_registers and _bounds_pay(rows, state, together):
+        missing = None if missing is None else missing.contiguous()
+        _step_by_bounds(REDUCTIONS[reduce], decay, state, rows, start, evicts, missing, bad, block_heads, keys)
+        return bad
+    _step_by_scores(
+        REDUCTIONS[reduce], decay, state, rows, start, evicts, (missing, scale, fixed), bad, kernel, block_heads, keys
+    )
+    return bad
+
+
+def _bounds_pay(rows: Tensor, state: TritonState, together: int) -> bool:
+    """Return whether bounds are less work than all scores; they are made in 32 bit."""
+    return together >= FEWEST_HEADS and rows.dtype == state.score.dtype == torch.float32
+
+
+def _step_by_scores(
+    reduce: int,
+    decay: Tensor,
+    state: TritonState,
+    rows: Tensor,
+    start: int,
+    evicts: Tensor,
+    parts: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bad: Tensor,
+    kernel: triton.JITFunction[..., None],
+    block_heads: int,
+    keys: int,
+) -> None:
+    """Step as `step_block`; `parts` are what sinks take, factors and fixed scores."""
+    runs, layers, heads, length = state.leave.shape
+    together = rows.shape[2] // heads
+    given = [rows[:1] if part is None else part.contiguous() for part in parts]
     kernel[(runs * layers * heads,)](
         rows, *given,
         state.alive.view(torch.uint8), state.score, state.leave, state.n_alive, state.evictions, state.budget,
         state.sinks, state.recent, state.windows, evicts, decay, bad,
         start, rows.shape[3], length, layers, heads, together, rows.shape[0], *(part.shape[0] for part in given),
-        run_stride, layer_stride, head_stride, step_stride,
-        REDUCE=REDUCTIONS[reduce], HAS_MISSING=missing is not None, HAS_SCALE=scale is not None,
+        *rows.stride()[:4],
+        REDUCE=reduce, HAS_MISSING=parts[0] is not None, HAS_SCALE=parts[1] is not None,
         QB=block_heads, N=keys, BITS=8 * state.score.element_size(),
         num_warps=_warps(keys, block_heads), enable_fp_fusion=False,
     )  # fmt: skip
-    return bad
+
+
+def _step_by_bounds(
+    reduce: int,
+    decay: Tensor,
+    state: TritonState,
+    rows: Tensor,
+    start: int,
+    evicts: Tensor,
+    missing: Tensor | None,
+    bad: Tensor,
+    block_heads: int,
+    keys: int,
+) -> None:
+    """Step as `step_block`, `STEPS_BY_BOUNDS` steps at a time; the scores of the last step are all computed."""
+    (runs, layers, heads, length), steps = state.leave.shape, rows.shape[3]
+    units, together = runs * layers * heads, rows.shape[2] // heads
+    most = min(STEPS_BY_BOUNDS, steps)
+    bounds = rows.new_empty((units, most, keys))
+    totals = rows.new_empty((units, most, together), dtype=torch.float64)
+    lost, lost_runs = (rows, 1) if missing is None else (missing, missing.shape[0])
+    how = {"REDUCE": reduce, "HAS_MISSING": missing is not None, "N": keys, "enable_fp_fusion": False}
+    for first in range(0, steps, most):
+        count = min(most, steps - first)
+        part = rows[:, :, :, first : first + count]
+        sizes = (length, layers, heads, together, rows.shape[0], lost_runs, *rows.stride()[:4])
+        bound_scores[(units * count,)](
+            part, lost, state.alive.view(torch.uint8), bounds, totals, start + first, count, *sizes,
+            QB=min(block_heads, 4), num_warps=_warps(keys, min(block_heads, 4)), **how,
+        )  # fmt: skip
+        step_by_bounds[(units,)](
+            part, lost, bounds, totals, state.alive.view(torch.uint8), state.score, state.leave, state.n_alive,
+            state.evictions, state.budget, state.sinks, state.recent, evicts[first:], decay, bad,
+            start + first, count, min(count, steps - first - 1), *sizes,
+            QB=min(block_heads, 4), H=triton.next_power_of_2(together), MOST=triton.next_power_of_2(most),
+            BITS=8 * state.score.element_size(), num_warps=_warps(keys, 1), **how,
+        )  # fmt: skip
 
 
 def _kernel(length: int, together: int, most_keys: int) -> tuple[triton.JITFunction[..., None], int, int]:

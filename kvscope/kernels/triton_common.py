@@ -1,4 +1,4 @@
-"""What both Triton kernels share: weights of a group of query heads, and scores in an order that integers have."""
+"""What the Triton kernels that step share: where rows are, weights of query heads, and scores as ordered integers."""
 
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators
@@ -14,6 +14,19 @@ NONE, MEAN, MAX, SUM = range(4)  # how the query heads of a group become one
 IS_NONE, IS_MEAN, IS_MAX = tl.constexpr(NONE), tl.constexpr(MEAN), tl.constexpr(MAX)
 NEVER = tl.constexpr(2**31 - 1)
 SPLIT_AT = tl.constexpr(SPLIT)
+
+
+@triton.jit
+def place_of(unit, runs, of_run):
+    """Return where a unit is in a tensor of some runs, or of one for all, in units; `of_run` of them are one run."""
+    return tl.minimum(unit // of_run, runs - 1) * of_run + unit % of_run
+
+
+@triton.jit
+def rows_of(rows, unit, layers, heads, together, runs, run_stride, layer_stride, head_stride):
+    """Return where the rows of a deciding head begin; `runs` is 1 where all runs have the same rows."""
+    r, layer, s = unit // (layers * heads), unit // heads % layers, unit % heads
+    return rows + tl.minimum(r, runs - 1) * run_stride + layer * layer_stride + s * together * head_stride
 
 
 @triton.jit

@@ -14,8 +14,10 @@ from kvscope.kernels.triton_common import (
     IS_NONE,
     finite,
     ordered,
+    place_of,
     reduced,
     rounded_quotient,
+    rows_of,
     upper_and_lower,
 )
 
@@ -74,12 +76,6 @@ def _first(own, t, steps, together, head_stride, QB: tl.constexpr, N: tl.constex
 
 
 @triton.jit
-def _place(unit, runs, of_run):
-    """Return where a unit is in a tensor of some runs, or of one for all, in units; `of_run` of them are one run."""
-    return tl.minimum(unit // of_run, runs - 1) * of_run + unit % of_run
-
-
-@triton.jit
 def _with_key(held, size, leave, t, window, N: tl.constexpr):
     """Return the held keys and their number with key `t`, without the one that the layer's window no longer reaches."""
     j = tl.arange(0, N)
@@ -116,7 +112,7 @@ def _live_of_one(row, missing, factor, HAS_MISSING: tl.constexpr, HAS_SCALE: tl.
 
 
 @triton.jit
-def _live_of_group(
+def live_of_group(
     rows, missing, factor, h, together, length, REDUCE: tl.constexpr, HAS_MISSING: tl.constexpr,
     HAS_SCALE: tl.constexpr, QB: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +150,7 @@ def _weights(
             last = (h + QB >= together).to(tl.int32)  # the next rows are those of the next step
             place = own + (i + last) * step_stride
             ahead = _rows(place, (h + QB) * (1 - last), i + last, t + last, steps, together, head_stride, QB, N)
-            one = _live_of_group(rows, missing, factor, h, together, length, REDUCE, HAS_MISSING, HAS_SCALE, QB)
+            one = live_of_group(rows, missing, factor, h, together, length, REDUCE, HAS_MISSING, HAS_SCALE, QB)
             weight = tl.maximum(weight, one) if REDUCE == IS_MAX else weight + one
         if REDUCE == IS_MEAN:
             weight = weight / together
@@ -162,7 +158,7 @@ def _weights(
 
 
 @triton.jit
-def _evicted(points, candidate, count, leave, t, BITS: tl.constexpr, N: tl.constexpr):
+def evicted_keys(points, candidate, count, leave, t, BITS: tl.constexpr, N: tl.constexpr):
     """Return which `count` candidates are evicted, bool ``[N]``, and how many: the lowest scores, the oldest of equal
     ones. When they leave is stored.
     """
@@ -190,7 +186,7 @@ def step_in_registers(
 ):  # fmt: skip
     """Step one cache through a block of rows; arguments as `step_block_triton.step_block` gives them."""
     unit = tl.program_id(0).to(tl.int64)
-    r, layer, s = unit // (layers * heads), unit // heads % layers, unit % heads
+    r, layer = unit // (layers * heads), unit // heads % layers
     j = tl.arange(0, N)
     inside = j < length
     leave = leave + unit * length
@@ -199,10 +195,10 @@ def step_in_registers(
     size, most = tl.load(count + unit), tl.load(budget + unit)
     first, newest, window = tl.load(sinks + r), tl.load(recent + r), tl.load(windows + layer)
     evicted, wrong, left = tl.load(evictions + unit), tl.zeros([N], tl.int32), tl.load(decay)
-    own = rows + tl.minimum(r, row_runs - 1) * run_stride + layer * layer_stride + s * together * head_stride
-    lost = missing + _place(unit, missing_runs, layers * heads) * together * length
-    arriving = fixed + _place(unit, fixed_runs, layers * heads) * steps
-    factor = _factor(scale + _place(unit, scale_runs, layers * heads) * length, rows, inside, HAS_SCALE, N)
+    own = rows_of(rows, unit, layers, heads, together, row_runs, run_stride, layer_stride, head_stride)
+    lost = missing + place_of(unit, missing_runs, layers * heads) * together * length
+    arriving = fixed + place_of(unit, fixed_runs, layers * heads) * steps
+    factor = _factor(scale + place_of(unit, scale_runs, layers * heads) * length, rows, inside, HAS_SCALE, N)
     if REDUCE != IS_NONE:
         ahead = _first(own, start, steps, together, head_stride, QB, N)
     for i in range(steps):
@@ -220,7 +216,7 @@ def step_in_registers(
         if (tl.load(evicts + i) != 0) & (surplus > 0):
             wrong |= (held & (points != points)).to(tl.int32)
             candidate = held & (j >= first) & (j < t + 1 - newest)
-            goes, went = _evicted(points, candidate, surplus, leave, t, BITS, N)
+            goes, went = evicted_keys(points, candidate, surplus, leave, t, BITS, N)
             held = held & (goes == 0)
             size -= went
             evicted += went

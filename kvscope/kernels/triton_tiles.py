@@ -14,8 +14,10 @@ from kvscope.kernels.triton_common import (
     NEVER,
     finite,
     ordered,
+    place_of,
     reduced,
     rounded_quotient,
+    rows_of,
     upper_and_lower,
 )
 
@@ -133,16 +135,16 @@ def step_in_tiles(
 ):  # fmt: skip
     """As `step_in_registers`, for any length: `QB` is all query heads of the group, `N` the keys of a tile."""
     unit = tl.program_id(0).to(tl.int64)
-    r, layer, s = unit // (layers * heads), unit // heads % layers, unit % heads
+    r, layer = unit // (layers * heads), unit // heads % layers
     j, q = tl.arange(0, N), tl.arange(0, QB)
     alive, score, leave = alive + unit * length, score + unit * length, leave + unit * length
     size, most = tl.load(count + unit), tl.load(budget + unit)
     first, newest, window = tl.load(sinks + r), tl.load(recent + r), tl.load(windows + layer)
     evicted, wrong, left = tl.load(evictions + unit), tl.load(bad + unit).to(tl.int32), tl.load(decay)
-    own = rows + tl.minimum(r, row_runs - 1) * run_stride + layer * layer_stride + s * together * head_stride
-    lost = missing + ((tl.minimum(r, missing_runs - 1) * layers + layer) * heads + s) * together * length
-    factors = scale + ((tl.minimum(r, scale_runs - 1) * layers + layer) * heads + s) * length
-    arriving = fixed + ((tl.minimum(r, fixed_runs - 1) * layers + layer) * heads + s) * steps
+    own = rows_of(rows, unit, layers, heads, together, row_runs, run_stride, layer_stride, head_stride)
+    lost = missing + place_of(unit, missing_runs, layers * heads) * together * length
+    factors = scale + place_of(unit, scale_runs, layers * heads) * length
+    arriving = fixed + place_of(unit, fixed_runs, layers * heads) * steps
     for i in range(steps):
         t = start + i
         n = t + 1

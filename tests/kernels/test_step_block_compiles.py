@@ -1,4 +1,4 @@
-"""The kernel that steps caches compiles for a GPU, which the interpreter does not show."""
+"""The kernels that step caches compile for a GPU, which the interpreter does not show."""
 
 import sys
 from pathlib import Path
@@ -37,10 +37,34 @@ for given in (
 ):
     assert compiled(*given).metadata.shared <= 48 * 1024, given
 """
+BOUNDS = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kvscope.kernels.step_block_triton import REDUCTIONS, _warps
+from kvscope.kernels.triton_bounds import bound_scores, step_by_bounds
+
+def compiled(kernel, warps, **fixed):
+    types = dict.fromkeys(["rows", "missing", "bounds", "score", "decay"], "*fp32") | {"totals": "*fp64"}
+    types |= dict.fromkeys(["alive", "evicts", "bad"], "*u8") | {"leave": "*i32"}
+    types |= dict.fromkeys(["count", "evictions", "budget", "sinks", "recent"], "*i64")
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in fixed.items()})
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+for reduce, missing, heads, keys in (("mean", False, 4, 2048), ("max", True, 2, 8192), ("sum", True, 4, 64)):
+    given = {"REDUCE": REDUCTIONS[reduce], "HAS_MISSING": missing, "QB": heads, "N": keys}
+    made = compiled(bound_scores, _warps(keys, heads), **given)
+    step = compiled(step_by_bounds, _warps(keys, 1), **given, BITS=32, H=32, MOST=64)
+    assert max(made.metadata.shared, step.metadata.shared) <= 48 * 1024, given
+"""
 
 
 @pytest.mark.skipif(not triton_available(), reason="triton is not installed: pip install triton")
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles for CUDA on Linux only")
-def test_it_compiles_for_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", [COMPILE, BOUNDS], ids=["scores", "bounds"])
+def test_it_compiles_for_a_gpu(script: str, tmp_path: Path) -> None:
     """Prevents names that are a number in one branch and an address in another."""
-    require_compiles(COMPILE, tmp_path)
+    require_compiles(script, tmp_path)

@@ -157,3 +157,132 @@ def test_weights_that_are_no_numbers_are_found(most_keys: int) -> None:
     plan = EvictionPlan.published(parse_policies(["h2o"])[0])
     with pytest.raises(ReplayError, match="not numbers"):
         stepped(plan, rows, [], most_keys, kv_heads=1, prompt=1, prefill="stream", budgets=[4])
+
+
+def counted(patch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """Return a list that grows at each call of a function of `triton_bounds`, which a GPU could not count."""
+    from kvscope.kernels import triton_bounds
+
+    function, calls = getattr(triton_bounds, name), list[int]()
+
+    def count(*args: object) -> object:
+        calls.append(1)
+        return function(*args)
+
+    patch.setattr(triton_bounds, name, count)
+    return calls
+
+
+def rows_of_kind(seed: int, heads: int, length: int, kind: str) -> Tensor:
+    """Return rows in float32: as `attention`, nearly equal weights, or weights of which most are next to nothing."""
+    if kind == "flat":
+        return torch.softmax(attention(seed, 1, heads, length).log().div(100), -1).float()
+    if kind in ("tiny", "steep"):
+        rows = attention(seed, 1, heads, length) ** (30 if kind == "tiny" else 8)
+        return (rows if kind == "tiny" else rows / rows.sum(-1, keepdim=True)).float()
+    return attention(seed, 1, heads, length, kind).float()
+
+
+@settings(max_examples=12, deadline=None, phases=[Phase.generate])
+@given(st.integers(0, 999), st.sampled_from(["smooth", "ties", "sparse", "half", "flat", "tiny", "steep"]), st.data())
+def test_the_same_keys_are_evicted_by_bounds(seed: int, kind: str, data: st.DataObject) -> None:
+    from kvscope.kernels import step_block_triton, triton_bounds
+
+    kv_heads, length = data.draw(st.sampled_from([1, 2])), data.draw(st.integers(8, 40))
+    heads = kv_heads * data.draw(st.sampled_from([2, 3, 8]))
+    spec = data.draw(st.sampled_from(["tova", "tova:scope=kv_head", "tova:scope=kv_head,group=max"]))
+    plan = EvictionPlan.published(parse_policies([spec])[0])
+    lost = data.draw(st.sampled_from([None, torch.rand(1, heads, length, generator=torch.Generator().manual_seed(1))]))
+    how = {
+        "kv_heads": kv_heads,
+        "prompt": data.draw(st.integers(1, length)),
+        "prefill": data.draw(st.sampled_from(["full", "stream"])),
+        "budgets": data.draw(st.lists(st.integers(4, length // 2), min_size=1, max_size=2)),
+        "missing": None if lost is None else lost.to(DEVICE),
+    }
+    blocks = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_block_triton, "FEWEST_HEADS", 2)
+        patch.setattr(step_block_triton, "STEPS_BY_BOUNDS", data.draw(st.sampled_from([2, 8, 64])))
+        if DEVICE == "cpu":
+            patch.setattr(triton_bounds, "TRIES", data.draw(st.sampled_from([1, 3, 32])))
+        rows = rows_of_kind(seed, heads, length, kind)
+        same(*(stepped(plan, rows, blocks, most, **how) for most in (REGISTERS, None)))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter can be counted in")
+@pytest.mark.parametrize("kind", ["smooth", "ties", "flat"])
+def test_few_scores_are_computed(kind: str) -> None:
+    plan = EvictionPlan.published(parse_policies(["tova"])[0])
+    rows = rows_of_kind(3, 8, 40, kind)
+    with pytest.MonkeyPatch.context() as patch:
+        every, keys = counted(patch, "_all_scores"), counted(patch, "rounded_quotient")
+        stepped(plan, rows, [], REGISTERS, kv_heads=8, prompt=1, prefill="stream", budgets=[20])
+    assert len(every) == 1, "only the scores that the last step leaves"
+    assert 19 <= len(keys) <= 19 * 6, "one to six keys at each of the other steps that evict"
+
+
+@pytest.mark.parametrize("position", [2, 7])
+@pytest.mark.parametrize("head", [0, 7])
+def test_weights_that_are_no_numbers_are_found_by_bounds(head: int, position: int) -> None:
+    """At a step that evicts, and at an earlier one: a score that is not a number remains one."""
+    rows = attention(1, 1, 8, 12).float()
+    rows[0, head, position, position] = torch.nan
+    plan = EvictionPlan.published(parse_policies(["tova"])[0])
+    with pytest.raises(ReplayError, match="not numbers"):
+        stepped(plan, rows, [9], REGISTERS, kv_heads=8, prompt=1, prefill="stream", budgets=[4])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bounds_after_a_step_that_evicts_several_keys(seed: int) -> None:
+    plan = EvictionPlan.published(parse_policies(["tova"])[0])
+    how = {"kv_heads": 8, "prompt": 20, "prefill": "full", "budgets": [5, 9]}
+    rows = rows_of_kind(seed, 8, 30, "steep")
+    same(*(stepped(plan, rows, [], most, **how) for most in (REGISTERS, None)))
+
+
+def evicted_by_bounds(rows: list[list[list[float]]], budget: int) -> list[int]:
+    """Return the keys that TOVA evicts over rows ``[H][T][t + 1]``, in order; all heads decide together."""
+    length = len(rows[0])
+    full = torch.tensor([[[*row, *[0.0] * (length - len(row))] for row in head] for head in rows])[None]
+    plan = EvictionPlan.published(parse_policies(["tova"])[0])
+    how = {"kv_heads": len(rows), "prompt": 1, "prefill": "stream", "budgets": [budget]}
+    after = [[0.25] * (length + 1)] * len(rows)  # one more step: all scores are computed at the last one
+    full = torch.nn.functional.pad(full, (0, 1, 0, 1))
+    full[0, :, -1] = torch.tensor(after)
+    leave = stepped(plan, full, [], REGISTERS, **how).state.leave[0, 0, 0].tolist()
+    gone = sorted((step, key) for key, step in enumerate(leave) if step < length)
+    return [key for _, key in gone]
+
+
+@pytest.fixture
+def two_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvscope.kernels import step_block_triton
+
+    monkeypatch.setattr(step_block_triton, "FEWEST_HEADS", 2)
+
+
+@pytest.mark.usefixtures("two_heads")
+def test_the_older_key_of_equal_scores_leaves_although_its_bound_is_higher() -> None:
+    """Key 0 leaves first; then keys 1 and 2 have the score 0.6, with bounds of 0.51 and 0.42."""
+    start = [[1.0], [0.5, 0.5], [0.2, 0.4, 0.4], [0.1, 0.3, 0.3, 0.3]]
+    one, other = [*start, [0.5, 0.125, 0.25, 0.5, 0.25]], [*start, [0.0, 0.25, 0.125, 0.5, 0.25]]
+    assert evicted_by_bounds([one, other], 3) == [0, 1]
+
+
+@pytest.mark.usefixtures("two_heads")
+def test_a_row_that_had_nearly_all_its_mass_on_evicted_keys() -> None:
+    """In double, 1 + 1e-17 - 1 is 0. Key 1 has the lowest score, 0.1 + 0.24, and key 2 without the first row."""
+    start = [[1.0], [0.5, 0.5], [0.2, 0.4, 0.4], [0.1, 0.3, 0.3, 0.3]]
+    one, other = [*start, [1.0, 1e-18, 3e-18, 3e-18, 3e-18]], [*start, [0.0, 0.24, 0.2, 0.28, 0.28]]
+    assert evicted_by_bounds([one, other], 3) == [0, 1]
+
+
+@pytest.mark.parametrize("seed", [7, 9, 10, 11])  # of which the bound of the oldest key, in 32 bit, is rounded up
+def test_bounds_are_below_scores_that_are_rounded_otherwise(seed: int) -> None:
+    """Eight keys have the same weights, each in another order of the heads, and so equal scores: the oldest leaves."""
+    weights = torch.rand(8, generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = [[[1.0] * (step + 1) for step in range(8)] for _ in range(8)]
+    for head in range(8):
+        rows[head].append([*(weights[(head + key) % 8] for key in range(8)), 1.0])
+    assert evicted_by_bounds(rows, 8) == [0]
