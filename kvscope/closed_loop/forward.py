@@ -34,6 +34,7 @@ from kvscope.metrics import Metric
 from kvscope.model.attention_hook import Call, Kernel
 from kvscope.model.derotation import Derotation
 from kvscope.model.image_check import forget_positions
+from kvscope.model.kernel_rows import causal_rows
 
 BLOCK_BYTES = 128 * 2**20  # limit for one tensor of rows for all runs of a batch
 BLOCK_QUERIES = 128  # limit for the queries of a block, so that few of its weights are above the causal diagonal
@@ -116,7 +117,7 @@ class ClosedLoop:
         output = []
         for start in range(0, self.text.length, size):
             stop = min(start + size, self.text.length)
-            rows = call.rows(start, stop, stop)  # [R, H, b, stop]
+            rows = causal_rows(call, start, stop)  # [R, H, b, stop]
             missing = self._missing(call, simulation, rows, start, stop)
             if compacted is None:
                 if decided is None:

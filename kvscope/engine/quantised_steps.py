@@ -10,7 +10,7 @@ from torch import Tensor
 from kvscope.engine.rows import Block
 from kvscope.engine.scoring import BlockScorer
 from kvscope.engine.simulation import CacheSimulation
-from kvscope.kernels import available
+from kvscope.kernels import available, triton_available
 from kvscope.kernels.kept import kept_rows
 from kvscope.metrics.coded import CodedRows
 from kvscope.quantisation.layer import QuantisedLayer
@@ -101,9 +101,15 @@ class QuantisedSteps:
 
 def kept_of(simulation: CacheSimulation, rows: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Return a block of rows ``[R, H, b, stop]`` with zeros at keys that are not visible, and the mass that remains."""
-    if rows.device.type == "cpu" and available() and not simulation.plan.policy.traits.reads:
-        kept, total = kept_rows(rows.detach().numpy(), simulation.state.leave[:, 0].numpy(), start)
-        return torch.from_numpy(kept), torch.from_numpy(total)
+    device, leave = rows.device.type, simulation.state.leave[:, 0]
+    if not simulation.plan.policy.traits.reads:  # what a sparse reader sees is not what was not evicted
+        if device == "cpu" and available():
+            kept, total = kept_rows(rows.detach().numpy(), leave.numpy(), start)
+            return torch.from_numpy(kept), torch.from_numpy(total)
+        if device == "cuda" and triton_available():
+            from kvscope.kernels import kept_triton  # loads triton, which only a GPU needs
+
+            return kept_triton.kept_rows(rows.detach(), leave, start)
     visible = simulation.visible(start, stop)[:, 0]  # [R, G, b, stop]
     part = rows * visible.repeat_interleave(rows.shape[1] // visible.shape[1], 1)
     return part, part.sum(-1)

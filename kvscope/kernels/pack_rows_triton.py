@@ -1,8 +1,8 @@
-"""Rows of attention, made and packed in one pass on a GPU, in Triton: the numbers of `Call.rows`, below the diagonal.
+"""Rows of attention, made in one pass on a GPU, in Triton: the numbers of `Call.rows`, whole or below the diagonal.
 
 One program makes some rows of one query head. It goes through the keys twice: for the largest logit and the sum of
-exponentials, and to write weights in float16 where they belong in the packed rows. Nothing as large as the rows in 32
-bit exists. Vectors of 16 bit are multiplied as they are, since a product of two is exact in 32 bit, where it is summed.
+exponentials, and to write weights: in float32 side by side, or in float16 where they belong in the packed rows. Vectors
+of 16 bit are multiplied as they are, since a product of two is exact in 32 bit, where it is summed.
 """
 
 
@@ -50,6 +50,15 @@ class RowsOf(NamedTuple):
     window: int | None
 
 
+class RowRange(NamedTuple):
+    """Which rows are made; the fields are the arguments of `pack_rows`."""
+
+    first: int
+    start: int
+    stop: int
+    stride: int
+
+
 def pack_rows(of: RowsOf, first: int, start: int, stop: int, stride: int = 1) -> tuple[Tensor, Tensor]:
     """Return the sums of rows in float32, ``[H, n]``, and the rows in float16, ``[H, total]``; waits for nothing.
 
@@ -63,24 +72,40 @@ def pack_rows(of: RowsOf, first: int, start: int, stop: int, stride: int = 1) ->
     start, stop, stride : int
         Indices of the queries: ``range(start, stop, stride)``. The row of position ``t`` has ``t + 1`` weights.
     """
-    (heads, queries, size), keys = of.query.shape, of.key.shape[1]
+    heads = of.query.shape[0]
     position, count = first + start, len(range(start, stop, stride))
     total = count * (position + 1) + stride * count * (count - 1) // 2
     weights = torch.empty((heads, total), dtype=torch.float16, device=of.query.device)
     sums = torch.empty((heads, count), dtype=torch.float32, device=of.query.device)
+    _launch(of, weights, sums, RowRange(first, start, stop, stride), total, whole=False)
+    return sums, weights
+
+
+def _launch(of: RowsOf, weights: Tensor, sums: Tensor, rows: RowRange, total: int, whole: bool) -> None:
+    """Run the kernel; `total` is the number of packed weights of a head."""
+    (heads, queries, size), keys = of.query.shape, of.key.shape[1]
+    first, start, stop, stride = rows
+    count = len(range(start, stop, stride))
     narrow = of.query.dtype == of.key.dtype and of.key.dtype in _narrow_types()
-    rows, columns, depth = _sizes(size, narrow)
+    height, columns, depth = _sizes(size, narrow)
     mask, kind, mask_head, mask_row = _mask(of)
     with torch.cuda.device_of(of.query):
-        _pack[(triton.cdiv(count, rows), heads)](
+        _pack[(triton.cdiv(count, height), heads)](
             of.query, of.key, mask, of.query if of.sinks is None else of.sinks, weights, sums,
-            start, count, position, first + queries - keys, keys, first + stop, of.window or 0, total,
+            start, count, first + start, first + queries - keys, keys, first + stop, of.window or 0, total,
             stride, heads // of.key.shape[0], size, of.scaling, of.softcap or 1.0,
             *of.query.stride(), *of.key.stride(), mask_head, mask_row,
-            MASK=kind, HAS_SINKS=of.sinks is not None, HAS_SOFTCAP=of.softcap is not None, NARROW=narrow,
-            M=rows, N=columns, D=depth, num_warps=4,
+            MASK=kind, HAS_SINKS=of.sinks is not None, HAS_SOFTCAP=of.softcap is not None, NARROW=narrow, WHOLE=whole,
+            M=height, N=columns, D=depth, num_warps=4,
         )  # fmt: skip
-    return sums, weights
+
+
+def whole_rows(of: RowsOf, out: Tensor, start: int) -> None:
+    """Write the rows of queries from `start` on to `out`, float32 ``[H, b, start + b]``; waits for nothing.
+
+    The queries must not see later keys than their own, and query and key of an index have the same position.
+    """
+    _launch(of, out, out, RowRange(0, start, start + out.shape[1], 1), 0, whole=True)
 
 
 def _narrow_types() -> tuple[torch.dtype, ...]:
@@ -132,16 +157,52 @@ def _logits(
     return tl.where(seen, logits, float("-inf"))
 
 
+@triton.jit
+def _base_and_mass(
+    q, key, mask, sink, at, i, low, high, keys, offset, window, size, scaling, softcap, key_row, key_column,
+    inside, MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NARROW: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Return the largest logit of each row, or 0 where none is finite, and the sum of exponentials relative to it."""
+    peak = tl.full([M], float("-inf"), tl.float32)
+    mass = tl.zeros([M], tl.float32)
+    if HAS_SINKS:
+        peak = tl.zeros([M], tl.float32) + tl.load(sink).to(tl.float32)
+        mass += 1
+    for first in range(low, high, N):
+        j = first + tl.arange(0, N)
+        logits = _logits(
+            q, key, mask, at, i, j, keys, offset, window, size, scaling, softcap, key_row, key_column,
+            inside, MASK, HAS_SOFTCAP, NARROW, D,
+        )  # fmt: skip
+        higher = tl.maximum(peak, tl.max(logits, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # no key was seen yet
+        mass = mass * tl.exp(peak - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
+        peak = higher
+    return tl.where(peak == float("-inf"), 0.0, peak), tl.where(inside, mass, 1)
+
+
+@triton.jit
+def _fill(own, start, stop, inside, kind: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Write zeros to rows, to the keys from `start` to `stop` - 1."""
+    for first in range(start, stop, N):
+        t = first + tl.arange(0, N)
+        tl.store(own[:, None] + t[None, :], tl.zeros([M, N], kind), mask=inside[:, None] & (t < stop)[None, :])
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _pack(
     query, key, mask, sinks, weights, sums,
     start, count, position, offset, keys, last, window, total,
     stride, group, size, scaling, softcap,
     query_head, query_row, query_column, key_head, key_row, key_column, mask_head, mask_row,
-    MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NARROW: tl.constexpr,
+    MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NARROW: tl.constexpr, WHOLE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Make and pack `M` rows of one head; `offset` is the position of the first key, `last` that after the block."""
+    """Make `M` rows of one head, whole or packed.
+
+    `offset` is the position of the first key, and `last` that after the block, which is the width of whole rows.
+    """
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * M + tl.arange(0, M)
     inside = row < count
@@ -158,29 +219,17 @@ def _pack(
         low = tl.where(window > 0, tl.maximum(0, tl.min(at, 0) - offset - window + 1), 0)
     else:  # a query may see any key
         low, high, end = keys * 0, keys, last - offset
-    peak = tl.full([M], float("-inf"), tl.float32)
-    mass = tl.zeros([M], tl.float32)
-    if HAS_SINKS:
-        peak = tl.zeros([M], tl.float32) + tl.load(sinks + head).to(tl.float32)
-        mass += 1
-    for first in range(low, high, N):
-        j = first + tl.arange(0, N)
-        logits = _logits(
-            q, key, mask, at, i, j, keys, offset, window, size, scaling, softcap, key_row, key_column,
-            inside, MASK, HAS_SOFTCAP, NARROW, D,
-        )  # fmt: skip
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # no key was seen yet
-        mass = mass * tl.exp(peak - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
-        peak = higher
-    base = tl.where(peak == float("-inf"), 0.0, peak)
-    mass = tl.where(inside, mass, 1)
+    base, mass = _base_and_mass(
+        q, key, mask, sinks + head, at, i, low, high, keys, offset, window, size, scaling, softcap, key_row, key_column,
+        inside, MASK, HAS_SINKS, HAS_SOFTCAP, NARROW, M, N, D,
+    )  # fmt: skip
+    kind = weights.dtype.element_ty
     own = row.to(tl.int64)
-    own = weights + head * total + own * (position + 1) + stride * (own * (own - 1) // 2)  # where each row begins
-    for first in range(0, low + offset, N):
-        t = first + tl.arange(0, N)
-        none = tl.zeros([M, N], tl.float16)
-        tl.store(own[:, None] + t[None, :], none, mask=inside[:, None] & (t < low + offset)[None, :])
+    if WHOLE:
+        own = weights + (head * count + own) * last
+    else:  # where each row begins
+        own = weights + head * total + own * (position + 1) + stride * (own * (own - 1) // 2)
+    _fill(own, 0, low + offset, inside, kind, M, N)
     added = tl.zeros([M], tl.float32)
     for first in range(low, end, N):
         j = first + tl.arange(0, N)
@@ -190,6 +239,10 @@ def _pack(
         )  # fmt: skip
         weight = tl.exp(logits - base[:, None]) / mass[:, None]
         added += tl.sum(tl.where((j < end)[None, :], weight, 0.0), 1)
-        t = j + offset
-        tl.store(own[:, None] + t[None, :], weight.to(tl.float16), mask=inside[:, None] & (t[None, :] <= at[:, None]))
-    tl.store(sums + head * count + row, added, mask=inside)
+        t = (j + offset)[None, :]
+        part = t < last if WHOLE else t <= at[:, None]
+        tl.store(own[:, None] + t, weight.to(kind), mask=inside[:, None] & part)
+    if WHOLE:
+        _fill(own, low + (end - low + N - 1) // N * N, last, inside, kind, M, N)
+    else:
+        tl.store(sums + head * count + row, added, mask=inside)

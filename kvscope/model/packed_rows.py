@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kvscope.kernels import triton_available
 from kvscope.model.attention_hook import Call
 from kvscope.model.call_parts import placed
+from kvscope.model.kernel_rows import kernel_input, runs_kernel
 from kvscope.model.packing import Packer
 
 
@@ -40,15 +39,8 @@ class PackedRows:
         return {"row_sum": rows.sum(-1), "weights": self._packer.packed(rows, lengths)}
 
 
-def runs_kernel(call: Call) -> bool:
-    """Return whether the kernel makes the rows of a call; it computes in 32 bit, which float64 is not meant for."""
-    return call.query.is_cuda and call.exact == torch.float32 and triton_available()
-
-
 def _fused(call: Call, first: int, queries: range) -> dict[str, Tensor]:
-    from kvscope.kernels.pack_rows_triton import RowsOf, pack_rows  # loads triton, which only a GPU needs
+    from kvscope.kernels.pack_rows_triton import pack_rows  # loads triton, which only a GPU needs
 
-    mask = None if call.mask is None else call.mask[0]
-    of = RowsOf(call.query[0], call.key[0], mask, call.sinks, call.scaling, call.softcap, call.sliding_window)
-    sums, weights = pack_rows(of, first, queries.start, queries.stop, queries.step)
+    sums, weights = pack_rows(kernel_input(call, 0), first, queries.start, queries.stop, queries.step)
     return {"row_sum": sums, "weights": weights}

@@ -6,7 +6,6 @@ Where there is no GPU it runs in Triton's interpreter, on shapes that are small 
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -188,34 +187,18 @@ def test_a_weight_of_the_kernel_that_is_no_number_ends_the_recording(
     assert not (tmp_path / "t").exists()
 
 
-@pytest.mark.parametrize(
-    ("cuda", "exact", "triton", "expected"),
-    [
-        (True, torch.float32, True, True),
-        (True, torch.float64, True, False),
-        (True, torch.float32, False, False),
-        (False, torch.float32, True, False),
-    ],
-)
-def test_which_calls_the_kernel_takes(
-    cuda: bool, exact: torch.dtype, triton: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packed_rows, "triton_available", lambda: triton)
-    call: Any = SimpleNamespace(query=SimpleNamespace(is_cuda=cuda), exact=exact)
-    assert packed_rows.runs_kernel(call) is expected
-
-
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kvscope.kernels import pack_rows_triton as own
 
-def compiled(dtype, mask, size, sinks, capped):
+def compiled(dtype, mask, size, sinks, capped, whole=False):
     rows, columns, depth = own._sizes(size, dtype != "fp32")
     fixed = {"MASK": mask, "HAS_SINKS": sinks, "HAS_SOFTCAP": capped, "NARROW": dtype != "fp32"}
-    fixed |= {"M": rows, "N": columns, "D": depth}
-    types = {"query": "*" + dtype, "key": "*" + dtype, "sinks": "*" + dtype, "weights": "*fp16", "sums": "*fp32"}
+    fixed |= {"M": rows, "N": columns, "D": depth, "WHOLE": whole}
+    types = {"query": "*" + dtype, "key": "*" + dtype, "sinks": "*" + dtype, "sums": "*fp32"}
+    types |= {"weights": "*fp32" if whole else "*fp16"}
     types |= {"mask": "*u8" if mask == own.BOOL else "*" + dtype, "scaling": "fp32", "softcap": "fp32"}
     names = own._pack.arg_names
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
@@ -224,7 +207,8 @@ def compiled(dtype, mask, size, sinks, capped):
 
 narrow = compiled("bf16", own.NO_MASK, 128, False, False)
 assert "mma" in narrow.asm["ptx"], "16-bit vectors are multiplied by tensor cores"
-for made in (narrow, compiled("fp32", own.ADDED, 64, True, True), compiled("fp16", own.BOOL, 64, True, False)):
+whole = compiled("bf16", own.NO_MASK, 128, False, False, whole=True)
+for made in (narrow, whole, compiled("fp32", own.ADDED, 64, True, True), compiled("fp16", own.BOOL, 64, True, False)):
     assert made.metadata.shared <= 99 * 1024, "the shared memory of a small GPU"
     assert "st.local" not in made.asm["ptx"], "registers are enough"
 """
