@@ -40,7 +40,7 @@ class PackedRows:
 
 
 def _fused(call: Call, first: int, queries: range) -> dict[str, Tensor]:
-    from kvscope.kernels.pack_rows_triton import pack_rows  # loads triton, which only a GPU needs
+    from kvscope.kernels.rows_triton import pack_rows  # loads triton, which only a GPU needs
 
     sums, weights = pack_rows(kernel_input(call, 0), first, queries.start, queries.stop, queries.step)
     return {"row_sum": sums, "weights": weights}

@@ -99,10 +99,10 @@ def test_the_closed_loop_over_rows_of_the_kernel(name: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wide_vectors_are_left_to_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvscope.kernels import pack_rows_triton
+    from kvscope.kernels import rows_triton
 
     monkeypatch.setattr(kernel_rows, "runs_kernel", lambda call: call.exact == torch.float32)
-    monkeypatch.setattr(pack_rows_triton, "whole_rows", lambda *_: pytest.fail("the kernel was called"))
+    monkeypatch.setattr(rows_triton, "whole_rows", lambda *_: pytest.fail("the kernel was called"))
     vectors = torch.randn(1, 2, 5, 16, dtype=dtype)
     call = Call(0, vectors, vectors, vectors, mask=None, scaling=0.25)
     assert torch.equal(causal_rows(call, 0, 5), call.rows(0, 5, 5))

@@ -191,7 +191,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kvscope.kernels import pack_rows_triton as own
+from kvscope.kernels import rows_triton as own
 
 def compiled(dtype, mask, size, sinks, capped, whole=False):
     rows, columns, depth = own._sizes(size, dtype != "fp32")
@@ -200,9 +200,9 @@ def compiled(dtype, mask, size, sinks, capped, whole=False):
     types = {"query": "*" + dtype, "key": "*" + dtype, "sinks": "*" + dtype, "sums": "*fp32"}
     types |= {"weights": "*fp32" if whole else "*fp16"}
     types |= {"mask": "*u8" if mask == own.BOOL else "*" + dtype, "scaling": "fp32", "softcap": "fp32"}
-    names = own._pack.arg_names
+    names = own._make_rows.arg_names
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
-    source = ASTSource(own._pack, signature, {(names.index(name),): value for name, value in fixed.items()})
+    source = ASTSource(own._make_rows, signature, {(names.index(name),): value for name, value in fixed.items()})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 narrow = compiled("bf16", own.NO_MASK, 128, False, False)

@@ -90,7 +90,7 @@ def _launch(of: RowsOf, weights: Tensor, sums: Tensor, rows: RowRange, total: in
     height, columns, depth = _sizes(size, narrow)
     mask, kind, mask_head, mask_row = _mask(of)
     with torch.cuda.device_of(of.query):
-        _pack[(triton.cdiv(count, height), heads)](
+        _make_rows[(triton.cdiv(count, height), heads)](
             of.query, of.key, mask, of.query if of.sinks is None else of.sinks, weights, sums,
             start, count, first + start, first + queries - keys, keys, first + stop, of.window or 0, total,
             stride, heads // of.key.shape[0], size, of.scaling, of.softcap or 1.0,
@@ -110,7 +110,7 @@ def whole_rows(of: RowsOf, out: Tensor, start: int) -> None:
 
 def _narrow_types() -> tuple[torch.dtype, ...]:
     """Return the types that are multiplied as they are; Triton's interpreter takes bfloat16 for integers."""
-    return (torch.float16, torch.bfloat16) if isinstance(_pack, triton.JITFunction) else (torch.float16,)
+    return (torch.float16, torch.bfloat16) if isinstance(_make_rows, triton.JITFunction) else (torch.float16,)
 
 
 def _mask(of: RowsOf) -> tuple[Tensor, int, int, int]:
@@ -191,7 +191,7 @@ def _fill(own, start, stop, inside, kind: tl.constexpr, M: tl.constexpr, N: tl.c
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _pack(
+def _make_rows(
     query, key, mask, sinks, weights, sums,
     start, count, position, offset, keys, last, window, total,
     stride, group, size, scaling, softcap,
