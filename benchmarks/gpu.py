@@ -5,7 +5,8 @@
 For models of the shapes of Llama-2-7B and Llama-3-8B, at 512, 2,048 and 8,192 tokens: the closed loop of h2o at 20 %
 and of eight runs, with and without metrics, in multiples of forward passes and of plain generation; decoding under the
 policy beside plain generation; tracing in both stores beside plain and eager generation; a replay of 24 policies and
-budgets on the GPU and on the CPU; peak memory of each. A check that GPU and CPU decide the same comes first.
+budgets on the GPU and on the CPU; peak memory of each. A check that GPU and CPU decide the same comes first, then
+a step of h2o and of tova in a layer of 32 heads.
 
 Seconds are medians, and ratios are computed round by round. The file is replaced after every section, so a run that is
 cut off keeps its figures. A section that the time no longer allows is named under ``skipped``, one that fails under
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_sections import Bench, closed_loop, decisions, decoding, replaying, tracing
+from gpu_sections import Bench, closed_loop, decisions, decoding, replaying, stepping, tracing
 from machine import machine
 from sections import Measurement, Section
 from shapes import SHAPES
@@ -61,6 +62,9 @@ def main() -> int:
 def sections(bench: Bench, shapes: list[str], tokens: list[int]) -> list[Section]:
     """Return the sections, those of one shape together, and of those the short ones first."""
     found = [Section("decisions", "all", None, 60, partial(decisions, bench))]
+    found += [
+        Section("stepping", "all", count, 10, partial(stepping, bench, count)) for count in tokens if count <= 2048
+    ]
     for shape in shapes:
 
         def closed_loops(count: int, shape: str = shape) -> list[Section]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from closed_loop import EIGHT, closed, generate, memory_of, plans, real, synchronize, timed
@@ -16,6 +18,7 @@ from shapes import random_model
 from trace_cost import KINDS, action, recorded
 
 import kvscope
+from kvscope.closed_loop.forward import GPU_BLOCK_QUERIES
 from kvscope.core.budget import parse_budgets
 from kvscope.core.errors import UsageError
 from kvscope.core.options import Loop, OutputOptions, Prefill, ReplayOptions
@@ -232,6 +235,32 @@ def _all_layers(bench: Bench, loaded: Loaded, took: list[float], left: float) ->
     return {"layers": layers, "seconds": took[0]}
 
 
+def stepping(bench: Bench, tokens: int, seconds: float) -> dict[str, Any]:
+    """Measure a step of one layer of 32 query heads, and on a GPU also tova without bounds of its scores."""
+    shape = Shape(layers=(0,), heads=32, kv_heads=32, prompt=1, length=tokens)
+    generator = torch.Generator(bench.device).manual_seed(0)
+    logits = torch.randn(1, 32, tokens, tokens, device=bench.device, generator=generator)
+    later = torch.ones(tokens, tokens, dtype=torch.bool, device=bench.device).triu(1)
+    rows = torch.softmax(logits.masked_fill_(later, -torch.inf), -1)
+
+    def step(name: str) -> None:
+        simulation = CacheSimulation(*parse_policies([name]), [tokens // 5], shape, Prefill.stream, device=bench.device)
+        for start in range(0, tokens, GPU_BLOCK_QUERIES):
+            stop = min(start + GPU_BLOCK_QUERIES, tokens)
+            simulation.block(Block(rows[:, :, start:stop, :stop], start))
+
+    def without_bounds() -> None:
+        with mock.patch("kvscope.kernels.step_block_triton.FEWEST_HEADS", sys.maxsize):
+            step("tova")
+
+    work: dict[str, Callable[[], object]] = {"h2o": lambda: step("h2o"), "tova": lambda: step("tova")}
+    if bench.device.startswith("cuda"):
+        work["tova_without_bounds"] = without_bounds
+    took, figures = bench.measure(work, seconds)
+    microseconds = {name: summary([1e6 * one / tokens for one in values]) for name, values in took.items()}
+    return figures | {"heads": 32, "budget": tokens // 5, "microseconds_per_step": microseconds}
+
+
 def decisions(bench: Bench, seconds: float) -> dict[str, Any]:
     """Compare the decisions of every policy on the device with those on the CPU."""
     example, ties = _example(bench), {}
@@ -264,7 +293,7 @@ def _example(bench: Bench) -> dict[str, int]:
 
 def _ties(device: str, seed: int) -> dict[str, int]:
     """Return for each policy how many keys are evicted at another step than on the CPU, on rows with many ties."""
-    shape = Shape(layers=(0, 1), heads=4, kv_heads=2, prompt=48, length=160)
+    shape = Shape(layers=(0, 1), heads=8, kv_heads=2, prompt=48, length=160)  # so many decide by bounds in tova
     rows = rows_with_ties(shape, seed)
     observed = ROWS - {"schedule"}
     policies = [policy for policy in parse_policies(POLICIES.names()) if policy.traits.needs <= observed]

@@ -31,6 +31,8 @@ def test_every_section_is_measured(tmp_path: Path) -> None:
     sections = {entry["label"]: entry["figures"] for entry in found["sections"]}
     assert list(sections) == [
         "decisions all",
+        "stepping all 16",
+        "stepping all 48",
         "closed loop tiny 16",
         "closed loop of eight tiny 16",
         "decoding tiny",
@@ -41,6 +43,8 @@ def test_every_section_is_measured(tmp_path: Path) -> None:
     ]
     assert sections["decisions all"]["equal"] and sections["decisions all"]["runs_on_rows_with_ties"] > 20
     for tokens in (16, 48):
+        steps = sections[f"stepping all {tokens}"]["microseconds_per_step"]
+        assert all(steps[name]["median"] > 0 for name in ("h2o", "tova"))
         for name, runs in (("closed loop", 1), ("closed loop of eight", 8)):
             loop = sections[f"{name} tiny {tokens}"]
             assert loop["runs"] == runs
