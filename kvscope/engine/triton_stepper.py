@@ -38,13 +38,9 @@ class TritonStepper:
         self._evicting = evicting = inputs.evicting_steps
         self._evicts = torch.zeros(inputs.shape.length, dtype=torch.uint8, device=device)
         self._evicts[evicting.start : evicting.stop : evicting.step] = 1
-        self._newest_alone = (
-            rule.weights != "none"
-            and not rule.decay
-            and rule.scale is None
-            and not any(state.windows)
-            and evicting.step == 1
-        )
+        newest_alone = rule.weights != "none" and rule.decay == 0 and rule.scale is None and not any(state.windows)
+        # at the first step that evicts, the end of a prompt, many keys may go
+        self._one_by_one = evicting.start + 1 if newest_alone and evicting.step == 1 else None
         self._tensors = TritonState(
             alive=state.alive,
             score=state.score,
@@ -72,7 +68,7 @@ class TritonStepper:
             missing=None if missing is None else with_run_axis("missing", missing).detach(),
             scale=None if self._rule.scale is None else inputs.signals[self._rule.scale].detach(),
             fixed=fixed_scores(self._rule, inputs, self._state, block.start, stop),
-            newest_alone=self._newest_alone,
+            one_by_one=self._one_by_one,
             most_keys=self._most_keys,
         )
         self._state.nan_scores |= (bad != 0).any()

@@ -12,6 +12,7 @@ it is added to, so that decisions are those of a CPU.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ def step_block(
     missing: Tensor | None = None,
     scale: Tensor | None = None,
     fixed: Tensor | None = None,
-    newest_alone: bool = False,
+    one_by_one: int | None = None,
     most_keys: int = MOST_KEYS,
 ) -> Tensor:
     """Step caches through a block of rows; return which had a score that is not a number, uint8 ``[R, L, S]``.
@@ -82,9 +83,9 @@ def step_block(
         ``[R or 1, L, S, T]``: what each weight is multiplied by.
     fixed : Tensor or None
         ``[R or 1, L, S, b]``, in the precision of the scores: the scores of the keys of these steps.
-    newest_alone : bool
-        Whether scores are unscaled weights of the newest row alone, keys are evicted at every step, and no window drops
-        keys: where many query heads decide together, `triton_bounds` then computes few of the scores.
+    one_by_one : int or None
+        Given where scores are unscaled weights of the newest row alone and no window drops keys: from this step on, at
+        most one key is evicted at a time. Where many query heads decide together, `triton_bounds` computes few scores.
     most_keys : int
         Keys whose state may be held in registers.
     """
@@ -92,9 +93,10 @@ def step_block(
     bad = torch.zeros(state.n_alive.shape, dtype=torch.uint8, device=rows.device)
     kernel, block_heads, keys = _kernel(start + rows.shape[3], together, most_keys)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    if newest_alone and kernel is step_in_registers and _bounds_pay(rows, state, together):
+    if one_by_one is not None and kernel is step_in_registers and _bounds_pay(rows, state, together):
         missing = None if missing is None else missing.contiguous()
-        _step_by_bounds(REDUCTIONS[reduce], decay, state, rows, start, evicts, missing, bad, block_heads, keys)
+        edges = _edges(rows.shape[3], one_by_one - start)
+        _step_by_bounds(REDUCTIONS[reduce], decay, state, rows, start, evicts, missing, bad, block_heads, keys, edges)
         return bad
     _step_by_scores(
         REDUCTIONS[reduce], decay, state, rows, start, evicts, (missing, scale, fixed), bad, kernel, block_heads, keys
@@ -105,6 +107,15 @@ def step_block(
 def _bounds_pay(rows: Tensor, state: TritonState, together: int) -> bool:
     """Return whether bounds are less work than all scores; they are made in 32 bit."""
     return together >= FEWEST_HEADS and rows.dtype == state.score.dtype == torch.float32
+
+
+def _edges(steps: int, one_by_one: int) -> list[int]:
+    """Return the first steps of parts of a block, and its end.
+
+    A part begins at `one_by_one`: bounds do not hold for keys that were evicted together before, in the same part.
+    """
+    cut = min(max(one_by_one, 0), steps)
+    return [*range(0, cut, STEPS_BY_BOUNDS), *range(cut, steps, STEPS_BY_BOUNDS), steps]
 
 
 def _step_by_scores(
@@ -147,18 +158,18 @@ def _step_by_bounds(
     bad: Tensor,
     block_heads: int,
     keys: int,
+    edges: list[int],
 ) -> None:
-    """Step as `step_block`, `STEPS_BY_BOUNDS` steps at a time; the scores of the last step are all computed."""
-    (runs, layers, heads, length), steps = state.leave.shape, rows.shape[3]
+    """Step as `step_block`, part by part; the scores of the last step are all computed."""
+    runs, layers, heads, length = state.leave.shape
     units, together = runs * layers * heads, rows.shape[2] // heads
-    most = min(STEPS_BY_BOUNDS, steps)
+    most = min(STEPS_BY_BOUNDS, edges[-1])
     bounds = rows.new_empty((units, most, keys))
     totals = rows.new_empty((units, most, together), dtype=torch.float64)
     lost, lost_runs = (rows, 1) if missing is None else (missing, missing.shape[0])
     how = {"REDUCE": reduce, "HAS_MISSING": missing is not None, "N": keys, "enable_fp_fusion": False}
-    for first in range(0, steps, most):
-        count = min(most, steps - first)
-        part = rows[:, :, :, first : first + count]
+    for first, stop in pairwise(edges):
+        count, part = stop - first, rows[:, :, :, first:stop]
         sizes = (length, layers, heads, together, rows.shape[0], lost_runs, *rows.stride()[:4])
         bound_scores[(units * count,)](
             part, lost, state.alive.view(torch.uint8), bounds, totals, start + first, count, *sizes,
@@ -167,7 +178,7 @@ def _step_by_bounds(
         step_by_bounds[(units,)](
             part, lost, bounds, totals, state.alive.view(torch.uint8), state.score, state.leave, state.n_alive,
             state.evictions, state.budget, state.sinks, state.recent, evicts[first:], decay, bad,
-            start + first, count, min(count, steps - first - 1), *sizes,
+            start + first, count, min(count, edges[-1] - first - 1), *sizes,
             QB=min(block_heads, 4), H=triton.next_power_of_2(together), MOST=triton.next_power_of_2(most),
             BITS=8 * state.score.element_size(), num_warps=_warps(keys, 1), **how,
         )  # fmt: skip

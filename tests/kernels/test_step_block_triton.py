@@ -222,6 +222,18 @@ def test_few_scores_are_computed(kind: str) -> None:
     assert 19 <= len(keys) <= 19 * 6, "one to six keys at each of the other steps that evict"
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter can be counted in")
+def test_bounds_decide_from_the_step_after_a_prompt() -> None:
+    """All scores are computed at the end of the prompt, where eight keys go, and at the last step."""
+    plan = EvictionPlan.published(parse_policies(["tova"])[0])
+    rows = rows_of_kind(3, 8, 40, "smooth")
+    with pytest.MonkeyPatch.context() as patch:
+        every, by_bounds = counted(patch, "_all_scores"), counted(patch, "_lowest")
+        one = stepped(plan, rows, [], REGISTERS, kv_heads=8, prompt=20, prefill="full", budgets=[12])
+    assert (len(every), len(by_bounds)) == (2, 19)
+    same(one, stepped(plan, rows, [], None, kv_heads=8, prompt=20, prefill="full", budgets=[12]))
+
+
 @pytest.mark.parametrize("position", [2, 7])
 @pytest.mark.parametrize("head", [0, 7])
 def test_weights_that_are_no_numbers_are_found_by_bounds(head: int, position: int) -> None:
@@ -234,7 +246,11 @@ def test_weights_that_are_no_numbers_are_found_by_bounds(head: int, position: in
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_bounds_after_a_step_that_evicts_several_keys(seed: int) -> None:
+def test_bounds_after_a_step_that_evicts_several_keys(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one part of the block, without an edge at the end of the prompt."""
+    from kvscope.kernels import step_block_triton
+
+    monkeypatch.setattr(step_block_triton, "_edges", lambda steps, _: [0, steps])
     plan = EvictionPlan.published(parse_policies(["tova"])[0])
     how = {"kv_heads": 8, "prompt": 20, "prefill": "full", "budgets": [5, 9]}
     rows = rows_of_kind(seed, 8, 30, "steep")
