@@ -43,11 +43,12 @@ def masked_sums(rows: Tensor, mask: Tensor, other: Tensor | None, steps: Tensor,
     rows = _along_keys(rows.expand(runs, -1, -1, -1, -1))
     mask = _along_keys(mask).view(torch.uint8)
     also = mask if other is None else _along_keys(other.expand(runs, -1, -1, -1, -1)).view(torch.uint8)
-    _sum_row[(sums.numel() // 4,)](
-        rows, mask, also, steps, sums, layers, heads, heads // groups, count, n,
-        *rows.stride()[:4], *mask.stride()[:4], *also.stride()[:4],
-        SKIP=skip, HAS_OTHER=other is not None, N=min(KEYS, triton.next_power_of_2(n)), num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(rows):
+        _sum_row[(sums.numel() // 4,)](
+            rows, mask, also, steps, sums, layers, heads, heads // groups, count, n,
+            *rows.stride()[:4], *mask.stride()[:4], *also.stride()[:4],
+            SKIP=skip, HAS_OTHER=other is not None, N=min(KEYS, triton.next_power_of_2(n)), num_warps=4,
+        )  # fmt: skip
     return sums
 
 

@@ -45,6 +45,21 @@ class TritonState(NamedTuple):
     windows: Tensor
 
 
+class _Work(NamedTuple):
+    """A block to step through: arguments of `step_block`, the reduction as a number, and sizes of the kernel."""
+
+    reduce: int
+    decay: Tensor
+    state: TritonState
+    rows: Tensor
+    start: int
+    evicts: Tensor
+    missing: Tensor | None
+    bad: Tensor
+    block_heads: int
+    keys: int
+
+
 def step_block(
     reduce: str,
     decay: Tensor,
@@ -93,14 +108,12 @@ def step_block(
     bad = torch.zeros(state.n_alive.shape, dtype=torch.uint8, device=rows.device)
     kernel, block_heads, keys = _kernel(start + rows.shape[3], together, most_keys)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    if one_by_one is not None and kernel is step_in_registers and _bounds_pay(rows, state, together):
-        missing = None if missing is None else missing.contiguous()
-        edges = _edges(rows.shape[3], one_by_one - start)
-        _step_by_bounds(REDUCTIONS[reduce], decay, state, rows, start, evicts, missing, bad, block_heads, keys, edges)
-        return bad
-    _step_by_scores(
-        REDUCTIONS[reduce], decay, state, rows, start, evicts, (missing, scale, fixed), bad, kernel, block_heads, keys
-    )
+    work = _Work(REDUCTIONS[reduce], decay, state, rows, start, evicts, missing, bad, block_heads, keys)
+    with torch.cuda.device_of(rows):
+        if one_by_one is not None and kernel is step_in_registers and _bounds_pay(rows, state, together):
+            _step_by_bounds(work, _edges(rows.shape[3], one_by_one - start))
+        else:
+            _step_by_scores(work, kernel, scale, fixed)
     return bad
 
 
@@ -112,65 +125,45 @@ def _bounds_pay(rows: Tensor, state: TritonState, together: int) -> bool:
 def _edges(steps: int, one_by_one: int) -> list[int]:
     """Return the first steps of parts of a block, and its end.
 
-    A part begins at `one_by_one`: bounds do not hold for keys that were evicted together before, in the same part.
+    A part begins at `one_by_one`: bounds decide as long as all keys of their part were evicted one at a time.
     """
     cut = min(max(one_by_one, 0), steps)
     return [*range(0, cut, STEPS_BY_BOUNDS), *range(cut, steps, STEPS_BY_BOUNDS), steps]
 
 
 def _step_by_scores(
-    reduce: int,
-    decay: Tensor,
-    state: TritonState,
-    rows: Tensor,
-    start: int,
-    evicts: Tensor,
-    parts: tuple[Tensor | None, Tensor | None, Tensor | None],
-    bad: Tensor,
-    kernel: triton.JITFunction[..., None],
-    block_heads: int,
-    keys: int,
+    work: _Work, kernel: triton.JITFunction[..., None], scale: Tensor | None, fixed: Tensor | None
 ) -> None:
-    """Step as `step_block`; `parts` are what sinks take, factors and fixed scores."""
+    """Compute the scores of all keys at every step."""
+    reduce, decay, state, rows, start, evicts, missing, bad, block_heads, keys = work
     runs, layers, heads, length = state.leave.shape
     together = rows.shape[2] // heads
-    given = [rows[:1] if part is None else part.contiguous() for part in parts]
+    given = [rows[:1] if part is None else part.contiguous() for part in (missing, scale, fixed)]
     kernel[(runs * layers * heads,)](
         rows, *given,
         state.alive.view(torch.uint8), state.score, state.leave, state.n_alive, state.evictions, state.budget,
         state.sinks, state.recent, state.windows, evicts, decay, bad,
         start, rows.shape[3], length, layers, heads, together, rows.shape[0], *(part.shape[0] for part in given),
         *rows.stride()[:4],
-        REDUCE=reduce, HAS_MISSING=parts[0] is not None, HAS_SCALE=parts[1] is not None,
+        REDUCE=reduce, HAS_MISSING=missing is not None, HAS_SCALE=scale is not None,
         QB=block_heads, N=keys, BITS=8 * state.score.element_size(),
         num_warps=_warps(keys, block_heads), enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def _step_by_bounds(
-    reduce: int,
-    decay: Tensor,
-    state: TritonState,
-    rows: Tensor,
-    start: int,
-    evicts: Tensor,
-    missing: Tensor | None,
-    bad: Tensor,
-    block_heads: int,
-    keys: int,
-    edges: list[int],
-) -> None:
-    """Step as `step_block`, part by part; the scores of the last step are all computed."""
+def _step_by_bounds(work: _Work, edges: list[int]) -> None:
+    """Compute few scores, part by part between `edges`; those of the last step are all computed."""
+    reduce, decay, state, rows, start, evicts, missing, bad, block_heads, keys = work
     runs, layers, heads, length = state.leave.shape
     units, together = runs * layers * heads, rows.shape[2] // heads
     most = min(STEPS_BY_BOUNDS, edges[-1])
     bounds = rows.new_empty((units, most, keys))
     totals = rows.new_empty((units, most, together), dtype=torch.float64)
-    lost, lost_runs = (rows, 1) if missing is None else (missing, missing.shape[0])
+    lost = rows[:1] if missing is None else missing.contiguous()
     how = {"REDUCE": reduce, "HAS_MISSING": missing is not None, "N": keys, "enable_fp_fusion": False}
     for first, stop in pairwise(edges):
         count, part = stop - first, rows[:, :, :, first:stop]
-        sizes = (length, layers, heads, together, rows.shape[0], lost_runs, *rows.stride()[:4])
+        sizes = (length, layers, heads, together, rows.shape[0], lost.shape[0], *rows.stride()[:4])
         bound_scores[(units * count,)](
             part, lost, state.alive.view(torch.uint8), bounds, totals, start + first, count, *sizes,
             QB=min(block_heads, 4), num_warps=_warps(keys, min(block_heads, 4)), **how,

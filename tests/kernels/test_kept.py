@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +54,41 @@ def test_the_same_rows_on_a_gpu(spec: str, dtype: torch.dtype, keys: int, monkey
     plain = part * simulation.visible(12, 27)[:, 0].repeat_interleave(2, 1)
     assert torch.equal(kept, plain) and bool((kept == 0).any(-1).all())
     torch.testing.assert_close(total, plain.sum(-1, dtype=torch.float64).to(dtype))
+
+
+@pytest.mark.skipif(not triton_available(), reason="triton is not installed: pip install triton")
+@pytest.mark.parametrize("reads", [False, True])
+def test_the_kernel_of_a_gpu_is_called(reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse reader holds keys that it does not see."""
+    from kvscope.kernels import kept_triton
+
+    called = []
+    monkeypatch.setattr(kept_triton, "kept_rows", lambda *given: called.append(given) or (None, None))
+    traits, leave = SimpleNamespace(reads=reads), torch.zeros(1, 1, 2, 4)
+    simulation: Any = SimpleNamespace(
+        plan=SimpleNamespace(policy=SimpleNamespace(traits=traits)), state=SimpleNamespace(leave=leave)
+    )
+    simulation.visible = lambda start, stop: torch.ones(1, 1, 2, 2, 4, dtype=torch.bool)
+    rows: Any = OnDevice(torch.rand(1, 2, 2, 4), "cuda")
+    module.kept_of(simulation, rows, 2, 4)
+    assert bool(called) is not reads
+    if not reads:
+        assert called[0][0] is rows and called[0][2] == 2 and torch.equal(called[0][1], leave[:, 0])
+
+
+class OnDevice:
+    """Rows that say which device they are on, as no tensor can here without a GPU."""
+
+    def __init__(self, rows: torch.Tensor, device: str) -> None:
+        self.rows, self.shape, self.device = rows, rows.shape, torch.device(device)
+
+    def detach(self) -> Any:
+        """Return the rows."""
+        return self
+
+    def __mul__(self, other: torch.Tensor) -> torch.Tensor:
+        """Return the product."""
+        return self.rows * other
 
 
 COMPILE = """
